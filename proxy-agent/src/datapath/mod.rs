@@ -1,0 +1,16 @@
+//! See and write: the only room that talks to BPF.
+
+use crate::plan::{Actual, Step};
+
+/// The tables, wherever they are.
+pub trait Datapath {
+    /// Why it could not be done.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Reads every configuration table.
+    fn read(&mut self) -> Result<Actual, Self::Error>;
+
+    /// Does the steps in order; the first that fails ends it, and how many were done is returned with the
+    /// error. What was done stays: the caller reads and plans again.
+    fn apply(&mut self, steps: &[Step]) -> Result<(), (usize, Self::Error)>;
+}

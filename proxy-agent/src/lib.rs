@@ -1,0 +1,9 @@
+//! The node agent: from what Kubernetes says to what the kernel does, in one straight line.
+//!
+//! `source` hears of changes, `model` knows the world and says what should be, `plan` compares that with
+//! what is and lists the writes, `datapath` does them, `serve` and `cli` tell. `run` is the loop round it.
+
+pub mod datapath;
+pub mod model;
+pub mod plan;
+pub mod source;

@@ -1,0 +1,13 @@
+//! Know and wish: compact node-local copies of the fields that matter, and every policy as a pure function.
+//!
+//! No I/O, no clock, no Kubernetes types, no maps.
+
+mod desired;
+mod endpoint;
+mod node;
+mod service;
+
+pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
+pub use endpoint::{Endpoint, Slice, SlicePort};
+pub use node::Node;
+pub use service::{Affinity, Family, ObjectName, Port, Service};

@@ -1,0 +1,39 @@
+//! Hear: where Services and endpoints come from. Every source yields the same [`Change`]s.
+//!
+//! Kubernetes types stop here: what leaves this room is ours, checked and normalised.
+
+use crate::model::{Node, ObjectName, Service, Slice};
+
+/// The kinds of object a source lists. Nothing is programmed before each has said it is complete (Y-17).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    /// `v1` Services.
+    Service,
+    /// `discovery.k8s.io/v1` EndpointSlices, or legacy `Endpoints` from a directory.
+    Slice,
+    /// The node's own `v1` Node.
+    Node,
+}
+
+/// One thing that was heard.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A Service as it is now; `None` when it is gone or to be left alone (S-2, S-6).
+    Service(ObjectName, Option<Service>),
+    /// An EndpointSlice as it is now; `None` when it is gone.
+    Slice(ObjectName, Option<Slice>),
+    /// The node's own object.
+    Node(Option<Node>),
+    /// The first complete list of a kind has been delivered.
+    Synced(Kind),
+    /// What is wrong with an object, whole or in part; an empty list takes earlier complaints back.
+    /// `object` is its name for a person: `Service default/web`, `web.yaml:12`.
+    Complaints {
+        /// The object.
+        object: String,
+        /// One line each.
+        lines: Vec<String>,
+    },
+    /// Whether the source answers. A source that does not is retried for ever; the tables stay (Y-6).
+    Connected(bool),
+}

@@ -1,0 +1,132 @@
+//! What holds for the whole node.
+
+use super::table_type;
+use crate::addr::{Addr, Port};
+
+/// `--masquerade-all`: ClusterIP flows are masqueraded whatever their source (M-6).
+pub const MASQUERADE_ALL: u32 = 1 << 0;
+/// Flows to local endpoints under the Cluster policy are masqueraded too, as kube-proxy does (M-8).
+pub const MASQUERADE_LOCAL: u32 = 1 << 1;
+/// Sockets of pods are translated (`--socket-lb=all`).
+pub const SOCKET_PODS: u32 = 1 << 2;
+/// Sockets of the host are translated (`--socket-lb=all|host`).
+pub const SOCKET_HOST: u32 = 1 << 3;
+/// The IPv4 pod range is known: sources outside it are masqueraded towards ClusterIPs (M-6).
+pub const POD_RANGE_V4: u32 = 1 << 4;
+/// The same for IPv6.
+pub const POD_RANGE_V6: u32 = 1 << 5;
+
+/// Kernel features, probed by the agent and frozen into the programs when they are loaded.
+pub mod feature {
+    /// `bpf_ktime_get_coarse_ns` (5.11); otherwise the precise clock, which costs 30 ns more.
+    pub const COARSE_CLOCK: u32 = 1 << 0;
+    /// `bpf_set_retval` for socket hooks (5.18); otherwise a refused connect fails with EPERM.
+    pub const SET_RETVAL: u32 = 1 << 1;
+    /// `BPF_F_IPV6` in `bpf_l4_csum_replace` (6.16, backported): keeps a hardware checksum of IPv6 true.
+    pub const CSUM_IPV6: u32 = 1 << 2;
+    /// `bpf_get_netns_cookie` in TC programs and socket hooks (5.8 for sockets).
+    pub const NETNS_COOKIE: u32 = 1 << 3;
+}
+
+/// What is known of an address: values of `ADDRESSES`.
+pub mod address {
+    /// A programmed ClusterIP: ports that the Service does not define are refused (P-21).
+    pub const CLUSTER_IP: u32 = 1 << 0;
+    /// An external IP or load-balancer IP.
+    pub const EXTERNAL: u32 = 1 << 1;
+    /// An address of this node (loopback excluded).
+    pub const NODE: u32 = 1 << 2;
+    /// An address of this node at which NodePorts are accepted (V-33).
+    pub const NODE_PORT: u32 = 1 << 3;
+}
+
+/// Flags of an [`Iface`].
+pub mod iface {
+    /// Frames have no Ethernet header (WireGuard, IPIP, tun).
+    pub const L3: u32 = 1 << 0;
+}
+
+table_type! {
+    /// Settings of the node, in an array of one: changed live.
+    pub struct Config {
+        /// Cookie of the node's network namespace: tells host sockets from pods' (0: not known).
+        pub host_netns: u64,
+        /// First address of the IPv4 pod range (IPv4-mapped).
+        pub pod_v4: Addr,
+        /// First address of the IPv6 pod range.
+        pub pod_v6: Addr,
+        /// Mask of the IPv6 pod range.
+        pub pod_v6_mask: Addr,
+        /// Mask of the IPv4 pod range, network order.
+        pub pod_v4_mask: u32,
+        /// Bits of this module.
+        pub flags: u32,
+        /// First source port for masquerading, host order.
+        pub snat_first: u16,
+        /// Number of source ports for masquerading (a power of two is not needed); 0 refuses it.
+        pub snat_count: u16,
+        /// Seed of the selection hash.
+        pub seed: u32,
+        /// Zero.
+        pub pad: u64,
+    }
+}
+
+impl Config {
+    /// Nothing known, nothing translated at sockets, nothing masqueraded.
+    pub const EMPTY: Self = Self {
+        host_netns: 0,
+        pod_v4: Addr::ANY_V4,
+        pod_v6: Addr::ANY_V6,
+        pod_v6_mask: Addr::ANY_V6,
+        pod_v4_mask: 0,
+        flags: 0,
+        snat_first: 0,
+        snat_count: 0,
+        seed: 0,
+        pad: 0,
+    };
+
+    /// Whether `addr` lies in the pod range of its family.
+    #[inline(always)]
+    pub const fn is_pod(&self, addr: &Addr) -> bool {
+        if addr.is_v4() {
+            self.flags & POD_RANGE_V4 != 0 && (addr.word_v4() ^ self.pod_v4.word_v4()) & self.pod_v4_mask == 0
+        } else {
+            let (a, n, m) = (&addr.0, &self.pod_v6.0, &self.pod_v6_mask.0);
+            self.flags & POD_RANGE_V6 != 0
+                && ((a[0] ^ n[0]) & m[0] | (a[1] ^ n[1]) & m[1] | (a[2] ^ n[2]) & m[2] | (a[3] ^ n[3]) & m[3])
+                    == 0
+        }
+    }
+
+    /// Whether pods of `addr`'s family can be told by their address.
+    #[inline(always)]
+    pub const fn knows_pods(&self, addr: &Addr) -> bool {
+        let bit = if addr.is_v4() { POD_RANGE_V4 } else { POD_RANGE_V6 };
+        self.flags & bit != 0
+    }
+
+    /// The `n`th masquerade port, wrapping round; zero when there are none.
+    #[inline(always)]
+    pub const fn snat_port(&self, n: u32) -> Port {
+        match n.checked_rem(self.snat_count as u32) {
+            Some(offset) => Port::new(self.snat_first.wrapping_add(offset as u16)),
+            None => Port(0),
+        }
+    }
+}
+
+table_type! {
+    /// An interface that carries the programs.
+    pub struct Iface {
+        /// Source for masqueraded IPv4 flows that leave here (M-13); unspecified when there is none.
+        pub snat_v4: Addr,
+        /// The same for IPv6.
+        pub snat_v6: Addr,
+        /// Bits of [`iface`].
+        pub flags: u32,
+        /// Zero.
+        pub pad: u32,
+    }
+}

@@ -1,0 +1,220 @@
+//! What lies in the maps: the table of tables.
+//!
+//! | map | kind | key → value | written by | read by | when full |
+//! |---|---|---|---|---|---|
+//! | [`maps::FRONTENDS`] | hash | [`FrontendKey`] → [`Frontend`] | agent | all hooks | the agent reports the Service and goes on without it |
+//! | [`maps::SLOTS`] | array | slot → backend index | agent | all hooks | as above |
+//! | [`maps::BACKENDS`] | array | backend index → [`Backend`] | agent | all hooks | as above |
+//! | [`maps::ADDRESSES`] | hash | [`Addr`] → [`address`] flags | agent | TC, socket hooks | as above |
+//! | [`maps::SOURCES`] | LPM trie | [`SourceKey`] → 1 | agent | all hooks | as above |
+//! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC egress | masquerading on that interface is refused and counted |
+//! | [`maps::CONFIG`] | array of 1 | → [`Config`] | agent | all hooks | – |
+//! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
+//! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
+//! | [`maps::COMPLAINTS`] | array | n → [`Complaint`] | agent | command line | the newest are kept |
+//! | [`maps::FLOWS`] | hash | [`FlowKey`] → [`Flow`] | TC (agent deletes) | TC | new flows stay in HALF_OPEN, counted |
+//! | [`maps::HALF_OPEN`] | LRU hash | [`FlowKey`] → [`Flow`] | TC | TC | the oldest unanswered flow goes |
+//! | [`maps::FRAGMENTS`] | LRU hash | [`FragmentKey`] → [`Fragment`] | TC | TC | the oldest goes |
+//! | [`maps::AFFINITY`] | LRU hash | [`AffinityKey`] → [`Affinity`] | all hooks | all hooks | the oldest client may move |
+//! | [`maps::SOCKETS`] | socket storage | socket → [`SocketState`] | socket hooks | socket hooks | lives and dies with the socket |
+//! | [`maps::REASONS`] | per-CPU array | [`Reason`] → count | all hooks | agent, command line | – |
+//! | [`maps::SERVICE_STATS`] | per-CPU array | service id → [`ServiceStats`] | all hooks | agent, command line | ids past the end are not counted |
+//!
+//! Numbers in values are in host byte order; addresses and ports are in network order, as their types say.
+//! Times are nanoseconds of `CLOCK_MONOTONIC_COARSE`.
+
+mod affinity;
+mod agent;
+pub mod backend;
+pub mod config;
+mod flow;
+mod fragment;
+pub mod frontend;
+mod reason;
+mod socket;
+mod source;
+
+pub use affinity::{Affinity, AffinityKey};
+pub use agent::{AgentState, Complaint, ServiceName, ServiceStats, TEXT_LEN, text, untext};
+pub use backend::Backend;
+pub use config::{Config, Iface, address, feature, iface};
+pub use flow::{Flow, FlowKey, Hook, Leg};
+pub use fragment::{Fragment, FragmentKey};
+pub use frontend::{Frontend, FrontendKey, Run};
+pub use reason::Reason;
+pub use socket::{SOCKET_ENTRIES, SocketEntry, SocketState};
+pub use source::SourceKey;
+
+#[cfg(any(doc, feature = "user"))]
+use crate::addr::Addr;
+
+/// Any change of a byte in this room changes this number; pins live under it.
+pub const ABI_VERSION: u32 = 1;
+
+/// Map names as `bpftool map` shows them: at most 15 bytes.
+pub mod maps {
+    /// See the table of [`super`].
+    pub const FRONTENDS: &str = "FRONTENDS";
+    /// See the table of [`super`].
+    pub const SLOTS: &str = "SLOTS";
+    /// See the table of [`super`].
+    pub const BACKENDS: &str = "BACKENDS";
+    /// See the table of [`super`].
+    pub const ADDRESSES: &str = "ADDRESSES";
+    /// See the table of [`super`].
+    pub const SOURCES: &str = "SOURCES";
+    /// See the table of [`super`].
+    pub const IFACES: &str = "IFACES";
+    /// See the table of [`super`].
+    pub const CONFIG: &str = "CONFIG";
+    /// See the table of [`super`].
+    pub const SERVICES: &str = "SERVICES";
+    /// See the table of [`super`].
+    pub const AGENT: &str = "AGENT";
+    /// See the table of [`super`].
+    pub const COMPLAINTS: &str = "COMPLAINTS";
+    /// See the table of [`super`].
+    pub const FLOWS: &str = "FLOWS";
+    /// See the table of [`super`].
+    pub const HALF_OPEN: &str = "HALF_OPEN";
+    /// See the table of [`super`].
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// See the table of [`super`].
+    pub const AFFINITY: &str = "AFFINITY";
+    /// See the table of [`super`].
+    pub const SOCKETS: &str = "SOCKETS";
+    /// See the table of [`super`].
+    pub const REASONS: &str = "REASONS";
+    /// See the table of [`super`].
+    pub const SERVICE_STATS: &str = "SERVICE_STATS";
+
+    /// Every map that is pinned, in the order of the table.
+    pub const ALL: [&str; 17] = [
+        FRONTENDS,
+        SLOTS,
+        BACKENDS,
+        ADDRESSES,
+        SOURCES,
+        IFACES,
+        CONFIG,
+        SERVICES,
+        AGENT,
+        COMPLAINTS,
+        FLOWS,
+        HALF_OPEN,
+        FRAGMENTS,
+        AFFINITY,
+        SOCKETS,
+        REASONS,
+        SERVICE_STATS,
+    ];
+}
+
+/// Entries a map is made for, unless the agent says otherwise when it loads the programs.
+pub mod capacity {
+    /// Frontends: addresses × ports of all Services.
+    pub const FRONTENDS: usize = 131_072;
+    /// Slots of all runs, retired runs included.
+    pub const SLOTS: usize = 1_048_576;
+    /// Backends: endpoints counted once per Service port.
+    pub const BACKENDS: usize = 262_144;
+    /// Service and node addresses.
+    pub const ADDRESSES: usize = 65_536;
+    /// Source ranges of all Services.
+    pub const SOURCES: usize = 65_536;
+    /// Interfaces of the node.
+    pub const IFACES: usize = 4_096;
+    /// Service ports with a name and counters.
+    pub const SERVICES: usize = 65_536;
+    /// Complaints kept for the operator.
+    pub const COMPLAINTS: usize = 64;
+    /// Legs of established flows: two to four a flow.
+    pub const FLOWS: usize = 524_288;
+    /// Legs of flows not yet answered.
+    pub const HALF_OPEN: usize = 131_072;
+    /// Datagrams in fragments under way.
+    pub const FRAGMENTS: usize = 16_384;
+    /// Clients with an affinity.
+    pub const AFFINITY: usize = 131_072;
+}
+
+/// Declares a table type: C layout, no implicit padding (checked at compile time), `aya::Pod` in user space.
+macro_rules! table_type {
+    ($(#[$meta:meta])* pub struct $name:ident { $($(#[$fmeta:meta])* pub $field:ident: $ty:ty,)* }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name { $($(#[$fmeta])* pub $field: $ty,)* }
+        const _: () = assert!(
+            core::mem::size_of::<$name>() == 0 $(+ core::mem::size_of::<$ty>())*,
+            concat!(stringify!($name), " has implicit padding: stack garbage would reach a map")
+        );
+        #[cfg(feature = "user")]
+        #[expect(unsafe_code, reason = "aya asks for the promise that any bytes are a value")]
+        // SAFETY: repr(C), made of integers alone and free of padding, as asserted above.
+        unsafe impl aya::Pod for $name {}
+    };
+}
+pub(crate) use table_type;
+
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya asks for the promise that any bytes are a value")]
+// SAFETY: repr(C) around an array of integers.
+unsafe impl aya::Pod for Addr {}
+
+#[cfg(test)]
+mod tests {
+    use core::mem::{align_of, size_of};
+
+    use super::*;
+
+    /// A changed byte here is a changed ABI: raise [`ABI_VERSION`] with it.
+    #[test]
+    fn the_layout_is_the_one_of_this_version() {
+        let sizes = [
+            ("FrontendKey", size_of::<FrontendKey>(), align_of::<FrontendKey>()),
+            ("Frontend", size_of::<Frontend>(), align_of::<Frontend>()),
+            ("Backend", size_of::<Backend>(), align_of::<Backend>()),
+            ("SourceKey", size_of::<SourceKey>(), align_of::<SourceKey>()),
+            ("Iface", size_of::<Iface>(), align_of::<Iface>()),
+            ("Config", size_of::<Config>(), align_of::<Config>()),
+            ("FlowKey", size_of::<FlowKey>(), align_of::<FlowKey>()),
+            ("Flow", size_of::<Flow>(), align_of::<Flow>()),
+            ("FragmentKey", size_of::<FragmentKey>(), align_of::<FragmentKey>()),
+            ("AffinityKey", size_of::<AffinityKey>(), align_of::<AffinityKey>()),
+            ("Affinity", size_of::<Affinity>(), align_of::<Affinity>()),
+            ("SocketState", size_of::<SocketState>(), align_of::<SocketState>()),
+            ("ServiceName", size_of::<ServiceName>(), align_of::<ServiceName>()),
+            ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
+            ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
+        ];
+        assert_eq!(ABI_VERSION, 1);
+        assert_eq!(
+            sizes,
+            [
+                ("FrontendKey", 20, 4),
+                ("Frontend", 32, 4),
+                ("Backend", 32, 4),
+                ("SourceKey", 24, 4),
+                ("Iface", 40, 4),
+                ("Config", 80, 8),
+                ("FlowKey", 40, 4),
+                ("Flow", 48, 8),
+                ("FragmentKey", 40, 4),
+                ("AffinityKey", 20, 4),
+                ("Affinity", 16, 8),
+                ("SocketState", 200, 4),
+                ("ServiceName", 196, 1),
+                ("ServiceStats", 24, 8),
+                ("AgentState", 248, 8),
+            ]
+        );
+    }
+
+    #[test]
+    fn map_names_fit_what_the_kernel_keeps() {
+        for name in maps::ALL {
+            assert!(name.len() <= 15, "{name}");
+        }
+    }
+}

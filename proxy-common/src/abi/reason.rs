@@ -1,0 +1,74 @@
+//! Every way out of the decisions: counter index, metric label and log word.
+
+/// Declares [`Reason`] with its label and meaning, so that none can lack one.
+macro_rules! reasons {
+    ($($(#[$meta:meta])* $name:ident = $label:literal, $meaning:literal;)*) => {
+        /// Why a packet or socket call left the programs as it did.
+        #[repr(u32)]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+        pub enum Reason {
+            $(#[doc = $meaning] $(#[$meta])* $name,)*
+        }
+
+        impl Reason {
+            /// Every reason, in the order of its counter.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)*];
+
+            /// The word for metrics and logs.
+            #[must_use]
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label,)* }
+            }
+
+            /// One line for a person.
+            #[must_use]
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$name => $meaning,)* }
+            }
+        }
+    };
+}
+
+reasons! {
+    NewFlow = "new_flow", "A packet opened a flow to a Service.";
+    SocketChosen = "socket_chosen", "A connect or sendmsg was given an endpoint.";
+    Reselected = "reselected", "A flow's endpoint had gone and another was chosen.";
+    Refused = "refused", "Refused: the Service has no endpoint (P-14).";
+    UndefinedPort = "undefined_port", "Refused: the ClusterIP has no such port (P-21).";
+    NoLocalEndpoint = "no_local_endpoint", "Dropped: policy Local and no endpoint on this node (P-15, P-16).";
+    SourceRange = "source_range", "Dropped: the source is not in loadBalancerSourceRanges (V-17).";
+    TornFrontend = "torn_frontend", "Dropped: a frontend was rewritten three times while it was read.";
+    BadSlot = "bad_slot", "Dropped: a slot led to no live backend.";
+    FlowTableFull = "flow_table_full", "An answered flow stays among the half-open ones: FLOWS is full.";
+    FlowInsert = "flow_insert", "Dropped: a flow entry could not be written.";
+    FlowCollision = "flow_collision", "A flow got another source port: its tuple behind the Service was taken.";
+    NoSourcePort = "no_source_port", "Dropped: no free source port for masquerading.";
+    NoSourceAddress = "no_source_address", "Dropped: the interface has no address to masquerade with.";
+    FragmentUnknown = "fragment_unknown", "Dropped: a fragment to a Service came before the first one.";
+    Malformed = "malformed", "Left alone: the headers of a packet make no sense.";
+    IcmpTranslated = "icmp_translated", "An ICMP error about a flow was translated.";
+    RewriteFailed = "rewrite_failed", "Dropped: a packet could not be rewritten.";
+    AnswerFailed = "answer_failed", "Dropped: a refusal could not be sent.";
+    SocketStorage = "socket_storage", "Left to TC: a socket had no room to remember its Service.";
+    ConfigMissing = "config_missing", "Left alone: the agent has not written its settings.";
+    CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
+}
+
+impl Reason {
+    /// Number of reasons: the size of the counter array.
+    pub const COUNT: usize = Self::ALL.len();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_distinct_words_in_counter_order() {
+        for (n, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, n);
+            assert!(reason.label().bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{reason:?}");
+            assert!(Reason::ALL.iter().filter(|r| r.label() == reason.label()).count() == 1);
+        }
+    }
+}
