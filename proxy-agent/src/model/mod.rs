@@ -6,8 +6,10 @@ mod desired;
 mod endpoint;
 mod node;
 mod service;
+mod settings;
 
 pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
 pub use endpoint::{Endpoint, Slice, SlicePort};
-pub use node::Node;
+pub use node::{Link, Node};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
+pub use settings::{NodePortAddresses, Settings, SocketLb};

@@ -17,3 +17,20 @@ pub struct Node {
     /// False with a `deletionTimestamp` or the taint `ToBeDeletedByClusterAutoscaler` (H-8).
     pub eligible: bool,
 }
+
+/// A network interface of the node's namespace, as rtnetlink describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: Arc<str>,
+    /// Whether it is the loopback interface.
+    pub loopback: bool,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Whether its frames have no Ethernet header (WireGuard, IPIP, tun).
+    pub layer3: bool,
+    /// Its addresses, in the kernel's order, without deprecated, tentative-duplicate and temporary ones.
+    pub addresses: Vec<IpNet>,
+}

@@ -2,7 +2,7 @@
 //!
 //! Kubernetes types stop here: what leaves this room is ours, checked and normalised.
 
-use crate::model::{Node, ObjectName, Service, Slice};
+use crate::model::{Link, Node, ObjectName, Service, Slice};
 
 /// The kinds of object a source lists. Nothing is programmed before each has said it is complete (Y-17).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -34,6 +34,8 @@ pub enum Change {
         /// One line each.
         lines: Vec<String>,
     },
+    /// All interfaces of the node with their addresses, whenever one of them has changed (from `netlink`).
+    Links(Vec<Link>),
     /// Whether the source answers. A source that does not is retried for ever; the tables stay (Y-6).
     Connected(bool),
 }

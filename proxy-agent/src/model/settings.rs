@@ -1,0 +1,48 @@
+//! What the operator has set, as far as it shapes the tables.
+
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+/// Whose sockets are translated at `connect` (`--socket-lb`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SocketLb {
+    /// Host processes and pods.
+    All,
+    /// Host processes; pods are left to TC.
+    Host,
+    /// Nobody.
+    Off,
+}
+
+/// Node addresses at which NodePorts are accepted (`--nodeport-addresses`, V-33).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// The node's primary addresses (Y-10).
+    Primary,
+    /// Addresses of the node inside these ranges; a family without a range accepts on all its addresses.
+    Ranges(Vec<IpNet>),
+}
+
+/// Settings that do not change while the agent runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Own node name (F-9).
+    pub node_name: Arc<str>,
+    /// `--cluster-cidr`: at most one range a family.
+    pub cluster_cidrs: Vec<IpNet>,
+    /// `--masquerade-all`.
+    pub masquerade_all: bool,
+    /// Masquerade flows to local endpoints under policy Cluster, as kube-proxy does.
+    pub masquerade_local: bool,
+    /// `--nodeport-addresses`.
+    pub nodeport_addresses: NodePortAddresses,
+    /// `--socket-lb`.
+    pub socket_lb: SocketLb,
+    /// Cookie of the node's network namespace; 0 when the kernel does not tell it.
+    pub host_netns: u64,
+    /// First source port for masquerading and how many there are; outside the ephemeral and NodePort ranges.
+    pub snat_ports: (u16, u16),
+    /// Seed of the selection hash: the same on every node, so that nodes agree.
+    pub seed: u32,
+}
