@@ -7,6 +7,10 @@ use crate::addr::{Addr, Port};
 pub const LOCAL: u16 = 1 << 0;
 /// Gets no new flows, but is still serving: its flows go on (P-2, C-5). Otherwise it is in use.
 pub const DRAINING: u16 = 1 << 1;
+/// Is among the slots of the Cluster set: an affinity may lead here under policy Cluster.
+pub const IN_CLUSTER: u16 = 1 << 2;
+/// Is among the slots of the Local set: an affinity may lead here under policy Local.
+pub const IN_LOCAL: u16 = 1 << 3;
 
 table_type! {
     /// One endpoint of one Service port. Index 0 is never used; a retired index has the zero address.

@@ -57,6 +57,10 @@ table_type! {
         pub pod_v6: Addr,
         /// Mask of the IPv6 pod range.
         pub pod_v6_mask: Addr,
+        /// The node's primary IPv4 address (Y-10): the source of host sockets towards restricted Services.
+        pub node_v4: Addr,
+        /// The node's primary IPv6 address.
+        pub node_v6: Addr,
         /// Mask of the IPv4 pod range, network order.
         pub pod_v4_mask: u32,
         /// Bits of this module.
@@ -79,6 +83,8 @@ impl Config {
         pod_v4: Addr::ANY_V4,
         pod_v6: Addr::ANY_V6,
         pod_v6_mask: Addr::ANY_V6,
+        node_v4: Addr::ANY_V4,
+        node_v6: Addr::ANY_V6,
         pod_v4_mask: 0,
         flags: 0,
         snat_first: 0,

@@ -197,7 +197,7 @@ mod tests {
                 ("Backend", 32, 4),
                 ("SourceKey", 24, 4),
                 ("Iface", 40, 4),
-                ("Config", 80, 8),
+                ("Config", 112, 8),
                 ("FlowKey", 40, 4),
                 ("Flow", 48, 8),
                 ("FragmentKey", 40, 4),

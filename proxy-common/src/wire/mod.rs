@@ -1,1 +1,42 @@
-//! Skeleton.
+//! Bytes to meaning, and back: headers, checksums, and the few reads and writes that a hook lends.
+
+pub mod answer;
+pub mod checksum;
+mod parse;
+mod rewrite;
+
+pub use parse::{Kind, Packet, parse};
+pub use rewrite::{Edit, End, rewrite};
+
+/// What can be read and written in one go: words, so that a load is a load and not a loop over bytes.
+pub trait Words: Copy {}
+impl Words for u8 {}
+impl Words for u16 {}
+impl Words for u32 {}
+impl<const N: usize> Words for [u32; N] {}
+
+/// The bytes of a packet, as a hook lends them. Offsets count from the first byte of the frame.
+pub trait Frame {
+    /// The value at `off` in memory order, or `None` past the end of what can be read directly.
+    fn load<T: Words>(&self, off: usize) -> Option<T>;
+
+    /// Writes `value` at `off`; false past the end.
+    #[must_use]
+    fn store<T: Words>(&mut self, off: usize, value: T) -> bool;
+
+    /// Mends the transport checksum at `off` after changes whose one's complement differences are `pseudo`
+    /// (in the pseudo header) and `body` (in the segment itself). The frame knows whether the checksum is
+    /// complete or still to be finished by the hardware, in which case it holds the pseudo header only.
+    /// `flags` are bits of [`mend`]. False when it cannot be done.
+    #[must_use]
+    fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool;
+}
+
+/// Flags of [`Frame::mend`].
+pub mod mend {
+    /// UDP over IPv4: zero means "no checksum" and stays; a checksum that becomes zero is sent as 0xffff
+    /// (RFC 768).
+    pub const UDP: u32 = 1;
+    /// IPv6: no IP header checksum balances the change of an address.
+    pub const IPV6: u32 = 2;
+}

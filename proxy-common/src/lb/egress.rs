@@ -1,0 +1,56 @@
+//! Behind the stack: answers get the VIP as source, masqueraded packets get an address of the node.
+
+use super::{
+    FlowTable, Tables, Touch, Verdict, masquerade, recall_fragment, remember_fragment, touch, track,
+};
+use crate::abi::{Hook, Reason};
+use crate::wire::{Edit, End, Kind, Packet};
+
+/// Decides about a packet that leaves the node by the interface `ifindex`.
+#[inline(always)]
+pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &mut Edit) -> Verdict {
+    debug_assert_eq!(packet.key.hook, Hook::EGRESS);
+    edit.end = End::Src;
+    match packet.kind {
+        Kind::Whole | Kind::FirstFragment | Kind::IcmpError => {}
+        Kind::LaterFragment => {
+            if recall_fragment(tables, packet).is_none() {
+                return Verdict::Pass;
+            }
+        }
+        Kind::Other => return Verdict::Pass,
+    }
+    let found = match touch(tables, FlowTable::Established, packet, edit) {
+        Some(found) => found,
+        None => match touch(tables, FlowTable::HalfOpen, packet, edit) {
+            Some(found) => {
+                if found == Touch::Answer && accepts(packet) {
+                    track::promote(tables, &packet.key);
+                }
+                found
+            }
+            None => return Verdict::Pass,
+        },
+    };
+    match found {
+        Touch::Alive | Touch::Answer => {}
+        Touch::Unmasqueraded => {
+            let verdict = masquerade::choose_source(tables, &packet.key, ifindex, edit);
+            if verdict != Verdict::Rewrite {
+                return verdict;
+            }
+        }
+        Touch::Stale => return Verdict::Pass,
+    }
+    if matches!(packet.kind, Kind::IcmpError) {
+        tables.count(Reason::IcmpTranslated);
+    }
+    remember_fragment(tables, packet);
+    Verdict::Rewrite
+}
+
+/// Whether an endpoint's packet answers its client, rather than refusing it: only then is the flow kept.
+#[inline(always)]
+fn accepts(packet: &Packet) -> bool {
+    !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0
+}

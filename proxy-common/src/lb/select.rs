@@ -1,0 +1,212 @@
+//! Which frontend a destination means, which of its endpoints may be used, and which one it is to be.
+
+use super::{Stat, Tables};
+use crate::abi::{
+    Affinity, AffinityKey, Backend, Config, FlowKey, Frontend, FrontendKey, Reason, Run, address, backend,
+    frontend,
+};
+use crate::addr::{Addr, Port, Proto};
+
+/// How often a frontend that is being rewritten is read again.
+const READS: usize = 3;
+
+/// Who sends, as far as traffic policies care (0.2 of the semantics).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Source {
+    /// A pod.
+    Pod,
+    /// This node itself.
+    Host,
+    /// Anybody else.
+    External,
+}
+
+/// A choice.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Choice {
+    /// The frontend.
+    pub(super) frontend: Frontend,
+    /// Index of the backend.
+    pub(super) index: u32,
+    /// The backend.
+    pub(super) backend: Backend,
+}
+
+/// Why nothing was chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Refusal {
+    /// The destination is no Service.
+    NotService,
+    /// A ClusterIP without such a port.
+    UndefinedPort,
+    /// No endpoint anywhere.
+    NoEndpoint(u32),
+    /// Policy Local and no local endpoint.
+    NoLocalEndpoint(u32),
+    /// The tables were rewritten under the reader each time it looked.
+    Torn(Reason),
+}
+
+impl Refusal {
+    /// Counts it; true when the sender is to be told, false when its packet is dropped.
+    #[inline(always)]
+    pub(super) fn count<T: Tables>(self, tables: &T) -> bool {
+        match self {
+            Self::NotService => false,
+            Self::UndefinedPort => {
+                tables.count(Reason::UndefinedPort);
+                true
+            }
+            Self::NoEndpoint(service) => {
+                tables.count(Reason::Refused);
+                tables.count_service(service, Stat::Refused);
+                true
+            }
+            Self::NoLocalEndpoint(service) => {
+                tables.count(Reason::NoLocalEndpoint);
+                tables.count_service(service, Stat::Dropped);
+                false
+            }
+            Self::Torn(reason) => {
+                tables.count(reason);
+                false
+            }
+        }
+    }
+}
+
+/// The frontend for a destination: exact first, then the NodePort if the address accepts them (V-1, V-2).
+#[inline(always)]
+pub(super) fn frontend_for<T: Tables>(
+    tables: &T,
+    addr: &Addr,
+    port: Port,
+    proto: Proto,
+    known: u32,
+) -> Result<Frontend, Refusal> {
+    let mut key = FrontendKey::new(*addr, port, proto);
+    let mut found = tables.frontend(&key);
+    if found.is_none() && known & address::NODE_PORT != 0 {
+        key.addr = addr.wildcard();
+        found = tables.frontend(&key);
+    }
+    for _ in 0..READS {
+        match found {
+            Some(frontend) if frontend.is_sealed_for(&key) => return Ok(frontend),
+            Some(_) => found = tables.frontend(&key),
+            None if known & address::CLUSTER_IP != 0 => return Err(Refusal::UndefinedPort),
+            None => return Err(Refusal::NotService),
+        }
+    }
+    Err(Refusal::Torn(Reason::TornFrontend))
+}
+
+/// The run of slots a source may use (P-9), and the flag its backends carry.
+#[inline(always)]
+pub(super) fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Refusal> {
+    let internal = frontend.flags & frontend::INTERNAL != 0;
+    let local = frontend.flags & frontend::LOCAL != 0 && (internal || matches!(source, Source::External));
+    let (run, flag) =
+        if local { (frontend.local, backend::IN_LOCAL) } else { (frontend.cluster, backend::IN_CLUSTER) };
+    if run.count != 0 {
+        Ok((run, flag))
+    } else if frontend.flags & frontend::ANY != 0 {
+        Err(Refusal::NoLocalEndpoint(frontend.service))
+    } else {
+        Err(Refusal::NoEndpoint(frontend.service))
+    }
+}
+
+/// The backend in the slot that `hash` falls on.
+#[inline(always)]
+pub(super) fn pick<T: Tables>(
+    tables: &T,
+    frontend: &Frontend,
+    run: Run,
+    hash: u32,
+) -> Option<(u32, Backend)> {
+    // A multiplication spreads like a remainder, without a division.
+    let slot = run.first + ((u64::from(hash) * u64::from(run.count)) >> 32) as u32;
+    let index = tables.slot(slot)?;
+    let backend = tables.backend(index)?;
+    (backend.is_live() && backend.service == frontend.service).then_some((index, backend))
+}
+
+/// The backend a client went to before, while it may still be used.
+#[inline(always)]
+pub(super) fn remembered<T: Tables>(
+    tables: &T,
+    frontend: &Frontend,
+    flag: u16,
+    client: Addr,
+) -> Option<(u32, Backend)> {
+    if frontend.flags & frontend::AFFINITY == 0 {
+        return None;
+    }
+    let last = tables.affinity(&AffinityKey { client, service: frontend.service })?;
+    let idle = tables.now().saturating_sub(last.last_seen);
+    if idle > u64::from(frontend.affinity_secs) * 1_000_000_000 {
+        return None;
+    }
+    let backend = tables.backend(last.backend)?;
+    let usable = backend.generation == last.generation
+        && backend.service == frontend.service
+        && backend.is_live()
+        && backend.flags & flag != 0;
+    usable.then_some((last.backend, backend))
+}
+
+/// Remembers where a client goes.
+#[inline(always)]
+pub(super) fn remember<T: Tables>(tables: &T, choice: &Choice, client: Addr) {
+    if choice.frontend.flags & frontend::AFFINITY != 0 {
+        tables.set_affinity(
+            &AffinityKey { client, service: choice.frontend.service },
+            &Affinity {
+                backend: choice.index,
+                generation: choice.backend.generation,
+                last_seen: tables.now(),
+            },
+        );
+    }
+}
+
+/// Who sends from `addr`.
+#[inline(always)]
+pub(super) fn source_of<T: Tables>(tables: &T, config: &Config, addr: &Addr) -> Source {
+    if config.is_pod(addr) {
+        Source::Pod
+    } else if tables.address(addr) & address::NODE != 0 {
+        Source::Host
+    } else {
+        Source::External
+    }
+}
+
+/// A hash of the 5-tuple, the same on every node with the same seed: a flow whose entry was lost finds its
+/// endpoint again while the set is unchanged.
+#[inline(always)]
+pub(super) fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
+    let ports = u32::from(key.sport.0) << 16 | u32::from(key.dport.0);
+    let mut h = seed ^ u32::from(key.proto.0);
+    h = mix(h, key.src.0[0] ^ key.src.0[1].rotate_left(13));
+    h = mix(h, key.src.0[2] ^ key.src.0[3].rotate_left(7));
+    h = mix(h, key.dst.0[0] ^ key.dst.0[1].rotate_left(13));
+    h = mix(h, key.dst.0[2] ^ key.dst.0[3].rotate_left(7));
+    scramble(mix(h, ports))
+}
+
+#[inline(always)]
+fn mix(h: u32, word: u32) -> u32 {
+    (h ^ word).wrapping_mul(0x9e37_79b1).rotate_left(15)
+}
+
+/// Spreads every input bit over the whole word (the finaliser of a 32-bit multiplicative hash).
+#[inline(always)]
+pub(super) fn scramble(mut h: u32) -> u32 {
+    h ^= h >> 16;
+    h = h.wrapping_mul(0x85eb_ca6b);
+    h ^= h >> 13;
+    h = h.wrapping_mul(0xc2b2_ae35);
+    h ^ h >> 16
+}

@@ -1,0 +1,172 @@
+//! The life of a flow: refreshed by its packets, promoted when answered, forgotten when over.
+
+use super::{FlowTable, Inserted, Tables, Touch};
+use crate::abi::{Flow, FlowKey, Hook, Leg, Reason};
+use crate::addr::{Addr, Port, Proto};
+use crate::wire::{Edit, Packet};
+
+/// Refreshes a flow by one of its packets and fills in the edit.
+#[inline(always)]
+pub(super) fn refresh<T: Tables>(
+    tables: &T,
+    table: FlowTable,
+    packet: &Packet,
+    flow: &mut Flow,
+    edit: &mut Edit,
+) -> Touch {
+    if flow.leg == Leg::DNAT {
+        // UDP has no end, and an unanswered SYN has nobody to lose: both follow the Service when their
+        // backend goes (C-4…C-8). An answered TCP flow keeps its endpoint until it ends (P-18), but a new
+        // connection from the same port is a new flow (P-26).
+        let fresh = packet.is_syn();
+        let bound = packet.key.proto == Proto::UDP || matches!(table, FlowTable::HalfOpen) || fresh;
+        if bound && tables.backend(flow.backend).is_none_or(|b| b.generation != flow.generation) {
+            return Touch::Stale;
+        }
+        if fresh && matches!(table, FlowTable::Established) && is_over(tables, &packet.key, flow) {
+            return Touch::Stale;
+        }
+    }
+    flow.last_seen = tables.now();
+    flow.seen |= packet.tcp_flags;
+    edit.addr = flow.addr;
+    edit.port = flow.port;
+    edit.other_port = flow.other_port;
+    match flow.leg {
+        Leg::UNDNAT => Touch::Answer,
+        Leg::SNAT if flow.addr.is_unspecified() => Touch::Unmasqueraded,
+        _ => Touch::Alive,
+    }
+}
+
+/// Whether a TCP flow has ended: a RST from either side, or a FIN from the client (which alone may open the
+/// port again).
+#[inline(always)]
+fn is_over<T: Tables>(tables: &T, key: &FlowKey, dnat: &Flow) -> bool {
+    if dnat.seen & (Packet::RST | Packet::FIN) != 0 {
+        return true;
+    }
+    let reply = undnat_key(key, dnat);
+    tables
+        .with_flow(FlowTable::Established, &reply, |f| f.seen & (Packet::RST | Packet::FIN) != 0)
+        .unwrap_or(true)
+}
+
+/// The egress tuple of the endpoint's answers, from the DNAT leg.
+#[inline(always)]
+pub(super) fn undnat_key(dnat_key: &FlowKey, dnat: &Flow) -> FlowKey {
+    let client_port = if dnat.other_port.0 != 0 { dnat.other_port } else { dnat_key.sport };
+    FlowKey {
+        src: dnat.addr,
+        dst: dnat_key.src,
+        sport: dnat.port,
+        dport: client_port,
+        proto: dnat_key.proto,
+        hook: Hook::EGRESS,
+        pad: 0,
+    }
+}
+
+/// The ingress tuple of the client's packets, from the UNDNAT leg.
+#[inline(always)]
+fn dnat_key(undnat_key: &FlowKey, undnat: &Flow) -> FlowKey {
+    let client_port = if undnat.other_port.0 != 0 { undnat.other_port } else { undnat_key.dport };
+    FlowKey {
+        src: undnat_key.dst,
+        dst: undnat.addr,
+        sport: client_port,
+        dport: undnat.port,
+        proto: undnat_key.proto,
+        hook: Hook::INGRESS,
+        pad: 0,
+    }
+}
+
+/// The ingress tuple of answers to a masqueraded flow, from the SNAT leg's tuple and node address.
+#[inline(always)]
+pub(super) fn unsnat_key(snat_key: &FlowKey, addr: Addr, port: Port) -> FlowKey {
+    FlowKey {
+        src: snat_key.dst,
+        dst: addr,
+        sport: snat_key.dport,
+        dport: port,
+        proto: snat_key.proto,
+        hook: Hook::INGRESS,
+        pad: 0,
+    }
+}
+
+/// Moves an answered flow, whose UNDNAT leg is at `key`, from the half-open to the established table. When
+/// that is full the flow stays where it is and goes on, and can be evicted: counted.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub(super) fn promote<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
+    let Some(undnat) = tables.with_flow(FlowTable::HalfOpen, key, |f| *f) else {
+        return 0;
+    };
+    let snat_key = key.reversed(Hook::EGRESS);
+    let snat = tables.with_flow(FlowTable::HalfOpen, &snat_key, |f| (f.addr, f.port));
+    let first = dnat_key(key, &undnat);
+    let mut whole = carry(tables, &first) && carry(tables, key);
+    if let Some((addr, port)) = snat {
+        whole = whole && carry(tables, &snat_key) && carry(tables, &unsnat_key(&snat_key, addr, port));
+    }
+    let from = if whole {
+        FlowTable::HalfOpen
+    } else {
+        tables.count(Reason::FlowTableFull);
+        FlowTable::Established
+    };
+    tables.delete_flow(from, &first);
+    tables.delete_flow(from, key);
+    if let Some((addr, port)) = snat {
+        tables.delete_flow(from, &snat_key);
+        tables.delete_flow(from, &unsnat_key(&snat_key, addr, port));
+    }
+    u32::from(whole)
+}
+
+/// Copies one leg to the established table. False when it is full; a leg that is gone has nothing to carry.
+#[inline(always)]
+fn carry<T: Tables>(tables: &T, key: &FlowKey) -> bool {
+    match tables.with_flow(FlowTable::HalfOpen, key, |f| *f) {
+        Some(flow) => !matches!(tables.insert_flow(FlowTable::Established, key, &flow, true), Inserted::Full),
+        None => true,
+    }
+}
+
+/// Forgets the flow whose DNAT leg is at `key`, wherever its legs are.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+pub(super) fn forget<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
+    let dnat = tables
+        .with_flow(FlowTable::Established, key, |f| *f)
+        .or_else(|| tables.with_flow(FlowTable::HalfOpen, key, |f| *f));
+    let Some(dnat) = dnat else {
+        return 0;
+    };
+    delete(tables, key);
+    let reply = undnat_key(key, &dnat);
+    // Another flow may have taken the tuple since (C-8): only a leg that leads back here is ours.
+    let ours = |f: &mut Flow| f.addr.same(&key.dst) && f.port == key.dport;
+    let mine = tables
+        .with_flow(FlowTable::Established, &reply, ours)
+        .or_else(|| tables.with_flow(FlowTable::HalfOpen, &reply, ours));
+    if mine != Some(true) {
+        return 0;
+    }
+    delete(tables, &reply);
+    let snat_key = reply.reversed(Hook::EGRESS);
+    let snat = tables
+        .with_flow(FlowTable::Established, &snat_key, |f| (f.addr, f.port))
+        .or_else(|| tables.with_flow(FlowTable::HalfOpen, &snat_key, |f| (f.addr, f.port)));
+    if let Some((addr, port)) = snat {
+        delete(tables, &snat_key);
+        delete(tables, &unsnat_key(&snat_key, addr, port));
+    }
+    1
+}
+
+#[inline(always)]
+fn delete<T: Tables>(tables: &T, key: &FlowKey) {
+    tables.delete_flow(FlowTable::Established, key);
+    tables.delete_flow(FlowTable::HalfOpen, key);
+}

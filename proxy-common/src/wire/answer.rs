@@ -1,0 +1,186 @@
+//! The refusal of a packet, built from the packet: an RST for TCP (RFC 9293 §3.5.2), "port unreachable" for
+//! everything else (RFC 792, RFC 4443 §3.1), which a connected client reads as "connection refused" (P-19).
+
+use super::{Frame, Packet, checksum};
+use crate::addr::Proto;
+
+/// Words of the longest answer behind the link-layer header: IPv6, ICMPv6, and the refused packet's IPv6
+/// header with eight bytes more.
+const MAX_WORDS: usize = 24;
+
+/// An answer, ready to be stored behind the link-layer header.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    /// Headers and body in memory order.
+    pub words: [u32; MAX_WORDS],
+    /// How many of the words count: one of [`Self::SIZES`].
+    pub len: usize,
+}
+
+impl Answer {
+    /// The lengths an answer can have, in words: RST and ICMP over IPv4, then over IPv6.
+    pub const SIZES: [usize; 4] = [10, 14, 15, 24];
+}
+
+/// Builds the answer into `out`. False when the packet must not be answered (an RST, a truncated packet, an
+/// IPv4 packet with options): it is dropped in silence.
+#[inline(always)]
+#[must_use]
+pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
+    let v4 = packet.key.src.is_v4();
+    match (matches!(packet.key.proto, Proto::TCP), v4) {
+        (true, _) if packet.tcp_flags & Packet::RST != 0 => false,
+        (true, _) => reset(frame, packet, v4, out),
+        (false, true) => unreachable_v4(frame, packet, out),
+        (false, false) => unreachable_v6(frame, packet, out),
+    }
+}
+
+#[inline(always)]
+fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Answer) -> bool {
+    let Some(tcp) = frame.load::<[u32; 5]>(packet.l4) else {
+        return false;
+    };
+    let header = u32::from_be(tcp[3]);
+    let ports = tcp[0].rotate_left(16);
+    let words: [u32; 5] = if packet.tcp_flags & Packet::ACK != 0 {
+        // <SEQ=SEG.ACK><CTL=RST>
+        [ports, tcp[2], 0, (5_u32 << 28 | (Packet::RST as u32) << 16).to_be(), 0]
+    } else {
+        // <SEQ=0><ACK=SEG.SEQ+SEG.LEN><CTL=RST,ACK>; SYN and FIN count as one.
+        let syn_fin =
+            u32::from(packet.tcp_flags & Packet::SYN != 0) + u32::from(packet.tcp_flags & Packet::FIN != 0);
+        let Some(total) = payload_end(frame, packet, v4) else {
+            return false;
+        };
+        let data = total.wrapping_sub((packet.l4 as u32) + (header >> 28) * 4);
+        let len = if data > 0xffff { 0 } else { data };
+        let ack = u32::from_be(tcp[1]).wrapping_add(len).wrapping_add(syn_fin);
+        let flags = (Packet::RST | Packet::ACK) as u32;
+        [ports, 0, ack.to_be(), (5_u32 << 28 | flags << 16).to_be(), 0]
+    };
+    let sum = checksum::add(pseudo(packet, Proto::TCP, 20), checksum::sum(&words));
+    let at = if v4 { 5 } else { 10 };
+    if v4 {
+        head_v4(packet, 20, Proto::TCP, out);
+    } else {
+        head_v6(packet, 20, Proto::TCP, out);
+    }
+    let mut n = 0;
+    while n < 5 {
+        out.words[at + n] = words[n];
+        n += 1;
+    }
+    out.words[at + 4] = halves(!checksum::fold(sum), 0);
+    out.len = at + 5;
+    true
+}
+
+/// Two 16-bit fields as a word in memory order.
+#[inline(always)]
+fn halves(first: u16, second: u16) -> u32 {
+    let (a, b) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a[0], a[1], b[0], b[1]])
+}
+
+#[inline(always)]
+fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
+    // Without options the refused packet's header has a fixed size, and so has the answer.
+    if packet.l4 != packet.l3 + 20 {
+        return false;
+    }
+    let Some(original) = frame.load::<[u32; 7]>(packet.l3) else {
+        return false;
+    };
+    // Type 3, code 3.
+    let head = u32::from_ne_bytes([3, 3, 0, 0]);
+    let sum = checksum::add(head, checksum::sum(&original));
+    head_v4(packet, 36, Proto::ICMP, out);
+    out.words[5] = head | halves(0, !checksum::fold(sum));
+    out.words[6] = 0;
+    let mut n = 0;
+    while n < 7 {
+        out.words[7 + n] = original[n];
+        n += 1;
+    }
+    out.len = 14;
+    true
+}
+
+#[inline(always)]
+fn unreachable_v6<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
+    let Some(original) = frame.load::<[u32; 12]>(packet.l3) else {
+        return false;
+    };
+    // Type 1, code 4.
+    let head = u32::from_ne_bytes([1, 4, 0, 0]);
+    let body = checksum::add(head, checksum::sum(&original));
+    let sum = checksum::add(pseudo(packet, Proto::ICMPV6, 56), body);
+    head_v6(packet, 56, Proto::ICMPV6, out);
+    out.words[10] = head | halves(0, !checksum::fold(sum));
+    out.words[11] = 0;
+    let mut n = 0;
+    while n < 12 {
+        out.words[12 + n] = original[n];
+        n += 1;
+    }
+    out.len = 24;
+    true
+}
+
+/// Offset at which the IP packet ends, by its own length field.
+#[inline(always)]
+fn payload_end<F: Frame>(frame: &F, packet: &Packet, v4: bool) -> Option<u32> {
+    if v4 {
+        let len = u16::from_be(frame.load::<u16>(packet.l3 + 2)?);
+        Some(packet.l3 as u32 + u32::from(len))
+    } else {
+        let len = u16::from_be(frame.load::<u16>(packet.l3 + 4)?);
+        Some(packet.l3 as u32 + 40 + u32::from(len))
+    }
+}
+
+/// The pseudo header's sum (RFC 9293 §3.1, RFC 8200 §8.1): the same for both families, since the mapped
+/// prefix of IPv4 is left out and the other fields differ only in their place.
+#[inline(always)]
+fn pseudo(packet: &Packet, proto: Proto, len: u32) -> u32 {
+    let (s, d) = (&packet.key.src.0, &packet.key.dst.0);
+    let mut sum = checksum::add(s[3], d[3]);
+    if !packet.key.src.is_v4() {
+        sum = checksum::add(sum, checksum::add(checksum::add(s[0], s[1]), s[2]));
+        sum = checksum::add(sum, checksum::add(checksum::add(d[0], d[1]), d[2]));
+    }
+    checksum::add(sum, checksum::add(len.to_be(), u32::from(proto.0).to_be()))
+}
+
+/// An IPv4 header from the refused packet's destination to its source, `len` bytes of payload behind it.
+#[inline(always)]
+fn head_v4(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
+    let mut ip = [
+        (0x4500_0000 | (20 + len)).to_be(),
+        // Don't fragment.
+        0x4000_u32.to_be(),
+        u32::from_ne_bytes([64, proto.0, 0, 0]),
+        packet.key.dst.word_v4(),
+        packet.key.src.word_v4(),
+    ];
+    ip[2] |= halves(0, !checksum::fold(checksum::sum(&ip)));
+    let mut n = 0;
+    while n < 5 {
+        out.words[n] = ip[n];
+        n += 1;
+    }
+}
+
+/// An IPv6 header from the refused packet's destination to its source.
+#[inline(always)]
+fn head_v6(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
+    out.words[0] = 0x6000_0000_u32.to_be();
+    out.words[1] = (len << 16 | (proto.0 as u32) << 8 | 64).to_be();
+    let mut n = 0;
+    while n < 4 {
+        out.words[2 + n] = packet.key.dst.0[n];
+        out.words[6 + n] = packet.key.src.0[n];
+        n += 1;
+    }
+}

@@ -1,0 +1,148 @@
+//! An address and its port exchanged in a packet, checksums mended: the one place that writes headers.
+
+use super::{Frame, Kind, Packet, checksum, mend};
+use crate::addr::{Addr, Port, Proto};
+
+/// Which end of the tuple gets a new address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// The source.
+    Src,
+    /// The destination.
+    Dst,
+}
+
+/// A change of one end of a packet's tuple, and perhaps of the other end's port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Edit {
+    /// Which end.
+    pub end: End,
+    /// The new address; of the packet's family.
+    pub addr: Addr,
+    /// The new port.
+    pub port: Port,
+    /// The other end's new port; zero leaves it alone.
+    pub other_port: Port,
+}
+
+impl Edit {
+    /// Changes nothing yet.
+    pub const NONE: Self = Self { end: End::Dst, addr: Addr::ANY_V6, port: Port(0), other_port: Port(0) };
+}
+
+/// Applies `edit` to the packet. False when a write fails: the packet may be half written and must be dropped.
+#[inline(always)]
+#[must_use]
+pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
+    if matches!(packet.kind, Kind::IcmpError) {
+        return rewrite_error(frame, packet, edit);
+    }
+    let old = match edit.end {
+        End::Src => packet.key.src,
+        End::Dst => packet.key.dst,
+    };
+    if !replace_addr(frame, packet.l3, edit.end, &old, &edit.addr) {
+        return false;
+    }
+    if !packet.has_ports() {
+        return true;
+    }
+    let Some(ports) = replace_ports(frame, packet.l4, packet.key.sport, packet.key.dport, edit) else {
+        return false;
+    };
+    let (field, flags) = match packet.key.proto {
+        Proto::TCP => (16, 0),
+        Proto::UDP => (6, mend::UDP),
+        // The CRC of SCTP covers ports but no addresses (RFC 9260 §6.8): frontends whose endpoints have
+        // another port are not given to it.
+        _ => return ports == 0,
+    };
+    let v6 = if old.is_v4() { 0 } else { mend::IPV6 };
+    frame.mend(packet.l4 + field, checksum::addr_diff(&old, &edit.addr), ports, flags | v6)
+}
+
+/// An error travels against the packet it is about, so the end that `edit` names is the other end of the
+/// embedded packet. The outer address goes along when it is that end's own: always at the destination, and
+/// at the source when the error comes from the endpoint itself and not from a router in between (RFC 5508 §4).
+#[inline(always)]
+fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
+    let (inner_end, old) = match edit.end {
+        End::Src => (End::Dst, packet.key.src),
+        End::Dst => (End::Src, packet.key.dst),
+    };
+    let diff = checksum::addr_diff(&old, &edit.addr);
+    // In IPv4 the embedded header's own checksum balances the address in the ICMP checksum.
+    let mut body = if old.is_v4() { 0 } else { diff };
+    if !replace_addr(frame, packet.inner_l3, inner_end, &old, &edit.addr) {
+        return false;
+    }
+    // The embedded packet is the tuple reversed: its source port is the tuple's destination port.
+    let inner = Edit { end: inner_end, ..*edit };
+    let Some(ports) = replace_ports(frame, packet.inner_l4, packet.key.dport, packet.key.sport, &inner)
+    else {
+        return false;
+    };
+    body = checksum::add(body, ports);
+
+    let v4 = old.is_v4();
+    let Some(outer) = load_addr(frame, packet.l3, edit.end, v4) else {
+        return false;
+    };
+    let mut pseudo = 0;
+    if outer.same(&old) {
+        if !replace_addr(frame, packet.l3, edit.end, &old, &edit.addr) {
+            return false;
+        }
+        if !v4 {
+            pseudo = diff;
+        }
+    }
+    frame.mend(packet.l4 + 2, pseudo, body, if v4 { 0 } else { mend::IPV6 })
+}
+
+#[inline(always)]
+fn load_addr<F: Frame>(frame: &F, l3: usize, end: End, v4: bool) -> Option<Addr> {
+    if v4 {
+        frame.load(l3 + if matches!(end, End::Src) { 12 } else { 16 }).map(Addr::v4)
+    } else {
+        frame.load(l3 + if matches!(end, End::Src) { 8 } else { 24 }).map(Addr)
+    }
+}
+
+/// Writes one address of an IP header and, in IPv4, the header's checksum.
+#[inline(always)]
+fn replace_addr<F: Frame>(frame: &mut F, l3: usize, end: End, old: &Addr, new: &Addr) -> bool {
+    if old.is_v4() {
+        let Some(sum) = frame.load::<u16>(l3 + 10) else {
+            return false;
+        };
+        let at = l3 + if matches!(end, End::Src) { 12 } else { 16 };
+        frame.store(l3 + 10, checksum::apply(sum, checksum::addr_diff(old, new)))
+            && frame.store(at, new.word_v4())
+    } else {
+        frame.store(l3 + if matches!(end, End::Src) { 8 } else { 24 }, new.0)
+    }
+}
+
+/// Writes the ports of a transport header; the difference they make, or `None` when a write fails.
+#[inline(always)]
+fn replace_ports<F: Frame>(frame: &mut F, l4: usize, sport: Port, dport: Port, edit: &Edit) -> Option<u32> {
+    let (old, at, other_old, other_at) = match edit.end {
+        End::Src => (sport, l4, dport, l4 + 2),
+        End::Dst => (dport, l4 + 2, sport, l4),
+    };
+    let mut diff = 0;
+    if old != edit.port {
+        if !frame.store(at, edit.port.0) {
+            return None;
+        }
+        diff = checksum::port_diff(old, edit.port);
+    }
+    if edit.other_port.0 != 0 && other_old != edit.other_port {
+        if !frame.store(other_at, edit.other_port.0) {
+            return None;
+        }
+        diff = checksum::add(diff, checksum::port_diff(other_old, edit.other_port));
+    }
+    Some(diff)
+}
