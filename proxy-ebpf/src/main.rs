@@ -1,2 +1,23 @@
+//! The kernel programs: parse, ask `proxy_common::lb`, apply, count. No file here decides anything.
 #![no_std]
 #![no_main]
+// `bpf_map_def`s are placed by attributes that edition 2024 calls unsafe.
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod hook;
+mod maps;
+mod skb;
+mod sock;
+mod tables;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo) -> ! {
+    // Never reached: the build refuses an object that refers to a panic.
+    loop {}
+}
+
+/// "Dual MIT/GPL": some helpers are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,64 @@
+//! One static per map, in the order of the table in `proxy_common::abi`, which says for each who writes it,
+//! who reads it and what happens when it is full.
+
+use aya_ebpf::Global;
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::macros::btf_map;
+use proxy_common::abi::{
+    Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowKey, Fragment, FragmentKey,
+    Frontend, FrontendKey, Iface, Reason, ServiceName, ServiceStats, SocketState, capacity,
+};
+use proxy_common::addr::Addr;
+
+/// Written only by the agent, in low numbers: memory is taken as entries come.
+const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map]
+pub static FRONTENDS: HashMap<FrontendKey, Frontend, { capacity::FRONTENDS }, SPARSE> = HashMap::new();
+#[btf_map]
+pub static SLOTS: Array<u32, { capacity::SLOTS }> = Array::new();
+#[btf_map]
+pub static BACKENDS: Array<Backend, { capacity::BACKENDS }> = Array::new();
+#[btf_map]
+pub static ADDRESSES: HashMap<Addr, u32, { capacity::ADDRESSES }, SPARSE> = HashMap::new();
+#[btf_map]
+pub static SOURCES: LpmTrie<[u32; 5], u32, { capacity::SOURCES }> = LpmTrie::new();
+#[btf_map]
+pub static IFACES: HashMap<u32, Iface, { capacity::IFACES }, SPARSE> = HashMap::new();
+#[btf_map]
+pub static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map]
+pub static SERVICES: HashMap<u32, ServiceName, { capacity::SERVICES }, SPARSE> = HashMap::new();
+#[btf_map]
+pub static AGENT: Array<AgentState, 1> = Array::new();
+#[btf_map]
+pub static COMPLAINTS: Array<Complaint, { capacity::COMPLAINTS }> = Array::new();
+/// Preallocated: a packet must not wait for memory.
+#[btf_map]
+pub static FLOWS: HashMap<FlowKey, Flow, { capacity::FLOWS }> = HashMap::new();
+#[btf_map]
+pub static HALF_OPEN: LruHashMap<FlowKey, Flow, { capacity::HALF_OPEN }> = LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { capacity::FRAGMENTS }> = LruHashMap::new();
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { capacity::AFFINITY }> = LruHashMap::new();
+#[btf_map]
+pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+#[btf_map]
+pub static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
+#[btf_map]
+pub static SERVICE_STATS: PerCpuArray<ServiceStats, { capacity::SERVICES }> = PerCpuArray::new();
+
+/// Bits of `proxy_common::abi::feature`, set by the agent when it loads the object. Frozen, so the verifier
+/// removes what the kernel lacks before it looks at it.
+#[unsafe(no_mangle)]
+pub static FEATURES: Global<u32> = Global::new(0);
+
+// Maps that only user space touches would otherwise be dropped from the object.
+#[used]
+static KEEP_SERVICES: &HashMap<u32, ServiceName, { capacity::SERVICES }, SPARSE> = &SERVICES;
+#[used]
+static KEEP_AGENT: &Array<AgentState, 1> = &AGENT;
+#[used]
+static KEEP_COMPLAINTS: &Array<Complaint, { capacity::COMPLAINTS }> = &COMPLAINTS;

@@ -1,0 +1,177 @@
+//! [`Frame`] over a `__sk_buff`: direct reads and writes, and the one helper that knows whether a transport
+//! checksum is complete or left to the hardware.
+
+use core::mem::size_of;
+
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::helpers::generated::{
+    bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_store_bytes,
+};
+use proxy_common::abi::feature;
+use proxy_common::wire::answer::Answer;
+use proxy_common::wire::{Frame, Words, mend};
+
+use crate::tables::has;
+
+/// `BPF_F_IPV6` (6.16): newer than the bindings.
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// No header that matters lies further out: Ethernet, IPv6 with extensions, ICMPv6, the same embedded.
+const MAX_OFFSET: usize = 1024;
+
+/// What is pulled into the linear part when a packet's headers may lie outside.
+const PULL: u32 = 192;
+
+/// A packet.
+pub struct Skb(pub *mut __sk_buff);
+
+impl Skb {
+    /// Makes the headers directly readable. A failure shows as a short packet later.
+    #[inline(always)]
+    pub fn pull(&self) {
+        let (start, end, len) = (self.data(), self.data_end(), self.len());
+        if start + 74 > end && len as usize > end - start {
+            // SAFETY: the context is the one the program was called with; pointers are derived afresh after.
+            unsafe { bpf_skb_pull_data(self.0, if len < PULL { len } else { PULL }) };
+        }
+    }
+
+    /// Pulls as much as an ICMP error with its embedded packet can need.
+    #[inline(always)]
+    pub fn pull_more(&self) {
+        let (start, end, len) = (self.data(), self.data_end(), self.len());
+        if start + PULL as usize > end && len as usize > end - start {
+            // SAFETY: as above.
+            unsafe { bpf_skb_pull_data(self.0, if len < PULL { len } else { PULL }) };
+        }
+    }
+
+    #[inline(always)]
+    fn data(&self) -> usize {
+        // SAFETY: the context is valid; volatile keeps the compiler from merging the read with another.
+        unsafe { (&raw const (*self.0).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn data_end(&self) -> usize {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).data_end).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn len(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).len).read_volatile() }
+    }
+
+    /// The interface the packet is on.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).ifindex).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn at<T>(&self, off: usize) -> Option<*mut T> {
+        if off > MAX_OFFSET {
+            return None;
+        }
+        let start = self.data();
+        if start + off + size_of::<T>() > self.data_end() { None } else { Some((start + off) as *mut T) }
+    }
+
+    /// Replaces the packet by `answer`, its Ethernet header (if there is one) turned round. False when a
+    /// helper fails.
+    #[inline(always)]
+    pub fn become_answer<const ETHERNET: bool>(&mut self, answer: &Answer) -> bool {
+        let l3: u32 = if ETHERNET { 14 } else { 0 };
+        if ETHERNET {
+            let Some(macs) = self.load::<[u32; 3]>(0) else {
+                return false;
+            };
+            // Destination: three halves; source: three halves; exchanged.
+            let turned = [
+                macs[1] >> 16 | macs[2] << 16,
+                macs[2] >> 16 | macs[0] << 16,
+                macs[0] >> 16 | macs[1] << 16,
+            ];
+            if !self.store(0, turned) {
+                return false;
+            }
+        }
+        let [rst4, icmp4, rst6, icmp6] = Answer::SIZES;
+        // A constant length at each call: the verifier wants to know how much of the stack is read.
+        if answer.len == rst4 {
+            self.resize_and_store(l3, answer, (rst4 * 4) as u32)
+        } else if answer.len == icmp4 {
+            self.resize_and_store(l3, answer, (icmp4 * 4) as u32)
+        } else if answer.len == rst6 {
+            self.resize_and_store(l3, answer, (rst6 * 4) as u32)
+        } else if answer.len == icmp6 {
+            self.resize_and_store(l3, answer, (icmp6 * 4) as u32)
+        } else {
+            false
+        }
+    }
+
+    #[inline(always)]
+    fn resize_and_store(&mut self, l3: u32, answer: &Answer, len: u32) -> bool {
+        // SAFETY: the context is valid, and `len` bytes of `words` are initialised.
+        unsafe {
+            bpf_skb_change_tail(self.0, l3 + len, 0) == 0
+                && bpf_skb_store_bytes(
+                    self.0,
+                    l3,
+                    answer.words.as_ptr().cast(),
+                    len,
+                    BPF_F_RECOMPUTE_CSUM.into(),
+                ) == 0
+        }
+    }
+}
+
+impl Frame for Skb {
+    #[inline(always)]
+    fn load<T: Words>(&self, off: usize) -> Option<T> {
+        // SAFETY: `at` has checked the bounds; words in a packet are aligned as its headers are.
+        self.at::<T>(off).map(|p| unsafe { p.read() })
+    }
+
+    #[inline(always)]
+    fn store<T: Words>(&mut self, off: usize, value: T) -> bool {
+        match self.at::<T>(off) {
+            Some(p) => {
+                // SAFETY: as above.
+                unsafe { p.write(value) };
+                true
+            }
+            None => false,
+        }
+    }
+
+    #[inline(always)]
+    fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool {
+        // A size of zero in the low bits: `to` is a difference.
+        let mut mode = 0;
+        if flags & mend::UDP != 0 {
+            mode |= u64::from(BPF_F_MARK_MANGLED_0);
+        }
+        if pseudo != 0 {
+            let mut mode = mode | u64::from(BPF_F_PSEUDO_HDR);
+            if flags & mend::IPV6 != 0 && has(feature::CSUM_IPV6) {
+                mode |= BPF_F_IPV6;
+            }
+            // SAFETY: the context is valid.
+            if unsafe { bpf_l4_csum_replace(self.0, off as u32, 0, pseudo.into(), mode) } != 0 {
+                return false;
+            }
+        }
+        if body != 0 {
+            // SAFETY: the context is valid.
+            if unsafe { bpf_l4_csum_replace(self.0, off as u32, 0, body.into(), mode) } != 0 {
+                return false;
+            }
+        }
+        true
+    }
+}
