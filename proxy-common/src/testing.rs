@@ -55,8 +55,8 @@ impl MemoryTables {
 }
 
 impl Tables for MemoryTables {
-    fn config(&self) -> Option<Config> {
-        self.config
+    fn config(&self) -> Option<&Config> {
+        self.config.as_ref()
     }
 
     fn now(&self) -> u64 {

@@ -4,6 +4,7 @@
 // `bpf_map_def`s are placed by attributes that edition 2024 calls unsafe.
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod cut;
 mod hook;
 mod maps;
 mod skb;

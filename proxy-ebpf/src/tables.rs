@@ -9,10 +9,11 @@ use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey,
     Iface, Reason, SourceKey, feature,
 };
-use proxy_common::addr::Addr;
-use proxy_common::lb::{FlowTable, Inserted, Stat, Tables};
+use proxy_common::addr::{Addr, Port};
+use proxy_common::lb::{Choice, FlowTable, Inserted, Stat, Tables, Verdict};
+use proxy_common::wire::{Edit, Packet};
 
-use crate::maps;
+use crate::{cut, maps};
 
 /// The maps of the kernel.
 pub struct Kernel;
@@ -27,9 +28,9 @@ pub fn has(bit: u32) -> bool {
 
 impl Tables for Kernel {
     #[inline(always)]
-    fn config(&self) -> Option<Config> {
-        // Read field by field: other CPUs may see a mixture of two settings for one packet, never a torn word.
-        maps::CONFIG.get(0).copied()
+    fn config(&self) -> Option<&Config> {
+        // Rewritten in place: a packet may see a mixture of two settings, never a torn word.
+        maps::CONFIG.get(0)
     }
 
     #[inline(always)]
@@ -163,6 +164,56 @@ impl Tables for Kernel {
                 Stat::Dropped => stats.dropped += 1,
             }
         }
+    }
+
+    #[inline(always)]
+    fn ingress_slow(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict {
+        Verdict::from_number(cut::cut_slow((&raw const *packet).cast_mut(), known, edit))
+    }
+
+    #[inline(always)]
+    fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict {
+        Verdict::from_number(cut::cut_choose((&raw const *packet).cast_mut(), known, attempt, choice))
+    }
+
+    #[inline(always)]
+    fn write_flow(&self, key: &FlowKey, choice: &Choice, client_port: Port, edit: &mut Edit) -> Inserted {
+        Inserted::from_number(cut::cut_write(
+            (&raw const *key).cast_mut(),
+            (&raw const *choice).cast_mut(),
+            client_port.0.into(),
+            edit,
+        ))
+    }
+
+    #[inline(always)]
+    fn revive(&self, key: &FlowKey) -> u32 {
+        cut::cut_revive((&raw const *key).cast_mut())
+    }
+
+    #[inline(always)]
+    fn promote(&self, key: &FlowKey) -> u32 {
+        cut::cut_promote((&raw const *key).cast_mut())
+    }
+
+    #[inline(always)]
+    fn forget(&self, key: &FlowKey) -> u32 {
+        cut::cut_forget((&raw const *key).cast_mut())
+    }
+
+    #[inline(always)]
+    fn recall_fragment(&self, packet: &mut Packet) -> u32 {
+        cut::cut_recall(packet)
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, packet: &Packet) -> u32 {
+        cut::cut_remember((&raw const *packet).cast_mut())
+    }
+
+    #[inline(always)]
+    fn choose_source(&self, key: &FlowKey, ifindex: u32, edit: &mut Edit) -> Verdict {
+        Verdict::from_number(cut::cut_source((&raw const *key).cast_mut(), ifindex, edit))
     }
 }
 

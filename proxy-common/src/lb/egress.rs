@@ -1,8 +1,6 @@
 //! Behind the stack: answers get the VIP as source, masqueraded packets get an address of the node.
 
-use super::{
-    FlowTable, Tables, Touch, Verdict, masquerade, recall_fragment, remember_fragment, touch, track,
-};
+use super::{FlowTable, Tables, Touch, Verdict, touch};
 use crate::abi::{Hook, Reason};
 use crate::wire::{Edit, End, Kind, Packet};
 
@@ -14,7 +12,7 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &m
     match packet.kind {
         Kind::Whole | Kind::FirstFragment | Kind::IcmpError => {}
         Kind::LaterFragment => {
-            if recall_fragment(tables, packet).is_none() {
+            if tables.recall_fragment(packet) == 0 {
                 return Verdict::Pass;
             }
         }
@@ -25,7 +23,7 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &m
         None => match touch(tables, FlowTable::HalfOpen, packet, edit) {
             Some(found) => {
                 if found == Touch::Answer && accepts(packet) {
-                    track::promote(tables, &packet.key);
+                    tables.promote(&packet.key);
                 }
                 found
             }
@@ -35,7 +33,7 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &m
     match found {
         Touch::Alive | Touch::Answer => {}
         Touch::Unmasqueraded => {
-            let verdict = masquerade::choose_source(tables, &packet.key, ifindex, edit);
+            let verdict = tables.choose_source(&packet.key, ifindex, edit);
             if verdict != Verdict::Rewrite {
                 return verdict;
             }
@@ -45,7 +43,9 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &m
     if matches!(packet.kind, Kind::IcmpError) {
         tables.count(Reason::IcmpTranslated);
     }
-    remember_fragment(tables, packet);
+    if matches!(packet.kind, Kind::FirstFragment) {
+        tables.remember_fragment(packet);
+    }
     Verdict::Rewrite
 }
 

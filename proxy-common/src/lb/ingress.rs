@@ -1,7 +1,7 @@
 //! Before the stack: the client's packets get the endpoint as destination, answers to a masqueraded flow
 //! get the client.
 
-use super::{FlowTable, Tables, Touch, Verdict, open, recall_fragment, remember_fragment, touch, track};
+use super::{FlowTable, Tables, Touch, Verdict, open, touch};
 use crate::abi::{Hook, Reason, address};
 use crate::addr::Proto;
 use crate::wire::{Edit, End, Kind, Packet};
@@ -21,7 +21,7 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
             if known == 0 {
                 return Verdict::Pass;
             }
-            if recall_fragment(tables, packet).is_none() {
+            if tables.recall_fragment(packet) == 0 {
                 // A fragment for the node itself is the stack's; one for a VIP would leave untranslated.
                 if known & address::NODE != 0 {
                     return Verdict::Pass;
@@ -32,39 +32,45 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
         }
         Kind::Other => return other(tables, packet),
     }
-    let mut found = touch(tables, FlowTable::Established, packet, edit);
-    let mut known = 0;
-    if found != Some(Touch::Alive) {
-        known = tables.address(&packet.key.dst);
-        if found.is_none() {
-            if known == 0 {
-                return Verdict::Pass;
-            }
-            found = touch(tables, FlowTable::HalfOpen, packet, edit);
-            if matches!(found, Some(Touch::Alive)) && open::revive(tables, &packet.key) == 0 {
-                found = None;
-            }
+    if touch(tables, FlowTable::Established, packet, edit) != Some(Touch::Alive) {
+        // An address that is nobody's is the quick way out for all other traffic.
+        let known = tables.address(&packet.key.dst);
+        if known == 0 {
+            return Verdict::Pass;
+        }
+        let verdict = tables.ingress_slow(packet, known, edit);
+        if verdict != Verdict::Rewrite {
+            return verdict;
         }
     }
-    match found {
-        Some(Touch::Alive | Touch::Answer) => {}
-        Some(Touch::Stale | Touch::Unmasqueraded) => {
-            track::forget(tables, &packet.key);
-            tables.count(Reason::Reselected);
-            let verdict = open::open(tables, packet, known, edit);
-            if verdict != Verdict::Rewrite {
-                return verdict;
-            }
-        }
-        None => {
-            let verdict = open::open(tables, packet, known, edit);
-            if verdict != Verdict::Rewrite {
-                return verdict;
-            }
-        }
+    if matches!(packet.kind, Kind::FirstFragment) {
+        tables.remember_fragment(packet);
     }
-    remember_fragment(tables, packet);
     Verdict::Rewrite
+}
+
+/// A packet to an address of a Service or of the node that belongs to no living established flow.
+#[inline(always)]
+pub fn slow<T: Tables>(tables: &T, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict {
+    let stale = match touch(tables, FlowTable::Established, packet, edit) {
+        Some(Touch::Alive | Touch::Answer) => return Verdict::Rewrite,
+        Some(Touch::Stale | Touch::Unmasqueraded) => true,
+        None => match touch(tables, FlowTable::HalfOpen, packet, edit) {
+            Some(Touch::Alive | Touch::Answer) => {
+                if tables.revive(&packet.key) != 0 {
+                    return Verdict::Rewrite;
+                }
+                true
+            }
+            Some(Touch::Stale | Touch::Unmasqueraded) => true,
+            None => false,
+        },
+    };
+    if stale {
+        tables.forget(&packet.key);
+        tables.count(Reason::Reselected);
+    }
+    open::open(tables, packet, known, edit)
 }
 
 /// An ICMP error about a flow goes where the flow's answers go (D-2).

@@ -1,9 +1,9 @@
 //! When a source must be rewritten, and to what.
 
 use super::{FlowTable, Inserted, Tables, Verdict, select, track};
-use crate::abi::{Config, Flow, FlowKey, Leg, Reason, config, frontend};
+use crate::abi::{Backend, Config, FlowKey, Leg, Reason, config, frontend};
 use crate::addr::{Addr, Port};
-use crate::lb::select::{Choice, Source};
+use crate::lb::select::Source;
 use crate::wire::Edit;
 
 /// Source ports that are tried before a flow is dropped.
@@ -13,12 +13,17 @@ const TRIES: u32 = 16;
 /// that a flow to an endpoint on this node keeps its source, since its answers are certain to pass here;
 /// `--masquerade-local` restores kube-proxy's way.
 #[inline(always)]
-pub(super) fn is_needed(config: &Config, choice: &Choice, client: &Addr, source: Source) -> bool {
-    if choice.backend.addr.same(client) {
+pub(super) fn is_needed(
+    config: &Config,
+    flags: u32,
+    backend: &Backend,
+    client: &Addr,
+    source: Source,
+) -> bool {
+    if backend.addr.same(client) {
         return true;
     }
-    let flags = choice.frontend.flags;
-    let near = choice.backend.is_local() && config.flags & config::MASQUERADE_LOCAL == 0;
+    let near = backend.is_local() && config.flags & config::MASQUERADE_LOCAL == 0;
     if flags & frontend::INTERNAL != 0 {
         if config.flags & config::MASQUERADE_ALL != 0 {
             return true;
@@ -33,12 +38,10 @@ pub(super) fn is_needed(config: &Config, choice: &Choice, client: &Addr, source:
 
 /// Chooses the source of a masqueraded flow at the interface it leaves by, and enters the leg of its
 /// answers. `key` is the egress tuple (client → endpoint).
-#[cfg_attr(target_arch = "bpf", inline(never))]
-pub(super) fn choose_source<T: Tables>(tables: &T, key: &FlowKey, ifindex: u32, edit: &mut Edit) -> Verdict {
-    let (Some(config), Some(snat)) = (tables.config(), tables.with_flow(FlowTable::HalfOpen, key, |f| *f))
-    else {
-        // The half-open flow was evicted between two looks: the client sends again.
-        tables.count(Reason::FlowInsert);
+#[inline(always)]
+pub fn choose_source<T: Tables>(tables: &T, key: &FlowKey, ifindex: u32, edit: &mut Edit) -> Verdict {
+    let Some(config) = tables.config() else {
+        tables.count(Reason::ConfigMissing);
         return Verdict::Drop;
     };
     let addr = match tables.iface(ifindex) {
@@ -50,25 +53,32 @@ pub(super) fn choose_source<T: Tables>(tables: &T, key: &FlowKey, ifindex: u32, 
         tables.count(Reason::NoSourceAddress);
         return Verdict::Drop;
     }
+    let Some(mut leg) = tables.with_flow(FlowTable::HalfOpen, key, |f| *f) else {
+        // Evicted between two looks: the client sends again.
+        tables.count(Reason::FlowInsert);
+        return Verdict::Drop;
+    };
+    leg.addr = key.src;
+    leg.port = key.sport;
+    leg.leg = Leg::UNSNAT;
+    leg.seen = 0;
     let start = select::flow_hash(key, config.seed);
+    let mut back = track::unsnat_key(key, addr, Port(0));
     for n in 0..TRIES {
-        let port = config.snat_port(start.wrapping_add(n.wrapping_mul(7)));
-        if port.0 == 0 {
+        back.dport = config.snat_port(start.wrapping_add(n.wrapping_mul(7)));
+        if back.dport.0 == 0 {
             break;
         }
-        let back = track::unsnat_key(key, addr, port);
         if tables.with_flow(FlowTable::Established, &back, |_| ()).is_some() {
             continue;
         }
-        let leg =
-            Flow { addr: key.src, port: key.sport, other_port: Port(0), leg: Leg::UNSNAT, seen: 0, ..snat };
         match tables.insert_flow(FlowTable::HalfOpen, &back, &leg, false) {
             Inserted::Done => {
-                edit.addr = addr;
-                edit.port = port;
+                edit.addr = back.dst;
+                edit.port = back.dport;
                 let kept = tables.with_flow(FlowTable::HalfOpen, key, |f| {
-                    f.addr = addr;
-                    f.port = port;
+                    f.addr = back.dst;
+                    f.port = back.dport;
                 });
                 if kept.is_some() {
                     return Verdict::Rewrite;

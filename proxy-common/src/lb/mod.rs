@@ -7,17 +7,19 @@
 
 pub mod egress;
 pub mod ingress;
-mod masquerade;
-mod open;
-mod select;
+pub mod masquerade;
+pub mod open;
+pub mod select;
 pub mod socket;
-mod track;
+pub mod track;
+
+pub use select::Choice;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey,
     Iface, Reason, SourceKey,
 };
-use crate::addr::Addr;
+use crate::addr::{Addr, Port};
 use crate::wire::{Edit, Kind, Packet};
 
 /// The two flow tables.
@@ -30,14 +32,27 @@ pub enum FlowTable {
 }
 
 /// What came of inserting a flow.
+#[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Inserted {
     /// It is there now.
-    Done,
+    Done = 0,
     /// It was there already, and only absent keys were asked for.
     Exists,
     /// The table is full or the kernel out of memory.
     Full,
+}
+
+impl Inserted {
+    /// The result with this number; any other number means full.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Done,
+            1 => Self::Exists,
+            _ => Self::Full,
+        }
+    }
 }
 
 /// Which counter of a Service port.
@@ -54,7 +69,7 @@ pub enum Stat {
 /// All that a decision may ask and remember. Implemented over BPF maps and over hash maps.
 pub trait Tables {
     /// The node's settings; `None` before the agent has written them.
-    fn config(&self) -> Option<Config>;
+    fn config(&self) -> Option<&Config>;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC_COARSE`.
     fn now(&self) -> u64;
     /// A random word.
@@ -89,14 +104,83 @@ pub trait Tables {
     fn count(&self, reason: Reason);
     /// Counts for a Service port.
     fn count_service(&self, service: u32, stat: Stat);
+
+    // Cut points. Each is one function of this crate; the kernel overrides it by a call to the same function
+    // as a separately verified one, so that the verifier's work adds up instead of multiplying, and stack
+    // frames stay small.
+
+    /// [`ingress::slow`].
+    fn ingress_slow(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict
+    where
+        Self: Sized,
+    {
+        ingress::slow(self, packet, known, edit)
+    }
+    /// [`open::choose`].
+    fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict
+    where
+        Self: Sized,
+    {
+        open::choose(self, packet, known, attempt, choice)
+    }
+    /// [`open::write_flow`].
+    fn write_flow(&self, key: &FlowKey, choice: &Choice, client_port: Port, edit: &mut Edit) -> Inserted
+    where
+        Self: Sized,
+    {
+        open::write_flow(self, key, choice, client_port, edit)
+    }
+    /// [`open::revive`].
+    fn revive(&self, key: &FlowKey) -> u32
+    where
+        Self: Sized,
+    {
+        open::revive(self, key)
+    }
+    /// [`track::promote`].
+    fn promote(&self, key: &FlowKey) -> u32
+    where
+        Self: Sized,
+    {
+        track::promote(self, key)
+    }
+    /// [`track::forget`].
+    fn forget(&self, key: &FlowKey) -> u32
+    where
+        Self: Sized,
+    {
+        track::forget(self, key)
+    }
+    /// [`recall_fragment`].
+    fn recall_fragment(&self, packet: &mut Packet) -> u32
+    where
+        Self: Sized,
+    {
+        recall_fragment(self, packet)
+    }
+    /// [`remember_fragment`].
+    fn remember_fragment(&self, packet: &Packet) -> u32
+    where
+        Self: Sized,
+    {
+        remember_fragment(self, packet)
+    }
+    /// [`masquerade::choose_source`].
+    fn choose_source(&self, key: &FlowKey, ifindex: u32, edit: &mut Edit) -> Verdict
+    where
+        Self: Sized,
+    {
+        masquerade::choose_source(self, key, ifindex, edit)
+    }
 }
 
 /// What to do with a packet.
+#[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum Verdict {
     /// Not ours: it goes on unchanged.
-    Pass,
+    Pass = 0,
     /// Apply the edit and let it go on.
     Rewrite,
     /// Answer it with a refusal.
@@ -105,22 +189,36 @@ pub enum Verdict {
     Drop,
 }
 
-/// Gives a later fragment the ports that the first one had at this hook. `None` when they are not known.
+impl Verdict {
+    /// The verdict with this number; any other number drops.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Pass,
+            1 => Self::Rewrite,
+            2 => Self::Refuse,
+            _ => Self::Drop,
+        }
+    }
+}
+
+/// Gives a later fragment the ports that the first one had at this hook. Zero when they are not known.
 #[inline(always)]
-fn recall_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> Option<()> {
-    let ports = tables.fragment(&fragment_key(packet))?;
+pub fn recall_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
+    let Some(ports) = tables.fragment(&fragment_key(packet)) else {
+        return 0;
+    };
     packet.key.sport = ports.sport;
     packet.key.dport = ports.dport;
-    Some(())
+    1
 }
 
 /// Remembers the ports of a first fragment that is being translated.
 #[inline(always)]
-fn remember_fragment<T: Tables>(tables: &T, packet: &Packet) {
-    if matches!(packet.kind, Kind::FirstFragment) {
-        let ports = Fragment { sport: packet.key.sport, dport: packet.key.dport };
-        tables.set_fragment(&fragment_key(packet), &ports);
-    }
+pub fn remember_fragment<T: Tables>(tables: &T, packet: &Packet) -> u32 {
+    let ports = Fragment { sport: packet.key.sport, dport: packet.key.dport };
+    tables.set_fragment(&fragment_key(packet), &ports);
+    1
 }
 
 #[inline(always)]

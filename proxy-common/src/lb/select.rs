@@ -21,15 +21,40 @@ pub(super) enum Source {
     External,
 }
 
-/// A choice.
+/// A choice, as it passes between separately verified functions of the kernel programs.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Choice {
-    /// The frontend.
-    pub(super) frontend: Frontend,
+pub struct Choice {
+    /// The endpoint's address.
+    pub(super) addr: Addr,
+    /// Its port.
+    pub(super) port: Port,
+    /// Zero.
+    pub(super) pad: u16,
     /// Index of the backend.
     pub(super) index: u32,
-    /// The backend.
-    pub(super) backend: Backend,
+    /// Its generation.
+    pub(super) generation: u32,
+    /// Id of the Service port.
+    pub(super) service: u32,
+    /// Flags of the frontend.
+    pub(super) flags: u32,
+    /// 1 if the source must be rewritten on the way out.
+    pub(super) masquerade: u32,
+}
+
+impl Choice {
+    /// Nothing chosen.
+    pub const NONE: Self = Self {
+        addr: Addr::ANY_V6,
+        port: Port(0),
+        pad: 0,
+        index: 0,
+        generation: 0,
+        service: 0,
+        flags: 0,
+        masquerade: 0,
+    };
 }
 
 /// Why nothing was chosen.
@@ -156,19 +181,13 @@ pub(super) fn remembered<T: Tables>(
     usable.then_some((last.backend, backend))
 }
 
-/// Remembers where a client goes.
+/// Remembers where a client of a Service with affinity goes.
 #[inline(always)]
-pub(super) fn remember<T: Tables>(tables: &T, choice: &Choice, client: Addr) {
-    if choice.frontend.flags & frontend::AFFINITY != 0 {
-        tables.set_affinity(
-            &AffinityKey { client, service: choice.frontend.service },
-            &Affinity {
-                backend: choice.index,
-                generation: choice.backend.generation,
-                last_seen: tables.now(),
-            },
-        );
-    }
+pub(super) fn remember<T: Tables>(tables: &T, service: u32, index: u32, generation: u32, client: Addr) {
+    tables.set_affinity(
+        &AffinityKey { client, service },
+        &Affinity { backend: index, generation, last_seen: tables.now() },
+    );
 }
 
 /// Who sends from `addr`.

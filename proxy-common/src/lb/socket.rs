@@ -1,7 +1,7 @@
 //! Socket calls instead of packets: the destination is translated once, at `connect`, or at each `sendmsg`
 //! of an unconnected UDP socket; the socket remembers what the process asked for.
 
-use super::select::{self, Choice, Refusal, Source};
+use super::select::{self, Refusal, Source};
 use super::{Stat, Tables};
 use crate::abi::{Config, Reason, SOCKET_ENTRIES, SocketEntry, SocketState, SourceKey, config, frontend};
 use crate::addr::{Addr, Port, Proto};
@@ -51,7 +51,7 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
     let Some(config) = tables.config() else {
         return Answer::Leave;
     };
-    let host = is_host(&config, call);
+    let host = is_host(config, call);
     let wanted = if host { config::SOCKET_HOST } else { config::SOCKET_PODS };
     if config.flags & wanted == 0 {
         return Answer::Leave;
@@ -91,7 +91,9 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
             None => select::pick(tables, &frontend, run, select::scramble(tables.random())),
         };
         if let Some((index, backend)) = chosen {
-            select::remember(tables, &Choice { frontend, index, backend }, client);
+            if flags & frontend::AFFINITY != 0 {
+                select::remember(tables, frontend.service, index, backend.generation, client);
+            }
             tables.count(Reason::SocketChosen);
             tables.count_service(frontend.service, Stat::Chosen);
             return Answer::Use(SocketEntry {

@@ -98,69 +98,81 @@ pub(super) fn unsnat_key(snat_key: &FlowKey, addr: Addr, port: Port) -> FlowKey 
 
 /// Moves an answered flow, whose UNDNAT leg is at `key`, from the half-open to the established table. When
 /// that is full the flow stays where it is and goes on, and can be evicted: counted.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-pub(super) fn promote<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
-    let Some(undnat) = tables.with_flow(FlowTable::HalfOpen, key, |f| *f) else {
-        return 0;
-    };
-    let snat_key = key.reversed(Hook::EGRESS);
-    let snat = tables.with_flow(FlowTable::HalfOpen, &snat_key, |f| (f.addr, f.port));
-    let first = dnat_key(key, &undnat);
-    let mut whole = carry(tables, &first) && carry(tables, key);
-    if let Some((addr, port)) = snat {
-        whole = whole && carry(tables, &snat_key) && carry(tables, &unsnat_key(&snat_key, addr, port));
-    }
-    let from = if whole {
-        FlowTable::HalfOpen
+#[inline(always)]
+pub fn promote<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
+    let whole = each_leg(tables, key, carry);
+    if whole {
+        each_leg(tables, key, |tables, key| {
+            tables.delete_flow(FlowTable::HalfOpen, key);
+            true
+        });
     } else {
         tables.count(Reason::FlowTableFull);
-        FlowTable::Established
-    };
-    tables.delete_flow(from, &first);
-    tables.delete_flow(from, key);
-    if let Some((addr, port)) = snat {
-        tables.delete_flow(from, &snat_key);
-        tables.delete_flow(from, &unsnat_key(&snat_key, addr, port));
+        each_leg(tables, key, |tables, key| {
+            tables.delete_flow(FlowTable::Established, key);
+            true
+        });
     }
     u32::from(whole)
+}
+
+/// Does `f` to every half-open leg of the flow whose UNDNAT leg is at `key`, that one last; false as soon as
+/// `f` says so. One key at a time: the kernel's stack is small.
+#[inline(always)]
+fn each_leg<T: Tables>(tables: &T, key: &FlowKey, f: impl Fn(&T, &FlowKey) -> bool) -> bool {
+    let Some(mut other) = tables.with_flow(FlowTable::HalfOpen, key, |undnat| dnat_key(key, undnat)) else {
+        return false;
+    };
+    if !f(tables, &other) {
+        return false;
+    }
+    other = key.reversed(Hook::EGRESS);
+    let back = tables.with_flow(FlowTable::HalfOpen, &other, |snat| unsnat_key(&other, snat.addr, snat.port));
+    if let Some(back) = back
+        && !(f(tables, &back) && f(tables, &other))
+    {
+        return false;
+    }
+    f(tables, key)
 }
 
 /// Copies one leg to the established table. False when it is full; a leg that is gone has nothing to carry.
 #[inline(always)]
 fn carry<T: Tables>(tables: &T, key: &FlowKey) -> bool {
-    match tables.with_flow(FlowTable::HalfOpen, key, |f| *f) {
-        Some(flow) => !matches!(tables.insert_flow(FlowTable::Established, key, &flow, true), Inserted::Full),
-        None => true,
-    }
+    let full = tables.with_flow(FlowTable::HalfOpen, key, |flow| {
+        matches!(tables.insert_flow(FlowTable::Established, key, flow, true), Inserted::Full)
+    });
+    full != Some(true)
 }
 
 /// Forgets the flow whose DNAT leg is at `key`, wherever its legs are.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-pub(super) fn forget<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
-    let dnat = tables
-        .with_flow(FlowTable::Established, key, |f| *f)
-        .or_else(|| tables.with_flow(FlowTable::HalfOpen, key, |f| *f));
-    let Some(dnat) = dnat else {
+#[inline(always)]
+pub fn forget<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
+    let reply = |dnat: &mut Flow| undnat_key(key, dnat);
+    let found = tables
+        .with_flow(FlowTable::Established, key, reply)
+        .or_else(|| tables.with_flow(FlowTable::HalfOpen, key, reply));
+    let Some(mut other) = found else {
         return 0;
     };
     delete(tables, key);
-    let reply = undnat_key(key, &dnat);
-    // Another flow may have taken the tuple since (C-8): only a leg that leads back here is ours.
+    // Another flow may have taken the tuple since (D-5): only a leg that leads back here is ours.
     let ours = |f: &mut Flow| f.addr.same(&key.dst) && f.port == key.dport;
     let mine = tables
-        .with_flow(FlowTable::Established, &reply, ours)
-        .or_else(|| tables.with_flow(FlowTable::HalfOpen, &reply, ours));
+        .with_flow(FlowTable::Established, &other, ours)
+        .or_else(|| tables.with_flow(FlowTable::HalfOpen, &other, ours));
     if mine != Some(true) {
         return 0;
     }
-    delete(tables, &reply);
-    let snat_key = reply.reversed(Hook::EGRESS);
-    let snat = tables
-        .with_flow(FlowTable::Established, &snat_key, |f| (f.addr, f.port))
-        .or_else(|| tables.with_flow(FlowTable::HalfOpen, &snat_key, |f| (f.addr, f.port)));
-    if let Some((addr, port)) = snat {
-        delete(tables, &snat_key);
-        delete(tables, &unsnat_key(&snat_key, addr, port));
+    delete(tables, &other);
+    other = other.reversed(Hook::EGRESS);
+    let back = |snat: &mut Flow| unsnat_key(&other, snat.addr, snat.port);
+    let back = tables
+        .with_flow(FlowTable::Established, &other, back)
+        .or_else(|| tables.with_flow(FlowTable::HalfOpen, &other, back));
+    if let Some(back) = back {
+        delete(tables, &back);
+        delete(tables, &other);
     }
     1
 }

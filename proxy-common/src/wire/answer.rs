@@ -38,7 +38,7 @@ pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
 
 #[inline(always)]
 fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Answer) -> bool {
-    let Some(tcp) = frame.load::<[u32; 5]>(packet.l4) else {
+    let Some(tcp) = frame.load::<[u32; 5]>(packet.l4.into()) else {
         return false;
     };
     let header = u32::from_be(tcp[3]);
@@ -53,7 +53,7 @@ fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Answer) -> bo
         let Some(total) = payload_end(frame, packet, v4) else {
             return false;
         };
-        let data = total.wrapping_sub((packet.l4 as u32) + (header >> 28) * 4);
+        let data = total.wrapping_sub((u32::from(packet.l4)) + (header >> 28) * 4);
         let len = if data > 0xffff { 0 } else { data };
         let ack = u32::from_be(tcp[1]).wrapping_add(len).wrapping_add(syn_fin);
         let flags = (Packet::RST | Packet::ACK) as u32;
@@ -89,7 +89,7 @@ fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> boo
     if packet.l4 != packet.l3 + 20 {
         return false;
     }
-    let Some(original) = frame.load::<[u32; 7]>(packet.l3) else {
+    let Some(original) = frame.load::<[u32; 7]>(packet.l3.into()) else {
         return false;
     };
     // Type 3, code 3.
@@ -109,7 +109,7 @@ fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> boo
 
 #[inline(always)]
 fn unreachable_v6<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
-    let Some(original) = frame.load::<[u32; 12]>(packet.l3) else {
+    let Some(original) = frame.load::<[u32; 12]>(packet.l3.into()) else {
         return false;
     };
     // Type 1, code 4.
@@ -132,11 +132,11 @@ fn unreachable_v6<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> boo
 #[inline(always)]
 fn payload_end<F: Frame>(frame: &F, packet: &Packet, v4: bool) -> Option<u32> {
     if v4 {
-        let len = u16::from_be(frame.load::<u16>(packet.l3 + 2)?);
-        Some(packet.l3 as u32 + u32::from(len))
+        let len = u16::from_be(frame.load::<u16>(usize::from(packet.l3) + 2)?);
+        Some(u32::from(packet.l3) + u32::from(len))
     } else {
-        let len = u16::from_be(frame.load::<u16>(packet.l3 + 4)?);
-        Some(packet.l3 as u32 + 40 + u32::from(len))
+        let len = u16::from_be(frame.load::<u16>(usize::from(packet.l3) + 4)?);
+        Some(u32::from(packet.l3) + 40 + u32::from(len))
     }
 }
 

@@ -16,6 +16,7 @@ const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
 const MAX_EXTENSIONS: usize = 4;
 
 /// What kind of packet it is, as far as translation cares.
+#[repr(u8)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     /// A whole datagram whose transport header was read.
@@ -31,6 +32,7 @@ pub enum Kind {
 }
 
 /// A parsed packet.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Packet {
     /// The tuple at this hook.
@@ -42,13 +44,15 @@ pub struct Packet {
     /// Type of an ICMP message that is no error; zero otherwise.
     pub icmp_type: u8,
     /// Offset of the IP header.
-    pub l3: usize,
+    pub l3: u16,
     /// Offset of the transport or ICMP header.
-    pub l4: usize,
+    pub l4: u16,
     /// In an ICMP error, the offset of the embedded IP header.
-    pub inner_l3: usize,
+    pub inner_l3: u16,
     /// In an ICMP error, the offset of the embedded transport header.
-    pub inner_l4: usize,
+    pub inner_l4: u16,
+    /// Zero.
+    pub pad: u8,
     /// Identification of a fragmented datagram.
     pub fragment_id: u32,
 }
@@ -76,135 +80,141 @@ impl Packet {
     }
 }
 
-/// Parses the frame; with `ETHERNET` false it begins at the IP header. `None` for what is not IP, or is
-/// cut off or contradicts itself: such frames are nobody's to translate.
+impl Packet {
+    /// Nothing parsed yet, at a hook.
+    #[inline(always)]
+    pub const fn at(hook: Hook) -> Self {
+        Self {
+            key: FlowKey {
+                src: Addr::ANY_V6,
+                dst: Addr::ANY_V6,
+                sport: Port(0),
+                dport: Port(0),
+                proto: Proto(0),
+                hook,
+                pad: 0,
+            },
+            kind: Kind::Whole,
+            tcp_flags: 0,
+            icmp_type: 0,
+            l3: 0,
+            l4: 0,
+            inner_l3: 0,
+            inner_l4: 0,
+            pad: 0,
+            fragment_id: 0,
+        }
+    }
+}
+
+/// Parses the frame into `packet`; with `ETHERNET` false it begins at the IP header. `None` for what is not
+/// IP, or is cut off or contradicts itself: such frames are nobody's to translate.
 #[inline(always)]
-pub fn parse<F: Frame, const ETHERNET: bool>(frame: &F, hook: Hook) -> Option<Packet> {
+pub fn parse<F: Frame, const ETHERNET: bool>(frame: &F, packet: &mut Packet) -> Option<()> {
     if ETHERNET {
+        packet.l3 = EthHdr::LEN as u16;
         match frame.load::<u16>(offset_of!(EthHdr, ether_type))? {
-            ETHERTYPE_IPV4 => parse_v4(frame, EthHdr::LEN, hook),
-            ETHERTYPE_IPV6 => parse_v6(frame, EthHdr::LEN, hook),
+            ETHERTYPE_IPV4 => parse_v4(frame, EthHdr::LEN, packet),
+            ETHERTYPE_IPV6 => parse_v6(frame, EthHdr::LEN, packet),
             _ => None,
         }
     } else {
         // Two bytes and not one: a one-byte read at the very start of a packet confuses old verifiers.
         let first = frame.load::<u16>(0)?.to_ne_bytes()[0];
         match first >> 4 {
-            4 => parse_v4(frame, 0, hook),
-            6 => parse_v6(frame, 0, hook),
+            4 => parse_v4(frame, 0, packet),
+            6 => parse_v6(frame, 0, packet),
             _ => None,
         }
     }
 }
 
 #[inline(always)]
-fn parse_v4<F: Frame>(frame: &F, l3: usize, hook: Hook) -> Option<Packet> {
+fn parse_v4<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     let ip: [u32; 5] = frame.load(l3)?;
-    let [vihl, ..] = ip[0].to_ne_bytes();
+    let vihl = ip[0].to_ne_bytes()[0];
     if vihl >> 4 != 4 || vihl & 0xf < 5 {
         return None;
     }
-    let l4 = l3 + (vihl & 0xf) as usize * 4;
+    let l4 = l3 + usize::from(vihl & 0xf) * 4;
+    packet.l4 = l4 as u16;
+    packet.key.src = Addr::v4(ip[3]);
+    packet.key.dst = Addr::v4(ip[4]);
+    packet.key.proto = proto_v4(&ip);
     // RFC 791 §3.1: identification, then 3 flag bits (the last is "more fragments") and the offset.
     let fragment = u32::from_be(ip[1]);
-    let proto = Proto(ip[2].to_ne_bytes()[offset_of!(Ipv4Hdr, proto) % 4]);
-    let packet = Packet {
-        key: FlowKey {
-            src: Addr::v4(ip[3]),
-            dst: Addr::v4(ip[4]),
-            sport: Port(0),
-            dport: Port(0),
-            proto,
-            hook,
-            pad: 0,
-        },
-        kind: if fragment & 0x1fff != 0 {
-            Kind::LaterFragment
-        } else if fragment & 0x2000 != 0 {
-            Kind::FirstFragment
-        } else {
-            Kind::Whole
-        },
-        tcp_flags: 0,
-        icmp_type: 0,
-        l3,
-        l4,
-        inner_l3: 0,
-        inner_l4: 0,
-        fragment_id: fragment >> 16,
-    };
-    if matches!(proto, Proto::ICMP) && !matches!(packet.kind, Kind::LaterFragment) {
-        return icmp_v4(frame, packet);
+    packet.fragment_id = fragment >> 16;
+    if fragment & 0x1fff != 0 {
+        packet.kind = Kind::LaterFragment;
+        return Some(());
     }
-    transport(frame, packet)
+    if fragment & 0x2000 != 0 {
+        packet.kind = Kind::FirstFragment;
+    }
+    if packet.key.proto == Proto::ICMP { icmp_v4(frame, l4, packet) } else { transport(frame, l4, packet) }
 }
 
 #[inline(always)]
-fn parse_v6<F: Frame>(frame: &F, l3: usize, hook: Hook) -> Option<Packet> {
+fn proto_v4(ip: &[u32; 5]) -> Proto {
+    Proto(ip[2].to_ne_bytes()[offset_of!(Ipv4Hdr, proto) % 4])
+}
+
+#[inline(always)]
+fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     let ip: [u32; 10] = frame.load(l3)?;
     if ip[0].to_ne_bytes()[0] >> 4 != 6 {
         return None;
     }
-    let mut packet = Packet {
-        key: FlowKey {
-            src: Addr([ip[2], ip[3], ip[4], ip[5]]),
-            dst: Addr([ip[6], ip[7], ip[8], ip[9]]),
-            sport: Port(0),
-            dport: Port(0),
-            proto: Proto(0),
-            hook,
-            pad: 0,
-        },
-        kind: Kind::Whole,
-        tcp_flags: 0,
-        icmp_type: 0,
-        l3,
-        l4: 0,
-        inner_l3: 0,
-        inner_l4: 0,
-        fragment_id: 0,
-    };
-    let (proto, l4) = extensions(frame, ip[1].to_ne_bytes()[2], l3 + 40, &mut packet)?;
-    packet.key.proto = proto;
-    packet.l4 = l4;
-    if matches!(proto, Proto::ICMPV6) && !matches!(packet.kind, Kind::LaterFragment) {
-        return icmp_v6(frame, packet);
+    packet.key.src = Addr([ip[2], ip[3], ip[4], ip[5]]);
+    packet.key.dst = Addr([ip[6], ip[7], ip[8], ip[9]]);
+    let next = extensions(frame, ip[1].to_ne_bytes()[2], l3 + 40)?;
+    packet.l4 = next.off as u16;
+    packet.key.proto = Proto(next.proto);
+    packet.kind = next.kind;
+    packet.fragment_id = next.fragment_id;
+    match packet.kind {
+        Kind::LaterFragment => Some(()),
+        _ if packet.key.proto == Proto::ICMPV6 => icmp_v6(frame, next.off, packet),
+        _ => transport(frame, next.off, packet),
     }
-    transport(frame, packet)
 }
 
-/// Walks extension headers (RFC 8200 §4) to the transport header: its protocol and offset.
+/// Where the extension headers end.
+struct Next {
+    proto: u8,
+    off: usize,
+    kind: Kind,
+    fragment_id: u32,
+}
+
+/// Walks extension headers (RFC 8200 §4) to the transport header.
 #[inline(always)]
-fn extensions<F: Frame>(
-    frame: &F,
-    mut next: u8,
-    mut off: usize,
-    packet: &mut Packet,
-) -> Option<(Proto, usize)> {
+fn extensions<F: Frame>(frame: &F, proto: u8, off: usize) -> Option<Next> {
+    let mut next = Next { proto, off, kind: Kind::Whole, fragment_id: 0 };
     for _ in 0..MAX_EXTENSIONS {
-        match next {
+        match next.proto {
             // Hop-by-hop, routing, destination options: length in 8-byte units, the first not counted.
             0 | 43 | 60 => {
-                let head = frame.load::<u16>(off)?.to_ne_bytes();
-                next = head[0];
-                off += (head[1] as usize + 1) * 8;
+                let head = frame.load::<u16>(next.off)?.to_ne_bytes();
+                next.proto = head[0];
+                next.off += (usize::from(head[1]) + 1) * 8;
             }
             // Fragment (RFC 8200 §4.5): 13 bits of offset, 2 reserved, "more fragments", identification.
             44 => {
-                let head: [u32; 2] = frame.load(off)?;
-                next = head[0].to_ne_bytes()[0];
+                let head: [u32; 2] = frame.load(next.off)?;
+                next.proto = head[0].to_ne_bytes()[0];
                 let place = u32::from_be(head[0]) & 0xffff;
-                packet.fragment_id = head[1];
-                off += 8;
+                next.fragment_id = head[1];
+                next.off += 8;
                 if place & 0xfff8 != 0 {
-                    packet.kind = Kind::LaterFragment;
-                    return Some((Proto(next), off));
+                    next.kind = Kind::LaterFragment;
+                    return Some(next);
                 }
                 if place & 1 != 0 {
-                    packet.kind = Kind::FirstFragment;
+                    next.kind = Kind::FirstFragment;
                 }
             }
-            _ => return Some((Proto(next), off)),
+            _ => return Some(next),
         }
     }
     None
@@ -212,27 +222,24 @@ fn extensions<F: Frame>(
 
 /// Ports and TCP flags of a packet that has them; anything else becomes [`Kind::Other`].
 #[inline(always)]
-fn transport<F: Frame>(frame: &F, mut packet: Packet) -> Option<Packet> {
-    if matches!(packet.kind, Kind::LaterFragment) {
-        return Some(packet);
-    }
+fn transport<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
     match packet.key.proto {
         Proto::TCP => {
-            let head: [u32; 5] = frame.load(packet.l4)?;
+            let head: [u32; 5] = frame.load(l4)?;
             (packet.key.sport, packet.key.dport) = ports(head[0]);
             packet.tcp_flags = head[3].to_ne_bytes()[1];
         }
         Proto::UDP => {
-            let head: [u32; 2] = frame.load(packet.l4)?;
+            let head: [u32; 2] = frame.load(l4)?;
             (packet.key.sport, packet.key.dport) = ports(head[0]);
         }
         Proto::SCTP => {
-            let head: [u32; 3] = frame.load(packet.l4)?;
+            let head: [u32; 3] = frame.load(l4)?;
             (packet.key.sport, packet.key.dport) = ports(head[0]);
         }
         _ => packet.kind = Kind::Other,
     }
-    Some(packet)
+    Some(())
 }
 
 #[inline(always)]
@@ -243,62 +250,57 @@ fn ports(word: u32) -> (Port, Port) {
 
 /// Errors are types 3, 4, 5, 11 and 12 (RFC 1122 §3.2.2).
 #[inline(always)]
-fn icmp_v4<F: Frame>(frame: &F, mut packet: Packet) -> Option<Packet> {
-    let head: [u32; 2] = frame.load(packet.l4)?;
-    let kind = head[0].to_ne_bytes()[0];
-    if !matches!(kind, 3 | 4 | 5 | 11 | 12) {
-        packet.kind = Kind::Other;
-        packet.icmp_type = kind;
-        return Some(packet);
+fn icmp_v4<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
+    let head: [u32; 2] = frame.load(l4)?;
+    packet.kind = Kind::Other;
+    packet.icmp_type = head[0].to_ne_bytes()[0];
+    if !matches!(packet.icmp_type, 3 | 4 | 5 | 11 | 12) {
+        return Some(());
     }
-    packet.inner_l3 = packet.l4 + 8;
-    let ip: [u32; 5] = frame.load(packet.inner_l3)?;
+    let inner = l4 + 8;
+    packet.inner_l3 = inner as u16;
+    let ip: [u32; 5] = frame.load(inner)?;
     let vihl = ip[0].to_ne_bytes()[0];
     if vihl >> 4 != 4 || vihl & 0xf < 5 || u32::from_be(ip[1]) & 0x1fff != 0 {
-        packet.kind = Kind::Other;
-        return Some(packet);
+        return Some(());
     }
-    packet.inner_l4 = packet.inner_l3 + (vihl & 0xf) as usize * 4;
-    let proto = Proto(ip[2].to_ne_bytes()[offset_of!(Ipv4Hdr, proto) % 4]);
-    about(frame, packet, Addr::v4(ip[3]), Addr::v4(ip[4]), proto)
+    let inner_l4 = inner + usize::from(vihl & 0xf) * 4;
+    if proto_v4(&ip).has_ports() {
+        packet.key.src = Addr::v4(ip[4]);
+        packet.key.dst = Addr::v4(ip[3]);
+        packet.key.proto = proto_v4(&ip);
+        return about(frame, inner_l4, packet);
+    }
+    Some(())
 }
 
 /// Errors are types below 128 (RFC 4443 §2.1).
 #[inline(always)]
-fn icmp_v6<F: Frame>(frame: &F, mut packet: Packet) -> Option<Packet> {
-    let head: [u32; 2] = frame.load(packet.l4)?;
-    let kind = head[0].to_ne_bytes()[0];
-    if kind >= 128 {
-        packet.kind = Kind::Other;
-        packet.icmp_type = kind;
-        return Some(packet);
+fn icmp_v6<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
+    let head: [u32; 2] = frame.load(l4)?;
+    packet.kind = Kind::Other;
+    packet.icmp_type = head[0].to_ne_bytes()[0];
+    if packet.icmp_type >= 128 {
+        return Some(());
     }
-    packet.inner_l3 = packet.l4 + 8;
-    let ip: [u32; 10] = frame.load(packet.inner_l3)?;
-    let mut inner = packet;
-    inner.kind = Kind::Whole;
-    let (proto, inner_l4) = extensions(frame, ip[1].to_ne_bytes()[2], packet.inner_l3 + 40, &mut inner)?;
-    if matches!(inner.kind, Kind::LaterFragment) {
-        packet.kind = Kind::Other;
-        return Some(packet);
+    let inner = l4 + 8;
+    packet.inner_l3 = inner as u16;
+    let ip: [u32; 10] = frame.load(inner)?;
+    let next = extensions(frame, ip[1].to_ne_bytes()[2], inner + 40)?;
+    if next.kind != Kind::LaterFragment && Proto(next.proto).has_ports() {
+        packet.key.src = Addr([ip[6], ip[7], ip[8], ip[9]]);
+        packet.key.dst = Addr([ip[2], ip[3], ip[4], ip[5]]);
+        packet.key.proto = Proto(next.proto);
+        return about(frame, next.off, packet);
     }
-    packet.inner_l4 = inner_l4;
-    about(frame, packet, Addr([ip[2], ip[3], ip[4], ip[5]]), Addr([ip[6], ip[7], ip[8], ip[9]]), proto)
+    Some(())
 }
 
-/// Makes `packet` an error about the packet `src` → `dst`: the tuple is that packet's, reversed.
+/// Makes the packet an error about an embedded one, whose addresses, reversed, are in the tuple already.
 #[inline(always)]
-fn about<F: Frame>(frame: &F, mut packet: Packet, src: Addr, dst: Addr, proto: Proto) -> Option<Packet> {
-    if !proto.has_ports() {
-        packet.kind = Kind::Other;
-        return Some(packet);
-    }
-    let (sport, dport) = ports(frame.load::<u32>(packet.inner_l4)?);
+fn about<F: Frame>(frame: &F, inner_l4: usize, packet: &mut Packet) -> Option<()> {
+    (packet.key.dport, packet.key.sport) = ports(frame.load::<u32>(inner_l4)?);
+    packet.inner_l4 = inner_l4 as u16;
     packet.kind = Kind::IcmpError;
-    packet.key.src = dst;
-    packet.key.dst = src;
-    packet.key.sport = dport;
-    packet.key.dport = sport;
-    packet.key.proto = proto;
-    Some(packet)
+    Some(())
 }

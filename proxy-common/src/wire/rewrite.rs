@@ -4,6 +4,7 @@ use super::{Frame, Kind, Packet, checksum, mend};
 use crate::addr::{Addr, Port, Proto};
 
 /// Which end of the tuple gets a new address.
+#[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum End {
     /// The source.
@@ -13,6 +14,7 @@ pub enum End {
 }
 
 /// A change of one end of a packet's tuple, and perhaps of the other end's port.
+#[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Edit {
     /// Which end.
@@ -41,13 +43,13 @@ pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
         End::Src => packet.key.src,
         End::Dst => packet.key.dst,
     };
-    if !replace_addr(frame, packet.l3, edit.end, &old, &edit.addr) {
+    if !replace_addr(frame, packet.l3.into(), edit.end, &old, &edit.addr) {
         return false;
     }
     if !packet.has_ports() {
         return true;
     }
-    let Some(ports) = replace_ports(frame, packet.l4, packet.key.sport, packet.key.dport, edit) else {
+    let Some(ports) = replace_ports(frame, packet.l4.into(), packet.key.sport, packet.key.dport, edit) else {
         return false;
     };
     let (field, flags) = match packet.key.proto {
@@ -58,7 +60,7 @@ pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
         _ => return ports == 0,
     };
     let v6 = if old.is_v4() { 0 } else { mend::IPV6 };
-    frame.mend(packet.l4 + field, checksum::addr_diff(&old, &edit.addr), ports, flags | v6)
+    frame.mend(usize::from(packet.l4) + field, checksum::addr_diff(&old, &edit.addr), ports, flags | v6)
 }
 
 /// An error travels against the packet it is about, so the end that `edit` names is the other end of the
@@ -73,31 +75,32 @@ fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool 
     let diff = checksum::addr_diff(&old, &edit.addr);
     // In IPv4 the embedded header's own checksum balances the address in the ICMP checksum.
     let mut body = if old.is_v4() { 0 } else { diff };
-    if !replace_addr(frame, packet.inner_l3, inner_end, &old, &edit.addr) {
+    if !replace_addr(frame, packet.inner_l3.into(), inner_end, &old, &edit.addr) {
         return false;
     }
     // The embedded packet is the tuple reversed: its source port is the tuple's destination port.
     let inner = Edit { end: inner_end, ..*edit };
-    let Some(ports) = replace_ports(frame, packet.inner_l4, packet.key.dport, packet.key.sport, &inner)
+    let Some(ports) =
+        replace_ports(frame, packet.inner_l4.into(), packet.key.dport, packet.key.sport, &inner)
     else {
         return false;
     };
     body = checksum::add(body, ports);
 
     let v4 = old.is_v4();
-    let Some(outer) = load_addr(frame, packet.l3, edit.end, v4) else {
+    let Some(outer) = load_addr(frame, packet.l3.into(), edit.end, v4) else {
         return false;
     };
     let mut pseudo = 0;
     if outer.same(&old) {
-        if !replace_addr(frame, packet.l3, edit.end, &old, &edit.addr) {
+        if !replace_addr(frame, packet.l3.into(), edit.end, &old, &edit.addr) {
             return false;
         }
         if !v4 {
             pseudo = diff;
         }
     }
-    frame.mend(packet.l4 + 2, pseudo, body, if v4 { 0 } else { mend::IPV6 })
+    frame.mend(usize::from(packet.l4) + 2, pseudo, body, if v4 { 0 } else { mend::IPV6 })
 }
 
 #[inline(always)]

@@ -1,6 +1,7 @@
 //! Packet hooks on interfaces.
 
 use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
@@ -42,14 +43,15 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
     skb.pull();
-    let Some(mut packet) = parse::<_, ETHERNET>(&skb, Hook::INGRESS) else {
+    let mut packet = Packet::at(Hook::INGRESS);
+    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
         return NEXT;
-    };
+    }
     let mut edit = Edit::NONE;
     match ingress::ingress(&Kernel, &mut packet, &mut edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, &packet, &edit),
-        Verdict::Refuse => refuse::<ETHERNET>(ctx, &mut skb, &packet),
+        Verdict::Refuse => refuse::<ETHERNET>(&mut skb, &packet),
         Verdict::Drop => DROP,
     }
 }
@@ -58,9 +60,10 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
     skb.pull();
-    let Some(mut packet) = parse::<_, ETHERNET>(&skb, Hook::EGRESS) else {
+    let mut packet = Packet::at(Hook::EGRESS);
+    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
         return NEXT;
-    };
+    }
     let mut edit = Edit::NONE;
     match egress::egress(&Kernel, &mut packet, skb.ifindex(), &mut edit) {
         Verdict::Pass => NEXT,
@@ -85,19 +88,34 @@ fn apply(skb: &mut Skb, packet: &Packet, edit: &Edit) -> i32 {
 
 /// Answers the packet with a refusal, out of the interface it came in by.
 #[inline(always)]
-fn refuse<const ETHERNET: bool>(ctx: &TcContext, skb: &mut Skb, packet: &Packet) -> i32 {
+fn refuse<const ETHERNET: bool>(skb: &mut Skb, packet: &Packet) -> i32 {
+    cut_refuse(skb.0, (&raw const *packet).cast_mut(), ETHERNET.into())
+}
+
+/// A global function: the answer's bytes need a stack frame of their own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_refuse(ctx: *mut __sk_buff, packet: *mut Packet, ethernet: u32) -> i32 {
+    let mut skb = Skb(ctx);
+    // SAFETY: the callers pass a reference.
+    let Some(packet) = (unsafe { packet.as_ref() }) else { return DROP };
     debug!(
-        ctx,
+        TcContext::new(ctx),
         "refused: protocol {} port {} on interface {}",
         packet.key.proto.0,
         packet.key.dport.number(),
         skb.ifindex()
     );
     let mut answer = Answer { words: [0; 24], len: 0 };
-    if !answer::build(skb, packet, &mut answer) {
+    if !answer::build(&skb, packet, &mut answer) {
         return DROP;
     }
-    if !skb.become_answer::<ETHERNET>(&answer) {
+    let answered = if ethernet != 0 {
+        skb.become_answer::<true>(&answer)
+    } else {
+        skb.become_answer::<false>(&answer)
+    };
+    if !answered {
         Kernel.count(Reason::AnswerFailed);
         return DROP;
     }
