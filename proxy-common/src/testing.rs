@@ -2,15 +2,17 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::vec::Vec;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Reason, SourceKey,
+    Hook, Iface, Reason, SourceKey,
 };
-use crate::addr::Addr;
-use crate::lb::{FlowTable, Inserted, Stat, Tables};
-use crate::wire::{Frame, Words, checksum, mend};
+use crate::addr::{Addr, Proto};
+use crate::lb::{FlowTable, Inserted, Stat, Tables, Verdict, egress, ingress};
+use crate::wire::answer::{self, Answer};
+use crate::wire::{Edit, Frame, Packet, Words, checksum, mend, parse, rewrite};
 
 /// [`Tables`] over hash maps.
 #[derive(Default)]
@@ -202,5 +204,197 @@ impl Frame for ByteFrame {
             mended = 0xffff;
         }
         self.store(off, mended)
+    }
+}
+
+/// The one's complement sum of bytes, from scratch (RFC 1071 §3).
+fn sum(bytes: &[u8]) -> u32 {
+    let mut total = 0_u64;
+    for pair in bytes.chunks(2) {
+        total += u64::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+    }
+    while total > 0xffff {
+        total = (total & 0xffff) + (total >> 16);
+    }
+    total as u32
+}
+
+/// The bytes of an address in its own family.
+fn octets(addr: &Addr) -> Vec<u8> {
+    match IpAddr::from(*addr) {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+fn pseudo(src: &Addr, dst: &Addr, proto: Proto, len: usize) -> u32 {
+    let mut bytes = octets(src);
+    bytes.extend(octets(dst));
+    bytes.extend((len as u32).to_be_bytes());
+    bytes.extend([0, 0, 0, proto.0]);
+    sum(&bytes)
+}
+
+/// An IP header with a correct checksum, 64 hops.
+fn ip_header(src: &Addr, dst: &Addr, proto: Proto, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if src.is_v4() {
+        bytes.extend([0x45, 0]);
+        bytes.extend(((20 + len) as u16).to_be_bytes());
+        bytes.extend([0x12, 0x34, 0x40, 0, 64, proto.0, 0, 0]);
+        bytes.extend(octets(src));
+        bytes.extend(octets(dst));
+        let check = !(sum(&bytes) as u16);
+        bytes[10..12].copy_from_slice(&check.to_be_bytes());
+    } else {
+        bytes.extend([0x60, 0, 0, 0]);
+        bytes.extend((len as u16).to_be_bytes());
+        bytes.extend([proto.0, 64]);
+        bytes.extend(octets(src));
+        bytes.extend(octets(dst));
+    }
+    bytes
+}
+
+/// An Ethernet frame with a TCP or UDP packet of the given tuple, checksums from scratch; with `partial` the
+/// transport checksum is left to the hardware.
+pub fn frame(key: &FlowKey, tcp_flags: u8, payload: &[u8], partial: bool) -> ByteFrame {
+    let mut l4 = Vec::new();
+    l4.extend(key.sport.number().to_be_bytes());
+    l4.extend(key.dport.number().to_be_bytes());
+    let at = match key.proto {
+        Proto::TCP => {
+            l4.extend(1000_u32.to_be_bytes());
+            l4.extend(2000_u32.to_be_bytes());
+            l4.extend([0x50, tcp_flags, 0xff, 0xff, 0, 0, 0, 0]);
+            16
+        }
+        _ => {
+            l4.extend(((8 + payload.len()) as u16).to_be_bytes());
+            l4.extend([0, 0]);
+            6
+        }
+    };
+    l4.extend(payload);
+    let pseudo = pseudo(&key.src, &key.dst, key.proto, l4.len());
+    let check = if partial { pseudo as u16 } else { !(checksum::fold(pseudo + sum(&l4))) };
+    l4[at..at + 2].copy_from_slice(&check.to_be_bytes());
+    let mut bytes = ethernet(&key.src);
+    bytes.extend(ip_header(&key.src, &key.dst, key.proto, l4.len()));
+    bytes.extend(l4);
+    ByteFrame { bytes, partial }
+}
+
+fn ethernet(of_family: &Addr) -> Vec<u8> {
+    let mut bytes = Vec::from([2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2]);
+    bytes.extend(if of_family.is_v4() { [0x08, 0x00] } else { [0x86, 0xdd] });
+    bytes
+}
+
+/// An Ethernet frame with an ICMP error from `from` to `to` about the packet in `about`: "fragmentation
+/// needed" or "packet too big", with an MTU of 1400.
+pub fn icmp_error(from: Addr, to: Addr, about: &ByteFrame) -> ByteFrame {
+    let inner = &about.bytes[14..about.bytes.len().min(14 + 48)];
+    let (proto, mut l4) = if from.is_v4() {
+        (Proto::ICMP, Vec::from([3, 4, 0, 0, 0, 0, 0x05, 0x78]))
+    } else {
+        (Proto::ICMPV6, Vec::from([2, 0, 0, 0, 0, 0, 0x05, 0x78]))
+    };
+    l4.extend(inner);
+    let mut total = sum(&l4);
+    if !from.is_v4() {
+        total += pseudo(&from, &to, proto, l4.len());
+    }
+    let check = !(checksum::fold(total));
+    l4[2..4].copy_from_slice(&check.to_be_bytes());
+    let mut bytes = ethernet(&from);
+    bytes.extend(ip_header(&from, &to, proto, l4.len()));
+    bytes.extend(l4);
+    ByteFrame { bytes, partial: false }
+}
+
+/// Checks every checksum of a frame from scratch; says what is wrong.
+pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
+    let mut packet = Packet::at(Hook::INGRESS);
+    parse::<_, true>(frame, &mut packet).ok_or("does not parse")?;
+    let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
+    let (src, dst, proto, end) = if frame.bytes[l3] >> 4 == 4 {
+        if sum(&frame.bytes[l3..l4]) != 0xffff {
+            return Err("IP header checksum");
+        }
+        let len = u16::from_be_bytes([frame.bytes[l3 + 2], frame.bytes[l3 + 3]]);
+        let word = |at: usize| Addr::v4(frame.load::<u32>(at).unwrap_or(0));
+        (word(l3 + 12), word(l3 + 16), Proto(frame.bytes[l3 + 9]), l3 + usize::from(len))
+    } else {
+        let len = u16::from_be_bytes([frame.bytes[l3 + 4], frame.bytes[l3 + 5]]);
+        let words = |at: usize| Addr(frame.load::<[u32; 4]>(at).unwrap_or([0; 4]));
+        (words(l3 + 8), words(l3 + 24), Proto(frame.bytes[l3 + 6]), l3 + 40 + usize::from(len))
+    };
+    let body = frame.bytes.get(l4..end).ok_or("shorter than its length field")?;
+    let pseudo = pseudo(&src, &dst, proto, body.len());
+    let at = match proto {
+        Proto::TCP => 16,
+        Proto::UDP => 6,
+        _ => 2,
+    };
+    let field = u32::from(u16::from_be_bytes([body[at], body[at + 1]]));
+    let right = match proto {
+        Proto::UDP if field == 0 => src.is_v4(),
+        Proto::ICMP => sum(body) == 0xffff,
+        _ if frame.partial => field == pseudo,
+        _ => checksum::fold(sum(body) + pseudo) == 0xffff,
+    };
+    if right { Ok(()) } else { Err("transport checksum") }
+}
+
+/// The tuple of a frame.
+pub fn tuple(frame: &ByteFrame, hook: Hook) -> Option<Packet> {
+    let mut packet = Packet::at(hook);
+    parse::<_, true>(frame, &mut packet)?;
+    Some(packet)
+}
+
+/// What became of a frame at a hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Went on unchanged.
+    Passed,
+    /// Went on changed.
+    Rewritten(ByteFrame),
+    /// Was answered.
+    Refused(ByteFrame),
+    /// Was discarded.
+    Dropped,
+}
+
+/// Runs a frame through the decision of a hook and applies it, as the kernel programs do.
+pub fn run(tables: &MemoryTables, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
+    let Some(mut packet) = tuple(frame, hook) else {
+        return Outcome::Passed;
+    };
+    let mut edit = Edit::NONE;
+    let verdict = if hook == Hook::INGRESS {
+        ingress::ingress(tables, &mut packet, &mut edit)
+    } else {
+        egress::egress(tables, &mut packet, ifindex, &mut edit)
+    };
+    match verdict {
+        Verdict::Pass => Outcome::Passed,
+        Verdict::Rewrite => {
+            let mut out = frame.clone();
+            if rewrite(&mut out, &packet, &edit) { Outcome::Rewritten(out) } else { Outcome::Dropped }
+        }
+        Verdict::Refuse if hook == Hook::INGRESS => {
+            let mut answer = Answer { words: [0; 24], len: 0 };
+            if !answer::build(frame, &packet, &mut answer) {
+                return Outcome::Dropped;
+            }
+            let mut bytes: Vec<u8> = frame.bytes[6..12].to_vec();
+            bytes.extend(&frame.bytes[..6]);
+            bytes.extend(&frame.bytes[12..14]);
+            bytes.extend(answer.words.iter().take(answer.len).flat_map(|w| w.to_ne_bytes()));
+            Outcome::Refused(ByteFrame { bytes, partial: false })
+        }
+        Verdict::Refuse | Verdict::Drop => Outcome::Dropped,
     }
 }

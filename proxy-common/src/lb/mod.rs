@@ -13,6 +13,9 @@ pub mod select;
 pub mod socket;
 pub mod track;
 
+#[cfg(test)]
+mod tests;
+
 pub use select::Choice;
 
 use crate::abi::{
