@@ -1,1 +1,66 @@
-fn main() {}
+//! `cargo xtask`: the one command surface for people who build, try and test this project.
+//!
+//! CI calls nothing else. Each command lives in the module of its name; [`cmd`] runs processes,
+//! [`workspace`] knows where things are, [`toolchain`] finds (and pins) what compiles for the kernel.
+#![expect(clippy::print_stdout, reason = "this binary talks to a terminal")]
+
+mod bpf_object;
+mod build;
+mod build_ebpf;
+mod check;
+mod cmd;
+mod image;
+mod invariants;
+mod kind;
+mod scenario;
+mod setup;
+mod test;
+mod toolchain;
+mod workspace;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Build, try and test the eBPF service proxy.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make this machine ready: the BPF toolchain and the tools that the tests use. Start here.
+    Setup(setup::Args),
+    /// Compile the kernel programs to `target/bpf/proxy-ebpf`.
+    BuildEbpf,
+    /// Compile the kernel programs and the agent that embeds them (release).
+    Build(build::Args),
+    /// Show the proxy at work in a cluster made of network namespaces (root).
+    Demo(scenario::Args),
+    /// Run the tests, all levels or those named.
+    Test(test::Args),
+    /// Measure (root). `--json FILE` also writes every figure to a file.
+    Bench(scenario::Args),
+    /// What CI demands besides the tests: format, lints, docs, licences, invariants.
+    Check,
+    /// Write a container image (OCI layout and docker archive in one tar file).
+    Image(image::Args),
+    /// Create a kind cluster without kube-proxy and install the proxy in it.
+    Kind(kind::Args),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::BuildEbpf => build_ebpf::run(),
+        Command::Build(args) => build::run(&args),
+        Command::Demo(args) => scenario::run("demo", &args),
+        Command::Test(args) => test::run(&args),
+        Command::Bench(args) => scenario::run("bench", &args),
+        Command::Check => check::run(),
+        Command::Image(args) => image::run(&args),
+        Command::Kind(args) => kind::run(&args),
+    }
+}

@@ -1,0 +1,59 @@
+//! Compiles `proxy-ebpf`, looks at what came out, and puts it where the agent's build script finds it.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context as _, Result};
+
+use crate::{bpf_object, cmd, toolchain::Toolchain, workspace};
+
+/// `cargo xtask build-ebpf`
+pub(crate) fn run() -> Result<()> {
+    let toolchain = Toolchain::find()?;
+    let target_dir = workspace::bpf_dir().join("build");
+    println!(
+        "kernel programs: rustc {} ({}), bpf-linker {} ({})",
+        toolchain.rustc.version,
+        toolchain.rustc.path.display(),
+        toolchain.linker.version,
+        toolchain.linker.path.display()
+    );
+    cmd::quiet(&mut toolchain.cargo("build", &target_dir, &[]))?;
+
+    let built = target_dir.join(crate::toolchain::TARGET).join("release/proxy-ebpf");
+    let elf =
+        fs::read(&built).with_context(|| format!("no compiled kernel programs at {}", built.display()))?;
+    for function in bpf_object::functions(&elf).with_context(|| format!("refused {}", built.display()))? {
+        println!("  {function}");
+    }
+    let object = workspace::bpf_object();
+    let news = if replace(&object, &elf)? { "written" } else { "unchanged" };
+    println!("{}: {} bytes, {news}", object.display(), elf.len());
+    Ok(())
+}
+
+/// Writes the file in one step, and only if it differs: an untouched file spares a rebuild of the agent.
+fn replace(file: &Path, contents: &[u8]) -> Result<bool> {
+    if fs::read(file).is_ok_and(|old| old == contents) {
+        return Ok(false);
+    }
+    let new = file.with_extension("new");
+    fs::write(&new, contents).with_context(|| format!("could not write {}", new.display()))?;
+    fs::rename(&new, file).with_context(|| format!("could not replace {}", file.display()))?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unchanged_object_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("object");
+        assert!(replace(&file, b"one").unwrap());
+        assert!(!replace(&file, b"one").unwrap());
+        assert!(replace(&file, b"two").unwrap());
+        assert_eq!(fs::read(&file).unwrap(), b"two");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,105 @@
+//! What CI demands besides the tests. Runs everything, then says what failed.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cmd, invariants, setup, toolchain::Toolchain, workspace};
+
+/// `cargo xtask check`
+pub(crate) fn run() -> Result<()> {
+    let checks: [(&str, fn() -> Result<()>); 6] = [
+        ("format", format),
+        ("invariants", invariants::check),
+        ("lints", lints),
+        ("lints of the kernel programs", kernel_lints),
+        ("docs", docs),
+        ("licences, bans, sources, advisories", deny),
+    ];
+    let mut failed = Vec::new();
+    for (name, check) in checks {
+        println!("\n=== {name}");
+        if let Err(error) = check() {
+            println!("{error:#}");
+            failed.push(name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join("; "));
+    }
+    println!("\nall checks passed");
+    Ok(())
+}
+
+/// The two workspaces: ours and that of the kernel programs.
+fn workspaces() -> [PathBuf; 2] {
+    [workspace::root(), workspace::root().join("proxy-ebpf")]
+}
+
+fn format() -> Result<()> {
+    require_component("fmt", "rustfmt")?;
+    for workspace in workspaces() {
+        cmd::run(cmd::cargo().current_dir(workspace).args(["fmt", "--all", "--", "--check"]))?;
+    }
+    Ok(())
+}
+
+fn lints() -> Result<()> {
+    require_component("clippy", "clippy")?;
+    let mut clippy = cmd::cargo();
+    clippy.current_dir(workspace::root());
+    clippy.args(["clippy", "--workspace", "--all-targets", "--all-features", "--", "-Dwarnings"]);
+    cmd::run(&mut clippy)
+}
+
+/// Clippy where the BPF toolchain has it; else the compiler's own warnings.
+fn kernel_lints() -> Result<()> {
+    let toolchain = Toolchain::find()?;
+    let subcommand = if toolchain.rustc.has_clippy() { "clippy" } else { "check" };
+    println!(
+        "cargo {subcommand} with rustc {} ({})",
+        toolchain.rustc.version,
+        toolchain.rustc.path.display()
+    );
+    // Another folder than the build's: the flags differ, and each would throw away the other's work.
+    cmd::quiet(&mut toolchain.cargo(subcommand, &workspace::bpf_dir().join("check"), &["-Dwarnings"]))
+}
+
+fn docs() -> Result<()> {
+    let mut doc = cmd::cargo();
+    doc.current_dir(workspace::root())
+        .args(["doc", "--workspace", "--no-deps"])
+        .env("RUSTDOCFLAGS", "-Dwarnings");
+    cmd::run(&mut doc)
+}
+
+fn deny() -> Result<()> {
+    let path = setup::cargo_deny().context("no cargo-deny; run: cargo xtask setup")?;
+    let config = workspace::root().join("deny.toml");
+    for workspace in workspaces() {
+        let deny = |args: &[&str]| {
+            let mut command = cmd::with(&path, ["--manifest-path"]);
+            command.arg(workspace.join("Cargo.toml")).arg("--config").arg(&config).args(args);
+            command
+        };
+        cmd::run(&mut deny(&["check", "licenses", "bans", "sources"]))?;
+        // The database is a git repository elsewhere: not being able to fetch it says nothing about us.
+        if let Err(error) = cmd::output(&mut deny(&["fetch", "db"])) {
+            let why = error.to_string();
+            println!(
+                "advisories NOT checked, the database could not be fetched: {}",
+                why.lines().last().unwrap_or("")
+            );
+            continue;
+        }
+        cmd::run(&mut deny(&["check", "advisories"]))?;
+    }
+    Ok(())
+}
+
+fn require_component(subcommand: &str, component: &str) -> Result<()> {
+    if cmd::output(cmd::cargo().args([subcommand, "--version"])).is_err() {
+        bail!("no cargo {subcommand}; run: rustup component add {component}");
+    }
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! `demo` and `bench`: compiles everything for release, then runs the program of that name in `proxy-tests`.
+
+use anyhow::{Result, bail};
+
+use crate::{
+    build_ebpf, cmd,
+    workspace::{self, Metadata},
+};
+
+/// Handed to the program as it stands; `--help` there tells what it takes.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Arguments for the program.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    rest: Vec<String>,
+}
+
+/// `cargo xtask demo`, `cargo xtask bench`
+pub(crate) fn run(program: &str, args: &Args) -> Result<()> {
+    let metadata = Metadata::read()?;
+    if !metadata.package("proxy-tests")?.has("bin", program) {
+        bail!("package proxy-tests has no program `{program}`");
+    }
+    cmd::require_root(
+        &format!("`{program}` makes network namespaces and loads kernel programs; it"),
+        &format!("cargo xtask {program}"),
+    )?;
+    build_ebpf::run()?;
+    cmd::run(cmd::cargo().current_dir(workspace::root()).args([
+        "build",
+        "--release",
+        "--bins",
+        "-p",
+        "proxy-agent",
+        "-p",
+        "proxy-tests",
+    ]))?;
+    // From the caller's directory: `--json FILE` means a file there.
+    cmd::run(&mut cmd::with(metadata.target_directory.join("release").join(program), &args.rest))
+}

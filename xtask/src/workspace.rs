@@ -1,0 +1,99 @@
+//! Where things are, and what cargo knows of the workspace.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::Deserialize;
+
+use crate::cmd;
+
+/// The folder that holds the workspace's `Cargo.toml`.
+pub(crate) fn root() -> PathBuf {
+    // Cargo sets the variable when it runs us; the compiled-in path serves a binary that was started by hand.
+    let manifest_dir = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    manifest_dir.parent().map_or_else(|| manifest_dir.clone(), Path::to_path_buf)
+}
+
+/// Everything that has to do with BPF: the object, and the folder it is compiled in. Always in the workspace's
+/// own `target`, where the agent's build script looks, even when `CARGO_TARGET_DIR` points elsewhere.
+pub(crate) fn bpf_dir() -> PathBuf {
+    root().join("target/bpf")
+}
+
+/// The compiled kernel programs.
+pub(crate) fn bpf_object() -> PathBuf {
+    bpf_dir().join("proxy-ebpf")
+}
+
+/// Tools that `setup` compiles. Inside `target`: nothing outside the checkout changes, a CI cache of `target`
+/// holds them too, and `cargo clean` is a full undo.
+pub(crate) fn tools_dir() -> PathBuf {
+    root().join("target/tools")
+}
+
+/// Where `cargo install --root` put the tools' executables.
+pub(crate) fn tools_bin() -> PathBuf {
+    tools_dir().join("bin")
+}
+
+/// The part of `cargo metadata` that we use.
+#[derive(Deserialize)]
+pub(crate) struct Metadata {
+    pub(crate) target_directory: PathBuf,
+    packages: Vec<Package>,
+}
+
+/// One package of the workspace.
+#[derive(Deserialize)]
+pub(crate) struct Package {
+    name: String,
+    pub(crate) version: String,
+    pub(crate) features: serde_json::Map<String, serde_json::Value>,
+    targets: Vec<Target>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+impl Metadata {
+    /// Asks cargo.
+    pub(crate) fn read() -> Result<Self> {
+        let mut command = cmd::cargo();
+        command.args(["metadata", "--no-deps", "--format-version=1"]).current_dir(root());
+        serde_json::from_str(&cmd::output(&mut command)?)
+            .context("could not read what `cargo metadata` printed")
+    }
+
+    /// A package of the workspace by name.
+    pub(crate) fn package(&self, name: &str) -> Result<&Package> {
+        self.packages
+            .iter()
+            .find(|package| package.name == name)
+            .with_context(|| format!("the workspace has no package `{name}`"))
+    }
+}
+
+impl Package {
+    /// Whether the package has a target of this kind (`bin`, `lib`, `test`) and name.
+    pub(crate) fn has(&self, kind: &str, name: &str) -> bool {
+        self.targets.iter().any(|target| target.name == name && target.kind.iter().any(|k| k == kind))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_tells_what_the_workspace_holds() {
+        let metadata = Metadata::read().unwrap();
+        assert!(metadata.package("xtask").unwrap().has("bin", "xtask"));
+        assert!(!metadata.package("xtask").unwrap().has("test", "xtask"));
+        assert!(metadata.package("absent").is_err());
+        assert!(root().join("proxy-common/Cargo.toml").is_file());
+    }
+}

@@ -1,0 +1,314 @@
+//! The manifests under `deploy/` say what the Kubernetes API understands, and agree with each other.
+//!
+//! Parsing alone would not notice a misspelt field: every document is also written back from its type and must
+//! come out whole.
+#![cfg(test)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{ConfigMap, Endpoints, Service, ServiceAccount, ServicePort},
+    discovery::v1::EndpointSlice,
+    rbac::v1::{ClusterRole, ClusterRoleBinding, PolicyRule},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+/// The namespaced name of an object.
+type Name = (String, String);
+
+/// What a directory of examples holds, by kind.
+#[derive(Default)]
+struct Examples {
+    services: Vec<Service>,
+    slices: Vec<EndpointSlice>,
+    endpoints: Vec<Endpoints>,
+}
+
+fn deploy() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("deploy")
+}
+
+/// Example files whose names end like this, sorted.
+fn files(ending: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(deploy().join("examples")).unwrap();
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.to_string_lossy().ends_with(ending));
+    files.sort();
+    files
+}
+
+fn documents(file: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(file).unwrap();
+    serde_saphyr::from_multiple(&text).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+}
+
+/// Reads a document as its type, and fails if the type drops or changes anything of it.
+fn typed<T: DeserializeOwned + Serialize>(document: &Value) -> T {
+    let object: T =
+        serde_json::from_value(document.clone()).unwrap_or_else(|error| panic!("{error} in {document:#}"));
+    let again = serde_json::to_value(&object).unwrap();
+    assert_within(document, &again, "");
+    object
+}
+
+fn assert_within(written: &Value, understood: &Value, path: &str) {
+    match (written, understood) {
+        (Value::Object(written), Value::Object(understood)) => {
+            for (key, value) in written {
+                let path = format!("{path}.{key}");
+                let there = understood.get(key).unwrap_or_else(|| panic!("the API has no field {path}"));
+                assert_within(value, there, &path);
+            }
+        }
+        (Value::Array(written), Value::Array(understood)) => {
+            assert_eq!(written.len(), understood.len(), "{path}");
+            for (index, (value, there)) in written.iter().zip(understood).enumerate() {
+                assert_within(value, there, &format!("{path}[{index}]"));
+            }
+        }
+        _ => assert_eq!(written, understood, "{path}"),
+    }
+}
+
+fn examples(files: &[PathBuf]) -> Examples {
+    let mut examples = Examples::default();
+    for file in files {
+        for document in documents(file) {
+            match document["kind"].as_str() {
+                Some("Service") => examples.services.push(typed(&document)),
+                Some("EndpointSlice") => examples.slices.push(typed(&document)),
+                Some("Endpoints") => examples.endpoints.push(typed(&document)),
+                other => panic!("{}: unexpected kind {other:?}", file.display()),
+            }
+        }
+    }
+    examples
+}
+
+fn name(metadata: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> Name {
+    (metadata.namespace.clone().expect("a namespace"), metadata.name.clone().expect("a name"))
+}
+
+fn ports(service: &Service) -> &[ServicePort] {
+    service.spec.as_ref().unwrap().ports.as_deref().unwrap_or_default()
+}
+
+/// A port's name and protocol: how endpoints' ports are matched with a Service's.
+fn port_names(service: &Service) -> BTreeSet<(String, String)> {
+    let protocol = |port: &ServicePort| port.protocol.clone().unwrap_or_else(|| "TCP".to_owned());
+    ports(service).iter().map(|port| (port.name.clone().unwrap_or_default(), protocol(port))).collect()
+}
+
+/// What must be true of a directory that an agent reads.
+fn check(examples: &Examples) {
+    let mut services = BTreeMap::new();
+    let (mut addresses, mut node_ports) = (BTreeSet::new(), BTreeSet::new());
+    for service in &examples.services {
+        assert!(
+            services.insert(name(&service.metadata), service).is_none(),
+            "twice: {:?}",
+            service.metadata.name
+        );
+        let spec = service.spec.as_ref().unwrap();
+        let ips = spec.cluster_ips.clone().unwrap_or_default();
+        assert_eq!(spec.cluster_ip.as_ref(), ips.first(), "{:?}", service.metadata.name);
+        for ip in ips.iter().filter(|ip| *ip != "None") {
+            ip.parse::<IpAddr>().unwrap();
+            assert!(addresses.insert(ip.clone()), "two Services with {ip}");
+        }
+        let of_services = ports(service).iter().filter_map(|port| port.node_port);
+        for port in of_services.chain(spec.health_check_node_port) {
+            assert!((30000..32768).contains(&port), "{port} is no NodePort");
+            assert!(node_ports.insert(port), "NodePort {port} twice");
+        }
+    }
+    for slice in &examples.slices {
+        let (namespace, own) = name(&slice.metadata);
+        let label = &slice.metadata.labels.as_ref().unwrap()["kubernetes.io/service-name"];
+        let service =
+            services.get(&(namespace, label.clone())).unwrap_or_else(|| panic!("{own}: no Service"));
+        for port in slice.ports.as_deref().unwrap_or_default() {
+            let port = (port.name.clone().unwrap_or_default(), port.protocol.clone().unwrap_or_default());
+            assert!(port_names(service).contains(&port), "{own}: the Service has no port {port:?}");
+        }
+        for endpoint in slice.endpoints.iter().flatten() {
+            for address in &endpoint.addresses {
+                let address: IpAddr = address.parse().unwrap();
+                assert_eq!(address.is_ipv4(), slice.address_type == "IPv4", "{own}: {address}");
+            }
+            assert!(endpoint.node_name.is_some() && endpoint.conditions.is_some(), "{own}");
+        }
+    }
+    for endpoints in &examples.endpoints {
+        let service = services[&name(&endpoints.metadata)];
+        assert!(
+            service.spec.as_ref().unwrap().selector.is_none(),
+            "a cluster would overwrite hand-written ones"
+        );
+        for subset in endpoints.subsets.as_deref().unwrap_or_default() {
+            for port in subset.ports.as_deref().unwrap_or_default() {
+                let port = (port.name.clone().unwrap_or_default(), port.protocol.clone().unwrap_or_default());
+                assert!(port_names(service).contains(&port), "{port:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_examples_agree_with_each_other() {
+    let examples = examples(&files(".yaml"));
+    assert!(examples.services.len() >= 10, "{}", examples.services.len());
+    assert!(!examples.endpoints.is_empty());
+    check(&examples);
+}
+
+#[test]
+fn the_examples_agree_after_each_next_step() {
+    let steps = files(".yaml.next");
+    assert_eq!(steps.len(), 2);
+    for step in steps {
+        let replaced = step.with_extension("");
+        assert!(replaced.is_file(), "{} replaces nothing", step.display());
+        let mut files = files(".yaml");
+        files.retain(|file| *file != replaced);
+        files.push(step);
+        check(&examples(&files));
+    }
+}
+
+#[test]
+fn every_example_says_what_it_shows_and_how_to_try_it() {
+    for file in files("").into_iter().filter(|file| file.extension().is_some_and(|end| end == "yaml")) {
+        let text = fs::read_to_string(&file).unwrap();
+        let head: String = text.lines().take_while(|line| line.starts_with('#')).collect();
+        assert!(head.contains("Try it"), "{}", file.display());
+    }
+}
+
+#[test]
+fn the_webui_example_is_where_the_demo_expects_it() {
+    let examples = examples(&[deploy().join("examples/webui.yaml")]);
+    let of = |node: &str| -> Vec<&str> {
+        let endpoints = examples.slices.iter().flat_map(|slice| slice.endpoints.iter().flatten());
+        let here = endpoints.filter(|endpoint| endpoint.node_name.as_deref() == Some(node));
+        here.flat_map(|endpoint| endpoint.addresses.iter().map(String::as_str)).collect()
+    };
+    assert_eq!(of("node1"), ["10.244.1.11", "10.244.1.12", "10.244.1.11", "10.244.1.12"]);
+    assert_eq!(of("node2"), ["10.244.2.11", "10.244.2.11"]);
+    let ips: Vec<_> =
+        examples.services.iter().filter_map(|s| s.spec.as_ref()?.cluster_ip.as_deref()).collect();
+    assert_eq!(ips, ["10.100.100.100", "10.100.100.200"]);
+}
+
+/// The one document of deploy/daemonset.yaml with this kind.
+fn installed<T: DeserializeOwned + Serialize>(kind: &str) -> T {
+    let mut documents = documents(&deploy().join("daemonset.yaml"));
+    documents.retain(|document| document["kind"] == kind);
+    assert_eq!(documents.len(), 1, "{kind}");
+    typed(&documents[0])
+}
+
+#[test]
+fn the_daemonset_runs_this_version_as_the_account_that_has_the_role() {
+    let account: ServiceAccount = installed("ServiceAccount");
+    let role: ClusterRole = installed("ClusterRole");
+    let binding: ClusterRoleBinding = installed("ClusterRoleBinding");
+    let daemon_set: DaemonSet = installed("DaemonSet");
+    let (namespace, account) = name(&account.metadata);
+
+    assert_eq!(Some(binding.role_ref.name), role.metadata.name);
+    let subject = &binding.subjects.as_deref().unwrap()[0];
+    assert_eq!((subject.namespace.as_ref(), &subject.name), (Some(&namespace), &account));
+    assert_eq!(daemon_set.metadata.namespace.as_ref(), Some(&namespace));
+
+    let spec = daemon_set.spec.unwrap();
+    let labels = spec.template.metadata.unwrap().labels.unwrap();
+    for (key, value) in spec.selector.match_labels.unwrap() {
+        assert_eq!(labels.get(&key), Some(&value), "the selector does not match its own pods");
+    }
+    assert_eq!(labels["k8s-app"], "kube-proxy");
+    let pod = spec.template.spec.unwrap();
+    assert_eq!(pod.service_account_name.as_ref(), Some(&account));
+    assert_eq!(
+        (pod.host_network, pod.priority_class_name.as_deref()),
+        (Some(true), Some("system-node-critical"))
+    );
+    let image = concat!("ebpf-proxy/proxy-agent:", env!("CARGO_PKG_VERSION"));
+    assert_eq!(pod.containers[0].image.as_deref(), Some(image));
+}
+
+#[test]
+fn what_the_agent_is_told_to_use_is_mounted() {
+    let daemon_set: DaemonSet = installed("DaemonSet");
+    let config: ConfigMap = installed("ConfigMap");
+    let pod = daemon_set.spec.unwrap().template.spec.unwrap();
+    let container = &pod.containers[0];
+    let volumes: BTreeMap<_, _> =
+        pod.volumes.as_deref().unwrap().iter().map(|volume| (volume.name.as_str(), volume)).collect();
+    let mounts = container.volume_mounts.as_deref().unwrap();
+    assert_eq!(mounts.len(), volumes.len());
+    let mount = |name: &str| mounts.iter().find(|mount| mount.name == name).unwrap();
+    let args = container.args.as_deref().unwrap();
+    let arg =
+        |flag: &str| args.iter().find_map(|arg| arg.strip_prefix(flag)).unwrap_or_else(|| panic!("{flag}"));
+
+    assert!(mounts.iter().all(|mount| volumes.contains_key(mount.name.as_str())));
+    assert_eq!(mount("bpffs").mount_propagation.as_deref(), Some("Bidirectional"));
+    assert!(arg("--bpf-root=").starts_with(&mount("bpffs").mount_path));
+    assert_eq!(arg("--cgroup-root="), mount("cgroup").mount_path);
+    let kubeconfig = arg("--kubeconfig=").strip_prefix(&mount("kubeconfig").mount_path).unwrap();
+    assert_eq!(
+        volumes["kubeconfig"].config_map.as_ref().unwrap().name,
+        config.metadata.name.clone().unwrap(),
+        "the volume is another ConfigMap"
+    );
+    assert!(config.data.unwrap().contains_key(kubeconfig.trim_start_matches('/')));
+    assert_eq!(arg("--hostname-override="), "$(NODE_NAME)");
+    assert!(container.env.as_deref().unwrap().iter().any(|variable| variable.name == "NODE_NAME"));
+}
+
+#[test]
+fn the_probes_ask_the_health_port() {
+    let daemon_set: DaemonSet = installed("DaemonSet");
+    let container = &daemon_set.spec.unwrap().template.spec.unwrap().containers[0];
+    let port = &container.ports.as_deref().unwrap()[0];
+    assert_eq!((port.name.as_deref(), port.container_port), (Some("healthz"), 10256));
+    for (probe, path) in [(&container.liveness_probe, "/livez"), (&container.readiness_probe, "/healthz")] {
+        let get = probe.as_ref().unwrap().http_get.as_ref().unwrap();
+        assert_eq!(get.path.as_deref(), Some(path));
+        assert_eq!(serde_json::to_value(&get.port).unwrap(), "healthz");
+    }
+}
+
+#[test]
+fn the_role_is_no_wider_than_that_of_kube_proxy() {
+    // `system:node-proxier`, from the API server's bootstrap policy.
+    let allowed = [
+        ("", "services", &["list", "watch"][..]),
+        ("", "endpoints", &["list", "watch"]),
+        ("discovery.k8s.io", "endpointslices", &["list", "watch"]),
+        ("networking.k8s.io", "servicecidrs", &["list", "watch"]),
+        ("", "nodes", &["get", "list", "watch"]),
+        ("", "events", &["create", "patch", "update"]),
+        ("events.k8s.io", "events", &["create", "patch", "update"]),
+    ];
+    let role: ClusterRole = installed("ClusterRole");
+    for PolicyRule { api_groups, resources, verbs, resource_names, non_resource_urls } in role.rules.unwrap()
+    {
+        assert!(resource_names.is_none() && non_resource_urls.is_none());
+        for group in api_groups.unwrap() {
+            for resource in resources.iter().flatten() {
+                let known = allowed.iter().find(|(g, r, _)| (*g, *r) == (&group, resource));
+                let (_, _, may) = known.unwrap_or_else(|| panic!("{group}/{resource} is too much"));
+                assert!(verbs.iter().all(|verb| may.contains(&verb.as_str())), "{resource}: {verbs:?}");
+            }
+        }
+    }
+}
