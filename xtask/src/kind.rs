@@ -4,10 +4,7 @@ use std::{fs, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{
-    cmd, image,
-    workspace::{self, bpf_dir},
-};
+use crate::{cmd, image, workspace};
 
 /// Which cluster.
 #[derive(clap::Args)]
@@ -22,7 +19,7 @@ pub(crate) struct Args {
 
 /// `cargo xtask kind`
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let manifest = bpf_dir().with_file_name("kind").join("daemonset.yaml");
+    let manifest = workspace::root().join("target/kind/daemonset.yaml");
     let archive = image::default_output();
     let steps = steps(&args.name, &archive.display().to_string(), &manifest.display().to_string());
     if args.dry_run {

@@ -68,7 +68,11 @@ fn say_ready() -> Result<()> {
 }
 
 fn missing() -> Vec<Missing> {
-    let linker = Linker::find();
+    // A linker of an older LLVM that no compiler here fits is as good as none: ours goes before it.
+    let usable = |linker: &Linker| {
+        linker.llvm.is_none_or(|llvm| llvm >= LLVM) || Rustc::find_for(linker.llvm).is_some()
+    };
+    let linker = Linker::find().filter(usable);
     // Without a linker, look for a compiler that fits the one we would install.
     let llvm = linker.as_ref().map_or(Some(LLVM), |linker| linker.llvm);
     let rustc = Rustc::find_for(llvm).is_none().then_some(Missing::CoreSource);
