@@ -1,5 +1,7 @@
 //! See and write: the only room that talks to BPF.
 
+pub mod memory;
+
 use crate::plan::{Actual, Step};
 
 /// The tables, wherever they are.

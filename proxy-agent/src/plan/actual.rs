@@ -1,9 +1,12 @@
 //! What is: the configuration tables as values.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
-use proxy_common::abi::{Backend, Config, Frontend, FrontendKey, Iface, ServiceName, SourceKey};
-use proxy_common::addr::Addr;
+use proxy_common::abi::{Backend, Config, Frontend, FrontendKey, Iface, Run, ServiceName, SourceKey};
+use proxy_common::addr::{Addr, Port};
+
+use super::Step;
 
 /// The configuration tables, read from the kernel at start and kept in step with every write since.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,5 +41,63 @@ impl Default for Actual {
             ifaces: BTreeMap::new(),
             config: Config::EMPTY,
         }
+    }
+}
+
+impl Actual {
+    /// Does one step.
+    pub fn apply(&mut self, step: &Step) {
+        match *step {
+            Step::PutConfig(config) => self.config = config,
+            Step::PutIface(index, iface) => drop(self.ifaces.insert(index, iface)),
+            Step::DeleteIface(index) => drop(self.ifaces.remove(&index)),
+            Step::PutService(id, name) => drop(self.services.insert(id, name)),
+            Step::DeleteService(id) => drop(self.services.remove(&id)),
+            Step::PutBackend(index, backend) => drop(self.backends.insert(index, backend)),
+            Step::PutSlot(slot, 0) => drop(self.slots.remove(&slot)),
+            Step::PutSlot(slot, backend) => drop(self.slots.insert(slot, backend)),
+            Step::PutSource(key) => drop(self.sources.insert(key)),
+            Step::DeleteSource(key) => drop(self.sources.remove(&key)),
+            Step::PutFrontend(key, value) => drop(self.frontends.insert(key, value)),
+            Step::DeleteFrontend(key) => drop(self.frontends.remove(&key)),
+            Step::PutAddress(addr, bits) => drop(self.addresses.insert(addr, bits)),
+            Step::DeleteAddress(addr) => drop(self.addresses.remove(&addr)),
+        }
+    }
+
+    /// The backend indices in a run, slot by slot; an empty slot reads as 0.
+    pub fn run(&self, run: Run) -> impl Iterator<Item = u32> + '_ {
+        let end = run.first.saturating_add(run.count);
+        (run.first..end).map(|slot| self.slots.get(&slot).copied().unwrap_or(0))
+    }
+
+    /// The live endpoints behind a run, in slot order.
+    pub fn endpoints(&self, run: Run) -> impl Iterator<Item = (Addr, Port)> + '_ {
+        self.run(run)
+            .filter_map(|index| self.backends.get(&index))
+            .filter(|backend| backend.is_live())
+            .map(|backend| (backend.addr, backend.port))
+    }
+
+    /// The steps that make these tables out of empty ones, table by table in key order.
+    pub fn entries(&self) -> impl Iterator<Item = Step> + '_ {
+        std::iter::once(Step::PutConfig(self.config))
+            .chain(self.ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)))
+            .chain(self.services.iter().map(|(id, name)| Step::PutService(*id, *name)))
+            .chain(self.backends.iter().map(|(index, backend)| Step::PutBackend(*index, *backend)))
+            .chain(self.slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)))
+            .chain(self.sources.iter().map(|key| Step::PutSource(*key)))
+            .chain(self.frontends.iter().map(|(key, value)| Step::PutFrontend(*key, *value)))
+            .chain(self.addresses.iter().map(|(addr, bits)| Step::PutAddress(*addr, *bits)))
+    }
+
+    /// Every entry as one line, as [`Step`] shows it.
+    #[must_use]
+    pub fn dump(&self) -> String {
+        let mut out = String::new();
+        for entry in self.entries() {
+            writeln!(out, "{entry}").expect("a String takes all that is written to it");
+        }
+        out
     }
 }

@@ -1,0 +1,282 @@
+//! A plan in the making: what each Service needs, sorted into phases.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address};
+use proxy_common::addr::Addr;
+
+use super::capacity::{Capacity, Shortage};
+use super::mirror::{Mirror, use_of};
+use super::step::{Destination, Step};
+use crate::model::NodeTables;
+
+/// What nothing refers to once the plan has been carried out.
+#[derive(Debug, Default)]
+pub(super) struct Released {
+    pub(super) services: Vec<u32>,
+    pub(super) backends: Vec<u32>,
+    pub(super) runs: Vec<Run>,
+}
+
+/// Steps by phase (see the module), and what several Services share.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) names: Vec<Step>,
+    pub(super) backends: Vec<Step>,
+    pub(super) slots: Vec<Step>,
+    pub(super) sources: Vec<Step>,
+    pub(super) node: Vec<Step>,
+    /// Backend values that may only be seen after the frontends have flipped.
+    pub(super) late_backends: Vec<Step>,
+    pub(super) late_sources: Vec<Step>,
+    pub(super) late_names: Vec<Step>,
+    pub(super) late_node: Vec<Step>,
+    /// Values that differ from what is.
+    puts: BTreeMap<FrontendKey, Frontend>,
+    /// Frontends that a Service of this plan no longer wants.
+    dropped: BTreeSet<FrontendKey>,
+    /// Which Service of this plan has a frontend.
+    claims: HashMap<FrontendKey, u32>,
+    /// Ids whose frontends change.
+    touched: BTreeSet<u32>,
+    new_frontends: usize,
+    new_sources: usize,
+    new_addresses: HashSet<Addr>,
+    pub(super) released: Released,
+    pub(super) complaints: Vec<String>,
+}
+
+impl Batch {
+    pub(super) fn is_claimed(&self, key: &FrontendKey) -> bool {
+        self.claims.contains_key(key)
+    }
+
+    pub(super) fn check_frontends(
+        &self,
+        mirror: &Mirror,
+        capacity: &Capacity,
+        keys: &[(FrontendKey, u32)],
+    ) -> Result<(), Shortage> {
+        let actual = mirror.actual();
+        // Deletes come after puts: what this plan deletes still takes its place.
+        let needed = keys.iter().filter(|(key, _)| !actual.frontends.contains_key(key)).count();
+        let free = (capacity.frontends as usize).saturating_sub(actual.frontends.len() + self.new_frontends);
+        if needed > free {
+            return Err(Shortage::frontends(needed, free));
+        }
+        let addresses: HashSet<Addr> = keys
+            .iter()
+            .filter(|(_, flags)| use_of(*flags) != 0)
+            .map(|(key, _)| key.addr)
+            .filter(|addr| !actual.addresses.contains_key(addr) && !self.new_addresses.contains(addr))
+            .collect();
+        let free = self.free_addresses(mirror, capacity);
+        if addresses.len() > free {
+            return Err(Shortage::addresses(addresses.len(), free));
+        }
+        Ok(())
+    }
+
+    pub(super) fn free_sources(&self, mirror: &Mirror, capacity: &Capacity) -> usize {
+        (capacity.sources as usize).saturating_sub(mirror.actual().sources.len() + self.new_sources)
+    }
+
+    fn free_addresses(&self, mirror: &Mirror, capacity: &Capacity) -> usize {
+        (capacity.addresses as usize)
+            .saturating_sub(mirror.actual().addresses.len() + self.new_addresses.len())
+    }
+
+    /// Takes a frontend for a Service, away from whoever has it: a hand-over (X-17) is this one put.
+    pub(super) fn put_frontend(&mut self, mirror: &Mirror, key: FrontendKey, value: Frontend) {
+        let actual = mirror.actual();
+        let value = value.sealed(&key);
+        self.claims.insert(key, value.service);
+        if use_of(value.flags) != 0 && !actual.addresses.contains_key(&key.addr) {
+            self.new_addresses.insert(key.addr);
+        }
+        let old = actual.frontends.get(&key);
+        if old == Some(&value) {
+            return;
+        }
+        self.touched.insert(value.service);
+        match old {
+            Some(old) => drop(self.touched.insert(old.service)),
+            None => self.new_frontends += 1,
+        }
+        self.puts.insert(key, value);
+    }
+
+    /// Gives up a frontend of Service `id`, unless another Service of this plan takes it over.
+    pub(super) fn drop_frontend(&mut self, id: u32, key: FrontendKey) {
+        self.touched.insert(id);
+        self.dropped.insert(key);
+    }
+
+    pub(super) fn put_source(&mut self, step: Step) {
+        self.new_sources += 1;
+        self.sources.push(step);
+    }
+
+    pub(super) fn retire_backend(&mut self, mirror: &Mirror, index: u32) {
+        let generation = mirror.actual().backends.get(&index).map_or(0, |backend| backend.generation);
+        self.late_backends.push(Step::PutBackend(index, Backend::retired(generation.wrapping_add(1))));
+        self.released.backends.push(index);
+    }
+
+    /// Plans settings and interfaces, and keeps room for the node's addresses. False when something found
+    /// no room.
+    pub(super) fn plan_node(&mut self, mirror: &Mirror, capacity: &Capacity, node: &NodeTables) -> bool {
+        let actual = mirror.actual();
+        if actual.config != node.config {
+            self.node.push(Step::PutConfig(node.config));
+        }
+        let mut room = (capacity.ifaces as usize).saturating_sub(actual.ifaces.len());
+        let mut whole = true;
+        for (index, iface) in &node.ifaces {
+            match actual.ifaces.get(index) {
+                Some(old) if old == iface => {}
+                None if room == 0 => {
+                    whole = false;
+                    self.complaints.push(format!(
+                        "interface {index}: table IFACES is full ({} entries): masquerading there is refused; \
+                         remove interfaces the node does not need",
+                        capacity.ifaces
+                    ));
+                }
+                old => {
+                    room -= usize::from(old.is_none());
+                    self.node.push(Step::PutIface(*index, *iface));
+                }
+            }
+        }
+        let gone = actual.ifaces.keys().filter(|index| !node.ifaces.contains_key(index));
+        self.late_node.extend(gone.map(|index| Step::DeleteIface(*index)));
+        for addr in node.addresses.keys().filter(|addr| !actual.addresses.contains_key(addr)) {
+            if self.free_addresses(mirror, capacity) == 0 {
+                whole = false;
+                self.complaints.push(format!("node address {addr}: {}", Shortage::addresses(1, 0)));
+            } else {
+                self.new_addresses.insert(*addr);
+            }
+        }
+        whole
+    }
+
+    /// The steps in order. With `everything` all addresses are compared, not only those of changed frontends.
+    pub(super) fn finish(
+        mut self,
+        mirror: &Mirror,
+        node: Option<&NodeTables>,
+        everything: bool,
+    ) -> (Vec<Step>, Released, Vec<String>) {
+        let claims = &self.claims;
+        self.dropped.retain(|key| !claims.contains_key(key));
+        let (widen, narrow) = self.addresses(mirror, node, everything);
+        self.release_runs(mirror);
+
+        let mut steps = self.names;
+        steps.append(&mut self.backends);
+        steps.append(&mut self.slots);
+        steps.append(&mut self.sources);
+        steps.append(&mut self.node);
+        steps.extend(self.puts.into_iter().map(|(key, value)| Step::PutFrontend(key, value)));
+        steps.extend(widen);
+        steps.extend(narrow);
+        steps.extend(self.dropped.into_iter().map(Step::DeleteFrontend));
+        steps.append(&mut self.late_backends);
+        steps.append(&mut self.late_sources);
+        steps.append(&mut self.late_names);
+        steps.append(&mut self.late_node);
+        (steps, self.released, self.complaints)
+    }
+
+    /// Puts that add bits, and puts and deletes that take bits away.
+    fn addresses(
+        &self,
+        mirror: &Mirror,
+        node: Option<&NodeTables>,
+        everything: bool,
+    ) -> (Vec<Step>, Vec<Step>) {
+        const NODE_BITS: u32 = address::NODE | address::NODE_PORT;
+        let actual = mirror.actual();
+        let mut uses = BTreeMap::new();
+        for key in self.puts.keys().chain(&self.dropped) {
+            let uses = uses.entry(key.addr).or_insert_with(|| mirror.uses(&key.addr));
+            if let Some(old) = actual.frontends.get(key) {
+                uses.remove(old.flags);
+            }
+            if let Some(new) = self.puts.get(key) {
+                uses.add(new.flags);
+            }
+        }
+        let mut look = |addr: &Addr| {
+            uses.entry(*addr).or_insert_with(|| mirror.uses(addr));
+        };
+        if let Some(node) = node {
+            node.addresses.keys().for_each(&mut look);
+            actual
+                .addresses
+                .iter()
+                .filter(|(_, bits)| **bits & NODE_BITS != 0)
+                .for_each(|(addr, _)| look(addr));
+        }
+        if everything {
+            actual.addresses.keys().for_each(&mut look);
+            actual.frontends.keys().for_each(|key| look(&key.addr));
+        }
+
+        let (mut widen, mut narrow) = (Vec::new(), Vec::new());
+        for (addr, uses) in uses {
+            let old = actual.addresses.get(&addr).copied();
+            let of_node = match node {
+                Some(node) => node.addresses.get(&addr).copied().unwrap_or(0),
+                None => old.unwrap_or(0) & NODE_BITS,
+            };
+            let new = of_node | uses.bits();
+            if old.is_none() && !self.new_addresses.contains(&addr) {
+                continue; // Nothing stands there, or there was no room.
+            }
+            let both = old.unwrap_or(0) | new;
+            if old != Some(both) {
+                widen.push(Step::PutAddress(addr, both));
+            }
+            match new {
+                0 => narrow.push(Step::DeleteAddress(addr)),
+                _ if new != both => narrow.push(Step::PutAddress(addr, new)),
+                _ => {}
+            }
+        }
+        (widen, narrow)
+    }
+
+    /// Finds the runs that no frontend will show any more.
+    fn release_runs(&mut self, mirror: &Mirror) {
+        let actual = mirror.actual();
+        let mut new: HashMap<u32, BTreeSet<Run>> = HashMap::new();
+        for value in self.puts.values() {
+            new.entry(value.service).or_default().extend([value.cluster, value.local]);
+        }
+        for id in &self.touched {
+            let mut gone = mirror.runs(*id);
+            let kept = mirror.held(*id).into_iter().flat_map(|held| &held.frontends);
+            for key in kept.filter(|key| !self.puts.contains_key(key) && !self.dropped.contains(key)) {
+                if let Some(value) = actual.frontends.get(key) {
+                    gone.remove(&value.cluster);
+                    gone.remove(&value.local);
+                }
+            }
+            let new = new.get(id);
+            self.released
+                .runs
+                .extend(gone.into_iter().filter(|run| new.is_none_or(|new| !new.contains(run))));
+        }
+    }
+
+    pub(super) fn complain_of_claim(&mut self, what: &str, key: &FrontendKey) {
+        let id = self.claims.get(key).copied().unwrap_or(0);
+        self.complaints.push(format!(
+            "{what}: {} already belongs to service id {id} in this plan and stays there",
+            Destination(key)
+        ));
+    }
+}

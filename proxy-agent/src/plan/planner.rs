@@ -1,0 +1,230 @@
+//! The planner: knows what is, hears what should be, and says what to write.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use proxy_common::abi::TEXT_LEN;
+use proxy_common::abi::{Run, ServiceName, text};
+
+use super::batch::{Batch, Released};
+use super::capacity::Capacity;
+use super::mirror::Mirror;
+use super::pool::{GRACE_MS, IdPool, RunPool};
+use super::{Actual, Plan};
+use crate::model::{Desired, DesiredService, Family, NodeTables, ServicePort};
+
+/// What is in the tables, what is free in them, and what did not fit.
+///
+/// Planning takes the planner; [`Pass::applied`] gives it back. Whoever could not carry out a plan to its
+/// end has no planner any more, and can only read the tables and begin again with [`Planner::new`] and
+/// [`Planner::full`]: a planner that is wrong about the tables does not exist.
+#[derive(Debug)]
+pub struct Planner {
+    pub(super) mirror: Mirror,
+    pub(super) capacity: Capacity,
+    pub(super) ids: IdPool,
+    pub(super) indices: IdPool,
+    pub(super) runs: RunPool,
+    /// Runs found at the start that are not to be trusted: they overlap others or leave the table. They are
+    /// replaced, and their slots lie idle until the next start.
+    pub(super) tainted: BTreeSet<Run>,
+    /// What found no room; tried again with every plan.
+    refused: BTreeMap<ServicePort, DesiredService>,
+    node_refused: Option<NodeTables>,
+}
+
+/// A plan, and the planner that made it.
+#[must_use = "a plan that is not carried out leaves the tables as they are"]
+#[derive(Debug)]
+pub struct Pass {
+    planner: Planner,
+    released: Released,
+    /// What to write and what to say.
+    pub plan: Plan,
+}
+
+impl Pass {
+    /// To be called when all steps of the plan have been done, with the time after the last of them: from
+    /// then on what the plan released rests.
+    #[must_use = "the planner is needed for the next plan"]
+    pub fn applied(self, now_ms: u64) -> Planner {
+        let Self { mut planner, released, plan } = self;
+        for step in &plan.steps {
+            planner.mirror.apply(step);
+        }
+        released.services.into_iter().for_each(|id| planner.ids.release(id, now_ms));
+        released.backends.into_iter().for_each(|index| planner.indices.release(index, now_ms));
+        released.runs.into_iter().for_each(|run| planner.runs.release(run, now_ms));
+        planner
+    }
+}
+
+impl Planner {
+    /// Adopts what is in the tables. Whatever nothing refers to counts as given back just now.
+    #[must_use]
+    pub fn new(actual: &Actual, capacity: Capacity, now_ms: u64) -> Self {
+        let mirror = Mirror::new(actual);
+        let (used, tainted) = used_runs(&mirror, capacity.slots);
+        let (mut live, mut retired) = (BTreeSet::new(), BTreeSet::new());
+        for (index, backend) in &actual.backends {
+            if backend.is_live() {
+                live.insert(*index)
+            } else {
+                retired.insert(*index)
+            };
+        }
+        Self {
+            ids: IdPool::new(capacity.services, &mirror.ids(), &BTreeSet::new(), now_ms),
+            indices: IdPool::new(capacity.backends, &live, &retired, now_ms),
+            runs: RunPool::new(capacity.slots, &used, actual.slots.keys().copied(), now_ms),
+            mirror,
+            capacity,
+            tainted,
+            refused: BTreeMap::new(),
+            node_refused: None,
+        }
+    }
+
+    /// The tables as this planner knows them.
+    #[must_use]
+    pub fn actual(&self) -> &Actual {
+        self.mirror.actual()
+    }
+
+    /// Compares everything, and removes what is not desired: to be called only when every source has
+    /// delivered its first complete list (Y-17).
+    pub fn full(mut self, desired: &Desired, now_ms: u64) -> Pass {
+        self.settle(now_ms);
+        self.refused.clear();
+        self.node_refused = None;
+        let mut batch = Batch::default();
+        self.node(&mut batch, &desired.node);
+        let mut wanted = HashSet::new();
+        for port in desired.services.keys() {
+            wanted.extend(service_name(port).and_then(|name| self.mirror.id(&name)));
+        }
+        for id in self.mirror.ids().difference(&wanted.into_iter().collect()) {
+            self.remove(&mut batch, *id);
+        }
+        for (port, service) in &desired.services {
+            self.update(&mut batch, port, service);
+        }
+        self.pass(batch, Some(&desired.node), true, now_ms)
+    }
+
+    /// Compares the Services given (`None`: gone) and, if given, the node. Costs what they cost, whatever
+    /// else there is. When a destination changes hands, both Services belong in one call.
+    pub fn dirty(
+        mut self,
+        services: &[(ServicePort, Option<DesiredService>)],
+        node: Option<&NodeTables>,
+        now_ms: u64,
+    ) -> Pass {
+        self.settle(now_ms);
+        let mut batch = Batch::default();
+        let waiting = self.node_refused.take();
+        let node = node.or(waiting.as_ref());
+        if let Some(node) = node {
+            self.node(&mut batch, node);
+        }
+        let mut again = std::mem::take(&mut self.refused);
+        for (port, service) in services {
+            again.remove(port);
+            let id = service_name(port).and_then(|name| self.mirror.id(&name));
+            if let (None, Some(id)) = (service, id) {
+                self.remove(&mut batch, id);
+            }
+        }
+        for (port, service) in services {
+            if let Some(service) = service {
+                self.update(&mut batch, port, service);
+            }
+        }
+        for (port, service) in &again {
+            self.update(&mut batch, port, service);
+        }
+        self.pass(batch, node, false, now_ms)
+    }
+
+    fn settle(&mut self, now_ms: u64) {
+        self.ids.settle(now_ms);
+        self.indices.settle(now_ms);
+        self.runs.settle(now_ms);
+    }
+
+    fn node(&mut self, batch: &mut Batch, node: &NodeTables) {
+        if !batch.plan_node(&self.mirror, &self.capacity, node) {
+            self.node_refused = Some(node.clone());
+        }
+    }
+
+    fn update(&mut self, batch: &mut Batch, port: &ServicePort, service: &DesiredService) {
+        let Err(why) = self.compile(batch, port, service) else { return };
+        batch.complaints.push(format!("{}: {why}; until then it stays as it is", describe(port)));
+        self.refused.insert(port.clone(), service.clone());
+    }
+
+    fn pass(self, batch: Batch, node: Option<&NodeTables>, everything: bool, now_ms: u64) -> Pass {
+        let (steps, mut released, complaints) = batch.finish(&self.mirror, node, everything);
+        released.runs.retain(|run| !self.tainted.contains(run));
+        let waits = !self.refused.is_empty() || self.node_refused.is_some();
+        let comes_free =
+            !steps.is_empty() || self.ids.resting() + self.indices.resting() + self.runs.resting() != 0;
+        let retry_at_ms = (waits && comes_free).then_some(now_ms.saturating_add(GRACE_MS));
+        Pass { planner: self, released, plan: Plan { steps, complaints, retry_at_ms } }
+    }
+}
+
+/// The runs that frontends show, and those of them that cannot be kept.
+fn used_runs(mirror: &Mirror, limit: u32) -> (BTreeSet<Run>, BTreeSet<Run>) {
+    let mut owned: BTreeSet<(Run, u32)> = BTreeSet::new();
+    for id in mirror.ids() {
+        owned.extend(mirror.runs(id).into_iter().map(|run| (run, id)));
+    }
+    let mut tainted = BTreeSet::new();
+    let mut widest: Option<Run> = None;
+    for (run, _) in &owned {
+        let end = run.first.checked_add(run.count);
+        if run.first == 0 || end.is_none_or(|end| end > limit) {
+            tainted.insert(*run);
+        }
+        if let Some(before) = widest
+            && before.first.saturating_add(before.count) > run.first
+        {
+            tainted.extend([before, *run]);
+        }
+        if widest.is_none_or(|before| end.is_none_or(|end| end > before.first.saturating_add(before.count))) {
+            widest = Some(*run);
+        }
+    }
+    (owned.into_iter().map(|(run, _)| run).collect(), tainted)
+}
+
+/// The name under which a Service port stands in SERVICES; `None` when a part of it is too long.
+#[must_use]
+pub fn service_name(port: &ServicePort) -> Option<ServiceName> {
+    let parts = [&port.service.namespace, &port.service.name, &port.port];
+    if parts.iter().any(|part| part.len() >= TEXT_LEN) {
+        return None;
+    }
+    Some(ServiceName {
+        namespace: text(&port.service.namespace),
+        name: text(&port.service.name),
+        port: text(&port.port),
+        proto: port.proto,
+        family: match port.family {
+            Family::V4 => 4,
+            Family::V6 => 6,
+        },
+        pad: [0; 2],
+    })
+}
+
+/// `Service default/web port http (TCP, IPv4)`.
+pub(super) fn describe(port: &ServicePort) -> String {
+    let family = match port.family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    };
+    let name = if port.port.is_empty() { String::new() } else { format!(" port {}", port.port) };
+    format!("Service {}/{}{name} ({}, {family})", port.service.namespace, port.service.name, port.proto)
+}
