@@ -2,14 +2,26 @@
 //!
 //! No I/O, no clock, no Kubernetes types, no maps.
 
+mod claims;
+mod compile;
+mod complaints;
 mod desired;
 mod endpoint;
+mod frontends;
+mod merge;
 mod node;
 mod service;
 mod settings;
+mod tables;
+#[cfg(test)]
+mod tests;
+pub mod topology;
+mod world;
 
+pub use complaints::Complaint;
 pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
 pub use endpoint::{Endpoint, Slice, SlicePort};
 pub use node::{Link, Node};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
 pub use settings::{NodePortAddresses, Settings, SocketLb};
+pub use world::{HealthCheck, World};

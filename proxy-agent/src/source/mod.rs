@@ -2,6 +2,12 @@
 //!
 //! Kubernetes types stop here: what leaves this room is ours, checked and normalised.
 
+pub mod address;
+pub mod convert;
+pub mod directory;
+pub mod kubernetes;
+pub mod manifest;
+
 use crate::model::{Link, Node, ObjectName, Service, Slice};
 
 /// The kinds of object a source lists. Nothing is programmed before each has said it is complete (Y-17).

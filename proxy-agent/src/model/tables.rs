@@ -1,0 +1,152 @@
+//! What should be in the tables for the node itself: settings, interfaces, addresses.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use proxy_common::abi::{Config, Iface, address, config, iface};
+use proxy_common::addr::Addr;
+
+use super::claims::Claims;
+use super::{Family, Link, Node, NodePortAddresses, NodeTables, Settings, SocketLb};
+
+/// The tables of the node. `links` are in order of their index.
+pub(super) fn node_tables(settings: &Settings, node: &Node, links: &[Link], claims: &Claims) -> NodeTables {
+    NodeTables {
+        config: node_config(settings, node),
+        ifaces: ifaces(node, links, claims),
+        addresses: addresses(settings, node, links),
+    }
+}
+
+/// Whether an address means this node to others: neither loopback nor link-local, nor no address at all.
+pub(super) fn is_global(ip: &IpAddr) -> bool {
+    let link_local = match ip {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !link_local && !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast()
+}
+
+/// The global addresses of links.
+pub(super) fn global_addresses(links: &[Link]) -> impl Iterator<Item = IpAddr> {
+    links.iter().flat_map(|link| &link.addresses).map(IpNet::addr).filter(is_global)
+}
+
+fn node_config(settings: &Settings, node: &Node) -> Config {
+    let mut flags = 0;
+    let mut set = |condition: bool, flag: u32| flags |= if condition { flag } else { 0 };
+    set(settings.masquerade_all, config::MASQUERADE_ALL);
+    set(settings.masquerade_local, config::MASQUERADE_LOCAL);
+    set(settings.socket_lb == SocketLb::All, config::SOCKET_PODS);
+    set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST);
+
+    let (snat_first, snat_count) = settings.snat_ports;
+    let mut table = Config {
+        host_netns: settings.host_netns,
+        snat_first,
+        snat_count,
+        seed: settings.seed,
+        ..Config::EMPTY
+    };
+    // M-3: a setting for one family alone means that pods of the other are not told apart.
+    let ranges = if settings.cluster_cidrs.is_empty() { &node.pod_cidrs } else { &settings.cluster_cidrs };
+    let first = |family| ranges.iter().find(|range| Family::of(&range.addr()) == family);
+    if let Some(range) = first(Family::V4) {
+        flags |= config::POD_RANGE_V4;
+        table.pod_v4 = range.network().into();
+        table.pod_v4_mask = Addr::from(range.netmask()).word_v4();
+    }
+    if let Some(range) = first(Family::V6) {
+        flags |= config::POD_RANGE_V6;
+        table.pod_v6 = range.network().into();
+        table.pod_v6_mask = range.netmask().into();
+    }
+    table.flags = flags;
+    table
+}
+
+fn ifaces(node: &Node, links: &[Link], claims: &Claims) -> BTreeMap<u32, Iface> {
+    let usable = |ip: &IpAddr| is_global(ip) && !claims.is_service_address(&(*ip).into()); // M-13
+    let fallback = |family: Family| {
+        let on_link =
+            |ip: &IpAddr| links.iter().any(|link| link.addresses.iter().any(|net| net.addr() == *ip));
+        let node_ip =
+            node.ips.iter().copied().find(|ip| Family::of(ip) == family && usable(ip) && on_link(ip));
+        // Loopback last: what is bound there is more often somebody's virtual address.
+        let mut anywhere = [false, true].into_iter().flat_map(|loopback| {
+            global_addresses_of(links.iter().filter(move |link| link.loopback == loopback))
+        });
+        node_ip
+            .or_else(|| anywhere.find(|ip| Family::of(ip) == family && usable(ip)))
+            .map_or(family.wildcard(), Addr::from)
+    };
+    let (any_v4, any_v6) = (fallback(Family::V4), fallback(Family::V6));
+    let source = |link: &Link, family: Family, otherwise: Addr| {
+        let mut own = link.addresses.iter().map(IpNet::addr);
+        own.find(|ip| Family::of(ip) == family && usable(ip)).map_or(otherwise, Addr::from)
+    };
+    links
+        .iter()
+        .filter(|link| !link.loopback)
+        .map(|link| {
+            let iface = Iface {
+                snat_v4: source(link, Family::V4, any_v4),
+                snat_v6: source(link, Family::V6, any_v6),
+                flags: if link.layer3 { iface::L3 } else { 0 },
+                pad: 0,
+            };
+            (link.index, iface)
+        })
+        .collect()
+}
+
+fn global_addresses_of<'a>(links: impl Iterator<Item = &'a Link>) -> impl Iterator<Item = IpAddr> {
+    links.flat_map(|link| &link.addresses).map(IpNet::addr).filter(is_global)
+}
+
+fn addresses(settings: &Settings, node: &Node, links: &[Link]) -> BTreeMap<Addr, u32> {
+    let accepted = NodePorts::of(settings, node, links);
+    global_addresses(links)
+        .map(|ip| {
+            let node_port = if accepted.at(&ip) { address::NODE_PORT } else { 0 };
+            (ip.into(), address::NODE | node_port)
+        })
+        .collect()
+}
+
+/// Where NodePorts are accepted (V-33).
+enum NodePorts<'a> {
+    Everywhere,
+    At(Vec<IpAddr>),
+    Inside(&'a [IpNet]),
+}
+
+impl<'a> NodePorts<'a> {
+    fn of(settings: &'a Settings, node: &Node, links: &[Link]) -> Self {
+        match &settings.nodeport_addresses {
+            NodePortAddresses::Ranges(ranges) => Self::Inside(ranges),
+            NodePortAddresses::Primary if node.ips.is_empty() => Self::Everywhere,
+            // V-33 leaves a family without a known primary open to all; here it is closed, because nobody
+            // who names the IPv4 address of a node means "and every IPv6 address".
+            NodePortAddresses::Primary => {
+                let own: Vec<IpAddr> = global_addresses(links).collect();
+                let primary =
+                    |family| node.ips.iter().copied().find(|ip| Family::of(ip) == family && own.contains(ip));
+                Self::At([primary(Family::V4), primary(Family::V6)].into_iter().flatten().collect())
+            }
+        }
+    }
+
+    fn at(&self, ip: &IpAddr) -> bool {
+        match self {
+            Self::Everywhere => true,
+            Self::At(ips) => ips.contains(ip),
+            Self::Inside(ranges) => {
+                let mut of_family =
+                    ranges.iter().filter(|range| Family::of(&range.addr()) == Family::of(ip)).peekable();
+                of_family.peek().is_none() || of_family.any(|range| range.contains(ip))
+            }
+        }
+    }
+}

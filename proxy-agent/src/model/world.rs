@@ -1,0 +1,331 @@
+//! World: everything heard so far, and what follows from it for the tables.
+//!
+//! A change marks the Services it touches; only those are compiled again, and only what really differs from
+//! the last time is handed on. The cost of a change does not depend on how many Services there are.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+
+use proxy_common::abi::FrontendKey;
+
+use super::claims::Claims;
+use super::compile::{Here, compile};
+use super::complaints::{Complaint, Complaints};
+use super::merge::sorted;
+use super::tables::{global_addresses, node_tables};
+use super::{Desired, DesiredService, Family, Link, Node, NodeTables, ObjectName, Service, ServicePort};
+use super::{Settings, Slice};
+use crate::source::{Change, Kind};
+
+type Ports = BTreeMap<ServicePort, DesiredService>;
+
+/// Complaints about contested destinations that are told; the rest is the same story.
+const MAX_CONTESTED: usize = 1_000;
+
+/// Everything heard so far.
+#[derive(Debug)]
+pub struct World {
+    settings: Settings,
+    services: BTreeMap<ObjectName, Service>,
+    slices: HashMap<ObjectName, Slice>,
+    /// Names of the slices of a Service, in order.
+    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    /// The Node object while there is one.
+    node: Option<Node>,
+    /// The last Node object there was: a deleted one does not change the tables (Y-13).
+    last_node: Node,
+    links: Vec<Link>,
+    here: Here,
+    claims: Claims,
+    complaints: Complaints,
+    synced: HashSet<Kind>,
+    links_known: bool,
+    connected: bool,
+    stale: BTreeSet<ObjectName>,
+    taken: HashMap<ObjectName, Ports>,
+}
+
+/// A `healthCheckNodePort` to serve, in one family (H-14).
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HealthCheck {
+    /// The Service.
+    pub service: ObjectName,
+    /// Family to listen in.
+    pub family: Family,
+    /// Port to listen on.
+    pub port: u16,
+    /// Distinct local ready endpoint addresses of the Service (H-20).
+    pub local_endpoints: usize,
+}
+
+impl World {
+    /// Nothing heard yet.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        let here = Here { node: settings.node_name.clone(), ..Here::default() };
+        Self {
+            settings,
+            services: BTreeMap::new(),
+            slices: HashMap::new(),
+            slices_of: HashMap::new(),
+            node: None,
+            last_node: Node::default(),
+            links: Vec::new(),
+            here,
+            claims: Claims::default(),
+            complaints: Complaints::default(),
+            synced: HashSet::new(),
+            links_known: false,
+            connected: false,
+            stale: BTreeSet::new(),
+            taken: HashMap::new(),
+        }
+    }
+
+    /// Takes a change in; tells whether it changed anything.
+    pub fn hear(&mut self, change: Change) -> bool {
+        match change {
+            Change::Service(name, service) => self.hear_service(name, service),
+            Change::Slice(name, slice) => self.hear_slice(name, slice),
+            Change::Node(node) => self.hear_node(node),
+            Change::Links(links) => self.hear_links(links),
+            Change::Synced(kind) => self.synced.insert(kind),
+            Change::Complaints { object, lines } => self.complaints.replace(object, lines),
+            Change::Connected(connected) => std::mem::replace(&mut self.connected, connected) != connected,
+        }
+    }
+
+    /// Whether every kind of object has been listed and the links are known. Before that nothing may be
+    /// programmed: half a world would take away what works (Y-17).
+    #[must_use]
+    pub fn synced(&self) -> bool {
+        self.links_known
+            && [Kind::Service, Kind::Slice, Kind::Node].iter().all(|kind| self.synced.contains(kind))
+    }
+
+    /// The Service ports that differ from what was last taken; `None` is to be removed. A destination that
+    /// moves from one Service port to another is in the same batch for both.
+    pub fn take_dirty(&mut self) -> Vec<(ServicePort, Option<DesiredService>)> {
+        let mut dirty = Vec::new();
+        for name in std::mem::take(&mut self.stale) {
+            let now = self.compile(&name);
+            let mut before = self.taken.remove(&name).unwrap_or_default();
+            for (port, desired) in &now {
+                if before.remove(port).as_ref() != Some(desired) {
+                    dirty.push((port.clone(), Some(desired.clone())));
+                }
+            }
+            dirty.extend(before.into_keys().map(|port| (port, None)));
+            if !now.is_empty() {
+                self.taken.insert(name, now);
+            }
+        }
+        dirty
+    }
+
+    /// Everything that should be.
+    #[must_use]
+    pub fn desired(&self) -> Desired {
+        let services = self.services.keys().flat_map(|name| self.compile(name)).collect();
+        Desired { services, node: self.node() }
+    }
+
+    /// Everything that should be, for a full pass: [`Self::take_dirty`] starts from here.
+    pub fn take_desired(&mut self) -> Desired {
+        self.stale.clear();
+        self.taken = self.services.keys().map(|name| (name.clone(), self.compile(name))).collect();
+        let services = self.taken.values().flatten().map(|(port, desired)| (port.clone(), desired.clone()));
+        Desired { services: services.collect(), node: self.node() }
+    }
+
+    /// What should be programmed for the node itself.
+    #[must_use]
+    pub fn node(&self) -> NodeTables {
+        node_tables(&self.settings, &self.last_node, &self.links, &self.claims)
+    }
+
+    /// The Node object, while there is one.
+    #[must_use]
+    pub fn node_object(&self) -> Option<&Node> {
+        self.node.as_ref()
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The links of the node, by index.
+    #[must_use]
+    pub fn links(&self) -> &[Link] {
+        &self.links
+    }
+
+    /// Every Service that is proxied.
+    pub fn services(&self) -> impl Iterator<Item = (&ObjectName, &Service)> {
+        self.services.iter()
+    }
+
+    /// Every slice with a Service's name on it.
+    pub fn slices(&self) -> impl Iterator<Item = (&ObjectName, &Slice)> {
+        self.slices.iter()
+    }
+
+    /// Number of Services that are proxied.
+    #[must_use]
+    pub fn service_count(&self) -> usize {
+        self.services.len()
+    }
+
+    /// Number of endpoints in all slices.
+    #[must_use]
+    pub fn endpoint_count(&self) -> usize {
+        self.slices.values().map(|slice| slice.endpoints.len()).sum()
+    }
+
+    /// Whether the source answers.
+    #[must_use]
+    pub fn connected(&self) -> bool {
+        self.connected
+    }
+
+    /// What is wrong with the input, contested destinations included; by object.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<Complaint> {
+        let contested = self.claims.lost().take(MAX_CONTESTED).map(|(key, loser, holder)| Complaint {
+            object: format!("Service {}", loser.service),
+            line: format!(
+                "{} is held by Service {}, which comes first (ClusterIPs, then age, then name)",
+                destination(key),
+                holder.service
+            ),
+        });
+        let mut all: Vec<Complaint> = self.complaints.iter().chain(contested).collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// The `healthCheckNodePort`s to serve, with their counts (H-14, H-20).
+    #[must_use]
+    pub fn health_checks(&self) -> Vec<HealthCheck> {
+        let with_port = self.services.iter().filter(|(_, service)| service.health_check_node_port != 0);
+        with_port
+            .flat_map(|(name, service)| {
+                service.cluster_ips.iter().map(|ip| HealthCheck {
+                    service: name.clone(),
+                    family: Family::of(ip),
+                    port: service.health_check_node_port,
+                    local_endpoints: self.local_ready(name, service, Family::of(ip)),
+                })
+            })
+            .collect()
+    }
+
+    fn local_ready(&self, name: &ObjectName, service: &Service, family: Family) -> usize {
+        let mut ips: BTreeSet<IpAddr> = BTreeSet::new();
+        for wanted in super::frontends::wanted(name, service) {
+            if wanted.owner.family == family {
+                let endpoints = super::merge::merge(&wanted.owner, self.slices_of(name));
+                let ready = endpoints.values().filter(|e| e.ready && self.here.is_local(e));
+                ips.extend(ready.map(|endpoint| endpoint.ip));
+            }
+        }
+        ips.len()
+    }
+
+    fn hear_service(&mut self, name: ObjectName, service: Option<Service>) -> bool {
+        if self.services.get(&name) == service.as_ref() {
+            return false;
+        }
+        let moved = self.claims.replace(&name, service.as_ref());
+        self.stale.extend(moved);
+        match service {
+            Some(service) => self.services.insert(name.clone(), service),
+            None => self.services.remove(&name),
+        };
+        self.stale.insert(name);
+        true
+    }
+
+    fn hear_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> bool {
+        let slice = slice.map(sorted);
+        if self.slices.get(&name) == slice.as_ref() {
+            return false;
+        }
+        // E-7: a slice that changes hands leaves its old Service.
+        if let Some(old) = self.slices.remove(&name) {
+            if let Some(names) = self.slices_of.get_mut(&old.service) {
+                names.remove(&name);
+                if names.is_empty() {
+                    self.slices_of.remove(&old.service);
+                }
+            }
+            self.stale.insert(old.service);
+        }
+        if let Some(slice) = slice {
+            self.slices_of.entry(slice.service.clone()).or_default().insert(name.clone());
+            self.stale.insert(slice.service.clone());
+            self.slices.insert(name, slice);
+        }
+        true
+    }
+
+    fn hear_node(&mut self, node: Option<Node>) -> bool {
+        if self.node == node {
+            return false;
+        }
+        if let Some(node) = &node {
+            if self.here.zone != node.zone || self.here.ips != node.ips {
+                self.here.zone.clone_from(&node.zone);
+                self.here.ips.clone_from(&node.ips);
+                self.stale.extend(self.services.keys().cloned()); // Y-14
+            }
+            self.last_node = node.clone();
+        }
+        self.node = node;
+        true
+    }
+
+    fn hear_links(&mut self, mut links: Vec<Link>) -> bool {
+        links.sort_by_key(|link| link.index);
+        if self.links_known && self.links == links {
+            return false;
+        }
+        let addresses: BTreeSet<IpAddr> = global_addresses(&links).collect();
+        let moved: BTreeSet<IpAddr> = addresses.symmetric_difference(&self.here.addresses).copied().collect();
+        if !moved.is_empty() {
+            let touched = self.slices.values().filter(|slice| {
+                slice.endpoints.iter().any(|endpoint| endpoint.node.is_none() && moved.contains(&endpoint.ip))
+            });
+            self.stale.extend(touched.map(|slice| slice.service.clone()));
+        }
+        self.here.addresses = addresses;
+        self.links = links;
+        self.links_known = true;
+        true
+    }
+
+    fn compile(&self, name: &ObjectName) -> Ports {
+        match self.services.get(name) {
+            Some(service) => compile(name, service, self.slices_of(name), &self.here, &self.claims),
+            None => Ports::new(),
+        }
+    }
+
+    fn slices_of(&self, name: &ObjectName) -> impl Iterator<Item = &Slice> + Clone {
+        self.slices_of.get(name).into_iter().flatten().filter_map(|slice| self.slices.get(slice))
+    }
+}
+
+/// A destination for a person.
+fn destination(key: &FrontendKey) -> String {
+    if key.addr.is_unspecified() {
+        format!("NodePort {}/{}", key.port, key.proto)
+    } else if key.addr.is_v4() {
+        format!("{}:{}/{}", key.addr, key.port, key.proto)
+    } else {
+        format!("[{}]:{}/{}", key.addr, key.port, key.proto)
+    }
+}

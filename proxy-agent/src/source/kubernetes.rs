@@ -1,0 +1,441 @@
+//! The Kubernetes API as a source: Services, EndpointSlices and our own Node, listed and watched for ever.
+//!
+//! `kube`'s watcher does the protocol (Y-5). Added here: the difference after a relist (objects that vanished
+//! are removals), the fall-back for servers without streaming lists, a relist when a version is too old
+//! however the server says so, and one undecodable object never stopping the others.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::watcher::{self, DefaultBackoff, Event};
+use kube::{Api, Client};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout};
+
+use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
+use super::{Change, Kind};
+use crate::model::{Node, ObjectName, Service, Slice};
+
+/// How long a connection attempt may take.
+const CONNECT: Duration = Duration::from_secs(5);
+/// A retry that has not failed for this long has a connection: a quiet watch says nothing of its own.
+const QUIET: Duration = Duration::from_secs(6);
+/// A streaming list that pauses for this long is one that the server does not know: it sent what it has and
+/// will never say that this was all.
+const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Why there is no client for the API server.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kubeconfig file is missing or wrong.
+    #[error("cannot use the kubeconfig {path}: give a readable file with --kubeconfig")]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: kube::config::KubeconfigError,
+    },
+    /// Neither a kubeconfig nor a service account.
+    #[error(
+        "no kubeconfig was given and this is not a pod with a service account: use --kubeconfig or --apiserver"
+    )]
+    InCluster(#[source] kube::config::InClusterError),
+    /// `--apiserver` is not a URL.
+    #[error("--apiserver {url} is not a URL like https://10.0.0.1:6443")]
+    Url {
+        /// What was given.
+        url: String,
+        /// Why.
+        #[source]
+        source: http::uri::InvalidUri,
+    },
+    /// The client cannot be built (certificates, mostly).
+    #[error("cannot prepare a client for the API server {url}")]
+    Client {
+        /// Its address.
+        url: String,
+        /// Why.
+        #[source]
+        source: kube::Error,
+    },
+}
+
+/// A client from a kubeconfig or, without one, from the pod's service account; `apiserver` replaces the
+/// server's address (Y-1), and stands alone when there is neither.
+pub async fn client(kubeconfig: Option<&PathBuf>, apiserver: Option<&str>) -> Result<Client, Error> {
+    let url = apiserver.map(|url| url.parse::<http::Uri>().map_err(|source| (url, source)));
+    let url = url.transpose().map_err(|(url, source)| Error::Url { url: url.to_owned(), source })?;
+    let mut config = match (kubeconfig, &url) {
+        (Some(path), _) => {
+            let fault = |source| Error::Kubeconfig { path: path.clone(), source };
+            let file = Kubeconfig::read_from(path).map_err(fault)?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(fault)?
+        }
+        (None, Some(url)) => kube::Config::incluster_env().unwrap_or_else(|_| kube::Config::new(url.clone())),
+        (None, None) => kube::Config::incluster_env().map_err(Error::InCluster)?,
+    };
+    if let Some(url) = url {
+        config.cluster_url = url;
+    }
+    config.connect_timeout = Some(CONNECT);
+    let url = config.cluster_url.to_string();
+    Client::try_from(config).map_err(|source| Error::Client { url, source })
+}
+
+/// Sends what the API server says of Services, EndpointSlices and the Node `node_name`, until nobody listens.
+pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) {
+    let down = Arc::new(AtomicU32::new(0b111));
+    let line = |kind: Kind| Line { kind, tx: tx.clone(), down: down.clone() };
+    let not = |label: &str| format!("!{label}");
+    let services = Feed::<core::Service, Service> {
+        line: line(Kind::Service),
+        what: "Service",
+        config: watcher::Config::default().labels(&not(LABEL_PROXY_NAME)).fields("spec.clusterIP!=None"), // S-1
+        convert: convert::service,
+        change: Change::Service,
+    };
+    let slices = Feed::<discovery::EndpointSlice, Slice> {
+        line: line(Kind::Slice),
+        what: "EndpointSlice",
+        config: watcher::Config::default().labels(&not(LABEL_HEADLESS)), // E-2
+        convert: convert::slice,
+        change: Change::Slice,
+    };
+    let node = Feed::<core::Node, Node> {
+        line: line(Kind::Node),
+        what: "Node",
+        config: watcher::Config::default().fields(&format!("metadata.name={node_name}")),
+        convert: |object| {
+            let (node, complaints) = convert::node(object);
+            (Some(node), complaints)
+        },
+        change: |_, node| Change::Node(node),
+    };
+    let all = futures::future::join3(
+        services.run(Api::all(client.clone())),
+        slices.run(Api::all(client.clone())),
+        node.run(Api::all(client)),
+    );
+    tokio::select! {
+        _ = all => {}
+        () = tx.closed() => {}
+    }
+}
+
+/// Nobody listens any more.
+struct Closed;
+
+/// Where a kind's changes go, and how it stands with the server.
+struct Line {
+    kind: Kind,
+    tx: mpsc::Sender<Change>,
+    /// A bit for every kind that the server does not answer: connected is when there is none.
+    down: Arc<AtomicU32>,
+}
+
+impl Line {
+    async fn send(&self, change: Change) -> Result<(), Closed> {
+        self.tx.send(change).await.map_err(|_| Closed)
+    }
+
+    async fn connected(&self, up: bool) -> Result<(), Closed> {
+        let bit = 1 << self.kind as u32;
+        let before = if up {
+            self.down.fetch_and(!bit, Ordering::Relaxed)
+        } else {
+            self.down.fetch_or(bit, Ordering::Relaxed)
+        };
+        let after = if up { before & !bit } else { before | bit };
+        if (before == 0) != (after == 0) {
+            self.send(Change::Connected(after == 0)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// One kind of object, from the API server to changes.
+struct Feed<K, T> {
+    line: Line,
+    what: &'static str,
+    config: watcher::Config,
+    convert: fn(&K) -> (Option<T>, Vec<String>),
+    change: fn(ObjectName, Option<T>) -> Change,
+}
+
+/// What was sent of an object: enough to take it back, and to tell whether it is news.
+struct Sent<T> {
+    object: Option<T>,
+    complaints: Vec<String>,
+}
+
+type Known<T> = HashMap<ObjectName, Sent<T>>;
+type Events<K> = BoxStream<'static, watcher::Result<Event<Heard<K>>>>;
+
+impl<K, T> Feed<K, T>
+where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+    T: Clone + PartialEq + Debug + Send + 'static,
+{
+    /// Runs until nobody listens.
+    async fn run(self, api: Api<Heard<K>>) {
+        let mut streaming = true;
+        let mut known = Known::new();
+        let mut synced = false;
+        let mut backoff = DefaultBackoff::default();
+        loop {
+            let events = self.events(&api, streaming);
+            match self.follow(events, streaming, &mut known, &mut synced, &mut backoff).await {
+                Ok(End::Relist) => {}
+                Ok(End::NoStreaming) => streaming = false,
+                Err(Closed) => return,
+            }
+        }
+    }
+
+    fn events(&self, api: &Api<Heard<K>>, streaming: bool) -> Events<K> {
+        let config = self.config.clone();
+        // A list from the server's cache is enough (Y-5): the watch that follows brings it up to date.
+        let config = if streaming { config.streaming_lists() } else { config.any_semantic() };
+        watcher::watcher(api.clone(), config).boxed()
+    }
+
+    /// Follows one watch until it must be begun anew.
+    async fn follow(
+        &self,
+        mut events: Events<K>,
+        streaming: bool,
+        known: &mut Known<T>,
+        synced: &mut bool,
+        backoff: &mut DefaultBackoff,
+    ) -> Result<End, Closed> {
+        let mut listed: Option<HashSet<ObjectName>> = None;
+        loop {
+            let event = if streaming && listed.is_some() {
+                match timeout(STREAMING_PATIENCE, self.next(&mut events)).await {
+                    Ok(event) => event?,
+                    Err(_) => return Ok(self.without_streaming("it does not say where the list ends")),
+                }
+            } else {
+                self.next(&mut events).await?
+            };
+            match event {
+                None => return Ok(End::Relist),
+                Some(Ok(event)) => {
+                    // A classic list begins with `Init` before anything has been asked.
+                    if !matches!(event, Event::Init) {
+                        self.line.connected(true).await?;
+                    }
+                    self.take(event, known, &mut listed, synced).await?;
+                }
+                Some(Err(error)) => {
+                    if streaming && does_not_stream(&error) {
+                        return Ok(self.without_streaming("it refuses it"));
+                    }
+                    if matches!(&error, watcher::Error::WatchFailed(kube::Error::SerdeError(_))) {
+                        tracing::warn!(kind = self.what, %error, "skipped an event that cannot be read");
+                        continue;
+                    }
+                    self.failed(&error, backoff).await?;
+                    if is_gone(&error) {
+                        return Ok(End::Relist);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next event. A stream that says nothing for a while is connected all the same: a failed attempt
+    /// would have been told by then.
+    async fn next(&self, events: &mut Events<K>) -> Result<Option<watcher::Result<Event<Heard<K>>>>, Closed> {
+        let mut next = pin!(events.next());
+        match timeout(QUIET, &mut next).await {
+            Ok(event) => Ok(event),
+            Err(_) => {
+                self.line.connected(true).await?;
+                Ok(next.await)
+            }
+        }
+    }
+
+    fn without_streaming(&self, why: &str) -> End {
+        tracing::info!(kind = self.what, why, "the API server has no streaming lists: list, then watch");
+        End::NoStreaming
+    }
+
+    async fn failed(&self, error: &watcher::Error, backoff: &mut DefaultBackoff) -> Result<(), Closed> {
+        let pause = backoff.next().unwrap_or(Duration::from_secs(30));
+        let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+        tracing::warn!(kind = self.what, %error, source, ?pause, "cannot watch; what is known stays, trying again");
+        self.line.connected(false).await?;
+        tokio::time::sleep_until(Instant::now() + pause).await;
+        Ok(())
+    }
+
+    async fn take(
+        &self,
+        event: Event<Heard<K>>,
+        known: &mut Known<T>,
+        listed: &mut Option<HashSet<ObjectName>>,
+        synced: &mut bool,
+    ) -> Result<(), Closed> {
+        match event {
+            Event::Init => *listed = Some(HashSet::new()),
+            Event::InitApply(object) => {
+                if let Some(listed) = listed {
+                    listed.insert(convert::object_name(&object.metadata));
+                }
+                self.apply(object, known).await?;
+            }
+            Event::Apply(object) => self.apply(object, known).await?,
+            Event::Delete(object) => {
+                self.remove(convert::object_name(&object.metadata), known).await?; // S-2, Y-8: by name.
+            }
+            Event::InitDone => {
+                let listed = listed.take().unwrap_or_default();
+                let vanished: Vec<ObjectName> =
+                    known.keys().filter(|name| !listed.contains(name)).cloned().collect();
+                for name in vanished {
+                    self.remove(name, known).await?;
+                }
+                if !std::mem::replace(synced, true) {
+                    self.line.send(Change::Synced(self.line.kind)).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply(&self, heard: Heard<K>, known: &mut Known<T>) -> Result<(), Closed> {
+        let name = convert::object_name(&heard.metadata);
+        let sent = known.get(&name);
+        let (object, complaints) = match &heard.object {
+            Ok(object) => (self.convert)(object),
+            // What was known of it stays, as with every object that has become unreadable.
+            Err(error) => {
+                (sent.and_then(|sent| sent.object.clone()), vec![format!("cannot be read: {error}")])
+            }
+        };
+        let (before, told) = match sent {
+            Some(sent) => (sent.object.as_ref(), sent.complaints.as_slice()),
+            None => (None, [].as_slice()),
+        };
+        if before != object.as_ref() {
+            self.line.send((self.change)(name.clone(), object.clone())).await?;
+        }
+        if told != complaints {
+            self.complain(&name, complaints.clone()).await?;
+        }
+        if object.is_some() || !complaints.is_empty() {
+            known.insert(name, Sent { object, complaints });
+        } else {
+            known.remove(&name);
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, name: ObjectName, known: &mut Known<T>) -> Result<(), Closed> {
+        let Some(sent) = known.remove(&name) else { return Ok(()) };
+        if !sent.complaints.is_empty() {
+            self.complain(&name, Vec::new()).await?;
+        }
+        if sent.object.is_some() {
+            self.line.send((self.change)(name, None)).await?;
+        }
+        Ok(())
+    }
+
+    async fn complain(&self, name: &ObjectName, lines: Vec<String>) -> Result<(), Closed> {
+        let object = match self.line.kind {
+            Kind::Node => format!("{} {}", self.what, name.name),
+            Kind::Service | Kind::Slice => format!("{} {name}", self.what),
+        };
+        self.line.send(Change::Complaints { object, lines }).await
+    }
+}
+
+/// Why a watch is begun anew.
+enum End {
+    Relist,
+    NoStreaming,
+}
+
+/// The status a server answered with.
+fn status(error: &watcher::Error) -> Option<&kube::core::Status> {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => Some(status),
+        _ => None,
+    }
+}
+
+/// The version to continue from is too old, or newer than what the server has (Y-5). `kube` lists anew only
+/// when this comes as an event of a watch; as the answer to a request it would ask the same again for ever.
+fn is_gone(error: &watcher::Error) -> bool {
+    status(error).is_some_and(|status| {
+        status.code == 410 || status.code == 504 && status.message.contains("Too large resource version")
+    })
+}
+
+/// A server before 1.32 or with the feature off refuses `sendInitialEvents`.
+fn does_not_stream(error: &watcher::Error) -> bool {
+    let watcher::Error::WatchStartFailed(kube::Error::Api(status)) = error else { return false };
+    matches!(status.code, 400 | 422)
+}
+
+/// An object as the server sent it: one that cannot be decoded still has a name, and does not take the
+/// whole list down with it.
+#[derive(Clone, Debug)]
+struct Heard<K> {
+    metadata: ObjectMeta,
+    object: Result<K, String>,
+}
+
+impl<'de, K: DeserializeOwned> Deserialize<'de> for Heard<K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = serde_json::Value::deserialize(deserializer)?;
+        let metadata = value.get("metadata").map(ObjectMeta::deserialize).transpose();
+        let metadata = metadata.map_err(serde::de::Error::custom)?.unwrap_or_default();
+        let object = K::deserialize(value).map_err(|error| error.to_string());
+        Ok(Self { metadata, object })
+    }
+}
+
+impl<K: kube::Resource<DynamicType = ()>> kube::Resource for Heard<K> {
+    type DynamicType = ();
+    type Scope = K::Scope;
+
+    fn kind(dt: &()) -> Cow<'_, str> {
+        K::kind(dt)
+    }
+    fn group(dt: &()) -> Cow<'_, str> {
+        K::group(dt)
+    }
+    fn version(dt: &()) -> Cow<'_, str> {
+        K::version(dt)
+    }
+    fn plural(dt: &()) -> Cow<'_, str> {
+        K::plural(dt)
+    }
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
