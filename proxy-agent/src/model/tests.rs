@@ -507,12 +507,10 @@ fn claimant(created: i64, external_ip: &str) -> Service {
 fn holders(world: &World) -> BTreeMap<String, String> {
     let mut holders = BTreeMap::new();
     for (port, desired) in world.desired().services {
-        for frontend in desired.frontends {
-            let known = holders.insert(
-                format!("{}:{}", frontend.key.addr, frontend.key.port),
-                port.service.name.to_string(),
-            );
-            assert_eq!(known, None, "{:?} has two holders", frontend.key);
+        for DesiredFrontend { key, .. } in desired.frontends {
+            let known = holders
+                .insert(format!("{}:{}/{}", key.addr, key.port, key.proto), port.service.name.to_string());
+            assert_eq!(known, None, "{key:?} has two holders");
         }
     }
     holders
@@ -525,9 +523,9 @@ fn a_contested_destination_has_one_holder_whatever_the_order_and_is_handed_over_
     for order in [[old.clone(), young.clone()], [young, old]] {
         let mut world = world(order);
         let found = holders(&world);
-        assert_eq!(found["198.51.100.1:80"], "old");
-        assert_eq!(found["0.0.0.0:30000"], "old");
-        assert_eq!(found["10.96.1.20:80"], "a-young");
+        assert_eq!(found["198.51.100.1:80/TCP"], "old");
+        assert_eq!(found["0.0.0.0:30000/TCP"], "old");
+        assert_eq!(found["10.96.1.20:80/TCP"], "a-young");
         let complaints = world.complaints();
         assert_eq!(complaints.len(), 2, "{complaints:?}");
         assert!(complaints.iter().all(|c| c.object == "Service default/a-young"), "{complaints:?}");
@@ -554,7 +552,7 @@ fn a_cluster_ip_comes_before_an_older_external_ip() {
     let cluster = Change::Service(name("cluster"), Some(cluster));
     let external = Change::Service(name("external"), Some(external));
     for order in [[cluster.clone(), external.clone()], [external, cluster]] {
-        assert_eq!(holders(&world(order))["10.96.0.1:80"], "cluster");
+        assert_eq!(holders(&world(order))["10.96.0.1:80/TCP"], "cluster");
     }
 }
 
@@ -568,7 +566,7 @@ fn a_reused_cluster_ip_ends_with_the_one_that_is_left() {
         [before.clone(), after.clone(), gone.clone()],
         [after.clone(), before.clone(), gone.clone()],
     ] {
-        assert_eq!(holders(&world(order)), [("10.96.0.1:80".to_owned(), "after".to_owned())].into());
+        assert_eq!(holders(&world(order)), [("10.96.0.1:80/TCP".to_owned(), "after".to_owned())].into());
     }
 }
 

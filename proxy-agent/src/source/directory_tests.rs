@@ -1,1 +1,329 @@
+//! Directories with edits, as an operator, an editor and a ConfigMap mount make them.
 
+use std::os::unix::fs::symlink;
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn service(name: &str, ip: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {ip}, ports: [{{port: 80}}]}}\n---\n"
+    )
+}
+
+fn slice(name: &str, service: &str, ip: &str) -> String {
+    format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}\n  \
+         labels: {{kubernetes.io/service-name: {service}}}\nports: [{{port: 8080}}]\n\
+         endpoints: [{{addresses: [{ip}]}}]\n---\n"
+    )
+}
+
+fn endpoints(service: &str, ip: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Endpoints\nmetadata: {{name: {service}}}\n\
+         subsets: [{{addresses: [{{ip: {ip}}}], ports: [{{port: 8080}}]}}]\n---\n"
+    )
+}
+
+/// What a listener knows after everything that was sent.
+#[derive(Debug, Default)]
+struct Heard {
+    services: BTreeMap<String, String>,
+    slices: BTreeMap<String, String>,
+    node: Option<Node>,
+    complaints: BTreeMap<String, Vec<String>>,
+    synced: Vec<Kind>,
+    connected: bool,
+    count: usize,
+}
+
+impl Heard {
+    fn take(&mut self, change: Change) {
+        self.count += 1;
+        match change {
+            Change::Service(name, Some(service)) => {
+                self.services.insert(name.to_string(), service.cluster_ips[0].to_string());
+            }
+            Change::Service(name, None) => assert!(self.services.remove(&name.to_string()).is_some()),
+            Change::Slice(name, Some(slice)) => {
+                self.slices.insert(name.to_string(), slice.endpoints[0].ip.to_string());
+            }
+            Change::Slice(name, None) => assert!(self.slices.remove(&name.to_string()).is_some()),
+            Change::Node(node) => self.node = node,
+            Change::Complaints { object, lines } if lines.is_empty() => {
+                assert!(self.complaints.remove(&object).is_some());
+            }
+            Change::Complaints { object, lines } => {
+                self.complaints.insert(object, lines);
+            }
+            Change::Synced(kind) => self.synced.push(kind),
+            Change::Connected(connected) => self.connected = connected,
+            Change::Links(_) => panic!("a directory has no links"),
+        }
+    }
+}
+
+/// A shelf over a directory of its own, without the watching.
+struct Bench {
+    dir: tempfile::TempDir,
+    shelf: Shelf,
+    heard: Heard,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let shelf = Shelf::new(dir.path().to_owned(), "n1".into());
+        Self { dir, shelf, heard: Heard::default() }
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.dir.path().join(name), text).unwrap();
+    }
+
+    /// How many changes a look at the directory gave.
+    fn look(&mut self) -> usize {
+        let changes = self.shelf.refresh().unwrap();
+        let count = changes.len();
+        changes.into_iter().for_each(|change| self.heard.take(change));
+        count
+    }
+}
+
+fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+#[test]
+fn every_way_to_write_objects_is_read() {
+    let mut bench = Bench::new();
+    bench.write("a.yaml", &(service("one", "10.96.0.1") + &slice("one-x", "one", "10.0.0.1")));
+    bench.write(
+        "b.json",
+        r#"{"apiVersion":"v1","kind":"Service","metadata":{"name":"two","namespace":"shop"},
+            "spec":{"clusterIPs":["10.96.0.2","fd00::2"],"ports":[{"port":80}]}}"#,
+    );
+    bench.write(
+        "c.yml",
+        "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Service\n  metadata: {name: three}\n  \
+         spec: {clusterIP: 10.96.0.3, ports: [{port: 80}]}\n- apiVersion: v1\n  kind: Node\n  \
+         metadata: {name: n1, labels: {topology.kubernetes.io/zone: a}}\n\
+         - {apiVersion: v1, kind: Node, metadata: {name: n2}}\n",
+    );
+    bench.write(
+        "d.json",
+        r#"{"apiVersion":"v1","kind":"ServiceList","items":[{"metadata":{"name":"four"},
+            "spec":{"clusterIP":"10.96.0.4","ports":[{"port":80}]}}]}"#,
+    );
+    bench.write("e.yaml", "# nothing but a comment\n---\n---\napiVersion: apps/v1\nkind: Deployment\n");
+    bench.write("f.yaml", "apiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {name: five}\n");
+    bench.write("g.txt", &service("six", "10.96.0.6"));
+    bench.write(".h.yaml", &service("seven", "10.96.0.7"));
+    fs::create_dir(bench.dir.path().join("i.yaml")).unwrap();
+    bench.look();
+    let expected = map(&[
+        ("default/four", "10.96.0.4"),
+        ("default/one", "10.96.0.1"),
+        ("default/three", "10.96.0.3"),
+        ("shop/two", "10.96.0.2"),
+    ]);
+    assert_eq!(bench.heard.services, expected);
+    assert_eq!(bench.heard.slices, map(&[("default/one-x", "10.0.0.1")]));
+    assert_eq!(bench.heard.node.as_ref().unwrap().zone.as_deref(), Some("a"));
+    assert_eq!(bench.heard.complaints, BTreeMap::new());
+    assert_eq!(bench.look(), 0, "nothing has changed");
+}
+
+#[test]
+fn a_broken_file_keeps_what_it_said_and_says_where_it_is_broken() {
+    let mut bench = Bench::new();
+    bench.write("web.yaml", &service("web", "10.96.0.1"));
+    bench.write("other.yaml", &service("other", "10.96.0.2"));
+    bench.look();
+    let before = bench.heard.services.clone();
+
+    bench.write("web.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: [unclosed\n");
+    bench.write("other.json", "{\n\"kind\": ");
+    bench.look();
+    assert_eq!(bench.heard.services, before);
+    let places: Vec<&String> = bench.heard.complaints.keys().collect();
+    assert_eq!(places.len(), 2, "{:?}", bench.heard.complaints);
+    assert_eq!(places[0], "other.json:2");
+    assert!(places[1].starts_with("web.yaml:"), "{places:?}");
+
+    bench.write("web.yaml", &service("web", "10.96.0.9"));
+    fs::remove_file(bench.dir.path().join("other.json")).unwrap();
+    bench.look();
+    assert_eq!(bench.heard.services["default/web"], "10.96.0.9");
+    assert_eq!(bench.heard.complaints, BTreeMap::new());
+}
+
+#[test]
+fn an_object_that_cannot_be_read_does_not_stop_its_neighbours() {
+    let mut bench = Bench::new();
+    bench.write("all.yaml", &(service("bad", "10.96.0.1") + &service("good", "10.96.0.2")));
+    bench.look();
+    let bad = service("bad", "10.96.0.7").replace("port: 80", "port: http");
+    bench.write("all.yaml", &("# one line\n".to_owned() + &bad + &service("good", "10.96.0.3")));
+    bench.look();
+    assert_eq!(bench.heard.services, map(&[("default/bad", "10.96.0.1"), ("default/good", "10.96.0.3")]));
+    let (place, lines) = bench.heard.complaints.first_key_value().unwrap();
+    assert_eq!(place, "all.yaml:2");
+    assert!(lines[0].starts_with("Service default/bad cannot be read"), "{lines:?}");
+
+    bench.write("all.yaml", "just a text\n---\nkind: Service\napiVersion: v1\n");
+    bench.look();
+    assert_eq!(bench.heard.services, BTreeMap::new());
+    let lines: Vec<&str> = bench.heard.complaints.values().map(|lines| lines[0].as_str()).collect();
+    assert_eq!(lines, ["is not a Kubernetes object: it has no `kind`", "has no `metadata.name`"]);
+}
+
+#[test]
+fn of_an_object_in_two_files_the_first_one_counts_until_it_goes() {
+    let mut bench = Bench::new();
+    bench.write("b.yaml", &service("web", "10.96.0.2"));
+    bench.look();
+    bench.write("a.yaml", &service("web", "10.96.0.1"));
+    bench.look();
+    assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.1")]));
+    let lines = &bench.heard.complaints["Service default/web"];
+    assert_eq!(*lines, ["in b.yaml is ignored: a.yaml has it already and comes first"]);
+    fs::remove_file(bench.dir.path().join("a.yaml")).unwrap();
+    bench.look();
+    assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.2")]));
+    assert_eq!(bench.heard.complaints, BTreeMap::new());
+}
+
+#[test]
+fn legacy_endpoints_give_way_to_slices() {
+    let mut bench = Bench::new();
+    bench.write("e.yaml", &(endpoints("web", "10.0.0.1") + &endpoints("api", "10.0.0.2")));
+    bench.look();
+    let legacy = map(&[("default/api/endpoints-0", "10.0.0.2"), ("default/web/endpoints-0", "10.0.0.1")]);
+    assert_eq!(bench.heard.slices, legacy);
+    bench.write("s.yaml", &slice("web-x", "web", "10.0.0.3"));
+    bench.look();
+    let both = map(&[("default/api/endpoints-0", "10.0.0.2"), ("default/web-x", "10.0.0.3")]);
+    assert_eq!(bench.heard.slices, both);
+    fs::remove_file(bench.dir.path().join("s.yaml")).unwrap();
+    bench.look();
+    assert_eq!(bench.heard.slices, legacy);
+}
+
+#[test]
+fn complaints_name_the_file_and_the_part() {
+    let mut bench = Bench::new();
+    bench.write("web.yaml", &service("web", "10.96.0.1").replace("ports:", "externalIPs: [bad], ports:"));
+    bench.look();
+    let lines = &bench.heard.complaints["Service default/web"];
+    assert_eq!(*lines, ["in web.yaml: spec.externalIPs[0] \"bad\" is not an IP address: skipped"]);
+}
+
+/// A running source and what it has said so far.
+struct Running {
+    rx: mpsc::Receiver<Change>,
+    heard: Heard,
+}
+
+impl Running {
+    async fn start(path: &Path) -> Self {
+        let (tx, rx) = mpsc::channel(64);
+        tokio::spawn(run(path.to_owned(), "n1".into(), tx));
+        let mut running = Self { rx, heard: Heard::default() };
+        running.until("it has synced", |heard| heard.synced.len() == 3).await;
+        running
+    }
+
+    async fn until(&mut self, what: &str, done: impl Fn(&Heard) -> bool) {
+        let waited = timeout(PATIENCE, async {
+            while !done(&self.heard) {
+                self.heard.take(self.rx.recv().await.unwrap());
+            }
+        });
+        assert!(waited.await.is_ok(), "waited in vain until {what}: {:?}", self.heard);
+    }
+}
+
+#[tokio::test]
+async fn edits_additions_and_removals_are_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::write(path("a.yaml"), service("web", "10.96.0.1")).unwrap();
+    let mut running = Running::start(dir.path()).await;
+    assert_eq!(running.heard.services, map(&[("default/web", "10.96.0.1")]));
+    assert!(running.heard.connected);
+
+    fs::write(path("a.yaml"), service("web", "10.96.0.2")).unwrap();
+    running.until("an edit is heard", |heard| heard.services["default/web"] == "10.96.0.2").await;
+
+    fs::write(path("b.yaml"), service("api", "10.96.0.3")).unwrap();
+    running.until("an addition is heard", |heard| heard.services.contains_key("default/api")).await;
+
+    // As editors do it: a new file takes the old one's place.
+    fs::write(path("a.yaml.new"), service("web", "10.96.0.4")).unwrap();
+    fs::rename(path("a.yaml.new"), path("a.yaml")).unwrap();
+    running.until("a rename is heard", |heard| heard.services["default/web"] == "10.96.0.4").await;
+
+    fs::remove_file(path("b.yaml")).unwrap();
+    running.until("a removal is heard", |heard| heard.services.len() == 1).await;
+    assert_eq!(running.heard.complaints, BTreeMap::new());
+    assert_eq!(running.heard.synced, [Kind::Service, Kind::Slice, Kind::Node]);
+}
+
+#[tokio::test]
+async fn a_config_map_mount_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir(path("..2024_1")).unwrap();
+    fs::write(path("..2024_1/web.yaml"), service("web", "10.96.0.1")).unwrap();
+    symlink("..2024_1", path("..data")).unwrap();
+    symlink("..data/web.yaml", path("web.yaml")).unwrap();
+    let mut running = Running::start(dir.path()).await;
+    assert_eq!(running.heard.services, map(&[("default/web", "10.96.0.1")]));
+
+    fs::create_dir(path("..2024_2")).unwrap();
+    fs::write(path("..2024_2/web.yaml"), service("web", "10.96.0.2")).unwrap();
+    symlink("..2024_2", path("..data_tmp")).unwrap();
+    fs::rename(path("..data_tmp"), path("..data")).unwrap();
+    running.until("the swap is heard", |heard| heard.services["default/web"] == "10.96.0.2").await;
+}
+
+#[tokio::test]
+async fn a_directory_that_is_not_there_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("missing");
+    let (tx, _rx) = mpsc::channel(1);
+    let error = run(path.clone(), "n1".into(), tx).await.unwrap_err();
+    assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_directory_that_is_replaced_is_found_again_and_its_absence_takes_nothing_away() {
+    let parent = tempfile::tempdir().unwrap();
+    let path = parent.path().join("manifests");
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("a.yaml"), service("web", "10.96.0.1")).unwrap();
+    let mut running = Running::start(&path).await;
+    fs::rename(&path, parent.path().join("gone")).unwrap();
+    running.until("the loss is heard", |heard| !heard.connected).await;
+    assert_eq!(running.heard.services, map(&[("default/web", "10.96.0.1")]));
+
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("a.yaml"), service("web", "10.96.0.2")).unwrap();
+    running.until("the new one is heard", |heard| heard.connected).await;
+    running.until("it is read", |heard| heard.services["default/web"] == "10.96.0.2").await;
+    assert_eq!(running.heard.complaints, BTreeMap::new());
+}
+
+#[tokio::test]
+async fn the_source_ends_when_nobody_listens() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tx, mut rx) = mpsc::channel(64);
+    let source = tokio::spawn(run(dir.path().to_owned(), "n1".into(), tx));
+    let first = rx.recv().await;
+    assert!(first.is_some());
+    drop(rx);
+    timeout(PATIENCE, source).await.unwrap().unwrap().unwrap();
+}
