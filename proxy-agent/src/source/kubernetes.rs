@@ -439,3 +439,7 @@ impl<K: kube::Resource<DynamicType = ()>> kube::Resource for Heard<K> {
         &mut self.metadata
     }
 }
+
+#[cfg(test)]
+#[path = "kubernetes_tests.rs"]
+mod tests;

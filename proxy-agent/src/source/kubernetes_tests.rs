@@ -1,0 +1,263 @@
+//! The source against a scripted API server on loopback.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use futures::stream;
+use serde_json::{Value, json};
+
+use super::*;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the server answers to one request for Services.
+enum Reply {
+    /// A watch: these events, then silence.
+    Open(Vec<Value>),
+    /// A watch: these events, then its normal end.
+    Closed(Vec<Value>),
+    /// A whole document with a status code.
+    Whole(u16, Value),
+}
+
+/// A server that answers requests for Services by script (then with silence), and has nothing else.
+struct Server {
+    replies: Mutex<VecDeque<Reply>>,
+    asked: Mutex<Vec<String>>,
+}
+
+impl Server {
+    async fn start(replies: Vec<Reply>) -> (Arc<Self>, Client) {
+        let server = Arc::new(Self { replies: Mutex::new(replies.into()), asked: Mutex::new(Vec::new()) });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let app = axum::Router::new().fallback(answer).with_state(server.clone());
+        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        (server, client(None, Some(&url)).await.unwrap())
+    }
+
+    fn asked(&self, what: &str) -> Vec<String> {
+        self.asked.lock().unwrap().iter().filter(|asked| asked.starts_with(what)).cloned().collect()
+    }
+}
+
+async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response {
+    let asked = request.uri().to_string();
+    let reply = if request.uri().path() == "/api/v1/services" {
+        server.replies.lock().unwrap().pop_front().unwrap_or(Reply::Open(Vec::new()))
+    } else {
+        Reply::Open(vec![complete("1")])
+    };
+    server.asked.lock().unwrap().push(asked);
+    let lines = |events: Vec<Value>| {
+        stream::iter(events.into_iter().map(|event| Ok::<_, std::io::Error>(format!("{event}\n"))))
+    };
+    let (code, body) = match reply {
+        Reply::Open(events) => (200, Body::from_stream(lines(events).chain(stream::pending()))),
+        Reply::Closed(events) => (200, Body::from_stream(lines(events))),
+        Reply::Whole(code, value) => (code, Body::from(value.to_string())),
+    };
+    Response::builder().status(code).header("content-type", "application/json").body(body).unwrap()
+}
+
+fn object(name: &str, ip: &str, version: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"namespace": "default", "name": name, "resourceVersion": version},
+        "spec": {"clusterIP": ip, "ports": [{"port": 80}]},
+    })
+}
+
+fn event(kind: &str, object: Value) -> Value {
+    json!({"type": kind, "object": object})
+}
+
+/// The bookmark that ends a streaming list.
+fn complete(version: &str) -> Value {
+    let metadata = json!({"resourceVersion": version, "annotations": {"k8s.io/initial-events-end": "true"}});
+    event("BOOKMARK", json!({"kind": "Service", "apiVersion": "v1", "metadata": metadata}))
+}
+
+fn status(code: u16, reason: &str) -> Value {
+    json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason})
+}
+
+struct Listener {
+    rx: mpsc::Receiver<Change>,
+    services: HashMap<String, String>,
+    complaints: HashMap<String, Vec<String>>,
+    synced: Vec<Kind>,
+    connected: Vec<bool>,
+    changes: usize,
+}
+
+impl Listener {
+    async fn start(replies: Vec<Reply>) -> (Arc<Server>, Self) {
+        let (server, client) = Server::start(replies).await;
+        let (tx, rx) = mpsc::channel(64);
+        tokio::spawn(run(client, "n1".into(), tx));
+        let (services, complaints, synced, connected) = Default::default();
+        (server, Self { rx, services, complaints, synced, connected, changes: 0 })
+    }
+
+    async fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
+        let waited = timeout(PATIENCE, async {
+            while !done(self) {
+                let change = self.rx.recv().await.unwrap();
+                self.take(change);
+            }
+        });
+        assert!(
+            waited.await.is_ok(),
+            "waited in vain until {what}: {:?} {:?}",
+            self.services,
+            self.complaints
+        );
+    }
+
+    fn take(&mut self, change: Change) {
+        match change {
+            Change::Service(name, Some(service)) => {
+                self.changes += 1;
+                self.services.insert(name.name.to_string(), service.cluster_ips[0].to_string());
+            }
+            Change::Service(name, None) => {
+                self.changes += 1;
+                assert!(self.services.remove(&*name.name).is_some());
+            }
+            Change::Complaints { object, lines } => {
+                self.complaints.insert(object, lines);
+            }
+            Change::Synced(kind) => self.synced.push(kind),
+            Change::Connected(connected) => self.connected.push(connected),
+            other => panic!("nobody said {other:?}"),
+        }
+    }
+
+    fn has(&self, expected: &[(&str, &str)]) -> bool {
+        self.services.len() == expected.len()
+            && expected.iter().all(|(name, ip)| self.services.get(*name).is_some_and(|known| known == ip))
+    }
+}
+
+#[tokio::test]
+async fn a_streaming_list_is_followed_by_its_watch() {
+    let (server, mut listener) = Listener::start(vec![Reply::Open(vec![
+        event("ADDED", object("a", "10.96.0.1", "1")),
+        event("ADDED", object("b", "10.96.0.2", "2")),
+        complete("3"),
+        event("MODIFIED", object("a", "10.96.0.3", "4")),
+        event("DELETED", object("b", "10.96.0.2", "5")),
+    ])])
+    .await;
+    listener.until("the watch is heard", |l| l.has(&[("a", "10.96.0.3")]) && l.synced.len() == 3).await;
+    listener.until("the server answers", |l| l.connected == [true]).await;
+
+    let services = server.asked("/api/v1/services");
+    assert_eq!(services.len(), 1, "{services:?}");
+    for part in [
+        "labelSelector=%21service.kubernetes.io%2Fservice-proxy-name",
+        "fieldSelector=spec.clusterIP%21%3DNone",
+        "sendInitialEvents=true",
+        "allowWatchBookmarks=true",
+    ] {
+        assert!(services[0].contains(part), "{part} in {services:?}");
+    }
+    let slices = server.asked("/apis/discovery.k8s.io/v1/endpointslices");
+    assert!(slices[0].contains("labelSelector=%21service.kubernetes.io%2Fheadless"), "{slices:?}");
+    let nodes = server.asked("/api/v1/nodes");
+    assert!(nodes[0].contains("fieldSelector=metadata.name%3Dn1"), "{nodes:?}");
+}
+
+#[tokio::test]
+async fn what_has_vanished_when_a_list_is_read_again_is_removed() {
+    let first = vec![
+        event("ADDED", object("a", "10.96.0.1", "1")),
+        event("ADDED", object("b", "10.96.0.2", "2")),
+        complete("3"),
+        event("ERROR", status(410, "Expired")),
+    ];
+    let second = vec![
+        event("ADDED", object("b", "10.96.0.2", "2")),
+        event("ADDED", object("c", "10.96.0.3", "9")),
+        complete("10"),
+    ];
+    let (_server, mut listener) = Listener::start(vec![Reply::Open(first), Reply::Open(second)]).await;
+    listener.until("the second list is in", |l| l.has(&[("b", "10.96.0.2"), ("c", "10.96.0.3")])).await;
+    assert_eq!(listener.changes, 4, "only the difference is sent");
+    assert_eq!(listener.synced.iter().filter(|kind| **kind == Kind::Service).count(), 1);
+}
+
+#[tokio::test]
+async fn a_version_that_is_refused_outright_leads_to_a_new_list() {
+    let (server, mut listener) = Listener::start(vec![
+        Reply::Closed(vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")]),
+        Reply::Whole(410, status(410, "Expired")),
+        Reply::Open(vec![event("ADDED", object("b", "10.96.0.2", "7")), complete("8")]),
+    ])
+    .await;
+    listener.until("the new list is in", |l| l.has(&[("b", "10.96.0.2")])).await;
+    let services = server.asked("/api/v1/services");
+    assert!(services[1].contains("resourceVersion=3"), "the watch goes on where it ended: {services:?}");
+}
+
+#[tokio::test]
+async fn a_server_without_streaming_lists_is_listed_and_watched() {
+    let list = json!({
+        "kind": "ServiceList", "apiVersion": "v1", "metadata": {"resourceVersion": "5"},
+        "items": [object("a", "10.96.0.1", "1")],
+    });
+    let (server, mut listener) = Listener::start(vec![
+        Reply::Whole(422, status(422, "sendInitialEvents is forbidden for watch")),
+        Reply::Whole(200, list),
+        Reply::Open(vec![event("ADDED", object("b", "10.96.0.2", "6"))]),
+    ])
+    .await;
+    listener.until("list and watch are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
+    let services = server.asked("/api/v1/services");
+    assert!(!services[1].contains("watch=true"), "{services:?}");
+    assert!(services[2].contains("resourceVersion=5"), "{services:?}");
+}
+
+#[tokio::test]
+async fn an_object_that_cannot_be_decoded_is_told_and_stops_nobody() {
+    let mut bad = object("bad", "10.96.0.1", "1");
+    bad["spec"]["ports"] = json!("many");
+    let (_server, mut listener) = Listener::start(vec![Reply::Open(vec![
+        event("ADDED", bad),
+        event("ADDED", object("good", "10.96.0.2", "2")),
+        complete("3"),
+        event("MODIFIED", object("bad", "10.96.0.1", "4")),
+    ])])
+    .await;
+    listener.until("the bad one is told", |l| !l.complaints.is_empty()).await;
+    let lines = &listener.complaints["Service default/bad"];
+    assert!(lines[0].starts_with("cannot be read:"), "{lines:?}");
+    listener.until("both are in", |l| l.has(&[("bad", "10.96.0.1"), ("good", "10.96.0.2")])).await;
+    listener.until("the complaint is taken back", |l| l.complaints["Service default/bad"].is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_server_that_fails_is_asked_again_and_what_is_known_stays() {
+    let (_server, mut listener) = Listener::start(vec![
+        Reply::Closed(vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")]),
+        Reply::Whole(403, status(403, "Forbidden")),
+        Reply::Open(vec![event("MODIFIED", object("a", "10.96.0.2", "4"))]),
+    ])
+    .await;
+    listener.until("the change is in", |l| l.has(&[("a", "10.96.0.2")])).await;
+    assert_eq!(listener.changes, 2);
+    assert_eq!(listener.connected.iter().rev().take(2).collect::<Vec<_>>(), [&true, &false]);
+}
+
+#[tokio::test]
+async fn a_wrong_address_or_file_is_an_error_that_names_it() {
+    let error = client(None, Some("not a url")).await.err().unwrap().to_string();
+    assert!(error.contains("not a url"), "{error}");
+    let missing = PathBuf::from("/nonexistent/kubeconfig");
+    let error = client(Some(&missing), None).await.err().unwrap().to_string();
+    assert!(error.contains("/nonexistent/kubeconfig"), "{error}");
+}
