@@ -138,7 +138,8 @@ impl World {
         Desired { services: services.collect(), node: self.node() }
     }
 
-    /// What should be programmed for the node itself.
+    /// What should be programmed for the node itself. It depends on Services, too (M-13), and is cheap:
+    /// compare it on every pass.
     #[must_use]
     pub fn node(&self) -> NodeTables {
         node_tables(&self.settings, &self.last_node, &self.links, &self.claims)

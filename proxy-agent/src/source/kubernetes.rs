@@ -4,7 +4,6 @@
 //! are removals), the fall-back for servers without streaming lists, a relist when a version is too old
 //! however the server says so, and one undecodable object never stopping the others.
 
-use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
 use std::path::PathBuf;
@@ -17,15 +16,15 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::watcher::{self, DefaultBackoff, Event};
 use kube::{Api, Client};
-use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
+use super::heard::Heard;
 use super::{Change, Kind};
 use crate::model::{Node, ObjectName, Service, Slice};
 
@@ -223,6 +222,7 @@ where
         backoff: &mut DefaultBackoff,
     ) -> Result<End, Closed> {
         let mut listed: Option<HashSet<ObjectName>> = None;
+        let mut paused = false;
         loop {
             let event = if streaming && listed.is_some() {
                 match timeout(STREAMING_PATIENCE, self.next(&mut events)).await {
@@ -234,7 +234,13 @@ where
             };
             match event {
                 None => return Ok(End::Relist),
+                // A server that ends every list half-way without a word must not be asked without a pause.
+                Some(Ok(Event::Init)) if listed.is_some() && !paused => {
+                    self.pause("the list ended half-way", backoff).await?;
+                    listed = Some(HashSet::new());
+                }
                 Some(Ok(event)) => {
+                    paused = false;
                     // A classic list begins with `Init` before anything has been asked.
                     if !matches!(event, Event::Init) {
                         self.line.connected(true).await?;
@@ -250,6 +256,7 @@ where
                         continue;
                     }
                     self.failed(&error, backoff).await?;
+                    paused = true;
                     if is_gone(&error) {
                         return Ok(End::Relist);
                     }
@@ -277,11 +284,15 @@ where
     }
 
     async fn failed(&self, error: &watcher::Error, backoff: &mut DefaultBackoff) -> Result<(), Closed> {
+        let source = std::error::Error::source(error).map(ToString::to_string);
+        self.pause(&source.unwrap_or_else(|| error.to_string()), backoff).await
+    }
+
+    async fn pause(&self, why: &str, backoff: &mut DefaultBackoff) -> Result<(), Closed> {
         let pause = backoff.next().unwrap_or(Duration::from_secs(30));
-        let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-        tracing::warn!(kind = self.what, %error, source, ?pause, "cannot watch; what is known stays, trying again");
+        tracing::warn!(kind = self.what, why, ?pause, "cannot watch; what is known stays, trying again");
         self.line.connected(false).await?;
-        tokio::time::sleep_until(Instant::now() + pause).await;
+        tokio::time::sleep(pause).await;
         Ok(())
     }
 
@@ -396,48 +407,6 @@ fn is_gone(error: &watcher::Error) -> bool {
 fn does_not_stream(error: &watcher::Error) -> bool {
     let watcher::Error::WatchStartFailed(kube::Error::Api(status)) = error else { return false };
     matches!(status.code, 400 | 422)
-}
-
-/// An object as the server sent it: one that cannot be decoded still has a name, and does not take the
-/// whole list down with it.
-#[derive(Clone, Debug)]
-struct Heard<K> {
-    metadata: ObjectMeta,
-    object: Result<K, String>,
-}
-
-impl<'de, K: DeserializeOwned> Deserialize<'de> for Heard<K> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let value = serde_json::Value::deserialize(deserializer)?;
-        let metadata = value.get("metadata").map(ObjectMeta::deserialize).transpose();
-        let metadata = metadata.map_err(serde::de::Error::custom)?.unwrap_or_default();
-        let object = K::deserialize(value).map_err(|error| error.to_string());
-        Ok(Self { metadata, object })
-    }
-}
-
-impl<K: kube::Resource<DynamicType = ()>> kube::Resource for Heard<K> {
-    type DynamicType = ();
-    type Scope = K::Scope;
-
-    fn kind(dt: &()) -> Cow<'_, str> {
-        K::kind(dt)
-    }
-    fn group(dt: &()) -> Cow<'_, str> {
-        K::group(dt)
-    }
-    fn version(dt: &()) -> Cow<'_, str> {
-        K::version(dt)
-    }
-    fn plural(dt: &()) -> Cow<'_, str> {
-        K::plural(dt)
-    }
-    fn meta(&self) -> &ObjectMeta {
-        &self.metadata
-    }
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.metadata
-    }
 }
 
 #[cfg(test)]

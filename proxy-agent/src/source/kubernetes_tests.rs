@@ -254,6 +254,24 @@ async fn a_server_that_fails_is_asked_again_and_what_is_known_stays() {
 }
 
 #[tokio::test]
+async fn a_list_that_ends_half_way_is_begun_again_and_removes_nothing() {
+    let both = vec![
+        event("ADDED", object("a", "10.96.0.1", "1")),
+        event("ADDED", object("b", "10.96.0.2", "2")),
+        complete("3"),
+        event("ERROR", status(410, "Expired")),
+    ];
+    let (_server, mut listener) = Listener::start(vec![
+        Reply::Open(both),
+        Reply::Closed(vec![event("ADDED", object("a", "10.96.0.9", "7"))]),
+        Reply::Open(vec![event("ADDED", object("a", "10.96.0.9", "7")), complete("8")]),
+    ])
+    .await;
+    listener.until("half a list is in", |l| l.has(&[("a", "10.96.0.9"), ("b", "10.96.0.2")])).await;
+    listener.until("the whole list is in", |l| l.has(&[("a", "10.96.0.9")])).await;
+}
+
+#[tokio::test]
 async fn a_wrong_address_or_file_is_an_error_that_names_it() {
     let error = client(None, Some("not a url")).await.err().unwrap().to_string();
     assert!(error.contains("not a url"), "{error}");
