@@ -8,7 +8,7 @@ use proxy_common::addr::Proto;
 use super::{Family, ObjectName};
 
 /// One port of a slice; it applies to all the slice's endpoints (E-10).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SlicePort {
     /// Name; empty when unnamed.
     pub name: Arc<str>,
@@ -19,7 +19,7 @@ pub struct SlicePort {
 }
 
 /// One endpoint of a slice.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Endpoint {
     /// Its first address (E-16).
     pub ip: IpAddr,
@@ -38,7 +38,7 @@ pub struct Endpoint {
 }
 
 /// An EndpointSlice that belongs to a Service (E-4).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Slice {
     /// The Service it belongs to.
     pub service: ObjectName,

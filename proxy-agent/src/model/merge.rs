@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use super::names::Names;
 use super::{Endpoint, ServicePort, Slice};
 
 /// The endpoints of one Service port by address and port number: the union over `slices` (E-6), each
@@ -39,10 +40,12 @@ fn worth(endpoint: &Endpoint) -> (Reverse<bool>, bool, bool) {
 }
 
 /// The slice with its parts in an order of their own, so that a reordered slice is no change (E-8).
-pub(super) fn sorted(mut slice: Slice) -> Slice {
+pub(super) fn sorted(mut slice: Slice, names: &mut Names) -> Slice {
     slice.ports.sort_by(|a, b| (&a.name, a.proto, a.port).cmp(&(&b.name, b.proto, b.port)));
     slice.ports.dedup();
     for endpoint in &mut slice.endpoints {
+        let hints = endpoint.zone_hints.iter_mut().chain(&mut endpoint.node_hints);
+        hints.chain(&mut endpoint.node).for_each(|name| names.share(name));
         endpoint.zone_hints.sort_unstable();
         endpoint.node_hints.sort_unstable();
     }

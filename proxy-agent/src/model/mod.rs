@@ -9,6 +9,7 @@ mod desired;
 mod endpoint;
 mod frontends;
 mod merge;
+mod names;
 mod node;
 mod service;
 mod settings;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 /// The node's own object.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Node {
     /// InternalIPs, then ExternalIPs, in order (Y-10).
     pub ips: Vec<IpAddr>,
@@ -19,7 +19,7 @@ pub struct Node {
 }
 
 /// A network interface of the node's namespace, as rtnetlink describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Link {
     /// Interface index.
     pub index: u32,

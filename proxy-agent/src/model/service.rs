@@ -40,7 +40,7 @@ pub enum Family {
 }
 
 /// Session affinity of a Service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Affinity {
     /// None.
     None,
@@ -49,7 +49,7 @@ pub enum Affinity {
 }
 
 /// One port of a Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Port {
     /// Name; empty when unnamed.
     pub name: Arc<str>,
@@ -62,7 +62,7 @@ pub struct Port {
 }
 
 /// A Service that is to be proxied (S-1…S-5 have been applied).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Service {
     /// At most one ClusterIP a family; a family without one is not proxied (S-10).
     pub cluster_ips: Vec<IpAddr>,

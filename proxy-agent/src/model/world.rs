@@ -12,6 +12,7 @@ use super::claims::Claims;
 use super::compile::{Here, compile};
 use super::complaints::{Complaint, Complaints};
 use super::merge::sorted;
+use super::names::Names;
 use super::tables::{global_addresses, node_tables};
 use super::{Desired, DesiredService, Family, Link, Node, NodeTables, ObjectName, Service, ServicePort};
 use super::{Settings, Slice};
@@ -38,6 +39,7 @@ pub struct World {
     here: Here,
     claims: Claims,
     complaints: Complaints,
+    names: Names,
     synced: HashSet<Kind>,
     links_known: bool,
     connected: bool,
@@ -74,6 +76,7 @@ impl World {
             here,
             claims: Claims::default(),
             complaints: Complaints::default(),
+            names: Names::default(),
             synced: HashSet::new(),
             links_known: false,
             connected: false,
@@ -251,7 +254,7 @@ impl World {
     }
 
     fn hear_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> bool {
-        let slice = slice.map(sorted);
+        let slice = slice.map(|slice| sorted(slice, &mut self.names));
         if self.slices.get(&name) == slice.as_ref() {
             return false;
         }

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -175,19 +176,21 @@ struct Feed<K, T> {
     change: fn(ObjectName, Option<T>) -> Change,
 }
 
-/// What was sent of an object: enough to take it back, and to tell whether it is news.
-struct Sent<T> {
-    object: Option<T>,
+/// What was sent of an object: enough to take it back, and to tell whether it is news. The object itself
+/// lives in the model alone; a second copy of a large cluster would be the agent's largest table.
+#[derive(Default)]
+struct Sent {
+    fingerprint: Option<u64>,
     complaints: Vec<String>,
 }
 
-type Known<T> = HashMap<ObjectName, Sent<T>>;
+type Known = HashMap<ObjectName, Sent>;
 type Events<K> = BoxStream<'static, watcher::Result<Event<Heard<K>>>>;
 
 impl<K, T> Feed<K, T>
 where
     K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Clone + PartialEq + Debug + Send + 'static,
+    T: Hash + Send + 'static,
 {
     /// Runs until nobody listens.
     async fn run(self, api: Api<Heard<K>>) {
@@ -217,7 +220,7 @@ where
         &self,
         mut events: Events<K>,
         streaming: bool,
-        known: &mut Known<T>,
+        known: &mut Known,
         synced: &mut bool,
         backoff: &mut DefaultBackoff,
     ) -> Result<End, Closed> {
@@ -299,7 +302,7 @@ where
     async fn take(
         &self,
         event: Event<Heard<K>>,
-        known: &mut Known<T>,
+        known: &mut Known,
         listed: &mut Option<HashSet<ObjectName>>,
         synced: &mut bool,
     ) -> Result<(), Closed> {
@@ -330,40 +333,36 @@ where
         Ok(())
     }
 
-    async fn apply(&self, heard: Heard<K>, known: &mut Known<T>) -> Result<(), Closed> {
+    async fn apply(&self, heard: Heard<K>, known: &mut Known) -> Result<(), Closed> {
         let name = convert::object_name(&heard.metadata);
-        let sent = known.get(&name);
-        let (object, complaints) = match &heard.object {
-            Ok(object) => (self.convert)(object),
-            // What was known of it stays, as with every object that has become unreadable.
-            Err(error) => {
-                (sent.and_then(|sent| sent.object.clone()), vec![format!("cannot be read: {error}")])
+        let sent = known.remove(&name).unwrap_or_default();
+        let (fingerprint, complaints) = match &heard.object {
+            Ok(object) => {
+                let (object, complaints) = (self.convert)(object);
+                let fingerprint = object.as_ref().map(fingerprint);
+                if fingerprint != sent.fingerprint {
+                    self.line.send((self.change)(name.clone(), object)).await?;
+                }
+                (fingerprint, complaints)
             }
+            // What was known of it stays, as with every object that has become unreadable.
+            Err(error) => (sent.fingerprint, vec![format!("cannot be read: {error}")]),
         };
-        let (before, told) = match sent {
-            Some(sent) => (sent.object.as_ref(), sent.complaints.as_slice()),
-            None => (None, [].as_slice()),
-        };
-        if before != object.as_ref() {
-            self.line.send((self.change)(name.clone(), object.clone())).await?;
-        }
-        if told != complaints {
+        if sent.complaints != complaints {
             self.complain(&name, complaints.clone()).await?;
         }
-        if object.is_some() || !complaints.is_empty() {
-            known.insert(name, Sent { object, complaints });
-        } else {
-            known.remove(&name);
+        if fingerprint.is_some() || !complaints.is_empty() {
+            known.insert(name, Sent { fingerprint, complaints });
         }
         Ok(())
     }
 
-    async fn remove(&self, name: ObjectName, known: &mut Known<T>) -> Result<(), Closed> {
+    async fn remove(&self, name: ObjectName, known: &mut Known) -> Result<(), Closed> {
         let Some(sent) = known.remove(&name) else { return Ok(()) };
         if !sent.complaints.is_empty() {
             self.complain(&name, Vec::new()).await?;
         }
-        if sent.object.is_some() {
+        if sent.fingerprint.is_some() {
             self.line.send((self.change)(name, None)).await?;
         }
         Ok(())
@@ -376,6 +375,12 @@ where
         };
         self.line.send(Change::Complaints { object, lines }).await
     }
+}
+
+fn fingerprint<T: Hash>(object: &T) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    object.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Why a watch is begun anew.
