@@ -216,7 +216,7 @@ fn expect(desired: &Desired) -> Observed {
         config: desired.node.config,
     };
     for (port, service) in &desired.services {
-        let name = Step::PutService(0, service_name(port).unwrap()).to_string();
+        let name = Step::PutService(0, service_name(port).expect("names are short")).to_string();
         for DesiredFrontend { key, flags } in &service.frontends {
             let seen = Seen {
                 service: name.clone(),
@@ -273,7 +273,7 @@ impl Watched {
         for (n, step) in steps.iter().enumerate() {
             self.note(now_ms);
             self.check_rest(step, now_ms);
-            self.memory.apply(std::slice::from_ref(step)).unwrap();
+            self.memory.apply(std::slice::from_ref(step)).expect("the planner knows the capacity");
             let actual = &self.memory.actual;
             let story = || format!("after step {n} `{step}` of\n{}\n{}", lines(&steps), actual.dump());
             assert_eq!(lint_prefix(actual), [], "{}", story());
@@ -545,4 +545,58 @@ fn an_unchanged_service_in_a_change_writes_nothing() {
     let planner = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0).applied(0);
     let all: Vec<_> = desired.services.iter().map(|(p, s)| (p.clone(), Some(s.clone()))).collect();
     assert_eq!(planner.dirty(&all, Some(&desired.node), 1).plan, Default::default());
+}
+
+#[test]
+fn damaged_tables_are_seen_and_repaired() {
+    let desired = big_world(3, 2);
+    let mut memory = Memory::default();
+    let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);
+    memory.apply(&pass.plan.steps).unwrap();
+    let whole = memory.actual;
+    let (key, value) = whole.frontends.iter().next().map(|(k, v)| (*k, *v)).unwrap();
+    let other = *whole.frontends.values().next_back().unwrap();
+    let stolen = Frontend { cluster: other.cluster, ..value }.sealed(&key);
+    let damages = [
+        Step::PutFrontend(key, Frontend { seal: !value.seal, ..value }),
+        Step::PutFrontend(key, stolen),
+        Step::PutFrontend(key, Frontend { service: 77, ..value }.sealed(&key)),
+        Step::PutFrontend(key, Frontend { flags: frontend::SOURCE_RANGES, ..value }.sealed(&key)),
+        Step::PutBackend(1, Backend::retired(1)),
+        Step::PutBackend(9, Backend { service: 77, ..whole.backends[&1] }),
+        Step::PutSlot(value.cluster.first, 0),
+        Step::DeleteService(value.service),
+        Step::PutService(9, whole.services[&1]),
+        Step::DeleteAddress(key.addr),
+        Step::PutAddress(addr(10, 99, 99, 99), address::CLUSTER_IP),
+        Step::PutSource(SourceKey::range(77, addr(10, 0, 0, 0), 8)),
+        Step::DeleteFrontend(key),
+    ];
+    for damage in damages {
+        let mut memory = Memory::default();
+        memory.actual = whole.clone();
+        memory.actual.apply(&damage);
+        assert_ne!(lint(&memory.actual), [], "`{damage}` goes unseen");
+        let pass = Planner::new(&memory.actual, Capacity::default(), 9).full(&desired, 9);
+        memory.apply(&pass.plan.steps).unwrap();
+        assert_eq!(lint(&memory.actual), [], "after `{damage}`:\n{}", memory.actual.dump());
+        assert_eq!(observe(&memory.actual), expect(&desired), "after `{damage}`");
+    }
+}
+
+#[test]
+fn a_full_table_is_named_with_its_remedy_and_tried_again() {
+    let capacity = Capacity { backends: 4, ..Capacity::default() };
+    let mut desired = big_world(2, 2);
+    let pass = Planner::new(&Actual::default(), capacity, 0).full(&desired, 0);
+    let complaint = "Service default/svc-1 port http (TCP, IPv4): table BACKENDS is full: 2 more needed, 1 free; \
+                     raise --max-backends; until then it stays as it is";
+    assert_eq!(pass.plan.complaints, [complaint]);
+    assert_eq!(pass.plan.retry_at_ms, Some(GRACE_MS));
+    let planner = pass.applied(0);
+    desired.services.remove(&port(0));
+    let planner = planner.dirty(&[(port(0), None)], None, 10).applied(10);
+    let pass = planner.dirty(&[], None, 10 + GRACE_MS);
+    assert_eq!(pass.plan.complaints, Vec::<String>::new());
+    assert_eq!(observe(pass.applied(10 + GRACE_MS).actual()), expect(&desired));
 }
