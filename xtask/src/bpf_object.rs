@@ -57,7 +57,7 @@ fn refuse_panics(file: &object::File<'_>) -> Result<()> {
 
 impl Function {
     /// A program has a section of its own type; subprograms share `.text`.
-    fn is_program(&self) -> bool {
+    pub(crate) fn is_program(&self) -> bool {
         !self.section.starts_with(".text")
     }
 }

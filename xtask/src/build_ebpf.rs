@@ -22,9 +22,14 @@ pub(crate) fn run() -> Result<()> {
     let built = target_dir.join(crate::toolchain::TARGET).join("release/proxy-ebpf");
     let elf =
         fs::read(&built).with_context(|| format!("no compiled kernel programs at {}", built.display()))?;
-    for function in bpf_object::functions(&elf).with_context(|| format!("refused {}", built.display()))? {
-        println!("  {function}");
+    let functions = bpf_object::functions(&elf).with_context(|| format!("refused {}", built.display()))?;
+    let (programs, subprograms): (Vec<_>, Vec<_>) =
+        functions.iter().partition(|function| function.is_program());
+    for program in programs {
+        println!("  {program}");
     }
+    let instructions: u64 = subprograms.iter().map(|function| function.instructions).sum();
+    println!("  and {} subprograms with {instructions} instructions", subprograms.len());
     let object = workspace::bpf_object();
     let news = if replace(&object, &elf)? { "written" } else { "unchanged" };
     println!("{}: {} bytes, {news}", object.display(), elf.len());

@@ -78,9 +78,6 @@ impl Toolchain {
             .env("RUSTC", &self.rustc.path)
             .env("RUSTC_BOOTSTRAP", "1")
             .env("CARGO_ENCODED_RUSTFLAGS", self.flags(more_flags));
-        if workspace::root().join("proxy-ebpf/Cargo.lock").is_file() {
-            command.arg("--locked");
-        }
         command
     }
 
