@@ -121,7 +121,12 @@ impl Level {
                 if !metadata.package("proxy-agent")?.features.contains_key(KERNEL_FEATURE) {
                     bail!("package proxy-agent has no feature `{KERNEL_FEATURE}`");
                 }
-                return Ok(vec!["-p", "proxy-agent", "--features", KERNEL_FEATURE]);
+                let mut selection = vec!["-p", "proxy-agent", "--features", KERNEL_FEATURE];
+                if metadata.package("proxy-agent")?.has("test", "kernel") {
+                    // Else they are unit tests, and the others come along.
+                    selection.extend(["--test", "kernel"]);
+                }
+                return Ok(selection);
             }
             Self::Golden => ("proxy-agent", "golden"),
             Self::Fixtures => ("proxy-tests", "fixtures"),
