@@ -1,0 +1,63 @@
+//! What the settings ask of the machine: its name, a few files, its environment. A trait, so that tests answer.
+
+use std::io;
+use std::path::Path;
+
+/// The machine as far as settings depend on it.
+pub trait Host {
+    /// The host name.
+    fn hostname(&self) -> io::Result<String>;
+    /// A small text file.
+    fn read(&self, path: &Path) -> io::Result<String>;
+    /// A variable of the environment.
+    fn env(&self, name: &str) -> Option<String>;
+    /// Cookie of the network namespace we are in; 0 when the kernel does not tell.
+    fn netns_cookie(&self) -> u64;
+}
+
+/// The machine we run on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ThisHost;
+
+impl Host for ThisHost {
+    fn hostname(&self) -> io::Result<String> {
+        let names = nix::sys::utsname::uname()?;
+        let name = names.nodename().to_str();
+        name.map(str::to_owned).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+    }
+
+    fn read(&self, path: &Path) -> io::Result<String> {
+        std::fs::read_to_string(path)
+    }
+
+    fn env(&self, name: &str) -> Option<String> {
+        std::env::var(name).ok()
+    }
+
+    fn netns_cookie(&self) -> u64 {
+        cookie_of_netns().unwrap_or(0)
+    }
+}
+
+/// `SO_NETNS_COOKIE` of a socket opened here (Linux 5.14; socket(7)).
+#[expect(unsafe_code, reason = "nix has no wrapper for SO_NETNS_COOKIE")]
+fn cookie_of_netns() -> Option<u64> {
+    use std::os::fd::AsRawFd;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))
+        .or_else(|_| std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)))
+        .ok()?;
+    let mut cookie = 0_u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open for the whole call; value and length point to live locals, and the
+    // length says exactly how many bytes may be written.
+    let rc = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    (rc == 0).then_some(cookie)
+}

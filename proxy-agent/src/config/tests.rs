@@ -1,0 +1,308 @@
+//! Flags in, settings out.
+
+use std::collections::HashMap;
+use std::io;
+
+use clap::Parser;
+
+use super::*;
+use crate::model::SocketLb;
+
+/// A host that says what it was told to.
+#[derive(Default)]
+pub(super) struct FakeHost {
+    files: HashMap<PathBuf, String>,
+    env: HashMap<String, String>,
+    name: Option<String>,
+}
+
+impl FakeHost {
+    pub(super) fn with_file(mut self, path: &str, text: &str) -> Self {
+        self.files.insert(path.into(), text.to_owned());
+        self
+    }
+
+    fn with_env(mut self, name: &str, value: &str) -> Self {
+        self.env.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    fn named(name: &str) -> Self {
+        Self { name: Some(name.to_owned()), ..Self::default() }
+    }
+}
+
+impl Host for FakeHost {
+    fn hostname(&self) -> io::Result<String> {
+        self.name.clone().ok_or_else(|| io::Error::other("no name"))
+    }
+
+    fn read(&self, path: &Path) -> io::Result<String> {
+        self.files.get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn env(&self, name: &str) -> Option<String> {
+        self.env.get(name).cloned()
+    }
+
+    fn netns_cookie(&self) -> u64 {
+        4026
+    }
+}
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+fn config_on(host: &FakeHost, line: &[&str]) -> Result<Config, ConfigErrors> {
+    let mut args = Line::parse_from([&["run"], line].concat()).run;
+    // What the test machine's environment says must not decide a test.
+    if !line.iter().any(|word| word.starts_with("--hostname-override")) {
+        args.hostname_override = None;
+    }
+    Config::new(&args, Path::new(DEFAULT_BPF_ROOT), host)
+}
+
+fn config(line: &[&str]) -> Config {
+    config_on(&FakeHost::named("n1"), line).unwrap()
+}
+
+fn errors(line: &[&str]) -> Vec<String> {
+    let errors = config_on(&FakeHost::named("n1"), line).unwrap_err();
+    errors.0.iter().map(ToString::to_string).collect()
+}
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+#[test]
+fn no_flags_mean_the_documented_defaults() {
+    let config = config(&[]);
+    assert_eq!(config.source, SourceConfig::InCluster);
+    assert_eq!(
+        config.settings,
+        Settings {
+            node_name: "n1".into(),
+            cluster_cidrs: vec![],
+            masquerade_all: false,
+            masquerade_local: false,
+            nodeport_addresses: NodePortAddresses::Primary,
+            socket_lb: SocketLb::All,
+            host_netns: 4026,
+            snat_ports: (1024, 28976),
+            seed: SELECTION_SEED,
+        }
+    );
+    assert_eq!(config.healthz, Some("0.0.0.0:10256".parse().unwrap()));
+    assert_eq!(config.metrics, "127.0.0.1:10249".parse().unwrap());
+    assert_eq!(config.bpf_root, Path::new("/sys/fs/bpf/ebpf-proxy"));
+    assert_eq!(config.cgroup_root, None);
+    assert_eq!(config.scheduler, Scheduler::Hash);
+    assert_eq!((config.capacities.flows, config.capacities.backends), (524_288, 262_144));
+    assert!(config.devices.matches("eth0") && config.devices.matches("lxc1234"));
+    assert_eq!(config.warnings, Vec::<String>::new());
+}
+
+#[test]
+fn the_node_name_is_trimmed_and_lower_cased() {
+    assert_eq!(&*config(&["--hostname-override= Node-A\n"]).settings.node_name, "node-a");
+    let host = FakeHost::named("HOST.example");
+    assert_eq!(&*config_on(&host, &[]).unwrap().settings.node_name, "host.example");
+    assert_eq!(&*config_on(&host, &["--hostname-override="]).unwrap().settings.node_name, "host.example");
+    assert_eq!(errors(&["--hostname-override=  "]), [r#"--hostname-override "  ": the node name is blank"#]);
+    let nameless = config_on(&FakeHost::default(), &[]).unwrap_err().to_string();
+    assert!(nameless.contains("the host name cannot be read: no name"), "{nameless}");
+}
+
+#[test]
+fn one_pod_range_a_family_is_taken() {
+    let config = config(&["--cluster-cidr=10.244.3.0/16,fd00:10:244::/56"]);
+    assert_eq!(config.settings.cluster_cidrs, nets(&["10.244.0.0/16", "fd00:10:244::/56"]));
+    assert_eq!(
+        errors(&["--cluster-cidr=10.0.0.0/8,10.244.0.0/16,junk"]),
+        [
+            r#"--cluster-cidr "10.244.0.0/16": is the second range of its family: one a family is allowed"#,
+            r#"--cluster-cidr "junk": is not a range such as 10.244.0.0/16"#,
+        ]
+    );
+}
+
+#[test]
+fn nodeport_addresses_are_ranges_or_primary_alone() {
+    let of = |text: &str| config(&[&format!("--nodeport-addresses={text}")]).settings.nodeport_addresses;
+    assert_eq!(of("primary"), NodePortAddresses::Primary);
+    assert_eq!(of(""), NodePortAddresses::Primary);
+    assert_eq!(of("192.168.0.0/16,::/0"), NodePortAddresses::Ranges(nets(&["192.168.0.0/16", "::/0"])));
+    assert_eq!(
+        errors(&["--nodeport-addresses=primary,10.0.0.0/8"]),
+        [r#"--nodeport-addresses "primary": must stand alone"#]
+    );
+    assert_eq!(
+        errors(&["--nodeport-addresses=10.0.0.1"]),
+        [r#"--nodeport-addresses "10.0.0.1": is neither a range such as 192.168.0.0/16 nor `primary`"#]
+    );
+}
+
+#[test]
+fn a_bare_address_gets_the_default_port() {
+    let of = |text: &str| {
+        let config =
+            config(&[&format!("--healthz-bind-address={text}"), &format!("--metrics-bind-address={text}")]);
+        (config.healthz.unwrap().to_string(), config.metrics.to_string())
+    };
+    assert_eq!(of("10.0.0.1"), ("10.0.0.1:10256".to_owned(), "10.0.0.1:10249".to_owned()));
+    assert_eq!(of("::"), ("[::]:10256".to_owned(), "[::]:10249".to_owned()));
+    assert_eq!(of("[::1]"), ("[::1]:10256".to_owned(), "[::1]:10249".to_owned()));
+    assert_eq!(config(&["--healthz-bind-address=[::]:99"]).healthz, Some("[::]:99".parse().unwrap()));
+    assert_eq!(config(&["--healthz-bind-address="]).healthz, None);
+    assert_eq!(
+        errors(&["--metrics-bind-address="]),
+        [r#"--metrics-bind-address "": is not an address such as 0.0.0.0:10249 or [::]:10249"#]
+    );
+    assert_eq!(errors(&["--healthz-bind-address=0.0.0.0:0"]).len(), 1);
+    assert_eq!(errors(&["--healthz-bind-address=localhost:80"]).len(), 1);
+    assert_eq!(
+        errors(&["--healthz-bind-address=1.2.3.4:5", "--metrics-bind-address=1.2.3.4:5"]),
+        [r#"--metrics-bind-address "1.2.3.4:5": is taken by --healthz-bind-address"#]
+    );
+}
+
+#[test]
+fn exactly_one_source_is_taken() {
+    assert_eq!(config(&["--manifests=/etc/svc"]).source, SourceConfig::Manifests("/etc/svc".into()));
+    assert_eq!(
+        config(&["--apiserver=https://10.0.0.10:6443"]).source,
+        SourceConfig::ApiServer("https://10.0.0.10:6443".to_owned())
+    );
+    assert_eq!(
+        errors(&["--apiserver=https://10.0.0.10:6443", "--manifests=/x"]),
+        [r#"--manifests "/x": only one of --kubeconfig, --apiserver and --manifests may be given"#]
+    );
+    assert_eq!(
+        errors(&["--apiserver=10.0.0.10:6443"]),
+        [r#"--apiserver "10.0.0.10:6443": must be a URL such as https://10.0.0.10:6443"#]
+    );
+    assert_eq!(errors(&["--apiserver=https://:6443"]).len(), 1);
+}
+
+#[test]
+fn everything_wrong_is_said_at_once() {
+    let errors = config_on(
+        &FakeHost::default(),
+        &["--cluster-cidr=x", "--nodeport-addresses=y", "--healthz-bind-address=z", "--devices=[a"],
+    )
+    .unwrap_err();
+    let flags: Vec<_> = errors.0.iter().map(|e| e.flag).collect();
+    assert_eq!(
+        flags,
+        [
+            "--hostname-override",
+            "--cluster-cidr",
+            "--nodeport-addresses",
+            "--healthz-bind-address",
+            "--devices"
+        ]
+    );
+    assert!(errors.to_string().starts_with("5 of the flags cannot be followed:\n  --hostname-override"));
+}
+
+#[test]
+fn switches_are_taken_bare_and_with_a_value() {
+    let of = |line: &[&str]| {
+        let settings = config(line).settings;
+        (settings.masquerade_all, settings.masquerade_local)
+    };
+    assert_eq!(of(&["--masquerade-all", "--masquerade-local"]), (true, true));
+    assert_eq!(of(&["--masquerade-all=true", "--masquerade-local=false"]), (true, false));
+    let settings = config(&["--socket-lb=host", "--cgroup-root=/sys/fs/cgroup/unified"]);
+    assert_eq!(settings.settings.socket_lb, SocketLb::Host);
+    assert_eq!(settings.cgroup_root, Some("/sys/fs/cgroup/unified".into()));
+}
+
+#[test]
+fn devices_are_patterns() {
+    let devices = config(&["--devices=eth*, ens?"]).devices;
+    assert!(devices.matches("eth0") && devices.matches("ens5"));
+    assert!(!devices.matches("ens55") && !devices.matches("cni0"));
+    assert_eq!(devices.patterns(), ["eth*", "ens?"]);
+}
+
+#[test]
+fn tables_cannot_be_made_for_nothing() {
+    assert!(Line::try_parse_from(["run", "--max-flows=0"]).is_err());
+    assert!(Line::try_parse_from(["run", "--max-flows=5000000000"]).is_err());
+    assert_eq!(config(&["--max-flows=1000"]).capacities.flows, 1000);
+}
+
+const KUBECONFIG: &str = "
+apiVersion: v1
+kind: Config
+current-context: b
+contexts:
+- {name: a, context: {cluster: one, user: u}}
+- {name: b, context: {cluster: two, user: u}}
+clusters:
+- {name: one, cluster: {server: 'https://10.0.0.1:6443'}}
+- {name: two, cluster: {server: 'https://10.96.0.1:443', certificate-authority-data: eA==}}
+users: [{name: u, user: {token: t}}]
+";
+
+#[test]
+fn an_agent_that_would_depend_on_itself_is_warned_about() {
+    let pod = || FakeHost::named("n1").with_env("KUBERNETES_SERVICE_HOST", "10.96.0.1");
+    let warned = |host: &FakeHost, line: &[&str]| !config_on(host, line).unwrap().warnings.is_empty();
+    assert!(warned(&pod(), &["--apiserver=https://10.96.0.1:443"]));
+    assert!(warned(&pod(), &["--apiserver=https://kubernetes.default.svc"]));
+    assert!(!warned(&pod(), &["--apiserver=https://10.0.0.10:6443"]));
+    assert!(!warned(&pod(), &["--manifests=/x"]));
+
+    let with_file = pod().with_file("/kc", KUBECONFIG);
+    let config = config_on(&with_file, &["--kubeconfig=/kc"]).unwrap();
+    assert_eq!(config.warnings.len(), 1);
+    assert!(config.warnings[0].contains("10.96.0.1") && config.warnings[0].contains("--apiserver"));
+
+    let untouched = pod().with_env("KUBERNETES_PORT_443_TCP_ADDR", "10.96.0.1");
+    assert!(warned(&untouched, &[]));
+    let overridden = pod()
+        .with_env("KUBERNETES_SERVICE_HOST", "192.168.0.10")
+        .with_env("KUBERNETES_PORT_443_TCP_ADDR", "10.96.0.1");
+    assert!(!warned(&overridden, &[]));
+}
+
+#[test]
+fn a_kubeconfig_that_names_no_server_is_an_error() {
+    let error = |text: Option<&str>| {
+        let mut host = FakeHost::named("n1");
+        if let Some(text) = text {
+            host = host.with_file("/kc", text);
+        }
+        config_on(&host, &["--kubeconfig=/kc"]).unwrap_err().to_string()
+    };
+    assert!(error(None).contains("cannot be read"));
+    assert!(error(Some("contexts: 7")).contains("is not a kubeconfig"));
+    assert!(error(Some("current-context: x")).contains("\"x\" is not among its contexts"));
+}
+
+#[test]
+fn the_host_of_a_url_is_found() {
+    for (url, host) in [
+        ("https://10.0.0.1:6443", "10.0.0.1"),
+        ("https://[fd00::1]:6443/path", "fd00::1"),
+        ("http://user@api.example/?q", "api.example"),
+        ("api:6443", "api"),
+        ("https://", ""),
+    ] {
+        assert_eq!(bootstrap::url_host(url), host, "{url}");
+    }
+}
+
+#[test]
+fn this_host_has_a_name_and_a_network_namespace() {
+    assert!(!ThisHost.hostname().unwrap().is_empty());
+    assert!(ThisHost.read(Path::new("/proc/sys/kernel/osrelease")).is_ok());
+    // Known since Linux 5.14; one namespace has one cookie.
+    assert_eq!(ThisHost.netns_cookie(), ThisHost.netns_cookie());
+}
