@@ -1,0 +1,85 @@
+//! Others who would translate the same traffic.
+
+use super::{Check, Node};
+
+pub(super) fn checks(node: &Node<'_>) -> Vec<Check> {
+    vec![kube_proxy(node), leftovers(node), other_proxies(node)]
+}
+
+/// Pids of processes with this name (proc_pid_comm(5)).
+fn pids(node: &Node<'_>, name: &str) -> Vec<String> {
+    let numbers = node.list("/proc").into_iter().filter(|pid| pid.bytes().all(|b| b.is_ascii_digit()));
+    numbers.filter(|pid| node.read(&format!("/proc/{pid}/comm")).as_deref() == Some(name)).collect()
+}
+
+fn kube_proxy(node: &Node<'_>) -> Check {
+    const NAME: &str = "kube-proxy";
+    match pids(node, "kube-proxy").as_slice() {
+        // In a pod without hostPID only the pod's own processes are seen.
+        [] => Check::ok(NAME, "no such process seen"),
+        pids => Check::warn(
+            NAME,
+            format!("running (pid {}): both translate, and this agent comes first", pids.join(", ")),
+            "once this agent is healthy, delete the DaemonSet kube-proxy in kube-system",
+        ),
+    }
+}
+
+/// Rules that a kube-proxy has left: harmless to what this agent translates, but they answer for Services
+/// that exist no more.
+fn leftovers(node: &Node<'_>) -> Check {
+    const NAME: &str = "kube-proxy's rules";
+    let mut found = Vec::new();
+    let nft = node.tools.output("nft", &["list", "tables"]).unwrap_or_default();
+    if nft.lines().any(|line| line.trim_end().ends_with(" kube-proxy")) {
+        found.push("nftables table kube-proxy");
+    }
+    let chains = |program| {
+        let rules = node.tools.output(program, &["-t", "nat"]).unwrap_or_default();
+        rules.lines().any(|line| line.starts_with(":KUBE-SERVICES") || line.starts_with(":KUBE-NODEPORTS"))
+    };
+    if chains("iptables-save") {
+        found.push("iptables chains KUBE-*");
+    }
+    if chains("ip6tables-save") {
+        found.push("ip6tables chains KUBE-*");
+    }
+    if node.path("/sys/class/net/kube-ipvs0").exists() {
+        found.push("IPVS interface kube-ipvs0");
+    }
+    match found.as_slice() {
+        [] => Check::ok(NAME, "none found"),
+        found => Check::warn(
+            NAME,
+            found.join(", "),
+            "once kube-proxy is gone, run its own image with `kube-proxy --cleanup`, or restart the node",
+        ),
+    }
+}
+
+/// Other eBPF service proxies: whose hook runs first is not defined.
+fn other_proxies(node: &Node<'_>) -> Check {
+    const NAME: &str = "other eBPF proxies";
+    let pinned = node.list("/sys/fs/bpf/tc/globals");
+    let has = |prefix: &str| pinned.iter().any(|name| name.starts_with(prefix));
+    // Names under which these projects pin their Service tables.
+    let cilium = has("cilium_lb4_services") || has("cilium_lb6_services");
+    let calico = has("cali_v4_nat_fe") || has("cali_v6_nat_fe");
+    let (who, remedy) = match (cilium, calico) {
+        (false, false) => return Check::ok(NAME, "none found"),
+        (true, _) => ("Cilium", "set kubeProxyReplacement=false in Cilium's configuration"),
+        (false, true) => ("Calico", "set bpfEnabled: false in the FelixConfiguration"),
+    };
+    let agent = match who {
+        "Cilium" => "cilium-agent",
+        _ => "calico-node",
+    };
+    match pids(node, agent).is_empty() {
+        false => Check::fail(NAME, format!("{who} translates Services on this node"), remedy),
+        true => Check::warn(
+            NAME,
+            format!("{who} has left Service tables pinned under /sys/fs/bpf/tc/globals"),
+            "if it is gone for good, restart the node to be rid of its programs",
+        ),
+    }
+}

@@ -1,0 +1,253 @@
+//! Tell: the command tree. Each command reads pinned tables; only `run` is the agent.
+//!
+//! What the commands need of the other rooms comes in through [`Rooms`], so that they are tested without BPF.
+
+pub mod backend;
+pub mod cleanup;
+pub mod conntrack;
+pub mod doctor;
+#[cfg(test)]
+mod memory;
+pub mod service;
+pub mod status;
+pub mod table;
+pub mod view;
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{ArgAction, Args, Parser, Subcommand};
+use serde::Serialize;
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
+use table::Output;
+use view::{Now, View};
+
+/// Pinned tables, if there are any.
+pub type Opened = Result<Option<Box<dyn View>>>;
+
+/// What the commands need of the rest of the agent.
+pub struct Rooms {
+    /// Runs the agent until it is told to end.
+    pub run: fn(Config) -> Result<()>,
+    /// Opens the pinned tables under a root; `None` when nothing is pinned there.
+    pub open: fn(&Path) -> Opened,
+    /// Detaches what no pinned link holds (clsact filters before Linux 6.6); says what it detached.
+    pub detach: fn(&Path) -> Result<Vec<String>>,
+    /// The embedded BPF object; empty when this binary was built without one.
+    pub object: &'static [u8],
+}
+
+/// An eBPF service proxy for Kubernetes: one agent a node, in the place of kube-proxy.
+#[derive(Parser, Debug)]
+#[command(name = "proxy-agent", version, propagate_version = true, max_term_width = 100)]
+pub struct Cli {
+    /// Where the agent's maps and links are pinned.
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
+    pub bpf_root: PathBuf,
+    /// Say more in the log: -v debug, -vv trace. RUST_LOG overrides it.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How a listing is written.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Format {
+    /// For people or for programs.
+    #[arg(short, long, value_enum, default_value_t)]
+    pub output: Output,
+}
+
+/// The commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run the agent.
+    Run(Box<RunArgs>),
+    /// One page on how this node's proxy fares; exit 1 when it is not healthy.
+    Status(Format),
+    /// What is served.
+    #[command(subcommand)]
+    Service(ServiceCommand),
+    /// Where it goes.
+    #[command(subcommand)]
+    Backend(BackendCommand),
+    /// The flow table.
+    #[command(subcommand)]
+    Conntrack(ConntrackCommand),
+    /// Whether this node is ready, with a remedy for what is not; exit 1 when a check fails.
+    Doctor(Format),
+    /// Remove everything the agent has pinned or attached. Stop the agent first.
+    Cleanup,
+}
+
+/// `service`.
+#[derive(Subcommand, Debug)]
+pub enum ServiceCommand {
+    /// Every frontend and its endpoints, with their state.
+    List(Format),
+}
+
+/// `backend`.
+#[derive(Subcommand, Debug)]
+pub enum BackendCommand {
+    /// Every endpoint, where it is used, and its live connections.
+    List(Format),
+}
+
+/// `conntrack`.
+#[derive(Subcommand, Debug)]
+pub enum ConntrackCommand {
+    /// One row a flow. Connections translated at their socket have none.
+    List {
+        /// Which flows.
+        #[command(flatten)]
+        filter: conntrack::Filter,
+        /// How to write them.
+        #[command(flatten)]
+        format: Format,
+    },
+    /// Forget flows: their next packet is treated as a new flow's first.
+    Flush(FlushArgs),
+}
+
+/// `conntrack flush`.
+#[derive(Args, Debug)]
+#[command(group(clap::ArgGroup::new("which").required(true).multiple(true)
+    .args(["service", "endpoint", "client", "all"])))]
+pub struct FlushArgs {
+    /// Which flows.
+    #[command(flatten)]
+    pub filter: conntrack::Filter,
+    /// All of them.
+    #[arg(long, conflicts_with_all = ["service", "endpoint", "client"])]
+    pub all: bool,
+    /// How to write the result.
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Parses the command line, does what it says, and makes the exit code of it.
+#[must_use]
+pub fn main(rooms: &Rooms) -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.verbose);
+    match dispatch(cli, rooms, &mut std::io::stdout().lock()) {
+        Ok(code) => code,
+        Err(error) => {
+            // The log may be filtered; why a command failed may not.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log_to_stderr(verbose: u8) {
+    let default = match verbose {
+        0 => "info",
+        1 => "info,proxy_agent=debug",
+        2 => "debug,proxy_agent=trace",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    // A second call (tests) finds the first one's subscriber in place, which is as good.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
+}
+
+/// Does what the command line says.
+pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode> {
+    let root = cli.bpf_root.as_path();
+    match cli.command {
+        Command::Run(args) => {
+            let config = Config::new(&args, root, &ThisHost)?;
+            for warning in &config.warnings {
+                tracing::warn!("{warning}");
+            }
+            (rooms.run)(config)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Status(format) => {
+            let status = read_status(rooms, root)?;
+            show(out, format, &status, status::text)?;
+            Ok(if status.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Service(ServiceCommand::List(format)) => {
+            let rows = service::rows(open(rooms, root)?.as_ref())?;
+            show(out, format, &rows, |rows| service::text(rows))
+        }
+        Command::Backend(BackendCommand::List(format)) => {
+            let rows = backend::rows(open(rooms, root)?.as_ref())?;
+            show(out, format, &rows, |rows| backend::text(rows))
+        }
+        Command::Conntrack(ConntrackCommand::List { filter, format }) => {
+            let rows = conntrack::rows(open(rooms, root)?.as_ref(), &filter, Now::read()?)?;
+            show(out, format, &rows, |rows| conntrack::text(rows))
+        }
+        Command::Conntrack(ConntrackCommand::Flush(FlushArgs { filter, all: _, format })) => {
+            let done = conntrack::flush(open(rooms, root)?.as_ref(), &filter, Now::read()?)?;
+            show(out, format, &done, |done| {
+                format!("removed {} flows ({} entries)\n", done.flows, done.entries)
+            })
+        }
+        Command::Doctor(format) => {
+            let agent = read_status(rooms, root);
+            let node = doctor::Node { root: Path::new("/"), tools: &doctor::Installed, bpf_root: root };
+            let report = doctor::examine(&node, rooms.object, agent.as_ref().map_err(|e| format!("{e:#}")));
+            show(out, format, &report, doctor::text)?;
+            Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Cleanup => {
+            let view = (rooms.open)(root);
+            let state = view.ok().flatten().and_then(|view| view.agent().ok());
+            cleanup::refuse_while_running(state.as_ref(), Now::read()?, Path::new("/proc"))?;
+            let mut removed = (rooms.detach)(root).context("detaching programs")?;
+            removed.extend(cleanup::remove_pins(root, &cleanup::KernelFs)?);
+            table::write(out, &cleanup::text(&removed, root))?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn read_status(rooms: &Rooms, root: &Path) -> Result<status::Status> {
+    let kernel = nix::sys::utsname::uname().context("asking for the kernel's release")?;
+    let kernel = kernel.release().to_string_lossy();
+    match (rooms.open)(root).with_context(|| format!("opening the tables under {}", root.display()))? {
+        Some(view) => status::Status::read(view.as_ref(), &kernel, Now::read()?),
+        None => Ok(status::Status::never_run(root, &kernel)),
+    }
+}
+
+fn open(rooms: &Rooms, root: &Path) -> Result<Box<dyn View>> {
+    match (rooms.open)(root).with_context(|| format!("opening the tables under {}", root.display()))? {
+        Some(view) => Ok(view),
+        None => bail!(
+            "nothing is pinned under {}: start `proxy-agent run`, or say with --bpf-root where its pins are",
+            root.display()
+        ),
+    }
+}
+
+fn show<T: Serialize>(
+    out: &mut dyn Write,
+    format: Format,
+    value: &T,
+    text: impl Fn(&T) -> String,
+) -> Result<ExitCode> {
+    match format.output {
+        Output::Table => table::write(out, &text(value))?,
+        Output::Json => table::write_json(out, value)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests;

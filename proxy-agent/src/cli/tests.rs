@@ -1,0 +1,93 @@
+//! The command tree, over tables in memory.
+
+use clap::CommandFactory;
+
+use super::*;
+
+fn rooms() -> Rooms {
+    Rooms {
+        run: |config| bail!("ran as {}", config.settings.node_name),
+        open: |root| match root.to_str() {
+            Some("/none") => Ok(None),
+            Some("/broken") => bail!("permission denied"),
+            _ => Ok(Some(Box::new(memory::small_cluster()))),
+        },
+        detach: |_| Ok(vec![]),
+        object: b"\x7fELF",
+    }
+}
+
+fn run(line: &[&str]) -> (Result<ExitCode>, String) {
+    let cli = Cli::try_parse_from([&["proxy-agent"], line].concat()).unwrap();
+    let mut out = Vec::new();
+    let code = dispatch(cli, &rooms(), &mut out);
+    (code, String::from_utf8(out).unwrap())
+}
+
+fn json(line: &[&str]) -> serde_json::Value {
+    let (code, out) = run(line);
+    code.unwrap();
+    serde_json::from_str(&out).unwrap()
+}
+
+#[test]
+fn the_command_tree_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn every_listing_comes_as_table_and_as_json() {
+    for line in [["service", "list"], ["backend", "list"], ["conntrack", "list"]] {
+        let (code, text) = run(&line);
+        assert_eq!(code.unwrap(), ExitCode::SUCCESS);
+        assert!(text.lines().count() >= 4, "{text}");
+        let rows = json(&[&line[..], &["--output", "json"]].concat());
+        assert_eq!(rows.as_array().map(Vec::len), Some(3), "{rows}");
+        assert_eq!(rows, json(&[&line[..], &["-o", "json", "--bpf-root=/x"]].concat()));
+    }
+}
+
+#[test]
+fn flush_wants_to_be_told_what() {
+    let parse = |line: &[&str]| Cli::try_parse_from([&["proxy-agent", "conntrack", "flush"], line].concat());
+    assert!(parse(&[]).is_err());
+    assert!(parse(&["--all"]).is_ok());
+    assert!(parse(&["--all", "--client=10.0.0.1"]).is_err());
+    assert!(parse(&["--client=10.0.0.1", "--service=a/b"]).is_ok());
+    let (code, text) = run(&["conntrack", "flush", "--client=10.244.1.3"]);
+    assert_eq!(code.unwrap(), ExitCode::SUCCESS);
+    assert_eq!(text, "removed 2 flows (4 entries)\n");
+    assert_eq!(
+        json(&["conntrack", "flush", "--all", "--output=json"]),
+        serde_json::json!({"flows": 3, "entries": 8})
+    );
+}
+
+#[test]
+fn status_exits_with_one_when_not_healthy() {
+    // The small cluster's agent spoke at a made-up moment, so it counts as silent or as alive; a node
+    // where nothing ran is never healthy.
+    let (code, text) = run(&["status", "--bpf-root=/none"]);
+    assert_eq!(code.unwrap(), ExitCode::FAILURE);
+    assert!(text.starts_with("not healthy: no agent has run here"), "{text}");
+    let status = json(&["--bpf-root=/none", "status", "--output=json"]);
+    assert_eq!((&status["healthy"], &status["agent"]), (&false.into(), &serde_json::Value::Null));
+}
+
+#[test]
+fn a_listing_without_tables_says_what_to_do() {
+    let error = run(&["service", "list", "--bpf-root=/none"]).0.unwrap_err();
+    assert!(format!("{error:#}").contains("nothing is pinned under /none: start `proxy-agent run`"));
+    let error = run(&["backend", "list", "--bpf-root=/broken"]).0.unwrap_err();
+    assert_eq!(format!("{error:#}"), "opening the tables under /broken: permission denied");
+}
+
+#[test]
+fn run_hands_over_a_checked_config() {
+    let error = run(&["run", "--manifests=/x", "--hostname-override=Node-A", "-vv"]).0.unwrap_err();
+    assert_eq!(error.to_string(), "ran as node-a");
+    let error = run(&["run", "--manifests=/x", "--cluster-cidr=junk"]).0.unwrap_err();
+    assert!(error.to_string().contains("--cluster-cidr \"junk\""), "{error}");
+    let error = run(&["run", "--manifests=/x", "--bpf-root=relative"]).0.unwrap_err();
+    assert!(error.to_string().contains("--bpf-root \"relative\": must be an absolute path"), "{error}");
+}
