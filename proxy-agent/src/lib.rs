@@ -9,4 +9,5 @@ pub mod datapath;
 pub mod model;
 pub mod pace;
 pub mod plan;
+pub mod serve;
 pub mod source;

@@ -1,0 +1,76 @@
+//! Tell: health and metrics over HTTP.
+
+pub mod health;
+pub mod metrics;
+pub mod process;
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::Router;
+use tokio::net::TcpListener;
+
+pub use health::Health;
+pub use metrics::{Metrics, Snapshot};
+
+/// How long to wait before an address is tried again (H-12, H-28).
+const BIND_EVERY: Duration = Duration::from_secs(5);
+
+/// Serves `router` at `address` until this future is dropped; `what` names it in the log.
+///
+/// An address that cannot be had is tried for ever: the data plane does not depend on anyone hearing of it.
+pub async fn serve(what: &str, address: SocketAddr, router: Router) -> io::Result<()> {
+    let listener = bind(what, address, BIND_EVERY).await;
+    tracing::info!("serving {what} at {address}");
+    axum::serve(listener, router).await
+}
+
+/// A listener at `address`, however long it takes.
+async fn bind(what: &str, address: SocketAddr, every: Duration) -> TcpListener {
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => return listener,
+            Err(e) => {
+                tracing::warn!(
+                    "cannot serve {what} at {address}: {e}; trying again in {every:?}, is another proxy \
+                     running here?"
+                );
+                tokio::time::sleep(every).await;
+            }
+        }
+    }
+}
+
+/// A whole response of a server made of `router`, for tests.
+#[cfg(test)]
+async fn ask(router: Router, method: &str, path: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = tokio::spawn(async move { axum::serve(listener, router).await });
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    server.abort();
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_tried_until_it_is_free() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let waiting = tokio::spawn(bind("health", address, Duration::from_millis(5)));
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(taken);
+        let listener = waiting.await.unwrap();
+        assert_eq!(listener.local_addr().unwrap(), address);
+    }
+}
