@@ -9,6 +9,11 @@ fn rooms() -> Rooms {
         run: |config| bail!("ran as {}", config.settings.node_name),
         open: |root| match root.to_str() {
             Some("/none") => Ok(None),
+            Some("/alive") => {
+                let mut memory = memory::small_cluster();
+                memory.agent.beat_ms = Now::read()?.unix_ms;
+                Ok(Some(Box::new(memory)))
+            }
             Some("/broken") => bail!("permission denied"),
             _ => Ok(Some(Box::new(memory::small_cluster()))),
         },
@@ -65,8 +70,9 @@ fn flush_wants_to_be_told_what() {
 
 #[test]
 fn status_exits_with_one_when_not_healthy() {
-    // The small cluster's agent spoke at a made-up moment, so it counts as silent or as alive; a node
-    // where nothing ran is never healthy.
+    let (code, text) = run(&["status", "--bpf-root=/alive"]);
+    assert_eq!(code.unwrap(), ExitCode::SUCCESS);
+    assert!(text.starts_with("healthy\n"), "{text}");
     let (code, text) = run(&["status", "--bpf-root=/none"]);
     assert_eq!(code.unwrap(), ExitCode::FAILURE);
     assert!(text.starts_with("not healthy: no agent has run here"), "{text}");
