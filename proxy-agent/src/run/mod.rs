@@ -1,0 +1,366 @@
+//! The loop: hear, know, wish, plan, write, tell.
+//!
+//! One thread owns everything; sources, netlink and the HTTP servers only send or read. The kernel works on
+//! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
+
+mod report;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use proxy_common::addr::Proto;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::config::{Config, SourceConfig};
+use crate::datapath::flow::{Sweeper, Timeouts};
+use crate::datapath::kernel::Kernel;
+use crate::datapath::load::{Loaded, ProgramLog};
+use crate::datapath::pin::BpfRoot;
+use crate::datapath::probe::{self, Features};
+use crate::datapath::{Datapath, sockets};
+use crate::model::{Link, SocketLb, World};
+use crate::netlink;
+use crate::pace::{Limits, Pace};
+use crate::plan::{Actual, Capacity, Plan, Planner, Step};
+use crate::source::{Change, directory, kubernetes};
+use report::Report;
+
+/// When passes are made: bursts are taken together, nothing waits longer than a few milliseconds, and once
+/// an hour everything is compared with what is really in the kernel (Y-18…Y-20).
+const LIMITS: Limits = Limits {
+    settle_ms: 5,
+    min_gap_ms: 10,
+    max_gap_ms: 3_600_000,
+    retry_first_ms: 100,
+    retry_max_ms: 30_000,
+};
+
+/// How often the flow tables are swept a little, and the record for the command line is renewed.
+const TICK: Duration = Duration::from_millis(500);
+/// Chunks of each flow table that one sweep looks at.
+const SWEEP_CHUNKS: usize = 8;
+/// Ticks from one heartbeat to the next.
+const BEAT: u64 = 8;
+/// Changes that may wait for the loop.
+const QUEUE: usize = 4096;
+
+/// Runs the agent until it is told to end.
+pub fn run(config: Config) -> Result<()> {
+    lift_memlock();
+    let root = BpfRoot::new(&config.bpf_root);
+    root.prepare()?;
+    let Some(_lock) = root.lock()? else {
+        bail!(
+            "another agent runs with --bpf-root {}: stop it first, or give this one a root of its own",
+            root.path().display()
+        );
+    };
+    let agent = Agent::open(config, &root)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    runtime.block_on(agent.run())
+}
+
+/// Before 5.11 maps count against this limit; where it cannot be raised the kernel says so at the first map.
+fn lift_memlock() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+    }
+}
+
+struct Agent {
+    config: Config,
+    world: World,
+    /// `None` only between a failed pass and the reading that follows.
+    planner: Option<Planner>,
+    capacity: Capacity,
+    kernel: Kernel,
+    loaded: Loaded,
+    sweeper: Sweeper,
+    pace: Pace,
+    report: Report,
+    clock: Instant,
+    /// Whether the tables have been brought in line once and the programs are attached.
+    ready: bool,
+    /// The next pass reads the kernel and compares everything.
+    full: bool,
+    full_at_ms: u64,
+}
+
+impl Agent {
+    fn open(config: Config, root: &BpfRoot) -> Result<Self> {
+        let features = Features::probe();
+        let log =
+            if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
+        let loaded = Loaded::open(root, &features, &config.capacities.of_maps(), log)?;
+        for warning in loaded.warnings() {
+            tracing::warn!("{warning}");
+        }
+        let kernel = Kernel::open(root)?;
+        let capacity = capacity_of(&kernel);
+        let report = Report::open(&config, root, loaded.warnings())?;
+        let sweeper = Sweeper::open(root, Timeouts::default())?;
+        Ok(Self {
+            world: World::new(config.settings.clone()),
+            config,
+            planner: None,
+            capacity,
+            kernel,
+            loaded,
+            sweeper,
+            pace: Pace::new(LIMITS, 0),
+            report,
+            clock: Instant::now(),
+            ready: false,
+            full: true,
+            full_at_ms: 0,
+        })
+    }
+
+    async fn run(mut self) -> Result<()> {
+        let (tx, mut changes) = mpsc::channel(QUEUE);
+        let mut source = tokio::spawn(hear(self.config.source.clone(), self.node_name(), tx.clone()));
+        tokio::spawn(netlink::watch(tx));
+        self.report.serve(&self.config)?;
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+        let mut beats = 0_u64;
+        loop {
+            let due = self.world.synced().then(|| Duration::from_millis(self.pace.wait_ms(self.now_ms())));
+            tokio::select! {
+                biased;
+                _ = terminate.recv() => return self.leave("SIGTERM"),
+                _ = interrupt.recv() => return self.leave("SIGINT"),
+                ended = &mut source => return Err(match ended {
+                    Ok(Err(error)) => error,
+                    Ok(Ok(())) => anyhow!("the source of Services ended by itself"),
+                    Err(error) => anyhow!(error).context("the source of Services"),
+                }),
+                () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.pass()?,
+                Some(change) = changes.recv() => {
+                    self.hear(change);
+                    // A burst is taken in at once: the pass looks at its end.
+                    while let Ok(change) = changes.try_recv() {
+                        self.hear(change);
+                    }
+                }
+                _ = ticks.tick() => {
+                    beats += 1;
+                    self.tick(beats.is_multiple_of(BEAT));
+                }
+            }
+        }
+    }
+
+    /// Ends without touching anything.
+    fn leave(&mut self, why: &str) -> Result<()> {
+        tracing::info!("{why}: leaving; the kernel goes on with the tables as they are");
+        Ok(())
+    }
+
+    fn node_name(&self) -> Arc<str> {
+        self.config.settings.node_name.clone()
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn hear(&mut self, change: Change) {
+        self.report.heard(&change);
+        let links = matches!(change, Change::Links(_));
+        if !self.world.hear(change) {
+            return;
+        }
+        if links && self.ready {
+            // A new pod's first packet must find the programs there (D-17): they do not wait for a pass.
+            self.attach_interfaces();
+        }
+        let now = self.now_ms();
+        self.pace.request(now);
+        self.report.queued();
+    }
+
+    fn tick(&mut self, beat: bool) {
+        if let Some(mut log) = self.loaded.logger() {
+            log.drain();
+        }
+        match self.sweeper.tick(SWEEP_CHUNKS) {
+            Ok(swept) if swept.deleted != 0 => {
+                tracing::debug!("{} flow entries had ended, of {} looked at", swept.deleted, swept.seen);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "flows are not swept"),
+        }
+        if !self.ready {
+            self.report.progress(&self.world);
+        }
+        if beat {
+            self.report.write(&self.world, self.pace.queued_ms().is_some());
+        }
+    }
+
+    /// Brings the tables in line with the world.
+    fn pass(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let now = self.now_ms();
+        if now.saturating_sub(self.full_at_ms) >= LIMITS.max_gap_ms {
+            self.full = true;
+        }
+        self.pace.begin();
+        let full = self.full;
+        match self.write(now) {
+            Ok(Written { plan, gone }) => {
+                self.pace.succeeded(self.now_ms());
+                if let Some(at) = plan.retry_at_ms {
+                    self.pace.request_at(at);
+                }
+                if full {
+                    self.full_at_ms = now;
+                }
+                self.destroy_sockets(&gone);
+                if !self.ready {
+                    self.attach()?;
+                }
+                let first = !std::mem::replace(&mut self.ready, true);
+                self.report.wrote(&self.world, &plan, full, started.elapsed());
+                self.report.write(&self.world, false);
+                if first {
+                    self.report.ready(&self.world, &plan);
+                }
+            }
+            Err(error) => {
+                self.pace.failed(self.now_ms());
+                self.full = true;
+                self.report.failed(&self.world, &error, started.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// Plans and writes. After an error the kernel must be read again.
+    fn write(&mut self, now: u64) -> Result<Written> {
+        let pass = if self.full || self.planner.is_none() {
+            let actual = self.kernel.read().context("reading the tables")?;
+            let planner = Planner::new(&actual, self.capacity, now);
+            planner.full(&self.world.take_desired(), now)
+        } else {
+            let dirty = self.world.take_dirty();
+            let node = self.world.node();
+            match self.planner.take() {
+                Some(planner) => planner.dirty(&dirty, Some(&node), now),
+                None => bail!("no planner between two passes"),
+            }
+        };
+        let gone = pass.before(|actual, steps| retired_udp(actual, steps));
+        if let Err((done, error)) = self.kernel.apply(&pass.plan.steps) {
+            let failed = pass.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
+            return Err(anyhow!(error).context(format!(
+                "step {} of {} was not done: {failed}",
+                done + 1,
+                pass.plan.steps.len()
+            )));
+        }
+        let plan = pass.plan.clone();
+        self.planner = Some(pass.applied(self.now_ms()));
+        self.full = false;
+        Ok(Written { plan, gone })
+    }
+
+    /// Attaches the programs for the first time in this process.
+    fn attach(&mut self) -> Result<()> {
+        if self.config.settings.socket_lb == SocketLb::Off {
+            self.loaded.detach_cgroup()?;
+        } else {
+            let cgroup = self.config.cgroup_root.clone().or_else(probe::cgroup2_mount).context(
+                "no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup/unified), \
+                 name it with --cgroup-root, or do without socket programs (--socket-lb=off)",
+            )?;
+            self.loaded.attach_cgroup(&cgroup)?;
+        }
+        self.attach_interfaces();
+        Ok(())
+    }
+
+    fn attach_interfaces(&mut self) {
+        let links: Vec<Link> = self
+            .world
+            .links()
+            .iter()
+            .filter(|link| !link.loopback && self.config.devices.matches(&link.name))
+            .cloned()
+            .collect();
+        let results = self.loaded.sync_interfaces(&links);
+        self.report.interfaces(results);
+    }
+
+    /// Host processes whose connected UDP socket leads to an endpoint that has gone get an error and ask
+    /// again; flows that pass an interface need no such thing.
+    fn destroy_sockets(&self, gone: &[SocketAddr]) {
+        match sockets::destroy_udp(gone) {
+            Ok(0) => {}
+            Ok(n) => tracing::info!("{n} UDP sockets of host processes led to endpoints that have gone: closed"),
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "UDP sockets of host processes may still lead to endpoints that have gone"
+            ),
+        }
+    }
+}
+
+struct Written {
+    plan: Plan,
+    gone: Vec<SocketAddr>,
+}
+
+/// The UDP endpoints that the steps retire and nobody else uses.
+fn retired_udp(actual: &Actual, steps: &[Step]) -> Vec<SocketAddr> {
+    let retired = steps.iter().filter_map(|step| match step {
+        Step::PutBackend(index, backend) if !backend.is_live() => actual.backends.get(index),
+        _ => None,
+    });
+    retired
+        .filter(|old| old.is_live())
+        .filter(|old| actual.services.get(&old.service).is_some_and(|name| name.proto == Proto::UDP))
+        .map(|old| SocketAddr::new(IpAddr::from(old.addr), old.port.number()))
+        .collect()
+}
+
+fn capacity_of(kernel: &Kernel) -> Capacity {
+    use proxy_common::abi::maps;
+    let sizes = kernel.sizes();
+    let size = |name: &str, default: u32| {
+        sizes.iter().find(|(map, _)| *map == name).map_or(default, |(_, size)| *size)
+    };
+    let default = Capacity::default();
+    Capacity {
+        frontends: size(maps::FRONTENDS, default.frontends),
+        slots: size(maps::SLOTS, default.slots),
+        backends: size(maps::BACKENDS, default.backends),
+        addresses: size(maps::ADDRESSES, default.addresses),
+        sources: size(maps::SOURCES, default.sources),
+        services: size(maps::SERVICES, default.services),
+        ifaces: size(maps::IFACES, default.ifaces),
+    }
+}
+
+/// Hears from the source until the receiver has gone; an error is final.
+async fn hear(source: SourceConfig, node: Arc<str>, tx: mpsc::Sender<Change>) -> Result<()> {
+    let client = match &source {
+        SourceConfig::Manifests(path) => return Ok(directory::run(path.clone(), node, tx).await?),
+        SourceConfig::Kubeconfig(file) => kubernetes::client(Some(file), None).await?,
+        SourceConfig::ApiServer(url) => kubernetes::client(None, Some(url)).await?,
+        SourceConfig::InCluster => kubernetes::client(None, None).await?,
+    };
+    kubernetes::run(client, node, tx).await;
+    Ok(())
+}

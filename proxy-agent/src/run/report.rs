@@ -1,0 +1,309 @@
+//! What the loop tells: the log, the record for the command line, health and metrics.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result};
+use proxy_common::abi::{AgentState, text};
+
+use crate::config::Config;
+use crate::datapath::attach::{AttachError, Attached};
+use crate::datapath::pin::BpfRoot;
+use crate::datapath::pinned::Pinned;
+use crate::model::{Family, World};
+use crate::plan::Plan;
+use crate::serve::health::{Health, SystemClock};
+use crate::serve::{self, Metrics, Snapshot};
+use crate::source::Change;
+
+/// How often progress is logged while the first lists come in.
+const PROGRESS: Duration = Duration::from_secs(2);
+
+/// Everything that others may want to know of the loop.
+pub(super) struct Report {
+    pinned: Pinned,
+    state: AgentState,
+    health: Arc<Health>,
+    metrics: Arc<Metrics>,
+    snapshot: Arc<Mutex<Snapshot>>,
+    /// What was wrong from the start: flags, pins.
+    warnings: Vec<String>,
+    /// What found no room.
+    refused: Vec<String>,
+    /// Interfaces that refused a program.
+    refusing: Vec<String>,
+    /// Complaints that have been logged: each is logged once.
+    logged: std::collections::BTreeSet<String>,
+    /// Why the last pass failed.
+    failure: Option<String>,
+    started: Instant,
+    told: Instant,
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Report {
+    pub(super) fn open(config: &Config, root: &BpfRoot, warnings: &[String]) -> Result<Self> {
+        let now = unix_ms();
+        let state = AgentState {
+            pid: std::process::id().into(),
+            started_ms: now,
+            beat_ms: now,
+            synced_ms: 0,
+            queued_ms: 0,
+            generation: 0,
+            services: 0,
+            endpoints: 0,
+            complaints: 0,
+            synced: 0,
+            connected: 0,
+            interfaces: 0,
+            interfaces_failed: 0,
+            pad: 0,
+            version: text(env!("CARGO_PKG_VERSION")),
+            node: text(&config.settings.node_name),
+            source: text(&config.source.to_string()),
+        };
+        let health = Arc::new(Health::new(SystemClock));
+        for family in [Family::V4, Family::V6] {
+            health.started(family);
+        }
+        let snapshot = Arc::new(Mutex::new(Snapshot {
+            source: config.source.to_string(),
+            ..Snapshot::default()
+        }));
+        let scraped = Pinned::open(root)?;
+        let shared = snapshot.clone();
+        let snapshots = move || {
+            let mut now = shared.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            match (scraped.reasons(), scraped.fill()) {
+                (Ok(reasons), Ok(fill)) => {
+                    now.reasons = reasons;
+                    now.tables = fill.into_iter().map(crate::cli::view::MapFill::from).collect();
+                }
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "counters cannot be read");
+                }
+            }
+            now
+        };
+        let metrics = Arc::new(Metrics::new(Box::new(snapshots), health.clone()));
+        let mut all = config.warnings.clone();
+        all.extend_from_slice(warnings);
+        let report = Self {
+            pinned: Pinned::open(root)?,
+            state,
+            health,
+            metrics,
+            snapshot,
+            warnings: all,
+            refused: Vec::new(),
+            refusing: Vec::new(),
+            logged: std::collections::BTreeSet::new(),
+            failure: None,
+            started: Instant::now(),
+            told: Instant::now(),
+        };
+        report.pinned.write_agent(&report.state)?;
+        Ok(report)
+    }
+
+    /// Serves health and metrics from a thread of their own, so that neither waits for a pass.
+    pub(super) fn serve(&self, config: &Config) -> Result<()> {
+        let (health, metrics) = (self.health.clone(), self.metrics.clone());
+        let (at_health, at_metrics) = (config.healthz, config.metrics);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot start the HTTP servers")?;
+        let serve = move || {
+            runtime.block_on(async {
+                let health = async {
+                    match at_health {
+                        Some(at) => serve::serve("health", at, serve::health::router(health)).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                let metrics = serve::serve("metrics", at_metrics, serve::metrics::router(metrics));
+                if let Err(error) = tokio::try_join!(health, metrics) {
+                    tracing::error!("health and metrics are no longer served: {error}");
+                }
+            });
+        };
+        std::thread::Builder::new().name("serve".into()).spawn(serve).context("cannot start a thread")?;
+        Ok(())
+    }
+
+    pub(super) fn heard(&mut self, change: &Change) {
+        let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        match change {
+            Change::Service(..) => {
+                snapshot.service_changes += 1;
+                snapshot.service_changes_pending += 1;
+            }
+            Change::Slice(..) => {
+                snapshot.endpoint_changes += 1;
+                snapshot.endpoint_changes_pending += 1;
+            }
+            Change::Connected(connected) => {
+                if snapshot.connected != *connected {
+                    snapshot.connected = *connected;
+                    if *connected {
+                        tracing::info!("{} answers", snapshot.source);
+                    } else {
+                        tracing::warn!(
+                            "{} does not answer: trying again; the tables stay as they are",
+                            snapshot.source
+                        );
+                    }
+                }
+            }
+            Change::Complaints { object, lines } => {
+                for line in lines {
+                    if self.logged.insert(format!("{object}: {line}")) {
+                        tracing::warn!("{object}: {line}");
+                    }
+                }
+            }
+            Change::Node(_) | Change::Links(_) | Change::Synced(_) => {}
+        }
+    }
+
+    pub(super) fn queued(&self) {
+        for family in [Family::V4, Family::V6] {
+            self.health.queued(family);
+        }
+    }
+
+    /// While the first lists come in: how far it is.
+    pub(super) fn progress(&mut self, world: &World) {
+        if self.told.elapsed() >= PROGRESS {
+            self.told = Instant::now();
+            tracing::info!(
+                "loading from {}: {} Services, {} endpoints so far",
+                self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).source,
+                world.service_count(),
+                world.endpoint_count()
+            );
+        }
+    }
+
+    pub(super) fn interfaces(
+        &mut self,
+        results: Vec<(Arc<str>, std::result::Result<Attached, AttachError>)>,
+    ) {
+        let all = results.len();
+        self.refusing.clear();
+        for (name, result) in results {
+            match result {
+                Ok(Attached::Kept) => {}
+                Ok(Attached::New) => tracing::debug!("interface {name}: programs attached"),
+                Ok(Attached::Updated) => tracing::info!("interface {name}: programs replaced"),
+                Err(error) => {
+                    let line = format!("interface {name}: {:#}", anyhow::Error::from(error));
+                    if self.logged.insert(line.clone()) {
+                        tracing::error!("{line}");
+                    }
+                    self.refusing.push(line);
+                }
+            }
+        }
+        self.state.interfaces = u32::try_from(all - self.refusing.len()).unwrap_or(u32::MAX);
+        self.state.interfaces_failed = u32::try_from(self.refusing.len()).unwrap_or(u32::MAX);
+    }
+
+    pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
+        for family in [Family::V4, Family::V6] {
+            self.health.synced(family);
+            self.metrics.pass_took(family, took);
+        }
+        self.health.node_eligible(world.node_object().is_some_and(|node| node.eligible));
+        self.failure = None;
+        self.state.synced_ms = unix_ms();
+        self.refused.clone_from(&plan.complaints);
+        for line in &plan.complaints {
+            if self.logged.insert(line.clone()) {
+                tracing::error!("{line}");
+            }
+        }
+        if !plan.steps.is_empty() {
+            self.state.generation += 1;
+            tracing::info!(
+                "pass {}: {} writes in {:.1} ms{}",
+                self.state.generation,
+                plan.steps.len(),
+                took.as_secs_f64() * 1000.0,
+                if full { ", everything compared" } else { "" }
+            );
+        }
+        let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        snapshot.service_changes_pending = 0;
+        snapshot.endpoint_changes_pending = 0;
+    }
+
+    pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, took: Duration) {
+        for family in [Family::V4, Family::V6] {
+            self.metrics.pass_took(family, took);
+        }
+        tracing::error!("{error:#}; reading the tables and trying again");
+        self.failure = Some(format!("the last pass failed: {error:#}"));
+        self.write(world, true);
+    }
+
+    /// The one line that says it is done.
+    pub(super) fn ready(&self, world: &World, plan: &Plan) {
+        tracing::info!(
+            "ready after {:.2} s: {} Services, {} endpoints, {} interfaces, {} writes{}",
+            self.started.elapsed().as_secs_f64(),
+            world.service_count(),
+            world.endpoint_count(),
+            self.state.interfaces,
+            plan.steps.len(),
+            match world.complaints().len() {
+                0 => String::new(),
+                n => format!("; {n} objects need attention, see `proxy-agent status`"),
+            }
+        );
+    }
+
+    /// Renews the record that the command line reads, and what metrics show.
+    pub(super) fn write(&mut self, world: &World, pending: bool) {
+        let mut lines: Vec<String> = self.failure.iter().cloned().collect();
+        lines.extend(self.refusing.iter().cloned());
+        lines.extend(self.refused.iter().cloned());
+        let complaints = world.complaints();
+        lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
+        lines.extend(self.warnings.iter().cloned());
+        let now = unix_ms();
+        self.state.beat_ms = now;
+        self.state.queued_ms = match (pending, self.state.queued_ms) {
+            (false, _) => 0,
+            (true, 0) => now,
+            (true, since) => since,
+        };
+        self.state.services = u32::try_from(world.service_count()).unwrap_or(u32::MAX);
+        self.state.endpoints = u32::try_from(world.endpoint_count()).unwrap_or(u32::MAX);
+        self.state.complaints =
+            u32::try_from(complaints.len() + self.refused.len()).unwrap_or(u32::MAX);
+        self.state.synced = u32::from(world.synced() && self.state.synced_ms != 0);
+        self.state.connected = u32::from(world.connected());
+        if let Err(error) =
+            self.pinned.write_complaints(&lines).and_then(|()| self.pinned.write_agent(&self.state))
+        {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "`proxy-agent status` will show old facts"
+            );
+        }
+        let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        snapshot.services = self.state.services.into();
+        snapshot.endpoints = self.state.endpoints.into();
+        snapshot.interfaces = self.state.interfaces.into();
+        snapshot.interfaces_failed = self.state.interfaces_failed.into();
+        snapshot.generation = self.state.generation;
+        snapshot.complaints = self.state.complaints.into();
+    }
+}
