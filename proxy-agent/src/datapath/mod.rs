@@ -1,6 +1,20 @@
 //! See and write: the only room that talks to BPF.
 
+pub mod attach;
+mod filter;
+pub mod flow;
+pub mod kernel;
+pub mod load;
 pub mod memory;
+pub mod pin;
+pub mod pinned;
+pub mod probe;
+pub mod remove;
+pub mod sockets;
+mod sys;
+mod table;
+
+pub use table::{TableError, size_flag};
 
 use crate::plan::{Actual, Step};
 

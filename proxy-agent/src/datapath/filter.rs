@@ -1,0 +1,179 @@
+//! Filters on the clsact qdisc: how programs run on interfaces before TCX (6.6).
+//!
+//! At ingress ours is the first filter, at egress the last. A filter needs no process to stay. Its place is
+//! fixed (priority and handle), so the next agent replaces it in one step and `cleanup` finds it.
+
+use std::io;
+use std::mem;
+
+use aya::Ebpf;
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
+use nix::net::if_::if_indextoname;
+
+use super::attach::Direction;
+use crate::netlink::request::{Flags, Protocol, exchange};
+
+/// `RTM_DELQDISC` of `linux/rtnetlink.h`.
+const DELETE_QDISC: u16 = 37;
+/// `RTM_GETTFILTER`.
+const GET_FILTER: u16 = 46;
+/// `TC_H_CLSACT` of `linux/pkt_sched.h`, where the qdisc hangs.
+const CLSACT: u32 = 0xffff_fff1;
+/// Its handle.
+const QDISC: u32 = 0xffff_0000;
+/// Where its ingress filters hang.
+const INGRESS: u32 = 0xffff_fff2;
+/// Where its egress filters hang.
+const EGRESS: u32 = 0xffff_fff3;
+
+/// Ours among the filters of one priority.
+const HANDLE: TcHandle = TcHandle::new(0, 0xeb);
+/// Before all others.
+const FIRST: u16 = 1;
+/// After all others: those that name no priority get 49152 and less.
+const LAST: u16 = u16::MAX;
+
+/// Why a filter could not be set or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum FilterError {
+    /// The qdisc could not be added.
+    #[error("cannot add the clsact qdisc to interface {interface} (CONFIG_NET_CLS_ACT, module sch_ingress)")]
+    Qdisc {
+        /// The interface.
+        interface: String,
+        /// Why.
+        source: Box<TcError>,
+    },
+    /// The filter could not be set or removed.
+    #[error("cannot {act} the filter of program {program} at interface {interface}")]
+    Filter {
+        /// What was tried.
+        act: &'static str,
+        /// The program.
+        program: String,
+        /// The interface.
+        interface: String,
+        /// Why.
+        source: Box<ProgramError>,
+    },
+    /// The qdisc could not be removed.
+    #[error("cannot remove the clsact qdisc from interface {interface}")]
+    RemoveQdisc {
+        /// The interface.
+        interface: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+fn place(direction: Direction) -> (TcAttachType, u16) {
+    match direction {
+        Direction::Ingress => (TcAttachType::Ingress, FIRST),
+        Direction::Egress => (TcAttachType::Egress, LAST),
+    }
+}
+
+fn errno(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
+            error.raw_os_error()
+        }
+        _ => None,
+    }
+}
+
+/// Adds the qdisc; `false` when it was there.
+pub(super) fn add_qdisc(interface: &str) -> Result<bool, FilterError> {
+    match tc::qdisc_add_clsact(interface) {
+        Ok(()) => Ok(true),
+        Err(TcError::AlreadyAttached) => Ok(false),
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(FilterError::Qdisc { interface: interface.to_owned(), source: Box::new(error) }),
+    }
+}
+
+/// Sets our filter, replacing an older one of ours in one step.
+pub(super) fn set(
+    ebpf: &mut Ebpf,
+    interface: &str,
+    direction: Direction,
+    program: &str,
+) -> Result<(), FilterError> {
+    let failed = |act, error| FilterError::Filter {
+        act,
+        program: program.to_owned(),
+        interface: interface.to_owned(),
+        source: Box::new(error),
+    };
+    let (hook, priority) = place(direction);
+    let classifier: &mut SchedClassifier = match ebpf.program_mut(program) {
+        Some(found) => found.try_into().map_err(|error| failed("set", error))?,
+        None => return Err(failed("set", ProgramError::NotLoaded)),
+    };
+    let options = TcAttachOptions::Netlink(NlOptions { priority, handle: HANDLE, classid: None });
+    let id = match classifier.attach_with_options(interface, hook, options) {
+        Ok(id) => id,
+        Err(error) if errno(&error) == Some(libc::EEXIST) => {
+            let older = SchedClassifierLink::attached(interface, hook, priority, HANDLE, None)
+                .map_err(|error| failed("find", ProgramError::IOError(error)))?;
+            classifier.attach_to_link(older).map_err(|error| failed("replace", error))?
+        }
+        Err(error) => return Err(failed("set", error)),
+    };
+    // The filter is to outlive this process; a link that is dropped would take it away.
+    mem::forget(classifier.take_link(id).map_err(|error| failed("keep", error))?);
+    Ok(())
+}
+
+/// Removes our filter, if it and the interface are there.
+pub(super) fn clear(index: u32, direction: Direction) -> Result<(), FilterError> {
+    let Some(interface) = name(index) else { return Ok(()) };
+    let (hook, priority) = place(direction);
+    let Ok(link) = SchedClassifierLink::attached(&interface, hook, priority, HANDLE, None) else {
+        return Ok(());
+    };
+    match aya::programs::links::Link::detach(link) {
+        Ok(()) => Ok(()),
+        // No filter, no qdisc, no interface.
+        Err(error) if matches!(errno(&error), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => Ok(()),
+        Err(error) => Err(FilterError::Filter {
+            act: "remove",
+            program: String::from("tc"),
+            interface,
+            source: Box::new(error),
+        }),
+    }
+}
+
+/// Removes the qdisc unless others have filters there, too.
+pub(super) fn remove_qdisc(index: u32) -> Result<(), FilterError> {
+    let Some(interface) = name(index) else { return Ok(()) };
+    let failed = |source| FilterError::RemoveQdisc { interface: interface.clone(), source };
+    for parent in [INGRESS, EGRESS] {
+        let filters = exchange(Protocol::Route, GET_FILTER, Flags::Dump, &tc_message(index, 0, parent));
+        match filters {
+            Ok(filters) if filters.is_empty() => {}
+            Ok(_) => return Ok(()),
+            // The qdisc is gone already.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV)) => return Ok(()),
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    match exchange(Protocol::Route, DELETE_QDISC, Flags::Ack, &tc_message(index, QDISC, CLSACT)) {
+        Ok(_) => Ok(()),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => {
+            Ok(())
+        }
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// `struct tcmsg` of `linux/rtnetlink.h`.
+fn tc_message(index: u32, handle: u32, parent: u32) -> Vec<u8> {
+    [0, index, handle, parent, 0].into_iter().flat_map(u32::to_ne_bytes).collect()
+}
+
+fn name(index: u32) -> Option<String> {
+    if_indextoname(index).ok()?.into_string().ok()
+}

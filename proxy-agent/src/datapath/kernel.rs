@@ -1,0 +1,289 @@
+//! The configuration tables in the kernel: read whole at start, then written step by step.
+
+use std::net::IpAddr;
+
+use proxy_common::abi::{
+    Backend, Config, Frontend, FrontendKey, Iface, ServiceName, SourceKey, maps, untext,
+};
+use proxy_common::addr::Addr;
+
+use super::Datapath;
+use super::pin::BpfRoot;
+use super::table::{Table, TableError};
+use crate::plan::{Actual, Step};
+
+/// Why the tables could not be read or written.
+pub type KernelError = TableError;
+
+/// The pinned configuration tables.
+#[derive(Debug)]
+pub struct Kernel {
+    frontends: Table<FrontendKey, Frontend>,
+    slots: Table<u32, u32>,
+    backends: Table<u32, Backend>,
+    addresses: Table<Addr, u32>,
+    sources: Table<SourceKey, u32>,
+    ifaces: Table<u32, Iface>,
+    config: Table<u32, Config>,
+    services: Table<u32, ServiceName>,
+}
+
+/// The value of every source range: only its being there counts.
+const LISTED: u32 = 1;
+
+impl Kernel {
+    /// Opens what is pinned under `root`.
+    pub fn open(root: &BpfRoot) -> Result<Self, KernelError> {
+        Ok(Self {
+            frontends: Table::open(root, maps::FRONTENDS)?,
+            slots: Table::open(root, maps::SLOTS)?,
+            backends: Table::open(root, maps::BACKENDS)?,
+            addresses: Table::open(root, maps::ADDRESSES)?,
+            sources: Table::open(root, maps::SOURCES)?,
+            ifaces: Table::open(root, maps::IFACES)?,
+            config: Table::open(root, maps::CONFIG)?,
+            services: Table::open(root, maps::SERVICES)?,
+        })
+    }
+
+    /// Reads every configuration table.
+    pub fn actual(&self) -> Result<Actual, KernelError> {
+        let mut actual = Actual::default();
+        self.frontends.scan(|key, value| {
+            actual.frontends.insert(key, value);
+        })?;
+        self.slots.scan(|slot, backend| {
+            if backend != 0 {
+                actual.slots.insert(slot, backend);
+            }
+        })?;
+        self.backends.scan(|index, backend| {
+            if backend != UNUSED {
+                actual.backends.insert(index, backend);
+            }
+        })?;
+        self.addresses.scan(|addr, flags| {
+            actual.addresses.insert(addr, flags);
+        })?;
+        self.sources.scan(|key, _| {
+            actual.sources.insert(key);
+        })?;
+        self.services.scan(|id, name| {
+            actual.services.insert(id, name);
+        })?;
+        self.ifaces.scan(|index, iface| {
+            actual.ifaces.insert(index, iface);
+        })?;
+        // An array of one is all zeros before its first write, which no written configuration is.
+        if let Some(config) = self.config.get(&0)?.filter(|config| *config != UNWRITTEN) {
+            actual.config = config;
+        }
+        Ok(actual)
+    }
+
+    /// Entries that fit each configuration table.
+    #[must_use]
+    pub fn sizes(&self) -> Vec<(&'static str, u32)> {
+        vec![
+            (self.frontends.name(), self.frontends.max()),
+            (self.slots.name(), self.slots.max()),
+            (self.backends.name(), self.backends.max()),
+            (self.addresses.name(), self.addresses.max()),
+            (self.sources.name(), self.sources.max()),
+            (self.ifaces.name(), self.ifaces.max()),
+            (self.services.name(), self.services.max()),
+        ]
+    }
+
+    /// Does steps of one kind, which the caller has found to stand together. How many of them were done
+    /// comes with an error.
+    fn apply_run(&self, run: &[Step]) -> Result<(), (usize, KernelError)> {
+        let Some(first) = run.first() else { return Ok(()) };
+        match first {
+            Step::PutConfig(_) => put(&self.config, run, |step| match step {
+                Step::PutConfig(config) => Some((0, *config)),
+                _ => None,
+            }),
+            Step::PutIface(..) => put(&self.ifaces, run, |step| match step {
+                Step::PutIface(index, iface) => Some((*index, *iface)),
+                _ => None,
+            }),
+            Step::DeleteIface(_) => delete(&self.ifaces, run, |step| match step {
+                Step::DeleteIface(index) => Some(*index),
+                _ => None,
+            }),
+            Step::PutService(..) => put(&self.services, run, |step| match step {
+                Step::PutService(id, name) => Some((*id, *name)),
+                _ => None,
+            }),
+            Step::DeleteService(_) => delete(&self.services, run, |step| match step {
+                Step::DeleteService(id) => Some(*id),
+                _ => None,
+            }),
+            Step::PutBackend(..) => put(&self.backends, run, |step| match step {
+                Step::PutBackend(index, backend) => Some((*index, *backend)),
+                _ => None,
+            }),
+            Step::PutSlot(..) => put(&self.slots, run, |step| match step {
+                Step::PutSlot(slot, backend) => Some((*slot, *backend)),
+                _ => None,
+            }),
+            Step::PutSource(_) => put(&self.sources, run, |step| match step {
+                Step::PutSource(key) => Some((*key, LISTED)),
+                _ => None,
+            }),
+            Step::DeleteSource(_) => delete(&self.sources, run, |step| match step {
+                Step::DeleteSource(key) => Some(*key),
+                _ => None,
+            }),
+            Step::PutFrontend(..) => put(&self.frontends, run, |step| match step {
+                Step::PutFrontend(key, frontend) => Some((*key, *frontend)),
+                _ => None,
+            }),
+            Step::DeleteFrontend(_) => delete(&self.frontends, run, |step| match step {
+                Step::DeleteFrontend(key) => Some(*key),
+                _ => None,
+            }),
+            Step::PutAddress(..) => put(&self.addresses, run, |step| match step {
+                Step::PutAddress(addr, flags) => Some((*addr, *flags)),
+                _ => None,
+            }),
+            Step::DeleteAddress(_) => delete(&self.addresses, run, |step| match step {
+                Step::DeleteAddress(addr) => Some(*addr),
+                _ => None,
+            }),
+        }
+    }
+}
+
+/// An index of BACKENDS that was never used: an array starts as zeros, a retired index has a generation.
+const UNUSED: Backend = Backend {
+    addr: Addr::ANY_V6,
+    port: proxy_common::addr::Port(0),
+    flags: 0,
+    generation: 0,
+    service: 0,
+    pad: 0,
+};
+
+/// CONFIG before its first write.
+const UNWRITTEN: Config = Config { pod_v4: Addr::ANY_V6, ..Config::EMPTY };
+
+impl Datapath for Kernel {
+    type Error = KernelError;
+
+    fn read(&mut self) -> Result<Actual, KernelError> {
+        self.actual()
+    }
+
+    fn apply(&mut self, steps: &[Step]) -> Result<(), (usize, KernelError)> {
+        let mut done = 0;
+        // Steps of one kind that stand together go to one table in one batch, in their order.
+        for run in steps.chunk_by(|a, b| std::mem::discriminant(a) == std::mem::discriminant(b)) {
+            self.apply_run(run).map_err(|(more, error)| (done + more, error))?;
+            done += run.len();
+        }
+        Ok(())
+    }
+}
+
+/// The entries that `part` takes out of a run; all its steps are of one kind, so none is lost.
+fn put<K, V>(
+    table: &Table<K, V>,
+    run: &[Step],
+    part: impl Fn(&Step) -> Option<(K, V)>,
+) -> Result<(), (usize, KernelError)>
+where
+    K: aya::Pod + std::fmt::Debug,
+    V: aya::Pod,
+{
+    let (keys, values): (Vec<K>, Vec<V>) = run.iter().filter_map(part).unzip();
+    table.put_many(&keys, &values).map_err(|(done, error)| (done, say(error, run.get(done))))
+}
+
+fn delete<K, V>(
+    table: &Table<K, V>,
+    run: &[Step],
+    part: impl Fn(&Step) -> Option<K>,
+) -> Result<(), (usize, KernelError)>
+where
+    K: aya::Pod + std::fmt::Debug,
+    V: aya::Pod,
+{
+    let keys: Vec<K> = run.iter().filter_map(part).collect();
+    table.delete_many(&keys).map(drop).map_err(|(done, error)| (done, say(error, run.get(done))))
+}
+
+/// The error with its object in words.
+fn say(error: KernelError, step: Option<&Step>) -> KernelError {
+    let Some(step) = step else { return error };
+    match error {
+        TableError::Full { map, max, .. } => TableError::Full { map, max, object: object(step) },
+        TableError::Call { act, map, source, .. } => {
+            TableError::Call { act, object: object(step), map, source }
+        }
+        other @ (TableError::Open { .. } | TableError::Layout { .. }) => other,
+    }
+}
+
+/// What a step is about, for a person.
+fn object(step: &Step) -> String {
+    match step {
+        Step::PutConfig(_) => "the settings".into(),
+        Step::PutIface(index, _) | Step::DeleteIface(index) => format!("interface {index}"),
+        Step::PutService(id, name) => format!(
+            "Service {}/{} port {:?} (id {id})",
+            untext(&name.namespace),
+            untext(&name.name),
+            untext(&name.port)
+        ),
+        Step::DeleteService(id) => format!("Service id {id}"),
+        Step::PutBackend(index, backend) => {
+            format!("endpoint {}:{} (index {index})", backend.addr, backend.port)
+        }
+        Step::PutSlot(slot, backend) => format!("slot {slot} of endpoint index {backend}"),
+        Step::PutSource(key) | Step::DeleteSource(key) => {
+            let mapped = if key.addr.is_v4() { 96 } else { 0 };
+            let bits = key.prefix_len.saturating_sub(32 + mapped);
+            format!("source range {}/{bits} of Service id {}", key.addr, u32::from_be(key.service))
+        }
+        Step::PutFrontend(key, _) | Step::DeleteFrontend(key) => {
+            format!("{}/{}", std::net::SocketAddr::new(IpAddr::from(key.addr), key.port.number()), key.proto)
+        }
+        Step::PutAddress(addr, _) | Step::DeleteAddress(addr) => format!("address {addr}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_common::abi::text;
+    use proxy_common::addr::{Port, Proto};
+
+    use super::*;
+
+    #[test]
+    fn an_error_names_its_object_in_words_of_the_operator() {
+        let key = FrontendKey::new(Addr::from(IpAddr::from([10, 96, 0, 1])), Port::new(80), Proto::TCP);
+        assert_eq!(object(&Step::DeleteFrontend(key)), "10.96.0.1:80/TCP");
+        let range = SourceKey::range(7, Addr::from(IpAddr::from([10, 0, 0, 0])), 8);
+        assert_eq!(object(&Step::PutSource(range)), "source range 10.0.0.0/8 of Service id 7");
+        let name = ServiceName {
+            namespace: text("default"),
+            name: text("web"),
+            port: text("http"),
+            proto: Proto::TCP,
+            family: 4,
+            pad: [0; 2],
+        };
+        assert_eq!(object(&Step::PutService(3, name)), "Service default/web port \"http\" (id 3)");
+        let full = TableError::Full { map: maps::SERVICES, max: 2, object: "3".into() };
+        let said = say(full, Some(&Step::PutService(3, name))).to_string();
+        assert!(said.contains("default/web") && said.contains("--max-services"), "{said}");
+    }
+
+    #[test]
+    fn an_unwritten_settings_entry_is_all_zeros() {
+        let Config { host_netns, pod_v4, pod_v6, flags, seed, .. } = UNWRITTEN;
+        assert_eq!((host_netns, pod_v4.0, pod_v6.0, flags, seed), (0, [0; 4], [0; 4], 0, 0));
+    }
+}

@@ -1,0 +1,522 @@
+//! From the object to maps and programs in the kernel: pinned maps are used again, and programs are loaded
+//! but not yet attached, so that a failure leaves the data path as it was.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::programs::{Program, ProgramError};
+use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
+use aya_log::EbpfLogger;
+use aya_obj::generated::bpf_map_type as Kind;
+use aya_obj::{Object, ParseError};
+use proxy_common::abi::{capacity, maps};
+
+use super::pin::{self, BpfRoot, PinError};
+use super::probe::Features;
+use super::sys::{self, MapFacts, ProgramFacts};
+
+/// The object that the build embedded; empty when there was none.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
+
+/// Global of the object: bits of `abi::feature`.
+const FEATURES: &str = "FEATURES";
+/// Map that a data path with logging writes to.
+const LOG_MAP: &str = "AYA_LOGS";
+/// `BPF_F_NO_COMMON_LRU`: the kernel rounds the size to the number of CPUs.
+const NO_COMMON_LRU: u32 = 1 << 1;
+/// Flags the kernel sets by itself, or that do not change what a map holds: `BPF_F_RDONLY_PROG` and
+/// `BPF_F_WRONLY_PROG` come from the object, `BPF_F_TOKEN_FD` from the creator.
+const IGNORED_FLAGS: u32 = 1 << 16;
+/// Lines of the verifier's log that are worth a person's while.
+const LOG_LINES: usize = 12;
+
+/// Why the programs could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// There is no object in this binary.
+    #[error(
+        "this proxy-agent was built without its BPF object: run `cargo xtask build-ebpf`, then build again"
+    )]
+    NoObject,
+    /// The pins cannot be used.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The object is not what it should be.
+    #[error("cannot read the BPF object: build it again with `cargo xtask build-ebpf`")]
+    Parse(#[from] ParseError),
+    /// A map or program is missing in the object.
+    #[error("the BPF object has no {what} {name}: build it again with `cargo xtask build-ebpf`")]
+    Missing {
+        /// Map or program.
+        what: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A pinned map cannot be looked at.
+    #[error("cannot open the pinned map {path}")]
+    OpenPin {
+        /// The pin.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A pinned map is of another layout than the object's.
+    #[error(
+        "the pinned map {path} is of another layout ({found}) than this agent's ({expected}): run \
+         `proxy-agent cleanup` (open connections through Services break), then start again"
+    )]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+        /// What is pinned.
+        found: String,
+        /// What the object has.
+        expected: String,
+    },
+    /// Maps could not be made.
+    #[error("cannot create the maps of the BPF object")]
+    Maps(#[source] Box<EbpfError>),
+    /// The verifier refused a program, or it is of a kind this kernel lacks.
+    #[error("the kernel refused program {program}; the end of the verifier's log:\n{log}")]
+    Program {
+        /// Its name.
+        program: String,
+        /// Last lines of the verifier's log.
+        log: String,
+        /// Why.
+        source: Box<ProgramError>,
+    },
+    /// A loaded program cannot be looked at.
+    #[error("cannot look at the loaded program {program}")]
+    Facts {
+        /// Its name.
+        program: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The log of the programs cannot be read.
+    #[error("cannot read the log of the BPF programs")]
+    Log(#[source] Box<aya_log::Error>),
+}
+
+/// Sizes of the maps that can be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacities {
+    /// FRONTENDS.
+    pub frontends: u32,
+    /// SLOTS.
+    pub slots: u32,
+    /// BACKENDS.
+    pub backends: u32,
+    /// ADDRESSES.
+    pub addresses: u32,
+    /// SOURCES.
+    pub sources: u32,
+    /// IFACES.
+    pub ifaces: u32,
+    /// SERVICES and SERVICE_STATS.
+    pub services: u32,
+    /// FLOWS.
+    pub flows: u32,
+    /// HALF_OPEN.
+    pub half_open: u32,
+    /// FRAGMENTS.
+    pub fragments: u32,
+    /// AFFINITY.
+    pub affinity: u32,
+}
+
+impl Capacities {
+    /// The sizes of [`capacity`].
+    pub const DEFAULT: Self = Self {
+        frontends: capacity::FRONTENDS as u32,
+        slots: capacity::SLOTS as u32,
+        backends: capacity::BACKENDS as u32,
+        addresses: capacity::ADDRESSES as u32,
+        sources: capacity::SOURCES as u32,
+        ifaces: capacity::IFACES as u32,
+        services: capacity::SERVICES as u32,
+        flows: capacity::FLOWS as u32,
+        half_open: capacity::HALF_OPEN as u32,
+        fragments: capacity::FRAGMENTS as u32,
+        affinity: capacity::AFFINITY as u32,
+    };
+
+    /// The size of each map that has one to choose.
+    #[must_use]
+    pub fn each(&self) -> [(&'static str, u32); 12] {
+        let Self {
+            frontends,
+            slots,
+            backends,
+            addresses,
+            sources,
+            ifaces,
+            services,
+            flows,
+            half_open,
+            fragments,
+            affinity,
+        } = *self;
+        [
+            (maps::FRONTENDS, frontends),
+            (maps::SLOTS, slots),
+            (maps::BACKENDS, backends),
+            (maps::ADDRESSES, addresses),
+            (maps::SOURCES, sources),
+            (maps::IFACES, ifaces),
+            (maps::SERVICES, services),
+            (maps::SERVICE_STATS, services),
+            (maps::FLOWS, flows),
+            (maps::HALF_OPEN, half_open),
+            (maps::FRAGMENTS, fragments),
+            (maps::AFFINITY, affinity),
+        ]
+    }
+}
+
+/// How much the programs log; anything but `Off` costs time for each packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ProgramLog {
+    /// Nothing.
+    Off = 0,
+    /// What went wrong.
+    Error = 1,
+    /// What is odd.
+    Warn = 2,
+    /// New flows and refusals.
+    Info = 3,
+    /// Every decision.
+    Debug = 4,
+    /// Every packet.
+    Trace = 5,
+}
+
+/// A program in the kernel.
+#[derive(Debug)]
+pub(crate) struct LoadedProgram {
+    pub(crate) fd: OwnedFd,
+    identity: Identity,
+}
+
+/// What makes two loaded programs the same: instructions, constants, and the pinned maps they use. The tag
+/// alone says nothing of constants and maps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    tag: [u8; 8],
+    maps: BTreeSet<u32>,
+    constants: BTreeMap<String, Vec<u8>>,
+}
+
+/// Maps and programs in the kernel, ready to be attached.
+pub struct Loaded {
+    root: BpfRoot,
+    pub(crate) ebpf: Ebpf,
+    pub(crate) programs: BTreeMap<String, LoadedProgram>,
+    pub(crate) tcx: bool,
+    /// Interfaces whose filters this process has put in place.
+    pub(crate) filters: BTreeSet<u32>,
+    log: ProgramLog,
+    logger: Option<EbpfLogger<Bridge>>,
+    warnings: Vec<String>,
+}
+
+impl Loaded {
+    /// Loads the embedded object, using again the maps pinned under `root`.
+    pub fn open(
+        root: &BpfRoot,
+        features: &Features,
+        capacities: &Capacities,
+        log: ProgramLog,
+    ) -> Result<Self, LoadError> {
+        if OBJECT.is_empty() {
+            return Err(LoadError::NoObject);
+        }
+        Self::open_object(OBJECT, root, features, capacities, log)
+    }
+
+    /// The same with an object of the caller's.
+    pub fn open_object(
+        object: &[u8],
+        root: &BpfRoot,
+        features: &Features,
+        capacities: &Capacities,
+        log: ProgramLog,
+    ) -> Result<Self, LoadError> {
+        root.prepare()?;
+        let (warnings, missing) = check_pins(&Object::parse(object)?, root, capacities)?;
+        let loaded = Self::load(object, root, features, capacities, log, warnings);
+        if loaded.is_err() {
+            // Maps that were made for nothing would stand in the way of another size or layout.
+            for name in missing {
+                pin::remove(&root.map(name), false)?;
+            }
+        }
+        loaded
+    }
+
+    fn load(
+        object: &[u8],
+        root: &BpfRoot,
+        features: &Features,
+        capacities: &Capacities,
+        log: ProgramLog,
+        warnings: Vec<String>,
+    ) -> Result<Self, LoadError> {
+        let (bits, level) = (features.bits(), log as u8);
+        let mut loader = EbpfLoader::new();
+        // The log is asked for again, in full, only when a program is refused.
+        loader.verifier_log_level(VerifierLogLevel::VERBOSE);
+        loader.override_global(FEATURES, &bits, false).override_global(aya_log::LEVEL, &level, false);
+        for (name, size) in capacities.each() {
+            loader.map_max_entries(name, size);
+        }
+        for name in maps::ALL {
+            loader.map_pin_path(name, root.map(name));
+        }
+        let mut ebpf = loader.load(object).map_err(|error| LoadError::Maps(Box::new(error)))?;
+        let logger = match log {
+            ProgramLog::Off => None,
+            _ if ebpf.map(LOG_MAP).is_none() => None,
+            _ => Some(
+                EbpfLogger::init_with_logger(&mut ebpf, Bridge)
+                    .map_err(|error| LoadError::Log(Box::new(error)))?,
+            ),
+        };
+        let mut programs = BTreeMap::new();
+        for (name, program) in ebpf.programs_mut() {
+            load_program(program).map_err(|error| refused(name, error))?;
+            let failed = |source| LoadError::Facts { program: name.into(), source };
+            let fd = program_fd(program).map_err(failed)?;
+            let identity = identity(&sys::program_facts(fd.as_fd()).map_err(failed)?).map_err(failed)?;
+            programs.insert(name.to_owned(), LoadedProgram { fd, identity });
+        }
+        Ok(Self {
+            root: root.clone(),
+            ebpf,
+            programs,
+            tcx: features.tcx,
+            filters: BTreeSet::new(),
+            log,
+            logger,
+            warnings,
+        })
+    }
+
+    /// Where it is pinned.
+    #[must_use]
+    pub fn root(&self) -> &BpfRoot {
+        &self.root
+    }
+
+    /// What the operator should know about the pins that were found.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The log of the programs when they log: poll [`ProgramLogger::as_fd`], then drain.
+    pub fn logger(&mut self) -> Option<ProgramLogger<'_>> {
+        self.logger.as_mut().map(|logger| ProgramLogger { logger })
+    }
+
+    /// Whether `running` does the same as the loaded program `name`: attaching that one would change nothing.
+    pub(crate) fn is_same(&self, name: &str, running: BorrowedFd<'_>) -> bool {
+        // A program that logs writes to the log of its own agent.
+        self.log == ProgramLog::Off
+            && sys::program_facts(running)
+                .and_then(|facts| identity(&facts))
+                .is_ok_and(|found| self.programs.get(name).is_some_and(|p| p.identity == found))
+    }
+}
+
+impl std::fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Loaded")
+            .field("root", &self.root)
+            .field("programs", &self.programs.keys())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads what the programs log and passes it on to `tracing`.
+pub struct ProgramLogger<'a> {
+    logger: &'a mut EbpfLogger<Bridge>,
+}
+
+impl std::fmt::Debug for ProgramLogger<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProgramLogger").finish_non_exhaustive()
+    }
+}
+
+impl ProgramLogger<'_> {
+    /// Passes on what has been logged since the last time.
+    pub fn drain(&mut self) {
+        self.logger.flush();
+    }
+}
+
+impl AsFd for ProgramLogger<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.logger.as_fd()
+    }
+}
+
+/// Log records of the programs, as events of `tracing`.
+#[derive(Debug)]
+struct Bridge;
+
+impl log::Log for Bridge {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let said = record.args();
+        match record.level() {
+            log::Level::Error => tracing::error!(target: "bpf", "{said}"),
+            log::Level::Warn => tracing::warn!(target: "bpf", "{said}"),
+            log::Level::Info => tracing::info!(target: "bpf", "{said}"),
+            log::Level::Debug => tracing::debug!(target: "bpf", "{said}"),
+            log::Level::Trace => tracing::trace!(target: "bpf", "{said}"),
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Compares what is pinned with the object. Gives warnings, and the maps that are not pinned yet.
+fn check_pins(
+    object: &Object,
+    root: &BpfRoot,
+    capacities: &Capacities,
+) -> Result<(Vec<String>, Vec<&'static str>), LoadError> {
+    let sizes = BTreeMap::from(capacities.each());
+    let (mut warnings, mut missing) = (Vec::new(), Vec::new());
+    for name in maps::ALL {
+        let Some(map) = object.maps.get(name) else {
+            return Err(LoadError::Missing { what: "map", name: name.into() });
+        };
+        let wanted = MapFacts {
+            id: 0,
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: sizes.get(name).copied().unwrap_or_else(|| map.max_entries()),
+            flags: map.map_flags(),
+            name: name.into(),
+        };
+        let path = root.map(name);
+        match sys::obj_get(&path).and_then(|fd| sys::map_facts(fd.as_fd())) {
+            Ok(found) => warnings.extend(compare(&path, &found, &wanted)?),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => missing.push(name),
+            Err(source) => return Err(LoadError::OpenPin { path, source }),
+        }
+    }
+    Ok((warnings, missing))
+}
+
+/// A pinned map against the wanted one: an error when it is of another layout, a warning when only the
+/// size differs (the pinned size stays).
+fn compare(path: &Path, found: &MapFacts, wanted: &MapFacts) -> Result<Option<String>, LoadError> {
+    let layout = |m: &MapFacts| (m.kind, m.key_size, m.value_size, m.flags & !IGNORED_FLAGS);
+    if layout(found) != layout(wanted) {
+        let text = |m: &MapFacts| {
+            format!("type {}, key {} B, value {} B, flags {:#x}", m.kind, m.key_size, m.value_size, m.flags)
+        };
+        return Err(LoadError::Layout { path: path.into(), found: text(found), expected: text(wanted) });
+    }
+    let sized = wanted.kind != Kind::BPF_MAP_TYPE_SK_STORAGE as u32;
+    let rounded = wanted.flags & NO_COMMON_LRU != 0
+        && found.max_entries.abs_diff(wanted.max_entries) <= aya::util::nr_cpus().unwrap_or(1) as u32;
+    if !sized || rounded || found.max_entries == wanted.max_entries {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "map {} keeps its {} entries ({} asked for): its size changes only after `proxy-agent cleanup`",
+        wanted.name, found.max_entries, wanted.max_entries
+    )))
+}
+
+fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+fn program_fd(program: &Program) -> io::Result<OwnedFd> {
+    program.fd().map_err(io::Error::other)?.as_fd().try_clone_to_owned()
+}
+
+fn refused(program: &str, error: ProgramError) -> LoadError {
+    let log = match &error {
+        ProgramError::LoadError { verifier_log, .. } => last_lines(&verifier_log.to_string()),
+        _ => String::new(),
+    };
+    LoadError::Program { program: program.into(), log, source: Box::new(error) }
+}
+
+/// The last lines that are not statistics.
+fn last_lines(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines.get(lines.len().saturating_sub(LOG_LINES)..).unwrap_or(&[]).join("\n")
+}
+
+fn identity(program: &ProgramFacts) -> io::Result<Identity> {
+    let (mut used, mut constants) = (BTreeSet::new(), BTreeMap::new());
+    for id in &program.maps {
+        let fd = sys::map_by_id(*id)?;
+        let map = sys::map_facts(fd.as_fd())?;
+        if map.name.contains(".rodata") {
+            let mut words = sys::zeros::<u64>((map.value_size as usize).div_ceil(8));
+            sys::lookup(fd.as_fd(), &0_u32, &mut words)?;
+            let bytes = words.into_iter().flat_map(u64::to_ne_bytes).take(map.value_size as usize);
+            constants.insert(map.name, bytes.collect());
+        } else if maps::ALL.contains(&map.name.as_str()) {
+            used.insert(*id);
+        }
+    }
+    Ok(Identity { tag: program.tag, maps: used, constants })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(value_size: u32, max_entries: u32, flags: u32) -> MapFacts {
+        MapFacts { id: 1, kind: 1, key_size: 4, value_size, max_entries, flags, name: "FLOWS".into() }
+    }
+
+    #[test]
+    fn a_pinned_map_of_another_layout_is_refused_by_name_with_the_remedy() {
+        let path = Path::new("/sys/fs/bpf/x/v1/maps/FLOWS");
+        for other in [facts(16, 10, 0), facts(8, 10, 1)] {
+            let said = compare(path, &other, &facts(8, 10, 0)).unwrap_err().to_string();
+            assert!(said.contains("maps/FLOWS") && said.contains("proxy-agent cleanup"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_pinned_map_of_another_size_is_kept_with_a_warning() {
+        let path = Path::new("/x");
+        assert_eq!(compare(path, &facts(8, 10, 0), &facts(8, 10, 0)).unwrap(), None);
+        let warning = compare(path, &facts(8, 10, 0), &facts(8, 20, 0)).unwrap().unwrap();
+        assert!(warning.contains("FLOWS") && warning.contains("10") && warning.contains("20"), "{warning}");
+        let rounded = compare(path, &facts(8, 11, NO_COMMON_LRU), &facts(8, 10, NO_COMMON_LRU)).unwrap();
+        assert_eq!(rounded, None);
+    }
+
+    #[test]
+    fn only_the_end_of_a_verifier_log_is_shown() {
+        let log: String = (0..100).map(|n| format!("line {n}\n\n")).collect();
+        let shown = last_lines(&log);
+        assert!(shown.starts_with("line 88\n") && shown.ends_with("line 99"), "{shown}");
+        assert_eq!(last_lines(""), "");
+    }
+}

@@ -1,0 +1,288 @@
+//! Every path on bpffs, and nothing else.
+//!
+//! `<root>/v<ABI_VERSION>/maps/<NAME>` and `<root>/v<ABI_VERSION>/links/<name>`: another layout lives beside
+//! this one, never under it.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{FsType, statfs};
+use proxy_common::abi::ABI_VERSION;
+
+/// Where bpffs stands on every distribution.
+const BPFFS: &str = "/sys/fs/bpf";
+/// `BPF_FS_MAGIC` of `linux/magic.h`.
+const BPFFS_MAGIC: i64 = 0xcafe_4a11;
+/// Link in the making; renamed over the old one when whole.
+const NEW: &str = "new_";
+
+/// Why pins cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// The directory could not be made.
+    #[error("cannot create {path}; run as root, or name another directory with --bpf-root")]
+    Create {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// bpffs could not be mounted.
+    #[error("cannot mount bpffs at {path}; run as root (CAP_SYS_ADMIN), or: mount -t bpf bpf {path}")]
+    Mount {
+        /// The mount point.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file system could not be looked at.
+    #[error("cannot tell what file system {path} is on")]
+    Statfs {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory could not be read or removed.
+    #[error("cannot {act} {path}")]
+    Directory {
+        /// What was tried.
+        act: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The directory on bpffs under which everything of this agent is pinned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BpfRoot {
+    root: PathBuf,
+}
+
+/// Held by the one agent that writes under a root; ends with the process.
+#[derive(Debug)]
+pub struct RootLock {
+    _held: Flock<File>,
+}
+
+impl BpfRoot {
+    /// The root when none is named.
+    pub const DEFAULT: &'static str = "/sys/fs/bpf/ebpf-proxy";
+
+    /// A root at `path`; nothing is touched yet.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { root: path.into() }
+    }
+
+    /// The root itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where everything of one layout is.
+    #[must_use]
+    pub fn version(&self) -> PathBuf {
+        self.root.join(format!("v{ABI_VERSION}"))
+    }
+
+    /// Where the maps are.
+    #[must_use]
+    pub fn maps(&self) -> PathBuf {
+        self.version().join("maps")
+    }
+
+    /// Where a map is.
+    #[must_use]
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    /// Where the links are.
+    #[must_use]
+    pub fn links(&self) -> PathBuf {
+        self.version().join("links")
+    }
+
+    /// Where a link is.
+    #[must_use]
+    pub fn link(&self, name: &str) -> PathBuf {
+        self.links().join(name)
+    }
+
+    /// Where a link is while it replaces another one.
+    pub(crate) fn link_in_making(&self, name: &str) -> PathBuf {
+        self.links().join(format!("{NEW}{name}"))
+    }
+
+    /// Whether the root lies on a bpffs.
+    #[must_use]
+    pub fn is_on_bpffs(&self) -> bool {
+        nearest(&self.root).is_ok_and(|path| is_bpffs(&path).unwrap_or(false))
+    }
+
+    /// Whether the root is itself where a file system is mounted.
+    pub(crate) fn is_mount_point(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let device = |path: &Path| fs::metadata(path).map(|found| found.dev()).ok();
+        self.root.parent().is_none_or(|above| device(above) != device(&self.root))
+    }
+
+    /// Makes the directories, mounting a bpffs first where there is none.
+    pub fn prepare(&self) -> Result<(), PinError> {
+        if !is_bpffs(&nearest(&self.root)?)? {
+            let point = if self.root.starts_with(BPFFS) { Path::new(BPFFS) } else { &self.root };
+            create(point)?;
+            mount(Some("bpf"), point, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
+                .map_err(|errno| PinError::Mount { path: point.to_owned(), source: errno.into() })?;
+        }
+        create(&self.maps())?;
+        create(&self.links())
+    }
+
+    /// Claims the root for this process; `None` when another agent has it.
+    pub fn lock(&self) -> Result<Option<RootLock>, PinError> {
+        let opened = File::open(&self.root).map_err(|source| self.failed("open", source))?;
+        match Flock::lock(opened, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => Ok(Some(RootLock { _held: held })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(self.failed("lock", errno.into())),
+        }
+    }
+
+    /// Names of the pinned links; none when the directory does not exist.
+    pub fn link_names(&self) -> Result<Vec<String>, PinError> {
+        names(&self.links())
+    }
+
+    /// The directories of every layout version that is there.
+    pub(crate) fn versions(&self) -> Result<Vec<PathBuf>, PinError> {
+        let is_version = |name: &String| {
+            name.strip_prefix('v').is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        };
+        Ok(names(&self.root)?.into_iter().filter(is_version).map(|name| self.root.join(name)).collect())
+    }
+
+    fn failed(&self, act: &'static str, source: io::Error) -> PinError {
+        PinError::Directory { act, path: self.root.clone(), source }
+    }
+}
+
+impl Default for BpfRoot {
+    fn default() -> Self {
+        Self::new(Self::DEFAULT)
+    }
+}
+
+/// Names in a directory, sorted; none when it does not exist.
+pub(crate) fn names(directory: &Path) -> Result<Vec<String>, PinError> {
+    let failed = |source| PinError::Directory { act: "read", path: directory.to_owned(), source };
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        if let Ok(name) = entry.map_err(failed)?.file_name().into_string() {
+            found.push(name);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Removes a pin or an empty directory; `false` when it was not there.
+pub(crate) fn remove(path: &Path, directory: bool) -> Result<bool, PinError> {
+    let removed = if directory { fs::remove_dir(path) } else { fs::remove_file(path) };
+    match removed {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(PinError::Directory { act: "remove", path: path.to_owned(), source }),
+    }
+}
+
+/// The nearest directory above (or at) `path` that exists.
+fn nearest(path: &Path) -> Result<PathBuf, PinError> {
+    let mut at = path;
+    loop {
+        match fs::symlink_metadata(at) {
+            Ok(_) => return Ok(at.to_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(PinError::Statfs { path: at.to_owned(), source }),
+        }
+        match at.parent() {
+            Some(above) if !above.as_os_str().is_empty() => at = above,
+            _ => return Ok(PathBuf::from(".")),
+        }
+    }
+}
+
+fn is_bpffs(path: &Path) -> Result<bool, PinError> {
+    let found =
+        statfs(path).map_err(|errno| PinError::Statfs { path: path.to_owned(), source: errno.into() })?;
+    Ok(found.filesystem_type() == FsType(BPFFS_MAGIC as _))
+}
+
+fn create(path: &Path) -> Result<(), PinError> {
+    fs::create_dir_all(path).map_err(|source| PinError::Create { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_stands_under_the_version() {
+        let root = BpfRoot::new("/sys/fs/bpf/ebpf-proxy");
+        assert_eq!(root, BpfRoot::default());
+        assert_eq!(root.map("FLOWS"), Path::new("/sys/fs/bpf/ebpf-proxy/v1/maps/FLOWS"));
+        assert_eq!(root.link("tc_7_ingress"), Path::new("/sys/fs/bpf/ebpf-proxy/v1/links/tc_7_ingress"));
+    }
+
+    #[test]
+    fn the_nearest_directory_is_found_above_what_does_not_exist() {
+        let here = tempfile::tempdir().unwrap();
+        let deep = here.path().join("a/b/c");
+        assert_eq!(nearest(&deep).unwrap(), here.path());
+        fs::create_dir(here.path().join("a")).unwrap();
+        assert_eq!(nearest(&deep).unwrap(), here.path().join("a"));
+    }
+
+    #[test]
+    fn a_root_that_does_not_exist_has_no_links_and_no_versions() {
+        let here = tempfile::tempdir().unwrap();
+        let root = BpfRoot::new(here.path().join("none"));
+        assert_eq!(root.link_names().unwrap(), Vec::<String>::new());
+        assert_eq!(root.versions().unwrap(), Vec::<PathBuf>::new());
+        assert!(!root.is_on_bpffs());
+    }
+
+    #[test]
+    fn only_version_directories_are_versions() {
+        let here = tempfile::tempdir().unwrap();
+        for name in ["v1", "v22", "vx", "v", "other"] {
+            fs::create_dir(here.path().join(name)).unwrap();
+        }
+        let found = BpfRoot::new(here.path()).versions().unwrap();
+        assert_eq!(found, [here.path().join("v1"), here.path().join("v22")]);
+    }
+
+    #[test]
+    fn a_root_is_held_by_one_agent_at_a_time() {
+        let here = tempfile::tempdir().unwrap();
+        let root = BpfRoot::new(here.path());
+        let held = root.lock().unwrap();
+        assert!(held.is_some());
+        assert!(root.lock().unwrap().is_none());
+        drop(held);
+        assert!(root.lock().unwrap().is_some());
+    }
+}

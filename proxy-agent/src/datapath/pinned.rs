@@ -1,0 +1,320 @@
+//! What lies in the kernel, for the command line and the metrics: nothing is loaded, nothing is changed
+//! except what a person asks to flush, and what the agent says of itself.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+
+use aya::Pod;
+use proxy_common::abi::{
+    Affinity, AffinityKey, AgentState, Complaint, Flow, FlowKey, Fragment, FragmentKey, Reason, ServiceName,
+    ServiceStats, maps, text, untext,
+};
+
+use super::attach::{Direction, PinName};
+use super::flow::{FlowTable, Legs, legs};
+use super::kernel::Kernel;
+use super::pin::{BpfRoot, PinError};
+use super::sys::{self, Target};
+use super::table::{Cursor, Table, TableError};
+use crate::plan::Actual;
+
+/// Why there is nothing to be seen.
+#[derive(Debug, thiserror::Error)]
+pub enum PinnedError {
+    /// No pins.
+    #[error("no agent has run under {root}: start `proxy-agent run`, or name its directory with --bpf-root")]
+    NoAgent {
+        /// The root.
+        root: String,
+    },
+    /// Not allowed to look.
+    #[error("not allowed to read the tables under {root}: run as root")]
+    Forbidden {
+        /// The root.
+        root: String,
+        /// Why.
+        source: TableError,
+    },
+    /// A table cannot be used.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// The pins cannot be listed.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+}
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapFill {
+    /// The map.
+    pub name: &'static str,
+    /// Entries in use.
+    pub used: u32,
+    /// Entries it is made for.
+    pub max: u32,
+}
+
+/// Where a program is attached.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Place {
+    /// A cgroup, by its id (inode number of its directory).
+    Cgroup(u64),
+    /// An interface, by its index.
+    Interface(u32, Direction),
+    /// Nowhere any more: the cgroup or interface has gone.
+    Nowhere,
+}
+
+/// A pinned link, or the filter that stands for one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Name of the pin.
+    pub name: String,
+    /// Where the program runs.
+    pub place: Place,
+    /// Name of the program, as the kernel keeps it (15 bytes).
+    pub program: String,
+    /// Id of the program.
+    pub program_id: u32,
+    /// A filter of the clsact qdisc rather than a link.
+    pub filter: bool,
+}
+
+/// The pinned tables.
+#[derive(Debug)]
+pub struct Pinned {
+    root: BpfRoot,
+    kernel: Kernel,
+    agent: Table<u32, AgentState>,
+    complaints: Table<u32, Complaint>,
+    services: Table<u32, ServiceName>,
+    reasons: Table<u32, u64>,
+    stats: Table<u32, ServiceStats>,
+    flows: Table<FlowKey, Flow>,
+    half_open: Table<FlowKey, Flow>,
+}
+
+impl Pinned {
+    /// Opens what an agent has pinned under `root`.
+    pub fn open(root: &BpfRoot) -> Result<Self, PinnedError> {
+        let open = || -> Result<Self, TableError> {
+            Ok(Self {
+                root: root.clone(),
+                kernel: Kernel::open(root)?,
+                agent: Table::open(root, maps::AGENT)?,
+                complaints: Table::open(root, maps::COMPLAINTS)?,
+                services: Table::open(root, maps::SERVICES)?,
+                reasons: Table::open(root, maps::REASONS)?,
+                stats: Table::open(root, maps::SERVICE_STATS)?,
+                flows: Table::open(root, maps::FLOWS)?,
+                half_open: Table::open(root, maps::HALF_OPEN)?,
+            })
+        };
+        open().map_err(|error| {
+            let root = root.path().display().to_string();
+            match error {
+                TableError::Open { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                    PinnedError::NoAgent { root }
+                }
+                TableError::Open { ref source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                    PinnedError::Forbidden { root, source: error }
+                }
+                other => other.into(),
+            }
+        })
+    }
+
+    /// Every configuration table.
+    pub fn actual(&self) -> Result<Actual, PinnedError> {
+        Ok(self.kernel.actual()?)
+    }
+
+    /// What the agent last said of itself.
+    pub fn agent(&self) -> Result<AgentState, PinnedError> {
+        self.agent
+            .get(&0)?
+            .ok_or_else(|| PinnedError::NoAgent { root: self.root.path().display().to_string() })
+    }
+
+    /// Says how the agent fares.
+    pub fn write_agent(&self, state: &AgentState) -> Result<(), PinnedError> {
+        Ok(self.agent.put(&0, state)?)
+    }
+
+    /// What the agent complains of.
+    pub fn complaints(&self) -> Result<Vec<String>, PinnedError> {
+        let mut found = Vec::new();
+        self.complaints.scan(|_, complaint| {
+            let text = untext(&complaint.text);
+            if !text.is_empty() {
+                found.push(text.to_owned());
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Replaces the complaints; of more than there is room for, the last ones are kept.
+    pub fn write_complaints(&self, lines: &[String]) -> Result<(), PinnedError> {
+        let room = self.complaints.max() as usize;
+        let kept = lines.get(lines.len().saturating_sub(room)..).unwrap_or(&[]);
+        let entry = |n: usize| Complaint { text: kept.get(n).map_or([0; 256], |line| text(line)) };
+        let keys: Vec<u32> = (0..self.complaints.max()).collect();
+        let values: Vec<Complaint> = (0..room).map(entry).collect();
+        Ok(self.complaints.put_many(&keys, &values).map_err(|(_, error)| error)?)
+    }
+
+    /// How often each [`Reason`] occurred, summed over the CPUs.
+    pub fn reasons(&self) -> Result<Vec<(Reason, u64)>, PinnedError> {
+        let mut found = Vec::with_capacity(Reason::COUNT);
+        for reason in Reason::ALL {
+            let counts = self.reasons.get_all(&(*reason as u32))?.unwrap_or_default();
+            found.push((*reason, counts.into_iter().fold(0, u64::wrapping_add)));
+        }
+        Ok(found)
+    }
+
+    /// Counters of every Service port that has a name, by its id, summed over the CPUs.
+    pub fn service_stats(&self) -> Result<BTreeMap<u32, ServiceStats>, PinnedError> {
+        let mut ids = Vec::new();
+        self.services.scan(|id, _| ids.push(id))?;
+        let mut found = BTreeMap::new();
+        for id in ids {
+            if let Some(each) = self.stats.get_all(&id)? {
+                found.insert(id, sum(&each));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Shows every entry of both flow tables, a chunk at a time.
+    pub fn flows(&self, see: &mut impl FnMut(FlowTable, FlowKey, Flow)) -> Result<(), PinnedError> {
+        self.flows.scan(|key, flow| see(FlowTable::Established, key, flow))?;
+        self.half_open.scan(|key, flow| see(FlowTable::HalfOpen, key, flow))?;
+        Ok(())
+    }
+
+    /// All legs of the flow that an entry belongs to.
+    pub fn legs(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> Result<Legs, PinnedError> {
+        let mut failure = None;
+        let found = legs(key, flow, |key| {
+            self.table(table).get(key).unwrap_or_else(|error| {
+                failure.get_or_insert(error);
+                None
+            })
+        });
+        failure.map_or(Ok(found), |error| Err(error.into()))
+    }
+
+    /// Deletes one entry; `false` when it was not there.
+    pub fn delete_flow(&self, table: FlowTable, key: &FlowKey) -> Result<bool, PinnedError> {
+        Ok(self.table(table).delete(key)?)
+    }
+
+    fn table(&self, table: FlowTable) -> &Table<FlowKey, Flow> {
+        match table {
+            FlowTable::Established => &self.flows,
+            FlowTable::HalfOpen => &self.half_open,
+        }
+    }
+
+    /// How full every table is whose entries come and go.
+    pub fn fill(&self) -> Result<Vec<MapFill>, PinnedError> {
+        let actual = self.kernel.actual()?;
+        let lives = actual.backends.values().filter(|backend| backend.is_live()).count();
+        let used: BTreeMap<&str, usize> = BTreeMap::from([
+            (maps::FRONTENDS, actual.frontends.len()),
+            (maps::SLOTS, actual.slots.len()),
+            (maps::BACKENDS, lives),
+            (maps::ADDRESSES, actual.addresses.len()),
+            (maps::SOURCES, actual.sources.len()),
+            (maps::IFACES, actual.ifaces.len()),
+            (maps::SERVICES, actual.services.len()),
+        ]);
+        let mut fill: Vec<MapFill> = self
+            .kernel
+            .sizes()
+            .into_iter()
+            .map(|(name, max)| MapFill { name, used: used.get(name).map_or(0, |n| *n as u32), max })
+            .collect();
+        fill.push(count(&self.flows)?);
+        fill.push(count(&self.half_open)?);
+        fill.push(count(&Table::<FragmentKey, Fragment>::open(&self.root, maps::FRAGMENTS)?)?);
+        fill.push(count(&Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?)?);
+        Ok(fill)
+    }
+
+    /// What is attached where.
+    pub fn links(&self) -> Result<Vec<LinkInfo>, PinnedError> {
+        let mut found = Vec::new();
+        for name in self.root.link_names()? {
+            if let Some(link) = PinName::parse(&name).and_then(|pin| self.link(&name, &pin)) {
+                found.push(link);
+            }
+        }
+        Ok(found)
+    }
+
+    /// One pin; `None` when it went while we looked, or stands for no program that runs.
+    fn link(&self, name: &str, pin: &PinName) -> Option<LinkInfo> {
+        let fd = sys::obj_get(&self.root.link(name)).ok()?;
+        let (place, program) = match pin {
+            PinName::Qdisc(_) => return None,
+            PinName::Filter(index, direction) => {
+                (Place::Interface(*index, *direction), sys::program_facts(fd.as_fd()).ok()?)
+            }
+            PinName::Cgroup(_) | PinName::Tcx(..) => {
+                let link = sys::link_facts(fd.as_fd()).ok()?;
+                let place = match (link.target, pin) {
+                    (Target::Cgroup(id), _) if id != 0 => Place::Cgroup(id),
+                    (Target::Interface(index), PinName::Tcx(_, direction)) if index != 0 => {
+                        Place::Interface(index, *direction)
+                    }
+                    _ => Place::Nowhere,
+                };
+                let program = sys::program_by_id(link.program).ok()?;
+                (place, sys::program_facts(program.as_fd()).ok()?)
+            }
+        };
+        Some(LinkInfo {
+            name: name.to_owned(),
+            place,
+            program: program.name,
+            program_id: program.id,
+            filter: matches!(pin, PinName::Filter(..)),
+        })
+    }
+}
+
+fn sum(each: &[ServiceStats]) -> ServiceStats {
+    each.iter().fold(ServiceStats { chosen: 0, refused: 0, dropped: 0 }, |sum, one| ServiceStats {
+        chosen: sum.chosen.wrapping_add(one.chosen),
+        refused: sum.refused.wrapping_add(one.refused),
+        dropped: sum.dropped.wrapping_add(one.dropped),
+    })
+}
+
+fn count<K: Pod + std::fmt::Debug, V: Pod>(table: &Table<K, V>) -> Result<MapFill, TableError> {
+    let mut used = 0;
+    let mut cursor = Cursor::default();
+    while table.chunk(&mut cursor, |_, _| used += 1)? {}
+    Ok(MapFill { name: table.name(), used, max: table.max() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_of_all_cpus_are_added() {
+        let one = ServiceStats { chosen: 1, refused: 2, dropped: 3 };
+        assert_eq!(sum(&[one, one]), ServiceStats { chosen: 2, refused: 4, dropped: 6 });
+    }
+
+    #[test]
+    fn a_root_without_an_agent_says_what_to_do() {
+        let here = tempfile::tempdir().unwrap();
+        let error = Pinned::open(&BpfRoot::new(here.path())).unwrap_err().to_string();
+        assert!(error.contains("--bpf-root") || error.contains("run as root"), "{error}");
+    }
+}

@@ -1,0 +1,273 @@
+//! Links and addresses of the node, as rtnetlink tells them.
+//!
+//! A message from the kernel only says that something has changed: each burst of them is answered with one
+//! complete list, so a lost message costs nothing but the next one's time. New pods' interfaces must be
+//! noticed at once (D-17), so a burst is waited out for milliseconds, not seconds.
+
+mod choose;
+pub(crate) mod request;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::channel::mpsc::UnboundedReceiver;
+use futures::{StreamExt, TryStreamExt};
+use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use rtnetlink::packet_core::NetlinkMessage;
+use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+pub use choose::{Devices, DevicesError};
+
+use crate::model::Link;
+use crate::source::Change;
+
+/// A burst has ended when nothing was heard for this long.
+const QUIET: Duration = Duration::from_millis(3);
+/// A burst that does not end is answered all the same.
+const LONGEST: Duration = Duration::from_millis(50);
+/// Pause before a broken connection is made anew.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Why interfaces cannot be listed.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// No connection.
+    #[error("cannot open a netlink socket to hear of interfaces (CAP_NET_ADMIN, or too many open files)")]
+    Connect(#[source] io::Error),
+    /// No list.
+    #[error("cannot list {what} through netlink")]
+    List {
+        /// Links or addresses.
+        what: &'static str,
+        /// Why.
+        source: rtnetlink::Error,
+    },
+}
+
+type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, rtnetlink::sys::SocketAddr)>;
+
+/// Sends the complete list of links at once and after every change, until the receiver has gone. Failures
+/// are logged and tried again.
+///
+/// Hears of the network namespace of the thread that polls it first.
+pub async fn watch(changes: mpsc::Sender<Change>) {
+    let mut last = None;
+    while !changes.is_closed() {
+        if let Err(error) = follow(&changes, &mut last).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "interfaces cannot be followed");
+        }
+        sleep(AGAIN).await;
+    }
+}
+
+/// Every link with its addresses, once.
+pub async fn links() -> Result<Vec<Link>, NetlinkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetlinkError::Connect)?;
+    let speaking = tokio::spawn(connection);
+    let found = list(&handle).await;
+    speaking.abort();
+    found
+}
+
+/// One connection's life: returns when it ends or the receiver has gone.
+async fn follow(changes: &mpsc::Sender<Change>, last: &mut Option<Vec<Link>>) -> Result<(), NetlinkError> {
+    let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
+    let (connection, handle, mut messages) =
+        new_multicast_connection(&groups).map_err(NetlinkError::Connect)?;
+    let speaking = tokio::spawn(connection);
+    let result = answer_bursts(&handle, &mut messages, changes, last).await;
+    speaking.abort();
+    result
+}
+
+async fn answer_bursts(
+    handle: &Handle,
+    messages: &mut Messages,
+    changes: &mpsc::Sender<Change>,
+    last: &mut Option<Vec<Link>>,
+) -> Result<(), NetlinkError> {
+    loop {
+        // The groups were joined before this list, so nothing falls between the two.
+        let found = list(handle).await?;
+        if last.as_ref() != Some(&found) {
+            *last = Some(found.clone());
+            if changes.send(Change::Links(found)).await.is_err() {
+                return Ok(());
+            }
+        }
+        let first = tokio::select! {
+            message = messages.next() => message,
+            () = changes.closed() => None,
+        };
+        if first.is_none() || !wait_out(messages).await {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits until a burst has ended; false when the connection has.
+async fn wait_out(messages: &mut Messages) -> bool {
+    let end = Instant::now() + LONGEST;
+    while let Ok(next) = timeout_at(end, timeout(QUIET, messages.next())).await {
+        match next {
+            Ok(Some(_)) => {}
+            Ok(None) => return false,
+            Err(_) => break,
+        }
+    }
+    true
+}
+
+async fn list(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| NetlinkError::List { what: "links", source })?;
+    let addresses: Vec<AddressMessage> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| NetlinkError::List { what: "addresses", source })?;
+    Ok(assemble(&links, &addresses))
+}
+
+/// Links by index, each with its addresses in the kernel's order.
+fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Link> {
+    let mut found: BTreeMap<u32, Link> =
+        links.iter().filter_map(link).map(|link| (link.index, link)).collect();
+    for message in addresses {
+        if let (Some(link), Some(address)) = (found.get_mut(&message.header.index), address(message)) {
+            link.addresses.push(address);
+        }
+    }
+    found.into_values().collect()
+}
+
+fn link(message: &LinkMessage) -> Option<Link> {
+    let name = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(Arc::from(name.as_str())),
+        _ => None,
+    })?;
+    let header = &message.header;
+    Some(Link {
+        index: header.index,
+        name,
+        loopback: header.flags.contains(LinkFlags::Loopback),
+        up: header.flags.contains(LinkFlags::Up),
+        layer3: is_layer3(header.link_layer_type),
+        addresses: Vec::new(),
+    })
+}
+
+/// Whether frames begin with the network header. What is Ethernet-like says so.
+fn is_layer3(kind: LinkLayerType) -> bool {
+    !matches!(kind, LinkLayerType::Ether | LinkLayerType::Loopback)
+}
+
+/// An address that packets may come from: neither deprecated, nor a duplicate, nor temporary (RFC 8981).
+fn address(message: &AddressMessage) -> Option<IpNet> {
+    let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+    let (mut own, mut peer) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Flags(all) => flags = *all,
+            AddressAttribute::Local(ip) => own = Some(*ip),
+            AddressAttribute::Address(ip) => peer = Some(*ip),
+            _ => {}
+        }
+    }
+    let of_ipv6 = message.header.family == AddressFamily::Inet6;
+    // On IPv4 the bit of temporary addresses means "secondary", which is an address like others.
+    let unusable = flags.intersects(AddressFlags::Deprecated | AddressFlags::Dadfailed)
+        || of_ipv6 && flags.intersects(AddressFlags::Secondary);
+    // IPv4 point-to-point links name the peer as the address and their own as the local one.
+    let ip: IpAddr = own.or(peer)?;
+    if unusable {
+        return None;
+    }
+    IpNet::new(ip, message.header.prefix_len).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link_message(index: u32, name: &str, kind: LinkLayerType, flags: LinkFlags) -> LinkMessage {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.link_layer_type = kind;
+        message.header.flags = flags;
+        message.attributes.push(LinkAttribute::IfName(name.into()));
+        message
+    }
+
+    fn address_message(index: u32, attributes: Vec<AddressAttribute>) -> AddressMessage {
+        let mut message = AddressMessage::default();
+        message.header.index = index;
+        message.header.prefix_len = 24;
+        message.header.family = AddressFamily::Inet;
+        if attributes.iter().any(|a| matches!(a, AddressAttribute::Address(ip) if ip.is_ipv6())) {
+            message.header.family = AddressFamily::Inet6;
+            message.header.prefix_len = 64;
+        }
+        message.attributes = attributes;
+        message
+    }
+
+    #[test]
+    fn links_carry_their_addresses_and_kinds() {
+        let links = [
+            link_message(3, "wg0", LinkLayerType::None, LinkFlags::Up),
+            link_message(1, "lo", LinkLayerType::Loopback, LinkFlags::Loopback | LinkFlags::Up),
+            link_message(2, "eth0", LinkLayerType::Ether, LinkFlags::empty()),
+        ];
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let addresses = [
+            address_message(2, vec![AddressAttribute::Local(ip("10.0.0.5"))]),
+            address_message(2, vec![AddressAttribute::Address(ip("fd00::5"))]),
+            address_message(
+                3,
+                vec![AddressAttribute::Address(ip("10.9.0.2")), AddressAttribute::Local(ip("10.9.0.1"))],
+            ),
+            address_message(9, vec![AddressAttribute::Local(ip("10.7.0.1"))]),
+        ];
+        let found = assemble(&links, &addresses);
+        let names: Vec<_> =
+            found.iter().map(|link| (&*link.name, link.layer3, link.loopback, link.up)).collect();
+        assert_eq!(
+            names,
+            [("lo", false, true, true), ("eth0", false, false, false), ("wg0", true, false, true)]
+        );
+        assert_eq!(found[1].addresses, ["10.0.0.5/24".parse().unwrap(), "fd00::5/64".parse().unwrap()]);
+        assert_eq!(found[2].addresses, ["10.9.0.1/24".parse().unwrap()]);
+    }
+
+    #[test]
+    fn deprecated_duplicate_and_temporary_addresses_are_left_out() {
+        let ip: IpAddr = "fd00::5".parse().unwrap();
+        let with = |flags| {
+            address(&address_message(1, vec![AddressAttribute::Address(ip), AddressAttribute::Flags(flags)]))
+        };
+        assert!(with(AddressFlags::Permanent).is_some());
+        for flags in [AddressFlags::Deprecated, AddressFlags::Dadfailed, AddressFlags::Secondary] {
+            assert_eq!(with(flags), None, "{flags:?}");
+        }
+        let second: IpAddr = "10.0.0.6".parse().unwrap();
+        let secondary = AddressAttribute::Flags(AddressFlags::Secondary);
+        assert!(address(&address_message(1, vec![AddressAttribute::Local(second), secondary])).is_some());
+    }
+}
