@@ -1,1 +1,46 @@
-//! Skeleton.
+//! The fixture room: a cluster on one kernel, for end-to-end tests and the demo.
+//!
+//! A [`town::Town`] is a set of network namespaces: nodes joined by an underlay, pods in the nodes, clients
+//! outside. [`pod::Place`] is where a process can run in it; [`probe`] runs the test-pod program there and reads its
+//! answers. [`agent::Agent`] runs the real agent in a node, [`manifests`] and [`apiserver`] feed it,
+//! [`packet`] builds and checks packets. Nothing here knows the agent's insides: it is a binary with a command
+//! line.
+//!
+//! Everything made here is a value that takes itself down when dropped, also when a test panics; what a killed
+//! run has left is swept by the next one ([`sweep`]). Names begin with `ebpx-<pid>-<n>`.
+
+pub mod agent;
+pub mod answer;
+pub mod apiserver;
+pub mod cgroup;
+pub mod manifests;
+pub mod netns;
+pub mod packet;
+pub mod pod;
+pub mod probe;
+pub mod require;
+pub mod sweep;
+pub mod town;
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Prefix of everything the tests make on this machine.
+pub const PREFIX: &str = "ebpx";
+
+/// A name nobody else has: `ebpx-<pid>-<n>`.
+#[must_use]
+pub fn unique() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("{PREFIX}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Whether the operator wants to look at the world of a test after it has ended (`PROXY_TESTS_KEEP=1`).
+#[must_use]
+pub fn keep() -> bool {
+    std::env::var_os("PROXY_TESTS_KEEP").is_some_and(|value| value == "1")
+}
+
+/// Says something to the person who runs the tests; the one place that does.
+pub(crate) fn say(line: &str) {
+    eprintln!("{line}");
+}

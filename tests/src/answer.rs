@@ -1,0 +1,68 @@
+//! What the test-pod program prints: one JSON object a line, read by [`crate::probe`].
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// What a server says to a request: who it is and whom it saw. Also its first line once it listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The server's name.
+    pub name: String,
+    /// The client's address as the server saw it.
+    pub peer: SocketAddr,
+    /// The server's own address: for UDP the one it is bound to.
+    pub local: SocketAddr,
+    /// Bytes of the request (without the line's end).
+    pub length: usize,
+}
+
+/// One request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// The answer; absent when the request failed.
+    pub answer: Option<Answer>,
+    /// What failed and why: `connect ECONNREFUSED`, `receive timeout`.
+    pub failure: Option<String>,
+    /// What `getpeername` said once connected.
+    pub peer_name: Option<SocketAddr>,
+    /// Where the datagram's answer came from, by `recvfrom`.
+    pub received_from: Option<SocketAddr>,
+    /// The client's own address.
+    pub local: Option<SocketAddr>,
+}
+
+/// Many requests, each with a new connection (or a new UDP socket).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// Requests answered.
+    pub made: u64,
+    /// Requests that failed.
+    pub failed: u64,
+    /// Failures by reason.
+    pub reasons: BTreeMap<String, u64>,
+    /// Answers by the server's name.
+    pub names: BTreeMap<String, u64>,
+    /// The longest time from `connect` to the whole answer.
+    pub slowest_ms: f64,
+}
+
+/// One socket that is used for long.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Hold {
+    /// Exchanges answered.
+    pub made: u64,
+    /// Exchanges that failed: for TCP at most one, which ends it.
+    pub failed: u64,
+    /// Failures by reason.
+    pub reasons: BTreeMap<String, u64>,
+    /// Answers by the server's name.
+    pub names: BTreeMap<String, u64>,
+    /// Who answered last.
+    pub last: Option<Answer>,
+    /// Why the TCP connection ended, if it did.
+    pub broke: Option<String>,
+    /// What `getpeername` says now.
+    pub peer_name: Option<SocketAddr>,
+}

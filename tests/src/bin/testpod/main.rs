@@ -1,0 +1,59 @@
+//! The test-pod program: servers that answer with their name, clients that count answers.
+//!
+//! Every command ends by itself (`--seconds`), when its standard input ends, and on the line `stop`. It prints one
+//! JSON object a line (see `proxy_tests::answer`). On the line `report` the clients print what they have so far.
+
+#![expect(clippy::print_stdout, reason = "its output is what it is for")]
+
+mod client;
+mod get;
+mod hold;
+mod load;
+mod serve;
+mod stdin;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Servers and clients for tests inside network namespaces")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer every line and every datagram with the own name, the peer's address and the length.
+    Serve(serve::Arguments),
+    /// Make one request.
+    Get(get::Arguments),
+    /// Make new connections steadily and count who answers.
+    Load(load::Arguments),
+    /// Exchange lines over one socket steadily.
+    Hold(hold::Arguments),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Serve(arguments) => serve::run(&arguments),
+        Command::Get(arguments) => get::run(&arguments),
+        Command::Load(arguments) => load::run(&arguments),
+        Command::Hold(arguments) => hold::run(&arguments),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("testpod: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints one JSON line.
+fn print(value: &impl serde::Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(value)?);
+    Ok(())
+}

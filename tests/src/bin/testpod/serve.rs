@@ -1,0 +1,145 @@
+//! Servers: TCP by lines (and just enough HTTP for curl), UDP by datagrams.
+//!
+//! A UDP answer is the JSON line followed by the datagram itself, so large requests are answered large.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use proxy_tests::answer::Answer;
+
+use crate::stdin::{Order, Orders};
+
+/// A line longer than this is not a test's.
+const LONGEST_LINE: u64 = 1 << 20;
+
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Port to serve with TCP; may be given more than once.
+    #[arg(long)]
+    tcp: Vec<u16>,
+    /// Port to serve with UDP; may be given more than once.
+    #[arg(long)]
+    udp: Vec<u16>,
+    /// Name to answer with.
+    #[arg(long, default_value = "testpod")]
+    name: String,
+    /// Address to listen on; both families unless told.
+    #[arg(long, default_value = "::")]
+    bind: IpAddr,
+    /// Ends by itself after this time.
+    #[arg(long, default_value_t = 120.0)]
+    seconds: f64,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let name: Arc<str> = arguments.name.as_str().into();
+    let draining = Arc::new(AtomicBool::new(false));
+    for port in &arguments.tcp {
+        let address = SocketAddr::new(arguments.bind, *port);
+        let listener = TcpListener::bind(address).with_context(|| format!("listening on tcp {address}"))?;
+        let (name, draining) = (name.clone(), draining.clone());
+        std::thread::spawn(move || accept(&listener, &name, &draining));
+    }
+    for port in &arguments.udp {
+        let address = SocketAddr::new(arguments.bind, *port);
+        let socket = UdpSocket::bind(address).with_context(|| format!("listening on udp {address}"))?;
+        let name = name.clone();
+        std::thread::spawn(move || answer_datagrams(&socket, &name));
+    }
+    crate::print(&serde_json::json!({ "serving": arguments.name }))?;
+    let orders = Orders::listen(arguments.seconds);
+    loop {
+        match orders.within(Duration::from_secs(3600)) {
+            Some(Order::Stop) => return Ok(()),
+            Some(Order::Drain) => {
+                draining.store(true, Ordering::Relaxed);
+                wake(arguments);
+                crate::print(&serde_json::json!({ "draining": arguments.name }))?;
+            }
+            Some(Order::Report) | None => {}
+        }
+    }
+}
+
+/// Lets the threads that wait for something new see that nothing new is wanted.
+fn wake(arguments: &Arguments) {
+    let own = if arguments.bind.is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { arguments.bind };
+    for port in &arguments.tcp {
+        let address = SocketAddr::new(own, *port);
+        // Until the listener is gone: that connections are refused now is what draining promises.
+        while TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() {}
+    }
+}
+
+fn accept(listener: &TcpListener, name: &Arc<str>, draining: &AtomicBool) {
+    for stream in listener.incoming().flatten() {
+        if draining.load(Ordering::Relaxed) {
+            return;
+        }
+        let name = name.clone();
+        // A connection that breaks is the client's to report.
+        std::thread::spawn(move || answer_lines(&stream, &name).ok());
+    }
+}
+
+fn answer_lines(stream: &TcpStream, name: &str) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let mut writer = stream.try_clone()?;
+    let mut reader = BufReader::new(stream);
+    let (peer, local) = (canonical(stream.peer_addr()?), canonical(stream.local_addr()?));
+    let mut line = String::new();
+    while reader.by_ref().take(LONGEST_LINE).read_line(&mut line)? > 0 {
+        let request = line.trim_end_matches(['\r', '\n']);
+        let answer = Answer { name: name.into(), peer, local, length: request.len() };
+        let mut text = serde_json::to_string(&answer)?;
+        text.push('\n');
+        if request.starts_with("GET ") {
+            return answer_http(&mut reader, &mut writer, &text);
+        }
+        writer.write_all(text.as_bytes())?;
+        line.clear();
+    }
+    Ok(())
+}
+
+/// Reads the head to its end, so that closing sends no reset, and answers once.
+fn answer_http(reader: &mut impl BufRead, writer: &mut impl Write, text: &str) -> Result<()> {
+    for line in reader.lines() {
+        if line?.trim().is_empty() {
+            break;
+        }
+    }
+    let length = text.len();
+    write!(
+        writer,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\
+         Connection: close\r\n\r\n{text}"
+    )?;
+    Ok(())
+}
+
+/// Goes on while TCP drains: without connections there is nothing that could be kept open instead.
+fn answer_datagrams(socket: &UdpSocket, name: &str) {
+    let mut buffer = vec![0; 65536];
+    loop {
+        // An error here is an ICMP message about an earlier answer: that client is gone, others are not.
+        let Ok((length, from)) = socket.recv_from(&mut buffer) else { continue };
+        let Ok(local) = socket.local_addr() else { continue };
+        let answer = Answer { name: name.into(), peer: canonical(from), local: canonical(local), length };
+        let Ok(mut text) = serde_json::to_vec(&answer) else { continue };
+        text.push(b'\n');
+        // The header must not push a large answer over what a datagram can hold.
+        let room = 65_507 - text.len();
+        text.extend_from_slice(&buffer[..length.min(room)]);
+        let _ = socket.send_to(&text, from);
+    }
+}
+
+/// A dual-stack socket shows IPv4 peers as mapped addresses; the answer names what was on the wire.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

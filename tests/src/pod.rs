@@ -1,0 +1,74 @@
+//! A place where a process can run: a network namespace and a cgroup.
+
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns};
+
+use crate::netns::Netns;
+
+/// A pod, the host side of a node, or a client: where processes run, and which addresses they have there.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Its name in the town.
+    pub name: String,
+    /// The node it is on; `None` for a client outside.
+    pub node: Option<String>,
+    /// Its network namespace: the node's own for a host-network pod.
+    pub netns: Arc<Netns>,
+    /// Its cgroup.
+    pub cgroup: PathBuf,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+    /// The node's interface that leads to it, when it has one of its own.
+    pub host_interface: Option<String>,
+}
+
+impl Place {
+    /// Its address in the family of `other`.
+    #[must_use]
+    pub fn address_like(&self, other: IpAddr) -> IpAddr {
+        match other {
+            IpAddr::V4(_) => self.v4.into(),
+            IpAddr::V6(_) => self.v6.into(),
+        }
+    }
+
+    /// Both addresses.
+    #[must_use]
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.v4.into(), self.v6.into()]
+    }
+
+    /// Both addresses with a port.
+    #[must_use]
+    pub fn at(&self, port: u16) -> [SocketAddr; 2] {
+        self.addresses().map(|address| SocketAddr::new(address, port))
+    }
+
+    /// Starts a process here: in the cgroup and the network namespace before its first instruction.
+    #[expect(unsafe_code, reason = "a process enters its cgroup and namespace between fork and exec")]
+    pub fn spawn(&self, mut command: Command) -> Result<Child> {
+        let mut door = crate::cgroup::door(&self.cgroup)?;
+        let netns = self.netns.file().try_clone().context("duplicating a namespace's descriptor")?;
+        // SAFETY: between fork and exec only async-signal-safe calls are allowed; this closure makes two system
+        // calls on descriptors that were opened before, and allocates nothing.
+        unsafe {
+            command.pre_exec(move || {
+                door.write_all(b"0")?;
+                setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)
+            });
+        }
+        command
+            .spawn()
+            .with_context(|| format!("starting {} in {}", command.get_program().display(), self.name))
+    }
+}

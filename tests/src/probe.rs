@@ -1,0 +1,271 @@
+//! The test-pod program in a place: servers that answer with their name, clients that count answers.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use serde::de::DeserializeOwned;
+
+use crate::answer::{Answer, Hold, Load, Request};
+use crate::pod::Place;
+
+/// How long one line of the test-pod program may take beyond what it was asked to do.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Tries until it succeeds or time is up, with short waits: the only way to wait here.
+///
+/// # Errors
+/// The last error, with how long and how often it was tried.
+pub fn eventually<T>(timeout: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let begun = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    for tries in 1.. {
+        match attempt() {
+            Ok(value) => return Ok(value),
+            Err(error) if begun.elapsed() >= timeout => {
+                return Err(error.context(format!("still so after {timeout:?} and {tries} tries")));
+            }
+            Err(_) => std::thread::sleep(pause),
+        }
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+    unreachable!("the tries do not run out")
+}
+
+/// What a client asks and how: the flags of the test-pod program.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    to: SocketAddr,
+    arguments: Vec<String>,
+}
+
+impl Ask {
+    /// Asks with TCP.
+    #[must_use]
+    pub fn tcp(to: SocketAddr) -> Self {
+        Self { to, arguments: vec!["--to".into(), to.to_string()] }
+    }
+
+    /// Asks with a connected UDP socket.
+    #[must_use]
+    pub fn udp(to: SocketAddr) -> Self {
+        Self::tcp(to).with("--udp", None)
+    }
+
+    /// Asks with a UDP socket that is not connected.
+    #[must_use]
+    pub fn unconnected(to: SocketAddr) -> Self {
+        Self::udp(to).with("--unconnected", None)
+    }
+
+    /// From this own port.
+    #[must_use]
+    pub fn from_port(self, port: u16) -> Self {
+        let any = if self.to.is_ipv4() { "0.0.0.0" } else { "[::]" };
+        let from = format!("{any}:{port}");
+        self.with("--from", Some(from))
+    }
+
+    /// From this own address and port.
+    #[must_use]
+    pub fn from(self, address: SocketAddr) -> Self {
+        self.with("--from", Some(address.to_string()))
+    }
+
+    /// With requests of this many bytes.
+    #[must_use]
+    pub fn payload(self, bytes: usize) -> Self {
+        self.with("--payload", Some(bytes.to_string()))
+    }
+
+    /// Gives up on connecting, and on an answer, after this time.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        self.with("--timeout-ms", Some(timeout.as_millis().to_string()))
+    }
+
+    fn with(mut self, flag: &str, value: Option<String>) -> Self {
+        self.arguments.push(flag.into());
+        self.arguments.extend(value);
+        self
+    }
+
+    fn and(&self, more: &[(&str, String)]) -> Vec<String> {
+        let more = more.iter().flat_map(|(flag, value)| [(*flag).to_owned(), value.clone()]);
+        self.arguments.iter().cloned().chain(more).collect()
+    }
+}
+
+/// A running test-pod program. Dropping it ends it.
+#[derive(Debug)]
+pub struct Process {
+    what: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+}
+
+impl Process {
+    /// Starts the test-pod program in a place.
+    pub fn start(place: &Place, verb: &str, arguments: &[String]) -> Result<Self> {
+        let what = format!("testpod {verb} {} in {}", arguments.join(" "), place.name);
+        let mut command = Command::new(crate::require::testpod_binary()?);
+        command.arg(verb).args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = place.spawn(command)?;
+        let stdin = child.stdin.take();
+        let stdout = child.stdout.take().context("stdout of the test-pod program")?;
+        Ok(Self { what, child, stdin, lines: read_lines(stdout) })
+    }
+
+    /// The next line it prints.
+    pub fn line<T: DeserializeOwned + Debug>(&mut self, patience: Duration) -> Result<T> {
+        let line = self.lines.recv_timeout(patience).map_err(|error| {
+            let status = self.child.try_wait();
+            anyhow!("{} printed nothing ({error}); its state: {status:?}", self.what)
+        })?;
+        serde_json::from_str(&line).with_context(|| format!("{} printed: {line}", self.what))
+    }
+
+    /// Gives it an order.
+    pub fn order(&mut self, order: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().with_context(|| format!("{} takes no orders", self.what))?;
+        writeln!(stdin, "{order}").with_context(|| format!("telling {} to {order}", self.what))
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.stdin.take());
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn read_lines(stdout: ChildStdout) -> Receiver<String> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+/// A server in a place.
+#[derive(Debug)]
+pub struct Server(Process);
+
+impl Server {
+    /// Serves TCP and UDP on these ports under the place's name, and waits until it listens.
+    pub fn start(place: &Place, ports: &[u16]) -> Result<Self> {
+        Self::named(place, &place.name, ports)
+    }
+
+    /// The same under another name.
+    pub fn named(place: &Place, name: &str, ports: &[u16]) -> Result<Self> {
+        let mut arguments = vec!["--name".into(), name.into()];
+        for port in ports {
+            arguments.extend(["--tcp".into(), port.to_string(), "--udp".into(), port.to_string()]);
+        }
+        let mut process = Process::start(place, "serve", &arguments)?;
+        process.line::<serde_json::Value>(PATIENCE)?;
+        Ok(Self(process))
+    }
+
+    /// Stops accepting; open connections live on, as in a pod that ends gracefully.
+    pub fn drain(&mut self) -> Result<()> {
+        self.0.order("drain")?;
+        self.0.line::<serde_json::Value>(PATIENCE).map(drop)
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.0.pid()
+    }
+}
+
+/// Makes one request from a place; a failure of the network is a value in it.
+pub fn request(place: &Place, ask: &Ask) -> Result<Request> {
+    Process::start(place, "get", &ask.arguments)?.line(PATIENCE)
+}
+
+/// Makes one request and wants an answer.
+pub fn get(place: &Place, ask: &Ask) -> Result<Answer> {
+    let request = request(place, ask)?;
+    request.answer.with_context(|| {
+        let failure = request.failure.unwrap_or_default();
+        format!("{} asks {}: {failure}", place.name, ask.to)
+    })
+}
+
+/// Makes this many requests one after the other and counts who answered; wants an answer to each.
+pub fn tally(place: &Place, ask: &Ask, requests: u32) -> Result<BTreeMap<String, u32>> {
+    let mut names = BTreeMap::new();
+    for _ in 0..requests {
+        *names.entry(get(place, ask)?.name).or_default() += 1;
+    }
+    Ok(names)
+}
+
+/// A client that runs beside the test: `T` is what it reports.
+#[derive(Debug)]
+pub struct Runner<T> {
+    process: Process,
+    report: std::marker::PhantomData<T>,
+}
+
+impl Runner<Load> {
+    /// A steady load of new connections for at most `limit`.
+    pub fn load(place: &Place, ask: &Ask, rate: u32, concurrency: u32, limit: Duration) -> Result<Self> {
+        let more = [
+            ("--rate", rate.to_string()),
+            ("--concurrency", concurrency.to_string()),
+            ("--seconds", limit.as_secs_f64().to_string()),
+        ];
+        Self::start(place, "load", &ask.and(&more))
+    }
+}
+
+impl Runner<Hold> {
+    /// One socket with an exchange at every interval for at most `limit`.
+    pub fn hold(place: &Place, ask: &Ask, interval: Duration, limit: Duration) -> Result<Self> {
+        let more = [
+            ("--interval-ms", interval.as_millis().to_string()),
+            ("--seconds", limit.as_secs_f64().to_string()),
+        ];
+        Self::start(place, "hold", &ask.and(&more))
+    }
+}
+
+impl<T: DeserializeOwned + Debug> Runner<T> {
+    fn start(place: &Place, verb: &str, arguments: &[String]) -> Result<Self> {
+        Ok(Self { process: Process::start(place, verb, arguments)?, report: std::marker::PhantomData })
+    }
+
+    /// What it has counted so far.
+    pub fn report(&mut self) -> Result<T> {
+        self.process.order("report")?;
+        self.process.line(PATIENCE)
+    }
+
+    /// Stops it; the end result.
+    pub fn stop(mut self) -> Result<T> {
+        self.process.order("stop")?;
+        self.process.line(PATIENCE)
+    }
+}
