@@ -15,6 +15,7 @@ pub mod apiserver;
 pub mod cgroup;
 pub mod manifests;
 pub mod netns;
+pub mod object;
 pub mod packet;
 pub mod pod;
 pub mod probe;

@@ -1,0 +1,173 @@
+//! Requests to lists, watches and single objects.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::sync::{Arc, PoisonError};
+
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use serde_json::{Value, json};
+
+use super::selector::Filter;
+use super::watch::{self, Watch};
+use super::{Fault, Gone, Shared, StreamingLists, store};
+use crate::object::{Key, Kind};
+
+pub(super) type Body = BoxBody<Bytes, Infallible>;
+
+/// Answers a request; every failure is a `Status` object as from the real server.
+pub(super) async fn answer(
+    shared: Arc<Shared>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let asked = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
+    shared.requests.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
+    shared.answering().await;
+    let fault = shared.behaviour.borrow().fault;
+    Ok(match fault {
+        Fault::Status(code) => failure(code, "InternalError", "the test wants it so"),
+        Fault::None | Fault::Drop | Fault::Hang => route(&shared, &request),
+    })
+}
+
+fn route(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Body> {
+    if request.method() != Method::GET {
+        return failure(405, "MethodNotAllowed", "this server only reads");
+    }
+    let path: Vec<&str> = request.uri().path().trim_matches('/').split('/').collect();
+    let (group, rest) = match path.as_slice() {
+        ["api", "v1", rest @ ..] => ("v1", rest),
+        ["apis", "discovery.k8s.io", "v1", rest @ ..] => ("discovery.k8s.io/v1", rest),
+        ["version"] => return ok(&json!({ "major": "1", "minor": "36", "gitVersion": "v1.36.1" })),
+        ["healthz" | "livez" | "readyz"] => return ok(&json!("ok")),
+        _ => return failure(404, "NotFound", "no such path"),
+    };
+    let (namespace, rest) = match rest {
+        ["namespaces", namespace, rest @ ..] => (Some(*namespace), rest),
+        rest => (None, rest),
+    };
+    let (plural, name) = match rest {
+        [plural] => (*plural, None),
+        [plural, name] => (*plural, Some(*name)),
+        _ => return failure(404, "NotFound", "no such path"),
+    };
+    let kinds = [Kind::Service, Kind::EndpointSlice, Kind::Node];
+    let Some(kind) = kinds.into_iter().find(|kind| kind.plural() == plural && kind.api_version() == group)
+    else {
+        return failure(404, "NotFound", "the server could not find the requested resource");
+    };
+    match name {
+        Some(name) => get(shared, kind, namespace, name),
+        None => collection(shared, kind, namespace, request.uri().query().unwrap_or_default()),
+    }
+}
+
+fn get(shared: &Shared, kind: Kind, namespace: Option<&str>, name: &str) -> Response<Body> {
+    let key = Key { kind, namespace: namespace.unwrap_or_default().into(), name: name.into() };
+    match shared.store().get(&key) {
+        Some(object) => ok(object),
+        None => failure(404, "NotFound", &format!("{} \"{name}\" not found", kind.plural())),
+    }
+}
+
+fn collection(shared: &Arc<Shared>, kind: Kind, namespace: Option<&str>, query: &str) -> Response<Body> {
+    let query: HashMap<String, String> = form_urlencoded::parse(query.as_bytes()).into_owned().collect();
+    let value = |name: &str| query.get(name).map_or("", String::as_str);
+    let filter = match Filter::new(namespace.map(Into::into), value("labelSelector"), value("fieldSelector"))
+    {
+        Ok(filter) => filter,
+        Err(error) => return failure(400, "BadRequest", &error),
+    };
+    if !["true", "1"].contains(&value("watch")) {
+        return list(shared, kind, &filter, value("limit"), value("continue"));
+    }
+    let behaviour = *shared.behaviour.borrow();
+    let bookmarks = value("allowWatchBookmarks") == "true";
+    let initial = value("sendInitialEvents") == "true" && behaviour.streaming != StreamingLists::Ignored;
+    if initial && behaviour.streaming == StreamingLists::Rejected {
+        return failure(
+            422,
+            "Invalid",
+            "sendInitialEvents: Forbidden: sendInitialEvents is forbidden for watch",
+        );
+    }
+    if initial && (value("resourceVersionMatch") != "NotOlderThan" || !bookmarks) {
+        return failure(
+            422,
+            "Invalid",
+            "sendInitialEvents needs resourceVersionMatch=NotOlderThan and bookmarks",
+        );
+    }
+    let Ok(after) = watch_from(value("resourceVersion")) else {
+        return failure(400, "BadRequest", "resourceVersion is not a number");
+    };
+    if let (Some(version), Gone::Http, false) = (after, behaviour.gone, initial)
+        && shared.store().since(version, kind, &filter).is_err()
+    {
+        return gone();
+    }
+    let seconds = value("timeoutSeconds").parse().unwrap_or(1800);
+    let after = after.filter(|_| !initial);
+    watch::start(shared.clone(), Watch { kind, filter, after, initial, bookmarks, seconds })
+}
+
+/// The version after which a watch begins; without one it begins with what there is.
+fn watch_from(version: &str) -> Result<Option<u64>, std::num::ParseIntError> {
+    if version.is_empty() || version == "0" { Ok(None) } else { version.parse().map(Some) }
+}
+
+fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) -> Response<Body> {
+    let limit = limit.parse().ok().filter(|limit| *limit > 0);
+    let token = Some(token).filter(|token| !token.is_empty());
+    let Ok(store::Page { version, mut items, next }) = shared.store().page(kind, filter, limit, token) else {
+        return gone();
+    };
+    for item in items.iter_mut().filter_map(Value::as_object_mut) {
+        // As the real server: the list says it once.
+        item.remove("kind");
+        item.remove("apiVersion");
+    }
+    let mut metadata = json!({ "resourceVersion": version.to_string() });
+    if let Some((token, left)) = next {
+        metadata["continue"] = json!(token);
+        metadata["remainingItemCount"] = json!(left);
+    }
+    let (name, api_version) = (format!("{}List", kind.name()), kind.api_version());
+    ok(&json!({ "kind": name, "apiVersion": api_version, "metadata": metadata, "items": items }))
+}
+
+/// The `Status` that says why.
+pub(super) fn status(code: u16, reason: &str, message: &str) -> Value {
+    json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {},
+        "status": "Failure", "message": message, "reason": reason, "code": code
+    })
+}
+
+/// The `Status` for a version that is forgotten.
+pub(super) fn expired() -> Value {
+    status(410, "Expired", "too old resource version")
+}
+
+fn gone() -> Response<Body> {
+    respond(StatusCode::GONE, &expired())
+}
+
+fn ok(value: &Value) -> Response<Body> {
+    respond(StatusCode::OK, value)
+}
+
+fn failure(code: u16, reason: &str, message: &str) -> Response<Body> {
+    let code = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    respond(code, &status(code.as_u16(), reason, message))
+}
+
+fn respond(code: StatusCode, value: &Value) -> Response<Body> {
+    let mut response = Response::new(Full::new(Bytes::from(value.to_string())).boxed());
+    *response.status_mut() = code;
+    let json = http::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(http::header::CONTENT_TYPE, json);
+    response
+}

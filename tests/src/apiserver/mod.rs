@@ -1,0 +1,252 @@
+//! An API server inside the test: lists and watches of Services, EndpointSlices and Nodes over HTTP.
+//!
+//! It speaks what a client library expects of the real one: pages with continue tokens, selectors, versions,
+//! bookmarks, streaming lists, `410 Gone`. And it fails on demand in every way that clusters see: errors, silence,
+//! dropped connections, forgotten versions.
+
+mod http;
+mod selector;
+mod store;
+mod watch;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+
+use crate::netns::Netns;
+use crate::object::{Key, Object, Publish};
+use store::Store;
+
+/// How the server fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fault {
+    /// It does not.
+    #[default]
+    None,
+    /// Connections are closed as soon as they are made, and those there were are cut.
+    Drop,
+    /// Nothing is answered; watches fall silent. What waited is answered when the fault is over.
+    Hang,
+    /// New requests are answered with this status; watches go on.
+    Status(u16),
+}
+
+/// How the server treats `sendInitialEvents`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StreamingLists {
+    /// As a new server: initial events, then the bookmark that ends them.
+    #[default]
+    On,
+    /// As a server that knows the parameter but has the feature off: `422 Invalid`.
+    Rejected,
+    /// As a server from before the parameter: a plain watch, and the bookmark never comes.
+    Ignored,
+}
+
+/// How a watch from a forgotten version is told so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Gone {
+    /// As an event of type `ERROR` in the watch.
+    #[default]
+    Event,
+    /// As the status of the response; watches that run are ended.
+    Http,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Behaviour {
+    fault: Fault,
+    streaming: StreamingLists,
+    gone: Gone,
+    bookmark_every: Duration,
+    /// Grows when connections are to be cut.
+    epoch: u64,
+    stopped: bool,
+}
+
+/// What the handle and the server share.
+struct Shared {
+    store: Mutex<Store>,
+    behaviour: tokio::sync::watch::Sender<Behaviour>,
+    /// Woken at every change of the store.
+    changed: tokio::sync::watch::Sender<u64>,
+    requests: Mutex<Vec<String>>,
+}
+
+impl Shared {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until requests may be answered.
+    async fn answering(&self) {
+        let mut behaviour = self.behaviour.subscribe();
+        // An error means that the server has ended.
+        let _ = behaviour.wait_for(|now| now.fault != Fault::Hang).await;
+    }
+}
+
+/// A running server and the handle to its objects and its faults. Dropping it ends it.
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ApiServer {
+    /// Serves on a listening socket, which may come from any namespace ([`Netns::listen`]).
+    pub fn start(listener: TcpListener) -> Result<Self> {
+        let address = listener.local_addr().context("the API server's address")?;
+        listener.set_nonblocking(true).context("making the API server's socket non-blocking")?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("a runtime for the API server")?;
+        let behaviour = Behaviour {
+            fault: Fault::None,
+            streaming: StreamingLists::On,
+            gone: Gone::Event,
+            bookmark_every: Duration::from_secs(1),
+            epoch: 0,
+            stopped: false,
+        };
+        let shared = Arc::new(Shared {
+            store: Mutex::default(),
+            behaviour: tokio::sync::watch::Sender::new(behaviour),
+            changed: tokio::sync::watch::Sender::new(0),
+            requests: Mutex::default(),
+        });
+        let served = shared.clone();
+        let thread = std::thread::Builder::new()
+            .name("apiserver".into())
+            .spawn(move || runtime.block_on(serve(listener, served)))
+            .context("starting the API server's thread")?;
+        Ok(Self { shared, address, thread: Some(thread) })
+    }
+
+    /// Serves inside a namespace.
+    pub fn start_in(netns: &Netns, address: SocketAddr) -> Result<Self> {
+        Self::start(netns.listen(address)?)
+    }
+
+    /// Its URL, for `--apiserver`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Creates or replaces an object.
+    pub fn put(&self, object: impl Into<Object>) {
+        self.shared.store().put(&object.into());
+        self.wake();
+    }
+
+    /// Deletes an object; whether there was one.
+    pub fn delete(&self, key: &Key) -> bool {
+        let deleted = self.shared.store().delete(key);
+        self.wake();
+        deleted
+    }
+
+    /// Fails from now on in this way.
+    pub fn fail(&self, fault: Fault) {
+        self.shared.behaviour.send_modify(|now| {
+            now.fault = fault;
+            now.epoch += u64::from(fault == Fault::Drop);
+        });
+    }
+
+    /// Cuts all connections once.
+    pub fn cut(&self) {
+        self.shared.behaviour.send_modify(|now| now.epoch += 1);
+    }
+
+    /// Forgets all versions so far: watches from them are told so in this way, running ones at once.
+    pub fn expire(&self, gone: Gone) {
+        self.shared.behaviour.send_modify(|now| now.gone = gone);
+        self.shared.store().compact();
+        self.wake();
+    }
+
+    /// Treats `sendInitialEvents` in this way from now on.
+    pub fn streaming_lists(&self, streaming: StreamingLists) {
+        self.shared.behaviour.send_modify(|now| now.streaming = streaming);
+    }
+
+    /// Sends bookmarks to watches that are idle for this long; one second unless told.
+    pub fn bookmark_every(&self, interval: Duration) {
+        self.shared.behaviour.send_modify(|now| now.bookmark_every = interval);
+    }
+
+    /// The requests so far: path and query.
+    #[must_use]
+    pub fn requests(&self) -> Vec<String> {
+        self.shared.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn wake(&self) {
+        self.shared.changed.send_modify(|count| *count += 1);
+    }
+}
+
+impl Publish for ApiServer {
+    fn publish(&self, object: &Object) -> Result<()> {
+        self.put(object.clone());
+        Ok(())
+    }
+
+    fn retract(&self, key: &Key) -> Result<()> {
+        anyhow::ensure!(self.delete(key), "the API server has no {key:?}");
+        Ok(())
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.shared.behaviour.send_modify(|now| now.stopped = true);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the server has been printed where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let listener = tokio::net::TcpListener::from_std(listener).expect("the runtime polls sockets");
+    let mut behaviour = shared.behaviour.subscribe();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = behaviour.wait_for(|now| now.stopped) => return,
+        };
+        // The client gave up before it was accepted.
+        let Ok((stream, _)) = accepted else { continue };
+        if shared.behaviour.borrow().fault != Fault::Drop {
+            tokio::spawn(connection(stream, shared.clone()));
+        }
+    }
+}
+
+/// Serves one connection until it ends or all connections are cut.
+async fn connection(stream: tokio::net::TcpStream, shared: Arc<Shared>) {
+    let mut behaviour = shared.behaviour.subscribe();
+    let epoch = behaviour.borrow().epoch;
+    let service = service_fn(move |request| http::answer(shared.clone(), request));
+    tokio::select! {
+        // A client that breaks off is no fault of ours.
+        _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service) => {}
+        _ = behaviour.wait_for(|now| now.epoch != epoch) => {}
+    }
+}

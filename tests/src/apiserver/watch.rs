@@ -1,0 +1,114 @@
+//! One watch: initial events, then changes and bookmarks, as a response that goes on.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Response;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Bytes, Frame};
+use serde_json::{Value, json};
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+use super::http::{Body, expired};
+use super::selector::Filter;
+use super::{Gone, Shared};
+use crate::object::Kind;
+
+/// What a watch was asked for.
+pub(super) struct Watch {
+    pub(super) kind: Kind,
+    pub(super) filter: Filter,
+    /// The version after which to begin; `None` begins with what there is.
+    pub(super) after: Option<u64>,
+    /// Whether a bookmark ends the initial events.
+    pub(super) initial: bool,
+    pub(super) bookmarks: bool,
+    pub(super) seconds: u64,
+}
+
+/// The client has gone.
+struct Left;
+
+/// Begins a watch; it runs beside the response until either ends.
+pub(super) fn start(shared: Arc<Shared>, watch: Watch) -> Response<Body> {
+    let (sender, receiver) = channel(64);
+    tokio::spawn(async move {
+        let limit = Duration::from_secs(watch.seconds);
+        tokio::select! {
+            _ = run(&shared, &watch, &sender) => {}
+            () = tokio::time::sleep(limit) => {}
+            () = sender.closed() => {}
+        }
+    });
+    let lines = futures::stream::unfold(receiver, |mut receiver: Receiver<Bytes>| async {
+        let line = receiver.recv().await?;
+        Some((Ok::<_, Infallible>(Frame::data(line)), receiver))
+    });
+    let mut response = Response::new(StreamBody::new(lines).boxed());
+    let json = ::http::HeaderValue::from_static("application/json");
+    response.headers_mut().insert(::http::header::CONTENT_TYPE, json);
+    response
+}
+
+async fn run(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<(), Left> {
+    let mut changed = shared.changed.subscribe();
+    let mut version = match watch.after {
+        Some(version) => version,
+        None => begin(shared, watch, sender).await?,
+    };
+    loop {
+        shared.answering().await;
+        changed.mark_unchanged();
+        let news = shared.store().since(version, watch.kind, &watch.filter);
+        let Ok((events, now)) = news else {
+            let style = shared.behaviour.borrow().gone;
+            if style == Gone::Event {
+                send(sender, &json!({ "type": "ERROR", "object": expired() })).await?;
+            }
+            return Ok(());
+        };
+        for event in events {
+            send(sender, &event).await?;
+        }
+        version = now;
+        let idle = shared.behaviour.borrow().bookmark_every;
+        tokio::select! {
+            _ = changed.changed() => {}
+            () = tokio::time::sleep(idle), if watch.bookmarks => {
+                shared.answering().await;
+                send(sender, &bookmark(watch.kind, version, false)).await?;
+            }
+        }
+    }
+}
+
+/// Sends what there is; the version it shows.
+async fn begin(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<u64, Left> {
+    let (objects, version) = {
+        let store = shared.store();
+        (store.all(watch.kind, &watch.filter), store.version())
+    };
+    for object in objects {
+        send(sender, &json!({ "type": "ADDED", "object": object })).await?;
+    }
+    if watch.initial {
+        send(sender, &bookmark(watch.kind, version, true)).await?;
+    }
+    Ok(version)
+}
+
+fn bookmark(kind: Kind, version: u64, ends_initial_events: bool) -> Value {
+    let mut metadata = json!({ "resourceVersion": version.to_string(), "creationTimestamp": null });
+    if ends_initial_events {
+        metadata["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
+    }
+    json!({
+        "type": "BOOKMARK",
+        "object": { "kind": kind.name(), "apiVersion": kind.api_version(), "metadata": metadata }
+    })
+}
+
+async fn send(sender: &Sender<Bytes>, event: &Value) -> Result<(), Left> {
+    sender.send(Bytes::from(format!("{event}\n"))).await.map_err(|_| Left)
+}

@@ -1,0 +1,11 @@
+//! What clusters are told: Services, EndpointSlices, Nodes, and who plays Kubernetes' endpoint controller.
+
+mod controller;
+mod directory;
+mod service;
+mod slice;
+
+pub use controller::{EndpointController, Phase};
+pub use directory::ManifestDir;
+pub use service::{ServicePlan, node};
+pub use slice::{Family, SlicePlan};
