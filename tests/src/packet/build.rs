@@ -3,88 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use network_types::eth::{EthHdr, EtherType};
-use network_types::icmp::{Icmpv4Hdr, Icmpv6Hdr};
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
-use network_types::udp::UdpHdr;
 
 use super::checksum::{Sum, crc32c};
 use super::protocol;
-
-/// Flags of a TCP segment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TcpFlags(pub u8);
-
-impl TcpFlags {
-    /// FIN.
-    pub const FIN: Self = Self(0x01);
-    /// SYN.
-    pub const SYN: Self = Self(0x02);
-    /// RST.
-    pub const RST: Self = Self(0x04);
-    /// PSH.
-    pub const PSH: Self = Self(0x08);
-    /// ACK.
-    pub const ACK: Self = Self(0x10);
-
-    /// Both sets of flags.
-    #[must_use]
-    pub fn and(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-}
-
-/// What the IP header carries.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Transport {
-    /// A TCP segment.
-    Tcp {
-        /// Source port.
-        source: u16,
-        /// Destination port.
-        destination: u16,
-        /// Sequence number.
-        sequence: u32,
-        /// Acknowledgment number.
-        acknowledged: u32,
-        /// Flags.
-        flags: TcpFlags,
-        /// Options, padded to four bytes.
-        options: Vec<u8>,
-    },
-    /// A UDP datagram.
-    Udp {
-        /// Source port.
-        source: u16,
-        /// Destination port.
-        destination: u16,
-        /// Off sends zero, which IPv4 allows.
-        checksum: bool,
-    },
-    /// An SCTP packet; the payload is its chunks.
-    Sctp {
-        /// Source port.
-        source: u16,
-        /// Destination port.
-        destination: u16,
-        /// Verification tag.
-        tag: u32,
-    },
-    /// An ICMP or ICMPv6 message, by the packet's family; the payload is what it embeds.
-    Icmp {
-        /// Type.
-        kind: u8,
-        /// Code.
-        code: u8,
-        /// The second four bytes.
-        rest: [u8; 4],
-    },
-    /// Any other protocol; the payload is all there is.
-    Other(u8),
-}
+use super::transport::{TcpFlags, Transport, padded, short};
 
 /// Addresses and what else the IP header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ip {
+struct Ip {
     source: IpAddr,
     destination: IpAddr,
     ttl: u8,
@@ -317,7 +244,7 @@ impl Packet {
             dst_addr: destination.octets(),
         };
         header.check =
-            Sum::default().add(&ipv4_bytes(&header)).add(&self.ip.options).checksum().to_be_bytes();
+            Sum::default().bytes(&ipv4_bytes(&header)).bytes(&self.ip.options).checksum().to_be_bytes();
         [&ipv4_bytes(&header)[..], &self.ip.options[..]].concat()
     }
 
@@ -364,19 +291,12 @@ impl Packet {
     }
 
     fn protocol(&self) -> u8 {
-        match self.transport {
-            Transport::Tcp { .. } => protocol::TCP,
-            Transport::Udp { .. } => protocol::UDP,
-            Transport::Sctp { .. } => protocol::SCTP,
-            Transport::Icmp { .. } if self.ip.source.is_ipv4() => protocol::ICMP,
-            Transport::Icmp { .. } => protocol::ICMPV6,
-            Transport::Other(number) => number,
-        }
+        self.transport.protocol(self.ip.source.is_ipv4())
     }
 
     /// The transport header, its checksum and the payload.
     fn transport(&self) -> Vec<u8> {
-        let (mut bytes, field) = self.transport_header();
+        let (mut bytes, field) = self.transport.header(self.ip.source.is_ipv4(), self.payload.len());
         bytes.extend(&self.payload);
         let Some(at) = field else { return bytes };
         if let Transport::Sctp { .. } = self.transport {
@@ -390,7 +310,7 @@ impl Packet {
             protocol::ICMP => Sum::default(),
             _ => Sum::default().pseudo(self.ip.source, self.ip.destination, protocol, bytes.len()),
         };
-        let checksum = match sum.add(&bytes).checksum() {
+        let checksum = match sum.bytes(&bytes).checksum() {
             _ if self.partial => sum.partial(),
             // RFC 768: zero means that there is none.
             0 if protocol == protocol::UDP => 0xffff,
@@ -399,61 +319,9 @@ impl Packet {
         bytes[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
         bytes
     }
-
-    /// The header with a checksum of zero, and where the checksum goes.
-    fn transport_header(&self) -> (Vec<u8>, Option<usize>) {
-        match &self.transport {
-            Transport::Tcp { source, destination, sequence, acknowledged, flags, options } => {
-                let options = padded(options, 4);
-                let words = u8::try_from((20 + options.len()) / 4).expect("at most 15 words");
-                // The type's bit field has another layout on each byte order; these are its bytes on the wire.
-                let mut bytes = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-                bytes.extend(sequence.to_be_bytes());
-                bytes.extend(acknowledged.to_be_bytes());
-                bytes.extend([words << 4, flags.0]);
-                bytes.extend([0xff, 0xff, 0, 0, 0, 0]);
-                bytes.extend(options);
-                (bytes, Some(16))
-            }
-            Transport::Udp { source, destination, checksum } => {
-                let UdpHdr { src, dst, len, check } = UdpHdr {
-                    src: source.to_be_bytes(),
-                    dst: destination.to_be_bytes(),
-                    len: short(8 + self.payload.len()).to_be_bytes(),
-                    check: [0; 2],
-                };
-                ([src, dst, len, check].concat(), checksum.then_some(6))
-            }
-            Transport::Sctp { source, destination, tag } => {
-                let ports = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-                ([&ports[..], &tag.to_be_bytes()[..], &[0; 4][..]].concat(), Some(8))
-            }
-            Transport::Icmp { kind, code, rest } if self.ip.source.is_ipv4() => {
-                let Icmpv4Hdr { type_, code, check, data } =
-                    Icmpv4Hdr { type_: *kind, code: *code, check: [0; 2], data: *rest };
-                ([&[type_, code][..], &check[..], &data[..]].concat(), Some(2))
-            }
-            Transport::Icmp { kind, code, rest } => {
-                let Icmpv6Hdr { type_, code, check, data } =
-                    Icmpv6Hdr { type_: *kind, code: *code, check: [0; 2], data: *rest };
-                ([&[type_, code][..], &check[..], &data[..]].concat(), Some(2))
-            }
-            Transport::Other(_) => (Vec::new(), None),
-        }
-    }
 }
 
 fn ipv4_bytes(header: &Ipv4Hdr) -> Vec<u8> {
     let Ipv4Hdr { vihl, tos, tot_len, id, frags, ttl, proto, check, src_addr, dst_addr } = header;
     [&[*vihl, *tos][..], tot_len, id, frags, &[*ttl, *proto], check, src_addr, dst_addr].concat()
-}
-
-fn padded(bytes: &[u8], unit: usize) -> Vec<u8> {
-    let mut padded = bytes.to_vec();
-    padded.resize(bytes.len().next_multiple_of(unit), 0);
-    padded
-}
-
-fn short(length: usize) -> u16 {
-    u16::try_from(length).expect("a packet is shorter than 64 KiB")
 }

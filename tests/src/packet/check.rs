@@ -53,7 +53,7 @@ impl<'a> View<'a> {
         let header_length = usize::from(bytes[0] & 0x0f) * 4;
         ensure!(header_length >= 20, "an IPv4 header of {header_length} bytes");
         let header = bytes.get(..header_length).context("shorter than its IPv4 header")?;
-        let sum = Sum::default().add(header).partial();
+        let sum = Sum::default().bytes(header).partial();
         ensure!(sum == 0xffff, "IPv4 header checksum {:#06x} is wrong", word(header, 10)?);
         let total = usize::from(word(header, 2)?);
         ensure!(total >= header_length, "IPv4 total length {total} is less than the header");
@@ -127,7 +127,7 @@ impl<'a> View<'a> {
         }
         let pseudo =
             Sum::default().pseudo(self.source, self.destination, self.protocol, self.transport.len());
-        let right = |sum: Sum| sum.add(self.transport).partial() == 0xffff;
+        let right = |sum: Sum| sum.bytes(self.transport).partial() == 0xffff;
         let (name, good) = match self.protocol {
             protocol::TCP => {
                 ensure!(self.transport.len() >= 20, "a cut TCP header");

@@ -9,7 +9,7 @@ pub struct Sum(u32);
 impl Sum {
     /// Adds bytes as big-endian words; an odd last byte is padded with zero.
     #[must_use]
-    pub fn add(mut self, bytes: &[u8]) -> Self {
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
         for word in bytes.chunks(2) {
             self.0 += u32::from(u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]));
             self.0 = (self.0 & 0xffff) + (self.0 >> 16);
@@ -21,7 +21,7 @@ impl Sum {
     #[must_use]
     pub fn pseudo(self, source: IpAddr, destination: IpAddr, protocol: u8, length: usize) -> Self {
         let length = u32::try_from(length).expect("a packet's length").to_be_bytes();
-        self.address(source).address(destination).add(&[0, protocol]).add(&length)
+        self.address(source).address(destination).bytes(&[0, protocol]).bytes(&length)
     }
 
     /// The sum itself: what stands in the checksum field of a packet whose checksum the device is to complete.
@@ -39,8 +39,8 @@ impl Sum {
 
     fn address(self, address: IpAddr) -> Self {
         match address {
-            IpAddr::V4(address) => self.add(&address.octets()),
-            IpAddr::V6(address) => self.add(&address.octets()),
+            IpAddr::V4(address) => self.bytes(&address.octets()),
+            IpAddr::V6(address) => self.bytes(&address.octets()),
         }
     }
 }
@@ -59,7 +59,7 @@ mod tests {
     #[test]
     fn the_sum_is_that_of_rfc_1071() {
         // RFC 1071 §3: the example's sum is ddf2.
-        let sum = Sum::default().add(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]);
+        let sum = Sum::default().bytes(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]);
         assert_eq!(sum.partial(), 0xddf2);
         assert_eq!(sum.checksum(), 0x220d);
     }

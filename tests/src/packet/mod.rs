@@ -7,10 +7,12 @@
 mod build;
 mod check;
 mod checksum;
+mod transport;
 
-pub use build::{Ip, Packet, TcpFlags, Transport};
+pub use build::Packet;
 pub use check::{View, check, describe};
 pub use checksum::{Sum, crc32c};
+pub use transport::{TcpFlags, Transport};
 
 /// `IPPROTO_*` numbers that tests name.
 pub mod protocol {
