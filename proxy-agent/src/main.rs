@@ -3,27 +3,28 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use proxy_agent::cli::{self, Opened, Rooms};
-use proxy_agent::config::Config;
+use proxy_agent::datapath::load::OBJECT;
+use proxy_agent::datapath::pin::BpfRoot;
+use proxy_agent::datapath::pinned::{Pinned, PinnedError};
+use proxy_agent::datapath::remove::remove_all;
+use proxy_agent::run::run;
 
-/// The seam between the command line and the rest: the rooms that this binary has.
-fn rooms() -> Rooms {
-    Rooms { run, open, detach, object: &[] }
+fn open(root: &Path) -> Opened {
+    match Pinned::open(&BpfRoot::new(root)) {
+        Ok(pinned) => Ok(Some(Box::new(pinned))),
+        Err(PinnedError::NoAgent { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
-fn run(_: Config) -> Result<()> {
-    bail!("this binary has no run loop")
-}
-
-fn open(_: &Path) -> Opened {
-    bail!("this binary cannot open pinned tables")
-}
-
-fn detach(_: &Path) -> Result<Vec<String>> {
-    bail!("this binary cannot detach programs")
+fn remove(root: &Path) -> Result<Vec<String>> {
+    let removed = remove_all(&BpfRoot::new(root))?;
+    let lines = [(removed.links, "attached programs"), (removed.maps, "maps")];
+    Ok(lines.into_iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("{n} {what}")).collect())
 }
 
 fn main() -> ExitCode {
-    cli::main(&rooms())
+    cli::main(&Rooms { run, open, remove, object: OBJECT })
 }

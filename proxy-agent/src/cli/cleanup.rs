@@ -3,8 +3,7 @@
 //! A pinned link lives as long as its pin: removing the pin detaches the program. Then the maps go.
 
 use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use proxy_common::abi::AgentState;
@@ -62,75 +61,24 @@ pub fn refuse_while_running(state: Option<&AgentState>, now: Now, proc: &Path) -
     Ok(())
 }
 
-/// Removes the pins of every version under `root`, links first; says what it removed.
-pub fn remove_pins(root: &Path, mounts: &dyn Mounts) -> Result<Vec<String>> {
-    let mut removed = Vec::new();
-    if !root.try_exists().with_context(|| format!("looking for {}", root.display()))? {
-        return Ok(removed);
+/// Refuses a root that is an ordinary directory with something in it: a mistyped `--bpf-root`.
+pub fn refuse_ordinary_files(root: &Path, mounts: &dyn Mounts) -> Result<()> {
+    let full = fs::read_dir(root).is_ok_and(|mut entries| entries.next().is_some());
+    if full && !mounts.is_bpffs(root)? {
+        bail!("{} is no BPF file system: is this the --bpf-root of run?", root.display());
     }
-    let versions = versions(root)?;
-    if !versions.is_empty() && !mounts.is_bpffs(root)? {
-        bail!(
-            "{} holds directories, but is no BPF file system: is this the --bpf-root of run?",
-            root.display()
-        );
-    }
-    for room in ["links", "progs", "maps"] {
-        for version in &versions {
-            let dir = version.join(room);
-            for pin in entries(&dir)? {
-                fs::remove_file(&pin).with_context(|| format!("removing the pin {}", pin.display()))?;
-                removed.push(pin.display().to_string());
-            }
-            remove_dir(&dir)?;
-        }
-    }
-    for version in &versions {
-        remove_dir(version)?;
-    }
-    if mounts.unmount(root)? {
-        removed.push(format!("the BPF file system at {}", root.display()));
-    }
-    remove_dir(root)?;
-    Ok(removed)
+    Ok(())
 }
 
-/// Directories `v<number>`, which no one else makes there.
-fn versions(root: &Path) -> Result<Vec<PathBuf>> {
-    let is_version = |path: &PathBuf| {
-        let name = path.file_name().and_then(|name| name.to_str());
-        name.and_then(|name| name.strip_prefix('v')).is_some_and(|n| n.parse::<u32>().is_ok())
-    };
-    Ok(entries(root)?.into_iter().filter(is_version).collect())
-}
-
-/// What is in a directory, sorted; nothing when there is none.
-fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
-    let act = || format!("listing {}", dir.display());
-    let listed = match fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
-        listed => listed.with_context(act)?,
-    };
-    let mut paths: Vec<_> =
-        listed.map(|entry| entry.map(|e| e.path())).collect::<io::Result<_>>().with_context(act)?;
-    paths.sort();
-    Ok(paths)
-}
-
-/// Removes a directory that is empty; what others have put there stays.
-fn remove_dir(dir: &Path) -> Result<()> {
-    match fs::remove_dir(dir) {
-        // Busy: a volume of the container is mounted there.
-        Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::ResourceBusy
-            ) =>
-        {
-            Ok(())
-        }
-        result => result.with_context(|| format!("removing the directory {}", dir.display())),
+/// Unmounts the BPF file system that the agent mounted at its own root, and removes the directory; says what
+/// it removed.
+pub fn unmount(root: &Path, mounts: &dyn Mounts) -> Result<Vec<String>> {
+    if !mounts.unmount(root)? {
+        return Ok(vec![]);
     }
+    // What others have put under the mount point stays, and so does the directory then.
+    let _ = fs::remove_dir(root);
+    Ok(vec![format!("the BPF file system at {}", root.display())])
 }
 
 /// What was done, for a person.
@@ -164,49 +112,16 @@ mod tests {
         }
     }
 
-    fn pinned() -> tempfile::TempDir {
+    #[test]
+    fn an_ordinary_directory_with_files_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        for pin in ["v1/maps/FLOWS", "v1/links/connect4", "v2/maps/FLOWS"] {
-            let path = dir.path().join("root").join(pin);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, "").unwrap();
-        }
-        dir
-    }
-
-    #[test]
-    fn pins_of_every_version_go_links_first_and_twice_is_once() {
-        let dir = pinned();
-        let root = dir.path().join("root");
-        let removed = remove_pins(&root, &Pretend { bpffs: true }).unwrap();
-        let names: Vec<_> = removed.iter().map(|p| p.split("/root/").nth(1).unwrap()).collect();
-        assert_eq!(names, ["v1/links/connect4", "v1/maps/FLOWS", "v2/maps/FLOWS"]);
-        assert!(!root.exists());
-        assert_eq!(remove_pins(&root, &Pretend { bpffs: true }).unwrap(), Vec::<String>::new());
-    }
-
-    #[test]
-    fn what_others_have_put_there_stays() {
-        let dir = pinned();
-        let root = dir.path().join("root");
-        for path in ["vault/maps/x", "v1/other/x"] {
-            let path = root.join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, "").unwrap();
-        }
-        remove_pins(&root, &Pretend { bpffs: true }).unwrap();
-        assert!(root.join("vault/maps/x").exists() && root.join("v1/other/x").exists());
-        assert!(!root.join("v1/maps").exists());
-    }
-
-    #[test]
-    fn an_ordinary_file_system_is_left_alone() {
-        let dir = pinned();
-        let error = remove_pins(&dir.path().join("root"), &Pretend { bpffs: false }).unwrap_err();
+        refuse_ordinary_files(dir.path(), &KernelFs).unwrap();
+        refuse_ordinary_files(&dir.path().join("none"), &KernelFs).unwrap();
+        fs::write(dir.path().join("mine"), "").unwrap();
+        let error = refuse_ordinary_files(dir.path(), &KernelFs).unwrap_err();
         assert!(error.to_string().contains("is no BPF file system"), "{error}");
-        assert!(dir.path().join("root/v1/maps/FLOWS").exists());
-        assert!(!KernelFs.is_bpffs(dir.path()).unwrap());
-        assert!(!KernelFs.unmount(dir.path()).unwrap());
+        refuse_ordinary_files(dir.path(), &Pretend { bpffs: true }).unwrap();
+        assert_eq!(unmount(dir.path(), &KernelFs).unwrap(), Vec::<String>::new());
     }
 
     #[test]

@@ -111,7 +111,7 @@ pub fn rows(view: &dyn View, filter: &Filter, now: Now) -> Result<Vec<FlowRow>> 
     let mut entries: Entries = HashMap::new();
     view.flows(&mut |table, key, flow| {
         // An entry on its way from HALF_OPEN to FLOWS is in both for a moment: the answered one counts.
-        if table == FlowTable::Flows || !entries.contains_key(&key) {
+        if table == FlowTable::Established || !entries.contains_key(&key) {
             entries.insert(key, (table, flow));
         }
     })?;
@@ -190,13 +190,13 @@ pub fn state(proto: Proto, table: FlowTable, forward: u8, reply: u8) -> &'static
     match (proto, table) {
         (Proto::TCP, _) if (forward | reply) & RST != 0 => "reset",
         (_, FlowTable::HalfOpen) => "unanswered",
-        (Proto::TCP, FlowTable::Flows) => match (forward & FIN != 0, reply & FIN != 0) {
+        (Proto::TCP, FlowTable::Established) => match (forward & FIN != 0, reply & FIN != 0) {
             (true, true) => "closed",
             (true, false) => "closing by client",
             (false, true) => "closing by endpoint",
             (false, false) => "established",
         },
-        (_, FlowTable::Flows) => "established",
+        (_, FlowTable::Established) => "established",
     }
 }
 
@@ -282,7 +282,7 @@ mod tests {
         let memory = small_cluster();
         memory.flows.borrow_mut().clear();
         memory.add_flow(&Legs {
-            table: FlowTable::Flows,
+            table: FlowTable::Established,
             proto: Proto::UDP,
             client: "[fd00::9]:4000",
             vip: "[fd00::a]:53",
@@ -334,7 +334,7 @@ mod tests {
 
     #[test]
     fn states_follow_the_flags_of_both_directions() {
-        use FlowTable::{Flows, HalfOpen};
+        use FlowTable::{Established as Flows, HalfOpen};
         assert_eq!(state(Proto::TCP, HalfOpen, 0x02, 0), "unanswered");
         assert_eq!(state(Proto::TCP, Flows, 0x12, 0x12), "established");
         assert_eq!(state(Proto::TCP, Flows, 0x13, 0x12), "closing by client");

@@ -164,7 +164,7 @@ pub(super) fn small_cluster() -> Memory {
     memory.add_frontend(("fd00::a", 53, Proto::UDP), 2, frontend::INTERNAL, (Run::EMPTY, Run::EMPTY));
     let (syn, syn_ack, fin) = (0x02, 0x12, 0x01);
     let tcp = |client, vip, endpoint, backend| Legs {
-        table: FlowTable::Flows,
+        table: FlowTable::Established,
         proto: Proto::TCP,
         client,
         vip,

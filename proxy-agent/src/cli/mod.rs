@@ -8,6 +8,7 @@ pub mod conntrack;
 pub mod doctor;
 #[cfg(test)]
 mod memory;
+mod pinned;
 pub mod service;
 pub mod status;
 pub mod table;
@@ -35,8 +36,8 @@ pub struct Rooms {
     pub run: fn(Config) -> Result<()>,
     /// Opens the pinned tables under a root; `None` when nothing is pinned there.
     pub open: fn(&Path) -> Opened,
-    /// Detaches what no pinned link holds (clsact filters before Linux 6.6); says what it detached.
-    pub detach: fn(&Path) -> Result<Vec<String>>,
+    /// Detaches every program and unpins everything under a root; says what it removed.
+    pub remove: fn(&Path) -> Result<Vec<String>>,
     /// The embedded BPF object; empty when this binary was built without one.
     pub object: &'static [u8],
 }
@@ -209,8 +210,9 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
             let view = (rooms.open)(root);
             let state = view.ok().flatten().and_then(|view| view.agent().ok());
             cleanup::refuse_while_running(state.as_ref(), Now::read()?, Path::new("/proc"))?;
-            let mut removed = (rooms.detach)(root).context("detaching programs")?;
-            removed.extend(cleanup::remove_pins(root, &cleanup::KernelFs)?);
+            cleanup::refuse_ordinary_files(root, &cleanup::KernelFs)?;
+            let mut removed = (rooms.remove)(root)?;
+            removed.extend(cleanup::unmount(root, &cleanup::KernelFs)?);
             table::write(out, &cleanup::text(&removed, root))?;
             Ok(ExitCode::SUCCESS)
         }

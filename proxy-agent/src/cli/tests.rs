@@ -17,7 +17,7 @@ fn rooms() -> Rooms {
             Some("/broken") => bail!("permission denied"),
             _ => Ok(Some(Box::new(memory::small_cluster()))),
         },
-        detach: |_| Ok(vec![]),
+        remove: |_| Ok(vec![]),
         object: b"\x7fELF",
     }
 }

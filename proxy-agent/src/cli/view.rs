@@ -5,35 +5,9 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use proxy_common::abi::{AgentState, Flow, FlowKey, Reason, ServiceName, ServiceStats, untext};
 
+pub use crate::datapath::pinned::MapFill;
 use crate::plan::Actual;
-
-/// Which of the two flow tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum FlowTable {
-    /// FLOWS: answered.
-    Flows,
-    /// HALF_OPEN: not answered yet.
-    HalfOpen,
-}
-
-/// How full a table is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub struct MapFill {
-    /// Its name.
-    pub name: &'static str,
-    /// Entries in use.
-    pub used: u64,
-    /// Entries it was made for.
-    pub max: u64,
-}
-
-impl MapFill {
-    /// Fill in per cent, rounded up so that only an empty table reads 0.
-    #[must_use]
-    pub fn percent(&self) -> u64 {
-        (self.used * 100).div_ceil(self.max.max(1))
-    }
-}
+pub use proxy_common::lb::FlowTable;
 
 /// One pinned link.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]

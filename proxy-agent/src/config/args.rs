@@ -125,3 +125,21 @@ pub struct Capacities {
     #[arg(long = "max-flows", value_name = "N", default_value_t = capacity::FLOWS as u32, value_parser = entries)]
     pub flows: u32,
 }
+
+impl Capacities {
+    /// These sizes, and the default for maps whose size has no flag.
+    #[must_use]
+    pub fn of_maps(&self) -> crate::datapath::load::Capacities {
+        let Self { frontends, slots, backends, services, sources, addresses, flows } = *self;
+        crate::datapath::load::Capacities {
+            frontends,
+            slots,
+            backends,
+            services,
+            sources,
+            addresses,
+            flows,
+            ..crate::datapath::load::Capacities::DEFAULT
+        }
+    }
+}

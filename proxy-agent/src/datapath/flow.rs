@@ -22,14 +22,7 @@ mod tcp {
 /// One second in the unit of `Flow::last_seen`.
 const SECOND: u64 = 1_000_000_000;
 
-/// The two tables a flow can be in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum FlowTable {
-    /// Answered flows.
-    Established,
-    /// Flows not answered yet.
-    HalfOpen,
-}
+pub use proxy_common::lb::FlowTable;
 
 /// How long a flow may be silent, in seconds (D-6, C-16; conntrack's defaults).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

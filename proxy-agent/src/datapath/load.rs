@@ -18,7 +18,8 @@ use super::probe::Features;
 use super::sys::{self, MapFacts, ProgramFacts};
 
 /// The object that the build embedded; empty when there was none.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
+/// The embedded BPF object; empty when the crate was built without one.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
 
 /// Global of the object: bits of `abi::feature`.
 const FEATURES: &str = "FEATURES";

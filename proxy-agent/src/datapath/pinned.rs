@@ -45,14 +45,22 @@ pub enum PinnedError {
 }
 
 /// How full a map is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct MapFill {
     /// The map.
     pub name: &'static str,
     /// Entries in use.
-    pub used: u32,
+    pub used: u64,
     /// Entries it is made for.
-    pub max: u32,
+    pub max: u64,
+}
+
+impl MapFill {
+    /// Fill in per cent, rounded up so that only an empty map reads 0.
+    #[must_use]
+    pub fn percent(&self) -> u64 {
+        (self.used * 100).div_ceil(self.max.max(1))
+    }
 }
 
 /// Where a program is attached.
@@ -235,7 +243,11 @@ impl Pinned {
             .kernel
             .sizes()
             .into_iter()
-            .map(|(name, max)| MapFill { name, used: used.get(name).map_or(0, |n| *n as u32), max })
+            .map(|(name, max)| MapFill {
+                name,
+                used: used.get(name).map_or(0, |n| *n as u64),
+                max: max.into(),
+            })
             .collect();
         fill.push(count(&self.flows)?);
         fill.push(count(&self.half_open)?);
@@ -298,7 +310,7 @@ fn count<K: Pod + std::fmt::Debug, V: Pod>(table: &Table<K, V>) -> Result<MapFil
     let mut used = 0;
     let mut cursor = Cursor::default();
     while table.chunk(&mut cursor, |_, _| used += 1)? {}
-    Ok(MapFill { name: table.name(), used, max: table.max() })
+    Ok(MapFill { name: table.name(), used, max: table.max().into() })
 }
 
 #[cfg(test)]

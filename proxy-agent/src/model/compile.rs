@@ -74,10 +74,13 @@ fn compile_port<'a>(
     let chosen = choose(&candidates, wanted.uses, &here.node, here.zone.as_deref());
 
     let mut backends = BTreeMap::new();
-    let in_use: BTreeSet<usize> = chosen.cluster.iter().chain(&chosen.local).copied().collect();
+    let members = |set: &[usize]| set.iter().copied().collect::<BTreeSet<usize>>();
+    let (cluster, local) = (members(&chosen.cluster), members(&chosen.local));
     for (i, endpoint) in endpoints.values().enumerate() {
         let mut flags = if here.replies_pass(endpoint) { backend::LOCAL } else { 0 };
-        if !in_use.contains(&i) {
+        flags |= if cluster.contains(&i) { backend::IN_CLUSTER } else { 0 };
+        flags |= if local.contains(&i) { backend::IN_LOCAL } else { 0 };
+        if flags & (backend::IN_CLUSTER | backend::IN_LOCAL) == 0 {
             // C-5: a flow may stay as long as its endpoint serves.
             if !endpoint.serving {
                 continue;

@@ -13,7 +13,7 @@ use super::{Family, Link, Node, NodePortAddresses, NodeTables, Settings, SocketL
 /// The tables of the node. `links` are in order of their index.
 pub(super) fn node_tables(settings: &Settings, node: &Node, links: &[Link], claims: &Claims) -> NodeTables {
     NodeTables {
-        config: node_config(settings, node),
+        config: node_config(settings, node, links),
         ifaces: ifaces(node, links, claims),
         addresses: addresses(settings, node, links),
     }
@@ -33,7 +33,7 @@ pub(super) fn global_addresses(links: &[Link]) -> impl Iterator<Item = IpAddr> {
     links.iter().flat_map(|link| &link.addresses).map(IpNet::addr).filter(is_global)
 }
 
-fn node_config(settings: &Settings, node: &Node) -> Config {
+fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
     let mut flags = 0;
     let mut set = |condition: bool, flag: u32| flags |= if condition { flag } else { 0 };
     set(settings.masquerade_all, config::MASQUERADE_ALL);
@@ -63,6 +63,11 @@ fn node_config(settings: &Settings, node: &Node) -> Config {
         table.pod_v6_mask = range.netmask().into();
     }
     table.flags = flags;
+    let primary = |family: Family| {
+        let mut known = node.ips.iter().copied().chain(global_addresses(links));
+        known.find(|ip| Family::of(ip) == family).map_or(family.wildcard(), Addr::from)
+    };
+    (table.node_v4, table.node_v6) = (primary(Family::V4), primary(Family::V6));
     table
 }
 

@@ -472,7 +472,7 @@ fn endpoints_that_still_serve_keep_their_flows() {
     let found: Vec<(String, u16)> =
         only(&world).backends.iter().map(|(key, flags)| (octets(&[*key]), *flags)).collect();
     let drain = backend::DRAINING;
-    let expected = [("1", backend::LOCAL), ("2", drain), ("3", drain), ("4", drain)];
+    let expected = [("1", backend::LOCAL | backend::IN_CLUSTER), ("2", drain), ("3", drain), ("4", drain)];
     assert_eq!(found, expected.map(|(octet, flags)| (octet.to_owned(), flags)));
 }
 

@@ -43,6 +43,12 @@ pub struct Pass {
 }
 
 impl Pass {
+    /// The tables as they are before the plan is carried out.
+    #[must_use]
+    pub fn before(&self) -> &Actual {
+        self.planner.actual()
+    }
+
     /// To be called when all steps of the plan have been done, with the time after the last of them: from
     /// then on what the plan released rests.
     #[must_use = "the planner is needed for the next plan"]

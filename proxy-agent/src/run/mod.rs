@@ -31,13 +31,8 @@ use report::Report;
 
 /// When passes are made: bursts are taken together, nothing waits longer than a few milliseconds, and once
 /// an hour everything is compared with what is really in the kernel (Y-18…Y-20).
-const LIMITS: Limits = Limits {
-    settle_ms: 5,
-    min_gap_ms: 10,
-    max_gap_ms: 3_600_000,
-    retry_first_ms: 100,
-    retry_max_ms: 30_000,
-};
+const LIMITS: Limits =
+    Limits { settle_ms: 5, min_gap_ms: 10, max_gap_ms: 3_600_000, retry_first_ms: 100, retry_max_ms: 30_000 };
 
 /// How often the flow tables are swept a little, and the record for the command line is renewed.
 const TICK: Duration = Duration::from_millis(500);
@@ -97,8 +92,7 @@ struct Agent {
 impl Agent {
     fn open(config: Config, root: &BpfRoot) -> Result<Self> {
         let features = Features::probe();
-        let log =
-            if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
+        let log = if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
         let loaded = Loaded::open(root, &features, &config.capacities.of_maps(), log)?;
         for warning in loaded.warnings() {
             tracing::warn!("{warning}");
@@ -106,7 +100,7 @@ impl Agent {
         let kernel = Kernel::open(root)?;
         let capacity = capacity_of(&kernel);
         let report = Report::open(&config, root, loaded.warnings())?;
-        let sweeper = Sweeper::open(root, Timeouts::default())?;
+        let sweeper = Sweeper::open(root, Timeouts::CONNTRACK)?;
         Ok(Self {
             world: World::new(config.settings.clone()),
             config,
@@ -261,7 +255,7 @@ impl Agent {
                 None => bail!("no planner between two passes"),
             }
         };
-        let gone = pass.before(|actual, steps| retired_udp(actual, steps));
+        let gone = retired_udp(pass.before(), &pass.plan.steps);
         if let Err((done, error)) = self.kernel.apply(&pass.plan.steps) {
             let failed = pass.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
             return Err(anyhow!(error).context(format!(
@@ -308,7 +302,9 @@ impl Agent {
     fn destroy_sockets(&self, gone: &[SocketAddr]) {
         match sockets::destroy_udp(gone) {
             Ok(0) => {}
-            Ok(n) => tracing::info!("{n} UDP sockets of host processes led to endpoints that have gone: closed"),
+            Ok(n) => {
+                tracing::info!("{n} UDP sockets of host processes led to endpoints that have gone: closed")
+            }
             Err(error) => tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "UDP sockets of host processes may still lead to endpoints that have gone"

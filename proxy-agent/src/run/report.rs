@@ -71,10 +71,8 @@ impl Report {
         for family in [Family::V4, Family::V6] {
             health.started(family);
         }
-        let snapshot = Arc::new(Mutex::new(Snapshot {
-            source: config.source.to_string(),
-            ..Snapshot::default()
-        }));
+        let snapshot =
+            Arc::new(Mutex::new(Snapshot { source: config.source.to_string(), ..Snapshot::default() }));
         let scraped = Pinned::open(root)?;
         let shared = snapshot.clone();
         let snapshots = move || {
@@ -82,7 +80,7 @@ impl Report {
             match (scraped.reasons(), scraped.fill()) {
                 (Ok(reasons), Ok(fill)) => {
                     now.reasons = reasons;
-                    now.tables = fill.into_iter().map(crate::cli::view::MapFill::from).collect();
+                    now.tables = fill;
                 }
                 (Err(error), _) | (_, Err(error)) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "counters cannot be read");
@@ -286,8 +284,7 @@ impl Report {
         };
         self.state.services = u32::try_from(world.service_count()).unwrap_or(u32::MAX);
         self.state.endpoints = u32::try_from(world.endpoint_count()).unwrap_or(u32::MAX);
-        self.state.complaints =
-            u32::try_from(complaints.len() + self.refused.len()).unwrap_or(u32::MAX);
+        self.state.complaints = u32::try_from(complaints.len() + self.refused.len()).unwrap_or(u32::MAX);
         self.state.synced = u32::from(world.synced() && self.state.synced_ms != 0);
         self.state.connected = u32::from(world.connected());
         if let Err(error) =

@@ -1,0 +1,55 @@
+//! The command line's view of the pinned tables.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use proxy_common::abi::{AgentState, Flow, FlowKey, Reason, ServiceStats};
+
+use super::view::{FlowTable, LinkInfo, MapFill, View};
+use crate::datapath::pinned::{Pinned, Place};
+use crate::plan::Actual;
+
+impl View for Pinned {
+    fn actual(&self) -> Result<Actual> {
+        Ok(Self::actual(self)?)
+    }
+
+    fn agent(&self) -> Result<AgentState> {
+        Ok(Self::agent(self)?)
+    }
+
+    fn complaints(&self) -> Result<Vec<String>> {
+        Ok(Self::complaints(self)?)
+    }
+
+    fn reasons(&self) -> Result<Vec<(Reason, u64)>> {
+        Ok(Self::reasons(self)?)
+    }
+
+    fn service_stats(&self) -> Result<BTreeMap<u32, ServiceStats>> {
+        Ok(Self::service_stats(self)?)
+    }
+
+    fn flows(&self, each: &mut dyn FnMut(FlowTable, FlowKey, Flow)) -> Result<()> {
+        Ok(Self::flows(self, &mut |table, key, flow| each(table, key, flow))?)
+    }
+
+    fn delete_flow(&self, table: FlowTable, key: &FlowKey) -> Result<bool> {
+        Ok(Self::delete_flow(self, table, key)?)
+    }
+
+    fn fill(&self) -> Result<Vec<MapFill>> {
+        Ok(Self::fill(self)?)
+    }
+
+    fn links(&self) -> Result<Vec<LinkInfo>> {
+        let links = Self::links(self)?.into_iter();
+        Ok(links
+            .map(|link| LinkInfo {
+                attached: link.place != Place::Nowhere,
+                name: link.name,
+                program: link.program,
+            })
+            .collect())
+    }
+}
