@@ -9,6 +9,7 @@ use proxy_common::addr::Addr;
 
 use super::Datapath;
 use super::pin::BpfRoot;
+use super::sys;
 use super::table::{Table, TableError};
 use crate::plan::{Actual, Step};
 
@@ -58,7 +59,8 @@ impl Kernel {
             }
         })?;
         self.backends.scan(|index, backend| {
-            if backend != UNUSED {
+            // A retired index has a generation.
+            if !is_zero(&backend) {
                 actual.backends.insert(index, backend);
             }
         })?;
@@ -75,7 +77,7 @@ impl Kernel {
             actual.ifaces.insert(index, iface);
         })?;
         // An array of one is all zeros before its first write, which no written configuration is.
-        if let Some(config) = self.config.get(&0)?.filter(|config| *config != UNWRITTEN) {
+        if let Some(config) = self.config.get(&0)?.filter(|config| !is_zero(config)) {
             actual.config = config;
         }
         Ok(actual)
@@ -156,18 +158,10 @@ impl Kernel {
     }
 }
 
-/// An index of BACKENDS that was never used: an array starts as zeros, a retired index has a generation.
-const UNUSED: Backend = Backend {
-    addr: Addr::ANY_V6,
-    port: proxy_common::addr::Port(0),
-    flags: 0,
-    generation: 0,
-    service: 0,
-    pad: 0,
-};
-
-/// CONFIG before its first write.
-const UNWRITTEN: Config = Config { pod_v4: Addr::ANY_V6, ..Config::EMPTY };
+/// Whether an element of an array was never written.
+fn is_zero<T: aya::Pod + PartialEq>(value: &T) -> bool {
+    sys::zeros::<T>(1).first() == Some(value)
+}
 
 impl Datapath for Kernel {
     type Error = KernelError;
@@ -279,11 +273,5 @@ mod tests {
         let full = TableError::Full { map: maps::SERVICES, max: 2, object: "3".into() };
         let said = say(full, Some(&Step::PutService(3, name))).to_string();
         assert!(said.contains("default/web") && said.contains("--max-services"), "{said}");
-    }
-
-    #[test]
-    fn an_unwritten_settings_entry_is_all_zeros() {
-        let Config { host_netns, pod_v4, pod_v6, flags, seed, .. } = UNWRITTEN;
-        assert_eq!((host_netns, pod_v4.0, pod_v6.0, flags, seed), (0, [0; 4], [0; 4], 0, 0));
     }
 }

@@ -246,6 +246,7 @@ impl Loaded {
         capacities: &Capacities,
         log: ProgramLog,
     ) -> Result<Self, LoadError> {
+        super::probe::raise_memlock();
         root.prepare()?;
         let (warnings, missing) = check_pins(&Object::parse(object)?, root, capacities)?;
         let loaded = Self::load(object, root, features, capacities, log, warnings);
@@ -511,6 +512,12 @@ mod tests {
         assert!(warning.contains("FLOWS") && warning.contains("10") && warning.contains("20"), "{warning}");
         let rounded = compare(path, &facts(8, 11, NO_COMMON_LRU), &facts(8, 10, NO_COMMON_LRU)).unwrap();
         assert_eq!(rounded, None);
+    }
+
+    #[test]
+    fn what_is_loaded_can_move_between_threads() {
+        fn check<T: Send>() {}
+        check::<Loaded>();
     }
 
     #[test]

@@ -249,11 +249,19 @@ impl Pinned {
                 max: max.into(),
             })
             .collect();
-        fill.push(count(&self.flows)?);
-        fill.push(count(&self.half_open)?);
-        fill.push(count(&Table::<FragmentKey, Fragment>::open(&self.root, maps::FRAGMENTS)?)?);
-        fill.push(count(&Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?)?);
+        fill.extend(self.fill_by_traffic()?);
         Ok(fill)
+    }
+
+    /// The same for the tables that traffic fills, and no others: the agent knows what it wrote itself, and
+    /// reading the large arrays again for each scrape would cost a hundred milliseconds.
+    pub fn fill_by_traffic(&self) -> Result<Vec<MapFill>, PinnedError> {
+        Ok(vec![
+            count(&self.flows)?,
+            count(&self.half_open)?,
+            count(&Table::<FragmentKey, Fragment>::open(&self.root, maps::FRAGMENTS)?)?,
+            count(&Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?)?,
+        ])
     }
 
     /// What is attached where.

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use proxy_common::abi::feature;
 
 use super::sys;
@@ -68,6 +69,7 @@ impl Features {
     /// Asks the kernel.
     #[must_use]
     pub fn probe() -> Self {
+        raise_memlock();
         let tc = |body: &[u64]| load(bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, None, body);
         let sock = |body: &[u64]| {
             let hook = bpf_attach_type::BPF_CGROUP_INET4_CONNECT;
@@ -150,6 +152,12 @@ impl Features {
             ),
         ]
     }
+}
+
+/// Lifts the limit on locked memory, which maps count against before 5.11. A refusal (no CAP_SYS_RESOURCE)
+/// matters only there, and then the maps say so themselves.
+pub(super) fn raise_memlock() {
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 }
 
 /// Cookie of this thread's network namespace; 0 when the kernel does not tell it.

@@ -12,8 +12,8 @@ use std::path::Path;
 
 use aya::Pod;
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info, bpf_map_type,
-    bpf_prog_info, bpf_prog_type,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info, bpf_prog_info,
+    bpf_prog_type,
 };
 
 /// `BPF_F_REPLACE`: a link update names the program it expects to replace.
@@ -385,16 +385,6 @@ pub(crate) fn lookup_batch<K: Pod, V: Pod>(
     attr.batch.values = values.as_mut_ptr() as u64;
     attr.batch.count = keys.len().min(values.len()) as u32;
     batch(bpf_cmd::BPF_MAP_LOOKUP_BATCH, attr)
-}
-
-/// Creates a map without a name; for probes and tests.
-pub(crate) fn map_create(kind: bpf_map_type, key: u32, value: u32, entries: u32) -> io::Result<OwnedFd> {
-    let mut attr = attr();
-    attr.__bindgen_anon_1.map_type = kind as u32;
-    attr.__bindgen_anon_1.key_size = key;
-    attr.__bindgen_anon_1.value_size = value;
-    attr.__bindgen_anon_1.max_entries = entries;
-    call_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
 }
 
 /// `getsockopt` of a plain integer option.

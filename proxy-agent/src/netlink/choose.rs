@@ -34,8 +34,8 @@ impl Devices {
         Ok(Self { only })
     }
 
-    /// Whether `link` carries programs. Ports of a bond or bridge do, too: a pod's interface may be one, and
-    /// a packet that was translated at a port is not translated again at its master.
+    /// Whether `link` carries programs. Ports of a bond or bridge do, too: a pod's interface may be one.
+    /// A packet translated at a port has another tuple when it comes to the master, and is left alone there.
     #[must_use]
     pub fn carries(&self, link: &Link) -> bool {
         !link.loopback && self.only.as_ref().is_none_or(|only| only.is_match(&*link.name))
