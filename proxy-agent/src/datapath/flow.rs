@@ -4,7 +4,7 @@
 //! They live and die together: the newest time and the TCP flags of all legs decide, and all are deleted in
 //! one go, the DNAT leg first, so that a packet never meets half a flow that would translate it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::mem;
 
 use proxy_common::abi::{Flow, FlowKey, Hook, Leg, maps};
@@ -196,31 +196,34 @@ pub fn dnat_key(key: &FlowKey, undnat: &Flow) -> FlowKey {
 }
 
 /// All legs of the flow that `key` belongs to, as `lookup` finds them. A leg counts only if it is of the
-/// kind that belongs at its place: after a port was used again it may stand for another flow.
+/// kind that belongs at its place and leads back: after a new choice of endpoint, or when a port is used
+/// again, it may stand for another flow (D-5).
 #[must_use]
 pub fn legs(key: &FlowKey, flow: &Flow, mut lookup: impl FnMut(&FlowKey) -> Option<Flow>) -> Legs {
-    let mut found: BTreeMap<Leg, (FlowKey, Flow)> = BTreeMap::new();
+    let alone = || Legs { legs: vec![(*key, *flow)] };
+    let Some(centre) = middle(key, flow) else { return alone() };
     let mut find = |at: FlowKey, leg: Leg| {
         let value = if at == *key { Some(*flow) } else { lookup(&at) };
         value.filter(|value| value.leg == leg).map(|value| (at, value))
     };
-    if let Some(middle) = middle(key, flow) {
-        let snat = find(middle, Leg::SNAT);
-        let undnat = find(undnat_key(&middle), Leg::UNDNAT);
-        let unsnat = match &snat {
-            Some((at, value)) if !value.addr.is_unspecified() => find(unsnat_key(at, value), Leg::UNSNAT),
-            _ => None,
-        };
-        let dnat = match &undnat {
-            Some((at, value)) => find(dnat_key(at, value), Leg::DNAT),
-            None => None,
-        };
-        for (at, value) in [dnat, snat, unsnat, undnat].into_iter().flatten() {
-            found.insert(value.leg, (at, value));
-        }
+    let snat = find(centre, Leg::SNAT);
+    let undnat = find(undnat_key(&centre), Leg::UNDNAT);
+    let start = undnat.map(|(at, value)| dnat_key(&at, &value));
+    let back = snat.filter(|(_, value)| !value.addr.is_unspecified());
+    let back = back.map(|(at, value)| unsnat_key(&at, &value));
+    let is_other = match flow.leg {
+        Leg::DNAT => start.is_some_and(|start| start != *key),
+        Leg::UNSNAT => back != Some(*key),
+        _ => false,
+    };
+    if is_other {
+        return alone();
     }
-    found.entry(flow.leg).or_insert((*key, *flow));
-    Legs { legs: found.into_values().collect() }
+    let dnat = if flow.leg == Leg::DNAT { Some(*key) } else { start }.and_then(|at| find(at, Leg::DNAT));
+    let unsnat = back.and_then(|at| find(at, Leg::UNSNAT));
+    let leads_back = |(at, value): &(FlowKey, Flow)| middle(at, value) == Some(centre);
+    let found = [dnat.filter(leads_back), snat, unsnat.filter(leads_back), undnat];
+    Legs { legs: found.into_iter().flatten().collect() }
 }
 
 /// What a sweep or a purge did.
@@ -468,6 +471,39 @@ mod tests {
         let start = key(CLIENT, VIP, Hook::INGRESS);
         let found = legs(&start, &table[&start], |key| table.get(key).copied());
         assert_eq!(found.legs.len(), 1);
+    }
+
+    #[test]
+    fn what_an_earlier_choice_of_endpoint_left_behind_does_not_end_the_new_flow() {
+        let mut table = plain();
+        let start = key(CLIENT, VIP, Hook::INGRESS);
+        let other = ("10.244.1.6", 8080);
+        table.insert(start, flow(Leg::DNAT, other, 0));
+        table.insert(key(other, CLIENT, Hook::EGRESS), flow(Leg::UNDNAT, VIP, 0));
+        let left = key(ENDPOINT, CLIENT, Hook::EGRESS);
+        let find = |key: &FlowKey| table.get(key).copied();
+        assert_eq!(legs(&left, &table[&left], find).legs, [(left, table[&left])]);
+        let new = legs(&start, &table[&start], find);
+        assert!(new.is_whole() && new.legs.len() == 2 && new.legs.iter().all(|(key, _)| *key != left));
+    }
+
+    #[test]
+    fn a_tuple_that_another_service_has_taken_is_not_part_of_the_flow() {
+        let mut table = plain();
+        table.insert(key(ENDPOINT, CLIENT, Hook::EGRESS), flow(Leg::UNDNAT, ("10.96.0.2", 80), 0));
+        let start = key(CLIENT, VIP, Hook::INGRESS);
+        let found = legs(&start, &table[&start], |key| table.get(key).copied());
+        assert_eq!(found.legs, [(start, table[&start])]);
+    }
+
+    #[test]
+    fn an_answer_tuple_whose_flow_got_another_node_port_is_an_orphan() {
+        let mut table = masqueraded();
+        let left = key(ENDPOINT, NODE, Hook::INGRESS);
+        let moved = key((CLIENT.0, 50000), ENDPOINT, Hook::EGRESS);
+        table.insert(moved, flow(Leg::SNAT, (NODE.0, 61001), 0));
+        let found = legs(&left, &table[&left], |key| table.get(key).copied());
+        assert_eq!(found.legs, [(left, table[&left])]);
     }
 
     #[test]

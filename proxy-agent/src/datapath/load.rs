@@ -11,10 +11,13 @@ use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
 use aya_obj::generated::bpf_map_type as Kind;
 use aya_obj::{Object, ParseError};
-use proxy_common::abi::{capacity, maps};
+use proxy_common::abi::maps;
 
+pub use super::capacity::Capacities;
 use super::pin::{self, BpfRoot, PinError};
 use super::probe::Features;
+use super::program_log::Bridge;
+pub use super::program_log::{ProgramLog, ProgramLogger};
 use super::sys::{self, MapFacts, ProgramFacts};
 
 /// The object that the build embedded; empty when there was none.
@@ -100,99 +103,6 @@ pub enum LoadError {
     /// The log of the programs cannot be read.
     #[error("cannot read the log of the BPF programs")]
     Log(#[source] Box<aya_log::Error>),
-}
-
-/// Sizes of the maps that can be chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capacities {
-    /// FRONTENDS.
-    pub frontends: u32,
-    /// SLOTS.
-    pub slots: u32,
-    /// BACKENDS.
-    pub backends: u32,
-    /// ADDRESSES.
-    pub addresses: u32,
-    /// SOURCES.
-    pub sources: u32,
-    /// IFACES.
-    pub ifaces: u32,
-    /// SERVICES and SERVICE_STATS.
-    pub services: u32,
-    /// FLOWS.
-    pub flows: u32,
-    /// HALF_OPEN.
-    pub half_open: u32,
-    /// FRAGMENTS.
-    pub fragments: u32,
-    /// AFFINITY.
-    pub affinity: u32,
-}
-
-impl Capacities {
-    /// The sizes of [`capacity`].
-    pub const DEFAULT: Self = Self {
-        frontends: capacity::FRONTENDS as u32,
-        slots: capacity::SLOTS as u32,
-        backends: capacity::BACKENDS as u32,
-        addresses: capacity::ADDRESSES as u32,
-        sources: capacity::SOURCES as u32,
-        ifaces: capacity::IFACES as u32,
-        services: capacity::SERVICES as u32,
-        flows: capacity::FLOWS as u32,
-        half_open: capacity::HALF_OPEN as u32,
-        fragments: capacity::FRAGMENTS as u32,
-        affinity: capacity::AFFINITY as u32,
-    };
-
-    /// The size of each map that has one to choose.
-    #[must_use]
-    pub fn each(&self) -> [(&'static str, u32); 12] {
-        let Self {
-            frontends,
-            slots,
-            backends,
-            addresses,
-            sources,
-            ifaces,
-            services,
-            flows,
-            half_open,
-            fragments,
-            affinity,
-        } = *self;
-        [
-            (maps::FRONTENDS, frontends),
-            (maps::SLOTS, slots),
-            (maps::BACKENDS, backends),
-            (maps::ADDRESSES, addresses),
-            (maps::SOURCES, sources),
-            (maps::IFACES, ifaces),
-            (maps::SERVICES, services),
-            (maps::SERVICE_STATS, services),
-            (maps::FLOWS, flows),
-            (maps::HALF_OPEN, half_open),
-            (maps::FRAGMENTS, fragments),
-            (maps::AFFINITY, affinity),
-        ]
-    }
-}
-
-/// How much the programs log; anything but `Off` costs time for each packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ProgramLog {
-    /// Nothing.
-    Off = 0,
-    /// What went wrong.
-    Error = 1,
-    /// What is odd.
-    Warn = 2,
-    /// New flows and refusals.
-    Info = 3,
-    /// Every decision.
-    Debug = 4,
-    /// Every packet.
-    Trace = 5,
 }
 
 /// A program in the kernel.
@@ -341,53 +251,6 @@ impl std::fmt::Debug for Loaded {
             .field("programs", &self.programs.keys())
             .finish_non_exhaustive()
     }
-}
-
-/// Reads what the programs log and passes it on to `tracing`.
-pub struct ProgramLogger<'a> {
-    logger: &'a mut EbpfLogger<Bridge>,
-}
-
-impl std::fmt::Debug for ProgramLogger<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ProgramLogger").finish_non_exhaustive()
-    }
-}
-
-impl ProgramLogger<'_> {
-    /// Passes on what has been logged since the last time.
-    pub fn drain(&mut self) {
-        self.logger.flush();
-    }
-}
-
-impl AsFd for ProgramLogger<'_> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.logger.as_fd()
-    }
-}
-
-/// Log records of the programs, as events of `tracing`.
-#[derive(Debug)]
-struct Bridge;
-
-impl log::Log for Bridge {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        let said = record.args();
-        match record.level() {
-            log::Level::Error => tracing::error!(target: "bpf", "{said}"),
-            log::Level::Warn => tracing::warn!(target: "bpf", "{said}"),
-            log::Level::Info => tracing::info!(target: "bpf", "{said}"),
-            log::Level::Debug => tracing::debug!(target: "bpf", "{said}"),
-            log::Level::Trace => tracing::trace!(target: "bpf", "{said}"),
-        }
-    }
-
-    fn flush(&self) {}
 }
 
 /// Compares what is pinned with the object. Gives warnings, and the maps that are not pinned yet.

@@ -1,6 +1,7 @@
 //! See and write: the only room that talks to BPF.
 
 pub mod attach;
+mod capacity;
 mod filter;
 pub mod flow;
 pub mod kernel;
@@ -9,6 +10,7 @@ pub mod memory;
 pub mod pin;
 pub mod pinned;
 pub mod probe;
+mod program_log;
 pub mod remove;
 pub mod sockets;
 mod sys;
