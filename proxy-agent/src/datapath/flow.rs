@@ -97,6 +97,12 @@ impl Timeouts {
     }
 }
 
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self::CONNTRACK
+    }
+}
+
 /// The legs of one flow that exist, in the order in which they are to be removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Legs {
