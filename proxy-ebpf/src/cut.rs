@@ -33,7 +33,12 @@ pub extern "C" fn cut_choose(packet: *mut Packet, known: u32, attempt: u32, choi
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_write(key: *mut FlowKey, choice: *mut Choice, client_port: u32, edit: *mut Edit) -> u32 {
+pub extern "C" fn cut_write(
+    key: *mut FlowKey,
+    choice: *mut Choice,
+    client_port: u32,
+    edit: *mut Edit,
+) -> u32 {
     references!(Inserted::Full as u32; key, choice, edit);
     open::write_flow(&Kernel, key, choice, Port(client_port as u16), edit) as u32
 }

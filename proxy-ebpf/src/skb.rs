@@ -90,11 +90,8 @@ impl Skb {
                 return false;
             };
             // Destination: three halves; source: three halves; exchanged.
-            let turned = [
-                macs[1] >> 16 | macs[2] << 16,
-                macs[2] >> 16 | macs[0] << 16,
-                macs[0] >> 16 | macs[1] << 16,
-            ];
+            let turned =
+                [macs[1] >> 16 | macs[2] << 16, macs[2] >> 16 | macs[0] << 16, macs[0] >> 16 | macs[1] << 16];
             if !self.store(0, turned) {
                 return false;
             }

@@ -102,4 +102,3 @@ pub fn refuse(_ctx: &SockAddrContext) -> i32 {
     }
     FAIL
 }
-

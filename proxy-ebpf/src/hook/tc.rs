@@ -110,11 +110,8 @@ pub extern "C" fn cut_refuse(ctx: *mut __sk_buff, packet: *mut Packet, ethernet:
     if !answer::build(&skb, packet, &mut answer) {
         return DROP;
     }
-    let answered = if ethernet != 0 {
-        skb.become_answer::<true>(&answer)
-    } else {
-        skb.become_answer::<false>(&answer)
-    };
+    let answered =
+        if ethernet != 0 { skb.become_answer::<true>(&answer) } else { skb.become_answer::<false>(&answer) };
     if !answered {
         Kernel.count(Reason::AnswerFailed);
         return DROP;
