@@ -219,6 +219,17 @@ fn sum(bytes: &[u8]) -> u32 {
     total as u32
 }
 
+/// The CRC of SCTP, bit by bit (RFC 9260 appendix A).
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |mut crc, byte| {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ if crc & 1 != 0 { 0x82f6_3b78 } else { 0 };
+        }
+        crc
+    })
+}
+
 /// The bytes of an address in its own family.
 fn octets(addr: &Addr) -> Vec<u8> {
     match IpAddr::from(*addr) {
@@ -256,7 +267,7 @@ fn ip_header(src: &Addr, dst: &Addr, proto: Proto, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// An Ethernet frame with a TCP or UDP packet of the given tuple, checksums from scratch; with `partial` the
+/// An Ethernet frame with a TCP, UDP or SCTP packet of the given tuple, checksums from scratch; with `partial` the
 /// transport checksum is left to the hardware.
 pub fn frame(key: &FlowKey, tcp_flags: u8, payload: &[u8], partial: bool) -> ByteFrame {
     let mut l4 = Vec::new();
@@ -269,6 +280,10 @@ pub fn frame(key: &FlowKey, tcp_flags: u8, payload: &[u8], partial: bool) -> Byt
             l4.extend([0x50, tcp_flags, 0xff, 0xff, 0, 0, 0, 0]);
             16
         }
+        Proto::SCTP => {
+            l4.extend([0, 0, 0, 9, 0, 0, 0, 0]);
+            0
+        }
         _ => {
             l4.extend(((8 + payload.len()) as u16).to_be_bytes());
             l4.extend([0, 0]);
@@ -278,7 +293,12 @@ pub fn frame(key: &FlowKey, tcp_flags: u8, payload: &[u8], partial: bool) -> Byt
     l4.extend(payload);
     let pseudo = pseudo(&key.src, &key.dst, key.proto, l4.len());
     let check = if partial { pseudo as u16 } else { !(checksum::fold(pseudo + sum(&l4))) };
-    l4[at..at + 2].copy_from_slice(&check.to_be_bytes());
+    if key.proto == Proto::SCTP {
+        let crc = crc32c(&l4);
+        l4[8..12].copy_from_slice(&crc.to_le_bytes());
+    } else {
+        l4[at..at + 2].copy_from_slice(&check.to_be_bytes());
+    }
     let mut bytes = ethernet(&key.src);
     bytes.extend(ip_header(&key.src, &key.dst, key.proto, l4.len()));
     bytes.extend(l4);
@@ -332,6 +352,11 @@ pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
     };
     let body = frame.bytes.get(l4..end).ok_or("shorter than its length field")?;
     let pseudo = pseudo(&src, &dst, proto, body.len());
+    if proto == Proto::SCTP {
+        let mut zeroed = body.to_vec();
+        let field: Vec<u8> = zeroed.splice(8..12, [0; 4]).collect();
+        return if crc32c(&zeroed).to_le_bytes()[..] == field { Ok(()) } else { Err("SCTP CRC") };
+    }
     let at = match proto {
         Proto::TCP => 16,
         Proto::UDP => 6,

@@ -4,7 +4,7 @@
 use proxy_common::abi::FlowKey;
 use proxy_common::addr::Port;
 use proxy_common::lb::{self, Choice, Inserted, Verdict, ingress, masquerade, open, track};
-use proxy_common::wire::{Edit, Packet};
+use proxy_common::wire::{Edit, Packet, crc32c};
 
 use crate::tables::Kernel;
 
@@ -83,4 +83,10 @@ pub extern "C" fn cut_remember(packet: *mut Packet) -> u32 {
 pub extern "C" fn cut_source(key: *mut FlowKey, ifindex: u32, edit: *mut Edit) -> u32 {
     references!(Verdict::Drop as u32; key, edit);
     masquerade::choose_source(&Kernel, key, ifindex, edit) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_crc(diff: u32, following: u32) -> u32 {
+    crc32c::difference(diff, following)
 }

@@ -171,4 +171,9 @@ impl Frame for Skb {
         }
         true
     }
+
+    #[inline(always)]
+    fn crc_difference(&self, diff: u32, following: u32) -> u32 {
+        crate::cut::cut_crc(diff, following)
+    }
 }

@@ -155,7 +155,9 @@ fn a_pod_reaches_a_cluster_ip_and_sees_it_answer() {
     for (client, vip, endpoint) in
         [("10.244.1.5", "10.96.0.1", "10.244.2.7"), ("fd00:244::5", "fd00:96::1", "fd00:244::2:7")]
     {
-        for (proto, syn, ack) in [(Proto::TCP, Packet::SYN, Packet::SYN | Packet::ACK), (Proto::UDP, 0, 0)] {
+        for (proto, syn, ack) in
+            [(Proto::TCP, Packet::SYN, Packet::SYN | Packet::ACK), (Proto::UDP, 0, 0), (Proto::SCTP, 0, 0)]
+        {
             for partial in [false, true] {
                 let mut node = Node::new();
                 node.service((vip, 80), proto, frontend::INTERNAL, &[(endpoint, 8080)]);

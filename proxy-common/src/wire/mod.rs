@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod checksum;
+pub mod crc32c;
 mod parse;
 mod rewrite;
 
@@ -30,6 +31,11 @@ pub trait Frame {
     /// `flags` are bits of [`mend`]. False when it cannot be done.
     #[must_use]
     fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool;
+
+    /// [`crc32c::difference`]; the kernel overrides it by a separately verified function.
+    fn crc_difference(&self, diff: u32, following: u32) -> u32 {
+        crc32c::difference(diff, following)
+    }
 }
 
 /// Flags of [`Frame::mend`].

@@ -55,12 +55,52 @@ pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
     let (field, flags) = match packet.key.proto {
         Proto::TCP => (16, 0),
         Proto::UDP => (6, mend::UDP),
-        // The CRC of SCTP covers ports but no addresses (RFC 9260 §6.8): frontends whose endpoints have
-        // another port are not given to it.
-        _ => return ports == 0,
+        Proto::SCTP => return ports == 0 || patch_sctp(frame, packet, edit),
+        _ => return true,
     };
     let v6 = if old.is_v4() { 0 } else { mend::IPV6 };
     frame.mend(usize::from(packet.l4) + field, checksum::addr_diff(&old, &edit.addr), ports, flags | v6)
+}
+
+/// The CRC of SCTP covers ports but no addresses (RFC 9260 §6.8). In the first fragment of a datagram it
+/// covers what has not been seen: false.
+#[inline(always)]
+fn patch_sctp<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
+    if !matches!(packet.kind, Kind::Whole) {
+        return false;
+    }
+    let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
+    let end = if packet.key.src.is_v4() {
+        frame.load::<u16>(l3 + 2).map(|len| l3 + usize::from(u16::from_be(len)))
+    } else {
+        frame.load::<u16>(l3 + 4).map(|len| l3 + 40 + usize::from(u16::from_be(len)))
+    };
+    let (Some(end), Some(field)) = (end, frame.load::<u32>(l4 + 8)) else {
+        return false;
+    };
+    // Ports are the first four bytes of the message.
+    let Some(following) = end.checked_sub(l4 + 4) else {
+        return false;
+    };
+    let (new_src, new_dst) = match edit.end {
+        End::Src => (edit.port, replaced(packet.key.dport, edit.other_port)),
+        End::Dst => (replaced(packet.key.sport, edit.other_port), edit.port),
+    };
+    let diff = word(packet.key.sport, packet.key.dport) ^ word(new_src, new_dst);
+    let patched = field ^ frame.crc_difference(diff, following as u32);
+    frame.store(l4 + 8, patched)
+}
+
+#[inline(always)]
+fn replaced(old: Port, new: Port) -> Port {
+    if new.0 == 0 { old } else { new }
+}
+
+/// Two ports as they lie in memory.
+#[inline(always)]
+fn word(first: Port, second: Port) -> u32 {
+    let (a, b) = (first.0.to_ne_bytes(), second.0.to_ne_bytes());
+    u32::from_ne_bytes([a[0], a[1], b[0], b[1]])
 }
 
 /// An error travels against the packet it is about, so the end that `edit` names is the other end of the
