@@ -60,6 +60,16 @@ impl Addr {
         (self.0[0] | self.0[1] | self.0[3]) == 0 && (self.0[2] == 0 || self.0[2] == MAPPED)
     }
 
+    /// Whether this is a loopback address (127.0.0.0/8, ::1).
+    #[inline(always)]
+    pub const fn is_loopback(&self) -> bool {
+        if self.is_v4() {
+            u32::from_be(self.0[3]) >> 24 == 127
+        } else {
+            (self.0[0] | self.0[1] | self.0[2]) == 0 && u32::from_be(self.0[3]) == 1
+        }
+    }
+
     /// Loopback, multicast, IPv4 broadcast and unspecified: never a destination to translate (D-16).
     #[inline(always)]
     pub const fn is_never_service(&self) -> bool {

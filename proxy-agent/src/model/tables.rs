@@ -39,7 +39,7 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
     set(settings.masquerade_all, config::MASQUERADE_ALL);
     set(settings.masquerade_local, config::MASQUERADE_LOCAL);
     set(settings.socket_lb == SocketLb::All, config::SOCKET_PODS);
-    set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST);
+    set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST | config::LOCALHOST_NODE_PORTS);
 
     let (snat_first, snat_count) = settings.snat_ports;
     let mut table = Config {

@@ -664,7 +664,8 @@ fn the_pod_range_is_the_clusters_else_the_nodes() {
     let own = world([Change::Node(Some(node(None, &[])))]).node().config;
     assert!(own.is_pod(&ip("10.244.1.9").into()) && !own.is_pod(&ip("10.244.2.9").into()));
     assert!(!own.knows_pods(&ip("fd00::1").into()));
-    assert_eq!(own.flags, config::SOCKET_PODS | config::SOCKET_HOST | config::POD_RANGE_V4);
+    let host = config::SOCKET_HOST | config::LOCALHOST_NODE_PORTS;
+    assert_eq!(own.flags, config::SOCKET_PODS | host | config::POD_RANGE_V4);
 
     let cidrs = vec!["10.128.0.0/9".parse().unwrap(), "fd00:10::/48".parse().unwrap()];
     let set =
@@ -675,7 +676,7 @@ fn the_pod_range_is_the_clusters_else_the_nodes() {
     assert!(table.is_pod(&ip("10.244.2.9").into()) && !table.is_pod(&ip("10.1.0.1").into()));
     assert!(table.is_pod(&ip("fd00:10::7:1").into()) && !table.is_pod(&ip("fd00:11::1").into()));
     let ranges = config::POD_RANGE_V4 | config::POD_RANGE_V6;
-    assert_eq!(table.flags, config::SOCKET_HOST | config::MASQUERADE_ALL | ranges);
+    assert_eq!(table.flags, host | config::MASQUERADE_ALL | ranges);
     assert_eq!((table.snat_first, table.snat_count, table.seed, table.host_netns), (61_000, 1_000, 7, 1));
 }
 

@@ -15,6 +15,8 @@ pub const SOCKET_HOST: u32 = 1 << 3;
 pub const POD_RANGE_V4: u32 = 1 << 4;
 /// The same for IPv6.
 pub const POD_RANGE_V6: u32 = 1 << 5;
+/// Host processes reach NodePorts at 127.0.0.1 and ::1, too.
+pub const LOCALHOST_NODE_PORTS: u32 = 1 << 6;
 
 /// Kernel features, probed by the agent and frozen into the programs when they are loaded.
 pub mod feature {

@@ -3,7 +3,9 @@
 
 use super::select::{self, Refusal, Source};
 use super::{Stat, Tables};
-use crate::abi::{Config, Reason, SOCKET_ENTRIES, SocketEntry, SocketState, SourceKey, config, frontend};
+use crate::abi::{
+    Config, Reason, SOCKET_ENTRIES, SocketEntry, SocketState, SourceKey, address, config, frontend,
+};
 use crate::addr::{Addr, Port, Proto};
 
 /// How often a selection that met a table in the middle of a change starts anew.
@@ -41,16 +43,26 @@ pub enum Answer {
 /// Decides a call whose socket remembers nothing that fits.
 #[inline(always)]
 pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
-    if call.dst.is_never_service() {
-        return Answer::Leave;
-    }
-    let known = tables.address(&call.dst);
+    let loopback = call.dst.is_loopback();
+    let known = match call.dst.is_never_service() {
+        true if loopback => address::NODE_PORT,
+        true => 0,
+        false => tables.address(&call.dst),
+    };
     if known == 0 {
         return Answer::Leave;
     }
     let Some(config) = tables.config() else {
         return Answer::Leave;
     };
+    // A pod's loopback is its own: there the socket must be known to be the host's.
+    if loopback
+        && (config.flags & config::LOCALHOST_NODE_PORTS == 0
+            || call.netns == 0
+            || call.netns != config.host_netns)
+    {
+        return Answer::Leave;
+    }
     let host = is_host(config, call);
     let wanted = if host { config::SOCKET_HOST } else { config::SOCKET_PODS };
     if config.flags & wanted == 0 {

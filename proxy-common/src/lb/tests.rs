@@ -572,3 +572,24 @@ fn a_packet_cut_anywhere_is_left_alone_or_dropped() {
         assert_eq!(run(&node.tables, &cut, Hook::INGRESS, ETH), Outcome::Passed, "{len} bytes");
     }
 }
+
+#[test]
+fn host_processes_reach_node_ports_at_loopback_and_pods_do_not() {
+    let mut node = Node::new();
+    node.tables.config.as_mut().unwrap().flags |= config::LOCALHOST_NODE_PORTS;
+    node.service(("0.0.0.0", 30200), Proto::TCP, frontend::NODE_PORT, &[("10.244.2.7", 8080)]);
+    node.service(("::", 30200), Proto::TCP, frontend::NODE_PORT, &[("fd00:244::2:7", 8080)]);
+    let decide = |node: &Node, dst: &str, port, netns| {
+        let call =
+            socket::Call { dst: addr(dst), dport: Port::new(port), proto: Proto::TCP, netns, connect: true };
+        socket::decide(&node.tables, &call)
+    };
+    for dst in ["127.0.0.1", "127.1.2.3", "::1"] {
+        assert!(matches!(decide(&node, dst, 30200, 1), socket::Answer::Use(_)), "{dst}");
+        assert_eq!(decide(&node, dst, 30201, 1), socket::Answer::Leave);
+        assert_eq!(decide(&node, dst, 30200, 99), socket::Answer::Leave);
+        assert_eq!(decide(&node, dst, 30200, 0), socket::Answer::Leave);
+    }
+    node.tables.config.as_mut().unwrap().flags &= !config::LOCALHOST_NODE_PORTS;
+    assert_eq!(decide(&node, "127.0.0.1", 30200, 1), socket::Answer::Leave);
+}
