@@ -158,9 +158,9 @@ struct Said {
     complaints: BTreeMap<String, Vec<String>>,
 }
 
-/// The files and what they amount to.
+/// The files and what they amount to: the source without its watch, for whoever decides when to look.
 #[derive(Debug)]
-struct Shelf {
+pub struct Shelf {
     path: PathBuf,
     node_name: Arc<str>,
     files: BTreeMap<String, File>,
@@ -169,12 +169,14 @@ struct Shelf {
 }
 
 impl Shelf {
-    fn new(path: PathBuf, node_name: Arc<str>) -> Self {
+    /// Nothing read yet.
+    #[must_use]
+    pub fn new(path: PathBuf, node_name: Arc<str>) -> Self {
         Self { path, node_name, files: BTreeMap::new(), said: Said::default(), connected: false }
     }
 
-    /// Reads what has changed, and says what follows.
-    fn refresh(&mut self) -> io::Result<Vec<Change>> {
+    /// Reads what has changed, and says what follows. `Err` when the directory cannot be listed.
+    pub fn refresh(&mut self) -> io::Result<Vec<Change>> {
         let mut names = BTreeSet::new();
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
