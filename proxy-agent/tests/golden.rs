@@ -40,12 +40,12 @@ macro_rules! scenarios {
 }
 
 scenarios! {
-    affinity affinity_off all_terminating blue_green cluster_ip_reused clusterip dual_stack external_ips
-    external_name graceful_termination hand_written_endpoints headless health_node_port
+    affinity affinity_off all_terminating blue_green broken_file cluster_ip_reused clusterip dual_stack
+    external_ips external_name graceful_termination hand_written_endpoints headless health_node_port
     internal_policy_local loadbalancer masquerade multiple_slices multiport name_collision
-    named_target_port nodeport nodeport_addresses not_ready port_renumbered prefer_same_node recreate
-    restart_after_delete restart_unchanged rolling_update scale_to_zero sctp service_recreated
-    slice_moved source_ranges source_ranges_unrestricted tables_full topology_zone
+    named_target_port nodeport nodeport_addresses not_ready odd_addresses odd_ports port_renumbered
+    prefer_same_node recreate restart_after_delete restart_unchanged rolling_update scale_to_zero sctp
+    service_recreated slice_moved source_ranges source_ranges_unrestricted tables_full topology_zone
     topology_zone_fallback traffic_policy_local type_changes udp_endpoint_gone unlabelled_ignored
 }
 

@@ -275,7 +275,9 @@ impl Shelf {
                 complain(*line, &format!("{text}; what the file said before stays"));
             }
             for fault in &file.manifest.faults {
-                complain(fault.line, &fault.text);
+                let kept = file.manifest.objects.iter().any(|object| Some(&object.id) == fault.id.as_ref());
+                let stays = if kept { "; what it said before stays" } else { "" };
+                complain(fault.line, &format!("{}{stays}", fault.text));
             }
             for object in &file.manifest.objects {
                 match chosen.get(&object.id) {
