@@ -272,7 +272,11 @@ impl Shelf {
                 said.complaints.entry(format!("{name}:{line}")).or_default().push(text.to_owned());
             };
             if let Some((line, text)) = &file.broken {
-                complain(*line, &format!("{text}; what the file said before stays"));
+                let then = match file.manifest.objects.is_empty() {
+                    true => "nothing in the file is used until it can be read",
+                    false => "what the file said before stays",
+                };
+                complain(*line, &format!("{text}; {then}"));
             }
             for fault in &file.manifest.faults {
                 let kept = file.manifest.objects.iter().any(|object| Some(&object.id) == fault.id.as_ref());

@@ -152,6 +152,10 @@ fn a_broken_file_keeps_what_it_said_and_says_where_it_is_broken() {
     assert_eq!(places.len(), 2, "{:?}", bench.heard.complaints);
     assert_eq!(places[0], "other.json:2");
     assert!(places[1].starts_with("web.yaml:"), "{places:?}");
+    let ends = ["nothing in the file is used until it can be read", "what the file said before stays"];
+    for (lines, end) in bench.heard.complaints.values().zip(ends) {
+        assert!(lines[0].ends_with(end), "{lines:?}");
+    }
 
     bench.write("web.yaml", &service("web", "10.96.0.9"));
     fs::remove_file(bench.dir.path().join("other.json")).unwrap();
@@ -172,6 +176,7 @@ fn an_object_that_cannot_be_read_does_not_stop_its_neighbours() {
     let (place, lines) = bench.heard.complaints.first_key_value().unwrap();
     assert_eq!(place, "all.yaml:2");
     assert!(lines[0].starts_with("Service default/bad cannot be read"), "{lines:?}");
+    assert!(lines[0].ends_with("; what it said before stays"), "{lines:?}");
 
     bench.write("all.yaml", "just a text\n---\nkind: Service\napiVersion: v1\n");
     bench.look();
