@@ -75,8 +75,12 @@ const FRONTEND_FLAGS: &[(u32, &str)] = &[
     (frontend::SOURCE_RANGES, "source-ranges"),
     (frontend::NODE_PORT, "node-port"),
 ];
-const BACKEND_FLAGS: &[(u32, &str)] =
-    &[(backend::LOCAL as u32, "local"), (backend::DRAINING as u32, "draining")];
+const BACKEND_FLAGS: &[(u32, &str)] = &[
+    (backend::LOCAL as u32, "local"),
+    (backend::DRAINING as u32, "draining"),
+    (backend::IN_CLUSTER as u32, "in-cluster"),
+    (backend::IN_LOCAL as u32, "in-local"),
+];
 const ADDRESS_FLAGS: &[(u32, &str)] = &[
     (address::CLUSTER_IP, "cluster-ip"),
     (address::EXTERNAL, "external"),
@@ -91,6 +95,7 @@ const CONFIG_FLAGS: &[(u32, &str)] = &[
     (config::SOCKET_HOST, "socket-host"),
     (config::POD_RANGE_V4, "pod-range-v4"),
     (config::POD_RANGE_V6, "pod-range-v6"),
+    (config::LOCALHOST_NODE_PORTS, "localhost-node-ports"),
 ];
 
 /// The words for some bits: `internal,any`; `-` for none; bits without a word in hexadecimal.
@@ -186,8 +191,10 @@ fn write_config(f: &mut fmt::Formatter<'_>, config: &Config) -> fmt::Result {
     let v6: u32 = config.pod_v6_mask.0.iter().map(|word| word.count_ones()).sum();
     write!(
         f,
-        "config host-netns {} pods {}/{v4} {}/{v6} snat {}+{} seed {} flags {}",
+        "config host-netns {} node {} {} pods {}/{v4} {}/{v6} snat {}+{} seed {} flags {}",
         config.host_netns,
+        config.node_v4,
+        config.node_v6,
         config.pod_v4,
         config.pod_v6,
         config.snat_first,
@@ -261,7 +268,7 @@ mod tests {
             (Step::DeleteIface(2), "delete iface 2"),
             (
                 Step::PutConfig(Config::EMPTY),
-                "config host-netns 0 pods 0.0.0.0/0 ::/0 snat 0+0 seed 0 flags -",
+                "config host-netns 0 node 0.0.0.0 :: pods 0.0.0.0/0 ::/0 snat 0+0 seed 0 flags -",
             ),
         ];
         for (step, line) in lines {
