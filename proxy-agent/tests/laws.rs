@@ -600,3 +600,22 @@ fn a_full_table_is_named_with_its_remedy_and_tried_again() {
     assert_eq!(pass.plan.complaints, Vec::<String>::new());
     assert_eq!(observe(pass.applied(10 + GRACE_MS).actual()), expect(&desired));
 }
+
+#[test]
+fn what_may_only_be_unreadable_is_not_taken_away() {
+    // Y-22 with a source of which a part could not be read since the start.
+    let desired = big_world(3, 2);
+    let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);
+    let mut memory = Memory::new(Capacity::default());
+    memory.apply(&pass.plan.steps).unwrap();
+    let mut partial = desired.clone();
+    let (gone, _) = partial.services.pop_first().expect("three Services");
+    let bare = partial.services.values_mut().next().expect("two are left");
+    (bare.cluster, bare.backends) = (Vec::new(), BTreeMap::new());
+
+    let again = || Planner::new(&memory.actual, Capacity::default(), 9);
+    assert_eq!(again().full_keeping(&partial, 9).plan.steps, []);
+    let whole = again().full(&partial, 9).plan.steps;
+    let id = memory.actual.services.iter().find(|(_, n)| Some(**n) == service_name(&gone)).map(|(id, _)| *id);
+    assert!(whole.contains(&Step::DeleteService(id.expect("its name is in the tables"))));
+}

@@ -43,6 +43,7 @@ pub struct World {
     synced: HashSet<Kind>,
     links_known: bool,
     connected: bool,
+    whole: bool,
     stale: BTreeSet<ObjectName>,
     taken: HashMap<ObjectName, Ports>,
 }
@@ -80,6 +81,7 @@ impl World {
             synced: HashSet::new(),
             links_known: false,
             connected: false,
+            whole: true,
             stale: BTreeSet::new(),
             taken: HashMap::new(),
         }
@@ -94,6 +96,7 @@ impl World {
             Change::Links(links) => self.hear_links(links),
             Change::Synced(kind) => self.synced.insert(kind),
             Change::Complaints { object, lines } => self.complaints.replace(object, lines),
+            Change::Whole(whole) => std::mem::replace(&mut self.whole, whole) != whole,
             Change::Connected(connected) => std::mem::replace(&mut self.connected, connected) != connected,
         }
     }
@@ -186,6 +189,12 @@ impl World {
     #[must_use]
     pub fn endpoint_count(&self) -> usize {
         self.slices.values().map(|slice| slice.endpoints.len()).sum()
+    }
+
+    /// Whether everything the source has was understood at least once.
+    #[must_use]
+    pub fn whole(&self) -> bool {
+        self.whole
     }
 
     /// Whether the source answers.

@@ -98,7 +98,17 @@ impl Planner {
 
     /// Compares everything, and removes what is not desired: to be called only when every source has
     /// delivered its first complete list (Y-17).
-    pub fn full(mut self, desired: &Desired, now_ms: u64) -> Pass {
+    pub fn full(self, desired: &Desired, now_ms: u64) -> Pass {
+        self.compare(desired, true, now_ms)
+    }
+
+    /// The same for a source of which a part could never be read: what is missing may only be unreadable, so
+    /// no Service is removed, and none loses its last endpoint.
+    pub fn full_keeping(self, desired: &Desired, now_ms: u64) -> Pass {
+        self.compare(desired, false, now_ms)
+    }
+
+    fn compare(mut self, desired: &Desired, whole: bool, now_ms: u64) -> Pass {
         self.settle(now_ms);
         self.refused.clear();
         self.node_refused = None;
@@ -108,11 +118,16 @@ impl Planner {
         for port in desired.services.keys() {
             wanted.extend(service_name(port).and_then(|name| self.mirror.id(&name)));
         }
-        for id in self.mirror.ids().difference(&wanted.into_iter().collect()) {
-            self.remove(&mut batch, *id);
+        if whole {
+            for id in self.mirror.ids().difference(&wanted.into_iter().collect()) {
+                self.remove(&mut batch, *id);
+            }
         }
         for (port, service) in &desired.services {
-            self.update(&mut batch, port, service);
+            let empty = service.cluster.is_empty() && service.local.is_empty();
+            if whole || !empty || !self.serves(port) {
+                self.update(&mut batch, port, service);
+            }
         }
         self.pass(batch, Some(&desired.node), true, now_ms)
     }
@@ -149,6 +164,12 @@ impl Planner {
             self.update(&mut batch, port, service);
         }
         self.pass(batch, node, false, now_ms)
+    }
+
+    /// Whether a Service port has endpoints in the tables.
+    fn serves(&self, port: &ServicePort) -> bool {
+        let id = service_name(port).and_then(|name| self.mirror.id(&name));
+        id.is_some_and(|id| self.mirror.runs(id).into_iter().any(|run| run.count != 0))
     }
 
     fn settle(&mut self, now_ms: u64) {

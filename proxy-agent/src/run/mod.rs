@@ -172,6 +172,8 @@ impl Agent {
     fn hear(&mut self, change: Change) {
         self.report.heard(&change);
         let links = matches!(change, Change::Links(_));
+        // What was kept on the suspicion that it is only unreadable can be compared now.
+        self.full |= matches!(change, Change::Whole(true));
         if !self.world.hear(change) {
             return;
         }
@@ -246,7 +248,8 @@ impl Agent {
         let pass = if self.full || self.planner.is_none() {
             let actual = self.kernel.read().context("reading the tables")?;
             let planner = Planner::new(&actual, self.capacity, now);
-            planner.full(&self.world.take_desired(), now)
+            let desired = self.world.take_desired();
+            if self.world.whole() { planner.full(&desired, now) } else { planner.full_keeping(&desired, now) }
         } else {
             let dirty = self.world.take_dirty();
             let node = self.world.node();

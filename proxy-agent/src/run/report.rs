@@ -166,7 +166,7 @@ impl Report {
                     }
                 }
             }
-            Change::Node(_) | Change::Links(_) | Change::Synced(_) => {}
+            Change::Node(_) | Change::Links(_) | Change::Synced(_) | Change::Whole(_) => {}
         }
     }
 

@@ -145,6 +145,8 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
 struct File {
     hash: Option<u64>,
     manifest: Manifest,
+    /// Whether it could ever be read.
+    known: bool,
     /// Why the file as it is now could not be read, with its line.
     broken: Option<(u64, String)>,
 }
@@ -156,6 +158,8 @@ struct Said {
     slices: BTreeMap<ObjectName, Slice>,
     node: Option<Node>,
     complaints: BTreeMap<String, Vec<String>>,
+    /// Something was never understood.
+    torn: bool,
 }
 
 /// The files and what they amount to: the source without its watch, for whoever decides when to look.
@@ -237,6 +241,7 @@ impl Shelf {
                 let kept: Vec<Object> = kept.collect();
                 manifest.objects.extend(kept);
                 file.manifest = manifest;
+                file.known = true;
             }
             Err(fault) => file.broken = Some((fault.line, fault.text)),
         }
@@ -259,6 +264,9 @@ impl Shelf {
             let lines = lines.cloned().unwrap_or_default();
             changes.push(Change::Complaints { object: object.clone(), lines });
         });
+        if self.said.torn != new.torn {
+            changes.push(Change::Whole(!new.torn));
+        }
         self.said = new;
         changes
     }
@@ -278,9 +286,11 @@ impl Shelf {
                 };
                 complain(*line, &format!("{text}; {then}"));
             }
+            said.torn |= file.broken.is_some() && !file.known;
             for fault in &file.manifest.faults {
                 let kept = file.manifest.objects.iter().any(|object| Some(&object.id) == fault.id.as_ref());
                 let stays = if kept { "; what it said before stays" } else { "" };
+                said.torn |= !kept;
                 complain(fault.line, &format!("{}{stays}", fault.text));
             }
             for object in &file.manifest.objects {

@@ -36,6 +36,7 @@ struct Heard {
     complaints: BTreeMap<String, Vec<String>>,
     synced: Vec<Kind>,
     connected: bool,
+    torn: bool,
     count: usize,
 }
 
@@ -60,6 +61,7 @@ impl Heard {
             }
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected = connected,
+            Change::Whole(whole) => self.torn = !whole,
             Change::Links(_) => panic!("a directory has no links"),
         }
     }
@@ -148,6 +150,7 @@ fn a_broken_file_keeps_what_it_said_and_says_where_it_is_broken() {
     bench.write("other.json", "{\n\"kind\": ");
     bench.look();
     assert_eq!(bench.heard.services, before);
+    assert!(bench.heard.torn, "other.json was never understood");
     let places: Vec<&String> = bench.heard.complaints.keys().collect();
     assert_eq!(places.len(), 2, "{:?}", bench.heard.complaints);
     assert_eq!(places[0], "other.json:2");

@@ -43,6 +43,9 @@ pub enum Change {
     },
     /// All interfaces of the node with their addresses, whenever one of them has changed (from `netlink`).
     Links(Vec<Link>),
+    /// Whether everything there is has been understood at least once. While it is false, what is missing may
+    /// only be unreadable: what an earlier agent has written is not taken away on such grounds.
+    Whole(bool),
     /// Whether the source answers. A source that does not is retried for ever; the tables stay (Y-6).
     Connected(bool),
 }
