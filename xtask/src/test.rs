@@ -13,7 +13,7 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    build_ebpf, cmd,
+    build_ebpf, cmd, image,
     workspace::{self, Metadata},
 };
 
@@ -43,10 +43,13 @@ enum Level {
     Kernel,
     /// The agent on nodes made of network namespaces, with real traffic.
     E2e,
+    /// The container image: the static release binary packed, unpacked and run.
+    Image,
 }
 
 /// What runs when no level is named; `golden` is part of `unit`.
-const ALL: [Level; 5] = [Level::Unit, Level::Fixtures, Level::Packet, Level::Kernel, Level::E2e];
+const ALL: [Level; 6] =
+    [Level::Unit, Level::Fixtures, Level::Packet, Level::Kernel, Level::E2e, Level::Image];
 
 /// The feature of `proxy-agent` that its tests on a real kernel stand behind.
 const KERNEL_FEATURE: &str = "kernel-tests";
@@ -100,10 +103,13 @@ fn summarise(results: &[(&Level, Duration, bool)]) -> Result<()> {
 
 impl Level {
     fn needs_kernel(self) -> bool {
-        !matches!(self, Self::Unit | Self::Golden)
+        !matches!(self, Self::Unit | Self::Golden | Self::Image)
     }
 
     fn run(self, metadata: &Metadata, only: Option<&str>) -> Result<()> {
+        if self == Self::Image {
+            return image::write(None, &image::default_output()).map(|tag| println!("{tag} runs"));
+        }
         let mut command = cmd::cargo();
         command.current_dir(workspace::root()).arg("test").args(self.selection(metadata)?).arg("--");
         if self.needs_kernel() {
@@ -132,6 +138,7 @@ impl Level {
             Self::Fixtures => ("proxy-tests", "fixtures"),
             Self::Packet => ("proxy-tests", "packet"),
             Self::E2e => ("proxy-tests", "e2e"),
+            Self::Image => bail!("the image level has no test target"),
         };
         if !metadata.package(package)?.has("test", target) {
             bail!("package {package} has no test target `{target}`");

@@ -97,3 +97,19 @@ fn run_hands_over_a_checked_config() {
     let error = run(&["run", "--manifests=/x", "--bpf-root=relative"]).0.unwrap_err();
     assert!(error.to_string().contains("--bpf-root \"relative\": must be an absolute path"), "{error}");
 }
+
+#[test]
+fn the_daemonset_s_arguments_are_understood() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/daemonset.yaml");
+    let text = std::fs::read_to_string(path).unwrap();
+    let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(&text).unwrap();
+    let set = documents.iter().find(|document| document["kind"] == "DaemonSet").unwrap();
+    let args = set["spec"]["template"]["spec"]["containers"][0]["args"].as_array().unwrap();
+    let line: Vec<String> =
+        args.iter().map(|arg| arg.as_str().unwrap().replace("$(NODE_NAME)", "Node1")).collect();
+    let cli = Cli::try_parse_from(std::iter::once("proxy-agent".to_owned()).chain(line)).unwrap();
+    let Command::Run(args) = cli.command else { panic!("not run") };
+    assert_eq!(args.kubeconfig.unwrap().to_str(), Some("/etc/ebpf-proxy/kubeconfig"));
+    assert_eq!(args.hostname_override.as_deref(), Some("Node1"));
+    assert_eq!(args.cgroup_root.unwrap().to_str(), Some("/host/sys/fs/cgroup"));
+}
