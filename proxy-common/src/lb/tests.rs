@@ -353,6 +353,19 @@ fn one_client_port_to_two_services_with_one_endpoint_does_not_collide() {
 }
 
 #[test]
+fn a_redirect_about_an_endpoint_does_not_become_one_about_its_service() {
+    let mut node = Node::new();
+    node.service(("10.96.0.1", 80), Proto::UDP, frontend::INTERNAL, &[("10.244.1.7", 8080)]);
+    let sent = node.enter(&frame(&key(("10.244.1.5", 40000), ("10.96.0.1", 80), Proto::UDP), 0, b"", false));
+    // What the kernel tells a pod whose packets leave by the bridge they came in from: type 5, code 1.
+    let mut redirect = icmp_error(addr("10.244.1.1"), addr("10.244.1.5"), &sent);
+    redirect.bytes[34..36].copy_from_slice(&[5, 1]);
+    assert_eq!(node.leave(&redirect).bytes, redirect.bytes);
+    assert_eq!(node.enter(&redirect).bytes, redirect.bytes);
+    assert_eq!(node.tables.counted(Reason::IcmpTranslated), 0);
+}
+
+#[test]
 fn icmp_errors_reach_whoever_the_flow_s_packets_came_from() {
     // D-2, both directions, with and without masquerading.
     for (client, node_ip, vip, endpoint, router, nodeport) in [

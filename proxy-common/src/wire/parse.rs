@@ -248,13 +248,14 @@ fn ports(word: u32) -> (Port, Port) {
     (Port(u16::from_ne_bytes([b[0], b[1]])), Port(u16::from_ne_bytes([b[2], b[3]])))
 }
 
-/// Errors are types 3, 4, 5, 11 and 12 (RFC 1122 §3.2.2).
+/// Errors are types 3, 4, 11 and 12 (RFC 1122 §3.2.2). A redirect (5) is about the route to an endpoint: shown
+/// to the client as one about the VIP it would send the client round the node that translates for it.
 #[inline(always)]
 fn icmp_v4<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
     let head: [u32; 2] = frame.load(l4)?;
     packet.kind = Kind::Other;
     packet.icmp_type = head[0].to_ne_bytes()[0];
-    if !matches!(packet.icmp_type, 3 | 4 | 5 | 11 | 12) {
+    if !matches!(packet.icmp_type, 3 | 4 | 11 | 12) {
         return Some(());
     }
     let inner = l4 + 8;
