@@ -66,3 +66,12 @@ pub struct Hold {
     /// What `getpeername` says now.
     pub peer_name: Option<SocketAddr>,
 }
+
+/// Many bytes over one TCP connection, sent back by the server.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transfer {
+    /// Bytes that came back as they were sent.
+    pub echoed: u64,
+    /// What failed and why; absent when both directions were closed in order.
+    pub failure: Option<String>,
+}

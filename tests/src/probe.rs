@@ -8,10 +8,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::de::DeserializeOwned;
 
-use crate::answer::{Answer, Hold, Load, Request};
+use crate::answer::{Answer, Hold, Load, Request, Transfer};
 use crate::pod::Place;
 
 /// How long one line of the test-pod program may take beyond what it was asked to do.
@@ -220,6 +220,23 @@ pub fn tally(place: &Place, ask: &Ask, requests: u32) -> Result<BTreeMap<String,
         *names.entry(get(place, ask)?.name).or_default() += 1;
     }
     Ok(names)
+}
+
+/// Sends this many bytes over one TCP connection while the server sends them back; wants all of them.
+pub fn transfer(place: &Place, ask: &Ask, bytes: u64) -> Result<()> {
+    let mut process = Process::start(place, "transfer", &ask.and(&[("--bytes", bytes.to_string())]))?;
+    let transfer: Transfer = process.line(PATIENCE)?;
+    let whole = transfer.failure.is_none() && transfer.echoed == bytes;
+    ensure!(whole, "{} sends {bytes} bytes to {}: {transfer:?}", place.name, ask.to);
+    Ok(())
+}
+
+/// Asks all of these twice in turn over one UDP socket that is not connected.
+pub fn roam(place: &Place, targets: &[SocketAddr]) -> Result<Vec<Request>> {
+    let arguments: Vec<String> =
+        targets.iter().flat_map(|target| ["--to".to_owned(), target.to_string()]).collect();
+    let mut process = Process::start(place, "roam", &arguments)?;
+    (0..targets.len() * 2).map(|_| process.line(PATIENCE)).collect()
 }
 
 /// A client that runs beside the test: `T` is what it reports.

@@ -31,6 +31,13 @@ pub(crate) struct Target {
     pub(crate) timeout_ms: u64,
 }
 
+impl Target {
+    /// A UDP socket that is not connected.
+    pub(crate) fn unconnected(to: SocketAddr, timeout_ms: u64) -> Self {
+        Self { to, from: None, udp: true, unconnected: true, payload: 8, timeout_ms }
+    }
+}
+
 /// A step that failed and the error's name: `connect ECONNREFUSED`.
 pub(crate) type Failure = String;
 
@@ -71,6 +78,16 @@ impl Client {
         } else {
             self.exchange_line().map(|answer| (answer, None))
         }
+    }
+
+    /// Asks somebody else from now on; for a socket that is not connected.
+    pub(crate) fn turn_to(&mut self, to: SocketAddr) {
+        self.target.to = to;
+    }
+
+    /// The bare socket.
+    pub(crate) fn into_socket(self) -> Socket {
+        self.socket
     }
 
     /// What `getpeername` says; nothing for an unconnected socket.
@@ -126,7 +143,7 @@ impl Client {
 }
 
 /// The step and the error's name.
-fn failure(step: &str, error: &std::io::Error) -> Failure {
+pub(crate) fn failure(step: &str, error: &std::io::Error) -> Failure {
     match (error.kind(), error.raw_os_error()) {
         (std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut, _) => format!("{step} timeout"),
         (_, Some(number)) => format!("{step} {:?}", Errno::from_raw(number)),

@@ -9,8 +9,10 @@ mod client;
 mod get;
 mod hold;
 mod load;
+mod roam;
 mod serve;
 mod stdin;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -34,6 +36,10 @@ enum Command {
     Load(load::Arguments),
     /// Exchange lines over one socket steadily.
     Hold(hold::Arguments),
+    /// Ask several servers in turn over one UDP socket.
+    Roam(roam::Arguments),
+    /// Send many bytes over one TCP connection and check that all come back.
+    Transfer(transfer::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -42,6 +48,8 @@ fn main() -> ExitCode {
         Command::Get(arguments) => get::run(&arguments),
         Command::Load(arguments) => load::run(&arguments),
         Command::Hold(arguments) => hold::run(&arguments),
+        Command::Roam(arguments) => roam::run(&arguments),
+        Command::Transfer(arguments) => transfer::run(&arguments),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,9 +1,10 @@
 //! Servers: TCP by lines (and just enough HTTP for curl), UDP by datagrams.
 //!
+//! After the line `ECHO` a TCP connection gives back every byte it is sent.
 //! A UDP answer is the JSON line followed by the datagram itself, so large requests are answered large.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -94,6 +95,10 @@ fn answer_lines(stream: &TcpStream, name: &str) -> Result<()> {
     let mut line = String::new();
     while reader.by_ref().take(LONGEST_LINE).read_line(&mut line)? > 0 {
         let request = line.trim_end_matches(['\r', '\n']);
+        if request == "ECHO" {
+            std::io::copy(&mut reader, &mut writer)?;
+            return Ok(writer.shutdown(Shutdown::Write)?);
+        }
         let answer = Answer { name: name.into(), peer, local, length: request.len() };
         let mut text = serde_json::to_string(&answer)?;
         text.push('\n');
