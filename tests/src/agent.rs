@@ -250,8 +250,10 @@ impl Drop for Agent {
                 crate::say(&format!("cleanup after the agent of {} failed: {outcome:?}", self.place.name))
             }
         }
-        // With the bpffs its pins go, and with them what `cleanup` may have left.
-        if let Err(error) = umount2(&self.bpf_root, MntFlags::MNT_DETACH) {
+        // With the bpffs its pins go, and with them what `cleanup` may have left; mostly it has done this, too.
+        if let Err(error) = umount2(&self.bpf_root, MntFlags::MNT_DETACH)
+            && self.bpf_root.exists()
+        {
             crate::say(&format!("unmounting {}: {error}", self.bpf_root.display()));
         }
     }

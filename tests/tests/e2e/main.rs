@@ -4,3 +4,7 @@
 mod basics;
 #[cfg(test)]
 mod common;
+#[cfg(test)]
+mod life;
+#[cfg(test)]
+mod restart;
