@@ -76,6 +76,30 @@ impl Loads {
         Ok(())
     }
 
+    /// Waits until only servers of these names answer any of them.
+    pub(crate) fn only(&mut self, names: &[&str]) -> Result<()> {
+        for (what, runner) in &mut self.0 {
+            eventually(SOON, || {
+                let before = runner.report()?;
+                let now = eventually(SOON, || {
+                    let now = runner.report()?;
+                    ensure!(now.made >= before.made + 10, "{what} stands still: {now:?}");
+                    Ok(now)
+                })?;
+                let grown = now.names.iter().filter(|(name, n)| before.names.get(*name) != Some(*n));
+                let strangers: Vec<_> = grown.filter(|(name, _)| !names.contains(&name.as_str())).collect();
+                ensure!(strangers.is_empty(), "{what}: {strangers:?} still answer");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// What each of them has counted so far.
+    pub(crate) fn reports(&mut self) -> Result<Vec<(&str, Load)>> {
+        self.0.iter_mut().map(|(what, runner)| Ok((what.as_str(), runner.report()?))).collect()
+    }
+
     /// Ends them; none may have failed.
     pub(crate) fn end(self) -> Result<()> {
         for (what, runner) in self.0 {

@@ -8,3 +8,5 @@ mod common;
 mod life;
 #[cfg(test)]
 mod restart;
+#[cfg(test)]
+mod updates;
