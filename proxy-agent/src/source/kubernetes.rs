@@ -11,13 +11,14 @@ use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff, Event};
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
@@ -36,6 +37,8 @@ const QUIET: Duration = Duration::from_secs(6);
 /// A streaming list that pauses for this long is one that the server does not know: it sent what it has and
 /// will never say that this was all.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
+/// A version that is too old is answered with a new list at once when the last such answer is this long ago.
+const EXPIRED_ANEW: Duration = Duration::from_secs(10);
 
 /// Why there is no client for the API server.
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +190,22 @@ struct Sent {
 type Known = HashMap<ObjectName, Sent>;
 type Events<K> = BoxStream<'static, watcher::Result<Event<Heard<K>>>>;
 
+/// When to ask again.
+#[derive(Default)]
+struct Retry {
+    backoff: DefaultBackoff,
+    expired: Option<Instant>,
+}
+
+impl Retry {
+    /// Notes that a version was too old; whether that has not happened for a while. A server that says so after
+    /// every list must not be listed all the time.
+    fn expired_anew(&mut self) -> bool {
+        let before = self.expired.replace(Instant::now());
+        before.is_none_or(|at| at.elapsed() >= EXPIRED_ANEW)
+    }
+}
+
 impl<K, T> Feed<K, T>
 where
     K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
@@ -197,10 +216,10 @@ where
         let mut streaming = true;
         let mut known = Known::new();
         let mut synced = false;
-        let mut backoff = DefaultBackoff::default();
+        let mut retry = Retry::default();
         loop {
             let events = self.events(&api, streaming);
-            match self.follow(events, streaming, &mut known, &mut synced, &mut backoff).await {
+            match self.follow(events, streaming, &mut known, &mut synced, &mut retry).await {
                 Ok(End::Relist) => {}
                 Ok(End::NoStreaming) => streaming = false,
                 Err(Closed) => return,
@@ -222,7 +241,7 @@ where
         streaming: bool,
         known: &mut Known,
         synced: &mut bool,
-        backoff: &mut DefaultBackoff,
+        retry: &mut Retry,
     ) -> Result<End, Closed> {
         let mut listed: Option<HashSet<ObjectName>> = None;
         let mut paused = false;
@@ -239,7 +258,7 @@ where
                 None => return Ok(End::Relist),
                 // A server that ends every list half-way without a word must not be asked without a pause.
                 Some(Ok(Event::Init)) if listed.is_some() && !paused => {
-                    self.pause("the list ended half-way", backoff).await?;
+                    self.pause("the list ended half-way", retry).await?;
                     listed = Some(HashSet::new());
                 }
                 Some(Ok(event)) => {
@@ -247,6 +266,11 @@ where
                     // A classic list begins with `Init` before anything has been asked.
                     if !matches!(event, Event::Init) {
                         self.line.connected(true).await?;
+                    }
+                    // A watch that brings news works: the next outage has nothing to do with the last. A list alone
+                    // is no proof, or a watch that always fails would have everything listed at the shortest pause.
+                    if matches!(event, Event::Apply(_) | Event::Delete(_)) {
+                        retry.backoff.reset();
                     }
                     self.take(event, known, &mut listed, synced).await?;
                 }
@@ -258,7 +282,12 @@ where
                         tracing::warn!(kind = self.what, %error, "skipped an event that cannot be read");
                         continue;
                     }
-                    self.failed(&error, backoff).await?;
+                    // A server that has forgotten a version is well: nothing is to be waited for.
+                    if is_expired(&error) && retry.expired_anew() {
+                        tracing::info!(kind = self.what, "the API server has forgotten our version: new list");
+                        return Ok(End::Relist);
+                    }
+                    self.failed(&error, retry).await?;
                     paused = true;
                     if is_gone(&error) {
                         return Ok(End::Relist);
@@ -286,13 +315,13 @@ where
         End::NoStreaming
     }
 
-    async fn failed(&self, error: &watcher::Error, backoff: &mut DefaultBackoff) -> Result<(), Closed> {
+    async fn failed(&self, error: &watcher::Error, retry: &mut Retry) -> Result<(), Closed> {
         let source = std::error::Error::source(error).map(ToString::to_string);
-        self.pause(&source.unwrap_or_else(|| error.to_string()), backoff).await
+        self.pause(&source.unwrap_or_else(|| error.to_string()), retry).await
     }
 
-    async fn pause(&self, why: &str, backoff: &mut DefaultBackoff) -> Result<(), Closed> {
-        let pause = backoff.next().unwrap_or(Duration::from_secs(30));
+    async fn pause(&self, why: &str, retry: &mut Retry) -> Result<(), Closed> {
+        let pause = retry.backoff.next().unwrap_or(Duration::from_secs(30));
         tracing::warn!(kind = self.what, why, ?pause, "cannot watch; what is known stays, trying again");
         self.line.connected(false).await?;
         tokio::time::sleep(pause).await;
@@ -403,9 +432,15 @@ fn status(error: &watcher::Error) -> Option<&kube::core::Status> {
 /// The version to continue from is too old, or newer than what the server has (Y-5). `kube` lists anew only
 /// when this comes as an event of a watch; as the answer to a request it would ask the same again for ever.
 fn is_gone(error: &watcher::Error) -> bool {
-    status(error).is_some_and(|status| {
-        status.code == 410 || status.code == 504 && status.message.contains("Too large resource version")
-    })
+    is_expired(error)
+        || status(error).is_some_and(|status| {
+            status.code == 504 && status.message.contains("Too large resource version")
+        })
+}
+
+/// The version is older than what the server remembers.
+fn is_expired(error: &watcher::Error) -> bool {
+    status(error).is_some_and(|status| status.code == 410)
 }
 
 /// A server before 1.32 or with the feature off refuses `sendInitialEvents`.

@@ -202,6 +202,7 @@ async fn a_version_that_is_refused_outright_leads_to_a_new_list() {
     listener.until("the new list is in", |l| l.has(&[("b", "10.96.0.2")])).await;
     let services = server.asked("/api/v1/services");
     assert!(services[1].contains("resourceVersion=3"), "the watch goes on where it ended: {services:?}");
+    assert!(!listener.connected.contains(&false), "a server that forgets is not lost");
 }
 
 #[tokio::test]
