@@ -149,9 +149,10 @@ pub fn main(rooms: &Rooms) -> ExitCode {
 }
 
 fn log_to_stderr(verbose: u8) {
+    // Of requests that fail the source tells itself, with what happens next.
     let default = match verbose {
-        0 => "info",
-        1 => "info,proxy_agent=debug",
+        0 => "info,kube_client=off",
+        1 => "info,kube_client=off,proxy_agent=debug",
         2 => "debug,proxy_agent=trace",
         _ => "trace",
     };
