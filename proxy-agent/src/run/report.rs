@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use proxy_common::abi::{AgentState, text};
 
-use crate::config::Config;
+use crate::config::{Config, SourceConfig};
 use crate::datapath::attach::{AttachError, Attached};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
@@ -38,6 +38,8 @@ pub(super) struct Report {
     failure: Option<String>,
     started: Instant,
     told: Instant,
+    /// The source knows no Nodes: one that was never seen is as good as any.
+    without_nodes: bool,
 }
 
 fn unix_ms() -> u64 {
@@ -104,6 +106,7 @@ impl Report {
             failure: None,
             started: Instant::now(),
             told: Instant::now(),
+            without_nodes: matches!(config.source, SourceConfig::Manifests(_)),
         };
         report.pinned.write_agent(&report.state)?;
         Ok(report)
@@ -218,7 +221,7 @@ impl Report {
             self.health.synced(family);
             self.metrics.pass_took(family, took);
         }
-        self.health.node_eligible(world.node_object().is_some_and(|node| node.eligible));
+        self.health.node_eligible(world.node_object().map_or(self.without_nodes, |node| node.eligible));
         self.failure = None;
         self.state.synced_ms = unix_ms();
         self.refused.clone_from(&plan.complaints);
