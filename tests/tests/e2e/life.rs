@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::common::vips;
 
 /// How long a change may take to be seen, on a machine that is busy with other tests.
-pub(crate) const SOON: Duration = Duration::from_secs(10);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// How long a load runs when nobody stops it.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// What every agent of these tests is told of pod addresses.
@@ -190,6 +190,15 @@ pub(crate) fn fails(place: &Place, to: SocketAddr, how: &str) -> Result<()> {
     eventually(SOON, || {
         let request = proxy_tests::probe::request(place, &quick(to))?;
         ensure!(request.failure.as_deref() == Some(how), "{} → {to}: {request:?}, not {how}", place.name);
+        Ok(())
+    })
+}
+
+/// Waits until nobody answers there, in whatever way.
+pub(crate) fn nobody_answers(place: &Place, to: SocketAddr) -> Result<()> {
+    eventually(SOON, || {
+        let request = proxy_tests::probe::request(place, &quick(to))?;
+        ensure!(request.answer.is_none(), "{} → {to}: {request:?}", place.name);
         Ok(())
     })
 }

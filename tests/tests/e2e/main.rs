@@ -1,6 +1,8 @@
 //! The real agent on the real kernel: what users would see.
 
 #[cfg(test)]
+mod api_server;
+#[cfg(test)]
 mod basics;
 #[cfg(test)]
 mod common;
