@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::table;
 use super::view::{LinkInfo, MapFill, Now, View, span};
+use crate::datapath::size_flag;
 
 /// An agent that has not written its record for this long does not run.
 pub const BEAT_LIMIT_MS: u64 = 15_000;
@@ -230,24 +231,13 @@ fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
     for table in tables.iter().filter(|table| table.percent() > FULL_PERCENT) {
         found.push(remark(
             format!("table {} is {}% full", table.name, table.percent()),
-            format!("start the agent with a larger {}", size_flag(table.name)),
+            match size_flag(table.name) {
+                Some(flag) => format!("start the agent with a larger {flag} after `proxy-agent cleanup`"),
+                None => "its size is fixed: please report it".to_owned(),
+            },
         ));
     }
     found
-}
-
-/// The flag that sizes a table.
-fn size_flag(table: &str) -> &'static str {
-    match table {
-        "FRONTENDS" => "--max-frontends",
-        "SLOTS" => "--max-slots",
-        "BACKENDS" => "--max-backends",
-        "SERVICES" => "--max-services",
-        "SOURCES" => "--max-sources",
-        "ADDRESSES" => "--max-addresses",
-        "FLOWS" => "--max-flows",
-        _ => "table (this one has a fixed size: please report it)",
-    }
 }
 
 fn warnings(agent: Option<&Agent>, links: &[LinkInfo], complaints: &[String]) -> Vec<Remark> {

@@ -124,13 +124,37 @@ pub struct Capacities {
     /// Entries of established flows: two to four a flow.
     #[arg(long = "max-flows", value_name = "N", default_value_t = capacity::FLOWS as u32, value_parser = entries)]
     pub flows: u32,
+    /// Flows that nobody has answered yet.
+    #[arg(long = "max-half-open", value_name = "N", default_value_t = capacity::HALF_OPEN as u32, value_parser = entries)]
+    pub half_open: u32,
+    /// Fragmented packets under way.
+    #[arg(long = "max-fragments", value_name = "N", default_value_t = capacity::FRAGMENTS as u32, value_parser = entries)]
+    pub fragments: u32,
+    /// Clients that Services with session affinity remember.
+    #[arg(long = "max-affinity", value_name = "N", default_value_t = capacity::AFFINITY as u32, value_parser = entries)]
+    pub affinity: u32,
+    /// Interfaces of this node.
+    #[arg(long = "max-interfaces", value_name = "N", default_value_t = capacity::IFACES as u32, value_parser = entries)]
+    pub ifaces: u32,
 }
 
 impl Capacities {
-    /// These sizes, and the default for maps whose size has no flag.
+    /// These sizes, for the maps.
     #[must_use]
     pub fn of_maps(&self) -> crate::datapath::load::Capacities {
-        let Self { frontends, slots, backends, services, sources, addresses, flows } = *self;
+        let Self {
+            frontends,
+            slots,
+            backends,
+            services,
+            sources,
+            addresses,
+            flows,
+            half_open,
+            fragments,
+            affinity,
+            ifaces,
+        } = *self;
         crate::datapath::load::Capacities {
             frontends,
             slots,
@@ -139,7 +163,10 @@ impl Capacities {
             sources,
             addresses,
             flows,
-            ..crate::datapath::load::Capacities::DEFAULT
+            half_open,
+            fragments,
+            affinity,
+            ifaces,
         }
     }
 }

@@ -83,7 +83,7 @@ pub fn size_flag(map: &str) -> Option<&'static str> {
         maps::SLOTS => "--max-slots",
         maps::BACKENDS => "--max-backends",
         maps::ADDRESSES => "--max-addresses",
-        maps::SOURCES => "--max-source-ranges",
+        maps::SOURCES => "--max-sources",
         maps::IFACES => "--max-interfaces",
         maps::SERVICES | maps::SERVICE_STATS => "--max-services",
         maps::FLOWS => "--max-flows",

@@ -19,7 +19,7 @@ pub struct Capacity {
     pub sources: u32,
     /// SERVICES and SERVICE_STATS (`--max-services`).
     pub services: u32,
-    /// IFACES.
+    /// IFACES (`--max-interfaces`).
     pub ifaces: u32,
 }
 
