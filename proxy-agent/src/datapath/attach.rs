@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use aya_obj::generated::bpf_attach_type as Hook;
 
@@ -93,6 +94,9 @@ pub enum AttachError {
     #[error(transparent)]
     Pins(#[from] PinError),
 }
+
+/// How often progress is logged while programs are attached.
+const PROGRESS: Duration = Duration::from_secs(1);
 
 /// A direction of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -233,15 +237,21 @@ impl Loaded {
 
     /// Brings the programs on interfaces in line with `links`: attaches to those that lack them, and removes
     /// the pins of interfaces that are not listed. One result for each of `links`; an interface that refuses
-    /// one direction carries neither.
+    /// one direction carries neither. Attaching takes the kernel some milliseconds each, so that a node with very
+    /// many is told how far it is.
     pub fn sync_interfaces(&mut self, links: &[Link]) -> Vec<(Arc<str>, Result<Attached, AttachError>)> {
+        let mut told = Instant::now();
         let wanted: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let mut results = Vec::new();
         match self.drop_interfaces(|index| !wanted.contains(&index)) {
             Ok(_) => {}
             Err(error) => results.push((Arc::from("interfaces that are gone"), Err(error))),
         }
-        for link in links {
+        for (n, link) in links.iter().enumerate() {
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                tracing::info!("attaching programs: {n} of {} interfaces done", links.len());
+            }
             let result = self.attach_interface(link);
             if result.is_err() {
                 // Half an interface would translate one way only; the error that led here matters more.
