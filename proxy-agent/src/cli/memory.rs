@@ -146,8 +146,13 @@ pub(super) fn small_cluster() -> Memory {
             MapFill { name: "FLOWS", used: 8, max: 524_288 },
         ],
         links: vec![
-            LinkInfo { name: "connect4".into(), program: "connect4".into(), attached: true },
-            LinkInfo { name: "tc_ingress-2".into(), program: "tc_ingress".into(), attached: true },
+            LinkInfo { name: "connect4".into(), program: "connect4".into(), attached: true, program_id: 7 },
+            LinkInfo {
+                name: "tc_ingress-2".into(),
+                program: "tc_ingress".into(),
+                attached: true,
+                program_id: 8,
+            },
         ],
     };
     memory.actual.services.insert(1, name("default", "web", "http", Proto::TCP, 4));

@@ -49,6 +49,7 @@ impl View for Pinned {
                 attached: link.place != Place::Nowhere,
                 name: link.name,
                 program: link.program,
+                program_id: link.program_id,
             })
             .collect())
     }

@@ -18,6 +18,8 @@ pub struct LinkInfo {
     pub program: String,
     /// Whether it is attached to something that still exists.
     pub attached: bool,
+    /// Id of that program.
+    pub program_id: u32,
 }
 
 /// The tables of this node, for reading; flows can be deleted.
