@@ -12,13 +12,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use globset::{Glob, GlobSet, GlobSetBuilder};
 use ipnet::IpNet;
 
 pub use args::{Capacities, RunArgs, Scheduler, SocketLbArg};
 pub use host::{Host, ThisHost};
 
 use crate::model::{NodePortAddresses, Settings};
+use crate::netlink::Devices;
 
 /// Where pins live unless `--bpf-root` says otherwise.
 pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/ebpf-proxy";
@@ -47,27 +47,6 @@ impl fmt::Display for SourceConfig {
             Self::Manifests(dir) => write!(f, "manifests {}", dir.display()),
             Self::InCluster => f.write_str("in-cluster API server"),
         }
-    }
-}
-
-/// Which interfaces carry programs (`--devices`).
-#[derive(Clone, Debug, Default)]
-pub struct Devices {
-    patterns: Vec<String>,
-    set: GlobSet,
-}
-
-impl Devices {
-    /// Whether an interface of this name is to carry programs; without patterns every one is.
-    #[must_use]
-    pub fn matches(&self, name: &str) -> bool {
-        self.patterns.is_empty() || self.set.is_match(name)
-    }
-
-    /// The patterns as they were given.
-    #[must_use]
-    pub fn patterns(&self) -> &[String] {
-        &self.patterns
     }
 }
 
@@ -168,8 +147,8 @@ impl Config {
         if !bpf_root.is_absolute() {
             errors.add("--bpf-root", bpf_root.display().to_string(), "must be an absolute path");
         }
-        let metrics = match (metrics, errors.0.is_empty()) {
-            (Some(metrics), true) => metrics,
+        let (metrics, devices) = match (metrics, devices, errors.0.is_empty()) {
+            (Some(metrics), Some(devices), true) => (metrics, devices),
             _ => return Err(ConfigErrors(errors.0)),
         };
         Ok(Self {
@@ -299,23 +278,15 @@ fn address(flag: &'static str, text: &str, port: u16, errors: &mut Errors) -> Op
 }
 
 /// Patterns of interface names.
-fn devices(patterns: &[String], errors: &mut Errors) -> Devices {
-    let patterns: Vec<String> =
-        patterns.iter().map(|p| p.trim().to_owned()).filter(|p| !p.is_empty()).collect();
-    let mut set = GlobSetBuilder::new();
-    for pattern in &patterns {
-        match Glob::new(pattern) {
-            Ok(glob) => {
-                set.add(glob);
-            }
-            Err(e) => errors.add("--devices", pattern, format!("is not a pattern: {}", e.kind())),
+fn devices(patterns: &[String], errors: &mut Errors) -> Option<Devices> {
+    let patterns: Vec<&str> = patterns.iter().map(|p| p.trim()).filter(|p| !p.is_empty()).collect();
+    match Devices::new(&patterns) {
+        Ok(devices) => Some(devices),
+        Err(error) => {
+            errors.add("--devices", error.pattern(), error.reason());
+            None
         }
     }
-    let set = set.build().unwrap_or_else(|e| {
-        errors.add("--devices", patterns.join(","), format!("cannot be compiled: {e}"));
-        GlobSet::empty()
-    });
-    Devices { patterns, set }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::io;
 use clap::Parser;
 
 use super::*;
-use crate::model::SocketLb;
+use crate::model::{Link, SocketLb};
 
 /// A host that says what it was told to.
 #[derive(Default)]
@@ -102,7 +102,7 @@ fn no_flags_mean_the_documented_defaults() {
     assert_eq!(config.cgroup_root, None);
     assert_eq!(config.scheduler, Scheduler::Hash);
     assert_eq!((config.capacities.flows, config.capacities.backends), (524_288, 262_144));
-    assert!(config.devices.matches("eth0") && config.devices.matches("lxc1234"));
+    assert!(carries(&config.devices, "eth0") && carries(&config.devices, "lxc1234"));
     assert_eq!(config.warnings, Vec::<String>::new());
 }
 
@@ -222,12 +222,30 @@ fn switches_are_taken_bare_and_with_a_value() {
     assert_eq!(settings.cgroup_root, Some("/sys/fs/cgroup/unified".into()));
 }
 
+fn carries(devices: &Devices, name: &str) -> bool {
+    let name = name.into();
+    devices.carries(&Link { index: 2, name, loopback: false, up: true, layer3: false, addresses: Vec::new() })
+}
+
 #[test]
 fn devices_are_patterns() {
     let devices = config(&["--devices=eth*, ens?"]).devices;
-    assert!(devices.matches("eth0") && devices.matches("ens5"));
-    assert!(!devices.matches("ens55") && !devices.matches("cni0"));
-    assert_eq!(devices.patterns(), ["eth*", "ens?"]);
+    assert!(carries(&devices, "eth0") && carries(&devices, "ens5"));
+    assert!(!carries(&devices, "ens55") && !carries(&devices, "cni0"));
+}
+
+#[test]
+fn every_size_that_an_error_names_a_flag_for_can_be_set() {
+    use proxy_common::abi::maps;
+    for flag in maps::ALL.iter().filter_map(|map| crate::datapath::size_flag(map)) {
+        let capacities = config(&[&format!("{flag}=77")]).capacities.of_maps();
+        let sized: Vec<_> = capacities.each().into_iter().filter(|(_, size)| *size == 77).collect();
+        assert!(!sized.is_empty(), "{flag}");
+        assert!(
+            sized.iter().all(|(map, _)| crate::datapath::size_flag(map) == Some(flag)),
+            "{flag}: {sized:?}"
+        );
+    }
 }
 
 #[test]

@@ -12,8 +12,22 @@ pub struct DevicesError {
     source: globset::Error,
 }
 
+impl DevicesError {
+    /// The pattern.
+    #[must_use]
+    pub fn pattern(&self) -> &str {
+        &self.pattern
+    }
+
+    /// What is wrong with it.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        format!("is no pattern for interface names such as eth0, eth*, cali*: {}", self.source.kind())
+    }
+}
+
 /// The interfaces that carry programs: all but loopback, or those that `--devices` names.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Devices {
     only: Option<GlobSet>,
 }

@@ -22,7 +22,7 @@ use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::probe::{self, Features};
 use crate::datapath::{Datapath, sockets};
-use crate::model::{Link, SocketLb, World};
+use crate::model::{SocketLb, World};
 use crate::netlink;
 use crate::pace::{Limits, Pace};
 use crate::plan::{Actual, Capacity, Plan, Planner, Step};
@@ -289,13 +289,7 @@ impl Agent {
     }
 
     fn attach_interfaces(&mut self) {
-        let links: Vec<Link> = self
-            .world
-            .links()
-            .iter()
-            .filter(|link| !link.loopback && self.config.devices.matches(&link.name))
-            .cloned()
-            .collect();
+        let links = self.config.devices.choose(self.world.links());
         let results = self.loaded.sync_interfaces(&links);
         self.report.interfaces(results);
     }
