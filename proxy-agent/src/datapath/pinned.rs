@@ -228,7 +228,14 @@ impl Pinned {
 
     /// How full every table is whose entries come and go.
     pub fn fill(&self) -> Result<Vec<MapFill>, PinnedError> {
-        let actual = self.kernel.actual()?;
+        let mut fill = self.fill_by_agent(&self.kernel.actual()?);
+        fill.extend(self.fill_by_traffic()?);
+        Ok(fill)
+    }
+
+    /// The same for the tables that the agent fills, as it has them.
+    #[must_use]
+    pub fn fill_by_agent(&self, actual: &Actual) -> Vec<MapFill> {
         let lives = actual.backends.values().filter(|backend| backend.is_live()).count();
         let used: BTreeMap<&str, usize> = BTreeMap::from([
             (maps::FRONTENDS, actual.frontends.len()),
@@ -239,18 +246,12 @@ impl Pinned {
             (maps::IFACES, actual.ifaces.len()),
             (maps::SERVICES, actual.services.len()),
         ]);
-        let mut fill: Vec<MapFill> = self
-            .kernel
-            .sizes()
-            .into_iter()
-            .map(|(name, max)| MapFill {
-                name,
-                used: used.get(name).map_or(0, |n| *n as u64),
-                max: max.into(),
-            })
-            .collect();
-        fill.extend(self.fill_by_traffic()?);
-        Ok(fill)
+        let fill = |(name, max): (&'static str, u32)| MapFill {
+            name,
+            used: used.get(name).map_or(0, |n| *n as u64),
+            max: max.into(),
+        };
+        self.kernel.sizes().into_iter().map(fill).collect()
     }
 
     /// The same for the tables that traffic fills, and no others: the agent knows what it wrote itself, and

@@ -201,7 +201,15 @@ impl Agent {
             self.report.progress(&self.world);
         }
         if beat {
+            self.count();
             self.report.write(&self.world, self.pace.queued_ms().is_some());
+        }
+    }
+
+    /// Counting takes a walk through all endpoints: now and then, not with each pass.
+    fn count(&self) {
+        if let Some(planner) = &self.planner {
+            self.report.count(planner.actual());
         }
     }
 
@@ -231,6 +239,7 @@ impl Agent {
                 self.report.wrote(&self.world, &plan, full, started.elapsed());
                 self.report.write(&self.world, false);
                 if first {
+                    self.count();
                     self.report.ready(&self.world, &plan);
                 }
             }

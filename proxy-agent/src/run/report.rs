@@ -11,7 +11,7 @@ use crate::datapath::attach::{AttachError, Attached};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
 use crate::model::{Family, World};
-use crate::plan::Plan;
+use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
 use crate::serve::{self, Metrics, Snapshot};
 use crate::source::Change;
@@ -79,10 +79,10 @@ impl Report {
         let shared = snapshot.clone();
         let snapshots = move || {
             let mut now = shared.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match (scraped.reasons(), scraped.fill()) {
+            match (scraped.reasons(), scraped.fill_by_traffic()) {
                 (Ok(reasons), Ok(fill)) => {
                     now.reasons = reasons;
-                    now.tables = fill;
+                    now.tables.extend(fill);
                 }
                 (Err(error), _) | (_, Err(error)) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "counters cannot be read");
@@ -171,6 +171,14 @@ impl Report {
             }
             Change::Node(_) | Change::Links(_) | Change::Synced(_) | Change::Whole(_) => {}
         }
+    }
+
+    /// Counts what is in the tables, for metrics.
+    pub(super) fn count(&self, actual: &Actual) {
+        let tables = self.pinned.fill_by_agent(actual);
+        let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        snapshot.frontends = actual.frontends.len() as u64;
+        snapshot.tables = tables;
     }
 
     pub(super) fn queued(&self) {

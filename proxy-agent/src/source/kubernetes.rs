@@ -284,7 +284,10 @@ where
                     }
                     // A server that has forgotten a version is well: nothing is to be waited for.
                     if is_expired(&error) && retry.expired_anew() {
-                        tracing::info!(kind = self.what, "the API server has forgotten our version: new list");
+                        tracing::info!(
+                            kind = self.what,
+                            "the API server has forgotten our version: new list"
+                        );
                         return Ok(End::Relist);
                     }
                     self.failed(&error, retry).await?;
@@ -433,9 +436,8 @@ fn status(error: &watcher::Error) -> Option<&kube::core::Status> {
 /// when this comes as an event of a watch; as the answer to a request it would ask the same again for ever.
 fn is_gone(error: &watcher::Error) -> bool {
     is_expired(error)
-        || status(error).is_some_and(|status| {
-            status.code == 504 && status.message.contains("Too large resource version")
-        })
+        || status(error)
+            .is_some_and(|status| status.code == 504 && status.message.contains("Too large resource version"))
 }
 
 /// The version is older than what the server remembers.
