@@ -5,7 +5,11 @@ mod api_server;
 #[cfg(test)]
 mod basics;
 #[cfg(test)]
+mod bad_objects;
+#[cfg(test)]
 mod common;
+#[cfg(test)]
+mod directory;
 #[cfg(test)]
 mod life;
 #[cfg(test)]
