@@ -25,4 +25,5 @@ pub use endpoint::{Endpoint, Slice, SlicePort};
 pub use node::{Link, Node};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
 pub use settings::{NodePortAddresses, Settings, SocketLb};
+pub use tables::Accepted;
 pub use world::{HealthCheck, World};

@@ -1,6 +1,6 @@
 //! What should be in the tables for the node itself: settings, interfaces, addresses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -120,6 +120,26 @@ fn addresses(settings: &Settings, node: &Node, links: &[Link]) -> BTreeMap<Addr,
         .collect()
 }
 
+/// The addresses of one family at which NodePorts are accepted, for who listens there (H-15).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Accepted {
+    /// All that the node has and will have.
+    Everywhere,
+    /// These.
+    At(Vec<IpAddr>),
+}
+
+/// Where to listen for what is served beside NodePorts.
+pub(super) fn accepted(settings: &Settings, node: &Node, links: &[Link], family: Family) -> Accepted {
+    let accepted = NodePorts::of(settings, node, links);
+    if accepted.everywhere(family) {
+        return Accepted::Everywhere;
+    }
+    let at: BTreeSet<IpAddr> =
+        global_addresses(links).filter(|ip| Family::of(ip) == family && accepted.at(ip)).collect();
+    Accepted::At(at.into_iter().collect())
+}
+
 /// Where NodePorts are accepted (V-33).
 enum NodePorts<'a> {
     Everywhere,
@@ -144,13 +164,23 @@ impl<'a> NodePorts<'a> {
     }
 
     fn at(&self, ip: &IpAddr) -> bool {
-        match self {
+        let named = match self {
             Self::Everywhere => true,
             Self::At(ips) => ips.contains(ip),
+            Self::Inside(ranges) => ranges.iter().any(|range| range.contains(ip)),
+        };
+        named || self.everywhere(Family::of(ip))
+    }
+
+    /// Whether every address of a family will do: nothing was said of it, or a range that holds them all.
+    fn everywhere(&self, family: Family) -> bool {
+        match self {
+            Self::Everywhere => true,
+            Self::At(_) => false,
             Self::Inside(ranges) => {
                 let mut of_family =
-                    ranges.iter().filter(|range| Family::of(&range.addr()) == Family::of(ip)).peekable();
-                of_family.peek().is_none() || of_family.any(|range| range.contains(ip))
+                    ranges.iter().filter(|range| Family::of(&range.addr()) == family).peekable();
+                of_family.peek().is_none() || of_family.any(|range| range.prefix_len() == 0)
             }
         }
     }

@@ -13,7 +13,7 @@ use super::compile::{Here, compile};
 use super::complaints::{Complaint, Complaints};
 use super::merge::sorted;
 use super::names::Names;
-use super::tables::{global_addresses, node_tables};
+use super::tables::{self, Accepted, global_addresses, node_tables};
 use super::{Desired, DesiredService, Family, Link, Node, NodeTables, ObjectName, Service, ServicePort};
 use super::{Settings, Slice};
 use crate::source::{Change, Kind};
@@ -234,6 +234,12 @@ impl World {
                 })
             })
             .collect()
+    }
+
+    /// Where NodePorts of a family are accepted, and health checks are served (H-15).
+    #[must_use]
+    pub fn node_port_addresses(&self, family: Family) -> Accepted {
+        tables::accepted(&self.settings, &self.last_node, &self.links, family)
     }
 
     fn local_ready(&self, name: &ObjectName, service: &Service, family: Family) -> usize {

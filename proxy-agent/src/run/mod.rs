@@ -231,12 +231,12 @@ impl Agent {
                 if full {
                     self.full_at_ms = now;
                 }
-                self.destroy_sockets(&gone);
                 if !self.ready {
                     self.attach()?;
                 }
                 let first = !std::mem::replace(&mut self.ready, true);
                 self.report.wrote(&self.world, &plan, full, started.elapsed());
+                self.destroy_sockets(&gone); // Y-25: last, and only after success.
                 self.report.write(&self.world, false);
                 if first {
                     self.count();

@@ -13,7 +13,8 @@ use crate::datapath::pinned::Pinned;
 use crate::model::{Family, World};
 use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
-use crate::serve::{self, Metrics, Snapshot};
+use crate::serve::service_health::Wanted;
+use crate::serve::{self, Metrics, ServiceHealth, Snapshot};
 use crate::source::Change;
 
 /// How often progress is logged while the first lists come in.
@@ -24,6 +25,7 @@ pub(super) struct Report {
     pinned: Pinned,
     state: AgentState,
     health: Arc<Health>,
+    service_health: ServiceHealth,
     metrics: Arc<Metrics>,
     snapshot: Arc<Mutex<Snapshot>>,
     /// What was wrong from the start: flags, pins.
@@ -97,6 +99,7 @@ impl Report {
             pinned: Pinned::open(root)?,
             state,
             health,
+            service_health: ServiceHealth::default(),
             metrics,
             snapshot,
             warnings: all,
@@ -115,6 +118,7 @@ impl Report {
     /// Serves health and metrics from a thread of their own, so that neither waits for a pass.
     pub(super) fn serve(&self, config: &Config) -> Result<()> {
         let (health, metrics) = (self.health.clone(), self.metrics.clone());
+        let service_health = self.service_health.server(self.health.clone());
         let (at_health, at_metrics) = (config.healthz, config.metrics);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -129,7 +133,11 @@ impl Report {
                     }
                 };
                 let metrics = serve::serve("metrics", at_metrics, serve::metrics::router(metrics));
-                if let Err(error) = tokio::try_join!(health, metrics) {
+                let service_health = async {
+                    service_health.run().await;
+                    Ok(())
+                };
+                if let Err(error) = tokio::try_join!(health, metrics, service_health) {
                     tracing::error!("health and metrics are no longer served: {error}");
                 }
             });
@@ -230,6 +238,7 @@ impl Report {
             self.metrics.pass_took(family, took);
         }
         self.health.node_eligible(world.node_object().map_or(self.without_nodes, |node| node.eligible));
+        self.service_health.want(Wanted::of(world)); // Y-25: after success only.
         self.failure = None;
         self.state.synced_ms = unix_ms();
         self.refused.clone_from(&plan.complaints);
@@ -283,6 +292,8 @@ impl Report {
         let mut lines: Vec<String> = self.failure.iter().cloned().collect();
         lines.extend(self.refusing.iter().cloned());
         lines.extend(self.refused.iter().cloned());
+        let not_served = self.service_health.complaints();
+        lines.extend(not_served.iter().cloned());
         let complaints = world.complaints();
         lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
         lines.extend(self.warnings.iter().cloned());
@@ -295,7 +306,8 @@ impl Report {
         };
         self.state.services = u32::try_from(world.service_count()).unwrap_or(u32::MAX);
         self.state.endpoints = u32::try_from(world.endpoint_count()).unwrap_or(u32::MAX);
-        self.state.complaints = u32::try_from(complaints.len() + self.refused.len()).unwrap_or(u32::MAX);
+        self.state.complaints =
+            u32::try_from(complaints.len() + self.refused.len() + not_served.len()).unwrap_or(u32::MAX);
         self.state.synced = u32::from(world.synced() && self.state.synced_ms != 0);
         self.state.connected = u32::from(world.connected());
         if let Err(error) =

@@ -3,6 +3,7 @@
 pub mod health;
 pub mod metrics;
 pub mod process;
+pub mod service_health;
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,6 +14,7 @@ use tokio::net::TcpListener;
 
 pub use health::Health;
 pub use metrics::{Metrics, Snapshot};
+pub use service_health::ServiceHealth;
 
 /// How long to wait before an address is tried again (H-12, H-28).
 const BIND_EVERY: Duration = Duration::from_secs(5);

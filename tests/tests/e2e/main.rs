@@ -15,4 +15,6 @@ mod life;
 #[cfg(test)]
 mod restart;
 #[cfg(test)]
+mod service_health;
+#[cfg(test)]
 mod updates;
