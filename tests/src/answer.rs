@@ -46,6 +46,8 @@ pub struct Load {
     pub names: BTreeMap<String, u64>,
     /// The longest time from `connect` to the whole answer.
     pub slowest_ms: f64,
+    /// The longest time from `connect` to a failure.
+    pub slowest_failure_ms: f64,
 }
 
 /// One socket that is used for long.

@@ -20,6 +20,7 @@ pub mod packet;
 pub mod pod;
 pub mod probe;
 pub mod require;
+pub mod rollout;
 pub mod sweep;
 pub mod town;
 

@@ -141,7 +141,7 @@ impl Plan {
 #[derive(Debug)]
 struct Node {
     name: String,
-    /// Pods ever made here: an address is not used twice.
+    /// Number of the highest pod ever made here: an address is not used twice.
     pods: u8,
 }
 
@@ -201,9 +201,16 @@ impl Town {
     /// Adds a pod to a node while the town lives.
     pub fn add_pod(&mut self, node: &str, pod: &str) -> Result<Place> {
         let number = self.number(node);
+        let next = self.nodes[usize::from(number) - 1].pods.checked_add(11).context("the node is full")?;
+        self.add_pod_at(node, pod, next)
+    }
+
+    /// Adds a pod with the address 10.244.i.`host`: where manifests already say it. Pods added later come after it.
+    pub fn add_pod_at(&mut self, node: &str, pod: &str, host: u8) -> Result<Place> {
+        let number = self.number(node);
         let entry = &mut self.nodes[usize::from(number) - 1];
-        entry.pods = entry.pods.checked_add(1).filter(|count| *count < 240).context("the node is full")?;
-        let host = u16::from(entry.pods) + 10;
+        ensure!((11..250).contains(&host), "no pod can have the address 10.244.{number}.{host}");
+        entry.pods = entry.pods.max(host - 10);
         let interface = format!("v-{pod}");
         ensure!(interface.len() <= 15, "pod name {pod} is too long for an interface name");
         let place = Place {
@@ -211,7 +218,7 @@ impl Town {
             node: Some(node.into()),
             netns: Arc::new(Netns::named(format!("{}-{pod}", self.name))?),
             cgroup: self.cgroups.cgroup(Path::new(node).join(pod))?,
-            v4: Ipv4Addr::new(10, 244, number, host.to_le_bytes()[0]),
+            v4: Ipv4Addr::new(10, 244, number, host),
             // The digits of the address are those of the IPv4 one, read as hexadecimal.
             v6: format!("fd00:244:{number}::{host}").parse().context("a pod's IPv6 address")?,
             host_interface: Some(interface.clone()),

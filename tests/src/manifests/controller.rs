@@ -64,16 +64,38 @@ impl<'a> EndpointController<'a> {
         ports: &[(&str, &str, u16)],
         families: &[Family],
     ) -> Result<Self> {
+        let controller = Self::unpublished(target, service, ports, families);
+        controller.publish()?;
+        Ok(controller)
+    }
+
+    fn unpublished(
+        target: &'a dyn Publish,
+        service: &str,
+        ports: &[(&str, &str, u16)],
+        families: &[Family],
+    ) -> Self {
         let owned =
             |&(name, protocol, port): &(&str, &str, u16)| (name.to_owned(), protocol.to_owned(), port);
-        let controller = Self {
+        Self {
             service: service.into(),
             ports: ports.iter().map(owned).collect(),
             families: families.to_vec(),
             members: BTreeMap::new(),
             target,
-        };
-        controller.publish()?;
+        }
+    }
+
+    /// Takes over a Service that these pods serve already: publishes them as ready, at once.
+    pub fn adopt(
+        target: &'a dyn Publish,
+        service: &str,
+        ports: &[(&str, &str, u16)],
+        families: &[Family],
+        pods: &[&Place],
+    ) -> Result<Self> {
+        let mut controller = Self::unpublished(target, service, ports, families);
+        controller.replace(pods)?;
         Ok(controller)
     }
 

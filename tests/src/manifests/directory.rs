@@ -1,6 +1,6 @@
 //! A directory of manifests as an operator or a tool edits it: one file an object, each write whole at once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -26,6 +26,25 @@ impl ManifestDir {
             std::fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
         }
         Ok(directory)
+    }
+
+    /// A copy of a directory's `.yaml` files.
+    pub fn copy_of(source: &Path) -> Result<Self> {
+        let copy = Self::new()?;
+        let entries = std::fs::read_dir(source)
+            .with_context(|| format!("reading the directory {}", source.display()))?;
+        for entry in entries {
+            let path = entry.with_context(|| format!("reading {}", source.display()))?.path();
+            if let (Some("yaml"), Some(name)) = (
+                path.extension().and_then(|end| end.to_str()),
+                path.file_name().and_then(|name| name.to_str()),
+            ) {
+                let content =
+                    std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+                copy.write(name, &content)?;
+            }
+        }
+        Ok(copy)
     }
 
     /// The directory to watch.

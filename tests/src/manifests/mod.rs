@@ -2,10 +2,12 @@
 
 mod controller;
 mod directory;
+mod example;
 mod service;
 mod slice;
 
 pub use controller::{EndpointController, Phase};
 pub use directory::ManifestDir;
+pub use example::ExampleFile;
 pub use service::{ServicePlan, node};
 pub use slice::{Family, SlicePlan};

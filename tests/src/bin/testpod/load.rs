@@ -64,14 +64,16 @@ fn work(target: &Target, pause: Duration, total: &Mutex<Load>, ended: &AtomicBoo
 }
 
 fn count(total: &mut Load, outcome: Result<Answer, Failure>, took: Duration) {
+    let took_ms = took.as_secs_f64() * 1000.0;
     match outcome {
         Ok(answer) => {
             total.made += 1;
             *total.names.entry(answer.name).or_default() += 1;
-            total.slowest_ms = total.slowest_ms.max(took.as_secs_f64() * 1000.0);
+            total.slowest_ms = total.slowest_ms.max(took_ms);
         }
         Err(failure) => {
             total.failed += 1;
+            total.slowest_failure_ms = total.slowest_failure_ms.max(took_ms);
             *total.reasons.entry(failure).or_default() += 1;
         }
     }
