@@ -77,3 +77,16 @@ pub struct Transfer {
     /// What failed and why; absent when both directions were closed in order.
     pub failure: Option<String>,
 }
+
+/// How fast connections could be made.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rate {
+    /// Connections that were answered.
+    pub connections: u64,
+    /// Connections that failed.
+    pub failed: u64,
+    /// Why the last of them failed.
+    pub failure: Option<String>,
+    /// How long it took.
+    pub seconds: f64,
+}

@@ -9,6 +9,7 @@ mod client;
 mod get;
 mod hold;
 mod load;
+mod measure;
 mod roam;
 mod serve;
 mod stdin;
@@ -36,6 +37,10 @@ enum Command {
     Load(load::Arguments),
     /// Exchange lines over one socket steadily.
     Hold(hold::Arguments),
+    /// For measuring: answer one connection after the other.
+    Answer(measure::AnswerArguments),
+    /// For measuring: make connections as fast as possible.
+    Rate(measure::RateArguments),
     /// Ask several servers in turn over one UDP socket.
     Roam(roam::Arguments),
     /// Send many bytes over one TCP connection and check that all come back.
@@ -48,6 +53,8 @@ fn main() -> ExitCode {
         Command::Get(arguments) => get::run(&arguments),
         Command::Load(arguments) => load::run(&arguments),
         Command::Hold(arguments) => hold::run(&arguments),
+        Command::Answer(arguments) => measure::answer(&arguments),
+        Command::Rate(arguments) => measure::rate(&arguments),
         Command::Roam(arguments) => roam::run(&arguments),
         Command::Transfer(arguments) => transfer::run(&arguments),
     };

@@ -1,0 +1,229 @@
+//! Planning: from what was heard to the list of writes, and the writes themselves on real maps.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use proxy_agent::datapath::Datapath as _;
+use proxy_agent::datapath::kernel::Kernel;
+use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
+use proxy_agent::datapath::pin::BpfRoot;
+use proxy_agent::datapath::probe::Features;
+use proxy_agent::datapath::remove::remove_all;
+use proxy_agent::model::{
+    Affinity, Endpoint, Family, NodePortAddresses, ObjectName, Port, Service, Settings, Slice, SlicePort,
+    SocketLb, World,
+};
+use proxy_agent::plan::{Actual, Capacity, Pass, Planner, Step};
+use proxy_agent::source::{Change, Kind};
+use proxy_common::addr::Proto;
+use tempfile::TempDir;
+
+use crate::figure::{Figures, progress};
+
+/// Services of the large cluster.
+const LARGE: u32 = 10_000;
+/// Services of the small one, to see what a change costs there.
+const SMALL: u32 = 100;
+/// Endpoints of each.
+const ENDPOINTS: u32 = 10;
+/// One-endpoint changes of one round.
+const CHANGES: u32 = 50;
+
+pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
+    progress(&format!("plan: {LARGE} Services with {ENDPOINTS} endpoints each, in memory and in real maps"));
+    let mut times = Times::default();
+    for _ in 0..rounds.clamp(1, 5) {
+        one_round(SMALL, &mut times.small)?;
+        one_round(LARGE, &mut times.large)?;
+    }
+    let Times { small, large } = times;
+    figures.value("plan: full plan, 10,000 Services x 10 endpoints", "ms", &large.full_ms);
+    figures.value("plan: writing all of it to the kernel's maps", "ms", &large.write_ms);
+    figures.value(
+        "plan: reading all of it back and planning nothing, as after a restart",
+        "ms",
+        &large.restart_ms,
+    );
+    figures.pair(
+        "plan: one endpoint changes, of 10,000 Services vs of 100",
+        "us",
+        &large.change_us,
+        &small.change_us,
+    );
+    figures.pair(
+        "plan: writing that change, of 10,000 Services vs of 100",
+        "us",
+        &large.change_write_us,
+        &small.change_write_us,
+    );
+    figures.value("plan: writes of one changed endpoint of ten", "writes", &large.change_steps);
+    Ok(())
+}
+
+#[derive(Default)]
+struct Times {
+    small: Sizes,
+    large: Sizes,
+}
+
+/// A value a round.
+#[derive(Default)]
+struct Sizes {
+    full_ms: Vec<f64>,
+    write_ms: Vec<f64>,
+    restart_ms: Vec<f64>,
+    change_us: Vec<f64>,
+    change_write_us: Vec<f64>,
+    change_steps: Vec<f64>,
+}
+
+fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
+    let tables = Tables::new()?;
+    let mut kernel = Kernel::open(&tables.root)?;
+    let mut world = world(services);
+    let capacity = Capacity::default();
+    let begun = Instant::now();
+    let pass = Planner::new(&Actual::default(), capacity, 0).full(&world.take_desired(), 0);
+    times.full_ms.push(begun.elapsed().as_secs_f64() * 1e3);
+    ensure!(pass.plan.complaints.is_empty(), "the plan found no room: {:?}", pass.plan.complaints);
+    let begun = Instant::now();
+    apply(&mut kernel, &pass.plan.steps)?;
+    times.write_ms.push(begun.elapsed().as_secs_f64() * 1e3);
+    let mut planner = pass.applied(0);
+
+    let begun = Instant::now();
+    let again = Planner::new(&kernel.read()?, capacity, 0).full(&world.take_desired(), 0);
+    times.restart_ms.push(begun.elapsed().as_secs_f64() * 1e3);
+    ensure!(again.plan.steps.is_empty(), "a restart would write {} entries again", again.plan.steps.len());
+
+    let (mut planned, mut written, mut steps) = (0.0, 0.0, 0);
+    for change in 0..CHANGES {
+        let now = u64::from(change) * 10_000;
+        let begun = Instant::now();
+        let pass = change_one(&mut world, planner, change * (services / CHANGES), now);
+        planned += begun.elapsed().as_secs_f64() * 1e6;
+        ensure!(!pass.plan.steps.is_empty(), "a changed endpoint changed nothing");
+        steps += pass.plan.steps.len();
+        let begun = Instant::now();
+        apply(&mut kernel, &pass.plan.steps)?;
+        written += begun.elapsed().as_secs_f64() * 1e6;
+        planner = pass.applied(now);
+    }
+    times.change_us.push(planned / f64::from(CHANGES));
+    times.change_write_us.push(written / f64::from(CHANGES));
+    times.change_steps.push(f64::from(u32::try_from(steps)?) / f64::from(CHANGES));
+    Ok(())
+}
+
+/// One endpoint of a Service has been replaced by another.
+fn change_one(world: &mut World, planner: Planner, service: u32, now_ms: u64) -> Pass {
+    world.hear(Change::Slice(slice_name(service), Some(slice(service, 1))));
+    let dirty = world.take_dirty();
+    planner.dirty(&dirty, None, now_ms)
+}
+
+fn apply(kernel: &mut Kernel, steps: &[Step]) -> Result<()> {
+    kernel
+        .apply(steps)
+        .map_err(|(done, error)| anyhow!(error).context(format!("step {} of the plan", done + 1)))
+}
+
+/// Empty maps on a bpffs of their own; gone on drop.
+struct Tables {
+    root: BpfRoot,
+    _directory: TempDir,
+}
+
+impl Tables {
+    fn new() -> Result<Self> {
+        proxy_tests::sweep::once();
+        let directory = tempfile::Builder::new()
+            .prefix(&format!("{}-bench-", proxy_tests::unique()))
+            .tempdir()
+            .context("making a directory for bpffs")?;
+        let root = BpfRoot::new(directory.path().join("bpf"));
+        let tables = Self { root, _directory: directory };
+        let features = Features::probe();
+        drop(Loaded::open(&tables.root, &features, &Capacities::DEFAULT, ProgramLog::Off)?);
+        Ok(tables)
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        // What cannot be removed now is swept by the next run.
+        let _ = remove_all(&self.root);
+        let _ = nix::mount::umount2(self.root.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// A world in which everything has been heard.
+fn world(services: u32) -> World {
+    let mut world = World::new(Settings {
+        node_name: "node1".into(),
+        cluster_cidrs: Vec::new(),
+        masquerade_all: false,
+        masquerade_local: false,
+        nodeport_addresses: NodePortAddresses::Primary,
+        socket_lb: SocketLb::All,
+        host_netns: 0,
+        snat_ports: (61_000, 1_000),
+        seed: 7,
+    });
+    for n in 0..services {
+        world.hear(Change::Service(name(n), Some(service(n))));
+        world.hear(Change::Slice(slice_name(n), Some(slice(n, 0))));
+    }
+    world.hear(Change::Links(Vec::new()));
+    for kind in [Kind::Service, Kind::Slice, Kind::Node] {
+        world.hear(Change::Synced(kind));
+    }
+    world
+}
+
+fn name(n: u32) -> ObjectName {
+    ObjectName::new("default", &format!("service-{n}"))
+}
+
+fn slice_name(n: u32) -> ObjectName {
+    ObjectName::new("default", &format!("service-{n}-1"))
+}
+
+fn service(n: u32) -> Service {
+    let [_, _, high, low] = n.to_be_bytes();
+    Service {
+        cluster_ips: vec![IpAddr::from([10, 100, high, low])],
+        ports: vec![Port { name: "http".into(), proto: Proto::TCP, port: 80, node_port: 0 }],
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        affinity: Affinity::None,
+        internal_local: false,
+        external_local: false,
+        health_check_node_port: 0,
+        created: 0,
+    }
+}
+
+/// Ten endpoints; of a later version the last one is another.
+fn slice(n: u32, version: u32) -> Slice {
+    let endpoint = |k: u32| {
+        let number = n * (ENDPOINTS + 1) + k;
+        Endpoint {
+            ip: Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 128, 0, 1)) + number).into(),
+            ready: true,
+            serving: true,
+            terminating: false,
+            node: Some(format!("node{}", number % 100).into()),
+            zone_hints: Vec::new(),
+            node_hints: Vec::new(),
+        }
+    };
+    Slice {
+        service: name(n),
+        family: Family::V4,
+        ports: vec![SlicePort { name: "http".into(), proto: Proto::TCP, port: 8080 }],
+        endpoints: (0..ENDPOINTS - 1).chain([ENDPOINTS - 1 + version]).map(endpoint).collect(),
+    }
+}

@@ -1,0 +1,218 @@
+//! New connections a second from a pod to a Service: connect, one request, one answer, close.
+//!
+//! Four nodes of the same build, each with a client pod and a server pod: one without an agent, one with the agent, one
+//! with the agent and sockets left to TC, one with nftables rules. The same program asks on all of them, in turns.
+
+mod extra;
+mod rules;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::agent::Agent;
+use proxy_tests::answer::Rate;
+use proxy_tests::manifests::{EndpointController, Family, ManifestDir, ServicePlan};
+use proxy_tests::object::{Object, Publish};
+use proxy_tests::probe::{Process, eventually};
+use proxy_tests::town::{Plan, Town};
+
+use crate::figure::{Figures, progress};
+
+/// How long one client is measured.
+const TURN: &str = "0.4";
+/// Longer than any turn.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the agent may take to read the manifests of 10,000 Services.
+const LOADING: Duration = Duration::from_secs(120);
+/// Services in the large case.
+const MANY: u32 = 10_000;
+/// Where the server pod listens.
+const PORT: u16 = 8080;
+/// The Service.
+const VIP: [u8; 4] = [10, 100, 0, 1];
+
+/// Who forwards on a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Forwarder {
+    None,
+    Agent,
+    AgentTc,
+    Nftables,
+}
+
+/// A node with a client and a server. Fields go in order.
+struct Node {
+    _server: Process,
+    agent: Option<(Agent, ManifestDir)>,
+    town: Town,
+}
+
+/// What is measured: on which node, and whether the Service is asked or the pod itself.
+struct Lane {
+    name: &'static str,
+    on: Forwarder,
+    service: bool,
+}
+
+const LANES: [Lane; 5] = [
+    Lane { name: "pod to pod, no agent", on: Forwarder::None, service: false },
+    Lane { name: "pod to pod, agent attached", on: Forwarder::Agent, service: false },
+    Lane { name: "ClusterIP, socket LB", on: Forwarder::Agent, service: true },
+    Lane { name: "ClusterIP, TC", on: Forwarder::AgentTc, service: true },
+    Lane { name: "ClusterIP, nftables", on: Forwarder::Nftables, service: true },
+];
+
+pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
+    let mut nodes = Vec::new();
+    for forwarder in [Forwarder::None, Forwarder::Agent, Forwarder::AgentTc, Forwarder::Nftables] {
+        match Node::raise(forwarder) {
+            Ok(node) => nodes.push((forwarder, node)),
+            // Without nft the others can be measured still.
+            Err(error) if forwarder == Forwarder::Nftables => {
+                figures.missing("wire: ClusterIP, nftables", &format!("{error:#}"));
+            }
+            Err(error) => return Err(error.context(format!("a node with {forwarder:?}"))),
+        }
+    }
+    for services in [1, MANY] {
+        if services != 1 {
+            progress(&format!("wire: loading {services} Services"));
+            nodes.iter().try_for_each(|(forwarder, node)| node.load(*forwarder, services))?;
+        }
+        progress(&format!("wire: connections with {services} Service(s), {rounds} rounds"));
+        report(figures, services, &turns(&nodes, rounds)?);
+    }
+    for (_, node) in &nodes {
+        if let Some((agent, _)) = &node.agent
+            && let Some(memory) = memory(agent)
+        {
+            figures.value("agent: memory with 10,000 Services (VmRSS)", "MiB", &[memory]);
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Rates by lane, round by round. A lane whose node is missing is empty.
+fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Vec<f64>>> {
+    let mut rates = vec![Vec::new(); LANES.len()];
+    // The first round warms up.
+    for round in 0..=rounds {
+        for (lane, rates) in LANES.iter().zip(&mut rates) {
+            let Some((_, node)) = nodes.iter().find(|(forwarder, _)| *forwarder == lane.on) else { continue };
+            let rate = node.rate(lane.service).with_context(|| format!("measuring: {}", lane.name))?;
+            if round > 0 {
+                rates.push(rate);
+            }
+        }
+    }
+    Ok(rates)
+}
+
+fn report(figures: &mut Figures, services: u32, rates: &[Vec<f64>]) {
+    const UNIT: &str = "connections/s";
+    let count = if services == 1 { "1 Service" } else { "10,000 Services" };
+    let name = |lane: usize| format!("wire: {}, {count}", LANES[lane].name);
+    figures.value(name(0), UNIT, &rates[0]);
+    for lane in 1..LANES.len() {
+        if !rates[lane].is_empty() {
+            figures.pair(
+                format!("{} vs pod to pod without agent", name(lane)),
+                UNIT,
+                &rates[lane],
+                &rates[0],
+            );
+        }
+    }
+    for lane in [2, 3] {
+        if !rates[4].is_empty() {
+            figures.pair(format!("{} vs nftables", name(lane)), UNIT, &rates[lane], &rates[4]);
+        }
+    }
+}
+
+impl Node {
+    fn raise(forwarder: Forwarder) -> Result<Self> {
+        let town = Plan::default().node("node1", &["client", "server"]).raise()?;
+        let arguments = ["--port".to_owned(), PORT.to_string()];
+        let mut server = Process::start(town.place("server"), "answer", &arguments)?;
+        server.line::<serde_json::Value>(PATIENCE)?;
+        let agent = match forwarder {
+            Forwarder::Agent => Some(start_agent(&town, "all")?),
+            Forwarder::AgentTc => Some(start_agent(&town, "host")?),
+            Forwarder::None => None,
+            Forwarder::Nftables => {
+                rules::load(&town, VIP.into(), PORT, 1)?;
+                None
+            }
+        };
+        Ok(Self { _server: server, agent, town })
+    }
+
+    /// Adds Services that nobody asks.
+    fn load(&self, forwarder: Forwarder, services: u32) -> Result<()> {
+        if forwarder == Forwarder::Nftables {
+            rules::load(&self.town, VIP.into(), PORT, services)?;
+        }
+        let Some((agent, manifests)) = &self.agent else { return Ok(()) };
+        manifests.write("extra.json", &extra::services(services - 1)?)?;
+        eventually(LOADING, || {
+            let status = agent.status_json()?;
+            let known = find_number(&status, "services").context("status tells no number of Services")?;
+            ensure!(known >= services.into(), "the agent has programmed {known} of {services} Services");
+            Ok(())
+        })
+    }
+
+    /// One turn.
+    fn rate(&self, service: bool) -> Result<f64> {
+        let to: SocketAddr =
+            if service { (VIP, 80).into() } else { (self.town.place("server").v4, PORT).into() };
+        let arguments = ["--to", &to.to_string(), "--seconds", TURN].map(ToOwned::to_owned);
+        let mut client = Process::start(self.town.place("client"), "rate", &arguments)?;
+        let rate: Rate = client.line(PATIENCE)?;
+        ensure!(
+            rate.failed == 0 && rate.connections > 0,
+            "{} of {} connections to {to} failed: {}",
+            rate.failed,
+            rate.failed + rate.connections,
+            rate.failure.unwrap_or_default()
+        );
+        #[expect(clippy::cast_precision_loss, reason = "a count of one turn")]
+        let connections = rate.connections as f64;
+        Ok(connections / rate.seconds)
+    }
+}
+
+/// An agent with the one Service, whose pod is the server.
+fn start_agent(town: &Town, socket_lb: &str) -> Result<(Agent, ManifestDir)> {
+    let manifests = ManifestDir::new()?;
+    let service = ServicePlan::new("web", &[VIP.into()]).port("http", "TCP", 80, PORT).build();
+    manifests.publish(&Object::from(&service))?;
+    let ports = [("http", "TCP", PORT)];
+    EndpointController::adopt(&manifests, "web", &ports, &[Family::V4], &[town.place("server")])?;
+    let ranges = Town::CLUSTER_CIDRS.join(",");
+    let flags = ["--cluster-cidr", &ranges, "--socket-lb", socket_lb];
+    let agent = Agent::start(town, "node1", &manifests, &flags)?;
+    Ok((agent, manifests))
+}
+
+/// The number called `name`, wherever it stands in what `status` says.
+fn find_number(value: &serde_json::Value, name: &str) -> Option<u64> {
+    match value {
+        serde_json::Value::Object(members) => members
+            .get(name)
+            .and_then(serde_json::Value::as_u64)
+            .or_else(|| members.values().find_map(|member| find_number(member, name))),
+        _ => None,
+    }
+}
+
+/// What the agent holds in memory, in MiB.
+fn memory(agent: &Agent) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid()?)).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib / 1024.0)
+}

@@ -1,0 +1,81 @@
+//! The rival: rules of the shape that kube-proxy's nftables mode makes.
+//!
+//! One look-up in a map of Services leads to a chain of the Service, which chooses an endpoint at random; that chain
+//! marks what must be masqueraded and rewrites the destination. The Services that nobody asks share a chain: only the
+//! map grows with them.
+
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::town::Town;
+
+/// Loads rules for a Service whose one endpoint is the town's server pod, and as many more as make up `services`.
+pub(crate) fn load(town: &Town, vip: Ipv4Addr, port: u16, services: u32) -> Result<()> {
+    let found = Command::new("nft").arg("--version").output();
+    ensure!(
+        found.is_ok_and(|output| output.status.success()),
+        "there is no nft here to compare with: install the package nftables"
+    );
+    let directory = tempfile::Builder::new()
+        .prefix(&format!("{}-rules-", proxy_tests::unique()))
+        .tempdir()
+        .context("making a directory for the rules")?;
+    let path = directory.path().join("rules.nft");
+    std::fs::write(&path, text(vip, town.place("server").v4, port, services))
+        .with_context(|| format!("writing {}", path.display()))?;
+    let path = path.to_str().context("the path of the rules is not UTF-8")?;
+    town.place("node1").netns.output("nft", &["-f", path]).context("loading the nftables rules").map(drop)
+}
+
+fn text(vip: Ipv4Addr, pod: Ipv4Addr, port: u16, services: u32) -> String {
+    let mut elements = format!("{vip} . tcp . 80 : goto service-web");
+    for n in 1..services {
+        let _ = write!(elements, ",\n{} . tcp . 80 : goto service-other", super::extra::address(n - 1));
+    }
+    let pods = "10.244.0.0/16";
+    format!(
+        "table ip services {{}}
+delete table ip services
+table ip services {{
+    chain mark-for-masquerade {{ meta mark set meta mark | 0x4000; }}
+    chain endpoint-web {{
+        ip saddr {pod} jump mark-for-masquerade
+        meta l4proto tcp dnat to {pod}:{port}
+    }}
+    chain service-web {{
+        ip daddr {vip} tcp dport 80 ip saddr != {pods} jump mark-for-masquerade
+        numgen random mod 1 vmap {{ 0 : goto endpoint-web }}
+    }}
+    chain service-other {{
+        ip saddr != {pods} jump mark-for-masquerade
+        numgen random mod 3 vmap {{ 0 : goto endpoint-web, 1 : goto endpoint-web, 2 : goto endpoint-web }}
+    }}
+    map service-ips {{
+        type ipv4_addr . inet_proto . inet_service : verdict
+        elements = {{ {elements} }}
+    }}
+    map no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
+    chain services {{ ip daddr . meta l4proto . th dport vmap @service-ips; }}
+    chain endpoint-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}
+    chain masquerading {{
+        meta mark & 0x4000 == 0 return
+        meta mark set meta mark ^ 0x4000
+        masquerade fully-random
+    }}
+    chain nat-prerouting {{ type nat hook prerouting priority dstnat; policy accept; jump services; }}
+    chain nat-output {{ type nat hook output priority -100; policy accept; jump services; }}
+    chain nat-postrouting {{ type nat hook postrouting priority srcnat; policy accept; jump masquerading; }}
+    chain filter-prerouting {{
+        type filter hook prerouting priority -110; policy accept;
+        ct state new jump endpoint-check
+    }}
+    chain filter-output {{
+        type filter hook output priority -110; policy accept;
+        ct state new jump endpoint-check
+    }}
+}}
+"
+    )
+}
