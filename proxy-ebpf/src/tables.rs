@@ -30,7 +30,7 @@ impl Tables for Kernel {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         // Rewritten in place: a packet may see a mixture of two settings, never a torn word.
-        maps::CONFIG.get(0)
+        maps::CONFIG.get(0).filter(|config| config.is_written())
     }
 
     #[inline(always)]

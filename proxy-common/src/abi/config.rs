@@ -95,6 +95,12 @@ impl Config {
         pad: 0,
     };
 
+    /// Whether the agent has written it: the array of one is all zeros before, and an address never is.
+    #[inline(always)]
+    pub const fn is_written(&self) -> bool {
+        self.pod_v4.0[2] != 0
+    }
+
     /// Whether `addr` lies in the pod range of its family.
     #[inline(always)]
     pub const fn is_pod(&self, addr: &Addr) -> bool {
@@ -136,5 +142,17 @@ table_type! {
         pub flags: u32,
         /// Zero.
         pub pad: u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_agent_writes_is_told_from_what_a_new_map_holds() {
+        assert!(Config::EMPTY.is_written());
+        let zeros = Config { pod_v4: Addr::ANY_V6, node_v4: Addr::ANY_V6, ..Config::EMPTY };
+        assert!(!zeros.is_written());
     }
 }
