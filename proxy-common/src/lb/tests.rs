@@ -606,3 +606,34 @@ fn host_processes_reach_node_ports_at_loopback_and_pods_do_not() {
     node.tables.config.as_mut().unwrap().flags &= !config::LOCALHOST_NODE_PORTS;
     assert_eq!(decide(&node, "127.0.0.1", 30200, 1), socket::Answer::Leave);
 }
+
+#[test]
+fn an_ipv6_packet_with_mapped_addresses_is_nobody_s() {
+    // It would read as IPv4, and half an IPv4 header would be written into it.
+    let mut node = Node::new();
+    node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 8080)]);
+    let mut sent =
+        frame(&key(("fd00:244::5", 40000), ("fd00:96::1", 80), Proto::TCP), Packet::SYN, b"", false);
+    let IpAddr::V4(vip) = IpAddr::from(addr("10.96.0.1")) else { panic!("IPv4") };
+    for at in [14 + 8, 14 + 24] {
+        sent.bytes[at..at + 16].copy_from_slice(&vip.to_ipv6_mapped().octets());
+        assert!(tuple(&sent, Hook::INGRESS).is_none());
+        assert_eq!(run(&node.tables, &sent, Hook::INGRESS, ETH), Outcome::Passed);
+    }
+}
+
+#[test]
+fn four_extension_headers_are_walked_and_five_are_not() {
+    // D-20.
+    let whole = frame(&key(("fd00:244::5", 40000), ("fd00:96::1", 80), Proto::UDP), 0, b"", false);
+    for count in 0..6 {
+        let mut bytes = whole.bytes.clone();
+        for _ in 0..count {
+            // Destination options: what was first comes next, no length beyond the first eight bytes.
+            let next = std::mem::replace(&mut bytes[14 + 6], 60);
+            bytes.splice(14 + 40..14 + 40, [next, 0, 1, 4, 0, 0, 0, 0]);
+        }
+        let packet = tuple(&ByteFrame { bytes, partial: false }, Hook::INGRESS);
+        assert_eq!(packet.map(|packet| packet.key.dport.number()), (count <= 4).then_some(80), "{count}");
+    }
+}

@@ -167,6 +167,10 @@ fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     }
     packet.key.src = Addr([ip[2], ip[3], ip[4], ip[5]]);
     packet.key.dst = Addr([ip[6], ip[7], ip[8], ip[9]]);
+    // Mapped addresses have no place on the wire, and would read as IPv4 from here on.
+    if packet.key.src.is_v4() || packet.key.dst.is_v4() {
+        return None;
+    }
     let next = extensions(frame, ip[1].to_ne_bytes()[2], l3 + 40)?;
     packet.l4 = next.off as u16;
     packet.key.proto = Proto(next.proto);
@@ -191,7 +195,8 @@ struct Next {
 #[inline(always)]
 fn extensions<F: Frame>(frame: &F, proto: u8, off: usize) -> Option<Next> {
     let mut next = Next { proto, off, kind: Kind::Whole, fragment_id: 0 };
-    for _ in 0..MAX_EXTENSIONS {
+    // Once more than there may be headers: the last look finds the transport.
+    for _ in 0..=MAX_EXTENSIONS {
         match next.proto {
             // Hop-by-hop, routing, destination options: length in 8-byte units, the first not counted.
             0 | 43 | 60 => {
@@ -289,8 +294,12 @@ fn icmp_v6<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
     let ip: [u32; 10] = frame.load(inner)?;
     let next = extensions(frame, ip[1].to_ne_bytes()[2], inner + 40)?;
     if next.kind != Kind::LaterFragment && Proto(next.proto).has_ports() {
-        packet.key.src = Addr([ip[6], ip[7], ip[8], ip[9]]);
-        packet.key.dst = Addr([ip[2], ip[3], ip[4], ip[5]]);
+        let (src, dst) = (Addr([ip[6], ip[7], ip[8], ip[9]]), Addr([ip[2], ip[3], ip[4], ip[5]]));
+        if src.is_v4() || dst.is_v4() {
+            return Some(());
+        }
+        packet.key.src = src;
+        packet.key.dst = dst;
         packet.key.proto = Proto(next.proto);
         return about(frame, next.off, packet);
     }
