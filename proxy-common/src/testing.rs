@@ -12,7 +12,7 @@ use crate::abi::{
 use crate::addr::{Addr, Proto};
 use crate::lb::{FlowTable, Inserted, Stat, Tables, Verdict, egress, ingress};
 use crate::wire::answer::{self, Answer};
-use crate::wire::{Edit, Frame, Packet, Words, checksum, mend, parse, rewrite};
+use crate::wire::{Edit, Frame, MAX_OFFSET, Packet, Words, checksum, mend, parse, rewrite};
 
 /// [`Tables`] over hash maps.
 #[derive(Default)]
@@ -170,6 +170,9 @@ pub struct ByteFrame {
 
 impl Frame for ByteFrame {
     fn load<T: Words>(&self, off: usize) -> Option<T> {
+        if off > MAX_OFFSET {
+            return None;
+        }
         let bytes = self.bytes.get(off..off + size_of::<T>())?;
         #[expect(unsafe_code, reason = "words of any alignment")]
         // SAFETY: `bytes` is as long as T, and every T is made of integers.
@@ -177,6 +180,9 @@ impl Frame for ByteFrame {
     }
 
     fn store<T: Words>(&mut self, off: usize, value: T) -> bool {
+        if off > MAX_OFFSET {
+            return false;
+        }
         let Some(bytes) = self.bytes.get_mut(off..off + size_of::<T>()) else {
             return false;
         };
@@ -392,11 +398,22 @@ pub enum Outcome {
     Dropped,
 }
 
-/// Runs a frame through the decision of a hook and applies it, as the kernel programs do.
+/// Runs an Ethernet frame through the decision of a hook and applies it, as the kernel programs do.
 pub fn run(tables: &MemoryTables, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
-    let Some(mut packet) = tuple(frame, hook) else {
+    run_on::<true>(tables, frame, hook, ifindex)
+}
+
+/// The same; with `ETHERNET` false the frame begins at the IP header.
+pub fn run_on<const ETHERNET: bool>(
+    tables: &MemoryTables,
+    frame: &ByteFrame,
+    hook: Hook,
+    ifindex: u32,
+) -> Outcome {
+    let mut packet = Packet::at(hook);
+    if parse::<_, ETHERNET>(frame, &mut packet).is_none() {
         return Outcome::Passed;
-    };
+    }
     let mut edit = Edit::NONE;
     let verdict = if hook == Hook::INGRESS {
         ingress::ingress(tables, &mut packet, &mut edit)
@@ -407,16 +424,23 @@ pub fn run(tables: &MemoryTables, frame: &ByteFrame, hook: Hook, ifindex: u32) -
         Verdict::Pass => Outcome::Passed,
         Verdict::Rewrite => {
             let mut out = frame.clone();
-            if rewrite(&mut out, &packet, &edit) { Outcome::Rewritten(out) } else { Outcome::Dropped }
+            if rewrite(&mut out, &packet, &edit) {
+                return Outcome::Rewritten(out);
+            }
+            tables.count(Reason::RewriteFailed);
+            Outcome::Dropped
         }
         Verdict::Refuse if hook == Hook::INGRESS => {
             let mut answer = Answer { words: [0; 24], len: 0 };
             if !answer::build(frame, &packet, &mut answer) {
                 return Outcome::Dropped;
             }
-            let mut bytes: Vec<u8> = frame.bytes[6..12].to_vec();
-            bytes.extend(&frame.bytes[..6]);
-            bytes.extend(&frame.bytes[12..14]);
+            let mut bytes = Vec::new();
+            if ETHERNET {
+                bytes.extend(&frame.bytes[6..12]);
+                bytes.extend(&frame.bytes[..6]);
+                bytes.extend(&frame.bytes[12..14]);
+            }
             bytes.extend(answer.words.iter().take(answer.len).flat_map(|w| w.to_ne_bytes()));
             Outcome::Refused(ByteFrame { bytes, partial: false })
         }

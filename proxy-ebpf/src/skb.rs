@@ -9,15 +9,12 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::feature;
 use proxy_common::wire::answer::Answer;
-use proxy_common::wire::{Frame, Words, mend};
+use proxy_common::wire::{Frame, MAX_OFFSET, Words, mend};
 
 use crate::tables::has;
 
 /// `BPF_F_IPV6` (6.16): newer than the bindings.
 const BPF_F_IPV6: u64 = 1 << 7;
-
-/// No header that matters lies further out: Ethernet, IPv6 with extensions, ICMPv6, the same embedded.
-const MAX_OFFSET: usize = 1024;
 
 /// What is pulled into the linear part when a packet's headers may lie outside.
 const PULL: u32 = 192;

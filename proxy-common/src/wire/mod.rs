@@ -16,12 +16,17 @@ impl Words for u16 {}
 impl Words for u32 {}
 impl<const N: usize> Words for [u32; N] {}
 
+/// No header that matters lies further out: Ethernet, IPv6 with extensions, ICMPv6, the same embedded. The
+/// verifier wants a bound, and a frame has the same one everywhere.
+pub const MAX_OFFSET: usize = 1024;
+
 /// The bytes of a packet, as a hook lends them. Offsets count from the first byte of the frame.
 pub trait Frame {
-    /// The value at `off` in memory order, or `None` past the end of what can be read directly.
+    /// The value at `off` in memory order, or `None` past the end of what can be read directly or
+    /// past [`MAX_OFFSET`].
     fn load<T: Words>(&self, off: usize) -> Option<T>;
 
-    /// Writes `value` at `off`; false past the end.
+    /// Writes `value` at `off`; false past the same bounds.
     #[must_use]
     fn store<T: Words>(&mut self, off: usize, value: T) -> bool;
 
