@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::programs::{Program, ProgramError};
+use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
 use aya_obj::generated::bpf_map_type as Kind;
@@ -221,6 +221,15 @@ impl Loaded {
     #[must_use]
     pub fn root(&self) -> &BpfRoot {
         &self.root
+    }
+
+    /// A loaded TC program by its ELF name, to be run on a packet of one's own (`BPF_PROG_TEST_RUN`).
+    #[must_use]
+    pub fn classifier(&self, name: &str) -> Option<&SchedClassifier> {
+        match self.ebpf.program(name)? {
+            Program::SchedClassifier(program) => Some(program),
+            _ => None,
+        }
     }
 
     /// What the operator should know about the pins that were found.
