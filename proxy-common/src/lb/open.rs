@@ -166,6 +166,11 @@ pub fn write_flow<T: Tables>(
         hook: Hook::EGRESS,
         pad: 0,
     };
+    // A pod that reaches itself from the port it serves: its packets and its answers would be one tuple
+    // behind the Service (M-10, D-5).
+    if other.sport == other.dport && other.src.same(&other.dst) {
+        return Inserted::Exists;
+    }
     let entered = reserve(tables, &other, &flow);
     if entered != Inserted::Done {
         return entered;

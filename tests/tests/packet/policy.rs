@@ -97,6 +97,32 @@ fn a_pod_reaches_itself_through_its_service() {
 }
 
 #[test]
+fn a_pod_reaches_itself_from_the_very_port_that_it_serves() {
+    // Both directions would be one tuple behind the Service: the client's port must give way.
+    for cast in FAMILIES {
+        let near = format!("+{}", cast.pod);
+        for proto in [Proto::TCP, Proto::UDP] {
+            let (pod, vip) = (at(cast.pod, 8080), at(cast.vip, 80));
+            let (moved, node) = (at(cast.pod, 2000), at(cast.node, 2000));
+            story(
+                || one_port().with((cast.vip, 80), proto, INTERNAL, &[(&near, 8080)]),
+                |stage| {
+                    stage.ingress(&packet(proto, pod, vip, SYN)).becomes(&packet(proto, moved, pod, SYN));
+                    stage.egress(&packet(proto, moved, pod, SYN)).becomes(&packet(proto, node, pod, SYN));
+                    stage.counted(&[(Reason::NewFlow, 1), (Reason::FlowCollision, 1)]);
+                    stage
+                        .ingress(&packet(proto, pod, node, SYN_ACK))
+                        .becomes(&packet(proto, pod, moved, SYN_ACK));
+                    stage
+                        .egress(&packet(proto, pod, moved, SYN_ACK))
+                        .becomes(&packet(proto, vip, pod, SYN_ACK));
+                },
+            );
+        }
+    }
+}
+
+#[test]
 fn an_external_ip_masquerades_pods_and_strangers_alike() {
     // M-12: policy Cluster.
     for cast in FAMILIES {
