@@ -294,8 +294,8 @@ impl Real {
 }
 
 fn is_invalid(error: &ProgramError) -> bool {
-    matches!(error, ProgramError::SyscallError(error) if error.io_error.raw_os_error() == Some(nix::libc::EINVAL))
-        || matches!(error, ProgramError::IOError(error) if error.kind() == io::ErrorKind::InvalidInput)
+    let ProgramError::SyscallError(error) = error else { return false };
+    error.io_error.kind() == io::ErrorKind::InvalidInput
 }
 
 /// A line for each difference between two tables.
