@@ -1,4 +1,5 @@
-//! `demo` and `bench`: compiles everything for release, then runs the program of that name in `proxy-tests`.
+//! `demo` and `bench`: compiles what they need, then runs the program of that name in `proxy-tests`. Only what is
+//! measured is compiled for release, which takes minutes.
 
 use anyhow::{Result, bail};
 
@@ -26,9 +27,11 @@ pub(crate) fn run(program: &str, args: &Args) -> Result<()> {
         &format!("cargo xtask {program}"),
     )?;
     build_ebpf::run()?;
+    let (profile, folder) = if program == "bench" { ("release", "release") } else { ("dev", "debug") };
     cmd::run(cmd::cargo().current_dir(workspace::root()).args([
         "build",
-        "--release",
+        "--profile",
+        profile,
         "--bins",
         "-p",
         "proxy-agent",
@@ -36,5 +39,5 @@ pub(crate) fn run(program: &str, args: &Args) -> Result<()> {
         "proxy-tests",
     ]))?;
     // From the caller's directory: `--json FILE` means a file there.
-    cmd::run(&mut cmd::with(metadata.target_directory.join("release").join(program), &args.rest))
+    cmd::run(&mut cmd::with(metadata.target_directory.join(folder).join(program), &args.rest))
 }

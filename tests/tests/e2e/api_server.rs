@@ -14,8 +14,8 @@ use proxy_tests::town::Town;
 
 use crate::common::{vips, web};
 use crate::life::{
-    CIDRS, SOON, answers, fails, nobody_answers, one_node, quick, servers, service, status_until,
-    tables, with_node_ports,
+    CIDRS, SOON, answers, fails, nobody_answers, one_node, quick, servers, service, status_until, tables,
+    with_node_ports,
 };
 
 fn town() -> Result<Town> {
@@ -25,8 +25,7 @@ fn town() -> Result<Town> {
 /// An API server in the node, where its agent reaches it.
 fn server(town: &Town) -> Result<ApiServer> {
     let place = town.place("node1");
-    let server =
-        ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
+    let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
     server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));
     Ok(server)
 }

@@ -3,9 +3,9 @@
 #[cfg(test)]
 mod api_server;
 #[cfg(test)]
-mod basics;
-#[cfg(test)]
 mod bad_objects;
+#[cfg(test)]
+mod basics;
 #[cfg(test)]
 mod common;
 #[cfg(test)]
