@@ -45,7 +45,6 @@ reasons! {
     NoSourcePort = "no_source_port", "Dropped: no free source port for masquerading.";
     NoSourceAddress = "no_source_address", "Dropped: the interface has no address to masquerade with.";
     FragmentUnknown = "fragment_unknown", "Dropped: a fragment to a Service came before the first one.";
-    Malformed = "malformed", "Left alone: the headers of a packet make no sense.";
     IcmpTranslated = "icmp_translated", "An ICMP error about a flow was translated.";
     RewriteFailed = "rewrite_failed", "Dropped: a packet could not be rewritten.";
     AnswerFailed = "answer_failed", "Dropped: a refusal could not be sent.";

@@ -100,6 +100,11 @@ pub(super) fn unsnat_key(snat_key: &FlowKey, addr: Addr, port: Port) -> FlowKey 
 /// that is full the flow stays where it is and goes on, and can be evicted: counted.
 #[inline(always)]
 pub fn promote<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
+    // An answer that came before the question has left under its final source is none.
+    let pending = |snat: &mut Flow| snat.leg == Leg::SNAT && snat.addr.is_unspecified();
+    if tables.with_flow(FlowTable::HalfOpen, &key.reversed(Hook::EGRESS), pending) == Some(true) {
+        return 0;
+    }
     let whole = each_leg(tables, key, carry);
     if whole {
         each_leg(tables, key, |tables, key| {

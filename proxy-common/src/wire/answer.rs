@@ -23,10 +23,13 @@ impl Answer {
 }
 
 /// Builds the answer into `out`. False when the packet must not be answered (an RST, a truncated packet, an
-/// IPv4 packet with options): it is dropped in silence.
+/// IPv4 packet with options, a source that is no host's, RFC 1122 §3.2.2): it is dropped in silence.
 #[inline(always)]
 #[must_use]
 pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
+    if packet.key.src.is_never_service() {
+        return false;
+    }
     let v4 = packet.key.src.is_v4();
     match (matches!(packet.key.proto, Proto::TCP), v4) {
         (true, _) if packet.tcp_flags & Packet::RST != 0 => false,

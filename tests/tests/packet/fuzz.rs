@@ -250,13 +250,12 @@ fn act() -> impl Strategy<Value = Act> {
 
 /// What no made-up story meets, or hardly one: reasons of sockets, of full tables, of helpers that fail, and
 /// of tuples that meet.
-const ELSEWHERE: [Reason; 8] = [
+const ELSEWHERE: [Reason; 7] = [
     Reason::SocketChosen,
     Reason::SocketStorage,
     Reason::FlowTableFull,
     Reason::FlowInsert,
     Reason::AnswerFailed,
-    Reason::Malformed,
     Reason::CollisionUnresolved,
     Reason::FlowCollision,
 ];
