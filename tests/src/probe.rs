@@ -178,6 +178,10 @@ impl Server {
     /// The same under another name.
     pub fn named(place: &Place, name: &str, ports: &[u16]) -> Result<Self> {
         let mut arguments = vec!["--name".into(), name.into()];
+        if place.host_interface.is_none() {
+            // A node has more addresses than one: a UDP socket bound to none of them answers from any.
+            arguments.extend(place.addresses().iter().flat_map(|own| ["--bind".into(), own.to_string()]));
+        }
         for port in ports {
             arguments.extend(["--tcp".into(), port.to_string(), "--udp".into(), port.to_string()]);
         }

@@ -11,9 +11,25 @@ mod common;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
+mod follow;
+#[cfg(test)]
+mod hairpin;
+#[cfg(test)]
+mod large;
+#[cfg(test)]
 mod life;
 #[cfg(test)]
+mod loadbalancer;
+#[cfg(test)]
+mod nodeport;
+#[cfg(test)]
+mod packets;
+#[cfg(test)]
+mod refusal;
+#[cfg(test)]
 mod restart;
+#[cfg(test)]
+mod scene;
 #[cfg(test)]
 mod service_health;
 #[cfg(test)]

@@ -28,9 +28,9 @@ pub(crate) struct Arguments {
     /// Name to answer with.
     #[arg(long, default_value = "testpod")]
     name: String,
-    /// Address to listen on; both families unless told.
+    /// Address to listen on; both families unless told. May be given more than once.
     #[arg(long, default_value = "::")]
-    bind: IpAddr,
+    bind: Vec<IpAddr>,
     /// Ends by itself after this time.
     #[arg(long, default_value_t = 120.0)]
     seconds: f64,
@@ -39,14 +39,12 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let name: Arc<str> = arguments.name.as_str().into();
     let draining = Arc::new(AtomicBool::new(false));
-    for port in &arguments.tcp {
-        let address = SocketAddr::new(arguments.bind, *port);
+    for address in at(&arguments.bind, &arguments.tcp) {
         let listener = TcpListener::bind(address).with_context(|| format!("listening on tcp {address}"))?;
         let (name, draining) = (name.clone(), draining.clone());
         std::thread::spawn(move || accept(&listener, &name, &draining));
     }
-    for port in &arguments.udp {
-        let address = SocketAddr::new(arguments.bind, *port);
+    for address in at(&arguments.bind, &arguments.udp) {
         let socket = UdpSocket::bind(address).with_context(|| format!("listening on udp {address}"))?;
         let name = name.clone();
         std::thread::spawn(move || answer_datagrams(&socket, &name));
@@ -66,11 +64,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
 }
 
+/// Every address with every port.
+fn at<'a>(addresses: &'a [IpAddr], ports: &'a [u16]) -> impl Iterator<Item = SocketAddr> + 'a {
+    addresses.iter().flat_map(|address| ports.iter().map(|port| SocketAddr::new(*address, *port)))
+}
+
 /// Lets the threads that wait for something new see that nothing new is wanted.
 fn wake(arguments: &Arguments) {
-    let own = if arguments.bind.is_unspecified() { IpAddr::from([127, 0, 0, 1]) } else { arguments.bind };
-    for port in &arguments.tcp {
-        let address = SocketAddr::new(own, *port);
+    for mut address in at(&arguments.bind, &arguments.tcp) {
+        if address.ip().is_unspecified() {
+            address.set_ip([127, 0, 0, 1].into());
+        }
         // Until the listener is gone: that connections are refused now is what draining promises.
         while TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() {}
     }

@@ -1,0 +1,134 @@
+//! Much data: segments to be cut later, checksums to be filled in later, paths that are too narrow, fragments.
+
+use anyhow::{Result, ensure};
+use proxy_tests::probe::{Ask, get, transfer};
+use proxy_tests::town::Town;
+
+use crate::common::{manifests, vips};
+use crate::scene::{agent, at, counted, in_both_networks, public, servers, service};
+
+const MIB: u64 = 1 << 20;
+/// What a transfer starves on rather than the test.
+const PATIENT: std::time::Duration = std::time::Duration::from_secs(5);
+
+#[test]
+fn bytes_and_fragments_arrive_as_they_were_sent_with_and_without_offloads() -> Result<()> {
+    // D-3, D-4: GSO and partial checksums are how veths work unless told; without them every packet is whole.
+    in_both_networks(|town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["b", "c"])?;
+        service(&dir, &town, ("near", 1, 30001), &["b"], |plan| plan)?;
+        service(&dir, &town, ("far", 2, 30002), &["c"], |plan| plan)?;
+        let _agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        for offloads in [true, false] {
+            if !offloads {
+                switch_offloads_off(&town)?;
+            }
+            fragments(&town)?;
+            for n in [1, 2] {
+                for to in at(vips(n), 80) {
+                    transfer(town.place("a"), &Ask::tcp(to).timeout(PATIENT), 8 * MIB)?;
+                }
+                for to in town.place("node1").at(30000 + u16::from(n)) {
+                    transfer(town.place("outside"), &Ask::tcp(to).timeout(PATIENT), 8 * MIB)?;
+                }
+            }
+            // Hairpin: both ends of both translations on one interface.
+            for to in at(vips(1), 80) {
+                transfer(town.place("b"), &Ask::tcp(to).timeout(PATIENT), 4 * MIB)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn switch_offloads_off(town: &Town) -> Result<()> {
+    for place in ["a", "b", "c", "node1", "node2", "outside"] {
+        let netns = &town.place(place).netns;
+        let devices = netns.output("ip", &["-o", "link", "show", "type", "veth"])?;
+        let names = devices.lines().filter_map(|line| line.split([':', '@']).nth(1)).map(str::trim);
+        for name in names {
+            let off = ["-K", name, "tx", "off", "rx", "off", "gso", "off", "gro", "off", "tso", "off"];
+            netns.output("ethtool", &off)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_path_that_is_too_narrow_is_told_to_both_ends_through_the_service() -> Result<()> {
+    // D-2: "fragmentation needed" and "packet too big" about translated packets, in both directions.
+    in_both_networks(|town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["c"])?;
+        service(&dir, &town, ("web", 1, 30001), &["c"], |plan| plan.external_ips(&public(1)))?;
+        let agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        narrow(&town)?;
+        let mut told = 0;
+        let (a, outside) = (town.place("a"), town.place("outside"));
+        for (client, targets) in
+            [(a, at(vips(1), 80)), (outside, town.place("node1").at(30001)), (outside, at(public(1), 80))]
+        {
+            for to in targets {
+                transfer(client, &Ask::tcp(to).timeout(PATIENT), MIB)?;
+                let now = counted(&agent, "icmp_translated")?;
+                ensure!(now > told, "no error was translated for {} asking {to}", client.name);
+                told = now;
+                forget_paths(&town)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The way from `node2` to `c` and back, and from `node1` to the outside client, takes 1300 bytes. The ends do not
+/// know: their own links take 1500, so the segment sizes they offer are too large.
+fn narrow(town: &Town) -> Result<()> {
+    let (c, outside) = (town.place("c"), town.place("outside"));
+    let way = town.place("node2").netns.output("ip", &["-o", "route", "get", &c.v4.to_string()])?;
+    let device = if way.contains("cni0") { "cni0" } else { "v-c" };
+    town.place("node2").netns.ip(&format!(
+        "route replace {}/32 dev {device} mtu lock 1300\nroute replace {}/128 dev {device} mtu lock 1300\n",
+        c.v4, c.v6
+    ))?;
+    town.place("node1").netns.ip(&format!(
+        "route replace {}/32 dev eth0 mtu lock 1300\nroute replace {}/128 dev eth0 mtu lock 1300\n",
+        outside.v4, outside.v6
+    ))
+}
+
+/// What was learnt of a path's MTU is forgotten, so that it must be told again.
+fn forget_paths(town: &Town) -> Result<()> {
+    for place in ["a", "c", "outside", "node1", "node2"] {
+        for family in ["-4", "-6"] {
+            town.place(place).netns.output("ip", &[family, "route", "flush", "cache"])?;
+        }
+    }
+    Ok(())
+}
+
+/// Datagrams that arrive in pieces are answered in pieces (D-3).
+fn fragments(town: &Town) -> Result<()> {
+    let node = town.place("node1");
+    let (a, b, outside) = (town.place("a"), town.place("b"), town.place("outside"));
+    let asks = [
+        (a, at(vips(1), 80)),
+        (a, at(vips(2), 80)),
+        (b, at(vips(1), 80)),
+        (a, node.at(30001)),
+        (a, node.at(30002)),
+        (outside, node.at(30001)),
+        (outside, node.at(30002)),
+    ];
+    for (client, targets) in asks {
+        for to in targets {
+            for bytes in [1400, 2000, 9000, 60_000] {
+                for ask in [Ask::udp(to), Ask::unconnected(to)] {
+                    let answer = get(client, &ask.payload(bytes))?;
+                    ensure!(answer.length == bytes, "{answer:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! Pods whose sockets are left alone: everything is translated packet by packet.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use proxy_tests::answer::Hold;
+use proxy_tests::manifests::{EndpointController, Phase, ServicePlan};
+use proxy_tests::object::{Object, Publish};
+use proxy_tests::probe::{Ask, Runner, Server, eventually, get, request, roam};
+
+use proxy_tests::town::PodNetwork;
+
+use crate::common::{manifests, vips};
+use crate::scene::{
+    SOON, agent, answers, at, counted, in_both_networks, in_network, is_served, seen_as, servers, service,
+    spreads,
+};
+
+#[test]
+fn with_socket_translation_for_the_host_alone_pods_go_by_packet_and_keep_their_address() -> Result<()> {
+    // M-6, M-17.
+    in_both_networks(|town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["b", "c"])?;
+        service(&dir, &town, ("near", 1, 0), &["b"], |plan| plan)?;
+        service(&dir, &town, ("far", 2, 0), &["c"], |plan| plan)?;
+        service(&dir, &town, ("both", 3, 0), &["b", "c"], |plan| plan)?;
+        let agent = agent(&town, "node1", &dir, &["--socket-lb", "host"])?;
+        let a = town.place("a");
+        for (n, server) in [(1, "b"), (2, "c")] {
+            answers(a, at(vips(n), 80), server, |answer| seen_as(answer, a.addresses()))?;
+        }
+        ensure!(counted(&agent, "socket_chosen")? == 0, "a pod's socket was translated");
+        spreads(a, at(vips(3), 80), &["b", "c"])?;
+        for client in ["node1", "h1"] {
+            for to in at(vips(2), 80) {
+                for ask in [Ask::tcp(to), Ask::udp(to)] {
+                    let request = request(town.place(client), &ask)?;
+                    ensure!(
+                        request.answer.is_some() && request.peer_name == Some(to),
+                        "{client}: {request:?}"
+                    );
+                }
+            }
+            is_served(town.place(client), at(vips(1), 80), "b")?;
+        }
+        ensure!(counted(&agent, "socket_chosen")? > 0, "no host socket was translated");
+        Ok(())
+    })
+}
+
+#[test]
+fn one_client_port_talks_to_two_services_of_the_same_endpoint() -> Result<()> {
+    // D-5: the tuples behind the Services would be the same.
+    in_network(PodNetwork::Routed, |town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["c"])?;
+        service(&dir, &town, ("one", 1, 0), &["c"], |plan| plan)?;
+        service(&dir, &town, ("two", 2, 0), &["c"], |plan| plan)?;
+        let agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        let a = town.place("a");
+        for family in [0, 1] {
+            let [one, two] = [1, 2].map(|n| SocketAddr::new(vips(n)[family], 80));
+            for (port, way) in [(40_000, Ask::tcp as fn(SocketAddr) -> Ask), (40_001, Ask::udp)] {
+                let every = Duration::from_millis(5);
+                let hold = |to| Runner::hold(a, &way(to).from_port(port), every, Duration::from_secs(30));
+                let mut holds = [hold(one)?, hold(two)?];
+                for hold in &mut holds {
+                    goes_on(hold)?;
+                }
+                for hold in holds {
+                    let report = hold.stop()?;
+                    ensure!(report.failed == 0 && report.names.len() == 1, "{report:?}");
+                }
+            }
+        }
+        ensure!(counted(&agent, "flow_collision")? == 4, "{}", agent.status_json()?);
+        Ok(())
+    })
+}
+
+fn goes_on(hold: &mut Runner<Hold>) -> Result<()> {
+    eventually(SOON, || {
+        let report = hold.report()?;
+        ensure!(report.made > 10, "{report:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_that_appears_is_translated_while_it_starts() -> Result<()> {
+    // D-17: a container takes longer to start than this. A UDP socket that was quicker is not lost for good.
+    in_both_networks(|mut town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["c"])?;
+        service(&dir, &town, ("web", 1, 0), &["c"], |plan| plan)?;
+        let _agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        for n in 0..4 {
+            let pod = town.add_pod("node1", &format!("new{n}"))?;
+            let every = Duration::from_millis(5);
+            let to = at(vips(1), 80)[n % 2];
+            let eager = Ask::udp(to).from_port(40_000).timeout(Duration::from_millis(50));
+            let mut eager = Runner::hold(&pod, &eager, every, Duration::from_secs(30))?;
+            eventually(Duration::from_secs(1), || {
+                get(&pod, &Ask::tcp(to).timeout(Duration::from_millis(50)))
+            })?;
+            answers(&pod, at(vips(1), 80), "c", |answer| seen_as(answer, pod.addresses()))?;
+            goes_on(&mut eager)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn one_unconnected_socket_talks_to_more_services_than_it_can_remember() -> Result<()> {
+    // D-1: what does not fit into the socket's memory is left to packets, and every answer has the right name.
+    in_network(PodNetwork::Bridged, |town| {
+        let dir = manifests()?;
+        let services: Vec<u8> = (1..=7).collect();
+        let port = |n: u8| 8080 + u16::from(n);
+        let ports: Vec<_> = services.iter().map(|n| port(*n)).collect();
+        let _servers = [Server::start(town.place("b"), &ports)?, Server::start(town.place("c"), &ports)?];
+        for n in &services {
+            let (name, server) = (format!("s{n}"), if n % 2 == 0 { "b" } else { "c" });
+            let plan = ServicePlan::new(&name, &vips(*n)).port("udp", "UDP", 80, port(*n));
+            dir.publish(&Object::from(&plan.build()))?;
+            EndpointController::new(&dir, &name, &[("udp", "UDP", port(*n))])?
+                .set(town.place(server), Phase::Ready)?;
+        }
+        let _agent = agent(&town, "node1", &dir, &[])?;
+        for client in ["a", "node1"] {
+            for family in [0, 1] {
+                let targets: Vec<_> =
+                    services.iter().map(|n| SocketAddr::new(vips(*n)[family], 80)).collect();
+                let answers = roam(town.place(client), &targets)?;
+                for (answer, (n, to)) in answers.iter().zip(services.iter().zip(&targets).cycle()) {
+                    let server = if n % 2 == 0 { "b" } else { "c" };
+                    ensure!(
+                        answer.received_from == Some(*to)
+                            && answer.answer.as_ref().is_some_and(|answer| answer.name == server),
+                        "{client} asked {to} of {server}: {answer:?}"
+                    );
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn traffic_that_is_for_no_service_is_left_alone() -> Result<()> {
+    // D-19, D-20: also neighbour discovery, from scratch.
+    in_both_networks(|town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["a", "b", "c", "h1", "h2"])?;
+        service(&dir, &town, ("web", 1, 30001), &["b", "c"], |plan| plan)?;
+        let agent = agent(&town, "node1", &dir, &[])?;
+        for place in ["a", "b", "c", "node1", "node2", "outside"] {
+            for family in ["-4", "-6"] {
+                town.place(place).netns.output("ip", &[family, "neigh", "flush", "all"])?;
+            }
+        }
+        for client in ["a", "node2", "outside"] {
+            let client = town.place(client);
+            for server in ["b", "c", "h1", "h2"] {
+                // A node reaches its own pods from the pod network's address.
+                let own = client.node == town.place(server).node && client.host_interface.is_none();
+                answers(client, town.place(server).at(8080), server, |answer| {
+                    if own { Ok(()) } else { seen_as(answer, client.addresses()) }
+                })?;
+            }
+        }
+        for reason in ["new_flow", "socket_chosen", "malformed", "undefined_port", "refused"] {
+            ensure!(counted(&agent, reason)? == 0, "{reason}: {}", agent.status_json()?);
+        }
+        Ok(())
+    })
+}
