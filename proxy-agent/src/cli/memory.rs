@@ -20,6 +20,7 @@ pub(super) const NOW: Now = Now { unix_ms: 1_800_000_000_000, mono_ns: 1_000_000
 pub(super) struct Memory {
     pub(super) actual: Actual,
     pub(super) agent: AgentState,
+    pub(super) running: bool,
     pub(super) complaints: Vec<String>,
     pub(super) reasons: Vec<(Reason, u64)>,
     pub(super) stats: BTreeMap<u32, ServiceStats>,
@@ -34,6 +35,9 @@ impl View for Memory {
     }
     fn agent(&self) -> Result<AgentState> {
         Ok(self.agent)
+    }
+    fn is_running(&self) -> Result<bool> {
+        Ok(self.running)
     }
     fn complaints(&self) -> Result<Vec<String>> {
         Ok(self.complaints.clone())
@@ -137,6 +141,7 @@ pub(super) fn small_cluster() -> Memory {
     let mut memory = Memory {
         actual: Actual::default(),
         agent: agent(),
+        running: true,
         complaints: vec![],
         reasons: Reason::ALL.iter().map(|r| (*r, u64::from(*r == Reason::NewFlow) * 12)).collect(),
         stats: BTreeMap::from([(1, ServiceStats { chosen: 41, refused: 0, dropped: 2 })]),

@@ -208,9 +208,10 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
             Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Cleanup => {
-            let view = (rooms.open)(root);
-            let state = view.ok().flatten().and_then(|view| view.agent().ok());
-            cleanup::refuse_while_running(state.as_ref(), Now::read()?, Path::new("/proc"))?;
+            // Tables that cannot be opened are no reason to keep them.
+            if let Some(view) = (rooms.open)(root).ok().flatten() {
+                cleanup::refuse_while_running(view.as_ref())?;
+            }
             cleanup::refuse_ordinary_files(root, &cleanup::KernelFs)?;
             let mut removed = (rooms.remove)(root)?;
             removed.extend(cleanup::unmount(root, &cleanup::KernelFs)?);

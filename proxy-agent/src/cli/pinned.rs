@@ -18,6 +18,10 @@ impl View for Pinned {
         Ok(Self::agent(self)?)
     }
 
+    fn is_running(&self) -> Result<bool> {
+        Ok(Self::is_running(self)?)
+    }
+
     fn complaints(&self) -> Result<Vec<String>> {
         Ok(Self::complaints(self)?)
     }

@@ -139,7 +139,10 @@ impl Status {
     pub fn read(view: &dyn View, kernel: &str, now: Now) -> Result<Self> {
         let state = view.agent()?;
         let (links, tables, complaints) = (view.links()?, view.fill()?, view.complaints()?);
-        let agent = (state.started_ms != 0).then(|| agent(&state, now));
+        let agent = match state.started_ms {
+            0 => None,
+            _ => Some(agent(&state, view.is_running()?, now)),
+        };
         let reasons = view.reasons()?.into_iter().filter(|(_, count)| *count != 0);
         let attached = links.iter().filter(|link| link.attached);
         let hooks: BTreeSet<_> = attached
@@ -147,6 +150,7 @@ impl Status {
             .filter(|program| SOCKET_PROGRAMS.contains(&program.as_str()))
             .collect();
         let problems = problems(agent.as_ref(), &tables);
+        let frontends = tables.iter().find(|fill| fill.name == proxy_common::abi::maps::FRONTENDS);
         Ok(Self {
             healthy: problems.is_empty(),
             problems,
@@ -154,7 +158,7 @@ impl Status {
             version: env!("CARGO_PKG_VERSION"),
             kernel: kernel.to_owned(),
             agent,
-            frontends: view.actual()?.frontends.len(),
+            frontends: frontends.and_then(|fill| usize::try_from(fill.used).ok()).unwrap_or(0),
             socket_hooks: hooks.into_iter().collect(),
             links,
             tables,
@@ -170,11 +174,11 @@ impl Status {
     }
 }
 
-fn agent(state: &AgentState, now: Now) -> Agent {
+fn agent(state: &AgentState, running: bool, now: Now) -> Agent {
     let age = |then: u64| now.unix_ms.saturating_sub(then);
     let since = |then: u64| (then != 0).then(|| age(then));
     Agent {
-        alive: state.pid != 0 && age(state.beat_ms) < BEAT_LIMIT_MS,
+        alive: running && age(state.beat_ms) < BEAT_LIMIT_MS,
         pid: state.pid,
         version: untext(&state.version).to_owned(),
         node: untext(&state.node).to_owned(),
@@ -199,10 +203,15 @@ fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
         return vec![remark(text, "look at the agent's log: it did not get as far as its first pass")];
     };
     let mut found = Vec::new();
-    if !agent.alive {
+    if !agent.alive && agent.beat_age_ms < BEAT_LIMIT_MS {
+        found.push(remark(
+            "the agent does not run",
+            "start it; until then traffic flows as it was last programmed",
+        ));
+    } else if !agent.alive {
         found.push(remark(
             format!("the agent has not been heard of for {}", span(agent.beat_age_ms)),
-            "start it; until then traffic flows as it was last programmed",
+            "start it, or look at its log if it runs; until then traffic flows as it was last programmed",
         ));
     }
     if !agent.synced {

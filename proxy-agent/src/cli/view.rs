@@ -28,6 +28,8 @@ pub trait View {
     fn actual(&self) -> Result<Actual>;
     /// What the agent says of itself.
     fn agent(&self) -> Result<AgentState>;
+    /// Whether an agent runs here, whatever it last said of itself.
+    fn is_running(&self) -> Result<bool>;
     /// Objects that were left out, newest last.
     fn complaints(&self) -> Result<Vec<String>>;
     /// The counters of REASONS.

@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -157,6 +158,31 @@ impl BpfRoot {
         }
     }
 
+    /// Whether an agent has claimed the root. Asking claims it for an instant: see [`Self::lock_within`].
+    pub fn is_claimed(&self) -> Result<bool, PinError> {
+        let opened = match File::open(&self.root) {
+            Ok(opened) => opened,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(source) => return Err(self.failed("open", source)),
+        };
+        match Flock::lock(opened, FlockArg::LockSharedNonblock) {
+            Ok(_) => Ok(false),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(true),
+            Err((_, errno)) => Err(self.failed("lock", errno.into())),
+        }
+    }
+
+    /// Claims the root, trying for a while: an agent that ends, or somebody who only looks, lets go of it soon.
+    pub fn lock_within(&self, patience: Duration) -> Result<Option<RootLock>, PinError> {
+        let begun = Instant::now();
+        loop {
+            match self.lock()? {
+                None if begun.elapsed() < patience => std::thread::sleep(Duration::from_millis(20)),
+                claimed => return Ok(claimed),
+            }
+        }
+    }
+
     /// Names of the pinned links; none when the directory does not exist.
     pub fn link_names(&self) -> Result<Vec<String>, PinError> {
         names(&self.links())
@@ -279,10 +305,14 @@ mod tests {
     fn a_root_is_held_by_one_agent_at_a_time() {
         let here = tempfile::tempdir().unwrap();
         let root = BpfRoot::new(here.path());
+        assert!(!root.is_claimed().unwrap());
         let held = root.lock().unwrap();
-        assert!(held.is_some());
+        assert!(held.is_some() && root.is_claimed().unwrap());
         assert!(root.lock().unwrap().is_none());
+        assert!(root.lock_within(Duration::from_millis(30)).unwrap().is_none());
         drop(held);
+        assert!(!root.is_claimed().unwrap());
         assert!(root.lock().unwrap().is_some());
+        assert!(!BpfRoot::new(here.path().join("none")).is_claimed().unwrap());
     }
 }

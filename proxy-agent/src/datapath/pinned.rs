@@ -145,6 +145,11 @@ impl Pinned {
             .ok_or_else(|| PinnedError::NoAgent { root: self.root.path().display().to_string() })
     }
 
+    /// Whether an agent runs here, whatever it last said.
+    pub fn is_running(&self) -> Result<bool, PinnedError> {
+        Ok(self.root.is_claimed()?)
+    }
+
     /// Says how the agent fares.
     pub fn write_agent(&self, state: &AgentState) -> Result<(), PinnedError> {
         Ok(self.agent.put(&0, state)?)

@@ -40,6 +40,8 @@ const TICK: Duration = Duration::from_millis(500);
 const SWEEP_CHUNKS: usize = 8;
 /// Ticks from one heartbeat to the next.
 const BEAT: u64 = 8;
+/// How long another agent that ends may take to let go of the pins.
+const CLAIM: Duration = Duration::from_secs(2);
 /// Changes that may wait for the loop.
 const QUEUE: usize = 4096;
 
@@ -48,7 +50,7 @@ pub fn run(config: Config) -> Result<()> {
     lift_memlock();
     let root = BpfRoot::new(&config.bpf_root);
     root.prepare()?;
-    let Some(_lock) = root.lock()? else {
+    let Some(_lock) = root.lock_within(CLAIM)? else {
         bail!(
             "another agent runs with --bpf-root {}: stop it first, or give this one a root of its own",
             root.path().display()
