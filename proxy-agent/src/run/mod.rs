@@ -4,8 +4,10 @@
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
 
 mod report;
+mod require;
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,9 +22,9 @@ use crate::datapath::flow::{Sweeper, Timeouts};
 use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::BpfRoot;
-use crate::datapath::probe::{self, Features};
+use crate::datapath::probe::Features;
 use crate::datapath::{Datapath, sockets};
-use crate::model::{SocketLb, World};
+use crate::model::World;
 use crate::netlink;
 use crate::pace::{Limits, Pace};
 use crate::plan::{Actual, Capacity, Plan, Planner, Step};
@@ -47,6 +49,8 @@ const QUEUE: usize = 4096;
 
 /// Runs the agent until it is told to end.
 pub fn run(config: Config) -> Result<()> {
+    require::rights()?;
+    let cgroup_root = require::cgroup_root(&config)?;
     lift_memlock();
     let root = BpfRoot::new(&config.bpf_root);
     root.prepare()?;
@@ -56,7 +60,7 @@ pub fn run(config: Config) -> Result<()> {
             root.path().display()
         );
     };
-    let agent = Agent::open(config, &root)?;
+    let agent = Agent::open(config, cgroup_root, &root)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -74,6 +78,8 @@ fn lift_memlock() {
 
 struct Agent {
     config: Config,
+    /// `None` without socket programs.
+    cgroup_root: Option<PathBuf>,
     world: World,
     /// `None` only between a failed pass and the reading that follows.
     planner: Option<Planner>,
@@ -92,7 +98,7 @@ struct Agent {
 }
 
 impl Agent {
-    fn open(config: Config, root: &BpfRoot) -> Result<Self> {
+    fn open(config: Config, cgroup_root: Option<PathBuf>, root: &BpfRoot) -> Result<Self> {
         let features = Features::probe();
         let log = if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
         let loaded = Loaded::open(root, &features, &config.capacities.of_maps(), log)?;
@@ -106,6 +112,7 @@ impl Agent {
         Ok(Self {
             world: World::new(config.settings.clone()),
             config,
+            cgroup_root,
             planner: None,
             capacity,
             kernel,
@@ -286,14 +293,9 @@ impl Agent {
 
     /// Attaches the programs for the first time in this process.
     fn attach(&mut self) -> Result<()> {
-        if self.config.settings.socket_lb == SocketLb::Off {
-            self.loaded.detach_cgroup()?;
-        } else {
-            let cgroup = self.config.cgroup_root.clone().or_else(probe::cgroup2_mount).context(
-                "no cgroup v2 hierarchy is mounted: mount one (mount -t cgroup2 none /sys/fs/cgroup/unified), \
-                 name it with --cgroup-root, or do without socket programs (--socket-lb=off)",
-            )?;
-            self.loaded.attach_cgroup(&cgroup)?;
+        match &self.cgroup_root {
+            Some(cgroup) => drop(self.loaded.attach_cgroup(cgroup)?),
+            None => drop(self.loaded.detach_cgroup()?),
         }
         self.attach_interfaces();
         Ok(())
