@@ -319,8 +319,7 @@ where
     }
 
     async fn failed(&self, error: &watcher::Error, retry: &mut Retry) -> Result<(), Closed> {
-        let source = std::error::Error::source(error).map(ToString::to_string);
-        self.pause(&source.unwrap_or_else(|| error.to_string()), retry).await
+        self.pause(&cause(error), retry).await
     }
 
     async fn pause(&self, why: &str, retry: &mut Retry) -> Result<(), Closed> {
@@ -438,6 +437,17 @@ fn is_gone(error: &watcher::Error) -> bool {
     is_expired(error)
         || status(error)
             .is_some_and(|status| status.code == 504 && status.message.contains("Too large resource version"))
+}
+
+/// The error without the watcher's own words, and its root: "connection refused" stands deep below "Connect".
+fn cause(error: &watcher::Error) -> String {
+    let first = std::error::Error::source(error).unwrap_or(error);
+    let (outer, mut root) = (first.to_string(), first);
+    while let Some(deeper) = root.source() {
+        root = deeper;
+    }
+    let root = root.to_string();
+    if outer.contains(&root) { outer } else { format!("{outer}: {root}") }
 }
 
 /// The version is older than what the server remembers.
