@@ -14,7 +14,7 @@ use proxy_tests::town::Town;
 
 use crate::common::{vips, web};
 use crate::life::{
-    CIDRS, SOON, answers, fails, nobody_answers, one_node, quick, servers, service, status_until, tables,
+    FLAGS, SOON, answers, fails, nobody_answers, one_node, quick, servers, service, status_until, tables,
     with_node_ports,
 };
 
@@ -46,7 +46,7 @@ fn outage(fault: Fault) -> Result<()> {
     let _servers = servers(&town, &["b", "c"])?;
     let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
     let _deleted = web(&server, &town, "deleted", 2, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     let (pod, [vip, deleted]) = (town.place("a"), [1, 2].map(|n| service(n)[0]));
     answers(pod, vip, "b")?;
     connected(&agent, true)?;
@@ -97,7 +97,7 @@ fn a_version_that_is_too_old_leads_to_a_new_list_however_the_server_says_so() ->
     server.bookmark_every(Duration::from_millis(50));
     let _servers = servers(&town, &["b", "c"])?;
     let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     let (pod, vip) = (town.place("a"), service(1)[0]);
     for (gone, streaming, home) in [
         (Gone::Event, StreamingLists::On, "c"),
@@ -137,7 +137,7 @@ fn lists_come_in_pages_when_the_server_has_no_streaming_lists() -> Result<()> {
         let slice = slice.endpoint("b", town.place("b").v4.into(), Some("node1"), Phase::Ready);
         server.put(&slice.build());
     }
-    let agent = Agent::start(&town, "node1", &server, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     for last in [[0, 0], 600_u16.wrapping_sub(1).to_be_bytes()] {
         let vip = Ipv4Addr::new(10, 97, last[0], last[1]);
         answers(town.place("a"), SocketAddr::from((vip, 80)), "b")?;
@@ -156,7 +156,7 @@ fn a_server_from_before_streaming_lists_is_understood() -> Result<()> {
     server.streaming_lists(StreamingLists::Ignored);
     let _servers = servers(&town, &["b", "c"])?;
     let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let _agent = Agent::start(&town, "node1", &server, &CIDRS)?;
+    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     answers(town.place("a"), service(1)[0], "b")?;
     controller.replace(&[town.place("c")])?;
     answers(town.place("a"), service(1)[1], "c")
@@ -171,7 +171,7 @@ fn an_agent_that_starts_without_its_api_server_waits_and_touches_nothing() -> Re
     let _gone = web(&server, &town, "gone", 2, &["b"], |plan| plan)?;
     server.fail(Fault::Drop);
     let binary = proxy_tests::require::agent_binary()?;
-    let mut agent = Agent::prepare(&binary, &town, "node1", &server, &CIDRS)?;
+    let mut agent = Agent::prepare(&binary, &town, "node1", &server, &FLAGS)?;
     agent.spawn()?;
     let pid = agent.pid();
     let waits = |status: &serde_json::Value, pid: Option<u32>| {
@@ -216,7 +216,7 @@ fn labels_that_come_and_go_take_a_service_out_and_bring_it_back() -> Result<()> 
     let server = server(&town)?;
     let _servers = servers(&town, &["b"])?;
     let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let _agent = Agent::start(&town, "node1", &server, &CIDRS)?;
+    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     let (pod, vip) = (town.place("a"), service(1)[0]);
     let plan = || with_node_ports("web", 1, 30080);
     let slice = || {

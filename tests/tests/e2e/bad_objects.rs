@@ -1,8 +1,6 @@
 //! Objects that are wrong in part or whole: each is told by its name and costs only what is wrong with it
 //! (X-1…X-17).
 
-use std::net::SocketAddr;
-
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use proxy_tests::agent::Agent;
@@ -12,8 +10,8 @@ use proxy_tests::object::{Object, Publish};
 use proxy_tests::town::Town;
 use serde_json::json;
 
-use crate::common::{ip, manifests, vips};
-use crate::life::{CIDRS, answers, complains, nobody_answers, one_node, servers, service};
+use crate::common::{at, ip, manifests, vips};
+use crate::life::{FLAGS, answers, complains, nobody_answers, one_node, servers, service};
 
 fn town() -> Result<Town> {
     one_node(&["a", "b"])
@@ -163,7 +161,7 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
     for n in [33, 34] {
         answers(pod, service(n)[0], "b")?;
     }
-    answers(pod, SocketAddr::new(ip("198.51.100.9"), 80), "b")?;
+    answers(pod, at("198.51.100.9", 80), "b")?;
     let (status, page) = agent.ask(&["status"])?;
     ensure!(status.success(), "other people's mistakes are no illness:\n{page}");
 
@@ -182,7 +180,7 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
 fn bad_objects_in_a_directory_are_named_and_cost_only_themselves() -> Result<()> {
     let (town, dir) = (town()?, manifests()?);
     let _servers = servers(&town, &["b"])?;
-    let agent = Agent::start(&town, "node1", &dir, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
     play(&dir, &town, &agent)
 }
 
@@ -191,6 +189,6 @@ fn bad_objects_from_an_api_server_are_named_and_cost_only_themselves() -> Result
     let town = town()?;
     let server = ApiServer::start_in(&town.place("node1").netns, "127.0.0.1:6443".parse()?)?;
     let _servers = servers(&town, &["b"])?;
-    let agent = Agent::start(&town, "node1", &server, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     play(&server, &town, &agent)
 }

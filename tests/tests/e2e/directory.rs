@@ -11,7 +11,7 @@ use proxy_tests::probe::get;
 
 use crate::common::{manifests, vips, web};
 use crate::life::{
-    CIDRS, answers, complains, fails, generation, nobody_answers, one_node, quick, servers, service,
+    FLAGS, answers, complains, fails, generation, nobody_answers, one_node, quick, servers, service,
     status_until, with_node_ports,
 };
 use proxy_tests::manifests::ServicePlan;
@@ -30,7 +30,7 @@ fn files_that_are_edited_added_renamed_and_removed_are_followed() -> Result<()> 
     let (town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
     let _servers = servers(&town, &["b", "c"])?;
     let mut controller = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &dir, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
     let (pod, vip) = (town.place("a"), service(1)[0]);
     let other_port = std::net::SocketAddr::new(vip.ip(), 81);
     answers(pod, vip, "b")?;
@@ -82,7 +82,7 @@ fn a_mounted_config_map_is_followed_when_its_data_is_swapped() -> Result<()> {
     let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
     dir.retract(&key("web"))?;
     mount_config_map(&dir.path(), "v1", &[web_at(80)])?;
-    let _agent = Agent::start(&town, "node1", &dir, &CIDRS)?;
+    let _agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
     let (pod, vip) = (town.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     for (version, port, before) in [("v2", 81, 80), ("v3", 82, 81)] {
@@ -99,7 +99,7 @@ fn a_broken_file_is_reported_with_its_line_and_keeps_what_it_said() -> Result<()
     let _servers = servers(&town, &["b", "c"])?;
     let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
     let mut other = web(&dir, &town, "other", 2, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &dir, &CIDRS)?;
+    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
     let pod = town.place("a");
     let file = ManifestDir::file_name(&key("web"));
     let broken = "apiVersion: v1\nkind: Service\nmetadata: {name: web\nspec: [\n";

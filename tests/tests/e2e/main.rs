@@ -7,13 +7,21 @@ mod bad_objects;
 #[cfg(test)]
 mod basics;
 #[cfg(test)]
+mod cleanup;
+#[cfg(test)]
+mod commands;
+#[cfg(test)]
 mod common;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
+mod errors;
+#[cfg(test)]
 mod follow;
 #[cfg(test)]
 mod hairpin;
+#[cfg(test)]
+mod health;
 #[cfg(test)]
 mod large;
 #[cfg(test)]

@@ -9,7 +9,7 @@ use proxy_tests::town::PodNetwork;
 
 use crate::common::{manifests, two_nodes, web};
 use crate::life::{
-    CIDRS, Holds, Loads, answers, fails, generation, node_ports, one_node, servers, service, tables,
+    FLAGS, Holds, Loads, answers, fails, generation, node_ports, one_node, servers, service, tables,
     with_node_ports,
 };
 
@@ -26,7 +26,7 @@ fn under_load(
     // Its endpoint is on the other node: from outside it is masqueraded.
     let _far = web(&dir, &town, "far", 2, &["c"], |_| with_node_ports("far", 2, 30081))?;
     let socket_lb = format!("--socket-lb={socket_lb}");
-    let mut agent = Agent::start(&town, "node1", &dir, &[&CIDRS[..], &[&socket_lb]].concat())?;
+    let mut agent = Agent::start(&town, "node1", &dir, &[&FLAGS[..], &[&socket_lb]].concat())?;
     let (mut loads, mut holds) = (Loads::default(), Holds::default());
     let (pod, outside) = (town.place("a"), town.place("outside"));
     for to in service(1) {
@@ -109,7 +109,7 @@ fn what_changed_while_the_agent_was_away_is_in_force_after_its_first_pass() -> R
     let mut moved = web(&dir, &town, "moved", 1, &["b"], |_| with_node_ports("moved", 1, 30080))?;
     let gone = web(&dir, &town, "gone", 2, &["b"], |_| with_node_ports("gone", 2, 30081))?;
     let _kept = web(&dir, &town, "kept", 3, &["b"], |_| with_node_ports("kept", 3, 30082))?;
-    let mut agent = Agent::start(&town, "node1", &dir, &CIDRS)?;
+    let mut agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
     let (pod, outside) = (town.place("a"), town.place("outside"));
     let before = tables(&agent)?;
     agent.kill()?;

@@ -9,7 +9,7 @@ use proxy_tests::probe::{Server, eventually};
 use proxy_tests::town::Town;
 
 use crate::common::{manifests, web};
-use crate::life::{CIDRS, Loads, SOON, node_ports, one_node, servers, service, with_node_ports};
+use crate::life::{FLAGS, Loads, SOON, node_ports, one_node, servers, service, with_node_ports};
 
 /// A Service with the pods `b` and `c` behind it, whose every way in is used all the time.
 struct Deployment<'a> {
@@ -25,7 +25,7 @@ impl<'a> Deployment<'a> {
         let old = ["b", "c"];
         let servers = old.into_iter().zip(servers(town, &old)?).collect();
         let controller = web(dir, town, "web", 1, &old, |_| with_node_ports("web", 1, 30080))?;
-        let agent = Agent::start(town, "node1", dir, &CIDRS)?;
+        let agent = Agent::start(town, "node1", dir, &FLAGS)?;
         let mut loads = Loads::default();
         for to in service(1) {
             loads.add(town.place("a"), to)?;
