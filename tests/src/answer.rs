@@ -89,4 +89,13 @@ pub struct Rate {
     pub failure: Option<String>,
     /// How long it took.
     pub seconds: f64,
+    /// Processor time of the client.
+    pub cpu_seconds: f64,
+}
+
+/// What a measured server has used.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Used {
+    /// Processor time since it started.
+    pub cpu_seconds: f64,
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
-use proxy_tests::answer::Rate;
+use proxy_tests::answer::{Rate, Used};
 use proxy_tests::manifests::{EndpointController, Family, ManifestDir, ServicePlan};
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::probe::{Process, eventually};
@@ -20,7 +20,9 @@ use proxy_tests::town::{Plan, Town};
 use crate::figure::{Figures, progress};
 
 /// How long one client is measured.
-const TURN: &str = "0.4";
+const TURN: &str = "0.15";
+/// Turns are short, so that a busy moment of the machine meets all; there are this many times as many of them.
+const TURNS: usize = 3;
 /// Longer than any turn.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long the agent may take to read the manifests of 10,000 Services.
@@ -43,7 +45,7 @@ enum Forwarder {
 
 /// A node with a client and a server. Fields go in order.
 struct Node {
-    _server: Process,
+    server: std::cell::RefCell<Process>,
     agent: Option<(Agent, ManifestDir)>,
     town: Town,
 }
@@ -81,7 +83,7 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
             nodes.iter().try_for_each(|(forwarder, node)| node.load(*forwarder, services))?;
         }
         progress(&format!("wire: connections with {services} Service(s), {rounds} rounds"));
-        report(figures, services, &turns(&nodes, rounds)?);
+        report(figures, services, &turns(&nodes, rounds * TURNS)?);
     }
     for (_, node) in &nodes {
         if let Some((agent, _)) = &node.agent
@@ -94,40 +96,52 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-/// Rates by lane, round by round. A lane whose node is missing is empty.
-fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Vec<f64>>> {
-    let mut rates = vec![Vec::new(); LANES.len()];
+/// What the turns of a lane came to.
+#[derive(Clone, Default)]
+struct Turns {
+    /// Connections a second.
+    rates: Vec<f64>,
+    /// Processor time of client, server and kernel, a connection, in microseconds.
+    costs: Vec<f64>,
+}
+
+/// All turns by lane. A lane whose node is missing is empty.
+fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Turns>> {
+    let mut all = vec![Turns::default(); LANES.len()];
     // The first round warms up.
     for round in 0..=rounds {
-        for (lane, rates) in LANES.iter().zip(&mut rates) {
+        let mut order: Vec<usize> = (0..LANES.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        for index in order {
+            let (lane, turns) = (&LANES[index], &mut all[index]);
             let Some((_, node)) = nodes.iter().find(|(forwarder, _)| *forwarder == lane.on) else { continue };
-            let rate = node.rate(lane.service).with_context(|| format!("measuring: {}", lane.name))?;
+            let (rate, cost) =
+                node.turn(lane.service).with_context(|| format!("measuring: {}", lane.name))?;
             if round > 0 {
-                rates.push(rate);
+                turns.rates.push(rate);
+                turns.costs.push(cost);
             }
         }
     }
-    Ok(rates)
+    Ok(all)
 }
 
-fn report(figures: &mut Figures, services: u32, rates: &[Vec<f64>]) {
-    const UNIT: &str = "connections/s";
+fn report(figures: &mut Figures, services: u32, turns: &[Turns]) {
     let count = if services == 1 { "1 Service" } else { "10,000 Services" };
-    let name = |lane: usize| format!("wire: {}, {count}", LANES[lane].name);
-    figures.value(name(0), UNIT, &rates[0]);
-    for lane in 1..LANES.len() {
-        if !rates[lane].is_empty() {
-            figures.pair(
-                format!("{} vs pod to pod without agent", name(lane)),
-                UNIT,
-                &rates[lane],
-                &rates[0],
-            );
+    let measures: [(&str, &str, fn(&Turns) -> &[f64]); 2] =
+        [("rate", "connections/s", |turns| &turns.rates), ("CPU", "us/connection", |turns| &turns.costs)];
+    for (measure, unit, of) in measures {
+        let name = |lane: usize| format!("wire {measure}: {}, {count}", LANES[lane].name);
+        figures.value(name(0), unit, of(&turns[0]));
+        for (lane, turn) in turns.iter().enumerate().skip(1).filter(|(_, turn)| !turn.rates.is_empty()) {
+            figures.pair(format!("{} vs no agent", name(lane)), unit, of(turn), of(&turns[0]));
         }
-    }
-    for lane in [2, 3] {
-        if !rates[4].is_empty() {
-            figures.pair(format!("{} vs nftables", name(lane)), UNIT, &rates[lane], &rates[4]);
+        for lane in [2, 3] {
+            if !turns[4].rates.is_empty() {
+                figures.pair(format!("{} vs nftables", name(lane)), unit, of(&turns[lane]), of(&turns[4]));
+            }
         }
     }
 }
@@ -147,7 +161,7 @@ impl Node {
                 None
             }
         };
-        Ok(Self { _server: server, agent, town })
+        Ok(Self { server: server.into(), agent, town })
     }
 
     /// Adds Services that nobody asks.
@@ -159,19 +173,22 @@ impl Node {
         manifests.write("extra.json", &extra::services(services - 1)?)?;
         eventually(LOADING, || {
             let status = agent.status_json()?;
-            let known = find_number(&status, "services").context("status tells no number of Services")?;
+            // What is in the table, not what was heard.
+            let known = find_number(&status, "frontends").context("status tells no number of frontends")?;
             ensure!(known >= services.into(), "the agent has programmed {known} of {services} Services");
             Ok(())
         })
     }
 
-    /// One turn.
-    fn rate(&self, service: bool) -> Result<f64> {
+    /// One turn: connections a second, and microseconds of processor time a connection.
+    fn turn(&self, service: bool) -> Result<(f64, f64)> {
         let to: SocketAddr =
             if service { (VIP, 80).into() } else { (self.town.place("server").v4, PORT).into() };
+        let before = self.used()?;
         let arguments = ["--to", &to.to_string(), "--seconds", TURN].map(ToOwned::to_owned);
         let mut client = Process::start(self.town.place("client"), "rate", &arguments)?;
         let rate: Rate = client.line(PATIENCE)?;
+        let used = rate.cpu_seconds + self.used()? - before;
         ensure!(
             rate.failed == 0 && rate.connections > 0,
             "{} of {} connections to {to} failed: {}",
@@ -181,7 +198,14 @@ impl Node {
         );
         #[expect(clippy::cast_precision_loss, reason = "a count of one turn")]
         let connections = rate.connections as f64;
-        Ok(connections / rate.seconds)
+        Ok((connections / rate.seconds, used * 1e6 / connections))
+    }
+
+    /// Processor time of the server so far.
+    fn used(&self) -> Result<f64> {
+        let mut server = self.server.borrow_mut();
+        server.order("report")?;
+        Ok(server.line::<Used>(PATIENCE)?.cpu_seconds)
     }
 }
 
