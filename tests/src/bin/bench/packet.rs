@@ -119,6 +119,12 @@ fn cases() -> Vec<Case> {
     vec![
         established("established TCP flow, client to endpoint, 1 flow", Ring::Two, false, TWICE_FLOOR_ONE),
         established("established TCP flow, endpoint to client, 1 flow", Ring::Two, true, TWICE_FLOOR_ONE),
+        // Its checksum covers no addresses: what is missing here is what mending one costs.
+        Case {
+            packet: Packet::sctp(client(), ring_addr(Ring::Two, 0)).payload(&[0; 64]).build(),
+            limit: None,
+            ..established("established SCTP flow, no checksum to mend, 1 flow", Ring::Two, false, 0.0)
+        },
         established(
             "established TCP flow, client to endpoint, 10,000 flows",
             Ring::Many,
@@ -238,6 +244,9 @@ fn fill_tables(ebpf: &mut Ebpf) -> Result<()> {
             let back = flow_key(here, client(), Hook::EGRESS);
             flows.insert(there, flow(next, Leg::DNAT), 0)?;
             flows.insert(back, flow(next, Leg::UNDNAT), 0)?;
+            if matches!(ring, Ring::Two) {
+                flows.insert(FlowKey { proto: Proto::SCTP, ..there }, flow(next, Leg::DNAT), 0)?;
+            }
         }
     }
     fill_services(ebpf)
