@@ -4,7 +4,7 @@
 //! outside. [`pod::Place`] is where a process can run in it; [`probe`] runs the test-pod program there and reads its
 //! answers. [`agent::Agent`] runs the real agent in a node, [`manifests`] and [`apiserver`] feed it,
 //! [`packet`] builds and checks packets. Nothing here knows the agent's insides: it is a binary with a command
-//! line.
+//! line (only the benchmarks call its planner and load its programs).
 //!
 //! Everything made here is a value that takes itself down when dropped, also when a test panics; what a killed
 //! run has left is swept by the next one ([`sweep`]). Names begin with `ebpx-<pid>-<n>`.

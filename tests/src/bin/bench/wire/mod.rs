@@ -105,6 +105,9 @@ struct Turns {
     costs: Vec<f64>,
 }
 
+/// One of the measures.
+type Pick = fn(&Turns) -> &[f64];
+
 /// All turns by lane. A lane whose node is missing is empty.
 fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Turns>> {
     let mut all = vec![Turns::default(); LANES.len()];
@@ -130,7 +133,7 @@ fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Turns>> {
 
 fn report(figures: &mut Figures, services: u32, turns: &[Turns]) {
     let count = if services == 1 { "1 Service" } else { "10,000 Services" };
-    let measures: [(&str, &str, fn(&Turns) -> &[f64]); 2] =
+    let measures: [(&str, &str, Pick); 2] =
         [("rate", "connections/s", |turns| &turns.rates), ("CPU", "us/connection", |turns| &turns.costs)];
     for (measure, unit, of) in measures {
         let name = |lane: usize| format!("wire {measure}: {}, {count}", LANES[lane].name);
