@@ -42,9 +42,8 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx.as_ptr().cast());
-    skb.pull();
     let mut packet = Packet::at(Hook::INGRESS);
-    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
+    if cut_parse(skb.0, &raw mut packet, ETHERNET.into()) == 0 {
         return NEXT;
     }
     let mut edit = Edit::NONE;
@@ -59,9 +58,8 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx.as_ptr().cast());
-    skb.pull();
     let mut packet = Packet::at(Hook::EGRESS);
-    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
+    if cut_parse(skb.0, &raw mut packet, ETHERNET.into()) == 0 {
         return NEXT;
     }
     let mut edit = Edit::NONE;
@@ -73,6 +71,19 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     }
 }
 
+/// A global function, so that what parsing keeps on the stack is gone when a decision is taken. Zero for a packet
+/// that is nobody's to translate.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_parse(ctx: *mut __sk_buff, packet: *mut Packet, ethernet: u32) -> u32 {
+    let skb = Skb(ctx);
+    // SAFETY: the callers pass a reference.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
+    skb.pull();
+    let parsed = if ethernet != 0 { parse::<_, true>(&skb, packet) } else { parse::<_, false>(&skb, packet) };
+    u32::from(parsed.is_some())
+}
+
 /// A global function, so that what rewriting keeps on the stack does not add to the deepest chain of calls, which
 /// opens a flow: all frames of a chain share 512 bytes, each rounded up to 32 before 6.13.
 #[unsafe(no_mangle)]
@@ -80,7 +91,9 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 pub extern "C" fn cut_apply(ctx: *mut __sk_buff, packet: *mut Packet, edit: *mut Edit) -> i32 {
     let mut skb = Skb(ctx);
     // SAFETY: the callers pass references.
-    let (Some(packet), Some(edit)) = (unsafe { packet.as_ref() }, unsafe { edit.as_ref() }) else { return DROP };
+    let (Some(packet), Some(edit)) = (unsafe { packet.as_ref() }, unsafe { edit.as_ref() }) else {
+        return DROP;
+    };
     if matches!(packet.kind, Kind::IcmpError) {
         skb.pull_more();
     }
