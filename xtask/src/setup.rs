@@ -37,7 +37,13 @@ enum Missing {
 }
 
 /// What the tests and the demo call, with the package it comes in.
-const PROGRAMS: [(&str, &str); 3] = [("ip", "iproute2"), ("nft", "nftables"), ("bpftool", "bpftool")];
+const PROGRAMS: [(&str, &str); 5] = [
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("bpftool", "bpftool"),
+    ("ethtool", "ethtool"),
+    ("setpriv", "util-linux"),
+];
 
 /// `cargo xtask setup`
 pub(crate) fn run(args: &Args) -> Result<()> {

@@ -124,6 +124,13 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
     Answer::Deny
 }
 
+/// Whether packets of the socket pass an interface program of this node on their way out, so that what is not
+/// translated at the socket is translated there: a pod's do, the node's own do not.
+#[inline(always)]
+pub fn passes_ingress<T: Tables>(tables: &T, call: &Call) -> bool {
+    tables.config().is_some_and(|config| !is_host(config, call))
+}
+
 /// Whether the socket is the node's own. Where the kernel does not tell namespaces apart, every socket
 /// counts as the node's.
 #[inline(always)]
@@ -193,20 +200,34 @@ impl SocketState {
         None
     }
 
-    /// Remembers a translation: over the entry of the same destination, else over the oldest.
+    /// Remembers a translation: over the entry of the same destination, else over the oldest. Two destinations
+    /// with one endpoint cannot be told apart when it answers (D-1): where packets can take another way
+    /// (`elsewhere`), the second is not remembered, which is what false says; else the latest counts.
     #[inline(always)]
-    pub fn remember(&mut self, entry: &SocketEntry) {
-        let mut n = 0;
+    #[must_use]
+    pub fn remember(&mut self, entry: &SocketEntry, elsewhere: bool) -> bool {
+        let (mut place, mut n) = (SOCKET_ENTRIES, 0);
         while n < SOCKET_ENTRIES {
-            let old = &mut self.entries[n];
-            if old.vip.same(&entry.vip) && old.vport == entry.vport && old.proto == entry.proto {
-                *old = *entry;
-                return;
+            let old = &self.entries[n];
+            let same_proto = old.backend != 0 && old.proto == entry.proto;
+            let same_vip = same_proto && old.vport == entry.vport && old.vip.same(&entry.vip);
+            let same_end = same_proto && old.port == entry.port && old.addr.same(&entry.addr);
+            if same_vip {
+                place = n;
+            } else if same_end {
+                if elsewhere {
+                    return false;
+                }
+                self.entries[n] = SocketEntry::EMPTY;
             }
             n += 1;
         }
-        self.entries[(self.next as usize) & (SOCKET_ENTRIES - 1)] = *entry;
-        self.next = self.next.wrapping_add(1);
+        if place == SOCKET_ENTRIES {
+            place = self.next as usize & (SOCKET_ENTRIES - 1);
+            self.next = self.next.wrapping_add(1);
+        }
+        self.entries[place & (SOCKET_ENTRIES - 1)] = *entry;
+        true
     }
 }
 

@@ -540,7 +540,7 @@ fn a_socket_is_translated_once_and_shows_what_was_asked_for() {
         };
         assert_eq!((entry.addr, entry.port), (addr("10.244.2.7"), Port::new(8080)));
         let mut state = SocketState::EMPTY;
-        state.remember(&entry);
+        assert!(state.remember(&entry, true));
         let peer = state.original(&entry.addr, entry.port, Proto::TCP);
         assert_eq!(peer, Some((addr("10.96.0.1"), Port::new(80))));
     }
@@ -568,8 +568,8 @@ fn a_socket_remembers_several_services_and_forgets_the_oldest() {
     };
     let mut state = SocketState::EMPTY;
     for n in 1..=5 {
-        state.remember(&entry(n));
-        state.remember(&entry(n));
+        assert!(state.remember(&entry(n), true));
+        assert!(state.remember(&entry(n), true));
     }
     let known = |n: u8| state.original(&entry(n).addr, Port(0), Proto::UDP).is_some();
     assert_eq!([1, 2, 3, 4, 5].map(known), [false, true, true, true, true]);
@@ -636,4 +636,27 @@ fn four_extension_headers_are_walked_and_five_are_not() {
         let packet = tuple(&ByteFrame { bytes, partial: false }, Hook::INGRESS);
         assert_eq!(packet.map(|packet| packet.key.dport.number()), (count <= 4).then_some(80), "{count}");
     }
+}
+
+#[test]
+fn two_services_with_one_endpoint_are_not_mixed_up_at_a_socket() {
+    // D-1: an answer must come from the address that was asked.
+    let entry = |vip: u32| crate::abi::SocketEntry {
+        vip: Addr::v4(vip),
+        addr: Addr::v4(1000),
+        port: Port::new(53),
+        backend: vip,
+        proto: Proto::UDP,
+        ..crate::abi::SocketEntry::EMPTY
+    };
+    let shown =
+        |state: &SocketState| state.original(&Addr::v4(1000), Port::new(53), Proto::UDP).map(|(a, _)| a);
+    let mut pod = SocketState::EMPTY;
+    assert!(pod.remember(&entry(1), true));
+    assert!(!pod.remember(&entry(2), true), "the second is left to the interface program");
+    assert_eq!(shown(&pod), Some(Addr::v4(1)));
+    let mut host = SocketState::EMPTY;
+    assert!(host.remember(&entry(1), false));
+    assert!(host.remember(&entry(2), false));
+    assert_eq!(shown(&host), Some(Addr::v4(2)));
 }

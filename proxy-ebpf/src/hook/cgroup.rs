@@ -2,9 +2,9 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use proxy_common::abi::{Reason, SocketEntry, SocketState};
+use proxy_common::abi::{Reason, SocketEntry};
 use proxy_common::lb::Tables as _;
-use proxy_common::lb::socket::{Answer, decide};
+use proxy_common::lb::socket::{Answer, decide, passes_ingress};
 
 use crate::maps::SOCKETS;
 use crate::sock::{ALLOW, FAIL, addr, call, fits, port, proto, refuse, set};
@@ -62,7 +62,7 @@ fn translate<const V6: bool>(ctx: &SockAddrContext, connect: bool) -> i32 {
         Answer::Refuse => refuse(ctx),
         Answer::Deny => FAIL,
         Answer::Use(entry) => {
-            if fits::<V6>(&entry) && remember(ctx, &entry) {
+            if fits::<V6>(&entry) && remember(ctx, &entry, passes_ingress(&Kernel, &call)) {
                 set::<V6>(ctx, &entry.addr, entry.port);
             } else {
                 Kernel.count(Reason::SocketStorage);
@@ -80,14 +80,11 @@ fn remembered(ctx: &SockAddrContext, call: &proxy_common::lb::socket::Call) -> O
 }
 
 #[inline(always)]
-fn remember(ctx: &SockAddrContext, entry: &SocketEntry) -> bool {
+fn remember(ctx: &SockAddrContext, entry: &SocketEntry, elsewhere: bool) -> bool {
     // Created zeroed: an empty state is all zeros. SAFETY: as above; a socket's calls are serialised by its
     // lock or, for datagrams on several CPUs, overwrite whole entries of the same kind.
     match unsafe { SOCKETS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
-        Some(state) => {
-            SocketState::remember(state, entry);
-            true
-        }
+        Some(state) => state.remember(entry, elsewhere),
         None => false,
     }
 }

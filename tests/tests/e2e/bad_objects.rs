@@ -1,6 +1,8 @@
 //! Objects that are wrong in part or whole: each is told by its name and costs only what is wrong with it
 //! (X-1…X-17).
 
+use std::net::SocketAddr;
+
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use proxy_tests::agent::Agent;
@@ -10,7 +12,8 @@ use proxy_tests::object::{Object, Publish};
 use proxy_tests::town::Town;
 use serde_json::json;
 
-use crate::common::{at, ip, manifests, vips};
+use crate::common::{ip, manifests, vips};
+
 use crate::life::{FLAGS, answers, complains, nobody_answers, one_node, servers, service};
 
 fn town() -> Result<Town> {
@@ -161,7 +164,7 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
     for n in [33, 34] {
         answers(pod, service(n)[0], "b")?;
     }
-    answers(pod, at("198.51.100.9", 80), "b")?;
+    answers(pod, SocketAddr::new(ip("198.51.100.9"), 80), "b")?;
     let (status, page) = agent.ask(&["status"])?;
     ensure!(status.success(), "other people's mistakes are no illness:\n{page}");
 
