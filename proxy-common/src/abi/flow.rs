@@ -65,6 +65,13 @@ table_type! {
 }
 
 impl FlowKey {
+    /// Becomes the tuple of the opposite direction, at the same hook; in place, since a copy takes stack.
+    #[inline(always)]
+    pub const fn turn(&mut self) {
+        core::mem::swap(&mut self.src, &mut self.dst);
+        core::mem::swap(&mut self.sport, &mut self.dport);
+    }
+
     /// The tuple of the opposite direction, at `hook`.
     #[inline(always)]
     pub const fn reversed(&self, hook: Hook) -> Self {

@@ -184,14 +184,15 @@ pub fn write_flow<T: Tables>(
         return Inserted::Full;
     }
     if choice.masquerade != 0 {
-        other = other.reversed(Hook::EGRESS);
+        other.turn();
         flow.leg = Leg::SNAT;
         flow.addr = Addr::ANY_V6;
         flow.port = Port(0);
         flow.other_port = Port(0);
         // A left-over of the same tuple may know a node address already: its answers' leg is still there.
         if matches!(tables.insert_flow(FlowTable::HalfOpen, &other, &flow, false), Inserted::Full) {
-            tables.delete_flow(FlowTable::HalfOpen, &other.reversed(Hook::EGRESS));
+            other.turn();
+            tables.delete_flow(FlowTable::HalfOpen, &other);
             tables.delete_flow(FlowTable::HalfOpen, key);
             return Inserted::Full;
         }

@@ -42,8 +42,9 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx.as_ptr().cast());
+    skb.pull();
     let mut packet = Packet::at(Hook::INGRESS);
-    if cut_parse(skb.0, &raw mut packet, ETHERNET.into()) == 0 {
+    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
         return NEXT;
     }
     let mut edit = Edit::NONE;
@@ -58,8 +59,9 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let skb = Skb(ctx.as_ptr().cast());
+    skb.pull();
     let mut packet = Packet::at(Hook::EGRESS);
-    if cut_parse(skb.0, &raw mut packet, ETHERNET.into()) == 0 {
+    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
         return NEXT;
     }
     let mut edit = Edit::NONE;
@@ -69,19 +71,6 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
         // Nothing is refused behind the stack.
         Verdict::Refuse | Verdict::Drop => DROP,
     }
-}
-
-/// A global function, so that what parsing keeps on the stack is gone when a decision is taken. Zero for a packet
-/// that is nobody's to translate.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn cut_parse(ctx: *mut __sk_buff, packet: *mut Packet, ethernet: u32) -> u32 {
-    let skb = Skb(ctx);
-    // SAFETY: the callers pass a reference.
-    let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
-    skb.pull();
-    let parsed = if ethernet != 0 { parse::<_, true>(&skb, packet) } else { parse::<_, false>(&skb, packet) };
-    u32::from(parsed.is_some())
 }
 
 /// A global function, so that what rewriting keeps on the stack does not add to the deepest chain of calls, which
