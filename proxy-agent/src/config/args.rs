@@ -66,6 +66,14 @@ pub struct RunArgs {
     /// Range of pod addresses, at most one a family: what comes from elsewhere is masqueraded.
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
     pub cluster_cidr: Vec<String>,
+    /// Which range tells pods from other sources: `ClusterCIDR` for --cluster-cidr, `NodeCIDR` for podCIDRs of
+    /// this Node [default: --cluster-cidr, and without it podCIDRs].
+    #[arg(long, value_name = "MODE", default_value = "", hide_default_value = true)]
+    pub detect_local_mode: String,
+    /// Let host processes reach NodePorts at 127.0.0.1 and ::1, too (with --socket-lb=all or host).
+    #[arg(long, visible_alias = "iptables-localhost-nodeports", num_args = 0..=1, require_equals = true,
+        default_missing_value = "true", default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub localhost_nodeports: bool,
     /// Masquerade everything that goes to a ClusterIP.
     // Go's flags take `--flag=true`, and manifests are full of it.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,

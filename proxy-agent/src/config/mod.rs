@@ -17,7 +17,7 @@ use ipnet::IpNet;
 pub use args::{Capacities, RunArgs, Scheduler, SocketLbArg};
 pub use host::{Host, ThisHost};
 
-use crate::model::{NodePortAddresses, Settings};
+use crate::model::{DetectLocal, NodePortAddresses, Settings};
 use crate::netlink::Devices;
 
 /// Where pins live unless `--bpf-root` says otherwise.
@@ -123,14 +123,17 @@ impl Config {
         let settings = Settings {
             node_name: node_name(args, host, &mut errors),
             cluster_cidrs: cluster_cidrs(&args.cluster_cidr, &mut errors),
+            detect_local: detect_local(&args.detect_local_mode, &mut errors),
             masquerade_all: args.masquerade_all,
             masquerade_local: args.masquerade_local,
             nodeport_addresses: nodeport_addresses(&args.nodeport_addresses, &mut errors),
             socket_lb: args.socket_lb.into(),
+            localhost_node_ports: args.localhost_nodeports,
             host_netns: host.netns_cookie(),
             snat_ports,
             seed: SELECTION_SEED,
         };
+        warnings.extend(no_pods(&settings));
         let healthz = match args.healthz_bind_address.as_str() {
             "" => None,
             text => address("--healthz-bind-address", text, 10256, &mut errors),
@@ -243,6 +246,34 @@ fn cluster_cidrs(values: &[String], errors: &mut Errors) -> Vec<IpNet> {
         }
     }
     cidrs
+}
+
+/// By which ranges pods are told from other sources (M-1); empty is what templates leave of an unset option.
+fn detect_local(mode: &str, errors: &mut Errors) -> DetectLocal {
+    const FLAG: &str = "--detect-local-mode";
+    match mode {
+        "" => return DetectLocal::AnyRange,
+        "ClusterCIDR" => return DetectLocal::ClusterCidr,
+        "NodeCIDR" => return DetectLocal::NodeCidr,
+        "BridgeInterface" | "InterfaceNamePrefix" => errors.add(
+            FLAG,
+            mode,
+            "is not supported: pods are known by their addresses here; NodeCIDR tells this node's pods apart \
+             likewise",
+        ),
+        _ => errors.add(FLAG, mode, "is neither ClusterCIDR nor NodeCIDR"),
+    }
+    DetectLocal::AnyRange
+}
+
+/// A mode that was asked for and has nothing to go by (M-5).
+fn no_pods(settings: &Settings) -> Option<String> {
+    let nothing = settings.detect_local == DetectLocal::ClusterCidr && settings.cluster_cidrs.is_empty();
+    nothing.then(|| {
+        "--detect-local-mode ClusterCIDR without --cluster-cidr: no source counts as a pod, so nothing that \
+         goes to a ClusterIP is masqueraded; set --cluster-cidr, or leave the mode away"
+            .to_owned()
+    })
 }
 
 /// Where NodePorts are accepted (V-33). Unset is `primary`, as in kube-proxy's nftables mode.

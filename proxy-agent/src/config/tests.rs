@@ -6,7 +6,7 @@ use std::io;
 use clap::Parser;
 
 use super::*;
-use crate::model::{Link, SocketLb};
+use crate::model::{DetectLocal, Link, SocketLb};
 
 /// A host that says what it was told to.
 #[derive(Default)]
@@ -87,10 +87,12 @@ fn no_flags_mean_the_documented_defaults() {
         Settings {
             node_name: "n1".into(),
             cluster_cidrs: vec![],
+            detect_local: DetectLocal::AnyRange,
             masquerade_all: false,
             masquerade_local: false,
             nodeport_addresses: NodePortAddresses::Primary,
             socket_lb: SocketLb::All,
+            localhost_node_ports: true,
             host_netns: 4026,
             snat_ports: (1024, 28976),
             seed: SELECTION_SEED,
@@ -104,6 +106,36 @@ fn no_flags_mean_the_documented_defaults() {
     assert_eq!((config.capacities.flows, config.capacities.backends), (524_288, 262_144));
     assert!(carries(&config.devices, "eth0") && carries(&config.devices, "lxc1234"));
     assert_eq!(config.warnings, Vec::<String>::new());
+}
+
+#[test]
+fn a_detection_mode_is_followed_or_refused_with_the_way_out() {
+    let mode = |line: &[&str]| config(line).settings.detect_local;
+    // M-1; an empty value is what templates leave of an unset option.
+    assert_eq!(mode(&["--detect-local-mode="]), DetectLocal::AnyRange);
+    assert_eq!(mode(&["--detect-local-mode", "NodeCIDR"]), DetectLocal::NodeCidr);
+    let ranges = ["--detect-local-mode=ClusterCIDR", "--cluster-cidr=10.244.0.0/16"];
+    assert_eq!(mode(&ranges), DetectLocal::ClusterCidr);
+    assert_eq!(config(&ranges).warnings, Vec::<String>::new());
+    // M-5.
+    let [warning] = config(&ranges[..1]).warnings.try_into().unwrap();
+    assert!(warning.contains("without --cluster-cidr"), "{warning}");
+    // F-11.
+    for (value, reason) in [
+        ("BridgeInterface", "NodeCIDR tells this node's pods apart"),
+        ("InterfaceNamePrefix", "is not supported"),
+        ("nodecidr", "is neither ClusterCIDR nor NodeCIDR"),
+    ] {
+        let [error] = errors(&["--detect-local-mode", value]).try_into().unwrap();
+        assert!(error.contains(value) && error.contains(reason), "{error}");
+    }
+}
+
+#[test]
+fn localhost_node_ports_are_on_until_switched_off_by_either_name() {
+    let on = |line: &[&str]| config(line).settings.localhost_node_ports;
+    assert!(on(&[]) && on(&["--localhost-nodeports"]));
+    assert!(!on(&["--localhost-nodeports=false"]) && !on(&["--iptables-localhost-nodeports=false"]));
 }
 
 #[test]

@@ -24,6 +24,6 @@ pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServiceP
 pub use endpoint::{Endpoint, Slice, SlicePort};
 pub use node::{Link, Node};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
-pub use settings::{NodePortAddresses, Settings, SocketLb};
+pub use settings::{DetectLocal, NodePortAddresses, Settings, SocketLb};
 pub use tables::Accepted;
 pub use world::{HealthCheck, World};

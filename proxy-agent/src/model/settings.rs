@@ -24,6 +24,19 @@ pub enum NodePortAddresses {
     Ranges(Vec<IpNet>),
 }
 
+/// By which ranges pods are told from other sources (`--detect-local-mode`, M-1). A family without a range
+/// knows no pods (M-3, M-5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// `--cluster-cidr`, and where it is not set the Node's `podCIDRs`: whoever sets nothing still keeps
+    /// the addresses of pods.
+    AnyRange,
+    /// `--cluster-cidr` only.
+    ClusterCidr,
+    /// The Node's `podCIDRs` only.
+    NodeCidr,
+}
+
 /// Settings that do not change while the agent runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -31,6 +44,8 @@ pub struct Settings {
     pub node_name: Arc<str>,
     /// `--cluster-cidr`: at most one range a family.
     pub cluster_cidrs: Vec<IpNet>,
+    /// `--detect-local-mode`.
+    pub detect_local: DetectLocal,
     /// `--masquerade-all`.
     pub masquerade_all: bool,
     /// Masquerade flows to local endpoints under policy Cluster, as kube-proxy does.
@@ -39,6 +54,8 @@ pub struct Settings {
     pub nodeport_addresses: NodePortAddresses,
     /// `--socket-lb`.
     pub socket_lb: SocketLb,
+    /// `--localhost-nodeports`: host processes reach NodePorts at 127.0.0.1 and ::1, too (V-36).
+    pub localhost_node_ports: bool,
     /// Cookie of the node's network namespace; 0 when the kernel does not tell it.
     pub host_netns: u64,
     /// First source port for masquerading and how many there are; outside the ephemeral and NodePort ranges.

@@ -8,7 +8,7 @@ use proxy_common::abi::{Config, Iface, address, config, iface};
 use proxy_common::addr::Addr;
 
 use super::claims::Claims;
-use super::{Family, Link, Node, NodePortAddresses, NodeTables, Settings, SocketLb};
+use super::{DetectLocal, Family, Link, Node, NodePortAddresses, NodeTables, Settings, SocketLb};
 
 /// The tables of the node. `links` are in order of their index.
 pub(super) fn node_tables(settings: &Settings, node: &Node, links: &[Link], claims: &Claims) -> NodeTables {
@@ -39,7 +39,8 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
     set(settings.masquerade_all, config::MASQUERADE_ALL);
     set(settings.masquerade_local, config::MASQUERADE_LOCAL);
     set(settings.socket_lb == SocketLb::All, config::SOCKET_PODS);
-    set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST | config::LOCALHOST_NODE_PORTS);
+    set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST);
+    set(settings.socket_lb != SocketLb::Off && settings.localhost_node_ports, config::LOCALHOST_NODE_PORTS);
 
     let (snat_first, snat_count) = settings.snat_ports;
     let mut table = Config {
@@ -50,7 +51,11 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
         ..Config::EMPTY
     };
     // M-3: a setting for one family alone means that pods of the other are not told apart.
-    let ranges = if settings.cluster_cidrs.is_empty() { &node.pod_cidrs } else { &settings.cluster_cidrs };
+    let ranges = match settings.detect_local {
+        DetectLocal::AnyRange if settings.cluster_cidrs.is_empty() => &node.pod_cidrs,
+        DetectLocal::AnyRange | DetectLocal::ClusterCidr => &settings.cluster_cidrs,
+        DetectLocal::NodeCidr => &node.pod_cidrs,
+    };
     let first = |family| ranges.iter().find(|range| Family::of(&range.addr()) == family);
     if let Some(range) = first(Family::V4) {
         flags |= config::POD_RANGE_V4;

@@ -15,10 +15,12 @@ fn settings() -> Settings {
     Settings {
         node_name: "n1".into(),
         cluster_cidrs: Vec::new(),
+        detect_local: DetectLocal::AnyRange,
         masquerade_all: false,
         masquerade_local: false,
         nodeport_addresses: NodePortAddresses::Primary,
         socket_lb: SocketLb::All,
+        localhost_node_ports: true,
         host_netns: 1,
         snat_ports: (61_000, 1_000),
         seed: 7,
@@ -678,6 +680,63 @@ fn the_pod_range_is_the_clusters_else_the_nodes() {
     let ranges = config::POD_RANGE_V4 | config::POD_RANGE_V6;
     assert_eq!(table.flags, host | config::MASQUERADE_ALL | ranges);
     assert_eq!((table.snat_first, table.snat_count, table.seed, table.host_netns), (61_000, 1_000, 7, 1));
+}
+
+#[test]
+fn a_detection_mode_names_the_one_range_that_counts() {
+    let known = |mode: DetectLocal, cidrs: &[&str], pod_cidrs: &[&str]| {
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let mut world = World::new(Settings { detect_local: mode, cluster_cidrs: nets(cidrs), ..settings() });
+        world.hear(Change::Node(Some(Node { pod_cidrs: nets(pod_cidrs), ..node(None, &[]) })));
+        let table = world.node().config;
+        let pods = ["10.1.0.9", "10.2.0.9", "fd00:1::9", "fd00:2::9"];
+        pods.map(|pod| table.is_pod(&ip(pod).into()))
+    };
+    let (cluster, own): (&[&str], &[&str]) =
+        (&["10.1.0.0/16", "fd00:1::/64"], &["10.2.0.0/24", "fd00:2::/64"]);
+    // M-1: by mode; M-5: a mode without its range knows no pods, whatever the other one says.
+    let (by_cluster, by_node, no_op) = ([true, false, true, false], [false, true, false, true], [false; 4]);
+    assert_eq!(known(DetectLocal::ClusterCidr, cluster, own), by_cluster);
+    assert_eq!(known(DetectLocal::ClusterCidr, &[], own), no_op);
+    assert_eq!(known(DetectLocal::NodeCidr, cluster, own), by_node);
+    assert_eq!(known(DetectLocal::NodeCidr, cluster, &[]), no_op);
+    assert_eq!(known(DetectLocal::AnyRange, cluster, own), by_cluster);
+    assert_eq!(known(DetectLocal::AnyRange, &[], own), by_node);
+    // M-1: the first of a family counts; M-3: families do not depend on each other, nor on the order.
+    let mixed: &[&str] = &["fd00:2::/64", "10.2.0.0/24", "10.1.0.0/24", "fd00:1::/64"];
+    assert_eq!(known(DetectLocal::NodeCidr, &[], mixed), by_node);
+    assert_eq!(known(DetectLocal::NodeCidr, &[], &mixed[..1]), [false, false, false, true]);
+}
+
+#[test]
+fn localhost_node_ports_need_the_switch_and_socket_programs() {
+    let on = |localhost_node_ports: bool, socket_lb: SocketLb| {
+        let world = World::new(Settings { localhost_node_ports, socket_lb, ..settings() });
+        world.node().config.flags & config::LOCALHOST_NODE_PORTS != 0
+    };
+    // V-36, as an offer beyond the baseline.
+    assert!(on(true, SocketLb::All) && on(true, SocketLb::Host));
+    assert!(!on(true, SocketLb::Off) && !on(false, SocketLb::All) && !on(false, SocketLb::Host));
+}
+
+#[test]
+fn health_checks_are_served_where_node_ports_are_accepted() {
+    let accepted = |setting: NodePortAddresses, ips: &[&str]| {
+        let mut world = World::new(Settings { nodeport_addresses: setting, ..settings() });
+        world.hear(Change::Links(links()));
+        world.hear(Change::Node(Some(node(None, ips))));
+        [Family::V4, Family::V6].map(|family| match world.node_port_addresses(family) {
+            Accepted::Everywhere => "everywhere".to_owned(),
+            Accepted::At(ips) => ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" "),
+        })
+    };
+    let ranges =
+        |texts: &[&str]| NodePortAddresses::Ranges(texts.iter().map(|text| text.parse().unwrap()).collect());
+    // H-15; T-67 and T-68 on the way.
+    assert_eq!(accepted(NodePortAddresses::Primary, &[]), ["everywhere", "everywhere"]);
+    assert_eq!(accepted(NodePortAddresses::Primary, &["192.168.0.3"]), ["192.168.0.3", ""]);
+    assert_eq!(accepted(ranges(&["10.20.30.0/24"]), &[]), ["", "everywhere"]);
+    assert_eq!(accepted(ranges(&["0.0.0.0/0", "2001:db8::/64"]), &[]), ["everywhere", "2001:db8::2"]);
 }
 
 #[test]

@@ -29,6 +29,8 @@ mod life;
 #[cfg(test)]
 mod loadbalancer;
 #[cfg(test)]
+mod localhost;
+#[cfg(test)]
 mod nodeport;
 #[cfg(test)]
 mod packets;

@@ -11,8 +11,8 @@ use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::probe::Features;
 use proxy_agent::datapath::remove::remove_all;
 use proxy_agent::model::{
-    Affinity, Endpoint, Family, NodePortAddresses, ObjectName, Port, Service, Settings, Slice, SlicePort,
-    SocketLb, World,
+    Affinity, DetectLocal, Endpoint, Family, NodePortAddresses, ObjectName, Port, Service, Settings, Slice,
+    SlicePort, SocketLb, World,
 };
 use proxy_agent::plan::{Actual, Capacity, Pass, Planner, Step};
 use proxy_agent::source::{Change, Kind};
@@ -164,10 +164,12 @@ fn world(services: u32) -> World {
     let mut world = World::new(Settings {
         node_name: "node1".into(),
         cluster_cidrs: Vec::new(),
+        detect_local: DetectLocal::AnyRange,
         masquerade_all: false,
         masquerade_local: false,
         nodeport_addresses: NodePortAddresses::Primary,
         socket_lb: SocketLb::All,
+        localhost_node_ports: true,
         host_netns: 0,
         snat_ports: (61_000, 1_000),
         seed: 7,
