@@ -4,15 +4,16 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cmd, invariants, setup, toolchain::Toolchain, workspace};
+use crate::{cmd, conformance, invariants, setup, toolchain::Toolchain, workspace};
 
 type Check = fn() -> Result<()>;
 
 /// `cargo xtask check`
 pub(crate) fn run() -> Result<()> {
-    let checks: [(&str, Check); 6] = [
+    let checks: [(&str, Check); 7] = [
         ("format", format),
         ("invariants", invariants::check),
+        ("conformance table", conformance::check),
         ("lints", lints),
         ("lints of the kernel programs", kernel_lints),
         ("docs", docs),

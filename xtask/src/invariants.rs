@@ -83,7 +83,8 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-fn rust_files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The Rust files below a folder, in order, without what is built.
+pub(crate) fn rust_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let Ok(entries) = fs::read_dir(folder) else { return Ok(files) };
     for entry in entries {

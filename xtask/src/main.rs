@@ -9,6 +9,7 @@ mod build;
 mod build_ebpf;
 mod check;
 mod cmd;
+mod conformance;
 mod image;
 mod invariants;
 mod kind;
@@ -47,6 +48,8 @@ enum Command {
     Bench(scenario::Args),
     /// What CI demands besides the tests: format, lints, docs, licences, invariants.
     Check,
+    /// Write `tests/conformance.md`: every rule with the tests that cite it.
+    Conformance,
     /// Write a container image (OCI layout and docker archive in one tar file).
     Image(image::Args),
     /// Create a kind cluster without kube-proxy and install the proxy in it.
@@ -74,6 +77,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => scenario::run("bench", &args),
         Command::Check => check::run(),
+        Command::Conformance => conformance::run(),
         Command::Image(args) => image::run(&args),
         Command::Kind(args) => kind::run(&args),
     }
