@@ -148,6 +148,7 @@ mod tests {
 
     #[test]
     fn the_first_request_after_an_idle_time_waits_only_for_its_burst() {
+        // Y-18.
         let mut pace = idle_since(1_000);
         pace.request(5_000);
         pace.request(5_004);
@@ -165,6 +166,7 @@ mod tests {
 
     #[test]
     fn requests_in_a_row_are_answered_at_most_so_often() {
+        // Y-18.
         let mut pace = idle_since(1_000);
         pace.request(1_001);
         assert_eq!(pace.due_ms(), 1_100);
@@ -176,6 +178,7 @@ mod tests {
 
     #[test]
     fn a_pass_comes_at_least_so_often() {
+        // Y-20.
         let pace = idle_since(1_000);
         assert_eq!(pace.due_ms(), 3_601_000);
     }
@@ -195,6 +198,7 @@ mod tests {
 
     #[test]
     fn failures_are_retried_ever_later_up_to_a_limit() {
+        // Y-19.
         let mut pace = idle_since(0);
         pace.request(1_000);
         let mut gaps = Vec::new();
@@ -213,6 +217,7 @@ mod tests {
 
     #[test]
     fn a_request_after_a_failure_comes_sooner_but_keeps_the_gap() {
+        // Y-19.
         let mut pace = idle_since(0);
         for now in [10_000, 20_000, 30_000, 40_000] {
             pace.begin();

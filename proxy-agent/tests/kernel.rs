@@ -287,6 +287,7 @@ fn another_cgroup_root_takes_the_place_of_the_first() {
 
 #[test]
 fn interfaces_that_go_lose_their_pins_and_those_that_come_get_programs() {
+    // D-17.
     let room = Room::new();
     room.veth("v0", "v1");
     let mut loaded = room.load();
@@ -568,6 +569,7 @@ fn a_sweep_of_empty_tables_ends() {
 
 #[test]
 fn a_new_interface_is_heard_of_at_once() {
+    // D-17.
     let _room = Room::new();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {

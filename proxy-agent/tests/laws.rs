@@ -512,6 +512,7 @@ fn big_world(services: u32, endpoints: u32) -> Desired {
 
 #[test]
 fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
+    // Y-24.
     let mut desired = big_world(10_000, 4);
     let mut memory = Memory::default();
     let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);
@@ -541,6 +542,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
 
 #[test]
 fn an_unchanged_service_in_a_change_writes_nothing() {
+    // S-22.
     let desired = big_world(10, 3);
     let planner = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0).applied(0);
     let all: Vec<_> = desired.services.iter().map(|(p, s)| (p.clone(), Some(s.clone()))).collect();
@@ -549,6 +551,7 @@ fn an_unchanged_service_in_a_change_writes_nothing() {
 
 #[test]
 fn damaged_tables_are_seen_and_repaired() {
+    // Y-20.
     let desired = big_world(3, 2);
     let mut memory = Memory::default();
     let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);

@@ -140,6 +140,7 @@ fn localhost_node_ports_are_on_until_switched_off_by_either_name() {
 
 #[test]
 fn the_node_name_is_trimmed_and_lower_cased() {
+    // F-9.
     assert_eq!(&*config(&["--hostname-override= Node-A\n"]).settings.node_name, "node-a");
     let host = FakeHost::named("HOST.example");
     assert_eq!(&*config_on(&host, &[]).unwrap().settings.node_name, "host.example");
@@ -180,6 +181,7 @@ fn nodeport_addresses_are_ranges_or_primary_alone() {
 
 #[test]
 fn a_bare_address_gets_the_default_port() {
+    // F-11, H-26.
     let of = |text: &str| {
         let config =
             config(&[&format!("--healthz-bind-address={text}"), &format!("--metrics-bind-address={text}")]);
@@ -222,6 +224,7 @@ fn exactly_one_source_is_taken() {
 
 #[test]
 fn everything_wrong_is_said_at_once() {
+    // F-4, F-11.
     let errors = config_on(
         &FakeHost::default(),
         &["--cluster-cidr=x", "--nodeport-addresses=y", "--healthz-bind-address=z", "--devices=[a"],
@@ -302,6 +305,7 @@ users: [{name: u, user: {token: t}}]
 
 #[test]
 fn an_agent_that_would_depend_on_itself_is_warned_about() {
+    // Y-2.
     let pod = || FakeHost::named("n1").with_env("KUBERNETES_SERVICE_HOST", "10.96.0.1");
     let warned = |host: &FakeHost, line: &[&str]| !config_on(host, line).unwrap().warnings.is_empty();
     assert!(warned(&pod(), &["--apiserver=https://10.96.0.1:443"]));

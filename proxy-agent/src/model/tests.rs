@@ -179,6 +179,7 @@ const SELECTION: &[Vector] = &[
 
 #[test]
 fn endpoints_are_chosen_as_the_vectors_say() {
+    // P-1…P-8, P-11…P-13.
     for (vector, traits, own, zone, endpoints, [cluster, local], any) in SELECTION {
         let mut service = service("10.96.0.1");
         service.internal_local = traits.contains('i');
@@ -374,6 +375,7 @@ fn of_duplicates_the_one_that_is_not_terminating_stays() {
 
 #[test]
 fn only_what_differs_is_handed_on() {
+    // S-22, E-8.
     let mut world = world([
         Change::Service(name("web"), Some(service("10.96.0.1"))),
         Change::Slice(name("web-1"), Some(slice("web", "1 R; 2 R Z=a"))),
@@ -625,6 +627,7 @@ fn masquerading_uses_an_address_of_the_interface_else_the_nodes() {
 
 #[test]
 fn node_ports_are_accepted_where_the_setting_says() {
+    // V-33, V-34.
     let accepted = |setting: NodePortAddresses, ips: &[&str]| -> Vec<String> {
         let mut world = World::new(Settings { nodeport_addresses: setting, ..settings() });
         world.hear(Change::Links(links()));

@@ -319,6 +319,7 @@ mod tests {
 
     #[test]
     fn a_late_family_is_ill_until_it_is_itself_in_step_again() {
+        // H-4, H-5, H-7, H-9; answers are counted (H-40, H-41).
         let (health, clock) = fresh();
         assert_eq!(codes(&health), (200, 200), "T-95");
         health.queued(Family::V4);
@@ -340,6 +341,7 @@ mod tests {
 
     #[test]
     fn a_later_request_does_not_start_the_clock_anew() {
+        // H-4.
         let (health, clock) = fresh();
         health.queued(Family::V4);
         clock.forward(50);
@@ -380,6 +382,7 @@ mod tests {
 
     #[tokio::test]
     async fn healthz_answers_byte_for_byte_as_documented() {
+        // H-2, H-3, H-11.
         let (health, clock) = fresh();
         clock.forward(2);
         let response = ask(router(Arc::clone(&health)), "GET", "/healthz").await;
@@ -400,6 +403,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_ineligible_node_says_healthy_with_503_and_its_newest_update() {
+        // H-9, H-10, H-11.
         let (health, clock) = fresh();
         health.node_eligible(false);
         clock.forward(2);
@@ -414,6 +418,7 @@ mod tests {
 
     #[tokio::test]
     async fn livez_does_not_speak_of_the_node_and_other_paths_are_not_found() {
+        // H-1, H-3.
         let (health, _) = fresh();
         let response = ask(router(Arc::clone(&health)), "PUT", "/livez").await;
         assert!(response.starts_with("HTTP/1.1 200 OK\r\n"), "{response}");

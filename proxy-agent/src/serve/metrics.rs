@@ -320,6 +320,7 @@ mod tests {
 
     #[test]
     fn every_figure_is_under_its_documented_name() {
+        // H-30, H-33, H-34, H-36…H-41.
         let metrics = metrics();
         metrics.pass_took(Family::V4, Duration::from_millis(3));
         let text = metrics.text().unwrap();

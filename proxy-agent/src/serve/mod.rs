@@ -66,6 +66,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_that_is_taken_is_tried_until_it_is_free() {
+        // H-12, H-28.
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = taken.local_addr().unwrap();
         let waiting = tokio::spawn(bind("health", address, Duration::from_millis(5)));

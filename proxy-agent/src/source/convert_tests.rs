@@ -42,6 +42,7 @@ fn texts<T: ToString>(values: &[T]) -> Vec<String> {
 
 #[test]
 fn services_that_are_not_ours_are_left_alone() {
+    // S-1, S-3, S-4, S-5, S-7, S-8.
     for (overlay, proxied) in [
         (json!({}), true),
         (json!({"clusterIP": "None", "clusterIPs": ["None"]}), false),
@@ -69,6 +70,7 @@ fn services_that_are_not_ours_are_left_alone() {
 
 #[test]
 fn a_service_has_at_most_one_cluster_ip_a_family() {
+    // S-9, X-1, X-3, X-6.
     for (overlay, ips, complaints) in [
         (
             json!({"clusterIPs": ["10.96.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"]}),
@@ -101,6 +103,7 @@ fn a_service_has_at_most_one_cluster_ip_a_family() {
 
 #[test]
 fn bad_ports_are_skipped_alone() {
+    // S-13, S-21, X-11, X-12.
     let (service, complaints) = with(json!({"ports": [
         {"name": "tcp", "port": 80},
         {"name": "udp", "port": 80, "protocol": "UDP", "nodePort": 30_080},
@@ -135,6 +138,7 @@ fn bad_ports_are_skipped_alone() {
 
 #[test]
 fn bad_addresses_are_skipped_alone() {
+    //
     let (service, complaints) = with(json!({
         "externalIPs": ["192.168.099.022", " 1.2.3.4", "", "  ", "2001:db8::1", "fe80::1%eth0", "224.0.0.1"],
     }));
@@ -166,6 +170,7 @@ fn bad_addresses_are_skipped_alone() {
 
 #[test]
 fn source_ranges_are_trimmed_and_masked() {
+    // V-15, X-2.
     let (service, complaints) = with(json!({"loadBalancerSourceRanges":
         ["192.168.0.0/24", " 203.0.113.000/025 ", "10.1.2.3/8", "garbage", "", " ", "2001:db8::/32", "1.2.3.4"]}));
     let expected = ["192.168.0.0/24", "203.0.113.0/25", "10.0.0.0/8", "2001:db8::/32"];
@@ -176,6 +181,7 @@ fn source_ranges_are_trimmed_and_masked() {
 
 #[test]
 fn policies_count_where_they_are_honoured() {
+    // S-17, S-18, S-20, X-14.
     for (overlay, internal, external) in [
         (json!({}), false, false),
         (json!({"internalTrafficPolicy": "Local"}), true, false),
@@ -215,6 +221,7 @@ fn policies_count_where_they_are_honoured() {
 
 #[test]
 fn affinity_is_read_leniently() {
+    // S-21, X-10.
     let config = |secs: i32| json!({"clientIP": {"timeoutSeconds": secs}});
     for (overlay, expected, complaints) in [
         (json!({}), Affinity::None, 0),
@@ -263,6 +270,7 @@ fn convert_slice(overlay: &Value) -> (Option<Slice>, Vec<String>) {
 
 #[test]
 fn slices_of_nobody_are_left_alone() {
+    // E-2, E-3, E-4, E-5.
     let labels =
         |labels: Value| json!({"metadata": {"namespace": "shop", "name": "web-1", "labels": labels}});
     for (overlay, ours, complaints) in [
@@ -293,6 +301,7 @@ fn slices_of_nobody_are_left_alone() {
 
 #[test]
 fn conditions_that_are_not_set_have_their_defaults() {
+    // E-18, T-35.
     for (conditions, expected) in [
         (json!(null), (true, true, false)),
         (json!({}), (true, true, false)),
@@ -308,6 +317,7 @@ fn conditions_that_are_not_set_have_their_defaults() {
 
 #[test]
 fn bad_parts_of_a_slice_are_skipped_alone() {
+    // E-11, E-12, E-13, E-16, E-17, E-20, X-7, X-11.
     let (slice, complaints) = convert_slice(&json!({
         "ports": [
             {"name": "http", "port": 80},
@@ -374,6 +384,7 @@ fn legacy_endpoints_become_slices() {
 
 #[test]
 fn the_node_tells_its_addresses_by_rank() {
+    // H-8, X-1, Y-10.
     let object = json!({
         "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a"}},
         "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64", "bad"]},

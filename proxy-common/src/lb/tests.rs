@@ -178,6 +178,7 @@ fn a_pod_reaches_a_cluster_ip_and_sees_it_answer() {
 
 #[test]
 fn outside_traffic_to_a_remote_endpoint_is_masqueraded_and_comes_back() {
+    // M-8, D-1, D-13.
     let mut node = Node::new();
     let flags = frontend::NODE_PORT;
     node.service(("0.0.0.0", 30200), Proto::TCP, flags, &[("10.244.2.7", 8080)]);
@@ -202,6 +203,7 @@ fn outside_traffic_to_a_remote_endpoint_is_masqueraded_and_comes_back() {
 
 #[test]
 fn outside_traffic_to_a_local_endpoint_keeps_its_source() {
+    // M-8, with the switch that restores it.
     let mut node = Node::new();
     node.service(("0.0.0.0", 30200), Proto::TCP, frontend::NODE_PORT, &[("+10.244.1.7", 8080)]);
     let sent =
@@ -216,6 +218,7 @@ fn outside_traffic_to_a_local_endpoint_keeps_its_source() {
 
 #[test]
 fn a_pod_reaches_itself() {
+    // T-58.
     // M-10: hairpin.
     let mut node = Node::new();
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("+10.244.1.5", 8080)]);
@@ -588,6 +591,7 @@ fn a_packet_cut_anywhere_is_left_alone_or_dropped() {
 
 #[test]
 fn host_processes_reach_node_ports_at_loopback_and_pods_do_not() {
+    // V-36.
     let mut node = Node::new();
     node.tables.config.as_mut().unwrap().flags |= config::LOCALHOST_NODE_PORTS;
     node.service(("0.0.0.0", 30200), Proto::TCP, frontend::NODE_PORT, &[("10.244.2.7", 8080)]);

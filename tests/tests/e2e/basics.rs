@@ -11,6 +11,7 @@ use crate::common::{manifests, two_nodes, vips, web};
 
 #[test]
 fn a_cluster_ip_answers_pods_and_host_processes() -> Result<()> {
+    // V-3, V-5, D-1.
     for network in [PodNetwork::Routed, PodNetwork::Bridged] {
         let town = two_nodes(network)?;
         let dir = manifests()?;

@@ -50,6 +50,7 @@ fn town() -> Result<Town> {
 
 #[test]
 fn a_rolling_update_fails_no_request() -> Result<()> {
+    // C-3.
     let (town, dir) = (town()?, manifests()?);
     let mut web = Deployment::start(&town, &dir)?;
     for (new, old, after) in [("d", "b", ["c", "d"]), ("e", "c", ["d", "e"])] {
