@@ -31,9 +31,10 @@ fn a_cluster_ip_answers_pods_and_host_processes() -> Result<()> {
                         let request = request(place, &ask)?;
                         let seen = request.peer_name.or(request.received_from);
                         ensure!(seen == Some(to), "{client} asked {to} and sees {seen:?}: {request:?}");
+                        ensure!(request.answer.is_some(), "{network:?} {client}: {ask:?}: {request:?}");
                         names.extend(request.answer.map(|answer| answer.name));
                     }
-                    ensure!(names.len() == 2, "{network:?} {client} {to}: only {names:?} answered");
+                    ensure!(names.len() == 2, "{network:?} {client} {ask:?}: only {names:?} answered");
                 }
             }
         }
