@@ -1,6 +1,6 @@
 //! The town that most tests play in, and the Services that most of them use.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
 use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan};
@@ -22,6 +22,10 @@ pub(crate) fn two_nodes(network: PodNetwork) -> Result<Town> {
 
 pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+pub(crate) fn at(ip_text: &str, port: u16) -> SocketAddr {
+    SocketAddr::new(ip(ip_text), port)
 }
 
 /// The ClusterIPs of a Service, both families: 10.96.0.`n` and fd00:10:96::`n`.
