@@ -298,7 +298,11 @@ pub fn frame(key: &FlowKey, tcp_flags: u8, payload: &[u8], partial: bool) -> Byt
     };
     l4.extend(payload);
     let pseudo = pseudo(&key.src, &key.dst, key.proto, l4.len());
-    let check = if partial { pseudo as u16 } else { !(checksum::fold(pseudo + sum(&l4))) };
+    let check = match !checksum::fold(pseudo + sum(&l4)) {
+        _ if partial => pseudo as u16,
+        0 if key.proto == Proto::UDP => 0xffff, // Zero would say that there is none (RFC 768).
+        check => check,
+    };
     if key.proto == Proto::SCTP {
         let crc = crc32c(&l4);
         l4[8..12].copy_from_slice(&crc.to_le_bytes());
