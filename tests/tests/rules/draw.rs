@@ -1,0 +1,133 @@
+//! Drawing clusters and edits.
+
+use proptest::collection::{btree_map, vec};
+use proptest::option;
+use proptest::prelude::*;
+
+use super::facts::{Edit, EndpointFacts, Facts, Hints, NodeFacts, Operator, ServiceFacts, SliceFacts};
+
+/// Numbers of endpoints there are.
+const ENDPOINTS: usize = 11;
+
+fn policy() -> impl Strategy<Value = Option<&'static str>> {
+    prop_oneof![3 => Just(Some("Cluster")), 3 => Just(Some("Local")), 1 => Just(None)]
+}
+
+fn service() -> impl Strategy<Value = ServiceFacts> {
+    let kind = prop_oneof![
+        4 => Just("ClusterIP"), 3 => Just("NodePort"), 5 => Just("LoadBalancer"), 1 => Just("ExternalName")
+    ];
+    let cluster_ip = prop_oneof![12 => (1_u8..=4).prop_map(Some), 1 => Just(None)];
+    let families = prop_oneof![1 => Just([true, false]), 1 => Just([false, true]), 3 => Just([true, true])];
+    let node_port = prop_oneof![1 => Just(0_u16), 2 => Just(30_001), 2 => Just(30_002), 1 => Just(30_003)];
+    let mode = prop_oneof![3 => Just(Some("VIP")), 1 => Just(Some("Proxy")), 1 => Just(None)];
+    let addresses = (
+        kind,
+        cluster_ip,
+        families,
+        btree_map(0_usize..4, node_port, 1..3),
+        prop_oneof![2 => Just(Vec::new()), 1 => vec(1_u8..=5, 1..3)],
+        prop_oneof![1 => Just(Vec::new()), 1 => vec((1_u8..=3, mode), 1..3)],
+    );
+    let rules = (
+        prop_oneof![2 => Just(Vec::new()), 1 => vec(0_u8..7, 1..3)],
+        prop::bool::weighted(0.3),
+        policy(),
+        policy(),
+        0_u8..3,
+        prop::bool::weighted(0.05),
+    );
+    (addresses, rules).prop_map(|(addresses, rules)| {
+        let (kind, cluster_ip, families, ports, external_ips, ingress) = addresses;
+        let (ranges, affinity, internal, external, day, foreign) = rules;
+        ServiceFacts {
+            kind,
+            cluster_ip,
+            families,
+            ports,
+            external_ips,
+            ingress,
+            ranges,
+            affinity,
+            internal,
+            external,
+            day,
+            foreign,
+        }
+    })
+}
+
+fn conditions() -> impl Strategy<Value = [Option<bool>; 3]> {
+    prop_oneof![
+        3 => Just([Some(true), Some(true), Some(false)]),
+        1 => Just([Some(false), Some(true), Some(true)]),
+        3 => prop::array::uniform3(option::of(any::<bool>())),
+    ]
+}
+
+fn slice() -> impl Strategy<Value = SliceFacts> {
+    let endpoint = (0..ENDPOINTS as u8, prop::bool::weighted(0.05), conditions())
+        .prop_map(|(n, stray, conditions)| EndpointFacts { n, stray, conditions });
+    (0_u8..4, any::<bool>(), vec(prop_oneof![4 => 0_usize..4, 1 => 4_usize..9], 1..4), vec(endpoint, 0..5))
+        .prop_map(|(service, six, ports, endpoints)| SliceFacts { service, six, ports, endpoints })
+}
+
+fn hints() -> impl Strategy<Value = Vec<Hints>> {
+    let some = || (vec(0_u8..3, 1..3), vec(0_u8..3, 1..3));
+    let any = (vec(0_u8..3, 0..2), vec(0_u8..3, 0..2));
+    prop_oneof![
+        2 => vec(some(), ENDPOINTS),
+        1 => vec(some().prop_map(|(zones, _)| (zones, Vec::new())), ENDPOINTS),
+        1 => vec(any, ENDPOINTS),
+        2 => Just(vec![(Vec::new(), Vec::new()); ENDPOINTS]),
+    ]
+}
+
+fn node() -> impl Strategy<Value = NodeFacts> {
+    (option::weighted(0.8, 0_u8..3), 0_usize..2).prop_map(|(zone, primary)| NodeFacts { zone, primary })
+}
+
+fn operator() -> impl Strategy<Value = Operator> {
+    let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("a range")).collect::<Vec<_>>();
+    let cluster = prop_oneof![
+        3 => Just(ranges(&["10.244.0.0/16", "fd00:244::/32"])),
+        1 => Just(ranges(&["10.244.0.0/16"])),
+        2 => Just(Vec::new()),
+    ];
+    let pods = prop_oneof![2 => Just(ranges(&["10.244.1.0/24", "fd00:244:1::/64"])), 1 => Just(Vec::new())];
+    let node_ports = prop_oneof![
+        1 => Just(None),
+        1 => Just(Some(ranges(&["192.168.10.0/24"]))),
+        1 => Just(Some(ranges(&["0.0.0.0/0", "fd00:10::/64"]))),
+        1 => Just(Some(ranges(&["10.20.30.0/24", "fd00:16::/64"]))),
+    ];
+    (cluster, pods, prop::bool::weighted(0.2), prop::bool::weighted(0.3), node_ports).prop_map(
+        |(cluster_cidrs, pod_cidrs, masquerade_all, masquerade_local, node_port_ranges)| Operator {
+            cluster_cidrs,
+            pod_cidrs,
+            masquerade_all,
+            masquerade_local,
+            node_port_ranges,
+        },
+    )
+}
+
+/// A cluster.
+pub(crate) fn facts() -> impl Strategy<Value = Facts> {
+    let services = btree_map(0_u8..4, service(), 2..5);
+    (operator(), services, btree_map(0_u8..8, slice(), 3..8), hints(), node()).prop_map(
+        |(operator, services, slices, hints, node)| Facts { operator, services, slices, hints, node },
+    )
+}
+
+/// A burst of edits that are written together.
+pub(crate) fn burst() -> impl Strategy<Value = Vec<Edit>> {
+    let edit = prop_oneof![
+        4 => (0_u8..4, option::weighted(0.8, service())).prop_map(|(n, s)| Edit::Service(n, s)),
+        3 => (0_u8..8, option::weighted(0.8, slice())).prop_map(|(n, s)| Edit::Slice(n, s)),
+        5 => (0_u8..8, 0_usize..8, conditions()).prop_map(|(n, at, c)| Edit::Conditions(n, at, c)),
+        1 => hints().prop_map(Edit::Hints),
+        1 => node().prop_map(Edit::Node),
+    ];
+    vec(edit, 1..4)
+}

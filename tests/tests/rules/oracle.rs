@@ -1,0 +1,371 @@
+//! What a new flow gets, read from the rules alone: slow, without tables, sharing no decision with the proxy.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use proxy_common::addr::Proto;
+
+use super::facts::{
+    EndpointFacts, FAMILIES, Facts, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, ZONES, cluster_ip,
+    endpoint_ip, endpoint_node, own_addresses, source_range, vip,
+};
+
+/// Address and port.
+pub(crate) type Target = (IpAddr, u16);
+
+/// A Service port of one family: number of the Service, index of the port, whether IPv6.
+pub(crate) type PortId = (u8, usize, bool);
+
+/// Where a flow comes from (section 0.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// A pod, as the detector says.
+    Pod,
+    /// This node itself.
+    Host,
+    /// Everything else.
+    Outside,
+}
+
+/// What a new flow gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Expected {
+    /// It is no business of the proxy.
+    Pass,
+    /// It is answered with "refused".
+    Refuse,
+    /// It vanishes.
+    Drop,
+    /// It reaches one of these, with its source masqueraded or not.
+    Forward(BTreeMap<Target, bool>),
+}
+
+/// What the rules say of a probe.
+#[derive(Clone, Debug)]
+pub(crate) struct Ruling {
+    /// The outcome.
+    pub(crate) expected: Expected,
+    /// Whose port it is.
+    pub(crate) port: Option<PortId>,
+    /// Whether flows of a client stay together.
+    pub(crate) affinity: bool,
+    /// Whether the source of the flow matters (V-17).
+    pub(crate) restricted: bool,
+}
+
+/// An endpoint of a Service port after E-21.
+#[derive(Clone, Debug)]
+struct Endpoint {
+    n: u8,
+    ready: bool,
+    /// ST of section 0.2.
+    fallback: bool,
+}
+
+/// CL, LO and ANY of a Service port.
+pub(crate) struct Sets {
+    /// CL.
+    pub(crate) cluster: BTreeSet<Target>,
+    /// LO.
+    pub(crate) local: BTreeSet<Target>,
+    /// ANY.
+    pub(crate) any: bool,
+}
+
+/// How a Service port is addressed.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Destination {
+    ClusterIp,
+    Vip,
+    NodePort,
+}
+
+/// Whether the Service is proxied in the family (S-1, S-3, S-4, S-5, S-10).
+fn proxied(service: &ServiceFacts, six: bool) -> bool {
+    !service.foreign
+        && service.cluster_ip.is_some()
+        && service.kind != "ExternalName"
+        && !service.ports.is_empty()
+        && service.families[usize::from(six)]
+}
+
+/// S-9.
+fn cluster_address(service: &ServiceFacts, six: bool) -> Option<IpAddr> {
+    service.cluster_ip.filter(|_| proxied(service, six)).map(|n| cluster_ip(n, six))
+}
+
+/// V-9.
+fn balancer_addresses(service: &ServiceFacts, six: bool) -> Vec<IpAddr> {
+    let vips = service.ingress.iter().filter(|(_, mode)| matches!(mode, None | Some("VIP")));
+    vips.map(|(n, _)| vip(*n, six)).collect()
+}
+
+/// V-7.
+fn external_addresses(service: &ServiceFacts, six: bool) -> Vec<IpAddr> {
+    service.external_ips.iter().map(|n| vip(*n, six)).collect()
+}
+
+/// S-18.
+fn external_local(service: &ServiceFacts) -> bool {
+    let takes = match service.kind {
+        "LoadBalancer" | "NodePort" => true,
+        "ClusterIP" => !service.external_ips.is_empty(),
+        _ => false,
+    };
+    takes && service.external == Some("Local")
+}
+
+/// S-17.
+fn internal_local(service: &ServiceFacts) -> bool {
+    service.internal == Some("Local")
+}
+
+impl Facts {
+    /// The endpoints of a Service port by target: E-6, E-10 to E-18, E-21.
+    fn endpoints(&self, (number, port, six): PortId) -> BTreeMap<Target, Endpoint> {
+        let (name, proto, _) = PORTS[port];
+        let mut entries: BTreeMap<Target, Vec<&EndpointFacts>> = BTreeMap::new();
+        for slice in self.slices.values().filter(|slice| slice.service == number && slice.six == six) {
+            for endpoint in slice.endpoints.iter().filter(|endpoint| !endpoint.stray) {
+                for at in &slice.ports {
+                    let (Some(its_name), its_proto, Some(its_port)) = SLICE_PORTS[*at] else {
+                        continue;
+                    };
+                    if its_name == name && its_proto.unwrap_or(Proto::TCP) == proto {
+                        entries.entry((endpoint_ip(endpoint.n, six), its_port)).or_default().push(endpoint);
+                    }
+                }
+            }
+        }
+        entries.into_iter().map(|(target, entries)| (target, the_one(&entries))).collect()
+    }
+
+    /// P-11, P-12: the ready endpoints that topology leaves.
+    fn near(&self, ready: BTreeMap<Target, u8>) -> BTreeSet<Target> {
+        let zones = |n: u8| {
+            self.hints[usize::from(n)].0.iter().map(|zone| ZONES[usize::from(*zone)]).collect::<Vec<_>>()
+        };
+        let nodes = |n: u8| {
+            self.hints[usize::from(n)]
+                .1
+                .iter()
+                .map(|node| super::facts::NODES[usize::from(*node)])
+                .collect::<Vec<_>>()
+        };
+        let here: BTreeSet<_> =
+            ready.iter().filter(|(_, n)| nodes(**n).contains(&OWN_NODE)).map(|(t, _)| *t).collect();
+        if ready.values().all(|n| !nodes(*n).is_empty()) && !here.is_empty() {
+            return here;
+        }
+        if let Some(zone) = self.node.zone.map(|zone| ZONES[usize::from(zone)]) {
+            let here: BTreeSet<_> =
+                ready.iter().filter(|(_, n)| zones(**n).contains(&zone)).map(|(t, _)| *t).collect();
+            if ready.values().all(|n| !zones(*n).is_empty()) && !here.is_empty() {
+                return here;
+            }
+        }
+        ready.into_keys().collect()
+    }
+
+    /// P-4, P-6, P-8.
+    pub(crate) fn sets(&self, id: PortId) -> Sets {
+        let endpoints = self.endpoints(id);
+        let local = |e: &Endpoint| endpoint_node(e.n) == Some(OWN_NODE);
+        let pick = |f: &dyn Fn(&Endpoint) -> bool| -> BTreeSet<Target> {
+            endpoints.iter().filter(|(_, e)| f(e)).map(|(t, _)| *t).collect()
+        };
+        let ready = endpoints.iter().filter(|(_, e)| e.ready).map(|(t, e)| (*t, e.n)).collect();
+        let mut cluster = self.near(ready);
+        if cluster.is_empty() {
+            cluster = pick(&|e| e.fallback);
+        }
+        let mut own = pick(&|e| e.ready && local(e));
+        if own.is_empty() {
+            own = pick(&|e| e.fallback && local(e));
+        }
+        Sets { cluster, local: own, any: !pick(&|e| e.ready || e.fallback).is_empty() }
+    }
+
+    /// Whether this node takes NodePorts at the address (V-33, V-34).
+    fn takes_node_ports(&self, addr: IpAddr) -> bool {
+        let own = own_addresses(addr.is_ipv6());
+        let family = |range: &&IpNet| range.addr().is_ipv6() == addr.is_ipv6();
+        own.contains(&addr)
+            && match &self.operator.node_port_ranges {
+                None => addr == own[self.node.primary],
+                Some(ranges) => {
+                    let ranges: Vec<_> = ranges.iter().filter(family).collect();
+                    ranges.is_empty() || ranges.iter().any(|range| range.contains(&addr))
+                }
+            }
+    }
+
+    /// The range by which pods are told, per family (M-1, M-3).
+    fn pod_range(&self, six: bool) -> Option<&IpNet> {
+        let operator = &self.operator;
+        let all =
+            if operator.cluster_cidrs.is_empty() { &operator.pod_cidrs } else { &operator.cluster_cidrs };
+        all.iter().find(|range| range.addr().is_ipv6() == six)
+    }
+
+    /// The class of a source address.
+    pub(crate) fn class(&self, source: IpAddr) -> Class {
+        if self.pod_range(source.is_ipv6()).is_some_and(|range| range.contains(&source)) {
+            Class::Pod
+        } else if own_addresses(source.is_ipv6()).contains(&source) {
+            Class::Host
+        } else {
+            Class::Outside
+        }
+    }
+
+    /// V-1 step 3 and 4, X-17: who owns a destination, and as what.
+    fn owner(&self, dst: IpAddr, proto: Proto, number: u16) -> Option<(PortId, Destination)> {
+        let six = dst.is_ipv6();
+        let mut claims = Vec::new();
+        for (n, service) in self.services.iter().filter(|(_, service)| proxied(service, six)) {
+            for (port, node_port) in &service.ports {
+                let (_, its_proto, its_number) = PORTS[*port];
+                if its_proto != proto {
+                    continue;
+                }
+                let mut claim = |what| claims.push((what, service.day, *n, *port));
+                if its_number == number {
+                    if cluster_address(service, six) == Some(dst) {
+                        claim(Destination::ClusterIp);
+                    } else if external_addresses(service, six).contains(&dst)
+                        || balancer_addresses(service, six).contains(&dst)
+                    {
+                        claim(Destination::Vip);
+                    }
+                }
+                if *node_port != 0 && *node_port == number && self.takes_node_ports(dst) {
+                    claim(Destination::NodePort);
+                }
+            }
+        }
+        claims.sort();
+        claims.first().map(|(what, _, n, port)| ((*n, *port, six), *what))
+    }
+
+    /// V-15 to V-19: whether a source may use the load-balancer addresses of a Service; `None` when all may.
+    fn allowed(&self, service: &ServiceFacts, source: IpAddr) -> Option<bool> {
+        let six = source.is_ipv6();
+        let ranges = service.ranges.iter().filter_map(|n| source_range(*n).trim().parse::<IpNet>().ok());
+        let ranges: Vec<_> = ranges.filter(|range| range.addr().is_ipv6() == six).collect();
+        if ranges.is_empty() || ranges.iter().any(|range| range.prefix_len() == 0) {
+            return None;
+        }
+        let listed = |ip: &IpAddr| ranges.iter().any(|range| range.contains(ip));
+        let itself = listed(&own_addresses(six)[self.node.primary])
+            && balancer_addresses(service, six).contains(&source);
+        Some(listed(&source) || itself)
+    }
+
+    /// M-6 to M-12. Flows to endpoints of this node keep their client unless the operator wants otherwise,
+    /// since their answers pass here anyway: the one deliberate difference.
+    fn masqueraded(
+        &self,
+        id: PortId,
+        what: Destination,
+        source: IpAddr,
+        class: Class,
+        target: Target,
+    ) -> bool {
+        if source == target.0 {
+            return true; // M-10
+        }
+        let service = &self.services[&id.0];
+        let by_rule = match what {
+            Destination::ClusterIp if self.operator.masquerade_all => return true,
+            Destination::ClusterIp => self.pod_range(id.2).is_some() && class != Class::Pod,
+            _ if external_local(service) => class == Class::Host,
+            _ => true,
+        };
+        let here = self.endpoints(id).get(&target).is_some_and(|e| endpoint_node(e.n) == Some(OWN_NODE));
+        by_rule && !(here && !self.operator.masquerade_local)
+    }
+
+    /// What a new flow gets.
+    pub(crate) fn ruling(
+        &self,
+        source: IpAddr,
+        class: Class,
+        dst: IpAddr,
+        proto: Proto,
+        number: u16,
+    ) -> Ruling {
+        let mut ruling = Ruling { expected: Expected::Pass, port: None, affinity: false, restricted: false };
+        let Some((id, what)) = self.owner(dst, proto, number) else {
+            let six = dst.is_ipv6();
+            if self.services.values().any(|service| cluster_address(service, six) == Some(dst)) {
+                ruling.expected = Expected::Refuse; // P-21
+            }
+            return ruling;
+        };
+        let service = &self.services[&id.0];
+        ruling.port = Some(id);
+        ruling.affinity = service.affinity;
+        if what == Destination::Vip && balancer_addresses(service, id.2).contains(&dst) {
+            let allowed = self.allowed(service, source);
+            ruling.restricted = allowed.is_some();
+            if allowed == Some(false) {
+                ruling.expected = Expected::Drop; // V-17, V-21
+                return ruling;
+            }
+        }
+        let sets = self.sets(id);
+        let local = match what {
+            Destination::ClusterIp => internal_local(service),
+            _ => external_local(service) && class == Class::Outside,
+        };
+        let set = if local { sets.local } else { sets.cluster };
+        ruling.expected = if !sets.any {
+            Expected::Refuse // P-14
+        } else if set.is_empty() {
+            Expected::Drop // P-15, P-16
+        } else {
+            let with = |target: Target| (target, self.masqueraded(id, what, source, class, target));
+            Expected::Forward(set.into_iter().map(with).collect())
+        };
+        ruling
+    }
+
+    /// Every Service port that keeps clients together, with the endpoints a record may name.
+    pub(crate) fn sticky(&self) -> BTreeMap<PortId, BTreeSet<Target>> {
+        let mut all = BTreeMap::new();
+        for (n, service) in &self.services {
+            for six in FAMILIES {
+                for port in service.ports.keys().filter(|_| proxied(service, six) && service.affinity) {
+                    let sets = self.sets((*n, *port, six));
+                    all.insert((*n, *port, six), self.used(service, six, *port, &sets));
+                }
+            }
+        }
+        all
+    }
+
+    /// CL where it is used, and LO where it is used (S-19).
+    fn used(&self, service: &ServiceFacts, six: bool, port: usize, sets: &Sets) -> BTreeSet<Target> {
+        let reachable = service.ports[&port] != 0
+            || !balancer_addresses(service, six).is_empty()
+            || !external_addresses(service, six).is_empty();
+        let cluster = !internal_local(service) || reachable;
+        let local = internal_local(service) || external_local(service) && reachable;
+        let take = |wanted, set: &BTreeSet<Target>| if wanted { set.clone() } else { BTreeSet::new() };
+        &take(cluster, &sets.cluster) | &take(local, &sets.local)
+    }
+}
+
+/// E-18, E-21: one entry out of several for one target. Among those that are equal to the rule the most
+/// usable one.
+fn the_one(entries: &[&EndpointFacts]) -> Endpoint {
+    let read = |e: &EndpointFacts| {
+        let [ready, serving, terminating] = e.conditions;
+        (ready.unwrap_or(true), serving.unwrap_or(true), terminating.unwrap_or(false))
+    };
+    let best = entries.iter().map(|e| (read(e), e.n)).max_by_key(|((r, s, t), _)| (!t, *r, *s));
+    let ((ready, serving, terminating), n) = best.expect("a target comes from an entry");
+    Endpoint { n, ready, fallback: !ready && serving && terminating }
+}
