@@ -25,7 +25,7 @@ fn service() -> impl Strategy<Value = ServiceFacts> {
         kind,
         cluster_ip,
         families,
-        btree_map(0_usize..4, node_port, 1..3),
+        btree_map(0_usize..4, node_port, 1..4),
         prop_oneof![2 => Just(Vec::new()), 1 => vec(1_u8..=5, 1..3)],
         prop_oneof![1 => Just(Vec::new()), 1 => vec((1_u8..=3, mode), 1..3)],
     );
@@ -68,7 +68,7 @@ fn conditions() -> impl Strategy<Value = [Option<bool>; 3]> {
 fn slice() -> impl Strategy<Value = SliceFacts> {
     let endpoint = (0..ENDPOINTS as u8, prop::bool::weighted(0.05), conditions())
         .prop_map(|(n, stray, conditions)| EndpointFacts { n, stray, conditions });
-    (0_u8..4, any::<bool>(), vec(prop_oneof![4 => 0_usize..4, 1 => 4_usize..9], 1..4), vec(endpoint, 0..5))
+    (0_u8..4, any::<bool>(), vec(prop_oneof![4 => 0_usize..4, 1 => 4_usize..9], 1..5), vec(endpoint, 0..6))
         .prop_map(|(service, six, ports, endpoints)| SliceFacts { service, six, ports, endpoints })
 }
 
@@ -115,7 +115,7 @@ fn operator() -> impl Strategy<Value = Operator> {
 /// A cluster.
 pub(crate) fn facts() -> impl Strategy<Value = Facts> {
     let services = btree_map(0_u8..4, service(), 2..5);
-    (operator(), services, btree_map(0_u8..8, slice(), 3..8), hints(), node()).prop_map(
+    (operator(), services, btree_map(0_u8..16, slice(), 6..16), hints(), node()).prop_map(
         |(operator, services, slices, hints, node)| Facts { operator, services, slices, hints, node },
     )
 }
@@ -124,8 +124,8 @@ pub(crate) fn facts() -> impl Strategy<Value = Facts> {
 pub(crate) fn burst() -> impl Strategy<Value = Vec<Edit>> {
     let edit = prop_oneof![
         4 => (0_u8..4, option::weighted(0.8, service())).prop_map(|(n, s)| Edit::Service(n, s)),
-        3 => (0_u8..8, option::weighted(0.8, slice())).prop_map(|(n, s)| Edit::Slice(n, s)),
-        5 => (0_u8..8, 0_usize..8, conditions()).prop_map(|(n, at, c)| Edit::Conditions(n, at, c)),
+        3 => (0_u8..16, option::weighted(0.8, slice())).prop_map(|(n, s)| Edit::Slice(n, s)),
+        5 => (0_u8..16, 0_usize..8, conditions()).prop_map(|(n, at, c)| Edit::Conditions(n, at, c)),
         1 => hints().prop_map(Edit::Hints),
         1 => node().prop_map(Edit::Node),
     ];

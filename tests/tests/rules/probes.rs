@@ -100,6 +100,9 @@ impl Trial {
                     for source in sources(six).into_iter().filter(|source| *source != dst) {
                         let ruling = self.facts.ruling(source, self.facts.class(source), dst, proto, port);
                         self.probe(Prober::Packet(source), to, proto, &ruling)?;
+                        if ruling.port.is_none() {
+                            break; // Nobody's destination: all sources are alike.
+                        }
                     }
                     let own = own_addresses(six)[self.facts.node.primary];
                     let ruling = self.facts.ruling(own, Class::Host, dst, proto, port);
