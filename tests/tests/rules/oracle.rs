@@ -249,6 +249,17 @@ impl Facts {
         claims.first().map(|(what, _, n, port)| ((*n, *port, six), *what))
     }
 
+    /// Whether an address may stand for this node as a new source: its own, and no Service's (M-13).
+    pub(crate) fn may_masquerade(&self, addr: IpAddr) -> bool {
+        let six = addr.is_ipv6();
+        let mut proxied = self.services.values().filter(|service| proxied(service, six));
+        own_addresses(six).contains(&addr)
+            && !proxied.any(|service| {
+                external_addresses(service, six).contains(&addr)
+                    || balancer_addresses(service, six).contains(&addr)
+            })
+    }
+
     /// V-15 to V-19: whether a source may use the load-balancer addresses of a Service; `None` when all may.
     fn allowed(&self, service: &ServiceFacts, source: IpAddr) -> Option<bool> {
         let six = source.is_ipv6();

@@ -157,7 +157,7 @@ impl Trial {
         let masqueraded = *expected.get(target).ok_or("an endpoint that is not in the set")?;
         match (masqueraded, source, who) {
             (_, None, Prober::Host | Prober::Pod) | (false, None, _) => {}
-            (true, Some(source), _) if own_addresses(source.is_ipv6()).contains(source) => {}
+            (true, Some(source), _) if self.facts.may_masquerade(*source) => {}
             (true, None, _) => return Err("not masqueraded"),
             (_, Some(_), _) => return Err("masqueraded, or with a strange address"),
         }
