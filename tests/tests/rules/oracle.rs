@@ -295,7 +295,7 @@ impl Facts {
             _ => true,
         };
         let here = self.endpoints(id).get(&target).is_some_and(|e| endpoint_node(e.n) == Some(OWN_NODE));
-        by_rule && !(here && !self.operator.masquerade_local)
+        by_rule && (!here || self.operator.masquerade_local)
     }
 
     /// What a new flow gets.
