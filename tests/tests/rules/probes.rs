@@ -35,7 +35,6 @@ struct Trial {
     system: System,
     remembered: BTreeMap<(PortId, Prober), Target>,
     next_port: u16,
-    probes: usize,
 }
 
 fn sources(six: bool) -> Vec<IpAddr> {
@@ -74,7 +73,7 @@ const TRANSPORTS: [(Proto, u16); 13] = [
 impl Trial {
     fn new(facts: Facts) -> Self {
         let system = System::new(&facts);
-        Self { facts, system, remembered: BTreeMap::new(), next_port: 30_000, probes: 0 }
+        Self { facts, system, remembered: BTreeMap::new(), next_port: 30_000 }
     }
 
     fn step(&mut self, burst: &[Edit]) {
@@ -120,7 +119,6 @@ impl Trial {
         let flows = if matches!(ruling.expected, Expected::Forward(_)) { 3 } else { 1 };
         for _ in 0..flows {
             self.next_port = if self.next_port == u16::MAX { 30_001 } else { self.next_port + 1 };
-            self.probes += 1;
             let observed = match who {
                 Prober::Packet(source) => {
                     self.system.packet((source, self.next_port), to, proto, &here(source.is_ipv6()))
