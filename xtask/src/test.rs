@@ -35,6 +35,8 @@ enum Level {
     Unit,
     /// Only the scenarios: manifests in, tables out.
     Golden,
+    /// Random clusters against an independent reading of the rules; no root.
+    Rules,
     /// The test harness itself: namespaces, pods, API server.
     Fixtures,
     /// Packets through the kernel programs, compared with the same code on the host.
@@ -48,8 +50,8 @@ enum Level {
 }
 
 /// What runs when no level is named; `golden` is part of `unit`.
-const ALL: [Level; 6] =
-    [Level::Unit, Level::Fixtures, Level::Packet, Level::Kernel, Level::E2e, Level::Image];
+const ALL: [Level; 7] =
+    [Level::Unit, Level::Rules, Level::Fixtures, Level::Packet, Level::Kernel, Level::E2e, Level::Image];
 
 /// The feature of `proxy-agent` that its tests on a real kernel stand behind.
 const KERNEL_FEATURE: &str = "kernel-tests";
@@ -103,7 +105,7 @@ fn summarise(results: &[(&Level, Duration, bool)]) -> Result<()> {
 
 impl Level {
     fn needs_kernel(self) -> bool {
-        !matches!(self, Self::Unit | Self::Golden | Self::Image)
+        !matches!(self, Self::Unit | Self::Golden | Self::Rules | Self::Image)
     }
 
     fn run(self, metadata: &Metadata, only: Option<&str>) -> Result<()> {
@@ -135,6 +137,7 @@ impl Level {
                 return Ok(selection);
             }
             Self::Golden => ("proxy-agent", "golden"),
+            Self::Rules => ("proxy-tests", "rules"),
             Self::Fixtures => ("proxy-tests", "fixtures"),
             Self::Packet => ("proxy-tests", "packet"),
             Self::E2e => ("proxy-tests", "e2e"),

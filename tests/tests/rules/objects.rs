@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use proxy_agent::model::{Link, NodePortAddresses, ObjectName, Settings, SocketLb};
+use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings, SocketLb};
 use proxy_agent::source::{Change, convert};
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};
@@ -177,6 +177,8 @@ pub(crate) fn settings(facts: &Facts) -> Settings {
             None => NodePortAddresses::Primary,
             Some(ranges) => NodePortAddresses::Ranges(ranges.clone()),
         },
+        detect_local: DetectLocal::AnyRange,
+        localhost_node_ports: true,
         socket_lb: SocketLb::All,
         host_netns: HOST_NETNS,
         snat_ports: (20_000, 10_000),
