@@ -105,20 +105,35 @@ pub fn promote<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
     if tables.with_flow(FlowTable::HalfOpen, &key.reversed(Hook::EGRESS), pending) == Some(true) {
         return 0;
     }
-    let whole = each_leg(tables, key, carry);
-    if whole {
-        each_leg(tables, key, |tables, key| {
-            tables.delete_flow(FlowTable::HalfOpen, key);
-            true
+    // Once to carry, once more to clear away: one piece of code for both, since each takes stack.
+    let mut stage = Stage::Carry;
+    for _ in 0..2 {
+        let whole = each_leg(tables, key, |tables, key| match stage {
+            Stage::Carry => carry(tables, key),
+            Stage::Clear(table) => {
+                tables.delete_flow(table, key);
+                true
+            }
         });
+        if stage == Stage::Carry {
+            stage = Stage::Clear(if whole { FlowTable::HalfOpen } else { FlowTable::Established });
+        }
+    }
+    if stage == Stage::Clear(FlowTable::HalfOpen) {
+        1
     } else {
         tables.count(Reason::FlowTableFull);
-        each_leg(tables, key, |tables, key| {
-            tables.delete_flow(FlowTable::Established, key);
-            true
-        });
+        0
     }
-    u32::from(whole)
+}
+
+/// What promotion is doing to a flow's legs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Copying them to the established table.
+    Carry,
+    /// Deleting them from a table: the half-open one, or the established one when it had no room for all.
+    Clear(FlowTable),
 }
 
 /// Does `f` to every half-open leg of the flow whose UNDNAT leg is at `key`, that one last; false as soon as
