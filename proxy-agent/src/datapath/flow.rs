@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::mem;
 
 use proxy_common::abi::{Flow, FlowKey, Hook, Leg, maps};
-use proxy_common::addr::{Port, Proto};
+use proxy_common::addr::Proto;
 
 use super::pin::BpfRoot;
 use super::table::{Cursor, Table, TableError};
@@ -23,6 +23,8 @@ mod tcp {
 const SECOND: u64 = 1_000_000_000;
 
 pub use proxy_common::lb::FlowTable;
+use proxy_common::lb::track;
+pub use proxy_common::lb::track::dnat_key;
 
 /// How long a flow may be silent, in seconds (D-6, C-16; conntrack's defaults).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,28 +158,19 @@ impl Legs {
     }
 }
 
-/// `key` with `port` as its source port, when that was rewritten.
-fn with_source_port(mut key: FlowKey, port: Port) -> FlowKey {
-    if port.0 != 0 {
-        key.sport = port;
-    }
-    key
-}
-
 /// Client → endpoint at egress, from the DNAT leg.
 #[must_use]
 pub fn snat_key(key: &FlowKey, dnat: &Flow) -> FlowKey {
-    let after = FlowKey { dst: dnat.addr, dport: dnat.port, hook: Hook::EGRESS, ..*key };
-    with_source_port(after, dnat.other_port)
+    undnat_key(&track::undnat_key(key, dnat))
 }
 
 /// Endpoint → node address at ingress, from the SNAT leg.
 #[must_use]
 pub fn unsnat_key(key: &FlowKey, snat: &Flow) -> FlowKey {
-    FlowKey { src: snat.addr, sport: snat.port, ..*key }.reversed(Hook::INGRESS)
+    track::unsnat_key(key, snat.addr, snat.port)
 }
 
-/// Endpoint → client at egress, from the SNAT leg's key: also the key of flows that are not masqueraded.
+/// Endpoint → client at egress, from the SNAT leg's key, and the reverse: also of flows that are not masqueraded.
 #[must_use]
 pub fn undnat_key(snat: &FlowKey) -> FlowKey {
     snat.reversed(Hook::EGRESS)
@@ -192,13 +185,6 @@ fn middle(key: &FlowKey, flow: &Flow) -> Option<FlowKey> {
         Leg::UNDNAT => key.reversed(Hook::EGRESS),
         _ => return None,
     })
-}
-
-/// Client → VIP at ingress, from the UNDNAT leg.
-#[must_use]
-pub fn dnat_key(key: &FlowKey, undnat: &Flow) -> FlowKey {
-    let before = FlowKey { src: undnat.addr, sport: undnat.port, ..*key }.reversed(Hook::INGRESS);
-    with_source_port(before, undnat.other_port)
 }
 
 /// All legs of the flow that `key` belongs to, as `lookup` finds them. A leg counts only if it is of the
@@ -385,7 +371,7 @@ mod tests {
     use std::collections::HashMap;
     use std::net::IpAddr;
 
-    use proxy_common::addr::Addr;
+    use proxy_common::addr::{Addr, Port};
 
     use super::*;
 

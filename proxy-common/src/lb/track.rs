@@ -54,7 +54,8 @@ fn is_over<T: Tables>(tables: &T, key: &FlowKey, dnat: &Flow) -> bool {
 
 /// The egress tuple of the endpoint's answers, from the DNAT leg.
 #[inline(always)]
-pub(super) fn undnat_key(dnat_key: &FlowKey, dnat: &Flow) -> FlowKey {
+#[must_use]
+pub fn undnat_key(dnat_key: &FlowKey, dnat: &Flow) -> FlowKey {
     let client_port = if dnat.other_port.0 != 0 { dnat.other_port } else { dnat_key.sport };
     FlowKey {
         src: dnat.addr,
@@ -69,7 +70,8 @@ pub(super) fn undnat_key(dnat_key: &FlowKey, dnat: &Flow) -> FlowKey {
 
 /// The ingress tuple of the client's packets, from the UNDNAT leg.
 #[inline(always)]
-fn dnat_key(undnat_key: &FlowKey, undnat: &Flow) -> FlowKey {
+#[must_use]
+pub fn dnat_key(undnat_key: &FlowKey, undnat: &Flow) -> FlowKey {
     let client_port = if undnat.other_port.0 != 0 { undnat.other_port } else { undnat_key.dport };
     FlowKey {
         src: undnat_key.dst,
@@ -84,7 +86,8 @@ fn dnat_key(undnat_key: &FlowKey, undnat: &Flow) -> FlowKey {
 
 /// The ingress tuple of answers to a masqueraded flow, from the SNAT leg's tuple and node address.
 #[inline(always)]
-pub(super) fn unsnat_key(snat_key: &FlowKey, addr: Addr, port: Port) -> FlowKey {
+#[must_use]
+pub fn unsnat_key(snat_key: &FlowKey, addr: Addr, port: Port) -> FlowKey {
     FlowKey {
         src: snat_key.dst,
         dst: addr,
