@@ -1,7 +1,6 @@
 //! The kernel programs: parse, ask `proxy_common::lb`, apply, count. No file here decides anything.
 #![no_std]
 #![no_main]
-// `bpf_map_def`s are placed by attributes that edition 2024 calls unsafe.
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod cut;
