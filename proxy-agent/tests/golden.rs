@@ -176,6 +176,7 @@ fn link(text: &str) -> Link {
         name,
         up: true,
         layer3: !layer3.is_empty(),
+        master: None,
         addresses: addresses.into_iter().flat_map(list).collect(),
     }
 }

@@ -141,12 +141,15 @@ impl Tables for MemoryTables {
         self.flows.borrow_mut().remove(&(table, *key));
     }
 
-    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        self.fragments.borrow().get(key).copied()
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
+        self.fragments.borrow_mut().get_mut(key).map(f)
     }
 
-    fn set_fragment(&self, key: &FragmentKey, value: &Fragment) {
-        self.fragments.borrow_mut().insert(*key, *value);
+    fn set_fragment(&self, key: &FragmentKey, value: &Fragment, replace: bool) {
+        let mut fragments = self.fragments.borrow_mut();
+        if replace || !fragments.contains_key(key) {
+            fragments.insert(*key, *value);
+        }
     }
 
     fn count(&self, reason: Reason) {
@@ -345,7 +348,7 @@ pub fn icmp_error(from: Addr, to: Addr, about: &ByteFrame) -> ByteFrame {
 
 /// Checks every checksum of a frame from scratch; says what is wrong.
 pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
-    let mut packet = Packet::at(Hook::INGRESS);
+    let mut packet = Packet::at(Hook::INGRESS, 0);
     parse::<_, true>(frame, &mut packet).ok_or("does not parse")?;
     let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
     let (src, dst, proto, end) = if frame.bytes[l3] >> 4 == 4 {
@@ -384,7 +387,7 @@ pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
 
 /// The tuple of a frame.
 pub fn tuple(frame: &ByteFrame, hook: Hook) -> Option<Packet> {
-    let mut packet = Packet::at(hook);
+    let mut packet = Packet::at(hook, 0);
     parse::<_, true>(frame, &mut packet)?;
     Some(packet)
 }
@@ -398,6 +401,8 @@ pub enum Outcome {
     Rewritten(ByteFrame),
     /// Was answered.
     Refused(ByteFrame),
+    /// Was put at the end of the queue, to come again.
+    Waits,
     /// Was discarded.
     Dropped,
 }
@@ -414,7 +419,7 @@ pub fn run_on<const ETHERNET: bool>(
     hook: Hook,
     ifindex: u32,
 ) -> Outcome {
-    let mut packet = Packet::at(hook);
+    let mut packet = Packet::at(hook, ifindex);
     if parse::<_, ETHERNET>(frame, &mut packet).is_none() {
         return Outcome::Passed;
     }
@@ -422,7 +427,7 @@ pub fn run_on<const ETHERNET: bool>(
     let verdict = if hook == Hook::INGRESS {
         ingress::ingress(tables, &mut packet, &mut edit)
     } else {
-        egress::egress(tables, &mut packet, ifindex, &mut edit)
+        egress::egress(tables, &mut packet, &mut edit)
     };
     match verdict {
         Verdict::Pass => Outcome::Passed,
@@ -448,6 +453,7 @@ pub fn run_on<const ETHERNET: bool>(
             bytes.extend(answer.words.iter().take(answer.len).flat_map(|w| w.to_ne_bytes()));
             Outcome::Refused(ByteFrame { bytes, partial: false })
         }
-        Verdict::Refuse | Verdict::Drop => Outcome::Dropped,
+        Verdict::Wait if hook == Hook::INGRESS => Outcome::Waits,
+        Verdict::Refuse | Verdict::Wait | Verdict::Drop => Outcome::Dropped,
     }
 }

@@ -68,7 +68,7 @@ pub extern "C" fn cut_forget(key: *mut FlowKey) -> u32 {
 #[inline(never)]
 pub extern "C" fn cut_recall(packet: *mut Packet) -> u32 {
     references!(0; packet);
-    lb::recall_fragment(&Kernel, packet)
+    lb::recall_fragment(&Kernel, packet) as u32
 }
 
 #[unsafe(no_mangle)]

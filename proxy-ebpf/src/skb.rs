@@ -3,9 +3,11 @@
 
 use core::mem::size_of;
 
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+};
 use aya_ebpf::helpers::generated::{
-    bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_store_bytes,
+    bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_store_bytes,
 };
 use proxy_common::abi::feature;
 use proxy_common::wire::answer::Answer;
@@ -66,6 +68,13 @@ impl Skb {
     pub fn ifindex(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (&raw const (*self.0).ifindex).read_volatile() }
+    }
+
+    /// Puts the packet at the end of the queue of what this CPU has received, to enter by the same interface again.
+    #[inline(always)]
+    pub fn wait(&self) -> i32 {
+        // SAFETY: takes numbers.
+        unsafe { bpf_redirect(self.ifindex(), BPF_F_INGRESS.into()) as i32 }
     }
 
     #[inline(always)]

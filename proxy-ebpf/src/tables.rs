@@ -10,7 +10,7 @@ use proxy_common::abi::{
     Iface, Reason, SourceKey, feature,
 };
 use proxy_common::addr::{Addr, Port};
-use proxy_common::lb::{Choice, FlowTable, Inserted, Stat, Tables, Verdict};
+use proxy_common::lb::{Choice, FlowTable, Inserted, Recalled, Stat, Tables, Verdict};
 use proxy_common::wire::{Edit, Packet};
 
 use crate::{cut, maps};
@@ -134,15 +134,18 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
-        // SAFETY: a word, written once.
-        unsafe { maps::FRAGMENTS.get(key) }.copied()
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
+        let fragment = maps::FRAGMENTS.get_ptr_mut(key)?;
+        // SAFETY: the element stays mapped while the program runs. Two fragments on two CPUs may count one wait
+        // for both; the ports come with a new element.
+        Some(f(unsafe { &mut *fragment }))
     }
 
     #[inline(always)]
-    fn set_fragment(&self, key: &FragmentKey, value: &Fragment) {
-        // A failure under memory pressure shows as `fragment_unknown` with the next fragment.
-        let _ = maps::FRAGMENTS.insert(key, value, BPF_ANY.into());
+    fn set_fragment(&self, key: &FragmentKey, value: &Fragment, replace: bool) {
+        let mode = if replace { BPF_ANY } else { BPF_NOEXIST }.into();
+        // A failure under memory pressure shows as `fragment_unknown` with a later fragment.
+        let _ = maps::FRAGMENTS.insert(key, value, mode);
     }
 
     #[inline(always)]
@@ -202,8 +205,8 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn recall_fragment(&self, packet: &mut Packet) -> u32 {
-        cut::cut_recall(packet)
+    fn recall_fragment(&self, packet: &mut Packet) -> Recalled {
+        Recalled::from_number(cut::cut_recall(packet))
     }
 
     #[inline(always)]

@@ -66,10 +66,22 @@ pub struct RunArgs {
     /// Range of pod addresses, at most one a family: what comes from elsewhere is masqueraded.
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
     pub cluster_cidr: Vec<String>,
-    /// Which range tells pods from other sources: `ClusterCIDR` for --cluster-cidr, `NodeCIDR` for podCIDRs of
-    /// this Node [default: --cluster-cidr, and without it podCIDRs].
+    /// What tells pods from other sources: `ClusterCIDR` for --cluster-cidr, `NodeCIDR` for podCIDRs of this
+    /// Node, `BridgeInterface` or `InterfaceNamePrefix` for the interface that they send through [default:
+    /// --cluster-cidr, and without it podCIDRs].
     #[arg(long, value_name = "MODE", default_value = "", hide_default_value = true)]
     pub detect_local_mode: String,
+    /// The bridge that pods send through, for `BridgeInterface`.
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub pod_bridge_interface: String,
+    /// How names of interfaces that pods send through begin, for `InterfaceNamePrefix`.
+    #[arg(long, value_name = "PREFIX", default_value = "", hide_default_value = true)]
+    pub pod_interface_name_prefix: String,
+    /// Drop what goes to an address inside a ServiceCIDR that is no Service's, as kube-proxy's nftables mode does;
+    /// false where another proxy serves some of the Services.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true,
+        action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub drop_unallocated_cluster_ips: bool,
     /// Let host processes reach NodePorts at 127.0.0.1 and ::1, too (with --socket-lb=all or host).
     #[arg(long, visible_alias = "iptables-localhost-nodeports", num_args = 0..=1, require_equals = true,
         default_missing_value = "true", default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]

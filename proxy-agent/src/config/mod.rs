@@ -123,7 +123,8 @@ impl Config {
         let settings = Settings {
             node_name: node_name(args, host, &mut errors),
             cluster_cidrs: cluster_cidrs(&args.cluster_cidr, &mut errors),
-            detect_local: detect_local(&args.detect_local_mode, &mut errors),
+            detect_local: detect_local(args, &mut errors),
+            drop_unallocated: args.drop_unallocated_cluster_ips,
             masquerade_all: args.masquerade_all,
             masquerade_local: args.masquerade_local,
             nodeport_addresses: nodeport_addresses(&args.nodeport_addresses, &mut errors),
@@ -248,22 +249,33 @@ fn cluster_cidrs(values: &[String], errors: &mut Errors) -> Vec<IpNet> {
     cidrs
 }
 
-/// By which ranges pods are told from other sources (M-1); empty is what templates leave of an unset option.
-fn detect_local(mode: &str, errors: &mut Errors) -> DetectLocal {
-    const FLAG: &str = "--detect-local-mode";
-    match mode {
-        "" => return DetectLocal::AnyRange,
-        "ClusterCIDR" => return DetectLocal::ClusterCidr,
-        "NodeCIDR" => return DetectLocal::NodeCidr,
-        "BridgeInterface" | "InterfaceNamePrefix" => errors.add(
-            FLAG,
-            mode,
-            "is not supported: pods are known by their addresses here; NodeCIDR tells this node's pods apart \
-             likewise",
-        ),
-        _ => errors.add(FLAG, mode, "is neither ClusterCIDR nor NodeCIDR"),
+/// How pods are told from other sources (M-1); empty is what templates leave of an unset option.
+fn detect_local(args: &RunArgs, errors: &mut Errors) -> DetectLocal {
+    let mut named = |flag: &'static str, name: &str, mode: fn(Arc<str>) -> DetectLocal| {
+        if name.is_empty() {
+            errors.add(
+                flag,
+                name,
+                format!("is missing: --detect-local-mode {} goes by it", args.detect_local_mode),
+            );
+        }
+        mode(name.into())
+    };
+    match args.detect_local_mode.as_str() {
+        "" => DetectLocal::AnyRange,
+        "ClusterCIDR" => DetectLocal::ClusterCidr,
+        "NodeCIDR" => DetectLocal::NodeCidr,
+        "BridgeInterface" => named("--pod-bridge-interface", &args.pod_bridge_interface, DetectLocal::Bridge),
+        "InterfaceNamePrefix" => {
+            let prefix = &args.pod_interface_name_prefix;
+            named("--pod-interface-name-prefix", prefix, DetectLocal::InterfacePrefix)
+        }
+        mode => {
+            let reason = "is none of ClusterCIDR, NodeCIDR, BridgeInterface and InterfaceNamePrefix";
+            errors.add("--detect-local-mode", mode, reason);
+            DetectLocal::AnyRange
+        }
     }
-    DetectLocal::AnyRange
 }
 
 /// A mode that was asked for and has nothing to go by (M-5).

@@ -88,6 +88,7 @@ fn no_flags_mean_the_documented_defaults() {
             node_name: "n1".into(),
             cluster_cidrs: vec![],
             detect_local: DetectLocal::AnyRange,
+            drop_unallocated: true,
             masquerade_all: false,
             masquerade_local: false,
             nodeport_addresses: NodePortAddresses::Primary,
@@ -120,11 +121,19 @@ fn a_detection_mode_is_followed_or_refused_with_the_way_out() {
     // M-5.
     let [warning] = config(&ranges[..1]).warnings.try_into().unwrap();
     assert!(warning.contains("without --cluster-cidr"), "{warning}");
+    assert_eq!(
+        mode(&["--detect-local-mode=BridgeInterface", "--pod-bridge-interface=cni0"]),
+        DetectLocal::Bridge("cni0".into())
+    );
+    // M-4: a name that no interface can have is no error.
+    let prefix =
+        ["--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=much-too-long-for-linux"];
+    assert_eq!(mode(&prefix), DetectLocal::InterfacePrefix("much-too-long-for-linux".into()));
     // F-11.
     for (value, reason) in [
-        ("BridgeInterface", "NodeCIDR tells this node's pods apart"),
-        ("InterfaceNamePrefix", "is not supported"),
-        ("nodecidr", "is neither ClusterCIDR nor NodeCIDR"),
+        ("BridgeInterface", "--pod-bridge-interface \"\": is missing"),
+        ("InterfaceNamePrefix", "--pod-interface-name-prefix \"\": is missing"),
+        ("nodecidr", "is none of ClusterCIDR, NodeCIDR, "),
     ] {
         let [error] = errors(&["--detect-local-mode", value]).try_into().unwrap();
         assert!(error.contains(value) && error.contains(reason), "{error}");
@@ -259,7 +268,15 @@ fn switches_are_taken_bare_and_with_a_value() {
 
 fn carries(devices: &Devices, name: &str) -> bool {
     let name = name.into();
-    devices.carries(&Link { index: 2, name, loopback: false, up: true, layer3: false, addresses: Vec::new() })
+    devices.carries(&Link {
+        index: 2,
+        name,
+        loopback: false,
+        up: true,
+        layer3: false,
+        master: None,
+        addresses: Vec::new(),
+    })
 }
 
 #[test]

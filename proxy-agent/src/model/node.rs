@@ -31,6 +31,8 @@ pub struct Link {
     pub up: bool,
     /// Whether its frames have no Ethernet header (WireGuard, IPIP, tun).
     pub layer3: bool,
+    /// Index of the bridge or bond that it is a port of.
+    pub master: Option<u32>,
     /// Its addresses, in the kernel's order, without deprecated, tentative-duplicate and temporary ones.
     pub addresses: Vec<IpNet>,
 }

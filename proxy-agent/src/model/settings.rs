@@ -24,9 +24,9 @@ pub enum NodePortAddresses {
     Ranges(Vec<IpNet>),
 }
 
-/// By which ranges pods are told from other sources (`--detect-local-mode`, M-1). A family without a range
-/// knows no pods (M-3, M-5).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How pods are told from other sources (`--detect-local-mode`, M-1). A family without a range knows no pods (M-3,
+/// M-5).
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DetectLocal {
     /// `--cluster-cidr`, and where it is not set the Node's `podCIDRs`: whoever sets nothing still keeps
     /// the addresses of pods.
@@ -35,6 +35,10 @@ pub enum DetectLocal {
     ClusterCidr,
     /// The Node's `podCIDRs` only.
     NodeCidr,
+    /// What comes in by the bridge of this name, or by a port of it.
+    Bridge(Arc<str>),
+    /// What comes in by an interface whose name begins like this, or by a port of such a bridge.
+    InterfacePrefix(Arc<str>),
 }
 
 /// Settings that do not change while the agent runs.
@@ -50,6 +54,9 @@ pub struct Settings {
     pub masquerade_all: bool,
     /// Masquerade flows to local endpoints under policy Cluster, as kube-proxy does.
     pub masquerade_local: bool,
+    /// `--drop-unallocated-cluster-ips`: what goes to an address inside a ServiceCIDR that is no Service's is dropped
+    /// (P-22).
+    pub drop_unallocated: bool,
     /// `--nodeport-addresses`.
     pub nodeport_addresses: NodePortAddresses,
     /// `--socket-lb`.

@@ -4,17 +4,27 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use proxy_common::abi::{Config, Iface, address, config, iface};
+use proxy_common::abi::{Config, Iface, Range, SERVICE_RANGES, address, config, iface};
 use proxy_common::addr::Addr;
 
 use super::claims::Claims;
 use super::{DetectLocal, Family, Link, Node, NodePortAddresses, NodeTables, Settings, SocketLb};
 
 /// The tables of the node. `links` are in order of their index.
-pub(super) fn node_tables(settings: &Settings, node: &Node, links: &[Link], claims: &Claims) -> NodeTables {
+pub(super) fn node_tables(
+    settings: &Settings,
+    node: &Node,
+    links: &[Link],
+    claims: &Claims,
+    service_ranges: &BTreeSet<IpNet>,
+) -> NodeTables {
+    let mut config = node_config(settings, node, links);
+    if settings.drop_unallocated {
+        put_service_ranges(&mut config, service_ranges);
+    }
     NodeTables {
-        config: node_config(settings, node, links),
-        ifaces: ifaces(node, links, claims),
+        config,
+        ifaces: ifaces(settings, node, links, claims),
         addresses: addresses(settings, node, links),
     }
 }
@@ -51,10 +61,14 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
         ..Config::EMPTY
     };
     // M-3: a setting for one family alone means that pods of the other are not told apart.
-    let ranges = match settings.detect_local {
+    let ranges: &[IpNet] = match settings.detect_local {
         DetectLocal::AnyRange if settings.cluster_cidrs.is_empty() => &node.pod_cidrs,
         DetectLocal::AnyRange | DetectLocal::ClusterCidr => &settings.cluster_cidrs,
         DetectLocal::NodeCidr => &node.pod_cidrs,
+        DetectLocal::Bridge(_) | DetectLocal::InterfacePrefix(_) => {
+            flags |= config::POD_INTERFACES;
+            &[]
+        }
     };
     let first = |family| ranges.iter().find(|range| Family::of(&range.addr()) == family);
     if let Some(range) = first(Family::V4) {
@@ -76,7 +90,34 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
     table
 }
 
-fn ifaces(node: &Node, links: &[Link], claims: &Claims) -> BTreeMap<u32, Iface> {
+/// The ranges of ClusterIPs that there is room for; adjacent ones are one.
+fn put_service_ranges(config: &mut Config, ranges: &BTreeSet<IpNet>) {
+    let ranges = IpNet::aggregate(&ranges.iter().copied().collect());
+    let count = ranges.len().min(SERVICE_RANGES);
+    config.service_range_count = count as u32;
+    for (place, range) in config.service_ranges.iter_mut().zip(&ranges) {
+        let mask = match range.netmask() {
+            // The first 96 bits of an IPv4-mapped address are the same for all.
+            IpAddr::V4(mask) => Addr([u32::MAX, u32::MAX, u32::MAX, Addr::from(IpAddr::V4(mask)).word_v4()]),
+            mask => mask.into(),
+        };
+        *place = Range { first: range.network().into(), mask };
+    }
+}
+
+/// Whether what comes in by `link` comes from a pod, in the modes that tell by interface (M-1). A bridge's port counts
+/// as the bridge: that is where the rules look, but the programs see the packet before.
+fn is_pods(mode: &DetectLocal, link: &Link, links: &[Link]) -> bool {
+    let master = link.master.and_then(|index| links.iter().find(|link| link.index == index));
+    let matches = |link: &Link| match mode {
+        DetectLocal::Bridge(name) => link.name == *name,
+        DetectLocal::InterfacePrefix(prefix) => link.name.starts_with(&**prefix),
+        DetectLocal::AnyRange | DetectLocal::ClusterCidr | DetectLocal::NodeCidr => false,
+    };
+    matches(link) || master.is_some_and(matches)
+}
+
+fn ifaces(settings: &Settings, node: &Node, links: &[Link], claims: &Claims) -> BTreeMap<u32, Iface> {
     let usable = |ip: &IpAddr| is_global(ip) && !claims.is_service_address(&(*ip).into()); // M-13
     let fallback = |family: Family| {
         let on_link =
@@ -100,10 +141,12 @@ fn ifaces(node: &Node, links: &[Link], claims: &Claims) -> BTreeMap<u32, Iface> 
         .iter()
         .filter(|link| !link.loopback)
         .map(|link| {
+            let layer3 = if link.layer3 { iface::L3 } else { 0 };
+            let pods = if is_pods(&settings.detect_local, link, links) { iface::POD } else { 0 };
             let iface = Iface {
                 snat_v4: source(link, Family::V4, any_v4),
                 snat_v6: source(link, Family::V6, any_v6),
-                flags: if link.layer3 { iface::L3 } else { 0 },
+                flags: layer3 | pods,
                 pad: 0,
             };
             (link.index, iface)

@@ -16,6 +16,7 @@ fn settings() -> Settings {
         node_name: "n1".into(),
         cluster_cidrs: Vec::new(),
         detect_local: DetectLocal::AnyRange,
+        drop_unallocated: true,
         masquerade_all: false,
         masquerade_local: false,
         nodeport_addresses: NodePortAddresses::Primary,
@@ -581,6 +582,7 @@ fn link(index: u32, name: &str, addresses: &[&str]) -> Link {
         loopback: name == "lo",
         up: true,
         layer3: name.starts_with("wg"),
+        master: None,
         addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
     }
 }
@@ -683,6 +685,72 @@ fn the_pod_range_is_the_clusters_else_the_nodes() {
     let ranges = config::POD_RANGE_V4 | config::POD_RANGE_V6;
     assert_eq!(table.flags, host | config::MASQUERADE_ALL | ranges);
     assert_eq!((table.snat_first, table.snat_count, table.seed, table.host_netns), (61_000, 1_000, 7, 1));
+}
+
+#[test]
+fn interfaces_of_pods_are_marked_where_the_mode_goes_by_them() {
+    let port = |index, name: &str, master| Link { master: Some(master), ..link(index, name, &[]) };
+    let links = vec![
+        link(2, "eth0", &["192.168.0.2/24"]),
+        link(4, "cni0", &["10.244.1.1/24"]),
+        port(6, "veth1", 4),
+        port(7, "eth1", 9),
+        link(8, "cali1", &[]),
+        link(9, "br0", &[]),
+    ];
+    let pods = |mode: DetectLocal| -> Vec<u32> {
+        let mut world = World::new(Settings { detect_local: mode, ..settings() });
+        world.hear(Change::Links(links.clone()));
+        world.hear(Change::Node(Some(node(None, &[]))));
+        let tables = world.node();
+        assert_eq!(
+            tables.config.flags & config::POD_INTERFACES != 0,
+            tables.config.flags & config::POD_RANGE_V4 == 0
+        );
+        let marked = tables.ifaces.iter().filter(|(_, iface)| iface.flags & iface::POD != 0);
+        marked.map(|(index, _)| *index).collect()
+    };
+    // M-1: the bridge and what is plugged into it; by prefix every interface of that name.
+    assert_eq!(pods(DetectLocal::Bridge("cni0".into())), [4, 6]);
+    assert_eq!(pods(DetectLocal::InterfacePrefix("cali".into())), [8]);
+    assert_eq!(pods(DetectLocal::InterfacePrefix("veth".into())), [6]);
+    assert_eq!(pods(DetectLocal::InterfacePrefix("cni".into())), [4, 6]);
+    // M-4.
+    assert_eq!(pods(DetectLocal::Bridge("a-name-that-is-too-long".into())), Vec::<u32>::new());
+    assert_eq!(pods(DetectLocal::AnyRange), Vec::<u32>::new());
+}
+
+#[test]
+fn ranges_of_cluster_ips_are_united_until_the_last_service_cidr_has_gone() {
+    // P-22, Y-16.
+    let ranges = |texts: &[&str]| Some(texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>());
+    let heard = |name: &str, texts: &[&str]| Change::ServiceRanges(name.to_owned(), ranges(texts));
+    let inside = |world: &World| {
+        let config = world.node().config;
+        ["10.96.0.9", "10.97.0.9", "10.98.0.9", "fd00:96::9"]
+            .map(|text| config.is_service_range(&ip(text).into()))
+    };
+    let mut world = World::new(settings());
+    assert_eq!(inside(&world), [false; 4]);
+    assert!(world.hear(heard("kubernetes", &["10.96.0.0/16", "fd00:96::/108"])));
+    assert!(world.hear(heard("more", &["10.97.0.0/16", "10.96.0.0/16"])));
+    assert!(!world.hear(heard("more", &["10.97.0.0/16", "10.96.0.0/16"])));
+    assert_eq!(inside(&world), [true, true, false, true]);
+    assert_eq!(world.node().config.service_range_count, 2, "adjacent ranges are one");
+    world.hear(Change::ServiceRanges("kubernetes".into(), None));
+    assert_eq!(inside(&world), [true, true, false, false]);
+    world.hear(Change::ServiceRanges("more".into(), None));
+    assert_eq!(inside(&world), [false; 4]);
+
+    // More than there is room for: those that are known are right.
+    let many: Vec<String> = (0..20).map(|n| format!("10.96.{}.0/24", n * 2)).collect();
+    world.hear(heard("many", &many.iter().map(String::as_str).collect::<Vec<_>>()));
+    assert_eq!(world.node().config.service_range_count, 8);
+    assert_eq!(inside(&world), [true, false, false, false]);
+
+    let mut world = World::new(Settings { drop_unallocated: false, ..settings() });
+    world.hear(heard("kubernetes", &["10.96.0.0/16"]));
+    assert_eq!(inside(&world), [false; 4]);
 }
 
 #[test]

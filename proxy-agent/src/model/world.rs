@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use proxy_common::abi::FrontendKey;
 
 use super::claims::Claims;
@@ -36,6 +37,8 @@ pub struct World {
     /// The last Node object there was: a deleted one does not change the tables (Y-13).
     last_node: Node,
     links: Vec<Link>,
+    /// Ranges of ClusterIPs by the name of their ServiceCIDR: one that two of them have goes with the last.
+    service_ranges: BTreeMap<String, Vec<IpNet>>,
     here: Here,
     claims: Claims,
     complaints: Complaints,
@@ -74,6 +77,7 @@ impl World {
             node: None,
             last_node: Node::default(),
             links: Vec::new(),
+            service_ranges: BTreeMap::new(),
             here,
             claims: Claims::default(),
             complaints: Complaints::default(),
@@ -93,6 +97,7 @@ impl World {
             Change::Service(name, service) => self.hear_service(name, service),
             Change::Slice(name, slice) => self.hear_slice(name, slice),
             Change::Node(node) => self.hear_node(node),
+            Change::ServiceRanges(name, ranges) => self.hear_service_ranges(name, ranges),
             Change::Links(links) => self.hear_links(links),
             Change::Synced(kind) => self.synced.insert(kind),
             Change::Complaints { object, lines } => self.complaints.replace(object, lines),
@@ -148,7 +153,8 @@ impl World {
     /// compare it on every pass.
     #[must_use]
     pub fn node(&self) -> NodeTables {
-        node_tables(&self.settings, &self.last_node, &self.links, &self.claims)
+        let ranges = self.service_ranges.values().flatten().copied().collect();
+        node_tables(&self.settings, &self.last_node, &self.links, &self.claims, &ranges)
     }
 
     /// The Node object, while there is one.
@@ -305,6 +311,14 @@ impl World {
         }
         self.node = node;
         true
+    }
+
+    /// Y-16: in force with the next pass, whose node tables are compared each time.
+    fn hear_service_ranges(&mut self, name: String, ranges: Option<Vec<IpNet>>) -> bool {
+        match ranges {
+            Some(ranges) => self.service_ranges.insert(name, ranges.clone()) != Some(ranges),
+            None => self.service_ranges.remove(&name).is_some(),
+        }
     }
 
     fn hear_links(&mut self, mut links: Vec<Link>) -> bool {

@@ -73,6 +73,7 @@ mod tests {
             loopback: name == "lo",
             up: false,
             layer3: false,
+            master: None,
             addresses: Vec::new(),
         }
     }

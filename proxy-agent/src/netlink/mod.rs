@@ -163,12 +163,17 @@ fn link(message: &LinkMessage) -> Option<Link> {
         _ => None,
     })?;
     let header = &message.header;
+    let master = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Controller(index) => Some(*index),
+        _ => None,
+    });
     Some(Link {
         index: header.index,
         name,
         loopback: header.flags.contains(LinkFlags::Loopback),
         up: header.flags.contains(LinkFlags::Up),
         layer3: is_layer3(header.link_layer_type),
+        master,
         addresses: Vec::new(),
     })
 }

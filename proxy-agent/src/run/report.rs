@@ -177,7 +177,11 @@ impl Report {
                     }
                 }
             }
-            Change::Node(_) | Change::Links(_) | Change::Synced(_) | Change::Whole(_) => {}
+            Change::Node(_)
+            | Change::Links(_)
+            | Change::ServiceRanges(..)
+            | Change::Synced(_)
+            | Change::Whole(_) => {}
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_common::addr::{Addr, Proto};
 
@@ -51,6 +52,20 @@ impl Complaints {
                 None
             }
         }
+    }
+
+    /// The ranges among `texts`.
+    fn ranges(&mut self, part: &str, texts: &[String]) -> Vec<IpNet> {
+        let mut ranges = Vec::new();
+        for (i, text) in texts.iter().enumerate() {
+            match address::range(text) {
+                Ok(range) => ranges.push(range),
+                Err(fault) => {
+                    self.add(format_args!("{part}[{i}]"), format_args!("{text:?} {fault}: skipped"));
+                }
+            }
+        }
+        ranges
     }
 
     fn proto(&mut self, part: impl std::fmt::Display, text: Option<&str>) -> Option<Proto> {
@@ -410,6 +425,14 @@ pub fn node(object: &core::Node) -> (Node, Vec<String>) {
     (node, complaints.0)
 }
 
+/// The ranges of ClusterIPs that a ServiceCIDR adds, whatever its status says (Y-16).
+#[must_use]
+pub fn service_cidr(object: &networking::ServiceCIDR) -> (Vec<IpNet>, Vec<String>) {
+    let mut complaints = Complaints::default();
+    let texts = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+    (complaints.ranges("spec.cidrs", texts), complaints.0)
+}
+
 /// InternalIPs first, then ExternalIPs (Y-10).
 fn node_ips(object: &core::Node, complaints: &mut Complaints) -> Vec<IpAddr> {
     let addresses = object.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
@@ -426,16 +449,7 @@ fn node_ips(object: &core::Node, complaints: &mut Complaints) -> Vec<IpAddr> {
 fn pod_cidrs(spec: &core::NodeSpec, complaints: &mut Complaints) -> Vec<IpNet> {
     let listed = spec.pod_cidrs.as_deref().filter(|listed| !listed.is_empty());
     let texts = listed.or(spec.pod_cidr.as_ref().map(std::slice::from_ref)).unwrap_or_default();
-    let mut ranges = Vec::new();
-    for (i, text) in texts.iter().enumerate() {
-        match address::range(text) {
-            Ok(range) => ranges.push(range),
-            Err(fault) => {
-                complaints.add(format_args!("spec.podCIDRs[{i}]"), format_args!("{text:?} {fault}: skipped"));
-            }
-        }
-    }
-    ranges
+    complaints.ranges("spec.podCIDRs", texts)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use notify::event::{AccessKind, AccessMode, EventKind};
 use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
@@ -157,6 +158,7 @@ struct Said {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, Slice>,
     node: Option<Node>,
+    service_ranges: BTreeMap<String, Vec<IpNet>>,
     complaints: BTreeMap<String, Vec<String>>,
     /// Something was never understood.
     torn: bool,
@@ -260,6 +262,9 @@ impl Shelf {
         if self.said.node != new.node {
             changes.push(Change::Node(new.node.clone()));
         }
+        difference(&self.said.service_ranges, &new.service_ranges, |name, ranges| {
+            changes.push(Change::ServiceRanges(name.clone(), ranges.cloned()));
+        });
         difference(&self.said.complaints, &new.complaints, |object, lines| {
             let lines = lines.cloned().unwrap_or_default();
             changes.push(Change::Complaints { object: object.clone(), lines });
@@ -343,6 +348,9 @@ impl Said {
                 }
             }
             (Id::Node, Content::Node(node)) => self.node = Some(node.clone()),
+            (Id::ServiceCidr(name), Content::ServiceRanges(ranges)) => {
+                self.service_ranges.insert(name.clone(), ranges.clone());
+            }
             _ => {}
         }
     }

@@ -33,6 +33,7 @@ struct Heard {
     services: BTreeMap<String, String>,
     slices: BTreeMap<String, String>,
     node: Option<Node>,
+    service_ranges: BTreeMap<String, Vec<String>>,
     complaints: BTreeMap<String, Vec<String>>,
     synced: Vec<Kind>,
     connected: bool,
@@ -53,6 +54,10 @@ impl Heard {
             }
             Change::Slice(name, None) => assert!(self.slices.remove(&name.to_string()).is_some()),
             Change::Node(node) => self.node = node,
+            Change::ServiceRanges(name, Some(ranges)) => {
+                self.service_ranges.insert(name, ranges.iter().map(ToString::to_string).collect());
+            }
+            Change::ServiceRanges(name, None) => assert!(self.service_ranges.remove(&name).is_some()),
             Change::Complaints { object, lines } if lines.is_empty() => {
                 assert!(self.complaints.remove(&object).is_some());
             }

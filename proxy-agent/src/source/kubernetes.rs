@@ -15,8 +15,10 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff, Event};
@@ -39,6 +41,9 @@ const QUIET: Duration = Duration::from_secs(6);
 const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
 /// A version that is too old is answered with a new list at once when the last such answer is this long ago.
 const EXPIRED_ANEW: Duration = Duration::from_secs(10);
+
+/// A kind that the server does not have, or does not show us, is asked for again after this time.
+const REFUSED: Duration = Duration::from_secs(300);
 
 /// Why there is no client for the API server.
 #[derive(Debug, thiserror::Error)]
@@ -99,7 +104,8 @@ pub async fn client(kubeconfig: Option<&PathBuf>, apiserver: Option<&str>) -> Re
     Client::try_from(config).map_err(|source| Error::Client { url, source })
 }
 
-/// Sends what the API server says of Services, EndpointSlices and the Node `node_name`, until nobody listens.
+/// Sends what the API server says of Services, EndpointSlices, the Node `node_name` and ServiceCIDRs, until nobody
+/// listens (Y-4).
 pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) {
     let down = Arc::new(AtomicU32::new(0b111));
     let line = |kind: Kind| Line { kind, tx: tx.clone(), down: down.clone() };
@@ -128,10 +134,21 @@ pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) 
         },
         change: |_, node| Change::Node(node),
     };
-    let all = futures::future::join3(
+    let service_cidrs = Feed::<networking::ServiceCIDR, Vec<IpNet>> {
+        line: line(Kind::ServiceCidr),
+        what: "ServiceCIDR",
+        config: watcher::Config::default(),
+        convert: |object| {
+            let (ranges, complaints) = convert::service_cidr(object);
+            (Some(ranges), complaints)
+        },
+        change: |name, ranges| Change::ServiceRanges(name.name.to_string(), ranges),
+    };
+    let all = futures::future::join4(
         services.run(Api::all(client.clone())),
         slices.run(Api::all(client.clone())),
-        node.run(Api::all(client)),
+        node.run(Api::all(client.clone())),
+        service_cidrs.run(Api::all(client)),
     );
     tokio::select! {
         _ = all => {}
@@ -156,6 +173,9 @@ impl Line {
     }
 
     async fn connected(&self, up: bool) -> Result<(), Closed> {
+        if self.kind == Kind::ServiceCidr {
+            return Ok(()); // Of a kind that a server may well lack, its silence says nothing.
+        }
         let bit = 1 << self.kind as u32;
         let before = if up {
             self.down.fetch_and(!bit, Ordering::Relaxed)
@@ -195,6 +215,8 @@ type Events<K> = BoxStream<'static, watcher::Result<Event<Heard<K>>>>;
 struct Retry {
     backoff: DefaultBackoff,
     expired: Option<Instant>,
+    /// Whether it was said that the server does not show this kind.
+    refused: bool,
 }
 
 impl Retry {
@@ -290,7 +312,11 @@ where
                         );
                         return Ok(End::Relist);
                     }
-                    self.failed(&error, retry).await?;
+                    if self.line.kind == Kind::ServiceCidr && is_refused(&error) {
+                        self.go_without(&error, retry).await;
+                    } else {
+                        self.failed(&error, retry).await?;
+                    }
                     paused = true;
                     if is_gone(&error) {
                         return Ok(End::Relist);
@@ -316,6 +342,18 @@ where
     fn without_streaming(&self, why: &str) -> End {
         tracing::info!(kind = self.what, why, "the API server has no streaming lists: list, then watch");
         End::NoStreaming
+    }
+
+    /// A server before 1.33, or one whose roles forbid it: nothing is known of these objects then (Y-16).
+    async fn go_without(&self, error: &watcher::Error, retry: &mut Retry) {
+        if !std::mem::replace(&mut retry.refused, true) {
+            tracing::info!(
+                kind = self.what,
+                why = cause(error),
+                "the API server does not show these: going without"
+            );
+        }
+        tokio::time::sleep(REFUSED).await;
     }
 
     async fn failed(&self, error: &watcher::Error, retry: &mut Retry) -> Result<(), Closed> {
@@ -401,7 +439,7 @@ where
 
     async fn complain(&self, name: &ObjectName, lines: Vec<String>) -> Result<(), Closed> {
         let object = match self.line.kind {
-            Kind::Node => format!("{} {}", self.what, name.name),
+            Kind::Node | Kind::ServiceCidr => format!("{} {}", self.what, name.name),
             Kind::Service | Kind::Slice => format!("{} {name}", self.what),
         };
         self.line.send(Change::Complaints { object, lines }).await
@@ -453,6 +491,11 @@ fn cause(error: &watcher::Error) -> String {
 /// The version is older than what the server remembers.
 fn is_expired(error: &watcher::Error) -> bool {
     status(error).is_some_and(|status| status.code == 410)
+}
+
+/// The server has no such kind, or forbids it to us.
+fn is_refused(error: &watcher::Error) -> bool {
+    status(error).is_some_and(|status| matches!(status.code, 401 | 403 | 404 | 405))
 }
 
 /// A server before 1.32 or with the feature off refuses `sendInitialEvents`.

@@ -23,15 +23,19 @@ enum Reply {
     Whole(u16, Value),
 }
 
-/// A server that answers requests for Services by script (then with silence), and has nothing else.
+/// A server that answers requests for Services by script (then with silence), and has nothing else, or only some
+/// ServiceCIDRs.
 struct Server {
     replies: Mutex<VecDeque<Reply>>,
     asked: Mutex<Vec<String>>,
+    /// Whether it shows ServiceCIDRs.
+    service_cidrs: bool,
 }
 
 impl Server {
-    async fn start(replies: Vec<Reply>) -> (Arc<Self>, Client) {
-        let server = Arc::new(Self { replies: Mutex::new(replies.into()), asked: Mutex::new(Vec::new()) });
+    async fn start(replies: Vec<Reply>, service_cidrs: bool) -> (Arc<Self>, Client) {
+        let asked = Mutex::new(Vec::new());
+        let server = Arc::new(Self { replies: Mutex::new(replies.into()), asked, service_cidrs });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let app = axum::Router::new().fallback(answer).with_state(server.clone());
@@ -46,10 +50,18 @@ impl Server {
 
 async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response {
     let asked = request.uri().to_string();
-    let reply = if request.uri().path() == "/api/v1/services" {
-        server.replies.lock().unwrap().pop_front().unwrap_or(Reply::Open(Vec::new()))
-    } else {
-        Reply::Open(vec![complete("1")])
+    let reply = match request.uri().path() {
+        "/api/v1/services" => server.replies.lock().unwrap().pop_front().unwrap_or(Reply::Open(Vec::new())),
+        "/apis/networking.k8s.io/v1/servicecidrs" => match server.service_cidrs {
+            true => Reply::Open(vec![
+                event("ADDED", service_cidr("kubernetes", &["10.96.0.0/16"], "1")),
+                complete("1"),
+                event("ADDED", service_cidr("more", &["10.200.0.0/24", "x", "fd00:200::/112"], "2")),
+                event("DELETED", service_cidr("kubernetes", &["10.96.0.0/16"], "3")),
+            ]),
+            false => Reply::Whole(403, status(403, "Forbidden")),
+        },
+        _ => Reply::Open(vec![complete("1")]),
     };
     server.asked.lock().unwrap().push(asked);
     let lines = |events: Vec<Value>| {
@@ -71,6 +83,14 @@ fn object(name: &str, ip: &str, version: &str) -> Value {
     })
 }
 
+fn service_cidr(name: &str, cidrs: &[&str], version: &str) -> Value {
+    json!({
+        "apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR",
+        "metadata": {"name": name, "resourceVersion": version},
+        "spec": {"cidrs": cidrs},
+    })
+}
+
 fn event(kind: &str, object: Value) -> Value {
     json!({"type": kind, "object": object})
 }
@@ -89,6 +109,7 @@ struct Listener {
     rx: mpsc::Receiver<Change>,
     services: HashMap<String, String>,
     complaints: HashMap<String, Vec<String>>,
+    ranges: HashMap<String, Vec<IpNet>>,
     synced: Vec<Kind>,
     connected: Vec<bool>,
     changes: usize,
@@ -96,11 +117,15 @@ struct Listener {
 
 impl Listener {
     async fn start(replies: Vec<Reply>) -> (Arc<Server>, Self) {
-        let (server, client) = Server::start(replies).await;
+        Self::start_with(replies, true).await
+    }
+
+    async fn start_with(replies: Vec<Reply>, service_cidrs: bool) -> (Arc<Server>, Self) {
+        let (server, client) = Server::start(replies, service_cidrs).await;
         let (tx, rx) = mpsc::channel(64);
         tokio::spawn(run(client, "n1".into(), tx));
-        let (services, complaints, synced, connected) = Default::default();
-        (server, Self { rx, services, complaints, synced, connected, changes: 0 })
+        let (services, complaints, ranges, synced, connected) = Default::default();
+        (server, Self { rx, services, complaints, ranges, synced, connected, changes: 0 })
     }
 
     async fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
@@ -131,6 +156,8 @@ impl Listener {
             Change::Complaints { object, lines } => {
                 self.complaints.insert(object, lines);
             }
+            Change::ServiceRanges(name, Some(ranges)) => drop(self.ranges.insert(name, ranges)),
+            Change::ServiceRanges(name, None) => assert!(self.ranges.remove(&name).is_some()),
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected.push(connected),
             other => panic!("nobody said {other:?}"),
@@ -153,7 +180,7 @@ async fn a_streaming_list_is_followed_by_its_watch() {
         event("DELETED", object("b", "10.96.0.2", "5")),
     ])])
     .await;
-    listener.until("the watch is heard", |l| l.has(&[("a", "10.96.0.3")]) && l.synced.len() == 3).await;
+    listener.until("the watch is heard", |l| l.has(&[("a", "10.96.0.3")]) && l.synced.len() == 4).await;
     listener.until("the server answers", |l| l.connected == [true]).await;
 
     let services = server.asked("/api/v1/services");
@@ -170,6 +197,33 @@ async fn a_streaming_list_is_followed_by_its_watch() {
     assert!(slices[0].contains("labelSelector=%21service.kubernetes.io%2Fheadless"), "{slices:?}");
     let nodes = server.asked("/api/v1/nodes");
     assert!(nodes[0].contains("fieldSelector=metadata.name%3Dn1"), "{nodes:?}");
+}
+
+#[tokio::test]
+async fn ranges_of_cluster_ips_are_followed() {
+    // Y-4, Y-16.
+    let (_server, mut listener) = Listener::start(vec![Reply::Open(vec![complete("1")])]).await;
+    listener.until("the ranges are in", |l| l.ranges.contains_key("more") && l.ranges.len() == 1).await;
+    let ranges: Vec<String> = listener.ranges["more"].iter().map(ToString::to_string).collect();
+    assert_eq!(ranges, ["10.200.0.0/24", "fd00:200::/112"]);
+    listener.until("the bad one is told", |l| l.complaints.contains_key("ServiceCIDR more")).await;
+    let [line] = &listener.complaints["ServiceCIDR more"][..] else { panic!("{:?}", listener.complaints) };
+    assert!(line.contains("spec.cidrs[1]") && line.contains("\"x\""), "{line}");
+}
+
+#[tokio::test]
+async fn a_server_that_does_not_show_ranges_of_cluster_ips_is_connected_all_the_same() {
+    // Y-16: as if there were none.
+    let list = vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")];
+    let (server, mut listener) = Listener::start_with(vec![Reply::Open(list)], false).await;
+    listener.until("the rest is in", |l| l.has(&[("a", "10.96.0.1")]) && l.synced.len() == 3).await;
+    listener.until("the server answers", |l| l.connected == [true]).await;
+    assert!(listener.ranges.is_empty() && !listener.synced.contains(&Kind::ServiceCidr));
+    assert_eq!(
+        server.asked("/apis/networking.k8s.io/v1/servicecidrs").len(),
+        1,
+        "it is not asked all the time"
+    );
 }
 
 #[tokio::test]

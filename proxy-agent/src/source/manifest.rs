@@ -1,7 +1,9 @@
 //! One manifest file: text into objects, with the line each begins at.
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
 use serde_json::Value;
 
 use super::convert;
@@ -21,6 +23,8 @@ pub enum Id {
     Endpoints(ObjectName),
     /// Our own Node.
     Node,
+    /// A ServiceCIDR.
+    ServiceCidr(String),
 }
 
 impl std::fmt::Display for Id {
@@ -30,6 +34,7 @@ impl std::fmt::Display for Id {
             Self::Slice(name) => write!(f, "EndpointSlice {name}"),
             Self::Endpoints(name) => write!(f, "Endpoints {name}"),
             Self::Node => f.write_str("Node"),
+            Self::ServiceCidr(name) => write!(f, "ServiceCIDR {name}"),
         }
     }
 }
@@ -45,6 +50,8 @@ pub enum Content {
     Endpoints(Vec<Slice>),
     /// Our own Node.
     Node(Node),
+    /// Ranges of ClusterIPs.
+    ServiceRanges(Vec<IpNet>),
 }
 
 /// An object of a kind that matters.
@@ -145,7 +152,8 @@ impl Manifest {
         match (version.as_str(), kind.as_str()) {
             ("v1", "List") => self.add_items(document, line, None, node_name),
             ("v1", "ServiceList" | "EndpointsList" | "NodeList")
-            | ("discovery.k8s.io/v1", "EndpointSliceList") => {
+            | ("discovery.k8s.io/v1", "EndpointSliceList")
+            | ("networking.k8s.io/v1", "ServiceCIDRList") => {
                 let kind = kind.trim_end_matches("List");
                 self.add_items(document, line, Some((&version, kind)), node_name);
             }
@@ -163,6 +171,13 @@ impl Manifest {
                     default_slice(&mut object);
                     let (slice, complaints) = convert::slice(&object);
                     (Content::Slice(slice), complaints)
+                });
+            }
+            ("networking.k8s.io/v1", "ServiceCIDR") => {
+                let id = |name: ObjectName| Id::ServiceCidr(name.name.to_string());
+                self.decode(document, line, id, |object: networking::ServiceCIDR| {
+                    let (ranges, complaints) = convert::service_cidr(&object);
+                    (Content::ServiceRanges(ranges), complaints)
                 });
             }
             ("v1", "Node") => {

@@ -9,9 +9,11 @@ mod heard;
 pub mod kubernetes;
 pub mod manifest;
 
+use ipnet::IpNet;
+
 use crate::model::{Link, Node, ObjectName, Service, Slice};
 
-/// The kinds of object a source lists. Nothing is programmed before each has said it is complete (Y-17).
+/// The kinds of object a source lists. Nothing is programmed before each but the last has said it is complete (Y-17).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Kind {
     /// `v1` Services.
@@ -20,6 +22,8 @@ pub enum Kind {
     Slice,
     /// The node's own `v1` Node.
     Node,
+    /// `networking.k8s.io/v1` ServiceCIDRs. Nobody waits for them: a server may not have them, or not tell us.
+    ServiceCidr,
 }
 
 /// One thing that was heard.
@@ -31,6 +35,8 @@ pub enum Change {
     Slice(ObjectName, Option<Slice>),
     /// The node's own object.
     Node(Option<Node>),
+    /// Ranges of ClusterIPs, by the name of the ServiceCIDR that has them (Y-16); `None` when it is gone.
+    ServiceRanges(String, Option<Vec<IpNet>>),
     /// The first complete list of a kind has been delivered.
     Synced(Kind),
     /// What is wrong with an object, whole or in part; an empty list takes earlier complaints back.

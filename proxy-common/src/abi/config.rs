@@ -17,6 +17,11 @@ pub const POD_RANGE_V4: u32 = 1 << 4;
 pub const POD_RANGE_V6: u32 = 1 << 5;
 /// Host processes reach NodePorts at 127.0.0.1 and ::1, too.
 pub const LOCALHOST_NODE_PORTS: u32 = 1 << 6;
+/// Pods are told by the interface they send through ([`iface::POD`]), not by their address (M-1).
+pub const POD_INTERFACES: u32 = 1 << 7;
+
+/// Ranges of ClusterIPs that the programs look at, both families together.
+pub const SERVICE_RANGES: usize = 8;
 
 /// Kernel features, probed by the agent and frozen into the programs when they are loaded.
 pub mod feature {
@@ -46,6 +51,8 @@ pub mod address {
 pub mod iface {
     /// Frames have no Ethernet header (WireGuard, IPIP, tun).
     pub const L3: u32 = 1 << 0;
+    /// Who sends through it is a pod (with [`super::config::POD_INTERFACES`]).
+    pub const POD: u32 = 1 << 1;
 }
 
 table_type! {
@@ -73,8 +80,35 @@ table_type! {
         pub snat_count: u16,
         /// Seed of the selection hash.
         pub seed: u32,
+        /// How many of `service_ranges` are in use.
+        pub service_range_count: u32,
         /// Zero.
-        pub pad: u64,
+        pub pad: u32,
+        /// Ranges of ClusterIPs (P-22). One that is not in use is [`Range::NONE`], so that a reader in the middle of
+        /// a change sees no range that is in neither the old nor the new settings but these and single addresses.
+        pub service_ranges: [Range; SERVICE_RANGES],
+    }
+}
+
+table_type! {
+    /// A range of addresses; IPv4 ones are IPv4-mapped.
+    pub struct Range {
+        /// First address.
+        pub first: Addr,
+        /// Mask, network order.
+        pub mask: Addr,
+    }
+}
+
+impl Range {
+    /// A range that no packet's destination is in.
+    pub const NONE: Self = Self { first: Addr::ANY_V6, mask: Addr([u32::MAX; 4]) };
+
+    /// Whether `addr` lies in it.
+    #[inline(always)]
+    pub const fn contains(&self, addr: &Addr) -> bool {
+        let (a, n, m) = (&addr.0, &self.first.0, &self.mask.0);
+        ((a[0] ^ n[0]) & m[0] | (a[1] ^ n[1]) & m[1] | (a[2] ^ n[2]) & m[2] | (a[3] ^ n[3]) & m[3]) == 0
     }
 }
 
@@ -92,7 +126,9 @@ impl Config {
         snat_first: 0,
         snat_count: 0,
         seed: 0,
+        service_range_count: 0,
         pad: 0,
+        service_ranges: [Range::NONE; SERVICE_RANGES],
     };
 
     /// Whether the agent has written it: the array of one is all zeros before, and an address never is.
@@ -107,18 +143,29 @@ impl Config {
         if addr.is_v4() {
             self.flags & POD_RANGE_V4 != 0 && (addr.word_v4() ^ self.pod_v4.word_v4()) & self.pod_v4_mask == 0
         } else {
-            let (a, n, m) = (&addr.0, &self.pod_v6.0, &self.pod_v6_mask.0);
-            self.flags & POD_RANGE_V6 != 0
-                && ((a[0] ^ n[0]) & m[0] | (a[1] ^ n[1]) & m[1] | (a[2] ^ n[2]) & m[2] | (a[3] ^ n[3]) & m[3])
-                    == 0
+            let pods = Range { first: self.pod_v6, mask: self.pod_v6_mask };
+            self.flags & POD_RANGE_V6 != 0 && pods.contains(addr)
         }
     }
 
-    /// Whether pods of `addr`'s family can be told by their address.
+    /// Whether pods of `addr`'s family can be told from others.
     #[inline(always)]
     pub const fn knows_pods(&self, addr: &Addr) -> bool {
         let bit = if addr.is_v4() { POD_RANGE_V4 } else { POD_RANGE_V6 };
-        self.flags & bit != 0
+        self.flags & (bit | POD_INTERFACES) != 0
+    }
+
+    /// Whether `addr` lies in a range of ClusterIPs.
+    #[inline(always)]
+    pub const fn is_service_range(&self, addr: &Addr) -> bool {
+        let mut n = 0;
+        while n < SERVICE_RANGES && n < self.service_range_count as usize {
+            if self.service_ranges[n].contains(addr) {
+                return true;
+            }
+            n += 1;
+        }
+        false
     }
 
     /// The `n`th masquerade port, wrapping round; zero when there are none.

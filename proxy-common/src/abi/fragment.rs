@@ -20,11 +20,15 @@ table_type! {
 }
 
 table_type! {
-    /// What the first fragment said.
+    /// What the first fragment said, or how often others have waited for it.
     pub struct Fragment {
         /// Source port.
         pub sport: Port,
         /// Destination port.
         pub dport: Port,
+        /// How often a fragment has waited for the first one; 0 once that has come, and the ports count.
+        pub waits: u32,
+        /// When this was written.
+        pub since: u64,
     }
 }

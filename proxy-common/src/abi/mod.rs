@@ -7,7 +7,7 @@
 //! | [`maps::BACKENDS`] | array | backend index → [`Backend`] | agent | all hooks | as above |
 //! | [`maps::ADDRESSES`] | hash | [`Addr`] → [`address`] flags | agent | TC, socket hooks | as above |
 //! | [`maps::SOURCES`] | LPM trie | [`SourceKey`] → 1 | agent | all hooks | as above |
-//! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC egress | masquerading on that interface is refused and counted |
+//! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC | masquerading on that interface is refused and counted |
 //! | [`maps::CONFIG`] | array of 1 | → [`Config`] | agent | all hooks | – |
 //! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
 //! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
@@ -37,7 +37,7 @@ mod source;
 pub use affinity::{Affinity, AffinityKey};
 pub use agent::{AgentState, Complaint, ServiceName, ServiceStats, TEXT_LEN, text, untext};
 pub use backend::Backend;
-pub use config::{Config, Iface, address, feature, iface};
+pub use config::{Config, Iface, Range, SERVICE_RANGES, address, feature, iface};
 pub use flow::{Flow, FlowKey, Hook, Leg};
 pub use fragment::{Fragment, FragmentKey};
 pub use frontend::{Frontend, FrontendKey, Run};
@@ -49,7 +49,7 @@ pub use source::SourceKey;
 use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number; pins live under it.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Map names as `bpftool map` shows them: at most 15 bytes.
 pub mod maps {
@@ -181,6 +181,7 @@ mod tests {
             ("FlowKey", size_of::<FlowKey>(), align_of::<FlowKey>()),
             ("Flow", size_of::<Flow>(), align_of::<Flow>()),
             ("FragmentKey", size_of::<FragmentKey>(), align_of::<FragmentKey>()),
+            ("Fragment", size_of::<Fragment>(), align_of::<Fragment>()),
             ("AffinityKey", size_of::<AffinityKey>(), align_of::<AffinityKey>()),
             ("Affinity", size_of::<Affinity>(), align_of::<Affinity>()),
             ("SocketState", size_of::<SocketState>(), align_of::<SocketState>()),
@@ -188,7 +189,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 1);
+        assert_eq!(ABI_VERSION, 2);
         assert_eq!(
             sizes,
             [
@@ -197,10 +198,11 @@ mod tests {
                 ("Backend", 32, 4),
                 ("SourceKey", 24, 4),
                 ("Iface", 40, 4),
-                ("Config", 112, 8),
+                ("Config", 368, 8),
                 ("FlowKey", 40, 4),
                 ("Flow", 48, 8),
                 ("FragmentKey", 40, 4),
+                ("Fragment", 16, 8),
                 ("AffinityKey", 20, 4),
                 ("Affinity", 16, 8),
                 ("SocketState", 200, 4),

@@ -44,12 +44,13 @@ reasons! {
     FlowCollision = "flow_collision", "A flow got another source port: its tuple behind the Service was taken.";
     NoSourcePort = "no_source_port", "Dropped: no free source port for masquerading.";
     NoSourceAddress = "no_source_address", "Dropped: the interface has no address to masquerade with.";
-    FragmentUnknown = "fragment_unknown", "Dropped: a fragment to a Service came before the first one.";
+    FragmentUnknown = "fragment_unknown", "Dropped: a fragment to a Service whose first one did not come, or was not forwarded.";
     IcmpTranslated = "icmp_translated", "An ICMP error about a flow was translated.";
     RewriteFailed = "rewrite_failed", "Dropped: a packet could not be rewritten.";
     AnswerFailed = "answer_failed", "Dropped: a refusal could not be sent.";
     SocketStorage = "socket_storage", "Left to TC: a socket had no room to remember its Service.";
     ConfigMissing = "config_missing", "Left alone: the agent has not written its settings.";
+    UnallocatedClusterIp = "unallocated_cluster_ip", "Dropped: an address inside a ServiceCIDR that is no Service's (P-22).";
     CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
 }
 

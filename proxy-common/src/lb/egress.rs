@@ -1,18 +1,19 @@
 //! Behind the stack: answers get the VIP as source, masqueraded packets get an address of the node.
 
-use super::{FlowTable, Tables, Touch, Verdict, touch};
+use super::{FlowTable, Recalled, Tables, Touch, Verdict, touch};
 use crate::abi::{Hook, Reason};
 use crate::wire::{Edit, End, Kind, Packet};
 
-/// Decides about a packet that leaves the node by the interface `ifindex`.
+/// Decides about a packet that leaves the node.
 #[inline(always)]
-pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &mut Edit) -> Verdict {
+pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
     debug_assert_eq!(packet.key.hook, Hook::EGRESS);
     edit.end = End::Src;
     match packet.kind {
         Kind::Whole | Kind::FirstFragment | Kind::IcmpError => {}
         Kind::LaterFragment => {
-            if tables.recall_fragment(packet) == 0 {
+            // Fragments were put in order when they entered, and the stack keeps them so.
+            if tables.recall_fragment(packet) != Recalled::Known {
                 return Verdict::Pass;
             }
         }
@@ -33,7 +34,7 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, ifindex: u32, edit: &m
     match found {
         Touch::Alive | Touch::Answer => {}
         Touch::Unmasqueraded => {
-            let verdict = tables.choose_source(&packet.key, ifindex, edit);
+            let verdict = tables.choose_source(&packet.key, packet.ifindex, edit);
             if verdict != Verdict::Rewrite {
                 return verdict;
             }

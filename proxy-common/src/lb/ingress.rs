@@ -1,9 +1,9 @@
 //! Before the stack: the client's packets get the endpoint as destination, answers to a masqueraded flow
 //! get the client.
 
-use super::{FlowTable, Tables, Touch, Verdict, open, touch};
+use super::{FlowTable, Recalled, Tables, Touch, Verdict, open, touch};
 use crate::abi::{Hook, Reason, address};
-use crate::addr::Proto;
+use crate::addr::{Addr, Proto};
 use crate::wire::{Edit, End, Kind, Packet};
 
 /// Decides about a packet that enters the node, whatever the interface.
@@ -13,40 +13,52 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
     edit.end = End::Dst;
     match packet.kind {
         Kind::Whole => {}
-        Kind::FirstFragment => {}
+        Kind::FirstFragment => drop(tables.remember_fragment(packet)),
         Kind::IcmpError => return error(tables, packet, edit),
-        Kind::LaterFragment => {
-            // Only fragments to an address of a Service or of the node can be ours.
-            let known = tables.address(&packet.key.dst);
-            if known == 0 {
-                return Verdict::Pass;
-            }
-            if tables.recall_fragment(packet) == 0 {
-                // A fragment for the node itself is the stack's; one for a VIP would leave untranslated.
-                if known & address::NODE != 0 {
-                    return Verdict::Pass;
-                }
-                tables.count(Reason::FragmentUnknown);
-                return Verdict::Drop;
-            }
-        }
+        // Whoever they are for: what is an answer is known only when it leaves, and there nothing can wait.
+        Kind::LaterFragment => match tables.recall_fragment(packet) {
+            Recalled::Known => {}
+            Recalled::Waiting => return Verdict::Wait,
+            Recalled::Unknown => return lone_fragment(tables, packet),
+        },
         Kind::Other => return other(tables, packet),
     }
     if touch(tables, FlowTable::Established, packet, edit) != Some(Touch::Alive) {
         // An address that is nobody's is the quick way out for all other traffic.
         let known = tables.address(&packet.key.dst);
         if known == 0 {
-            return Verdict::Pass;
+            return nobodys(tables, &packet.key.dst);
         }
-        let verdict = tables.ingress_slow(packet, known, edit);
-        if verdict != Verdict::Rewrite {
-            return verdict;
-        }
-    }
-    if matches!(packet.kind, Kind::FirstFragment) {
-        tables.remember_fragment(packet);
+        return tables.ingress_slow(packet, known, edit);
     }
     Verdict::Rewrite
+}
+
+/// A packet to an address that is neither a Service's nor the node's: inside a Service range it is dropped, since
+/// it would only wander (P-22).
+#[inline(always)]
+fn nobodys<T: Tables>(tables: &T, addr: &Addr) -> Verdict {
+    if tables.config().is_some_and(|config| config.is_service_range(addr)) {
+        tables.count(Reason::UnallocatedClusterIp);
+        Verdict::Drop
+    } else {
+        Verdict::Pass
+    }
+}
+
+/// A fragment whose first one has not come: for the node itself it is the stack's; to a Service it would leave
+/// untranslated.
+#[inline(always)]
+fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
+    let known = tables.address(&packet.key.dst);
+    if known == 0 {
+        return nobodys(tables, &packet.key.dst);
+    }
+    if known & address::NODE != 0 {
+        return Verdict::Pass;
+    }
+    tables.count(Reason::FragmentUnknown);
+    Verdict::Drop
 }
 
 /// A packet to an address of a Service or of the node that belongs to no living established flow.
@@ -95,7 +107,11 @@ fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
         Proto::ICMPV6 => packet.icmp_type != 128,
         _ => false,
     };
-    if quiet || tables.address(&packet.key.dst) & address::CLUSTER_IP == 0 {
+    let known = tables.address(&packet.key.dst);
+    if known == 0 {
+        return nobodys(tables, &packet.key.dst);
+    }
+    if quiet || known & address::CLUSTER_IP == 0 {
         return Verdict::Pass;
     }
     tables.count(Reason::UndefinedPort);

@@ -99,10 +99,10 @@ pub trait Tables {
     fn insert_flow(&self, table: FlowTable, key: &FlowKey, flow: &Flow, replace: bool) -> Inserted;
     /// Deletes a flow if it is there.
     fn delete_flow(&self, table: FlowTable, key: &FlowKey);
-    /// The ports of a fragmented datagram.
-    fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
-    /// Remembers the ports of a fragmented datagram.
-    fn set_fragment(&self, key: &FragmentKey, value: &Fragment);
+    /// Lets `f` read and change in place what is known of a fragmented datagram.
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R>;
+    /// Remembers something of a fragmented datagram; with `replace` false only if nothing is known yet.
+    fn set_fragment(&self, key: &FragmentKey, value: &Fragment, replace: bool);
     /// Counts a reason.
     fn count(&self, reason: Reason);
     /// Counts for a Service port.
@@ -155,7 +155,7 @@ pub trait Tables {
         track::forget(self, key)
     }
     /// [`recall_fragment`].
-    fn recall_fragment(&self, packet: &mut Packet) -> u32
+    fn recall_fragment(&self, packet: &mut Packet) -> Recalled
     where
         Self: Sized,
     {
@@ -190,10 +190,12 @@ pub enum Verdict {
     Refuse,
     /// Discard it.
     Drop,
+    /// Put it at the end of the queue, to come again.
+    Wait,
 }
 
 impl Verdict {
-    /// The verdict with this number; any other number drops.
+    /// The verdict with this number; any other number drops. No cut point lets a packet wait.
     #[inline(always)]
     pub const fn from_number(number: u32) -> Self {
         match number {
@@ -205,22 +207,71 @@ impl Verdict {
     }
 }
 
-/// Gives a later fragment the ports that the first one had at this hook. Zero when they are not known.
-#[inline(always)]
-pub fn recall_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
-    let Some(ports) = tables.fragment(&fragment_key(packet)) else {
-        return 0;
-    };
-    packet.key.sport = ports.sport;
-    packet.key.dport = ports.dport;
-    1
+/// How often fragments of one datagram wait for its first one. Each time lets what the processor has queued go
+/// first, a batch of up to 64 packets: enough for what was sent in one go and came in another order, and a
+/// bound on what a flood of such fragments costs.
+const WAITS: u32 = 4;
+/// How long what is known of a datagram counts, in nanoseconds: its identification comes round again, and after
+/// this time it is more likely another one's.
+const FRAGMENTS_LIVE: u64 = 5_000_000_000;
+
+/// What is known of a later fragment.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Recalled {
+    /// Nothing, and it has waited enough.
+    Unknown = 0,
+    /// The first fragment came before it: the packet has its ports now.
+    Known,
+    /// Nothing yet.
+    Waiting,
 }
 
-/// Remembers the ports of a first fragment that is being translated.
+impl Recalled {
+    /// The result with this number; any other number knows nothing.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            1 => Self::Known,
+            2 => Self::Waiting,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// Gives a later fragment the ports that the first one had at this hook.
+#[inline(always)]
+pub fn recall_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> Recalled {
+    let key = fragment_key(packet);
+    let now = tables.now();
+    let waits = tables.with_fragment(&key, |fragment| {
+        if now.saturating_sub(fragment.since) > FRAGMENTS_LIVE {
+            *fragment = Fragment { sport: Port(0), dport: Port(0), waits: 1, since: now };
+        } else if fragment.waits == 0 {
+            packet.key.sport = fragment.sport;
+            packet.key.dport = fragment.dport;
+        } else {
+            fragment.waits += 1;
+        }
+        fragment.waits
+    });
+    match waits {
+        Some(0) => Recalled::Known,
+        Some(1..=WAITS) => Recalled::Waiting,
+        Some(_) => Recalled::Unknown,
+        None => {
+            let first_wait = Fragment { sport: Port(0), dport: Port(0), waits: 1, since: now };
+            tables.set_fragment(&key, &first_wait, false);
+            Recalled::Waiting
+        }
+    }
+}
+
+/// Remembers the ports of a first fragment.
 #[inline(always)]
 pub fn remember_fragment<T: Tables>(tables: &T, packet: &Packet) -> u32 {
-    let ports = Fragment { sport: packet.key.sport, dport: packet.key.dport };
-    tables.set_fragment(&fragment_key(packet), &ports);
+    let ports = Fragment { sport: packet.key.sport, dport: packet.key.dport, waits: 0, since: tables.now() };
+    tables.set_fragment(&fragment_key(packet), &ports, true);
     1
 }
 

@@ -2,7 +2,7 @@
 
 use super::select::{self, Choice};
 use super::{FlowTable, Inserted, Stat, Tables, Verdict, masquerade, track};
-use crate::abi::{Flow, FlowKey, Hook, Leg, Reason, SourceKey, frontend};
+use crate::abi::{Flow, FlowKey, Hook, Leg, Reason, SourceKey, address, frontend};
 use crate::addr::{Addr, Port, Proto};
 use crate::wire::{Edit, Kind, Packet};
 
@@ -20,7 +20,12 @@ const SELECTIONS: usize = 3;
 /// are tried, and then other source ports.
 #[inline(always)]
 pub(super) fn open<T: Tables>(tables: &T, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict {
-    // A stray RST or a fragment without ports opens nothing.
+    // A stray RST opens nothing, nor does a later fragment: the first one has opened the flow or been refused,
+    // and then the rest has no business at a Service's address.
+    if matches!(packet.kind, Kind::LaterFragment) && known & address::NODE == 0 {
+        tables.count(Reason::FragmentUnknown);
+        return Verdict::Drop;
+    }
     if packet.tcp_flags & Packet::RST != 0 || matches!(packet.kind, Kind::LaterFragment) {
         return Verdict::Pass;
     }
@@ -83,7 +88,7 @@ pub fn choose<T: Tables>(
         tables.count(Reason::ConfigMissing);
         return Verdict::Pass;
     };
-    let source = select::source_of(tables, config, &key.src);
+    let source = select::source_of(tables, config, &key.src, packet.ifindex);
     let mut hash = select::flow_hash(key, config.seed);
     if attempt != 0 {
         hash = select::scramble(hash.wrapping_add(attempt));

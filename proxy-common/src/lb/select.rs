@@ -3,7 +3,7 @@
 use super::{Stat, Tables};
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, FlowKey, Frontend, FrontendKey, Reason, Run, address, backend,
-    frontend,
+    config, frontend, iface,
 };
 use crate::addr::{Addr, Port, Proto};
 
@@ -190,10 +190,15 @@ pub(super) fn remember<T: Tables>(tables: &T, service: u32, index: u32, generati
     );
 }
 
-/// Who sends from `addr`.
+/// Who sends from `addr`, through the interface with this index.
 #[inline(always)]
-pub(super) fn source_of<T: Tables>(tables: &T, config: &Config, addr: &Addr) -> Source {
-    if config.is_pod(addr) {
+pub(super) fn source_of<T: Tables>(tables: &T, config: &Config, addr: &Addr, ifindex: u32) -> Source {
+    let pod = if config.flags & config::POD_INTERFACES != 0 {
+        tables.iface(ifindex).is_some_and(|iface| iface.flags & iface::POD != 0)
+    } else {
+        config.is_pod(addr)
+    };
+    if pod {
         Source::Pod
     } else if tables.address(addr) & address::NODE != 0 {
         Source::Host

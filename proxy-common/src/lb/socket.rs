@@ -49,12 +49,12 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
         true => 0,
         false => tables.address(&call.dst),
     };
-    if known == 0 {
-        return Answer::Leave;
-    }
     let Some(config) = tables.config() else {
         return Answer::Leave;
     };
+    if known == 0 && !config.is_service_range(&call.dst) {
+        return Answer::Leave;
+    }
     // A pod's loopback is its own: there the socket must be known to be the host's.
     if loopback
         && (config.flags & config::LOCALHOST_NODE_PORTS == 0
@@ -72,6 +72,11 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
     if !host && call.connect && call.proto == Proto::UDP {
         return Answer::Leave;
     }
+    if known == 0 {
+        // P-22: what would only wander fails at once.
+        tables.count(Reason::UnallocatedClusterIp);
+        return Answer::Deny;
+    }
     for _ in 0..SELECTIONS {
         let frontend = match select::frontend_for(tables, &call.dst, call.dport, call.proto, known) {
             Ok(frontend) => frontend,
@@ -79,9 +84,7 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
             Err(refusal) => return refuse(tables, refusal),
         };
         let flags = frontend.flags;
-        // A pod is known by its address, which a socket does not have yet: affinity and source ranges are
-        // exact per packet.
-        if !host && flags & (frontend::AFFINITY | frontend::SOURCE_RANGES) != 0 {
+        if !host && needs_address(config, flags) {
             return Answer::Leave;
         }
         if flags & frontend::SOURCE_RANGES != 0 {
@@ -122,6 +125,18 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
     }
     tables.count(Reason::BadSlot);
     Answer::Deny
+}
+
+/// Whether a pod's socket is better left to its packets: affinity and source ranges go by the pod's address, which
+/// a socket does not have yet, and to masquerade takes a packet (M-6, M-8).
+#[inline(always)]
+fn needs_address(config: &Config, flags: u32) -> bool {
+    let masqueraded = if flags & frontend::INTERNAL != 0 {
+        config.flags & config::MASQUERADE_ALL != 0
+    } else {
+        config.flags & config::MASQUERADE_LOCAL != 0 && flags & frontend::LOCAL == 0
+    };
+    masqueraded || flags & (frontend::AFFINITY | frontend::SOURCE_RANGES) != 0
 }
 
 /// Whether packets of the socket pass an interface program of this node on their way out, so that what is not

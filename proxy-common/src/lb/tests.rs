@@ -440,7 +440,10 @@ fn later_fragments_follow_the_first() {
         part.bytes[24..26].copy_from_slice(&(!(sum as u16)).to_be_bytes());
         part
     };
-    // Out of order: it cannot be told where it belongs, but it is for the node's own address.
+    // Out of order it waits, a few times; then it is the stack's, since it is for the node's own address.
+    for _ in 0..4 {
+        assert_eq!(run(&node.tables, &fragment(9, false), Hook::INGRESS, ETH), Outcome::Waits);
+    }
     assert_eq!(run(&node.tables, &fragment(9, false), Hook::INGRESS, ETH), Outcome::Passed);
     let Outcome::Rewritten(first) = run(&node.tables, &fragment(0, true), Hook::INGRESS, ETH) else {
         panic!("the first fragment is not translated");
@@ -461,6 +464,24 @@ fn later_fragments_follow_the_first() {
         panic!("the later fragment is not masqueraded");
     };
     assert_eq!(first_out.bytes[26..34], later_out.bytes[26..34]);
+}
+
+#[test]
+fn what_is_known_of_a_fragmented_datagram_does_not_count_for_a_later_one_of_its_number() {
+    // RFC 791 §3.2: the identification comes round again.
+    let mut node = Node::new();
+    node.service(("10.96.0.1", 53), Proto::UDP, frontend::INTERNAL, &[("10.244.2.7", 53)]);
+    let mut first = frame(&key(("10.244.1.5", 5555), ("10.96.0.1", 53), Proto::UDP), 0, &[7; 64], false);
+    first.bytes[20..22].copy_from_slice(&0x2000_u16.to_be_bytes());
+    let mut later = first.clone();
+    later.bytes[20..22].copy_from_slice(&9_u16.to_be_bytes());
+    let enter = |frame: &ByteFrame| run(&node.tables, frame, Hook::INGRESS, ETH);
+    assert!(matches!(enter(&first), Outcome::Rewritten(_)));
+    assert!(matches!(enter(&later), Outcome::Rewritten(_)));
+    node.tables.now.set(6_000_000_000);
+    assert_eq!(enter(&later), Outcome::Waits);
+    assert!(matches!(enter(&first), Outcome::Rewritten(_)));
+    assert!(matches!(enter(&later), Outcome::Rewritten(_)));
 }
 
 #[test]

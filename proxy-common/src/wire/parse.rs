@@ -55,6 +55,8 @@ pub struct Packet {
     pub pad: u8,
     /// Identification of a fragmented datagram.
     pub fragment_id: u32,
+    /// Index of the interface it is seen at.
+    pub ifindex: u32,
 }
 
 impl Packet {
@@ -81,9 +83,9 @@ impl Packet {
 }
 
 impl Packet {
-    /// Nothing parsed yet, at a hook.
+    /// Nothing parsed yet, at a hook of an interface.
     #[inline(always)]
-    pub const fn at(hook: Hook) -> Self {
+    pub const fn at(hook: Hook, ifindex: u32) -> Self {
         Self {
             key: FlowKey {
                 src: Addr::ANY_V6,
@@ -103,6 +105,7 @@ impl Packet {
             inner_l4: 0,
             pad: 0,
             fragment_id: 0,
+            ifindex,
         }
     }
 }

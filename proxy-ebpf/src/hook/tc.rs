@@ -43,7 +43,7 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
     skb.pull();
-    let mut packet = Packet::at(Hook::INGRESS);
+    let mut packet = Packet::at(Hook::INGRESS, skb.ifindex());
     if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
         return NEXT;
     }
@@ -52,6 +52,7 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, &packet, &edit),
         Verdict::Refuse => refuse::<ETHERNET>(&skb, &packet),
+        Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
     }
 }
@@ -60,16 +61,16 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
     skb.pull();
-    let mut packet = Packet::at(Hook::EGRESS);
+    let mut packet = Packet::at(Hook::EGRESS, skb.ifindex());
     if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
         return NEXT;
     }
     let mut edit = Edit::NONE;
-    match egress::egress(&Kernel, &mut packet, skb.ifindex(), &mut edit) {
+    match egress::egress(&Kernel, &mut packet, &mut edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, &packet, &edit),
-        // Nothing is refused behind the stack.
-        Verdict::Refuse | Verdict::Drop => DROP,
+        // Nothing is refused behind the stack, and nothing waits there.
+        Verdict::Refuse | Verdict::Wait | Verdict::Drop => DROP,
     }
 }
 

@@ -75,7 +75,8 @@ fn fragments_are_masqueraded_like_whole_datagrams() {
 }
 
 #[test]
-fn a_fragment_to_a_service_before_the_first_is_dropped() {
+fn a_fragment_before_the_first_waits_for_it() {
+    // D-3: whatever it is for, since an answer is known only when it leaves.
     for cast in FAMILIES {
         let (pod, vip, endpoint) = ((cast.pod, 40_000), (cast.vip, 80), (cast.remote, 8080));
         story(
@@ -83,6 +84,34 @@ fn a_fragment_to_a_service_before_the_first_is_dropped() {
             |stage| {
                 let sent = stage.fragments(&datagram(pod, vip, 7), SIZE);
                 let due = stage.fragments(&datagram(pod, endpoint, 7), SIZE);
+                stage.frame(Hook::INGRESS, sent[2].clone()).waits();
+                stage.frame(Hook::INGRESS, sent[1].clone()).waits();
+                stage.frame(Hook::INGRESS, sent[0].clone()).becomes_bytes(due[0].clone());
+                stage.frame(Hook::INGRESS, sent[2].clone()).becomes_bytes(due[2].clone());
+                stage.frame(Hook::INGRESS, sent[1].clone()).becomes_bytes(due[1].clone());
+                let answer = stage.fragments(&datagram(endpoint, pod, 8), SIZE);
+                stage.frame(Hook::INGRESS, answer[1].clone()).waits();
+                stage.frame(Hook::INGRESS, answer[0].clone()).passes();
+                stage.frame(Hook::INGRESS, answer[1].clone()).passes();
+                stage.counted(NEW);
+            },
+        );
+    }
+}
+
+#[test]
+fn a_fragment_to_a_service_whose_first_does_not_come_is_dropped() {
+    for cast in FAMILIES {
+        let (pod, vip, endpoint) = ((cast.pod, 40_000), (cast.vip, 80), (cast.remote, 8080));
+        story(
+            || cluster_ip(cast),
+            |stage| {
+                let sent = stage.fragments(&datagram(pod, vip, 7), SIZE);
+                let due = stage.fragments(&datagram(pod, endpoint, 7), SIZE);
+                for _ in 0..2 {
+                    stage.frame(Hook::INGRESS, sent[1].clone()).waits();
+                    stage.frame(Hook::INGRESS, sent[2].clone()).waits();
+                }
                 stage.frame(Hook::INGRESS, sent[1].clone()).dropped();
                 stage.frame(Hook::INGRESS, sent[2].clone()).dropped();
                 stage.counted(&[(Reason::FragmentUnknown, 2)]);
@@ -93,8 +122,12 @@ fn a_fragment_to_a_service_before_the_first_is_dropped() {
                 stage.counted(NEW);
                 // Another identification is another datagram.
                 let other = stage.fragments(&datagram(pod, vip, 8), SIZE);
-                stage.frame(Hook::INGRESS, other[1].clone()).dropped();
-                stage.counted(&[(Reason::FragmentUnknown, 1)]);
+                stage.frame(Hook::INGRESS, other[1].clone()).waits();
+                // Nor does a refused one let the rest through.
+                let closed = stage.fragments(&datagram(pod, (cast.vip, 81), 9), SIZE);
+                stage.frame(Hook::INGRESS, closed[0].clone()).gets_refused();
+                stage.frame(Hook::INGRESS, closed[1].clone()).dropped();
+                stage.counted(&[(Reason::UndefinedPort, 1), (Reason::FragmentUnknown, 1)]);
             },
         );
     }

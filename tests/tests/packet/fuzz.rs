@@ -9,12 +9,12 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Settings, TestError, TestRunner};
-use proxy_common::abi::{Hook, Reason, config, frontend};
+use proxy_common::abi::{Hook, Range, Reason, config, frontend, iface};
 use proxy_common::addr::Proto;
 use proxy_common::testing::Outcome;
 use proxy_tests::packet::{Packet, Sum, TcpFlags, Transport, View, protocol};
 
-use crate::node::Node;
+use crate::node::{Node, addr};
 use crate::stage::{Form, Stage};
 
 /// Who is on stage: pods here, pods elsewhere, a client, the node, a router, Services, nobody.
@@ -80,6 +80,8 @@ struct World {
     seed: u32,
     has_iface: bool,
     has_config: bool,
+    /// The ranges that ClusterIPs are from are known.
+    has_ranges: bool,
 }
 
 /// A change of bytes behind every builder's back.
@@ -174,19 +176,16 @@ fn world() -> impl Strategy<Value = World> {
             flag(config::POD_RANGE_V6, 0.8),
             flag(config::MASQUERADE_ALL, 0.2),
             flag(config::MASQUERADE_LOCAL, 0.2),
+            flag(config::POD_INTERFACES, 0.2),
         ),
         prop_oneof![Just(0_u16), Just(1), Just(2), Just(9), Just(28_976), Just(28_976), Just(28_976)],
         any::<u32>(),
         prop::bool::weighted(0.9),
         prop::bool::weighted(0.97),
+        any::<bool>(),
     )
-        .prop_map(|(services, (a, b, c, d), snat_count, seed, has_iface, has_config)| World {
-            services,
-            flags: a | b | c | d,
-            snat_count,
-            seed,
-            has_iface,
-            has_config,
+        .prop_map(|(services, (a, b, c, d, e), snat_count, seed, has_iface, has_config, has_ranges)| {
+            World { services, flags: a | b | c | d | e, snat_count, seed, has_iface, has_config, has_ranges }
         })
 }
 
@@ -271,7 +270,17 @@ impl World {
             config.flags = self.flags;
             config.snat_count = self.snat_count;
             config.seed = self.seed;
+            if self.has_ranges {
+                config.service_range_count = 2;
+                let v4 = addr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ff00");
+                config.service_ranges[0] = Range { first: addr("10.96.0.0"), mask: v4 };
+                config.service_ranges[1] = Range { first: addr("fd00:96::"), mask: addr("ffff:ffff::") };
+            }
         });
+        // Half of the worlds know the interface as a pod's.
+        if self.seed % 2 == 1 {
+            node.tables.ifaces.values_mut().for_each(|iface| iface.flags |= iface::POD);
+        }
         for service in &self.services {
             let of = ADDRESSES[usize::from(service.v6)];
             let vip = match service.vip {
@@ -450,7 +459,7 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
         memory.egress = egress;
         memory.came = match outcome {
             Outcome::Rewritten(frame) | Outcome::Refused(frame) => stage.framed(&frame.bytes),
-            Outcome::Passed | Outcome::Dropped => memory.sent.clone(),
+            Outcome::Passed | Outcome::Waits | Outcome::Dropped => memory.sent.clone(),
         };
     }
     for (reason, count) in stage.met() {

@@ -3,12 +3,14 @@
 use std::collections::BTreeSet;
 
 use proxy_common::abi::frontend::{AFFINITY, INTERNAL, LOCAL, SOURCE_RANGES};
-use proxy_common::abi::{Reason, config};
+use proxy_common::abi::{Range, Reason, config, iface};
 use proxy_common::addr::Proto;
 
-use crate::node::{Cast, FAMILIES, NEW, Node, SYN, SYN_ACK, V4, V6, at, packet};
+use crate::node::{ACK, Cast, FAMILIES, NEW, Node, SYN, SYN_ACK, V4, V6, addr, at, ip, packet};
 use crate::nodeport::one_port;
+use crate::real::IFACE;
 use crate::stage::{Stage, story};
+use proxy_tests::packet::Packet;
 
 /// A SYN from `client` to port 80 of `vip` goes to port 8080 of `endpoint`, and leaves with this source.
 #[track_caller]
@@ -119,6 +121,93 @@ fn a_pod_reaches_itself_from_the_very_port_that_it_serves() {
                 },
             );
         }
+    }
+}
+
+#[test]
+fn pods_are_told_by_their_interface_where_that_is_how_they_are_told() {
+    // M-1, M-2: the address does not count then, whether it would have said yes or no.
+    for cast in FAMILIES {
+        let by_interface = |pods: bool| {
+            let mut node = cluster_ip(cast, 0, cast.remote)
+                .with((cast.external, 80), Proto::TCP, LOCAL, &[(cast.remote, 8080)])
+                .config(|config| config.flags |= config::POD_INTERFACES);
+            if pods {
+                node.tables.ifaces.get_mut(&IFACE).unwrap().flags |= iface::POD;
+            }
+            node
+        };
+        story(
+            || by_interface(true),
+            |stage| {
+                goes(stage, cast.client, cast.vip, cast.remote, (cast.client, 5555));
+                goes(stage, cast.router, cast.external, cast.remote, (cast.router, 5555)); // V-24
+            },
+        );
+        story(
+            || by_interface(false),
+            |stage| {
+                goes(stage, cast.pod, cast.vip, cast.remote, (cast.node, 2000));
+                // V-30: a pod of another node is a stranger here.
+                let stranger = packet(Proto::TCP, at(cast.pod, 5555), at(cast.external, 80), SYN);
+                stage.ingress(&stranger).dropped();
+                stage.counted(&[(Reason::NoLocalEndpoint, 1)]);
+            },
+        );
+    }
+}
+
+#[test]
+fn an_address_of_a_service_range_that_is_no_service_s_leads_nowhere() {
+    // P-22, T-57: whatever the protocol; other addresses go their way (D-19).
+    for cast in FAMILIES {
+        let (none, beside) = match cast.vip {
+            "10.96.0.1" => ("10.96.3.7", "10.97.0.1"),
+            _ => ("fd00:96::3:7", "fd00:97::1"),
+        };
+        story(
+            || {
+                cluster_ip(cast, 0, cast.remote).config(|config| {
+                    config.service_range_count = 2;
+                    config.service_ranges[0] = Range {
+                        first: addr("10.96.0.0"),
+                        mask: addr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:0"),
+                    };
+                    config.service_ranges[1] =
+                        Range { first: addr("fd00:96::"), mask: addr("ffff:ffff:ffff:ffff::") };
+                })
+            },
+            |stage| {
+                goes(stage, cast.pod, cast.vip, cast.remote, (cast.pod, 5555));
+                for proto in [Proto::TCP, Proto::UDP, Proto::SCTP] {
+                    stage.ingress(&packet(proto, at(cast.pod, 5555), at(none, 80), SYN)).dropped();
+                    stage.ingress(&packet(proto, at(cast.pod, 5555), at(beside, 80), SYN)).passes();
+                    stage.egress(&packet(proto, at(cast.pod, 5555), at(none, 80), SYN)).passes();
+                }
+                let request = if cast.pod.contains(':') { 128 } else { 8 };
+                stage.ingress(&Packet::icmp(ip(cast.pod), ip(none), request, 0, [0; 4])).dropped();
+                stage.counted(&[(Reason::UnallocatedClusterIp, 4)]);
+                // A flow that is under way outlives its Service (P-18), since only new ones come here.
+                let (pod, endpoint) = (at(cast.pod, 5555), at(cast.remote, 8080));
+                stage.ingress(&packet(Proto::TCP, endpoint, pod, SYN_ACK)).passes();
+                stage.egress(&packet(Proto::TCP, endpoint, pod, SYN_ACK)).becomes(&packet(
+                    Proto::TCP,
+                    at(cast.vip, 80),
+                    pod,
+                    SYN_ACK,
+                ));
+                stage.change(|node| {
+                    node.tables.frontends.clear();
+                    node.tables.addresses.remove(&addr(cast.vip));
+                });
+                stage.ingress(&packet(Proto::TCP, pod, at(cast.vip, 80), ACK)).becomes(&packet(
+                    Proto::TCP,
+                    pod,
+                    endpoint,
+                    ACK,
+                ));
+            },
+        );
     }
 }
 

@@ -76,6 +76,7 @@ impl Traces {
     fn forget_times(&mut self) {
         self.flows.values_mut().for_each(|flow| flow.last_seen = 0);
         self.affinity.values_mut().for_each(|affinity| affinity.last_seen = 0);
+        self.fragments.values_mut().for_each(|fragment| fragment.since = 0);
     }
 }
 
@@ -287,7 +288,8 @@ impl Real {
             (-1, false) => Outcome::Passed,
             (-1, true) => Outcome::Rewritten(frame),
             (2, _) => Outcome::Dropped,
-            (7, _) => Outcome::Refused(frame),
+            (7, true) => Outcome::Refused(frame),
+            (7, false) => Outcome::Waits,
             (other, _) => panic!("the program returned {other}"),
         })
     }

@@ -170,7 +170,7 @@ impl Stage {
             Outcome::Refused(frame) => {
                 View::ethernet(&self.framed(&frame.bytes)).and_then(|view| view.verify()).err()
             }
-            Outcome::Rewritten(_) | Outcome::Passed | Outcome::Dropped => None,
+            Outcome::Rewritten(_) | Outcome::Passed | Outcome::Waits | Outcome::Dropped => None,
         };
         wrong.map(|error| format!("{error:#}"))
     }
@@ -190,6 +190,7 @@ impl Stage {
         match outcome {
             Outcome::Passed => "passed".into(),
             Outcome::Dropped => "dropped".into(),
+            Outcome::Waits => "put at the end of the queue".into(),
             Outcome::Rewritten(frame) => format!("rewritten to {}", show(frame)),
             Outcome::Refused(frame) => format!("refused with {}", show(frame)),
         }
@@ -258,6 +259,12 @@ impl Seen<'_> {
         self.is(&Outcome::Passed);
     }
 
+    /// It is to come again, after what is queued.
+    #[track_caller]
+    pub(crate) fn waits(self) {
+        self.is(&Outcome::Waits);
+    }
+
     /// It is discarded.
     #[track_caller]
     pub(crate) fn dropped(self) {
@@ -283,6 +290,12 @@ impl Seen<'_> {
     pub(crate) fn answered_with(self, frame: &[u8]) {
         let bytes = self.stage.reform(frame);
         self.is(&Outcome::Refused(ByteFrame { bytes, partial: false }));
+    }
+
+    /// It is answered.
+    #[track_caller]
+    pub(crate) fn gets_refused(self) {
+        assert!(matches!(self.outcome, Outcome::Refused(_)), "{}", self.stage.tell(&self.outcome));
     }
 
     /// It goes on rewritten: the ports and addresses it has now, `source > destination`.

@@ -154,6 +154,7 @@ pub(crate) fn links() -> Vec<Link> {
         loopback: false,
         up: true,
         layer3: false,
+        master: None,
         addresses: FAMILIES
             .into_iter()
             .flat_map(|six| {
@@ -178,6 +179,7 @@ pub(crate) fn settings(facts: &Facts) -> Settings {
             Some(ranges) => NodePortAddresses::Ranges(ranges.clone()),
         },
         detect_local: DetectLocal::AnyRange,
+        drop_unallocated: true,
         localhost_node_ports: true,
         socket_lb: SocketLb::All,
         host_netns: HOST_NETNS,

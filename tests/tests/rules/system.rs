@@ -122,6 +122,7 @@ impl System {
             Outcome::Rewritten(out) => frame = out,
             Outcome::Refused(answer) => return refusal(&answer, from, to),
             Outcome::Dropped => return Ok(Observed::Drop),
+            Outcome::Waits => return Err("a whole packet was made to wait".into()),
         }
         let inside = read(&frame)?;
         if inside.0 != from {

@@ -165,6 +165,7 @@ fn world(services: u32) -> World {
         node_name: "node1".into(),
         cluster_cidrs: Vec::new(),
         detect_local: DetectLocal::AnyRange,
+        drop_unallocated: true,
         masquerade_all: false,
         masquerade_local: false,
         nodeport_addresses: NodePortAddresses::Primary,
