@@ -147,6 +147,7 @@ fn settings() -> Settings {
         node_name: "n1".into(),
         cluster_cidrs: Vec::new(),
         detect_local: DetectLocal::AnyRange,
+        drop_unallocated: true,
         masquerade_all: false,
         masquerade_local: false,
         nodeport_addresses: NodePortAddresses::Primary,

@@ -2,6 +2,7 @@
 
 use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use serde_json::Value;
 
 /// The kinds there are.
@@ -13,6 +14,8 @@ pub enum Kind {
     EndpointSlice,
     /// `v1` Node.
     Node,
+    /// `networking.k8s.io/v1` ServiceCIDR.
+    ServiceCidr,
 }
 
 impl Kind {
@@ -23,6 +26,7 @@ impl Kind {
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         }
     }
 
@@ -33,6 +37,7 @@ impl Kind {
             Self::Service => "services",
             Self::EndpointSlice => "endpointslices",
             Self::Node => "nodes",
+            Self::ServiceCidr => "servicecidrs",
         }
     }
 
@@ -42,6 +47,7 @@ impl Kind {
         match self {
             Self::Service | Self::Node => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
+            Self::ServiceCidr => "networking.k8s.io/v1",
         }
     }
 }
@@ -51,7 +57,7 @@ impl Kind {
 pub struct Key {
     /// Its kind.
     pub kind: Kind,
-    /// Its namespace; empty for Nodes.
+    /// Its namespace; empty for Nodes and ServiceCIDRs.
     pub namespace: String,
     /// Its name.
     pub name: String,
@@ -89,6 +95,12 @@ impl From<&EndpointSlice> for Object {
 impl From<&Node> for Object {
     fn from(node: &Node) -> Self {
         Self::new(Kind::Node, serde_json::to_value(node).expect("a Node is JSON"))
+    }
+}
+
+impl From<&ServiceCIDR> for Object {
+    fn from(cidr: &ServiceCIDR) -> Self {
+        Self::new(Kind::ServiceCidr, serde_json::to_value(cidr).expect("a ServiceCIDR is JSON"))
     }
 }
 

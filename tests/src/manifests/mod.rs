@@ -9,5 +9,5 @@ mod slice;
 pub use controller::{EndpointController, Phase};
 pub use directory::ManifestDir;
 pub use example::ExampleFile;
-pub use service::{ServicePlan, node};
+pub use service::{ServicePlan, node, service_cidr};
 pub use slice::{Family, SlicePlan};

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{
     ClientIPConfig, LoadBalancerIngress, LoadBalancerStatus, Node, NodeAddress, NodeSpec, NodeStatus,
     Service, ServicePort, ServiceSpec, ServiceStatus, SessionAffinityConfig,
 };
+use k8s_openapi::api::networking::v1::{ServiceCIDR, ServiceCIDRSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
@@ -190,5 +191,16 @@ pub fn node(name: &str, addresses: &[IpAddr], pod_cidrs: &[String], labels: &[(&
         metadata: ObjectMeta { name: Some(name.into()), labels: Some(labels), ..ObjectMeta::default() },
         spec: Some(spec),
         status: Some(NodeStatus { addresses: Some(listed), ..NodeStatus::default() }),
+    }
+}
+
+/// A ServiceCIDR with these ranges.
+#[must_use]
+pub fn service_cidr(name: &str, ranges: &[&str]) -> ServiceCIDR {
+    let cidrs = Some(ranges.iter().map(ToString::to_string).collect());
+    ServiceCIDR {
+        metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
+        spec: Some(ServiceCIDRSpec { cidrs }),
+        ..ServiceCIDR::default()
     }
 }

@@ -43,4 +43,6 @@ mod scene;
 #[cfg(test)]
 mod service_health;
 #[cfg(test)]
+mod sources;
+#[cfg(test)]
 mod updates;
