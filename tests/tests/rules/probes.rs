@@ -139,8 +139,10 @@ impl Trial {
     }
 
     fn judge(&mut self, who: Prober, ruling: &Ruling, observed: &Observed) -> Result<(), &'static str> {
-        // What a pod's socket may leave to the packets: where the client's address counts.
-        let left = who == Prober::Pod && (ruling.affinity || ruling.restricted);
+        // What a pod's socket may leave to the packets: where the client's address counts, or has to be hidden.
+        let operator = &self.facts.operator;
+        let hidden = operator.masquerade_all || operator.masquerade_local;
+        let left = who == Prober::Pod && (ruling.affinity || ruling.restricted || hidden);
         let expected = match (&ruling.expected, observed) {
             (_, Observed::Pass) if left => return Ok(()),
             (Expected::Pass, Observed::Pass)
