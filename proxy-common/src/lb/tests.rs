@@ -6,8 +6,8 @@ use std::vec::Vec;
 
 use super::{FlowTable, socket};
 use crate::abi::{
-    Backend, Config, FlowKey, Frontend, FrontendKey, Hook, Iface, Reason, Run, SocketState, address, backend,
-    config, frontend,
+    Backend, Config, FlowKey, Frontend, FrontendKey, Hook, Iface, Range, Reason, Run, SocketState, address,
+    backend, config, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::testing::{ByteFrame, MemoryTables, Outcome, frame, icmp_error, run, tuple, verify};
@@ -579,6 +579,58 @@ fn a_socket_is_translated_once_and_shows_what_was_asked_for() {
     assert_eq!(tcp("198.51.100.1", 80), socket::Answer::Leave);
     assert_eq!(tcp("10.96.0.1", 81), socket::Answer::Refuse);
     assert_eq!(tcp("127.0.0.1", 80), socket::Answer::Leave);
+}
+
+#[test]
+fn a_pod_s_socket_leaves_to_its_packets_what_has_to_be_masqueraded() {
+    // M-6, M-8: with the switches that hide pods. A host process has no such packets.
+    let decide = |switch: u32, dst: &str, netns: u64| {
+        let mut node = Node::new();
+        node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 8080)]);
+        node.service(("203.0.113.1", 80), Proto::TCP, 0, &[("10.244.2.7", 8080)]);
+        if let Some(config) = &mut node.tables.config {
+            config.flags |= switch;
+        }
+        let call =
+            socket::Call { dst: addr(dst), dport: Port::new(80), proto: Proto::TCP, netns, connect: true };
+        !matches!(socket::decide(&node.tables, &call), socket::Answer::Use(_))
+    };
+    let (host, pod) = (1, 99);
+    let left = |switch| ["10.96.0.1", "203.0.113.1"].map(|dst| decide(switch, dst, pod));
+    assert_eq!(left(0), [false, false]);
+    assert_eq!(left(config::MASQUERADE_ALL), [true, false]);
+    assert_eq!(left(config::MASQUERADE_LOCAL), [false, true]);
+    assert!(!decide(config::MASQUERADE_ALL, "10.96.0.1", host));
+}
+
+#[test]
+fn a_socket_to_nobody_s_cluster_ip_fails_at_once() {
+    // P-22.
+    let mut node = Node::new();
+    node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 8080)]);
+    let ask = |node: &Node, netns| {
+        let call = socket::Call {
+            dst: addr("10.96.0.77"),
+            dport: Port::new(80),
+            proto: Proto::TCP,
+            netns,
+            connect: true,
+        };
+        socket::decide(&node.tables, &call)
+    };
+    assert_eq!(ask(&node, 1), socket::Answer::Leave);
+    if let Some(config) = &mut node.tables.config {
+        config.service_range_count = 1;
+        config.service_ranges[0] =
+            Range { first: addr("10.96.0.0"), mask: addr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:0") };
+    }
+    assert_eq!(ask(&node, 1), socket::Answer::Deny);
+    assert_eq!(node.tables.counted(Reason::UnallocatedClusterIp), 1);
+    // Sockets that are left alone are left alone.
+    if let Some(config) = &mut node.tables.config {
+        config.flags &= !config::SOCKET_PODS;
+    }
+    assert_eq!(ask(&node, 99), socket::Answer::Leave);
 }
 
 #[test]

@@ -1,15 +1,24 @@
 //! Much data: segments to be cut later, checksums to be filled in later, paths that are too narrow, fragments.
 
-use anyhow::{Result, ensure};
-use proxy_tests::probe::{Ask, get, transfer};
-use proxy_tests::town::Town;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
+};
+use proxy_tests::packet::Packet;
+use proxy_tests::pod::Place;
+use proxy_tests::probe::{Ask, eventually, get, transfer};
+use proxy_tests::town::{PodNetwork, Town};
 
 use crate::common::{manifests, vips};
-use crate::scene::{agent, at, counted, in_both_networks, public, servers, service};
+use crate::scene::{agent, at, counted, in_both_networks, in_network, public, servers, service};
 
 const MIB: u64 = 1 << 20;
 /// What a transfer starves on rather than the test.
-const PATIENT: std::time::Duration = std::time::Duration::from_secs(5);
+const PATIENT: Duration = Duration::from_secs(5);
 
 #[test]
 fn bytes_and_fragments_arrive_as_they_were_sent_with_and_without_offloads() -> Result<()> {
@@ -131,4 +140,45 @@ fn fragments(town: &Town) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[test]
+fn a_datagram_whose_last_fragment_comes_first_arrives() -> Result<()> {
+    // D-3. What the pod sends is handled by the other processor, so that the first fragment can be queued there before
+    // the last one is looked at; when it is not, that datagram is lost, as it may be, and another one is sent.
+    in_network(PodNetwork::Routed, |town| {
+        let dir = manifests()?;
+        let _controller = service(&dir, &town, ("far", 1, 0), &["c"], |plan| plan)?;
+        let agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        let (a, c, vip) = (town.place("a"), town.place("c"), at(vips(1), 80)[0]);
+        let server = c.netns.run_in(|| UdpSocket::bind((c.v4, 8080)))??;
+        server.set_read_timeout(Some(Duration::from_millis(20)))?;
+        let raw = || socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Raw);
+        let sender = a.netns.run_in(raw)??;
+        let SocketAddr::V4(to) = vip else { bail!("{vip} is not IPv4") };
+        let mut id = 0;
+        eventually(Duration::from_secs(30), || {
+            id += 1;
+            handled_by(&town, a, 1 << (id % 2))?;
+            let from = SocketAddr::new(a.v4.into(), 5_555);
+            let packet = Packet::udp(from, vip).payload(&[0xab; 40]).may_fragment().identification(id);
+            for fragment in packet.without_ethernet().fragments(32).iter().rev() {
+                sendto(sender.as_raw_fd(), fragment, &SockaddrIn::from(to), MsgFlags::empty())?;
+            }
+            let mut buffer = [0; 2_048];
+            let (length, _) = server.recv_from(&mut buffer).context("nothing arrived")?;
+            ensure!(buffer[..length] == [0xab; 40], "another datagram arrived: {length} bytes");
+            Ok(())
+        })?;
+        ensure!(counted(&agent, "new_flow")? >= 1, "not through the Service");
+        Ok(())
+    })
+}
+
+/// Has what a pod sends handled by the processors of a mask.
+fn handled_by(town: &Town, pod: &Place, mask: u32) -> Result<()> {
+    let interface = pod.host_interface.as_deref().context("a pod of the pod network")?;
+    let steer = format!("echo {mask:x} > /sys/class/net/{interface}/queues/rx-0/rps_cpus");
+    let node = town.place("node1").netns.name();
+    pod.netns.output("ip", &["netns", "exec", node, "sh", "-c", &steer]).map(drop)
 }
