@@ -101,9 +101,19 @@ impl Netns {
 
     /// Runs a batch of `ip` commands (one a line, without the word `ip`) in the namespace.
     pub fn ip(&self, batch: &str) -> Result<()> {
-        let mut command = Command::new("ip");
+        self.batch("ip", batch)
+    }
+
+    /// Runs a batch of `bridge` commands (one a line, without the word `bridge`) in the namespace.
+    pub fn bridge(&self, batch: &str) -> Result<()> {
+        self.batch("bridge", batch)
+    }
+
+    fn batch(&self, program: &str, batch: &str) -> Result<()> {
+        let mut command = Command::new(program);
         command.args(["-n", &self.name, "-batch", "-"]);
-        feed(command, batch).with_context(|| format!("in network namespace {}:\n{batch}", self.name))
+        feed(command, batch)
+            .with_context(|| format!("{program} in network namespace {}:\n{batch}", self.name))
     }
 
     /// Runs a program of iproute2 and the like in the namespace; its output.
@@ -156,9 +166,9 @@ fn feed(mut command: Command, input: &str) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .context("running ip (iproute2 is needed)")?;
-    let written = child.stdin.take().context("stdin of ip")?.write_all(input.as_bytes());
-    let output = child.wait_with_output().context("waiting for ip")?;
-    ensure!(output.status.success(), "ip: {}", String::from_utf8_lossy(&output.stderr).trim());
-    written.context("writing to ip")
+        .context("running it (iproute2 is needed)")?;
+    let written = child.stdin.take().context("its stdin")?.write_all(input.as_bytes());
+    let output = child.wait_with_output().context("waiting for it")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
+    written.context("writing to it")
 }

@@ -10,6 +10,7 @@
 //! | underlay, with [`Plan::gateway`] | 192.168.10.1 | `fd00:10::ffff` |
 //! | pods of node *i* | 10.244.i.0/24 | `fd00:244:i::/64` |
 //! | pod *j* (from 1) of node *i* | 10.244.i.(10+j) | `fd00:244:i::(10+j)` |
+//! | tunnel of node *i*, in an overlay | 10.244.i.0 | `fd00:244:i::` |
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -23,15 +24,35 @@ use crate::cgroup::Tree;
 use crate::netns::Netns;
 use crate::pod::Place;
 
-/// How pods are joined to their node.
+/// How pods are joined to their node, and nodes to the pods of others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PodNetwork {
-    /// A veth with a /32 and a /128 route each, as the `ptp` plugin makes them.
+    /// A veth with a /32 and a /128 route each, as the `ptp` plugin makes them; the underlay routes pods' packets.
     #[default]
     Routed,
-    /// Ports of a bridge `cni0` that carries the node's address in the pod network.
+    /// Ports of a bridge `cni0` that carries the node's address in the pod network; the underlay routes pods' packets.
     Bridged,
+    /// Bridged, and VXLAN between the nodes, as Flannel does it.
+    Overlay,
+    /// Routed, and VXLAN between the nodes, as Calico does it.
+    RoutedOverlay,
 }
+
+impl PodNetwork {
+    /// All kinds.
+    pub const ALL: [Self; 4] = [Self::Routed, Self::Bridged, Self::Overlay, Self::RoutedOverlay];
+
+    fn is_bridged(self) -> bool {
+        matches!(self, Self::Bridged | Self::Overlay)
+    }
+
+    fn is_overlay(self) -> bool {
+        matches!(self, Self::Overlay | Self::RoutedOverlay)
+    }
+}
+
+/// What VXLAN puts before a pod's frame: outer IPv4 and UDP headers, its own, and the inner Ethernet header.
+const VXLAN_OVERHEAD: u16 = 20 + 8 + 8 + 14;
 
 /// The description of a town.
 #[derive(Clone, Debug)]
@@ -223,9 +244,10 @@ impl Town {
             v6: format!("fd00:244:{number}::{host}").parse().context("a pod's IPv6 address")?,
             host_interface: Some(interface.clone()),
         };
-        let batches = match self.network {
-            PodNetwork::Routed => self.routed(number, &place, &interface),
-            PodNetwork::Bridged => self.bridged(number, &place, &interface),
+        let batches = if self.network.is_bridged() {
+            self.bridged(number, &place, &interface)
+        } else {
+            self.routed(number, &place, &interface)
         };
         self.place(node).netns.ip(&batches.0)?;
         place.netns.ip(&batches.1)?;
@@ -300,8 +322,8 @@ impl Town {
         if gateway {
             batch.push_str("route add default via 192.168.10.1\nroute add default via fd00:10::ffff\n");
         }
-        if self.network == PodNetwork::Bridged {
-            let mtu = self.mtu;
+        if self.network.is_bridged() {
+            let mtu = self.pod_mtu();
             let _ = writeln!(
                 batch,
                 "link add cni0 mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
@@ -325,8 +347,16 @@ impl Town {
         self.insert(place).map(drop)
     }
 
+    /// The MTU of pods' links: what an overlay adds must fit into the underlay's.
+    fn pod_mtu(&self) -> u16 {
+        if self.network.is_overlay() { self.mtu - VXLAN_OVERHEAD } else { self.mtu }
+    }
+
     /// Tells every node the way to the pods of the others.
     fn join_pod_networks(&self) -> Result<()> {
+        if self.network.is_overlay() {
+            return self.nodes.iter().try_for_each(|node| self.tunnel(node));
+        }
         for node in &self.nodes {
             let mut batch = String::new();
             for other in self.nodes.iter().filter(|other| other.name != node.name) {
@@ -337,6 +367,37 @@ impl Town {
             self.place(&node.name).netns.ip(&batch)?;
         }
         Ok(())
+    }
+
+    /// Gives a node one VXLAN device without learning: routes, neighbours and forwarding entries for every other node
+    /// are written down, as Flannel and Calico do it.
+    fn tunnel(&self, node: &Node) -> Result<()> {
+        let (number, mtu) = (self.number(&node.name), self.pod_mtu());
+        let place = self.place(&node.name);
+        let mut batch = format!(
+            "link add vxlan0 address {} mtu {mtu} type vxlan id 1 local {} dev eth0 dstport 4789 nolearning\n\
+             addr add 10.244.{number}.0/32 dev vxlan0\n\
+             addr add fd00:244:{number}::/128 dev vxlan0 nodad\n\
+             link set vxlan0 up\n",
+            tunnel_mac(number),
+            place.v4
+        );
+        let mut forwarding = String::new();
+        for other in self.nodes.iter().filter(|other| other.name != node.name) {
+            let far = self.number(&other.name);
+            let [v4, v6] = self.pod_cidrs(&other.name);
+            let (mac, outer) = (tunnel_mac(far), self.place(&other.name).v4);
+            let _ = writeln!(
+                batch,
+                "neigh add 10.244.{far}.0 lladdr {mac} dev vxlan0 nud permanent\n\
+                 neigh add fd00:244:{far}:: lladdr {mac} dev vxlan0 nud permanent\n\
+                 route add {v4} via 10.244.{far}.0 dev vxlan0 onlink\n\
+                 route add {v6} via fd00:244:{far}:: dev vxlan0 onlink"
+            );
+            let _ = writeln!(forwarding, "fdb append {mac} dev vxlan0 dst {outer}");
+        }
+        place.netns.ip(&batch)?;
+        place.netns.bridge(&forwarding)
     }
 
     fn add_client(&mut self, client: &str, via: Option<&str>) -> Result<()> {
@@ -363,7 +424,7 @@ impl Town {
 
     /// The node's and the pod's half of a routed pod's wiring.
     fn routed(&self, number: u8, pod: &Place, interface: &str) -> (String, String) {
-        let (v4, v6, peer, mtu) = (pod.v4, pod.v6, pod.netns.name(), self.mtu);
+        let (v4, v6, peer, mtu) = (pod.v4, pod.v6, pod.netns.name(), self.pod_mtu());
         let node = format!(
             "link add {interface} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {peer}\n\
              addr add 10.244.{number}.1/32 dev {interface}\n\
@@ -382,7 +443,7 @@ impl Town {
 
     /// The node's and the pod's half of a bridged pod's wiring.
     fn bridged(&self, number: u8, pod: &Place, interface: &str) -> (String, String) {
-        let (v4, v6, peer, mtu) = (pod.v4, pod.v6, pod.netns.name(), self.mtu);
+        let (v4, v6, peer, mtu) = (pod.v4, pod.v6, pod.netns.name(), self.pod_mtu());
         let node = format!(
             "link add {interface} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {peer}\n\
              link set {interface} master cni0 up\n"
@@ -394,6 +455,11 @@ impl Town {
         );
         (node, inside)
     }
+}
+
+/// The address of a node's VXLAN device, which the other nodes write down.
+fn tunnel_mac(number: u8) -> String {
+    format!("02:00:0a:f4:{number:02x}:00")
 }
 
 fn underlay_v6(group: u16, number: u8) -> Ipv6Addr {
