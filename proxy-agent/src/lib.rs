@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod config;
 pub mod datapath;
+pub mod kube_proxy;
 pub mod model;
 pub mod netlink;
 pub mod pace;

@@ -9,6 +9,7 @@ use proxy_agent::datapath::load::OBJECT;
 use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::pinned::{Pinned, PinnedError};
 use proxy_agent::datapath::remove::remove_all;
+use proxy_agent::kube_proxy;
 use proxy_agent::run::run;
 
 fn open(root: &Path) -> Opened {
@@ -26,5 +27,12 @@ fn remove(root: &Path) -> Result<Vec<String>> {
 }
 
 fn main() -> ExitCode {
-    cli::main(&Rooms { run, open, remove, object: OBJECT })
+    cli::main(&Rooms {
+        run,
+        open,
+        remove,
+        object: OBJECT,
+        leftovers: kube_proxy::leftovers_text,
+        clean: kube_proxy::clean,
+    })
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::view::View;
+use crate::kube_proxy;
 
 /// The file system as far as the kernel decides about it.
 pub trait Mounts {
@@ -53,6 +54,14 @@ pub fn refuse_while_running(view: &dyn View) -> Result<()> {
         bail!("the agent is running (pid {}): stop it first, then clean up", view.agent()?.pid);
     }
     Ok(())
+}
+
+/// A kube-proxy that runs would put its rules back.
+pub fn refuse_beside_kube_proxy(proc: &Path) -> Result<()> {
+    match kube_proxy::process(proc) {
+        Some(why) => bail!("{why}: stop it first (delete its DaemonSet), then clean up"),
+        None => Ok(()),
+    }
 }
 
 /// Refuses a root that is an ordinary directory with something in it: a mistyped `--bpf-root`.

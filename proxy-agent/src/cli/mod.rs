@@ -24,6 +24,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
+use crate::kube_proxy::Cleaned;
 use table::Output;
 use view::{Now, View};
 
@@ -38,6 +39,10 @@ pub struct Rooms {
     pub open: fn(&Path) -> Opened,
     /// Detaches every program and unpins everything under a root; says what it removed.
     pub remove: fn(&Path) -> Result<Vec<String>>,
+    /// What a kube-proxy has left on this node, a line each.
+    pub leftovers: fn() -> Vec<String>,
+    /// Takes that away.
+    pub clean: fn() -> Cleaned,
     /// The embedded BPF object; empty when this binary was built without one.
     pub object: &'static [u8],
 }
@@ -84,7 +89,11 @@ pub enum Command {
     /// Whether this node is ready, with a remedy for what is not; exit 1 when a check fails.
     Doctor(Format),
     /// Remove everything the agent has pinned or attached. Stop the agent first.
-    Cleanup,
+    Cleanup {
+        /// Also remove what a kube-proxy has left: its rules of any mode, and IPVS. Stop kube-proxy first.
+        #[arg(long)]
+        kube_proxy: bool,
+    },
 }
 
 /// `service`.
@@ -202,22 +211,38 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
         }
         Command::Doctor(format) => {
             let agent = read_status(rooms, root);
-            let node = doctor::Node { root: Path::new("/"), tools: &doctor::Installed, bpf_root: root };
+            let node = doctor::Node { root: Path::new("/"), leftovers: &rooms.leftovers, bpf_root: root };
             let report = doctor::examine(&node, rooms.object, agent.as_ref().map_err(|e| format!("{e:#}")));
             show(out, format, &report, doctor::text)?;
             Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
-        Command::Cleanup => {
-            // Tables that cannot be opened are no reason to keep them.
-            if let Some(view) = (rooms.open)(root).ok().flatten() {
-                cleanup::refuse_while_running(view.as_ref())?;
-            }
-            cleanup::refuse_ordinary_files(root, &cleanup::KernelFs)?;
-            let mut removed = (rooms.remove)(root)?;
-            removed.extend(cleanup::unmount(root, &cleanup::KernelFs)?);
-            table::write(out, &cleanup::text(&removed, root))?;
-            Ok(ExitCode::SUCCESS)
+        Command::Cleanup { kube_proxy } => clean_up(rooms, root, kube_proxy, out),
+    }
+}
+
+fn clean_up(rooms: &Rooms, root: &Path, kube_proxy: bool, out: &mut dyn Write) -> Result<ExitCode> {
+    // Tables that cannot be opened are no reason to keep them.
+    if let Some(view) = (rooms.open)(root).ok().flatten() {
+        cleanup::refuse_while_running(view.as_ref())?;
+    }
+    cleanup::refuse_ordinary_files(root, &cleanup::KernelFs)?;
+    if kube_proxy {
+        cleanup::refuse_beside_kube_proxy(Path::new("/proc"))?;
+    }
+    let mut removed = (rooms.remove)(root)?;
+    removed.extend(cleanup::unmount(root, &cleanup::KernelFs)?);
+    let left = match kube_proxy {
+        true => {
+            let done = (rooms.clean)();
+            removed.extend(done.removed);
+            done.left
         }
+        false => Vec::new(),
+    };
+    table::write(out, &cleanup::text(&removed, root))?;
+    match left.as_slice() {
+        [] => Ok(ExitCode::SUCCESS),
+        left => bail!("not everything that kube-proxy has left could be removed:\n  {}", left.join("\n  ")),
     }
 }
 

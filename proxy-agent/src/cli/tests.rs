@@ -18,6 +18,11 @@ fn rooms() -> Rooms {
             _ => Ok(Some(Box::new(memory::small_cluster()))),
         },
         remove: |_| Ok(vec![]),
+        leftovers: Vec::new,
+        clean: || Cleaned {
+            removed: vec!["nftables table ip kube-proxy".to_owned()],
+            left: vec!["IP set KUBE-LOOP-BACK: busy".to_owned()],
+        },
         object: b"\x7fELF",
     }
 }
@@ -112,4 +117,15 @@ fn the_daemonset_s_arguments_are_understood() {
     assert_eq!(args.kubeconfig.unwrap().to_str(), Some("/etc/ebpf-proxy/kubeconfig"));
     assert_eq!(args.hostname_override.as_deref(), Some("Node1"));
     assert_eq!(args.cgroup_root.unwrap().to_str(), Some("/host/sys/fs/cgroup"));
+}
+
+#[test]
+fn cleanup_fails_when_something_of_kube_proxy_is_left() {
+    // Z-1.
+    let (code, out) = run(&["cleanup", "--kube-proxy", "--bpf-root=/none"]);
+    assert_eq!(out, "removed 1:\n  nftables table ip kube-proxy\n");
+    let said = code.unwrap_err().to_string();
+    assert!(said.contains("IP set KUBE-LOOP-BACK: busy"), "{said}");
+    let (code, out) = run(&["cleanup", "--bpf-root=/none"]);
+    assert_eq!((code.unwrap(), out.as_str()), (ExitCode::SUCCESS, "nothing to remove under /none\n"));
 }

@@ -95,6 +95,10 @@ pub struct RunArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
         action = clap::ArgAction::Set, value_name = "BOOL")]
     pub masquerade_local: bool,
+    /// Remove what a kube-proxy has left on this node, once this agent does its work and no kube-proxy runs here.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true,
+        action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub remove_kube_proxy_rules: bool,
     /// How an endpoint is chosen.
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Scheduler::Hash)]
     pub scheduler: Scheduler,

@@ -71,6 +71,8 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// How large tables are made.
     pub capacities: Capacities,
+    /// Whether what kube-proxy has left goes once this agent does its work (Z-2).
+    pub remove_kube_proxy_rules: bool,
     /// What is legal but will hurt: to be logged and shown.
     pub warnings: Vec<String>,
 }
@@ -165,6 +167,7 @@ impl Config {
             healthz,
             metrics,
             capacities: args.capacities,
+            remove_kube_proxy_rules: args.remove_kube_proxy_rules,
             warnings,
         })
     }

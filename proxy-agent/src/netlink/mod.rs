@@ -5,6 +5,8 @@
 //! noticed at once (D-17), so a burst is waited out for milliseconds, not seconds.
 
 mod choose;
+pub(crate) mod ipvs;
+pub(crate) mod nf_tables;
 pub(crate) mod request;
 
 use std::collections::BTreeMap;

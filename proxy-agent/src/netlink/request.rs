@@ -3,9 +3,12 @@
 use std::io;
 
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt};
 
 /// `NLM_F_REQUEST`.
 const REQUEST: u16 = 1;
+/// `NLM_F_ACK`.
+pub(crate) const ACK: u16 = 4;
 /// Length of `struct nlmsghdr`.
 const HEADER: usize = 16;
 /// `NLMSG_ERROR`: also an acknowledgement, with code 0.
@@ -22,6 +25,10 @@ pub(crate) enum Protocol {
     Route,
     /// Sockets.
     SockDiag,
+    /// nf_tables and IP sets.
+    Netfilter,
+    /// Families by name, such as IPVS.
+    Generic,
 }
 
 /// What kind of answer is asked for.
@@ -35,18 +42,29 @@ pub(crate) enum Flags {
 
 /// Sends one message and gives the bodies of the answers. A refusal is its errno.
 pub(crate) fn exchange(protocol: Protocol, kind: u16, flags: Flags, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+    let flags = match flags {
+        Flags::Ack => ACK,
+        Flags::Dump => 0x300,
+    };
+    ask(protocol, &message(kind, flags, body))
+}
+
+/// Sends messages as one datagram; the last of them that asks for an acknowledgement ends the answers.
+pub(crate) fn ask(protocol: Protocol, messages: &[u8]) -> io::Result<Vec<Vec<u8>>> {
     let number = match protocol {
         Protocol::Route => netlink_sys::protocols::NETLINK_ROUTE,
         Protocol::SockDiag => netlink_sys::protocols::NETLINK_SOCK_DIAG,
-    };
-    let flags = match flags {
-        Flags::Ack => 0x4,
-        Flags::Dump => 0x300,
+        Protocol::Netfilter => netlink_sys::protocols::NETLINK_NETFILTER,
+        Protocol::Generic => netlink_sys::protocols::NETLINK_GENERIC,
     };
     let mut socket = Socket::new(number)?;
+    if messages.len() > ROOM {
+        // The kernel counts its own overhead, too.
+        setsockopt(&socket, sockopt::SndBufForce, &(messages.len() * 2))?;
+    }
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
-    socket.send(&message(kind, flags, body), 0)?;
+    socket.send(messages, 0)?;
     let mut answers = Vec::new();
     let mut room = vec![0; ROOM];
     loop {
@@ -58,14 +76,49 @@ pub(crate) fn exchange(protocol: Protocol, kind: u16, flags: Flags, body: &[u8])
     }
 }
 
-fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+/// A message with its header, padded.
+pub(crate) fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     let mut message = Vec::with_capacity(HEADER + body.len());
     message.extend(((HEADER + body.len()) as u32).to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend((REQUEST | flags).to_ne_bytes());
     message.extend([0; 8]);
     message.extend(body);
+    message.resize(message.len().next_multiple_of(4), 0);
     message
+}
+
+/// Appends an attribute.
+pub(crate) fn put(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    body.extend((4 + value.len() as u16).to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+}
+
+/// Appends an attribute that is a string.
+pub(crate) fn put_text(body: &mut Vec<u8>, kind: u16, text: &str) {
+    put(body, kind, &[text.as_bytes(), &[0]].concat());
+}
+
+/// The attributes in `body` from `at` on: kind and value. What is cut off is left out.
+pub(crate) fn attributes(body: &[u8], at: usize) -> impl Iterator<Item = (u16, &[u8])> {
+    /// Bits of the kind that say how the value is to be read.
+    const FLAGS: u16 = 0xc000;
+    let mut rest = body.get(at..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let (header, values) = rest.split_at_checked(4)?;
+        let word = u32_at(header, 0).to_ne_bytes();
+        let length = usize::from(u16::from_ne_bytes([word[0], word[1]]));
+        let value = values.get(..length.checked_sub(4)?)?;
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([word[2], word[3]]) & !FLAGS, value))
+    })
+}
+
+/// The string in an attribute.
+pub(crate) fn text_of(value: &[u8]) -> String {
+    String::from_utf8_lossy(value.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
 /// Adds the answers in a datagram; true when it holds the last one.
@@ -102,7 +155,6 @@ mod tests {
     #[test]
     fn answers_are_read_until_the_last_one() {
         let mut datagram = message(20, 0, &[1, 2, 3]);
-        datagram.push(0);
         datagram.extend(message(20, 0, &[4, 5, 6, 7]));
         let mut answers = Vec::new();
         assert!(!read(&datagram, &mut answers).unwrap());
@@ -117,6 +169,19 @@ mod tests {
         let error = read(&refusal, &mut Vec::new()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
         assert!(read(&message(ERROR, 0, &[0; 4]), &mut Vec::new()).unwrap());
+    }
+
+    #[test]
+    fn attributes_are_read_as_they_are_written_and_a_cut_one_ends_them() {
+        let mut body = vec![9; 4];
+        put_text(&mut body, 3, "nat");
+        put(&mut body, 0x8004, &[1, 2]);
+        assert_eq!(body.len(), 4 + 8 + 8);
+        let read: Vec<_> = attributes(&body, 4).collect();
+        assert_eq!(read, [(3, &b"nat\0"[..]), (4, &[1, 2])]);
+        assert_eq!(text_of(read[0].1), "nat");
+        assert_eq!(attributes(&body[..14], 4).count(), 1);
+        assert_eq!(attributes(&[2, 0, 0, 0], 0).count(), 0);
     }
 
     #[test]

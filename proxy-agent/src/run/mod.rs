@@ -250,6 +250,7 @@ impl Agent {
                 if first {
                     self.count();
                     self.report.ready(&self.world, &plan);
+                    self.report.take_over(&self.config);
                 }
             }
             Err(error) => {

@@ -10,6 +10,7 @@ use crate::config::{Config, SourceConfig};
 use crate::datapath::attach::{AttachError, Attached};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
+use crate::kube_proxy::TakeOver;
 use crate::model::{Family, World};
 use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
@@ -28,6 +29,8 @@ pub(super) struct Report {
     service_health: ServiceHealth,
     metrics: Arc<Metrics>,
     snapshot: Arc<Mutex<Snapshot>>,
+    /// What is left of kube-proxy.
+    take_over: TakeOver,
     /// What was wrong from the start: flags, pins.
     warnings: Vec<String>,
     /// What found no room.
@@ -102,6 +105,7 @@ impl Report {
             service_health: ServiceHealth::default(),
             metrics,
             snapshot,
+            take_over: TakeOver::default(),
             warnings: all,
             refused: Vec::new(),
             refusing: Vec::new(),
@@ -182,6 +186,13 @@ impl Report {
             | Change::ServiceRanges(..)
             | Change::Synced(_)
             | Change::Whole(_) => {}
+        }
+    }
+
+    /// Services work from here on without a kube-proxy: what it has left may go (Z-2).
+    pub(super) fn take_over(&self, config: &Config) {
+        if let Err(error) = self.take_over.begin(config.remove_kube_proxy_rules) {
+            tracing::warn!("nobody looks after what kube-proxy has left: cannot start a thread: {error}");
         }
     }
 
@@ -300,6 +311,7 @@ impl Report {
         lines.extend(not_served.iter().cloned());
         let complaints = world.complaints();
         lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
+        lines.extend(self.take_over.complaints());
         lines.extend(self.warnings.iter().cloned());
         let now = unix_ms();
         self.state.beat_ms = now;

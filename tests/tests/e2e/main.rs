@@ -23,6 +23,8 @@ mod hairpin;
 #[cfg(test)]
 mod health;
 #[cfg(test)]
+mod kube_proxy;
+#[cfg(test)]
 mod large;
 #[cfg(test)]
 mod life;

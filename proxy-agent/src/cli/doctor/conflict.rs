@@ -29,30 +29,13 @@ fn kube_proxy(node: &Node<'_>) -> Check {
 /// that exist no more.
 fn leftovers(node: &Node<'_>) -> Check {
     const NAME: &str = "kube-proxy's rules";
-    let mut found = Vec::new();
-    let nft = node.tools.output("nft", &["list", "tables"]).unwrap_or_default();
-    if nft.lines().any(|line| line.trim_end().ends_with(" kube-proxy")) {
-        found.push("nftables table kube-proxy");
-    }
-    let chains = |program| {
-        let rules = node.tools.output(program, &["-t", "nat"]).unwrap_or_default();
-        rules.lines().any(|line| line.starts_with(":KUBE-SERVICES") || line.starts_with(":KUBE-NODEPORTS"))
-    };
-    if chains("iptables-save") {
-        found.push("iptables chains KUBE-*");
-    }
-    if chains("ip6tables-save") {
-        found.push("ip6tables chains KUBE-*");
-    }
-    if node.path("/sys/class/net/kube-ipvs0").exists() {
-        found.push("IPVS interface kube-ipvs0");
-    }
-    match found.as_slice() {
+    match (node.leftovers)().as_slice() {
         [] => Check::ok(NAME, "none found"),
         found => Check::warn(
             NAME,
-            found.join(", "),
-            "once kube-proxy is gone, run its own image with `kube-proxy --cleanup`, or restart the node",
+            found.join("\n"),
+            "once kube-proxy is gone, a running agent removes them (--remove-kube-proxy-rules); without an agent, \
+             run `proxy-agent cleanup --kube-proxy`",
         ),
     }
 }

@@ -60,30 +60,13 @@ pub struct Report {
     pub checks: Vec<Check>,
 }
 
-/// Programs that list firewall rules, where they are installed.
-pub trait Tools {
-    /// What `program` says; `None` when it is not there or fails.
-    fn output(&self, program: &str, args: &[&str]) -> Option<String>;
-}
-
-/// The programs of this machine.
-#[derive(Clone, Copy, Debug)]
-pub struct Installed;
-
-impl Tools for Installed {
-    fn output(&self, program: &str, args: &[&str]) -> Option<String> {
-        let done = std::process::Command::new(program).args(args).output().ok()?;
-        done.status.success().then(|| String::from_utf8_lossy(&done.stdout).into_owned())
-    }
-}
-
 /// The node as the checks see it.
 #[derive(Clone, Copy)]
 pub struct Node<'a> {
     /// `/`, or what stands for it in a test.
     pub root: &'a Path,
-    /// Programs to ask.
-    pub tools: &'a dyn Tools,
+    /// What a kube-proxy has left, a line each.
+    pub leftovers: &'a dyn Fn() -> Vec<String>,
     /// Where pins live or will live.
     pub bpf_root: &'a Path,
 }

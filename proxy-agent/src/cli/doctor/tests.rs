@@ -1,25 +1,17 @@
 //! Nodes made of files in a temporary directory.
 
-use std::collections::HashMap;
-
 use super::super::memory::{NOW, small_cluster};
 use super::*;
 
 struct Fake {
     dir: tempfile::TempDir,
-    tools: HashMap<&'static str, &'static str>,
-}
-
-impl Tools for Fake {
-    fn output(&self, program: &str, _: &[&str]) -> Option<String> {
-        self.tools.get(program).map(|text| (*text).to_owned())
-    }
+    leftovers: Vec<String>,
 }
 
 impl Fake {
     /// A node that has everything.
     fn ready() -> Self {
-        let fake = Self { dir: tempfile::tempdir().unwrap(), tools: HashMap::new() };
+        let fake = Self { dir: tempfile::tempdir().unwrap(), leftovers: vec![] };
         for (path, text) in [
             ("proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n"),
             ("proc/sys/kernel/osrelease", "6.12.38+deb13-amd64\n"),
@@ -52,8 +44,9 @@ impl Fake {
     }
 
     fn report(&self, object: &[u8]) -> Report {
-        let node =
-            Node { root: self.dir.path(), tools: self, bpf_root: Path::new(crate::config::DEFAULT_BPF_ROOT) };
+        let leftovers = || self.leftovers.clone();
+        let bpf_root = Path::new(crate::config::DEFAULT_BPF_ROOT);
+        let node = Node { root: self.dir.path(), leftovers: &leftovers, bpf_root };
         let status = Status::read(&small_cluster(), "6.12.0", NOW).unwrap();
         examine(&node, object, Ok(&status))
     }
@@ -89,7 +82,7 @@ fn a_node_that_has_everything_is_ready() {
 
 #[test]
 fn a_bare_node_is_told_what_it_lacks() {
-    let fake = Fake { dir: tempfile::tempdir().unwrap(), tools: HashMap::new() };
+    let fake = Fake { dir: tempfile::tempdir().unwrap(), leftovers: vec![] };
     let report = fake.report(b"");
     assert!(!report.ready);
     super::super::memory::golden("doctor_bare", &text(&report));
@@ -145,12 +138,8 @@ fn locked_memory_matters_before_5_11() {
 fn others_who_translate_are_found() {
     assert_eq!(after(|f| f.put("proc/77/comm", "kube-proxy\n")), [("kube-proxy", Warn)]);
     let mut fake = Fake::ready();
-    fake.tools.insert("nft", "table inet filter\ntable ip kube-proxy\n");
-    fake.tools.insert("iptables-save", "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n");
-    assert_eq!(
-        fake.unwell(),
-        [("kube-proxy's rules", Warn, "nftables table kube-proxy, iptables chains KUBE-*".to_owned())]
-    );
+    fake.leftovers = vec!["IP set KUBE-LOOP-BACK".to_owned(), "nftables table ip kube-proxy".to_owned()];
+    assert_eq!(fake.unwell(), [("kube-proxy's rules", Warn, fake.leftovers.join("\n"))]);
     assert_eq!(
         after(|f| f.put("sys/fs/bpf/tc/globals/cilium_lb4_services_v2", "")),
         [("other eBPF proxies", Warn)]

@@ -1,0 +1,76 @@
+//! At the start of `run`, once this proxy does the work: kube-proxy's leftovers go as soon as it has gone.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::{clean, leftovers, running};
+
+/// How often it is looked whether kube-proxy has gone.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// The taking over: begun once, asked for what stands in its way.
+#[derive(Clone, Debug, Default)]
+pub struct TakeOver {
+    /// `None` before it has begun.
+    lines: Arc<Mutex<Option<Vec<String>>>>,
+}
+
+impl TakeOver {
+    /// Looks after leftovers from a thread of its own until there are none or nothing can be done.
+    pub fn begin(&self, remove: bool) -> io::Result<()> {
+        if self.lock().replace(Vec::new()).is_some() {
+            return Ok(());
+        }
+        let shared = self.clone();
+        std::thread::Builder::new().name("take-over".into()).spawn(move || shared.run(remove)).map(drop)
+    }
+
+    /// What is still there of kube-proxy, and why.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        self.lock().clone().unwrap_or_default()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Vec<String>>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what is new, in the log and as complaints.
+    fn tell(&self, lines: Vec<String>) {
+        let mut known = self.lock();
+        if known.as_ref() != Some(&lines) {
+            lines.iter().for_each(|line| tracing::warn!("{line}"));
+            *known = Some(lines);
+        }
+    }
+
+    fn run(&self, remove: bool) {
+        let left = |why: &str| {
+            let found = leftovers();
+            let line = |what| format!("rules of kube-proxy on this node: {what}; {why}");
+            found.into_iter().map(line).collect::<Vec<_>>()
+        };
+        if !remove {
+            return self.tell(left(
+                "they stay because of --remove-kube-proxy-rules=false; once kube-proxy is gone, start this agent \
+                 without that flag",
+            ));
+        }
+        let mut told = false;
+        while let Some(why) = running() {
+            if !std::mem::replace(&mut told, true) {
+                self.tell(left(&format!(
+                    "they stay while {why}, and go when it has ended: delete the DaemonSet kube-proxy in \
+                     kube-system"
+                )));
+            }
+            std::thread::sleep(AGAIN);
+        }
+        let done = clean();
+        for what in done.removed {
+            tracing::info!("removed what kube-proxy had left: {what}");
+        }
+        self.tell(done.left.into_iter().map(|line| format!("left by kube-proxy: {line}")).collect());
+    }
+}
