@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, reason = "this binary talks to a terminal")]
 
 mod bpf_object;
+mod bpf_stack;
 mod build;
 mod build_ebpf;
 mod check;
