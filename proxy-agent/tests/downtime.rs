@@ -104,6 +104,9 @@ impl Trial {
     fn new(states: &[State], slices: Slices) -> Self {
         let mut world = World::new(Settings {
             node_name: "n1".into(),
+            bind_address: None,
+            ipv6: true,
+            external_ips: true,
             cluster_cidrs: Vec::new(),
             detect_local: DetectLocal::AnyRange,
             drop_unallocated: true,

@@ -145,6 +145,9 @@ impl Scenario {
 fn settings() -> Settings {
     Settings {
         node_name: "n1".into(),
+        bind_address: None,
+        ipv6: true,
+        external_ips: true,
         cluster_cidrs: Vec::new(),
         detect_local: DetectLocal::AnyRange,
         drop_unallocated: true,

@@ -146,7 +146,8 @@ pub struct FlushArgs {
 #[must_use]
 pub fn main(rooms: &Rooms) -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.verbose);
+    let more = if let Command::Run(args) = &cli.command { args.verbosity() } else { 0 };
+    log_to_stderr(cli.verbose.saturating_add(more));
     match dispatch(cli, rooms, &mut std::io::stdout().lock()) {
         Ok(code) => code,
         Err(error) => {
@@ -182,6 +183,12 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
             let config = Config::new(&args, root, &ThisHost)?;
             for warning in &config.warnings {
                 tracing::warn!("{warning}");
+            }
+            if let Some(path) = args.write_config_to.filter(|path| !path.as_os_str().is_empty()) {
+                let text = config.to_file().map_err(anyhow::Error::msg)?;
+                std::fs::write(&path, text)
+                    .with_context(|| format!("writing the configuration to {}", path.display()))?;
+                return Ok(ExitCode::SUCCESS);
             }
             (rooms.run)(config)?;
             Ok(ExitCode::SUCCESS)

@@ -51,9 +51,15 @@ fn every_listing_comes_as_table_and_as_json() {
         let (code, text) = run(&line);
         assert_eq!(code.unwrap(), ExitCode::SUCCESS);
         assert!(text.lines().count() >= 4, "{text}");
-        let rows = json(&[&line[..], &["--output", "json"]].concat());
+        // How long a flow has been idle grows from one reading to the next.
+        let timeless = |flags: &[&str]| {
+            let mut rows = json(&[&line[..], flags].concat());
+            rows.as_array_mut().into_iter().flatten().for_each(|row| row["idle_ms"] = 0.into());
+            rows
+        };
+        let rows = timeless(&["--output", "json"]);
         assert_eq!(rows.as_array().map(Vec::len), Some(3), "{rows}");
-        assert_eq!(rows, json(&[&line[..], &["-o", "json", "--bpf-root=/x"]].concat()));
+        assert_eq!(rows, timeless(&["-o", "json", "--bpf-root=/x"]));
     }
 }
 
@@ -104,6 +110,49 @@ fn run_hands_over_a_checked_config() {
 }
 
 #[test]
+fn versions_are_told_by_every_command() {
+    // F-8.
+    for line in [&["--version"][..], &["run", "--version"]] {
+        let said = Cli::try_parse_from([&["proxy-agent"], line].concat()).unwrap_err();
+        assert_eq!(said.kind(), clap::error::ErrorKind::DisplayVersion);
+        assert!(said.to_string().trim().ends_with(env!("CARGO_PKG_VERSION")), "{said}");
+    }
+}
+
+#[test]
+fn the_settings_are_written_to_a_file_that_says_the_same() {
+    // F-6.
+    let there = tempfile::tempdir().unwrap();
+    let [first, second] = ["a", "b"].map(|name| there.path().join(name).display().to_string());
+    let write = |flags: &[&str], to: &str| {
+        let to = format!("--write-config-to={to}");
+        let (code, out) = run(&[&["run", &to, "--hostname-override=n1"], flags].concat());
+        assert_eq!((code.unwrap(), out.as_str()), (ExitCode::SUCCESS, ""));
+    };
+    write(
+        &["--cluster-cidr=10.244.0.0/16", "--masquerade-all", "--conntrack-min=7", "--bind-address=::"],
+        &first,
+    );
+    write(&[&format!("--config={first}")], &second);
+    let [first, second] = [first, second].map(|path| std::fs::read_to_string(path).unwrap());
+    assert_eq!(first, second);
+    for line in ["clusterCIDR: 10.244.0.0/16", "masqueradeAll: true", "min: 7", "configSyncPeriod: 15m"] {
+        assert!(first.contains(line), "no {line}:\n{first}");
+    }
+    assert!(first.contains("[::]:10256") && first.contains("[::1]:10249"), "{first}");
+}
+
+#[test]
+fn kube_proxy_s_verbosity_is_understood() {
+    let more = |v: &str| {
+        let cli = Cli::try_parse_from(["proxy-agent", "run", &format!("--v={v}")]).unwrap();
+        let Command::Run(args) = cli.command else { panic!("not run") };
+        args.verbosity()
+    };
+    assert_eq!(["0", "2", "4", "5", "6", "9"].map(more), [0, 0, 1, 1, 2, 2]);
+}
+
+#[test]
 fn the_daemonset_s_arguments_are_understood() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/daemonset.yaml");
     let text = std::fs::read_to_string(path).unwrap();
@@ -114,7 +163,7 @@ fn the_daemonset_s_arguments_are_understood() {
         args.iter().map(|arg| arg.as_str().unwrap().replace("$(NODE_NAME)", "Node1")).collect();
     let cli = Cli::try_parse_from(std::iter::once("proxy-agent".to_owned()).chain(line)).unwrap();
     let Command::Run(args) = cli.command else { panic!("not run") };
-    assert_eq!(args.kubeconfig.unwrap().to_str(), Some("/etc/ebpf-proxy/kubeconfig"));
+    assert_eq!(args.kube_proxy.client_connection.kubeconfig, "/etc/ebpf-proxy/kubeconfig");
     assert_eq!(args.hostname_override.as_deref(), Some("Node1"));
     assert_eq!(args.cgroup_root.unwrap().to_str(), Some("/host/sys/fs/cgroup"));
 }

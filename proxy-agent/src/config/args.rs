@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use proxy_common::abi::capacity;
 
+use super::v1alpha1::{IGNORED, KubeProxyConfiguration};
 use crate::model::SocketLb;
 
 /// Whose sockets are translated at `connect`.
@@ -38,11 +39,25 @@ pub enum Scheduler {
 /// Flags of `proxy-agent run`.
 #[derive(Args, Clone, Debug)]
 pub struct RunArgs {
-    /// Reach the API server as this kubeconfig says.
-    #[arg(long, value_name = "FILE", help_heading = "Where Services come from (none: in-cluster)")]
-    pub kubeconfig: Option<PathBuf>,
-    /// Reach the API server at this URL.
-    #[arg(long, value_name = "URL", help_heading = "Where Services come from (none: in-cluster)")]
+    /// Take kube-proxy's settings from this file, a `KubeProxyConfiguration` of kubeproxy.config.k8s.io/v1alpha1.
+    /// Flags that stand for one of its fields are then overruled, save --hostname-override; flags that
+    /// kube-proxy does not have, and --master, count in any case.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Write kube-proxy's settings as they would be used to this file, fit for --config, and end.
+    #[arg(long, value_name = "FILE")]
+    pub write_config_to: Option<PathBuf>,
+    /// Set what the kernel's connection tracking is to be set to, and end: it takes more privileges than the rest.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
+        action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub init_only: bool,
+    /// Reach the API server at this URL, whatever a kubeconfig says of its address.
+    #[arg(
+        long,
+        visible_alias = "master",
+        value_name = "URL",
+        help_heading = "Where Services come from (none: in-cluster)"
+    )]
     pub apiserver: Option<String>,
     /// Read Services and EndpointSlices from the YAML files of a directory; no API server is needed.
     #[arg(long, value_name = "DIR", help_heading = "Where Services come from (none: in-cluster)")]
@@ -60,37 +75,11 @@ pub struct RunArgs {
     /// Interfaces that carry programs, as glob patterns [default: all but lo].
     #[arg(long, value_name = "GLOB,...", value_delimiter = ',')]
     pub devices: Vec<String>,
-    /// Addresses at which NodePorts are accepted: ranges, or `primary` for the node's own [default: primary].
-    #[arg(long, value_name = "CIDR,...|primary", value_delimiter = ',')]
-    pub nodeport_addresses: Vec<String>,
-    /// Range of pod addresses, at most one a family: what comes from elsewhere is masqueraded.
-    #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
-    pub cluster_cidr: Vec<String>,
-    /// What tells pods from other sources: `ClusterCIDR` for --cluster-cidr, `NodeCIDR` for podCIDRs of this
-    /// Node, `BridgeInterface` or `InterfaceNamePrefix` for the interface that they send through [default:
-    /// --cluster-cidr, and without it podCIDRs].
-    #[arg(long, value_name = "MODE", default_value = "", hide_default_value = true)]
-    pub detect_local_mode: String,
-    /// The bridge that pods send through, for `BridgeInterface`.
-    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
-    pub pod_bridge_interface: String,
-    /// How names of interfaces that pods send through begin, for `InterfaceNamePrefix`.
-    #[arg(long, value_name = "PREFIX", default_value = "", hide_default_value = true)]
-    pub pod_interface_name_prefix: String,
     /// Drop what goes to an address inside a ServiceCIDR that is no Service's, as kube-proxy's nftables mode does;
     /// false where another proxy serves some of the Services.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true,
         action = clap::ArgAction::Set, value_name = "BOOL")]
     pub drop_unallocated_cluster_ips: bool,
-    /// Let host processes reach NodePorts at 127.0.0.1 and ::1, too (with --socket-lb=all or host).
-    #[arg(long, visible_alias = "iptables-localhost-nodeports", num_args = 0..=1, require_equals = true,
-        default_missing_value = "true", default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
-    pub localhost_nodeports: bool,
-    /// Masquerade everything that goes to a ClusterIP.
-    // Go's flags take `--flag=true`, and manifests are full of it.
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
-        action = clap::ArgAction::Set, value_name = "BOOL")]
-    pub masquerade_all: bool,
     /// Masquerade outside clients towards endpoints of this node too, as kube-proxy does under policy Cluster.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
         action = clap::ArgAction::Set, value_name = "BOOL")]
@@ -102,16 +91,72 @@ pub struct RunArgs {
     /// How an endpoint is chosen.
     #[arg(long, value_name = "NAME", value_enum, default_value_t = Scheduler::Hash)]
     pub scheduler: Scheduler,
-    /// Where /healthz and /livez answer; empty for nowhere.
-    #[arg(long, value_name = "IP[:PORT]", default_value = "0.0.0.0:10256")]
-    pub healthz_bind_address: String,
-    /// Where /metrics answers.
-    #[arg(long, value_name = "IP[:PORT]", default_value = "127.0.0.1:10249")]
-    pub metrics_bind_address: String,
 
+    /// What kube-proxy has flags for, too.
+    #[command(flatten)]
+    pub kube_proxy: KubeProxyConfiguration,
+    /// What kube-proxy's flags leave for nothing.
+    #[command(flatten)]
+    pub leftover: Leftover,
     /// How large the tables are made.
     #[command(flatten)]
     pub capacities: Capacities,
+}
+
+/// Flags of kube-proxy that no field of its file stands for. All but `--v` change nothing.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = IGNORED)]
+pub struct Leftover {
+    /// Verbosity of kube-proxy's log: 4 and more is our -v, 6 and more -vv.
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub v: Option<u8>,
+    /// See RUST_LOG.
+    #[arg(long, value_name = "FILE=N,...", hide_short_help = true)]
+    pub vmodule: Option<String>,
+    /// The log is text.
+    #[arg(long, value_name = "FORMAT", hide_short_help = true)]
+    pub logging_format: Option<String>,
+    /// The log is not held back.
+    #[arg(long, value_name = "DURATION", hide_short_help = true)]
+    pub log_flush_frequency: Option<String>,
+    /// The log is text.
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub log_json_info_buffer_size: Option<String>,
+    /// The log is text.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        hide_short_help = true)]
+    pub log_json_split_stream: Option<String>,
+    /// The log is not held back.
+    #[arg(long, value_name = "N", hide_short_help = true)]
+    pub log_text_info_buffer_size: Option<String>,
+    /// The log goes to standard error.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        hide_short_help = true)]
+    pub log_text_split_stream: Option<String>,
+    /// See --healthz-bind-address.
+    #[arg(long, value_name = "PORT", hide_short_help = true)]
+    pub healthz_port: Option<u16>,
+    /// See --metrics-bind-address.
+    #[arg(long, value_name = "PORT", hide_short_help = true)]
+    pub metrics_port: Option<u16>,
+    /// Nobody reads it.
+    #[arg(long, value_name = "FILE,...", hide_short_help = true)]
+    pub boot_id_file: Option<String>,
+    /// Nobody reads it.
+    #[arg(long, value_name = "FILE,...", hide_short_help = true)]
+    pub machine_id_file: Option<String>,
+}
+
+impl RunArgs {
+    /// How much more the log is to say, as `-v` counts it.
+    #[must_use]
+    pub fn verbosity(&self) -> u8 {
+        match self.leftover.v.unwrap_or(0) {
+            0..4 => 0,
+            4..6 => 1,
+            _ => 2,
+        }
+    }
 }
 
 /// A table that holds nothing helps nobody; indices have 32 bits.

@@ -85,7 +85,7 @@ pub(super) fn depends_on_itself(host: &dyn Host, source: &SourceConfig, server: 
             // With one variable alone nothing tells a ClusterIP from an address set by hand.
             (legacy? == used).then_some(used)?
         }
-        SourceConfig::Kubeconfig(_) | SourceConfig::ApiServer(_) => {
+        SourceConfig::Kubeconfig { .. } | SourceConfig::ApiServer(_) => {
             let used = url_host(server).to_owned();
             let is_service_name = used == "kubernetes" || used.starts_with("kubernetes.default");
             (cluster_ip.as_deref() == Some(used.as_str()) || is_service_name).then_some(used)?

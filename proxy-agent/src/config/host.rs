@@ -13,6 +13,8 @@ pub trait Host {
     fn env(&self, name: &str) -> Option<String>;
     /// Cookie of the network namespace we are in; 0 when the kernel does not tell.
     fn netns_cookie(&self) -> u64;
+    /// How many CPUs the machine has, whatever this process may use of them.
+    fn cpus(&self) -> u64;
 }
 
 /// The machine we run on.
@@ -36,6 +38,12 @@ impl Host for ThisHost {
 
     fn netns_cookie(&self) -> u64 {
         cookie_of_netns().unwrap_or(0)
+    }
+
+    fn cpus(&self) -> u64 {
+        use nix::unistd::{SysconfVar, sysconf};
+        let online = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
+        online.and_then(|n| u64::try_from(n).ok()).unwrap_or(1)
     }
 }
 

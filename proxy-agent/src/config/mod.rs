@@ -1,24 +1,41 @@
-//! What the operator has set: flags and environment in, one validated [`Config`] out.
+//! What the operator has set: flags, environment and kube-proxy's file in, one validated [`Config`] out.
 //!
-//! Everything that is wrong is said at once, each with its flag, its value and the reason (F-4).
+//! Flags and file fill the same [`KubeProxyConfiguration`]; from there on it does not matter which it was. Everything
+//! that is wrong is said at once, each with its name, its value and the reason (F-4).
 
 mod args;
 mod bootstrap;
+mod check;
+mod duration;
+mod families;
+mod fields;
+mod file;
+mod gates;
 mod host;
 mod ports;
+mod sysctl;
+mod v1alpha1;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
 pub use args::{Capacities, RunArgs, Scheduler, SocketLbArg};
+pub use duration::GoDuration;
+pub use families::Misfits;
 pub use host::{Host, ThisHost};
+pub use sysctl::Sysctls;
+pub use v1alpha1::KubeProxyConfiguration;
 
+use crate::datapath::flow::Timeouts;
 use crate::model::{DetectLocal, NodePortAddresses, Settings};
 use crate::netlink::Devices;
+use fields::Origin;
+use v1alpha1::Nftables;
 
 /// Where pins live unless `--bpf-root` says otherwise.
 pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/ebpf-proxy";
@@ -30,7 +47,12 @@ const SELECTION_SEED: u32 = 0x7f4a_7c15;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceConfig {
     /// An API server, as a kubeconfig says.
-    Kubeconfig(PathBuf),
+    Kubeconfig {
+        /// The kubeconfig.
+        file: PathBuf,
+        /// The server's URL, if another than the file's (Y-1).
+        server: Option<String>,
+    },
     /// An API server at a URL.
     ApiServer(String),
     /// A directory of manifests.
@@ -42,7 +64,10 @@ pub enum SourceConfig {
 impl fmt::Display for SourceConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Kubeconfig(file) => write!(f, "kubeconfig {}", file.display()),
+            Self::Kubeconfig { file, server: None } => write!(f, "kubeconfig {}", file.display()),
+            Self::Kubeconfig { file, server: Some(url) } => {
+                write!(f, "kubeconfig {} at {url}", file.display())
+            }
             Self::ApiServer(url) => write!(f, "API server {url}"),
             Self::Manifests(dir) => write!(f, "manifests {}", dir.display()),
             Self::InCluster => f.write_str("in-cluster API server"),
@@ -69,19 +94,46 @@ pub struct Config {
     pub healthz: Option<SocketAddr>,
     /// Where metrics are served.
     pub metrics: SocketAddr,
+    /// Whether an address for health or metrics that cannot be had ends the agent (H-12, H-28).
+    pub hard_fail: bool,
     /// How large tables are made.
     pub capacities: Capacities,
     /// Whether what kube-proxy has left goes once this agent does its work (Z-2).
     pub remove_kube_proxy_rules: bool,
+    /// What the kernel's connection tracking is to be set to.
+    pub sysctls: Sysctls,
+    /// How readily the kernel ends this process when memory runs out (Z-11).
+    pub oom_score_adj: i32,
+    /// How long our own flows may be silent.
+    pub flow_timeouts: Timeouts,
+    /// A failed round of writing is tried again after this time at the latest (Y-19).
+    pub sync_period: Duration,
+    /// Shortest time from one round of writing to the next; `None` for as short as it will do.
+    pub min_sync_period: Option<Duration>,
+    /// kube-proxy's settings, with defaults for what was not set.
+    pub kube_proxy: KubeProxyConfiguration,
+    /// The file they came from, and what it said.
+    pub file: Option<ConfigFile>,
+    /// Only set the sysctls, and end (F-7).
+    pub init_only: bool,
     /// What is legal but will hurt: to be logged and shown.
     pub warnings: Vec<String>,
 }
 
-/// One flag that cannot be followed.
+/// The file of `--config`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it said when it was read.
+    pub text: String,
+}
+
+/// One setting that cannot be followed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{flag} {value:?}: {reason}")]
 pub struct FlagError {
-    /// The flag.
+    /// The flag, or the field of the file.
     pub flag: &'static str,
     /// Its value.
     pub value: String,
@@ -89,13 +141,13 @@ pub struct FlagError {
     pub reason: String,
 }
 
-/// Every flag that cannot be followed.
+/// Every setting that cannot be followed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigErrors(pub Vec<FlagError>);
 
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of the flags cannot be followed:", self.0.len())?;
+        write!(f, "{} of the settings cannot be followed:", self.0.len())?;
         self.0.iter().try_for_each(|error| write!(f, "\n  {error}"))
     }
 }
@@ -104,58 +156,112 @@ impl std::error::Error for ConfigErrors {}
 
 /// Collects what is wrong.
 #[derive(Default)]
-struct Errors(Vec<FlagError>);
+struct Errors {
+    origin: Origin,
+    errors: Vec<FlagError>,
+}
 
 impl Errors {
+    /// `flag` may be one of kube-proxy's: in a file it has another name.
     fn add(&mut self, flag: &'static str, value: impl Into<String>, reason: impl Into<String>) {
-        self.0.push(FlagError { flag, value: value.into(), reason: reason.into() });
+        let flag = self.origin.name(flag);
+        self.errors.push(FlagError { flag, value: value.into(), reason: reason.into() });
     }
 }
 
+/// kube-proxy's settings, from flags or from a file.
+struct Input {
+    kube: KubeProxyConfiguration,
+    file: Option<ConfigFile>,
+    warnings: Vec<String>,
+}
+
+impl Input {
+    /// The file replaces what flags say (F-1); without one the flags count.
+    fn new(args: &RunArgs, host: &dyn Host) -> Result<Self, ConfigErrors> {
+        // An empty value is what templates leave of an unset option.
+        let Some(path) = args.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
+            let mut kube = args.kube_proxy.clone();
+            let warnings = useless(&kube, Origin::Flags).into_iter().collect();
+            kube.nftables = Nftables::from(&kube.iptables); // F-10: the flags mean every mode's section.
+            return Ok(Self { kube, file: None, warnings });
+        };
+        let wrong = |reason| {
+            let value = path.display().to_string();
+            ConfigErrors(vec![FlagError { flag: "--config", value, reason }])
+        };
+        let text = host.read(path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
+        let file::Decoded { configuration: kube, warnings } = file::decode(&text).map_err(wrong)?;
+        let mut warnings: Vec<String> =
+            warnings.into_iter().map(|warning| format!("{}: {warning}", path.display())).collect();
+        warnings.extend(useless(&kube, Origin::File));
+        let overruled = fields::overruled(&args.kube_proxy);
+        if !overruled.is_empty() {
+            warnings.push(format!("--config overrules these flags: {}", overruled.join(", ")));
+        }
+        Ok(Self { kube, file: Some(ConfigFile { path: path.clone(), text }), warnings })
+    }
+
+    fn origin(&self) -> Origin {
+        if self.file.is_some() { Origin::File } else { Origin::Flags }
+    }
+}
+
+/// Says once what was set in vain.
+fn useless(kube: &KubeProxyConfiguration, origin: Origin) -> Option<String> {
+    let settings = fields::without_effect(kube, origin);
+    (!settings.is_empty()).then(|| format!("these settings have no effect here: {}", settings.join(", ")))
+}
+
 impl Config {
-    /// The settings that these flags mean on this host.
+    /// The settings that these flags, and the file that they name, mean on this host.
     pub fn new(args: &RunArgs, bpf_root: &Path, host: &dyn Host) -> Result<Self, ConfigErrors> {
-        let mut errors = Errors::default();
-        let mut warnings = Vec::new();
-        let source = source(args, &mut errors);
+        let input = Input::new(args, host)?;
+        let mut errors = Errors { origin: input.origin(), errors: Vec::new() };
+        let Input { mut kube, file, mut warnings } = input;
+        check::check(&kube, &mut errors);
+        let bind_address = bind_address(&kube.bind_address, &mut errors);
+        default_addresses(&mut kube);
+        let source = source(args, &kube, &mut errors);
         let server = server(&source, host, &mut errors);
         warnings.extend(bootstrap::depends_on_itself(host, &source, &server));
         let (snat_ports, warning) = ports::snat_ports(host);
         warnings.extend(warning);
+        let section = kube.section();
         let settings = Settings {
-            node_name: node_name(args, host, &mut errors),
-            cluster_cidrs: cluster_cidrs(&args.cluster_cidr, &mut errors),
-            detect_local: detect_local(args, &mut errors),
+            node_name: node_name(args, &kube, host, &mut errors),
+            bind_address: bind_address.filter(|ip| !ip.is_unspecified()),
+            ipv6: families::has_ipv6(host),
+            external_ips: kube.feature_gates.get(gates::EXTERNAL_IPS) != Some(&false),
+            cluster_cidrs: cluster_cidrs(&kube.cluster_cidr, &mut errors),
+            detect_local: detect_local(&kube, &mut errors),
             drop_unallocated: args.drop_unallocated_cluster_ips,
-            masquerade_all: args.masquerade_all,
+            masquerade_all: section.masquerade_all,
             masquerade_local: args.masquerade_local,
-            nodeport_addresses: nodeport_addresses(&args.nodeport_addresses, &mut errors),
+            nodeport_addresses: nodeport_addresses(&kube.node_port_addresses, &mut errors),
             socket_lb: args.socket_lb.into(),
-            localhost_node_ports: args.localhost_nodeports,
+            localhost_node_ports: kube.iptables.localhost_node_ports,
             host_netns: host.netns_cookie(),
             snat_ports,
             seed: SELECTION_SEED,
         };
         warnings.extend(no_pods(&settings));
-        let healthz = match args.healthz_bind_address.as_str() {
-            "" => None,
-            text => address("--healthz-bind-address", text, 10256, &mut errors),
+        let healthz = match kube.healthz_bind_address.as_deref() {
+            None | Some("") => None,
+            Some(text) => address("--healthz-bind-address", text, 10256, &mut errors),
         };
-        let metrics = address("--metrics-bind-address", &args.metrics_bind_address, 10249, &mut errors);
+        let at = kube.metrics_bind_address.clone().unwrap_or_default();
+        let metrics = address("--metrics-bind-address", &at, 10249, &mut errors);
         if healthz.is_some() && healthz == metrics {
-            errors.add(
-                "--metrics-bind-address",
-                &args.metrics_bind_address,
-                "is taken by --healthz-bind-address",
-            );
+            errors.add("--metrics-bind-address", at, "is taken by --healthz-bind-address");
         }
         let devices = devices(&args.devices, &mut errors);
         if !bpf_root.is_absolute() {
             errors.add("--bpf-root", bpf_root.display().to_string(), "must be an absolute path");
         }
-        let (metrics, devices) = match (metrics, devices, errors.0.is_empty()) {
+        let (metrics, devices) = match (metrics, devices, errors.errors.is_empty()) {
             (Some(metrics), Some(devices), true) => (metrics, devices),
-            _ => return Err(ConfigErrors(errors.0)),
+            _ => return Err(ConfigErrors(errors.errors)),
         };
         Ok(Self {
             source,
@@ -166,60 +272,103 @@ impl Config {
             scheduler: args.scheduler,
             healthz,
             metrics,
+            hard_fail: kube.bind_address_hard_fail,
             capacities: args.capacities,
             remove_kube_proxy_rules: args.remove_kube_proxy_rules,
+            sysctls: Sysctls::new(&kube.conntrack, host.cpus()),
+            oom_score_adj: kube.oom_score_adj,
+            flow_timeouts: sysctl::flow_timeouts(&kube.conntrack),
+            sync_period: section.sync_period.positive().unwrap_or(Duration::from_secs(30)),
+            min_sync_period: section
+                .min_sync_period
+                .positive()
+                .filter(|_| section.min_sync_period > Nftables::default().min_sync_period),
+            kube_proxy: kube,
+            file,
+            init_only: args.init_only,
             warnings,
         })
+    }
+
+    /// kube-proxy's settings as a file for `--config` (F-6).
+    pub fn to_file(&self) -> Result<String, String> {
+        file::encode(&self.kube_proxy)
+    }
+
+    /// kube-proxy's settings as `/configz` shows them (H-27).
+    #[must_use]
+    pub fn configz(&self) -> serde_json::Value {
+        serde_json::json!({ "kubeproxy.config.k8s.io": fields::value(&self.kube_proxy) })
     }
 }
 
 /// The one source that was named; without any the cluster we are a pod of.
-fn source(args: &RunArgs, errors: &mut Errors) -> SourceConfig {
-    let RunArgs { kubeconfig, apiserver, manifests, .. } = args;
+fn source(args: &RunArgs, kube: &KubeProxyConfiguration, errors: &mut Errors) -> SourceConfig {
     // Empty values are what templates leave of an unset option.
-    let kubeconfig = kubeconfig.as_ref().filter(|path| !path.as_os_str().is_empty());
-    let apiserver = apiserver.as_ref().filter(|url| !url.is_empty());
-    let manifests = manifests.as_ref().filter(|path| !path.as_os_str().is_empty());
-    let mut named = Vec::new();
-    named.extend(kubeconfig.map(|file| SourceConfig::Kubeconfig(file.clone())));
-    named.extend(apiserver.map(|url| SourceConfig::ApiServer(url.clone())));
-    named.extend(manifests.map(|dir| SourceConfig::Manifests(dir.clone())));
-    if let [_, others @ ..] = named.as_slice() {
-        for other in others {
-            let (flag, value) = match other {
-                SourceConfig::ApiServer(url) => ("--apiserver", url.clone()),
-                SourceConfig::Manifests(dir) => ("--manifests", dir.display().to_string()),
-                SourceConfig::Kubeconfig(file) => ("--kubeconfig", file.display().to_string()),
-                SourceConfig::InCluster => continue,
-            };
-            errors.add(flag, value, "only one of --kubeconfig, --apiserver and --manifests may be given");
-        }
-    }
+    let kubeconfig = Some(&kube.client_connection.kubeconfig).filter(|path| !path.is_empty());
+    let apiserver = args.apiserver.as_ref().filter(|url| !url.is_empty());
+    let manifests = args.manifests.as_ref().filter(|path| !path.as_os_str().is_empty());
     if let Some(url) = apiserver {
         let known = url.starts_with("https://") || url.starts_with("http://");
         if !known || bootstrap::url_host(url).is_empty() {
             errors.add("--apiserver", url, "must be a URL such as https://10.0.0.10:6443");
         }
     }
-    named.into_iter().next().unwrap_or(SourceConfig::InCluster)
+    if let Some(dir) = manifests {
+        // A file is made for a cluster, and says where that is; the flag is for who has none.
+        if apiserver.is_some() || kubeconfig.is_some() && errors.origin == Origin::Flags {
+            let reason = "only one of --kubeconfig, --apiserver and --manifests may be given";
+            errors.add("--manifests", dir.display().to_string(), reason);
+        }
+        return SourceConfig::Manifests(dir.clone());
+    }
+    match (kubeconfig, apiserver) {
+        (Some(file), server) => SourceConfig::Kubeconfig { file: file.into(), server: server.cloned() },
+        (None, Some(url)) => SourceConfig::ApiServer(url.clone()),
+        (None, None) => SourceConfig::InCluster,
+    }
 }
 
 /// The URL of the API server where it is known; empty otherwise.
 fn server(source: &SourceConfig, host: &dyn Host, errors: &mut Errors) -> String {
     match source {
-        SourceConfig::ApiServer(url) => url.clone(),
-        SourceConfig::Kubeconfig(file) => bootstrap::kubeconfig_server(host, file).unwrap_or_else(|reason| {
-            errors.add("--kubeconfig", file.display().to_string(), reason);
-            String::new()
-        }),
+        SourceConfig::ApiServer(url) | SourceConfig::Kubeconfig { server: Some(url), .. } => url.clone(),
+        SourceConfig::Kubeconfig { file, server: None } => bootstrap::kubeconfig_server(host, file)
+            .unwrap_or_else(|reason| {
+                errors.add("--kubeconfig", file.display().to_string(), reason);
+                String::new()
+            }),
         SourceConfig::Manifests(_) | SourceConfig::InCluster => String::new(),
     }
 }
 
+/// The address that stands for the node; empty is what templates leave of an unset option.
+fn bind_address(text: &str, errors: &mut Errors) -> Option<IpAddr> {
+    if text.is_empty() {
+        return None;
+    }
+    text.parse().map_err(|_| errors.add("--bind-address", text, "is not an IP address")).ok()
+}
+
+/// Where health and metrics are served unless something else is said: in the family of the bind address (H-26).
+fn default_addresses(kube: &mut KubeProxyConfiguration) {
+    let v6 = kube.bind_address.parse().is_ok_and(|ip: IpAddr| ip.is_ipv6());
+    let (healthz, metrics) =
+        if v6 { ("[::]:10256", "[::1]:10249") } else { ("0.0.0.0:10256", "127.0.0.1:10249") };
+    kube.healthz_bind_address.get_or_insert_with(|| healthz.to_owned());
+    kube.metrics_bind_address.get_or_insert_with(|| metrics.to_owned());
+}
+
 /// The node's name: trimmed and lower-cased (F-9).
-fn node_name(args: &RunArgs, host: &dyn Host, errors: &mut Errors) -> Arc<str> {
+fn node_name(
+    args: &RunArgs,
+    kube: &KubeProxyConfiguration,
+    host: &dyn Host,
+    errors: &mut Errors,
+) -> Arc<str> {
     const FLAG: &str = "--hostname-override";
-    let given = args.hostname_override.as_deref().filter(|name| !name.is_empty());
+    let flag = args.hostname_override.as_deref().filter(|name| !name.is_empty());
+    let given = flag.or(Some(kube.hostname_override.as_str()).filter(|name| !name.is_empty()));
     let name = match given {
         Some(name) => name.to_owned(),
         None => host.hostname().unwrap_or_else(|e| {
@@ -237,10 +386,10 @@ fn node_name(args: &RunArgs, host: &dyn Host, errors: &mut Errors) -> Arc<str> {
 }
 
 /// Ranges of pod addresses: at most one a family.
-fn cluster_cidrs(values: &[String], errors: &mut Errors) -> Vec<IpNet> {
+fn cluster_cidrs(text: &str, errors: &mut Errors) -> Vec<IpNet> {
     const FLAG: &str = "--cluster-cidr";
     let mut cidrs: Vec<IpNet> = Vec::new();
-    for value in values.iter().filter(|value| !value.is_empty()) {
+    for value in text.split(',').filter(|value| !value.is_empty()) {
         match value.parse::<IpNet>() {
             Err(_) => errors.add(FLAG, value, "is not a range such as 10.244.0.0/16"),
             Ok(cidr) if cidrs.iter().any(|c| c.addr().is_ipv4() == cidr.addr().is_ipv4()) => {
@@ -253,25 +402,21 @@ fn cluster_cidrs(values: &[String], errors: &mut Errors) -> Vec<IpNet> {
 }
 
 /// How pods are told from other sources (M-1); empty is what templates leave of an unset option.
-fn detect_local(args: &RunArgs, errors: &mut Errors) -> DetectLocal {
-    let mut named = |flag: &'static str, name: &str, mode: fn(Arc<str>) -> DetectLocal| {
+fn detect_local(kube: &KubeProxyConfiguration, errors: &mut Errors) -> DetectLocal {
+    let (mode, names) = (kube.detect_local_mode.as_str(), &kube.detect_local);
+    let mut named = |flag: &'static str, name: &str, means: fn(Arc<str>) -> DetectLocal| {
         if name.is_empty() {
-            errors.add(
-                flag,
-                name,
-                format!("is missing: --detect-local-mode {} goes by it", args.detect_local_mode),
-            );
+            errors.add(flag, name, format!("is missing: the mode {mode} goes by it"));
         }
-        mode(name.into())
+        means(name.into())
     };
-    match args.detect_local_mode.as_str() {
+    match mode {
         "" => DetectLocal::AnyRange,
         "ClusterCIDR" => DetectLocal::ClusterCidr,
         "NodeCIDR" => DetectLocal::NodeCidr,
-        "BridgeInterface" => named("--pod-bridge-interface", &args.pod_bridge_interface, DetectLocal::Bridge),
+        "BridgeInterface" => named("--pod-bridge-interface", &names.bridge_interface, DetectLocal::Bridge),
         "InterfaceNamePrefix" => {
-            let prefix = &args.pod_interface_name_prefix;
-            named("--pod-interface-name-prefix", prefix, DetectLocal::InterfacePrefix)
+            named("--pod-interface-name-prefix", &names.interface_name_prefix, DetectLocal::InterfacePrefix)
         }
         mode => {
             let reason = "is none of ClusterCIDR, NodeCIDR, BridgeInterface and InterfaceNamePrefix";
@@ -335,5 +480,7 @@ fn devices(patterns: &[String], errors: &mut Errors) -> Option<Devices> {
     }
 }
 
+#[cfg(test)]
+mod input_tests;
 #[cfg(test)]
 mod tests;

@@ -22,13 +22,17 @@ impl FakeHost {
         self
     }
 
-    fn with_env(mut self, name: &str, value: &str) -> Self {
+    pub(super) fn with_env(mut self, name: &str, value: &str) -> Self {
         self.env.insert(name.to_owned(), value.to_owned());
         self
     }
 
-    fn named(name: &str) -> Self {
-        Self { name: Some(name.to_owned()), ..Self::default() }
+    pub(super) fn without_ipv6() -> Self {
+        Self { name: Some("n1".to_owned()), ..Self::default() }
+    }
+
+    pub(super) fn named(name: &str) -> Self {
+        Self { name: Some(name.to_owned()), ..Self::default() }.with_file("/proc/net/if_inet6", "")
     }
 }
 
@@ -48,6 +52,10 @@ impl Host for FakeHost {
     fn netns_cookie(&self) -> u64 {
         4026
     }
+
+    fn cpus(&self) -> u64 {
+        8
+    }
 }
 
 #[derive(Parser)]
@@ -56,7 +64,7 @@ struct Line {
     run: RunArgs,
 }
 
-fn config_on(host: &FakeHost, line: &[&str]) -> Result<Config, ConfigErrors> {
+pub(super) fn config_on(host: &FakeHost, line: &[&str]) -> Result<Config, ConfigErrors> {
     let mut args = Line::parse_from([&["run"], line].concat()).run;
     // What the test machine's environment says must not decide a test.
     if !line.iter().any(|word| word.starts_with("--hostname-override")) {
@@ -86,6 +94,9 @@ fn no_flags_mean_the_documented_defaults() {
         config.settings,
         Settings {
             node_name: "n1".into(),
+            bind_address: None,
+            ipv6: true,
+            external_ips: true,
             cluster_cidrs: vec![],
             detect_local: DetectLocal::AnyRange,
             drop_unallocated: true,
@@ -224,6 +235,13 @@ fn exactly_one_source_is_taken() {
         errors(&["--apiserver=https://10.0.0.10:6443", "--manifests=/x"]),
         [r#"--manifests "/x": only one of --kubeconfig, --apiserver and --manifests may be given"#]
     );
+    // Y-1: credentials of a kubeconfig, at another address.
+    let host = FakeHost::named("n1").with_file("/kc", KUBECONFIG);
+    let both = config_on(&host, &["--kubeconfig=/kc", "--master=https://10.0.0.10:6443"]).unwrap();
+    let server = Some("https://10.0.0.10:6443".to_owned());
+    assert_eq!(both.source, SourceConfig::Kubeconfig { file: "/kc".into(), server });
+    assert_eq!(both.source.to_string(), "kubeconfig /kc at https://10.0.0.10:6443");
+    assert_eq!(errors(&["--kubeconfig=/kc", "--manifests=/x"]).len(), 1);
     assert_eq!(
         errors(&["--apiserver=10.0.0.10:6443"]),
         [r#"--apiserver "10.0.0.10:6443": must be a URL such as https://10.0.0.10:6443"#]
@@ -250,7 +268,7 @@ fn everything_wrong_is_said_at_once() {
             "--devices"
         ]
     );
-    assert!(errors.to_string().starts_with("5 of the flags cannot be followed:\n  --hostname-override"));
+    assert!(errors.to_string().starts_with("5 of the settings cannot be followed:\n  --hostname-override"));
 }
 
 #[test]

@@ -22,7 +22,7 @@ mod world;
 pub use complaints::Complaint;
 pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
 pub use endpoint::{Endpoint, Slice, SlicePort};
-pub use node::{Link, Node};
+pub use node::{Link, Node, NodeIps};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
 pub use settings::{DetectLocal, NodePortAddresses, Settings, SocketLb};
 pub use tables::Accepted;

@@ -1,9 +1,11 @@
 //! Who we are, as the Node object says.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+
+use super::Family;
 
 /// The node's own object.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
@@ -16,6 +18,42 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// False with a `deletionTimestamp` or the taint `ToBeDeletedByClusterAutoscaler` (H-8).
     pub eligible: bool,
+}
+
+/// The one address of the node in each family (Y-10).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeIps {
+    /// The family that comes first.
+    pub primary: Family,
+    /// IPv4; a loopback address when none is known.
+    pub v4: Ipv4Addr,
+    /// IPv6; a loopback address when none is known.
+    pub v6: Ipv6Addr,
+}
+
+impl NodeIps {
+    /// From the Node's addresses by rank and `--bind-address`, which replaces the one of its family.
+    #[must_use]
+    pub fn new(known: &[IpAddr], bind_address: Option<IpAddr>) -> Self {
+        let bound = bind_address.filter(|ip| !ip.is_unspecified());
+        let ranked = || bound.iter().chain(known);
+        let v4 = ranked().find_map(|ip| if let IpAddr::V4(v4) = ip { Some(*v4) } else { None });
+        let v6 = ranked().find_map(|ip| if let IpAddr::V6(v6) = ip { Some(*v6) } else { None });
+        Self {
+            primary: ranked().next().map_or(Family::V4, Family::of),
+            v4: v4.unwrap_or(Ipv4Addr::LOCALHOST),
+            v6: v6.unwrap_or(Ipv6Addr::LOCALHOST),
+        }
+    }
+
+    /// Those that mean this node to others, the primary one first.
+    #[must_use]
+    pub fn known(&self) -> Vec<IpAddr> {
+        let mut ips = vec![IpAddr::V4(self.v4), IpAddr::V6(self.v6)];
+        ips.sort_by_key(|ip| Family::of(ip) != self.primary);
+        ips.retain(|ip| !ip.is_loopback());
+        ips
+    }
 }
 
 /// A network interface of the node's namespace, as rtnetlink describes it.
@@ -35,4 +73,46 @@ pub struct Link {
     pub master: Option<u32>,
     /// Its addresses, in the kernel's order, without deprecated, tentative-duplicate and temporary ones.
     pub addresses: Vec<IpNet>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_has_one_address_in_each_family() {
+        // Y-10, T-110…T-119.
+        const NONE: [&str; 2] = ["127.0.0.1", "::1"];
+        for (known, bind, primary, ips) in [
+            ("", "10.0.0.1", Family::V4, ["10.0.0.1", NONE[1]]),
+            ("", "fd00:4321::2", Family::V6, [NONE[0], "fd00:4321::2"]),
+            ("", "0.0.0.0", Family::V4, NONE),
+            ("", "", Family::V4, NONE),
+            ("192.168.1.1", "0.0.0.0", Family::V4, ["192.168.1.1", NONE[1]]),
+            ("192.168.1.1", "::", Family::V4, ["192.168.1.1", NONE[1]]),
+            ("fd00:1234::1", "0.0.0.0", Family::V6, [NONE[0], "fd00:1234::1"]),
+            ("fd00:1234::1", "::", Family::V6, [NONE[0], "fd00:1234::1"]),
+            ("90.90.90.90 2001:db8::2", "::", Family::V4, ["90.90.90.90", "2001:db8::2"]),
+            ("2001:db8::2 90.90.90.90", "0.0.0.0", Family::V6, ["90.90.90.90", "2001:db8::2"]),
+            ("2001:db8::2 90.90.90.90", "80.80.80.80", Family::V4, ["80.80.80.80", "2001:db8::2"]),
+            ("90.90.90.90 2001:db8::2", "2001:db8::555", Family::V6, ["90.90.90.90", "2001:db8::555"]),
+            ("90.90.90.90 2001:db8::2", "::1", Family::V6, ["90.90.90.90", "::1"]),
+            ("10.0.0.9 10.0.0.1 fd00::9 fd00::1", "", Family::V4, ["10.0.0.9", "fd00::9"]),
+        ] {
+            let known: Vec<IpAddr> = known.split_whitespace().map(|ip| ip.parse().unwrap()).collect();
+            let found = NodeIps::new(&known, bind.parse().ok());
+            let expected = NodeIps { primary, v4: ips[0].parse().unwrap(), v6: ips[1].parse().unwrap() };
+            assert_eq!(found, expected, "{known:?} {bind}");
+        }
+    }
+
+    #[test]
+    fn loopback_means_this_node_to_nobody_else() {
+        // V-33, T-119.
+        let known: Vec<IpAddr> = ["90.90.90.90", "2001:db8::2"].map(|ip| ip.parse().unwrap()).into();
+        assert_eq!(NodeIps::new(&known, None).known(), known);
+        assert_eq!(NodeIps::new(&known, "::1".parse().ok()).known(), known[..1]);
+        assert_eq!(NodeIps::new(&known[1..], None).known(), known[1..]);
+        assert_eq!(NodeIps::new(&[], None).known(), Vec::<IpAddr>::new());
+    }
 }

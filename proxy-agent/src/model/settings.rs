@@ -1,8 +1,11 @@
 //! What the operator has set, as far as it shapes the tables.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+
+use super::Family;
 
 /// Whose sockets are translated at `connect` (`--socket-lb`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +49,12 @@ pub enum DetectLocal {
 pub struct Settings {
     /// Own node name (F-9).
     pub node_name: Arc<str>,
+    /// `--bind-address`, unless unspecified: stands for the node in its family, which becomes primary (Y-10).
+    pub bind_address: Option<IpAddr>,
+    /// Whether the node has IPv6 at all; without, nothing of that family is served (S-12, Y-11).
+    pub ipv6: bool,
+    /// Feature gate `AllowServiceExternalIPs` (V-8).
+    pub external_ips: bool,
     /// `--cluster-cidr`: at most one range a family.
     pub cluster_cidrs: Vec<IpNet>,
     /// `--detect-local-mode`.
@@ -69,4 +78,12 @@ pub struct Settings {
     pub snat_ports: (u16, u16),
     /// Seed of the selection hash: the same on every node, so that nodes agree.
     pub seed: u32,
+}
+
+impl Settings {
+    /// The families that are served.
+    #[must_use]
+    pub fn families(&self) -> &'static [Family] {
+        if self.ipv6 { &[Family::V4, Family::V6] } else { &[Family::V4] }
+    }
 }

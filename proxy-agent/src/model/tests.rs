@@ -14,6 +14,9 @@ use crate::source::{Change, Kind};
 fn settings() -> Settings {
     Settings {
         node_name: "n1".into(),
+        bind_address: None,
+        ipv6: true,
+        external_ips: true,
         cluster_cidrs: Vec::new(),
         detect_local: DetectLocal::AnyRange,
         drop_unallocated: true,
@@ -788,6 +791,75 @@ fn localhost_node_ports_need_the_switch_and_socket_programs() {
     // V-36, as an offer beyond the baseline.
     assert!(on(true, SocketLb::All) && on(true, SocketLb::Host));
     assert!(!on(true, SocketLb::Off) && !on(false, SocketLb::All) && !on(false, SocketLb::Host));
+}
+
+#[test]
+fn external_ips_and_a_family_can_be_switched_off() {
+    let mut web = service("10.96.0.1");
+    web.cluster_ips.push(ip("fd00::1"));
+    web.external_ips = vec![ip("203.0.113.1"), ip("2001:db8::7")];
+    web.load_balancer_ips = vec![ip("203.0.113.2"), ip("2001:db8::8")];
+    let frontends = |settings: Settings| {
+        let mut world = World::new(settings);
+        world.hear(Change::Service(name("web"), Some(web.clone())));
+        let mut found: Vec<String> = world
+            .desired()
+            .services
+            .values()
+            .flat_map(|desired| &desired.frontends)
+            .map(|frontend| frontend.key.addr.to_string())
+            .collect();
+        found.sort();
+        found
+    };
+    let all = ["10.96.0.1", "2001:db8::7", "2001:db8::8", "203.0.113.1", "203.0.113.2", "fd00::1"];
+    assert_eq!(frontends(settings()), all);
+    // V-8.
+    let without = ["10.96.0.1", "2001:db8::8", "203.0.113.2", "fd00::1"];
+    assert_eq!(frontends(Settings { external_ips: false, ..settings() }), without);
+    // S-12, Y-11.
+    let v4 = ["10.96.0.1", "203.0.113.1", "203.0.113.2"];
+    assert_eq!(frontends(Settings { ipv6: false, ..settings() }), v4);
+}
+
+#[test]
+fn the_bind_address_stands_for_the_node_and_changes_of_the_node_are_followed() {
+    // Y-10, Y-13, V-18, V-33.
+    let bound = Settings { bind_address: Some(ip("192.168.0.3")), ..settings() };
+    let mut world = World::new(bound);
+    world.hear(Change::Links(links()));
+    let mut web = service("10.96.0.1");
+    web.load_balancer_ips = vec![ip("203.0.113.1")];
+    web.source_ranges = vec!["192.168.0.3/32".parse().unwrap()];
+    world.hear(Change::Service(name("web"), Some(web)));
+    let node_port_addresses = |world: &World| -> Vec<String> {
+        let accepted = [Family::V4, Family::V6].map(|family| world.node_port_addresses(family));
+        let lists = accepted.into_iter().map(|at| if let Accepted::At(ips) = at { ips } else { vec![] });
+        lists.flatten().map(|ip| ip.to_string()).collect()
+    };
+    let own_vip_allowed = |world: &World| only(world).source_ranges.len() == 2;
+    // Before the Node is known.
+    assert_eq!(node_port_addresses(&world), ["192.168.0.3"]);
+    assert_eq!((own_vip_allowed(&world), world.primary_family()), (true, Family::V4));
+    world.hear(Change::Node(Some(node(None, &["2001:db8::2", "192.168.0.2"]))));
+    assert_eq!(node_port_addresses(&world), ["192.168.0.3", "2001:db8::2"]);
+    assert_eq!((own_vip_allowed(&world), world.primary_family()), (true, Family::V4));
+
+    let mut world = World::new(settings());
+    world.hear(Change::Links(links()));
+    for (ips, expected, primary) in [
+        (&["2001:db8::2", "192.168.0.2"][..], &["192.168.0.2", "2001:db8::2"][..], Family::V6),
+        (&["192.168.0.3"], &["192.168.0.3"], Family::V4),
+    ] {
+        world.hear(Change::Node(Some(node(None, ips))));
+        assert_eq!(
+            (node_port_addresses(&world), world.primary_family()),
+            (expected.iter().map(|ip| (*ip).to_owned()).collect(), primary)
+        );
+    }
+    // Y-13: a Node that goes leaves its addresses.
+    world.hear(Change::Node(None));
+    assert_eq!(node_port_addresses(&world), ["192.168.0.3"]);
 }
 
 #[test]

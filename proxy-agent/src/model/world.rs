@@ -15,8 +15,8 @@ use super::complaints::{Complaint, Complaints};
 use super::merge::sorted;
 use super::names::Names;
 use super::tables::{self, Accepted, global_addresses, node_tables};
-use super::{Desired, DesiredService, Family, Link, Node, NodeTables, ObjectName, Service, ServicePort};
-use super::{Settings, Slice};
+use super::{Desired, DesiredService, Family, Link, Node, NodeIps, NodeTables, ObjectName, Service};
+use super::{ServicePort, Settings, Slice};
 use crate::source::{Change, Kind};
 
 type Ports = BTreeMap<ServicePort, DesiredService>;
@@ -34,7 +34,8 @@ pub struct World {
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
     /// The Node object while there is one.
     node: Option<Node>,
-    /// The last Node object there was: a deleted one does not change the tables (Y-13).
+    /// The last Node object there was, with the addresses that count: a deleted one does not change the tables
+    /// (Y-13).
     last_node: Node,
     links: Vec<Link>,
     /// Ranges of ClusterIPs by the name of their ServiceCIDR: one that two of them have goes with the last.
@@ -68,14 +69,15 @@ impl World {
     /// Nothing heard yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        let here = Here { node: settings.node_name.clone(), ..Here::default() };
+        let ips = NodeIps::new(&[], settings.bind_address).known();
+        let here = Here { node: settings.node_name.clone(), ips: ips.clone(), ..Here::default() };
         Self {
             settings,
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
             node: None,
-            last_node: Node::default(),
+            last_node: Node { ips, ..Node::default() },
             links: Vec::new(),
             service_ranges: BTreeMap::new(),
             here,
@@ -161,6 +163,12 @@ impl World {
     #[must_use]
     pub fn node_object(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// The family of the node's first address (Y-10), as last heard.
+    #[must_use]
+    pub fn primary_family(&self) -> Family {
+        NodeIps::new(&self.last_node.ips, self.settings.bind_address).primary
     }
 
     /// The settings.
@@ -261,6 +269,7 @@ impl World {
     }
 
     fn hear_service(&mut self, name: ObjectName, service: Option<Service>) -> bool {
+        let service = service.map(|service| self.permitted(service));
         if self.services.get(&name) == service.as_ref() {
             return false;
         }
@@ -272,6 +281,16 @@ impl World {
         };
         self.stale.insert(name);
         true
+    }
+
+    /// A Service without what is switched off: a family (S-12), external IPs (V-8).
+    fn permitted(&self, mut service: Service) -> Service {
+        let families = self.settings.families();
+        service.cluster_ips.retain(|ip| families.contains(&Family::of(ip)));
+        if !self.settings.external_ips {
+            service.external_ips.clear();
+        }
+        service
     }
 
     fn hear_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> bool {
@@ -302,12 +321,13 @@ impl World {
             return false;
         }
         if let Some(node) = &node {
-            if self.here.zone != node.zone || self.here.ips != node.ips {
+            let ips = NodeIps::new(&node.ips, self.settings.bind_address).known();
+            if self.here.zone != node.zone || self.here.ips != ips {
                 self.here.zone.clone_from(&node.zone);
-                self.here.ips.clone_from(&node.ips);
+                self.here.ips.clone_from(&ips);
                 self.stale.extend(self.services.keys().cloned()); // Y-14
             }
-            self.last_node = node.clone();
+            self.last_node = Node { ips, ..node.clone() };
         }
         self.node = node;
         true

@@ -364,7 +364,9 @@ fn capacity_of(kernel: &Kernel) -> Capacity {
 async fn hear(source: SourceConfig, node: Arc<str>, tx: mpsc::Sender<Change>) -> Result<()> {
     let client = match &source {
         SourceConfig::Manifests(path) => return Ok(directory::run(path.clone(), node, tx).await?),
-        SourceConfig::Kubeconfig(file) => kubernetes::client(Some(file), None).await?,
+        SourceConfig::Kubeconfig { file, server } => {
+            kubernetes::client(Some(file), server.as_deref()).await?
+        }
         SourceConfig::ApiServer(url) => kubernetes::client(None, Some(url)).await?,
         SourceConfig::InCluster => kubernetes::client(None, None).await?,
     };

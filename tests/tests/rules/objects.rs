@@ -171,6 +171,9 @@ pub(crate) fn settings(facts: &Facts) -> Settings {
     let operator = &facts.operator;
     Settings {
         node_name: OWN_NODE.into(),
+        bind_address: None,
+        ipv6: true,
+        external_ips: true,
         cluster_cidrs: operator.cluster_cidrs.clone(),
         masquerade_all: operator.masquerade_all,
         masquerade_local: operator.masquerade_local,

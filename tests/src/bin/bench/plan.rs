@@ -163,6 +163,9 @@ impl Drop for Tables {
 fn world(services: u32) -> World {
     let mut world = World::new(Settings {
         node_name: "node1".into(),
+        bind_address: None,
+        ipv6: true,
+        external_ips: true,
         cluster_cidrs: Vec::new(),
         detect_local: DetectLocal::AnyRange,
         drop_unallocated: true,
