@@ -3,11 +3,13 @@
 //! One thread owns everything; sources, netlink and the HTTP servers only send or read. The kernel works on
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
 
+mod follow;
 mod report;
 mod require;
+mod sysctl;
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,8 +19,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::config::{Config, SourceConfig};
-use crate::datapath::flow::{Sweeper, Timeouts};
+use crate::config::{Config, ConfigFile, SourceConfig};
+use crate::datapath::flow::Sweeper;
 use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::BpfRoot;
@@ -31,10 +33,8 @@ use crate::plan::{Actual, Capacity, Plan, Planner, Step};
 use crate::source::{Change, directory, kubernetes};
 use report::Report;
 
-/// When passes are made: bursts are taken together, nothing waits longer than a few milliseconds, and once
-/// an hour everything is compared with what is really in the kernel (Y-18…Y-20).
-const LIMITS: Limits =
-    Limits { settle_ms: 5, min_gap_ms: 10, max_gap_ms: 3_600_000, retry_first_ms: 100, retry_max_ms: 30_000 };
+/// Once an hour everything is compared with what is really in the kernel (Y-20).
+const MAX_GAP_MS: u64 = 3_600_000;
 
 /// How often the flow tables are swept a little, and the record for the command line is renewed.
 const TICK: Duration = Duration::from_millis(500);
@@ -50,6 +50,10 @@ const QUEUE: usize = 4096;
 /// Runs the agent until it is told to end.
 pub fn run(config: Config) -> Result<()> {
     require::rights()?;
+    let conntrack = tune(&config)?;
+    if config.init_only {
+        return Ok(());
+    }
     let cgroup_root = require::cgroup_root(&config)?;
     lift_memlock();
     let root = BpfRoot::new(&config.bpf_root);
@@ -60,12 +64,46 @@ pub fn run(config: Config) -> Result<()> {
             root.path().display()
         );
     };
-    let agent = Agent::open(config, cgroup_root, &root)?;
+    let mut agent = Agent::open(config, cgroup_root, &root)?;
+    agent.conntrack = conntrack;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the event loop")?;
     runtime.block_on(agent.run())
+}
+
+/// Sets what the node is expected to have set, before anything else (Z-7); says whether connection tracking was
+/// there to be set.
+fn tune(config: &Config) -> Result<bool> {
+    let root = Path::new("/");
+    if let Err(error) = sysctl::oom_score_adj(root, config.oom_score_adj) {
+        tracing::warn!("oom_score_adj is not set to {}: {error}", config.oom_score_adj);
+    }
+    set_conntrack(config)
+}
+
+fn set_conntrack(config: &Config) -> Result<bool> {
+    match sysctl::apply(Path::new("/"), &config.sysctls)? {
+        sysctl::Applied::Done(notes) => {
+            notes.into_iter().for_each(|note| tracing::warn!("{note}"));
+            Ok(true)
+        }
+        sysctl::Applied::Absent => Ok(false),
+    }
+}
+
+/// When passes are made: bursts are taken together, and nothing waits longer than a few milliseconds unless it is to
+/// (Y-18, Y-19).
+fn limits(config: &Config) -> Limits {
+    let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    Limits {
+        settle_ms: 5,
+        min_gap_ms: config.min_sync_period.map_or(10, millis),
+        max_gap_ms: MAX_GAP_MS,
+        retry_first_ms: 100,
+        retry_max_ms: millis(config.sync_period),
+    }
 }
 
 /// Before 5.11 maps count against this limit; where it cannot be raised the kernel says so at the first map.
@@ -95,6 +133,10 @@ struct Agent {
     /// The next pass reads the kernel and compares everything.
     full: bool,
     full_at_ms: u64,
+    /// Whether the kernel's connection tracking has been set; it comes with the first rule that needs it.
+    conntrack: bool,
+    /// Whether what was set has been compared with what the node is.
+    fitted: bool,
 }
 
 impl Agent {
@@ -108,9 +150,10 @@ impl Agent {
         let kernel = Kernel::open(root)?;
         let capacity = capacity_of(&kernel);
         let report = Report::open(&config, root, loaded.warnings())?;
-        let sweeper = Sweeper::open(root, Timeouts::CONNTRACK)?;
+        let sweeper = Sweeper::open(root, config.flow_timeouts)?;
         Ok(Self {
             world: World::new(config.settings.clone()),
+            pace: Pace::new(limits(&config), 0),
             config,
             cgroup_root,
             planner: None,
@@ -118,12 +161,13 @@ impl Agent {
             kernel,
             loaded,
             sweeper,
-            pace: Pace::new(LIMITS, 0),
             report,
             clock: Instant::now(),
             ready: false,
             full: true,
             full_at_ms: 0,
+            conntrack: false,
+            fitted: false,
         })
     }
 
@@ -131,7 +175,8 @@ impl Agent {
         let (tx, mut changes) = mpsc::channel(QUEUE);
         let mut source = tokio::spawn(hear(self.config.source.clone(), self.node_name(), tx.clone()));
         tokio::spawn(netlink::watch(tx));
-        self.report.serve(&self.config)?;
+        let mut not_served = self.report.serve(&self.config)?;
+        let mut file = tokio::spawn(file_changed(self.config.file.clone()));
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
@@ -148,6 +193,11 @@ impl Agent {
                     Ok(Ok(())) => anyhow!("the source of Services ended by itself"),
                     Err(error) => anyhow!(error).context("the source of Services"),
                 }),
+                changed = &mut file => return Err(changed.unwrap_or_else(|e| anyhow!(e).context("watching --config"))),
+                failed = &mut not_served => return Err(failed.map_or_else(
+                    |_| anyhow!("health and metrics are no longer served"),
+                    anyhow::Error::from,
+                )),
                 () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.pass()?,
                 Some(change) = changes.recv() => {
                     self.hear(change);
@@ -210,9 +260,37 @@ impl Agent {
             self.report.progress(&self.world);
         }
         if beat {
+            self.set_conntrack();
             self.count();
             self.report.write(&self.world, self.pace.queued_ms().is_some());
         }
+    }
+
+    /// Where connection tracking was not there at the start, it is set when it comes.
+    fn set_conntrack(&mut self) {
+        if self.conntrack {
+            return;
+        }
+        self.conntrack = set_conntrack(&self.config).unwrap_or_else(|error| {
+            self.report.warn(format!("{error:#}"));
+            true
+        });
+    }
+
+    /// Compares what was set with what the node is, once it is known (F-13).
+    fn fit(&mut self) -> Result<()> {
+        let node = self.world.node_object();
+        if self.fitted || node.is_none() && self.config.settings.bind_address.is_none() {
+            return Ok(());
+        }
+        let pod_cidrs = node.map_or(&[][..], |node| &node.pod_cidrs);
+        let misfits = self.config.misfits(self.world.primary_family(), pod_cidrs);
+        if !misfits.errors.is_empty() {
+            bail!("the settings do not fit this node: {}", misfits.errors.join("; "));
+        }
+        misfits.warnings.into_iter().for_each(|line| self.report.warn(line));
+        self.fitted = true;
+        Ok(())
     }
 
     /// Counting takes a walk through all endpoints: now and then, not with each pass.
@@ -224,9 +302,10 @@ impl Agent {
 
     /// Brings the tables in line with the world.
     fn pass(&mut self) -> Result<()> {
+        self.fit()?;
         let started = Instant::now();
         let now = self.now_ms();
-        if now.saturating_sub(self.full_at_ms) >= LIMITS.max_gap_ms {
+        if now.saturating_sub(self.full_at_ms) >= MAX_GAP_MS {
             self.full = true;
         }
         self.pace.begin();
@@ -357,6 +436,14 @@ fn capacity_of(kernel: &Kernel) -> Capacity {
         sources: size(maps::SOURCES, default.sources),
         services: size(maps::SERVICES, default.services),
         ifaces: size(maps::IFACES, default.ifaces),
+    }
+}
+
+/// Ends when the configuration file says something else; without one, never.
+async fn file_changed(file: Option<ConfigFile>) -> anyhow::Error {
+    match file {
+        Some(file) => follow::changed(file).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,10 +1,12 @@
 //! What the loop tells: the log, the record for the command line, health and metrics.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use proxy_common::abi::{AgentState, text};
+use tokio::sync::oneshot;
 
 use crate::config::{Config, SourceConfig};
 use crate::datapath::attach::{AttachError, Attached};
@@ -23,6 +25,8 @@ const PROGRESS: Duration = Duration::from_secs(2);
 
 /// Everything that others may want to know of the loop.
 pub(super) struct Report {
+    /// The families that are served.
+    families: &'static [Family],
     pinned: Pinned,
     state: AgentState,
     health: Arc<Health>,
@@ -74,9 +78,10 @@ impl Report {
             node: text(&config.settings.node_name),
             source: text(&config.source.to_string()),
         };
-        let health = Arc::new(Health::new(SystemClock));
-        for family in [Family::V4, Family::V6] {
-            health.started(family);
+        let families = config.settings.families();
+        let health = Arc::new(Health::new(SystemClock).with_timeout(config.sync_period.saturating_mul(2))); // H-4
+        for family in families {
+            health.started(*family);
         }
         let snapshot =
             Arc::new(Mutex::new(Snapshot { source: config.source.to_string(), ..Snapshot::default() }));
@@ -99,6 +104,7 @@ impl Report {
         let mut all = config.warnings.clone();
         all.extend_from_slice(warnings);
         let report = Self {
+            families,
             pinned: Pinned::open(root)?,
             state,
             health,
@@ -119,11 +125,14 @@ impl Report {
         Ok(report)
     }
 
-    /// Serves health and metrics from a thread of their own, so that neither waits for a pass.
-    pub(super) fn serve(&self, config: &Config) -> Result<()> {
+    /// Serves health and metrics from a thread of their own, so that neither waits for a pass. What is received is
+    /// why they are not served.
+    pub(super) fn serve(&self, config: &Config) -> Result<oneshot::Receiver<io::Error>> {
         let (health, metrics) = (self.health.clone(), self.metrics.clone());
         let service_health = self.service_health.server(self.health.clone());
-        let (at_health, at_metrics) = (config.healthz, config.metrics);
+        let (at_health, at_metrics, hard_fail) = (config.healthz, config.metrics, config.hard_fail);
+        let configz = serve::configz::router(config.configz());
+        let (failed, failure) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -132,22 +141,31 @@ impl Report {
             runtime.block_on(async {
                 let health = async {
                     match at_health {
-                        Some(at) => serve::serve("health", at, serve::health::router(health)).await,
+                        Some(at) => {
+                            serve::serve("health", at, serve::health::router(health), hard_fail).await
+                        }
                         None => std::future::pending().await,
                     }
                 };
-                let metrics = serve::serve("metrics", at_metrics, serve::metrics::router(metrics));
+                let router = serve::metrics::router(metrics).merge(configz);
+                let metrics = serve::serve("metrics", at_metrics, router, hard_fail);
                 let service_health = async {
                     service_health.run().await;
                     Ok(())
                 };
                 if let Err(error) = tokio::try_join!(health, metrics, service_health) {
-                    tracing::error!("health and metrics are no longer served: {error}");
+                    let _ = failed.send(error); // Nobody listens when the agent ends.
                 }
             });
         };
         std::thread::Builder::new().name("serve".into()).spawn(serve).context("cannot start a thread")?;
-        Ok(())
+        Ok(failure)
+    }
+
+    /// One more thing to be said as long as the agent runs.
+    pub(super) fn warn(&mut self, line: String) {
+        tracing::warn!("{line}");
+        self.warnings.push(line);
     }
 
     pub(super) fn heard(&mut self, change: &Change) {
@@ -205,8 +223,8 @@ impl Report {
     }
 
     pub(super) fn queued(&self) {
-        for family in [Family::V4, Family::V6] {
-            self.health.queued(family);
+        for family in self.families {
+            self.health.queued(*family);
         }
     }
 
@@ -248,9 +266,9 @@ impl Report {
     }
 
     pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
-        for family in [Family::V4, Family::V6] {
-            self.health.synced(family);
-            self.metrics.pass_took(family, took);
+        for family in self.families {
+            self.health.synced(*family);
+            self.metrics.pass_took(*family, took);
         }
         self.health.node_eligible(world.node_object().map_or(self.without_nodes, |node| node.eligible));
         self.service_health.want(Wanted::of(world)); // Y-25: after success only.
@@ -278,8 +296,8 @@ impl Report {
     }
 
     pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, took: Duration) {
-        for family in [Family::V4, Family::V6] {
-            self.metrics.pass_took(family, took);
+        for family in self.families {
+            self.metrics.pass_took(*family, took);
         }
         tracing::error!("{error:#}; reading the tables and trying again");
         self.failure = Some(format!("the last pass failed: {error:#}"));

@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::model::Family;
 
-/// Twice kube-proxy's default sync period (H-4).
+/// Twice the default sync period (H-4).
 pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A moment on both clocks: ages are measured on the steady one, people read the other.
@@ -74,6 +74,8 @@ struct Answers {
 /// How the proxy fares, shared between the run loop and the servers.
 pub struct Health {
     clock: Box<dyn Clock>,
+    /// How long a wanted pass may take to succeed.
+    timeout: Duration,
     state: Mutex<State>,
     answers: Answers,
 }
@@ -102,7 +104,19 @@ impl Health {
     /// Nothing known yet: no family, and a node that has not been seen is not eligible (T-104).
     #[must_use]
     pub fn new(clock: impl Clock) -> Self {
-        Self { clock: Box::new(clock), state: Mutex::default(), answers: Answers::default() }
+        Self {
+            clock: Box::new(clock),
+            timeout: TIMEOUT,
+            state: Mutex::default(),
+            answers: Answers::default(),
+        }
+    }
+
+    /// With another patience than [`TIMEOUT`].
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
     }
 
     /// The loop has begun to serve `family`: it counts as in step until a pass is wanted (H-6).
@@ -178,7 +192,8 @@ impl Health {
             .families
             .iter()
             .filter_map(|(family, sync)| {
-                let late = sync.queued.is_some_and(|queued| now.steady.duration_since(queued) >= TIMEOUT);
+                let late =
+                    sync.queued.is_some_and(|queued| now.steady.duration_since(queued) >= self.timeout);
                 Some((*family, FamilyStatus { last_updated: sync.updated?, healthy: !late }))
             })
             .collect();

@@ -1,5 +1,6 @@
 //! Tell: health and metrics over HTTP.
 
+pub mod configz;
 pub mod health;
 pub mod metrics;
 pub mod process;
@@ -21,9 +22,15 @@ const BIND_EVERY: Duration = Duration::from_secs(5);
 
 /// Serves `router` at `address` until this future is dropped; `what` names it in the log.
 ///
-/// An address that cannot be had is tried for ever: the data plane does not depend on anyone hearing of it.
-pub async fn serve(what: &str, address: SocketAddr, router: Router) -> io::Result<()> {
-    let listener = bind(what, address, BIND_EVERY).await;
+/// An address that cannot be had is tried for ever, because the data plane does not depend on anyone hearing of it;
+/// with `hard_fail` it is an error at once.
+pub async fn serve(what: &str, address: SocketAddr, router: Router, hard_fail: bool) -> io::Result<()> {
+    let listener = if hard_fail {
+        let fault = |e: io::Error| io::Error::new(e.kind(), format!("cannot serve {what} at {address}: {e}"));
+        TcpListener::bind(address).await.map_err(fault)?
+    } else {
+        bind(what, address, BIND_EVERY).await
+    };
     tracing::info!("serving {what} at {address}");
     axum::serve(listener, router).await
 }
@@ -63,6 +70,15 @@ async fn ask(router: Router, method: &str, path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn an_address_that_is_taken_is_an_error_for_who_wants_it_so() {
+        // H-12, H-28.
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = taken.local_addr().unwrap();
+        let error = serve("health", address, Router::new(), true).await.unwrap_err().to_string();
+        assert!(error.contains(&format!("cannot serve health at {address}")), "{error}");
+    }
 
     #[tokio::test]
     async fn an_address_that_is_taken_is_tried_until_it_is_free() {
