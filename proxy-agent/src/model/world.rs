@@ -14,6 +14,7 @@ use super::compile::{Here, compile};
 use super::complaints::{Complaint, Complaints};
 use super::merge::sorted;
 use super::names::Names;
+use super::no_local::NoLocalByFamily;
 use super::tables::{self, Accepted, global_addresses, node_tables};
 use super::{Desired, DesiredService, Family, Link, Node, NodeIps, NodeTables, ObjectName, Service};
 use super::{ServicePort, Settings, Slice};
@@ -104,6 +105,7 @@ impl World {
             Change::Synced(kind) => self.synced.insert(kind),
             Change::Complaints { object, lines } => self.complaints.replace(object, lines),
             Change::Whole(whole) => std::mem::replace(&mut self.whole, whole) != whole,
+            Change::Triggered(..) | Change::Repeated(_) => false,
             Change::Connected(connected) => std::mem::replace(&mut self.connected, connected) != connected,
         }
     }
@@ -254,6 +256,22 @@ impl World {
     #[must_use]
     pub fn node_port_addresses(&self, family: Family) -> Accepted {
         tables::accepted(&self.settings, &self.last_node, &self.links, family)
+    }
+
+    /// Service ports that are programmed with policy Local and without an endpoint of this node, of those for
+    /// which there are endpoints elsewhere (H-42).
+    #[must_use]
+    pub fn without_local_endpoints(&self) -> NoLocalByFamily {
+        let mut count = NoLocalByFamily::default();
+        let local = self.services.iter().filter(|(_, s)| s.internal_local || s.external_local);
+        local.filter_map(|(name, _)| self.taken.get(name)).for_each(|ports| count.add(ports));
+        count
+    }
+
+    /// A slice, as last heard of.
+    #[must_use]
+    pub fn slice(&self, name: &ObjectName) -> Option<&Slice> {
+        self.slices.get(name)
     }
 
     fn local_ready(&self, name: &ObjectName, service: &Service, family: Family) -> usize {

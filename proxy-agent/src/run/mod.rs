@@ -4,6 +4,7 @@
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
 
 mod follow;
+mod latency;
 mod report;
 mod require;
 mod sysctl;
@@ -26,10 +27,11 @@ use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::probe::Features;
 use crate::datapath::{Datapath, sockets};
-use crate::model::World;
+use crate::model::{Family, World};
 use crate::netlink;
 use crate::pace::{Limits, Pace};
 use crate::plan::{Actual, Capacity, Plan, Planner, Step};
+use crate::source::requests::Requests;
 use crate::source::{Change, directory, kubernetes};
 use report::Report;
 
@@ -127,6 +129,7 @@ struct Agent {
     sweeper: Sweeper,
     pace: Pace,
     report: Report,
+    requests: Requests,
     clock: Instant,
     /// Whether the tables have been brought in line once and the programs are attached.
     ready: bool,
@@ -149,7 +152,8 @@ impl Agent {
         }
         let kernel = Kernel::open(root)?;
         let capacity = capacity_of(&kernel);
-        let report = Report::open(&config, root, loaded.warnings())?;
+        let requests = Requests::default();
+        let report = Report::open(&config, root, loaded.warnings(), &requests)?;
         let sweeper = Sweeper::open(root, config.flow_timeouts)?;
         Ok(Self {
             world: World::new(config.settings.clone()),
@@ -162,6 +166,7 @@ impl Agent {
             loaded,
             sweeper,
             report,
+            requests,
             clock: Instant::now(),
             ready: false,
             full: true,
@@ -173,7 +178,12 @@ impl Agent {
 
     async fn run(mut self) -> Result<()> {
         let (tx, mut changes) = mpsc::channel(QUEUE);
-        let mut source = tokio::spawn(hear(self.config.source.clone(), self.node_name(), tx.clone()));
+        let mut source = tokio::spawn(hear(
+            self.config.source.clone(),
+            self.node_name(),
+            self.requests.clone(),
+            tx.clone(),
+        ));
         tokio::spawn(netlink::watch(tx));
         let mut not_served = self.report.serve(&self.config)?;
         let mut file = tokio::spawn(file_changed(self.config.file.clone()));
@@ -229,7 +239,7 @@ impl Agent {
     }
 
     fn hear(&mut self, change: Change) {
-        self.report.heard(&change);
+        self.report.heard(&change, &self.world);
         let links = matches!(change, Change::Links(_));
         // What was kept on the suspicion that it is only unreadable can be compared now.
         self.full |= matches!(change, Change::Whole(true));
@@ -335,7 +345,7 @@ impl Agent {
             Err(error) => {
                 self.pace.failed(self.now_ms());
                 self.full = true;
-                self.report.failed(&self.world, &error, started.elapsed());
+                self.report.failed(&self.world, &error, full, started.elapsed());
             }
         }
         Ok(())
@@ -390,15 +400,23 @@ impl Agent {
     /// Host processes whose connected UDP socket leads to an endpoint that has gone get an error and ask
     /// again; flows that pass an interface need no such thing.
     fn destroy_sockets(&self, gone: &[SocketAddr]) {
-        match sockets::destroy_udp(gone) {
-            Ok(0) => {}
-            Ok(n) => {
-                tracing::info!("{n} UDP sockets of host processes led to endpoints that have gone: closed")
+        for family in [Family::V4, Family::V6] {
+            let started = Instant::now();
+            let gone: Vec<SocketAddr> =
+                gone.iter().copied().filter(|at| Family::of(&at.ip()) == family).collect();
+            let closed = sockets::destroy_udp(&gone).unwrap_or_else(|error| {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "UDP sockets of host processes may still lead to endpoints that have gone"
+                );
+                0
+            });
+            if closed != 0 {
+                tracing::info!(
+                    "{closed} UDP sockets of host processes led to endpoints that have gone: closed"
+                );
             }
-            Err(error) => tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "UDP sockets of host processes may still lead to endpoints that have gone"
-            ),
+            self.report.reconciled(family, closed, started.elapsed());
         }
     }
 }
@@ -448,14 +466,19 @@ async fn file_changed(file: Option<ConfigFile>) -> anyhow::Error {
 }
 
 /// Hears from the source until the receiver has gone; an error is final.
-async fn hear(source: SourceConfig, node: Arc<str>, tx: mpsc::Sender<Change>) -> Result<()> {
+async fn hear(
+    source: SourceConfig,
+    node: Arc<str>,
+    requests: Requests,
+    tx: mpsc::Sender<Change>,
+) -> Result<()> {
     let client = match &source {
         SourceConfig::Manifests(path) => return Ok(directory::run(path.clone(), node, tx).await?),
         SourceConfig::Kubeconfig { file, server } => {
-            kubernetes::client(Some(file), server.as_deref()).await?
+            kubernetes::client(Some(file), server.as_deref(), &requests).await?
         }
-        SourceConfig::ApiServer(url) => kubernetes::client(None, Some(url)).await?,
-        SourceConfig::InCluster => kubernetes::client(None, None).await?,
+        SourceConfig::ApiServer(url) => kubernetes::client(None, Some(url), &requests).await?,
+        SourceConfig::InCluster => kubernetes::client(None, None, &requests).await?,
     };
     kubernetes::run(client, node, tx).await;
     Ok(())

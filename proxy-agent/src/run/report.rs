@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use jiff::Timestamp;
 use proxy_common::abi::{AgentState, text};
 use tokio::sync::oneshot;
 
@@ -13,12 +14,15 @@ use crate::datapath::attach::{AttachError, Attached};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
 use crate::kube_proxy::TakeOver;
-use crate::model::{Family, World};
+use crate::model::{Family, ObjectName, World};
 use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
 use crate::serve::service_health::Wanted;
 use crate::serve::{self, Metrics, ServiceHealth, Snapshot};
-use crate::source::Change;
+use crate::source::requests::Requests;
+use crate::source::{Change, Kind};
+
+use super::latency::Latency;
 
 /// How often progress is logged while the first lists come in.
 const PROGRESS: Duration = Duration::from_secs(2);
@@ -35,6 +39,9 @@ pub(super) struct Report {
     snapshot: Arc<Mutex<Snapshot>>,
     /// What is left of kube-proxy.
     take_over: TakeOver,
+    latency: Latency,
+    /// Services with changes that are not programmed yet (H-38).
+    pending: std::collections::BTreeSet<ObjectName>,
     /// What was wrong from the start: flags, pins.
     warnings: Vec<String>,
     /// What found no room.
@@ -57,7 +64,12 @@ fn unix_ms() -> u64 {
 }
 
 impl Report {
-    pub(super) fn open(config: &Config, root: &BpfRoot, warnings: &[String]) -> Result<Self> {
+    pub(super) fn open(
+        config: &Config,
+        root: &BpfRoot,
+        warnings: &[String],
+        requests: &Requests,
+    ) -> Result<Self> {
         let now = unix_ms();
         let state = AgentState {
             pid: std::process::id().into(),
@@ -100,7 +112,7 @@ impl Report {
             }
             now
         };
-        let metrics = Arc::new(Metrics::new(Box::new(snapshots), health.clone()));
+        let metrics = Arc::new(Metrics::new(Box::new(snapshots), health.clone(), requests));
         let mut all = config.warnings.clone();
         all.extend_from_slice(warnings);
         let report = Self {
@@ -112,6 +124,8 @@ impl Report {
             metrics,
             snapshot,
             take_over: TakeOver::default(),
+            latency: Latency::new(Timestamp::now()),
+            pending: std::collections::BTreeSet::new(),
             warnings: all,
             refused: Vec::new(),
             refusing: Vec::new(),
@@ -168,17 +182,23 @@ impl Report {
         self.warnings.push(line);
     }
 
-    pub(super) fn heard(&mut self, change: &Change) {
+    /// To be told of each change before `world` is.
+    pub(super) fn heard(&mut self, change: &Change, world: &World) {
+        self.latency.heard(change, |name| world.slice(name));
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
         match change {
-            Change::Service(..) => {
-                snapshot.service_changes += 1;
-                snapshot.service_changes_pending += 1;
+            // H-49: a Service is a change for each family, a slice for its own.
+            Change::Service(name, _) => {
+                snapshot.service_changes += self.families.len() as u64;
+                self.pending.insert(name.clone());
+                snapshot.service_changes_pending = self.pending.len() as u64;
             }
             Change::Slice(..) => {
                 snapshot.endpoint_changes += 1;
                 snapshot.endpoint_changes_pending += 1;
             }
+            Change::Repeated(Kind::Service) => snapshot.service_changes += self.families.len() as u64,
+            Change::Repeated(Kind::Slice) => snapshot.endpoint_changes += 1,
             Change::Connected(connected) => {
                 if snapshot.connected != *connected {
                     snapshot.connected = *connected;
@@ -203,7 +223,9 @@ impl Report {
             | Change::Links(_)
             | Change::ServiceRanges(..)
             | Change::Synced(_)
-            | Change::Whole(_) => {}
+            | Change::Whole(_)
+            | Change::Triggered(..)
+            | Change::Repeated(Kind::Node | Kind::ServiceCidr) => {}
         }
     }
 
@@ -268,7 +290,10 @@ impl Report {
     pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
         for family in self.families {
             self.health.synced(*family);
-            self.metrics.pass_took(*family, took);
+            self.metrics.passes().took(*family, full, took);
+        }
+        for (family, seconds) in self.latency.programmed(Timestamp::now()) {
+            self.metrics.passes().programmed(family, seconds);
         }
         self.health.node_eligible(world.node_object().map_or(self.without_nodes, |node| node.eligible));
         self.service_health.want(Wanted::of(world)); // Y-25: after success only.
@@ -291,13 +316,20 @@ impl Report {
             );
         }
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
+        self.pending.clear();
         snapshot.service_changes_pending = 0;
+        snapshot.without_local = world.without_local_endpoints();
         snapshot.endpoint_changes_pending = 0;
     }
 
-    pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, took: Duration) {
+    /// UDP sockets of host processes that led to endpoints which have gone are closed (H-45).
+    pub(super) fn reconciled(&self, family: Family, closed: usize, took: Duration) {
+        self.metrics.passes().reconciled(family, closed, took);
+    }
+
+    pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, full: bool, took: Duration) {
         for family in self.families {
-            self.metrics.pass_took(*family, took);
+            self.metrics.passes().took(*family, full, took);
         }
         tracing::error!("{error:#}; reading the tables and trying again");
         self.failure = Some(format!("the last pass failed: {error:#}"));

@@ -4,25 +4,28 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
-use axum::http::StatusCode;
-use axum::http::header::{CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use axum::extract::RawQuery;
+use axum::http::header::{CONTENT_TYPE, HeaderName, X_CONTENT_TYPE_OPTIONS};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
+use jiff::Timestamp;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet};
 use prometheus_client::metrics::MetricType;
-use prometheus_client::metrics::family;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 use proxy_common::abi::Reason;
 
+use super::exposition;
 use super::health::{Health, family_name};
+use super::pages::{Pages, Slis};
+use super::passes::Passes;
 use super::process::Process;
 use crate::cli::view::MapFill;
-use crate::model::Family;
+use crate::model::{Family, NoLocalByFamily};
+use crate::source::requests::Requests;
 
 /// What the run loop and the tables know at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -51,8 +54,10 @@ pub struct Snapshot {
     pub endpoint_changes: u64,
     /// Services with changes not yet programmed (H-38).
     pub service_changes_pending: u64,
-    /// Service changes heard (H-39).
+    /// Service changes heard, once for each family (H-39, H-49).
     pub service_changes: u64,
+    /// Service ports without an endpoint here (H-42).
+    pub without_local: NoLocalByFamily,
     /// The counters of REASONS.
     pub reasons: Vec<(Reason, u64)>,
     /// How full the tables are.
@@ -62,13 +67,15 @@ pub struct Snapshot {
 /// Where snapshots come from. Asked at each scrape, on a thread that may wait for the kernel.
 pub type Snapshots = dyn Fn() -> Snapshot + Send + Sync;
 
-/// Labels of a family.
+/// Labels of a counter without exemplars.
 type Labels = [(&'static str, &'static str); 1];
 
 /// The metrics of this agent.
 pub struct Metrics {
     registry: Registry,
-    duration: family::Family<Labels, Histogram, fn() -> Histogram>,
+    slis: Registry,
+    passes: Passes,
+    pages: Arc<Pages>,
 }
 
 impl fmt::Debug for Metrics {
@@ -77,39 +84,37 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// 1 ms … 16.384 s, as kube-proxy has them (section 8.4).
-fn sync_buckets() -> Histogram {
-    Histogram::new(exponential_buckets(0.001, 2.0, 15))
-}
-
 impl Metrics {
     /// Metrics over what `snapshots` and `health` tell.
     #[must_use]
-    pub fn new(snapshots: Box<Snapshots>, health: Arc<Health>) -> Self {
-        let duration: family::Family<Labels, Histogram, fn() -> Histogram> =
-            family::Family::new_with_constructor(sync_buckets);
+    pub fn new(snapshots: Box<Snapshots>, health: Arc<Health>, requests: &Requests) -> Self {
+        let (passes, pages) = (Passes::default(), Arc::new(Pages::new()));
         let mut registry = Registry::default();
-        registry.register(
-            "kubeproxy_sync_proxy_rules_duration_seconds",
-            "How long a pass took",
-            duration.clone(),
-        );
-        registry.register_collector(Box::new(Scrape { snapshots, health }));
+        passes.register(&mut registry);
+        requests.register(&mut registry);
+        registry.register_collector(Box::new(Scrape { snapshots, health: health.clone() }));
         registry.register_collector(Box::new(Process::this()));
-        Self { registry, duration }
+        let mut slis = Registry::default();
+        slis.register_collector(Box::new(Slis { health, pages: pages.clone() }));
+        Self { registry, slis, passes, pages }
     }
 
-    /// A pass of `family` has ended, well or not (H-30).
-    pub fn pass_took(&self, family: Family, time: Duration) {
-        self.duration.get_or_create(&[("ip_family", family_name(family))]).observe(time.as_secs_f64());
+    /// Where what passes by is counted.
+    #[must_use]
+    pub fn passes(&self) -> &Passes {
+        &self.passes
     }
 
     /// Everything, as OpenMetrics text.
     pub fn text(&self) -> Result<String, fmt::Error> {
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
-        Ok(text)
+        encode(&self.registry)
     }
+}
+
+fn encode(registry: &Registry) -> Result<String, fmt::Error> {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, registry)?;
+    Ok(text)
 }
 
 /// Turns a snapshot into metrics.
@@ -129,6 +134,7 @@ impl Collector for Scrape {
         let mut page = Page(encoder);
         let snapshot = (self.snapshots)();
         of_kube_proxy(&mut page, &snapshot, &self.health)?;
+        of_component(&mut page)?;
         of_agent(&mut page, &snapshot)
     }
 }
@@ -206,6 +212,21 @@ fn of_kube_proxy(page: &mut Page<'_>, snapshot: &Snapshot, health: &Health) -> f
         "Service changes heard",
         snapshot.service_changes,
     )?;
+    let NoLocalByFamily { v4, v6 } = snapshot.without_local;
+    let without = |policy, family, count: u64| {
+        ([("traffic_policy", policy), ("ip_family", family_name(family))], count as f64)
+    };
+    page.gauges(
+        // A gauge all the same (H-42).
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+        "Service ports with policy Local that have endpoints, but none on this node",
+        [
+            without("internal", Family::V4, v4.internal),
+            without("external", Family::V4, v4.external),
+            without("internal", Family::V6, v6.internal),
+            without("external", Family::V6, v6.external),
+        ],
+    )?;
     for path in ["healthz", "livez"] {
         let answers = health.answers().into_iter().filter(|(of, ..)| *of == path);
         page.counters(
@@ -215,6 +236,23 @@ fn of_kube_proxy(page: &mut Page<'_>, snapshot: &Snapshot, health: &Health) -> f
         )?;
     }
     Ok(())
+}
+
+/// As every component of Kubernetes has it (H-48).
+fn of_component(page: &mut Page<'_>) -> fmt::Result {
+    let architecture = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let labels = [
+        ("major", env!("CARGO_PKG_VERSION_MAJOR").to_owned()),
+        ("minor", env!("CARGO_PKG_VERSION_MINOR").to_owned()),
+        ("git_version", concat!("v", env!("CARGO_PKG_VERSION")).to_owned()),
+        ("compiler", "rustc".to_owned()),
+        ("platform", format!("{}/{architecture}", std::env::consts::OS)),
+    ];
+    page.gauges("kubernetes_build_info", "Version of the agent; always 1", [(labels, 1.0)])
 }
 
 /// Under our own names.
@@ -263,26 +301,35 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
 
 /// The paths of the metrics address (H-27).
 pub fn router(metrics: Arc<Metrics>) -> Router {
-    let plain = |text: &'static str| {
-        let headers = [(CONTENT_TYPE, "text/plain; charset=utf-8"), (X_CONTENT_TYPE_OPTIONS, "nosniff")];
-        any(async move || (headers, text))
+    let ping = |metrics: Arc<Metrics>| {
+        any(async move |RawQuery(query)| {
+            (plain_text(), metrics.pages.ping(&query.unwrap_or_default())).into_response()
+        })
     };
+    let status = metrics.clone();
+    let (all, slis) = (metrics.clone(), metrics.clone());
     Router::new()
-        .route("/metrics", any(async move || scrape(metrics).await))
-        .route("/proxyMode", plain("ebpf"))
-        .route("/healthz", plain("ok"))
-        .route("/healthz/ping", plain("ok"))
+        .route("/metrics", any(async move |headers| scrape(all, headers, |m| &m.registry).await))
+        .route("/metrics/slis", any(async move |headers| scrape(slis, headers, |m| &m.slis).await))
+        .route("/proxyMode", any((plain_text(), "ebpf")))
+        .route("/statusz", any(async move || (plain_text(), status.pages.status(Timestamp::now()))))
+        .route("/healthz", ping(metrics.clone()))
+        .route("/healthz/ping", ping(metrics))
 }
 
-async fn scrape(metrics: Arc<Metrics>) -> Response {
+fn plain_text() -> [(HeaderName, &'static str); 2] {
+    [(CONTENT_TYPE, "text/plain; charset=utf-8"), (X_CONTENT_TYPE_OPTIONS, "nosniff")]
+}
+
+async fn scrape(metrics: Arc<Metrics>, headers: HeaderMap, which: fn(&Metrics) -> &Registry) -> Response {
     // Counting entries walks whole tables: not on the thread that everything else runs on.
-    let text = tokio::task::spawn_blocking(move || metrics.text()).await;
+    let text = tokio::task::spawn_blocking(move || encode(which(&metrics))).await;
     let ill = |error: String| (StatusCode::INTERNAL_SERVER_ERROR, error).into_response();
     match text {
-        Ok(Ok(text)) => {
-            let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-            ([(CONTENT_TYPE, kind)], text).into_response()
+        Ok(Ok(text)) if exposition::wants_open_metrics(&headers) => {
+            ([(CONTENT_TYPE, exposition::OPEN_METRICS)], text).into_response()
         }
+        Ok(Ok(text)) => ([(CONTENT_TYPE, exposition::PLAIN)], exposition::plain(&text)).into_response(),
         Ok(Err(e)) => ill(format!("writing the metrics: {e}")),
         Err(e) => ill(format!("reading the metrics: {e}")),
     }
@@ -291,8 +338,11 @@ async fn scrape(metrics: Arc<Metrics>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::super::ask;
+    use std::time::Duration;
+
     use super::super::health::SystemClock;
     use super::*;
+    use crate::model::NoLocal;
 
     fn metrics() -> Arc<Metrics> {
         let snapshot = || Snapshot {
@@ -309,27 +359,42 @@ mod tests {
             endpoint_changes: 8,
             service_changes_pending: 9,
             service_changes: 10,
+            without_local: NoLocalByFamily {
+                v4: NoLocal { internal: 11, external: 12 },
+                v6: NoLocal { internal: 13, external: 14 },
+            },
             reasons: vec![(Reason::NewFlow, 12), (Reason::Refused, 0)],
             tables: vec![MapFill { name: "FLOWS", used: 8, max: 1024 }],
         };
         let health = Arc::new(Health::new(SystemClock));
         health.started(Family::V4);
         health.synced(Family::V4);
-        Arc::new(Metrics::new(Box::new(snapshot), health))
+        Arc::new(Metrics::new(Box::new(snapshot), health, &Requests::default()))
     }
 
     #[test]
     fn every_figure_is_under_its_documented_name() {
-        // H-30, H-33, H-34, H-36…H-41.
+        // H-30…H-42, H-45.
         let metrics = metrics();
-        metrics.pass_took(Family::V4, Duration::from_millis(3));
+        let passes = metrics.passes();
+        passes.took(Family::V4, true, Duration::from_millis(3));
+        passes.took(Family::V4, false, Duration::from_millis(5));
+        passes.programmed(Family::V6, 59.5);
+        passes.reconciled(Family::V4, 2, Duration::from_millis(1));
         let text = metrics.text().unwrap();
         for line in [
             "# TYPE kubeproxy_sync_proxy_rules_duration_seconds histogram",
             r#"kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="0.002",ip_family="IPv4"} 0"#,
             r#"kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="0.004",ip_family="IPv4"} 1"#,
-            r#"kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="16.384",ip_family="IPv4"} 1"#,
-            r#"kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"} 1"#,
+            r#"kubeproxy_sync_proxy_rules_duration_seconds_bucket{le="16.384",ip_family="IPv4"} 2"#,
+            r#"kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family="IPv4"} 2"#,
+            r#"kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family="IPv4"} 1"#,
+            r#"kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family="IPv4"} 1"#,
+            r#"kubeproxy_network_programming_duration_seconds_bucket{le="59.0",ip_family="IPv6"} 0"#,
+            r#"kubeproxy_network_programming_duration_seconds_bucket{le="60.0",ip_family="IPv6"} 1"#,
+            r#"kubeproxy_conntrack_reconciler_sync_duration_seconds_count{ip_family="IPv4"} 1"#,
+            r#"kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family="IPv4"} 2"#,
+            r#"kubeproxy_sync_proxy_rules_no_local_endpoints_total{traffic_policy="external",ip_family="IPv6"} 14.0"#,
             "# TYPE kubeproxy_sync_proxy_rules_last_timestamp_seconds gauge",
             "kubeproxy_sync_proxy_rules_endpoint_changes_pending 7",
             "kubeproxy_sync_proxy_rules_endpoint_changes_total 8",
@@ -372,7 +437,7 @@ mod tests {
     fn a_family_that_never_was_in_step_has_no_time_stamp() {
         let health = Arc::new(Health::new(SystemClock));
         health.started(Family::V6);
-        let text = Metrics::new(Box::new(Snapshot::default), health).text().unwrap();
+        let text = Metrics::new(Box::new(Snapshot::default), health, &Requests::default()).text().unwrap();
         assert!(!text.contains("last_timestamp_seconds{"), "{text}");
         assert!(text.contains(r#"last_queued_timestamp_seconds{ip_family="IPv6"}"#), "{text}");
     }
@@ -380,12 +445,22 @@ mod tests {
     #[tokio::test]
     async fn the_metrics_address_answers_on_its_paths_only() {
         let page = ask(router(metrics()), "GET", "/metrics").await;
-        assert!(page.starts_with("HTTP/1.1 200 OK\r\n") && page.contains("# EOF"), "{page}");
-        assert!(page.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8"));
+        assert!(page.starts_with("HTTP/1.1 200 OK\r\n") && !page.contains("# EOF"), "{page}");
+        assert!(page.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{page}");
         let mode = ask(router(metrics()), "GET", "/proxyMode").await;
         assert!(mode.contains("content-type: text/plain; charset=utf-8\r\n"), "{mode}");
         assert!(mode.ends_with("\r\n\r\nebpf"), "{mode}");
         assert!(ask(router(metrics()), "GET", "/healthz").await.ends_with("\r\n\r\nok"));
+        assert!(ask(router(metrics()), "GET", "/healthz/ping").await.ends_with("\r\n\r\nok"));
+        let verbose = ask(router(metrics()), "GET", "/healthz?verbose").await;
+        assert!(verbose.contains("[+]ping ok\n"), "{verbose}");
+        let slis = ask(router(metrics()), "GET", "/metrics/slis").await;
+        assert!(slis.contains("kubernetes_healthcheck{name=\"ping\",type=\"healthz\"} 1\n"), "{slis}");
+        assert!(slis.contains("# TYPE kubernetes_healthchecks_total counter\n"), "{slis}");
+        let status = ask(router(metrics()), "GET", "/statusz").await;
+        assert!(status.contains(concat!("Binary version: ", env!("CARGO_PKG_VERSION"))), "{status}");
+        // H-27: nothing to profile is offered.
+        assert!(ask(router(metrics()), "GET", "/debug/pprof/").await.starts_with("HTTP/1.1 404 "));
         assert!(ask(router(metrics()), "GET", "/nowhere").await.starts_with("HTTP/1.1 404 "));
     }
 }

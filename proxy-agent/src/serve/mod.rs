@@ -1,8 +1,11 @@
 //! Tell: health and metrics over HTTP.
 
 pub mod configz;
+mod exposition;
 pub mod health;
 pub mod metrics;
+mod pages;
+pub mod passes;
 pub mod process;
 pub mod service_health;
 

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
@@ -19,6 +20,7 @@ use crate::model::{Affinity, Endpoint, Family, Node, ObjectName, Port, Service, 
 pub const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// A slice with this label belongs to a headless Service (E-2).
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
+const ANNOTATION_TRIGGERED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 const TAINT_TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
@@ -284,6 +286,12 @@ pub fn slice(object: &discovery::EndpointSlice) -> (Option<Slice>, Vec<String>) 
     let endpoints = endpoints.filter_map(|(i, e)| slice_endpoint(i, e, family, &mut names, &mut complaints));
     let endpoints = endpoints.collect();
     (Some(Slice { service, family, ports, endpoints }), complaints.0)
+}
+
+/// When the endpoints of a slice changed, as its controller says (E-24).
+#[must_use]
+pub fn triggered(object: &discovery::EndpointSlice) -> Option<Timestamp> {
+    object.metadata.annotations.as_ref()?.get(ANNOTATION_TRIGGERED)?.parse().ok()
 }
 
 fn slice_ports(object: &discovery::EndpointSlice, complaints: &mut Complaints) -> Vec<SlicePort> {

@@ -68,6 +68,9 @@ impl Heard {
             Change::Connected(connected) => self.connected = connected,
             Change::Whole(whole) => self.torn = !whole,
             Change::Links(_) => panic!("a directory has no links"),
+            Change::Triggered(..) | Change::Repeated(_) => {
+                panic!("a directory says what changes and no more")
+            }
         }
     }
 }

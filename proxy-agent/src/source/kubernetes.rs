@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use ipnet::IpNet;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
+use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff, Event};
@@ -29,6 +31,7 @@ use tokio::time::timeout;
 
 use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
 use super::heard::Heard;
+use super::requests::Requests;
 use super::{Change, Kind};
 use crate::model::{Node, ObjectName, Service, Slice};
 
@@ -84,7 +87,13 @@ pub enum Error {
 
 /// A client from a kubeconfig or, without one, from the pod's service account; `apiserver` replaces the
 /// server's address (Y-1), and stands alone when there is neither.
-pub async fn client(kubeconfig: Option<&PathBuf>, apiserver: Option<&str>) -> Result<Client, Error> {
+///
+/// Its requests are counted in `requests`.
+pub async fn client(
+    kubeconfig: Option<&PathBuf>,
+    apiserver: Option<&str>,
+    requests: &Requests,
+) -> Result<Client, Error> {
     let url = apiserver.map(|url| url.parse::<http::Uri>().map_err(|source| (url, source)));
     let url = url.transpose().map_err(|(url, source)| Error::Url { url: url.to_owned(), source })?;
     let mut config = match (kubeconfig, &url) {
@@ -100,8 +109,11 @@ pub async fn client(kubeconfig: Option<&PathBuf>, apiserver: Option<&str>) -> Re
         config.cluster_url = url;
     }
     config.connect_timeout = Some(CONNECT);
-    let url = config.cluster_url.to_string();
-    Client::try_from(config).map_err(|source| Error::Client { url, source })
+    let url = config.cluster_url.clone();
+    let counting = requests.counting(url.authority().map_or("", http::uri::Authority::as_str));
+    let builder = ClientBuilder::try_from(config);
+    let builder = builder.map_err(|source| Error::Client { url: url.to_string(), source })?;
+    Ok(builder.with_layer(&counting).build())
 }
 
 /// Sends what the API server says of Services, EndpointSlices, the Node `node_name` and ServiceCIDRs, until nobody
@@ -116,6 +128,7 @@ pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) 
         config: watcher::Config::default().labels(&not(LABEL_PROXY_NAME)).fields("spec.clusterIP!=None"), // S-1
         convert: convert::service,
         change: Change::Service,
+        triggered: |_| None,
     };
     let slices = Feed::<discovery::EndpointSlice, Slice> {
         line: line(Kind::Slice),
@@ -123,6 +136,7 @@ pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) 
         config: watcher::Config::default().labels(&not(LABEL_HEADLESS)), // E-2
         convert: convert::slice,
         change: Change::Slice,
+        triggered: convert::triggered,
     };
     let node = Feed::<core::Node, Node> {
         line: line(Kind::Node),
@@ -133,6 +147,7 @@ pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) 
             (Some(node), complaints)
         },
         change: |_, node| Change::Node(node),
+        triggered: |_| None,
     };
     let service_cidrs = Feed::<networking::ServiceCIDR, Vec<IpNet>> {
         line: line(Kind::ServiceCidr),
@@ -143,6 +158,7 @@ pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) 
             (Some(ranges), complaints)
         },
         change: |name, ranges| Change::ServiceRanges(name.name.to_string(), ranges),
+        triggered: |_| None,
     };
     let all = futures::future::join4(
         services.run(Api::all(client.clone())),
@@ -197,6 +213,8 @@ struct Feed<K, T> {
     config: watcher::Config,
     convert: fn(&K) -> (Option<T>, Vec<String>),
     change: fn(ObjectName, Option<T>) -> Change,
+    /// When what it shows happened, if it says so.
+    triggered: fn(&K) -> Option<Timestamp>,
 }
 
 /// What was sent of an object: enough to take it back, and to tell whether it is news. The object itself
@@ -407,9 +425,17 @@ where
         let sent = known.remove(&name).unwrap_or_default();
         let (fingerprint, complaints) = match &heard.object {
             Ok(object) => {
+                let triggered = (self.triggered)(object);
                 let (object, complaints) = (self.convert)(object);
                 let fingerprint = object.as_ref().map(fingerprint);
-                if fingerprint != sent.fingerprint {
+                if fingerprint == sent.fingerprint {
+                    if fingerprint.is_some() {
+                        self.line.send(Change::Repeated(self.line.kind)).await?;
+                    }
+                } else {
+                    if let (Some(at), true) = (triggered, fingerprint.is_some()) {
+                        self.line.send(Change::Triggered(name.clone(), at)).await?;
+                    }
                     self.line.send((self.change)(name.clone(), object)).await?;
                 }
                 (fingerprint, complaints)

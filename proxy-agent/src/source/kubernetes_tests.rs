@@ -40,7 +40,7 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let app = axum::Router::new().fallback(answer).with_state(server.clone());
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-        (server, client(None, Some(&url)).await.unwrap())
+        (server, client(None, Some(&url), &Requests::default()).await.unwrap())
     }
 
     fn asked(&self, what: &str) -> Vec<String> {
@@ -112,6 +112,7 @@ struct Listener {
     ranges: HashMap<String, Vec<IpNet>>,
     synced: Vec<Kind>,
     connected: Vec<bool>,
+    repeated: Vec<Kind>,
     changes: usize,
 }
 
@@ -124,8 +125,8 @@ impl Listener {
         let (server, client) = Server::start(replies, service_cidrs).await;
         let (tx, rx) = mpsc::channel(64);
         tokio::spawn(run(client, "n1".into(), tx));
-        let (services, complaints, ranges, synced, connected) = Default::default();
-        (server, Self { rx, services, complaints, ranges, synced, connected, changes: 0 })
+        let (services, complaints, ranges, synced, connected, repeated) = Default::default();
+        (server, Self { rx, services, complaints, ranges, synced, connected, repeated, changes: 0 })
     }
 
     async fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
@@ -160,6 +161,7 @@ impl Listener {
             Change::ServiceRanges(name, None) => assert!(self.ranges.remove(&name).is_some()),
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected.push(connected),
+            Change::Repeated(kind) => self.repeated.push(kind),
             other => panic!("nobody said {other:?}"),
         }
     }
@@ -328,9 +330,9 @@ async fn a_list_that_ends_half_way_is_begun_again_and_removes_nothing() {
 
 #[tokio::test]
 async fn a_wrong_address_or_file_is_an_error_that_names_it() {
-    let error = client(None, Some("not a url")).await.err().unwrap().to_string();
+    let error = client(None, Some("not a url"), &Requests::default()).await.err().unwrap().to_string();
     assert!(error.contains("not a url"), "{error}");
     let missing = PathBuf::from("/nonexistent/kubeconfig");
-    let error = client(Some(&missing), None).await.err().unwrap().to_string();
+    let error = client(Some(&missing), None, &Requests::default()).await.err().unwrap().to_string();
     assert!(error.contains("/nonexistent/kubeconfig"), "{error}");
 }

@@ -8,6 +8,9 @@ pub mod directory;
 mod heard;
 pub mod kubernetes;
 pub mod manifest;
+pub mod requests;
+
+use jiff::Timestamp;
 
 use ipnet::IpNet;
 
@@ -33,6 +36,10 @@ pub enum Change {
     Service(ObjectName, Option<Service>),
     /// An EndpointSlice as it is now; `None` when it is gone.
     Slice(ObjectName, Option<Slice>),
+    /// When what changes this slice happened in the cluster; that change itself comes next (E-24).
+    Triggered(ObjectName, Timestamp),
+    /// An object was heard of again, and says nothing new.
+    Repeated(Kind),
     /// The node's own object.
     Node(Option<Node>),
     /// Ranges of ClusterIPs, by the name of the ServiceCIDR that has them (Y-16); `None` when it is gone.

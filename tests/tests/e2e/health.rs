@@ -16,7 +16,7 @@ use crate::common::{manifests, web};
 use crate::life::{FLAGS, SOON, answers, one_node, servers, service};
 
 /// Asks over HTTP from a place: code and body.
-fn http(place: &Place, to: &str, path: &str) -> Result<(u16, String)> {
+pub(crate) fn http(place: &Place, to: &str, path: &str) -> Result<(u16, String)> {
     let to: SocketAddr = to.parse()?;
     let ask = || -> Result<String> {
         let mut stream = TcpStream::connect_timeout(&to, std::time::Duration::from_secs(2))?;

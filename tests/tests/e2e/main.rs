@@ -33,6 +33,8 @@ mod loadbalancer;
 #[cfg(test)]
 mod localhost;
 #[cfg(test)]
+mod metrics;
+#[cfg(test)]
 mod nodeport;
 #[cfg(test)]
 mod packets;
