@@ -13,6 +13,8 @@ mod commands;
 #[cfg(test)]
 mod common;
 #[cfg(test)]
+mod configuration;
+#[cfg(test)]
 mod directory;
 #[cfg(test)]
 mod errors;
