@@ -5,6 +5,13 @@ use std::collections::BTreeMap;
 /// When false, external IPs are not served (V-8).
 pub(super) const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
 
+/// Gates that change nothing here, misspelt ones among them: every release knows other names, and one that this
+/// program has not heard of is no reason not to start.
+pub(super) fn without_effect(gates: &BTreeMap<String, bool>) -> Option<String> {
+    let others: Vec<&str> = gates.keys().map(String::as_str).filter(|name| *name != EXTERNAL_IPS).collect();
+    (!others.is_empty()).then(|| format!("these feature gates have no effect here: {}", others.join(", ")))
+}
+
 /// `NAME=BOOL,...`, as Go's flag takes it.
 pub(super) fn parse(text: &str) -> Result<BTreeMap<String, bool>, String> {
     let gate = |item: &str| {
@@ -32,5 +39,15 @@ mod tests {
         for text in ["AllAlpha", "AllAlpha=", "AllAlpha=maybe"] {
             assert!(parse(text).unwrap_err().contains(text));
         }
+    }
+
+    #[test]
+    fn a_gate_of_another_component_or_release_is_named() {
+        // V-8, F-11.
+        let gates =
+            parse("AllAlpha=true,AllowServiceExternalIPs=false,AllowServiceExternalIP=false").unwrap();
+        let said = without_effect(&gates).unwrap();
+        assert_eq!(said, "these feature gates have no effect here: AllAlpha, AllowServiceExternalIP");
+        assert_eq!(without_effect(&parse("AllowServiceExternalIPs=true").unwrap()), None);
     }
 }

@@ -309,7 +309,8 @@ fn flags_that_have_no_effect_do_not_stop_the_agent() {
         "--feature-gates=AllAlpha=false",
     ];
     let config = config_on(&FakeHost::named("n1"), &flags).unwrap();
-    let [warning] = config.warnings.try_into().unwrap();
+    let [warning, gates] = config.warnings.try_into().unwrap();
+    assert!(gates.contains("AllAlpha"), "{gates}");
     for word in ["--proxy-mode=ipvs", "--ipvs-scheduler=rr", "--kube-api-qps=50", "--profiling=true"] {
         assert!(warning.contains(word), "{word}: {warning}");
     }

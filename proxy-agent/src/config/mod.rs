@@ -220,6 +220,7 @@ impl Config {
         let mut errors = Errors { origin: input.origin(), errors: Vec::new() };
         let Input { mut kube, file, mut warnings } = input;
         check::check(&kube, &mut errors);
+        warnings.extend(gates::without_effect(&kube.feature_gates));
         let bind_address = bind_address(&kube.bind_address, &mut errors);
         default_addresses(&mut kube);
         let source = source(args, &kube, &mut errors);

@@ -783,6 +783,28 @@ fn a_detection_mode_names_the_one_range_that_counts() {
 }
 
 #[test]
+fn services_do_not_wait_for_pod_cidrs_and_follow_them() {
+    // Y-9, Y-12.
+    let mut world = World::new(Settings { detect_local: DetectLocal::NodeCidr, ..settings() });
+    world.hear(Change::Links(links()));
+    world.hear(Change::Service(name("web"), Some(service("10.96.0.1"))));
+    for kind in [Kind::Service, Kind::Slice, Kind::Node] {
+        world.hear(Change::Synced(kind));
+    }
+    let pods = ["10.1.0.9", "10.2.0.9"];
+    let known = |world: &World| pods.map(|pod| world.node().config.is_pod(&ip(pod).into()));
+    assert!(world.synced() && !world.desired().services.is_empty());
+    assert_eq!(known(&world), [false, false]);
+    for (cidrs, expected) in
+        [(&[][..], [false, false]), (&["10.1.0.0/24"], [true, false]), (&["10.2.0.0/24"], [false, true])]
+    {
+        let pod_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
+        world.hear(Change::Node(Some(Node { pod_cidrs, ..node(None, &[]) })));
+        assert_eq!(known(&world), expected);
+    }
+}
+
+#[test]
 fn localhost_node_ports_need_the_switch_and_socket_programs() {
     let on = |localhost_node_ports: bool, socket_lb: SocketLb| {
         let world = World::new(Settings { localhost_node_ports, socket_lb, ..settings() });
