@@ -275,6 +275,38 @@ fn what_the_agent_is_told_to_use_is_mounted() {
 }
 
 #[test]
+fn kubeadm_s_kube_proxy_is_replaced_in_its_own_place() {
+    // F-14.
+    let [document] = documents(&deploy().join("kubeadm.yaml")).try_into().unwrap();
+    let set: DaemonSet = typed(&document);
+    assert_eq!(name(&set.metadata), ("kube-system".to_owned(), "kube-proxy".to_owned()));
+    let labels = BTreeMap::from([("k8s-app".to_owned(), "kube-proxy".to_owned())]);
+    let spec = set.spec.unwrap();
+    assert_eq!(spec.selector.match_labels.as_ref(), Some(&labels));
+    assert_eq!(spec.template.metadata.unwrap().labels.as_ref(), Some(&labels));
+    let pod = spec.template.spec.unwrap();
+    assert_eq!(pod.service_account_name.as_deref(), Some("kube-proxy"));
+    let container = &pod.containers[0];
+    let config = pod.volumes.as_deref().unwrap().iter().find(|volume| volume.name == "kube-proxy").unwrap();
+    assert_eq!(config.config_map.as_ref().unwrap().name, "kube-proxy");
+    let mount = container.volume_mounts.as_deref().unwrap().iter().find(|m| m.name == "kube-proxy").unwrap();
+    assert_eq!(mount.mount_path, "/var/lib/kube-proxy");
+    // Beside where it is told to look, it is the other DaemonSet's pod.
+    let other: DaemonSet = installed("DaemonSet");
+    let other = other.spec.unwrap().template.spec.unwrap();
+    assert_eq!(container.image, other.containers[0].image);
+    let args = |args: &Option<Vec<String>>| -> Vec<String> {
+        let args = args.iter().flatten().filter(|arg| !arg.contains("config"));
+        args.cloned().collect()
+    };
+    assert_eq!(args(&container.args), args(&other.containers[0].args));
+    assert_eq!(
+        (&container.env, &container.ports, &container.security_context),
+        (&other.containers[0].env, &other.containers[0].ports, &other.containers[0].security_context)
+    );
+}
+
+#[test]
 fn the_probes_ask_the_health_port() {
     let daemon_set: DaemonSet = installed("DaemonSet");
     let container = &daemon_set.spec.unwrap().template.spec.unwrap().containers[0];
@@ -288,8 +320,8 @@ fn the_probes_ask_the_health_port() {
 }
 
 #[test]
-fn the_role_is_no_wider_than_that_of_kube_proxy() {
-    // `system:node-proxier`, from the API server's bootstrap policy.
+fn the_role_is_that_of_kube_proxy() {
+    // Y-4: `system:node-proxier`, from the API server's bootstrap policy.
     let allowed = [
         ("", "services", &["list", "watch"][..]),
         ("", "endpoints", &["list", "watch"]),
@@ -300,6 +332,7 @@ fn the_role_is_no_wider_than_that_of_kube_proxy() {
         ("events.k8s.io", "events", &["create", "patch", "update"]),
     ];
     let role: ClusterRole = installed("ClusterRole");
+    let mut missing: BTreeSet<_> = allowed.iter().map(|(group, resource, _)| (*group, *resource)).collect();
     for PolicyRule { api_groups, resources, verbs, resource_names, non_resource_urls } in role.rules.unwrap()
     {
         assert!(resource_names.is_none() && non_resource_urls.is_none());
@@ -307,8 +340,10 @@ fn the_role_is_no_wider_than_that_of_kube_proxy() {
             for resource in resources.iter().flatten() {
                 let known = allowed.iter().find(|(g, r, _)| (*g, *r) == (&group, resource));
                 let (_, _, may) = known.unwrap_or_else(|| panic!("{group}/{resource} is too much"));
-                assert!(verbs.iter().all(|verb| may.contains(&verb.as_str())), "{resource}: {verbs:?}");
+                assert_eq!(verbs, *may, "{resource}");
+                missing.retain(|known| *known != (group.as_str(), resource.as_str()));
             }
         }
     }
+    assert!(missing.is_empty(), "{missing:?}");
 }

@@ -152,10 +152,9 @@ fn kube_proxy_s_verbosity_is_understood() {
     assert_eq!(["0", "2", "4", "5", "6", "9"].map(more), [0, 0, 1, 1, 2, 2]);
 }
 
-#[test]
-fn the_daemonset_s_arguments_are_understood() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/daemonset.yaml");
-    let text = std::fs::read_to_string(path).unwrap();
+/// What `run` understands of the arguments of a DaemonSet under `deploy/`.
+fn arguments(file: &str) -> Box<RunArgs> {
+    let text = std::fs::read_to_string(format!("{}/../deploy/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap();
     let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(&text).unwrap();
     let set = documents.iter().find(|document| document["kind"] == "DaemonSet").unwrap();
     let args = set["spec"]["template"]["spec"]["containers"][0]["args"].as_array().unwrap();
@@ -163,9 +162,19 @@ fn the_daemonset_s_arguments_are_understood() {
         args.iter().map(|arg| arg.as_str().unwrap().replace("$(NODE_NAME)", "Node1")).collect();
     let cli = Cli::try_parse_from(std::iter::once("proxy-agent".to_owned()).chain(line)).unwrap();
     let Command::Run(args) = cli.command else { panic!("not run") };
-    assert_eq!(args.kube_proxy.client_connection.kubeconfig, "/etc/ebpf-proxy/kubeconfig");
     assert_eq!(args.hostname_override.as_deref(), Some("Node1"));
-    assert_eq!(args.cgroup_root.unwrap().to_str(), Some("/host/sys/fs/cgroup"));
+    assert_eq!(args.cgroup_root.as_deref().and_then(Path::to_str), Some("/host/sys/fs/cgroup"));
+    args
+}
+
+#[test]
+fn the_daemonsets_arguments_are_understood() {
+    // F-14.
+    let args = arguments("daemonset.yaml");
+    assert_eq!(args.kube_proxy.client_connection.kubeconfig, "/etc/ebpf-proxy/kubeconfig");
+    assert_eq!(args.config, None);
+    let args = arguments("kubeadm.yaml");
+    assert_eq!(args.config.as_deref().and_then(Path::to_str), Some("/var/lib/kube-proxy/config.conf"));
 }
 
 #[test]
