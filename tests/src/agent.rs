@@ -146,9 +146,15 @@ impl Agent {
 
     /// Ends it as an operator does, with SIGTERM, and waits for it.
     pub fn stop(&mut self) -> Result<ExitStatus> {
-        let mut child = self.child.take().context("the agent does not run")?;
-        let pid = i32::try_from(child.id()).context("a process id")?;
+        let pid = self.pid().context("the agent does not run")?;
+        let pid = i32::try_from(pid).context("a process id")?;
         kill(Pid::from_raw(pid), Signal::SIGTERM).context("sending SIGTERM to the agent")?;
+        self.ended()
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn ended(&mut self) -> Result<ExitStatus> {
+        let mut child = self.child.take().context("the agent does not run")?;
         let waited = eventually(START, || child.try_wait()?.context("the agent does not end"));
         if waited.is_err() {
             // It must not outlive the test that finds this.

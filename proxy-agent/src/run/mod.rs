@@ -31,6 +31,7 @@ use crate::model::{Family, World};
 use crate::netlink;
 use crate::pace::{Limits, Pace};
 use crate::plan::{Actual, Capacity, Plan, Planner, Step};
+use crate::source::events::{Event, Events, Untold};
 use crate::source::requests::Requests;
 use crate::source::{Change, directory, kubernetes};
 use report::Report;
@@ -178,14 +179,17 @@ impl Agent {
 
     async fn run(mut self) -> Result<()> {
         let (tx, mut changes) = mpsc::channel(QUEUE);
+        let (events, untold) = Events::new();
+        events.tell(Event::Starting); // H-29.
         let mut source = tokio::spawn(hear(
             self.config.source.clone(),
             self.node_name(),
             self.requests.clone(),
+            untold,
             tx.clone(),
         ));
         tokio::spawn(netlink::watch(tx));
-        let mut not_served = self.report.serve(&self.config)?;
+        let mut not_served = self.report.serve(&self.config, &events)?;
         let mut file = tokio::spawn(file_changed(self.config.file.clone()));
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -204,10 +208,11 @@ impl Agent {
                     Err(error) => anyhow!(error).context("the source of Services"),
                 }),
                 changed = &mut file => return Err(changed.unwrap_or_else(|e| anyhow!(e).context("watching --config"))),
-                failed = &mut not_served => return Err(failed.map_or_else(
-                    |_| anyhow!("health and metrics are no longer served"),
-                    anyhow::Error::from,
-                )),
+                Some(event) = not_served.recv() => {
+                    let why = anyhow!("{event}; free the address, or start without --bind-address-hard-fail");
+                    events.tell_last(event).await;
+                    return Err(why);
+                }
                 () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.pass()?,
                 Some(change) = changes.recv() => {
                     self.hear(change);
@@ -470,16 +475,21 @@ async fn hear(
     source: SourceConfig,
     node: Arc<str>,
     requests: Requests,
+    events: Untold,
     tx: mpsc::Sender<Change>,
 ) -> Result<()> {
     let client = match &source {
-        SourceConfig::Manifests(path) => return Ok(directory::run(path.clone(), node, tx).await?),
+        SourceConfig::Manifests(path) => {
+            tokio::spawn(events.publish(None, node.clone()));
+            return Ok(directory::run(path.clone(), node, tx).await?);
+        }
         SourceConfig::Kubeconfig { file, server } => {
             kubernetes::client(Some(file), server.as_deref(), &requests).await?
         }
         SourceConfig::ApiServer(url) => kubernetes::client(None, Some(url), &requests).await?,
         SourceConfig::InCluster => kubernetes::client(None, None, &requests).await?,
     };
+    tokio::spawn(events.publish(Some(client.clone()), node.clone()));
     kubernetes::run(client, node, tx).await;
     Ok(())
 }

@@ -1,13 +1,12 @@
 //! What the loop tells: the log, the record for the command line, health and metrics.
 
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 use proxy_common::abi::{AgentState, text};
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 
 use crate::config::{Config, SourceConfig};
 use crate::datapath::attach::{AttachError, Attached};
@@ -19,6 +18,7 @@ use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
 use crate::serve::service_health::Wanted;
 use crate::serve::{self, Metrics, ServiceHealth, Snapshot};
+use crate::source::events::{Event, Events};
 use crate::source::requests::Requests;
 use crate::source::{Change, Kind};
 
@@ -56,6 +56,12 @@ pub(super) struct Report {
     told: Instant,
     /// The source knows no Nodes: one that was never seen is as good as any.
     without_nodes: bool,
+}
+
+/// Says that an address is not served.
+async fn lost(failing: &mpsc::Sender<Event>, event: Event) {
+    // An error: the loop has ended, and with it the agent.
+    let _ = failing.send(event).await;
 }
 
 fn unix_ms() -> u64 {
@@ -139,14 +145,20 @@ impl Report {
         Ok(report)
     }
 
-    /// Serves health and metrics from a thread of their own, so that neither waits for a pass. What is received is
-    /// why they are not served.
-    pub(super) fn serve(&self, config: &Config) -> Result<oneshot::Receiver<io::Error>> {
+    /// Serves health and metrics from a thread of their own, so that neither waits for a pass.
+    ///
+    /// With `--bind-address-hard-fail` the event says why the agent must end.
+    pub(super) fn serve(&self, config: &Config, events: &Events) -> Result<mpsc::Receiver<Event>> {
+        let (failing, failed) = mpsc::channel(2);
+        let hard = config.hard_fail;
         let (health, metrics) = (self.health.clone(), self.metrics.clone());
-        let service_health = self.service_health.server(self.health.clone());
-        let (at_health, at_metrics, hard_fail) = (config.healthz, config.metrics, config.hard_fail);
+        let service_health = self.service_health.server(
+            self.health.clone(),
+            config.settings.node_name.clone(),
+            events.clone(),
+        );
+        let (at_health, at_metrics) = (config.healthz, config.metrics);
         let configz = serve::configz::router(config.configz());
-        let (failed, failure) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -154,26 +166,25 @@ impl Report {
         let serve = move || {
             runtime.block_on(async {
                 let health = async {
-                    match at_health {
-                        Some(at) => {
-                            serve::serve("health", at, serve::health::router(health), hard_fail).await
-                        }
-                        None => std::future::pending().await,
+                    let Some(at) = at_health else { return };
+                    if let Err(error) = serve::serve("health", at, hard, serve::health::router(health)).await
+                    {
+                        lost(&failing, Event::NoHealth(format!("cannot serve health at {at}: {error}")))
+                            .await;
                     }
                 };
-                let router = serve::metrics::router(metrics).merge(configz);
-                let metrics = serve::serve("metrics", at_metrics, router, hard_fail);
-                let service_health = async {
-                    service_health.run().await;
-                    Ok(())
+                let metrics = async {
+                    let (at, router) = (at_metrics, serve::metrics::router(metrics).merge(configz));
+                    if let Err(error) = serve::serve("metrics", at, hard, router).await {
+                        lost(&failing, Event::NoMetrics(format!("cannot serve metrics at {at}: {error}")))
+                            .await;
+                    }
                 };
-                if let Err(error) = tokio::try_join!(health, metrics, service_health) {
-                    let _ = failed.send(error); // Nobody listens when the agent ends.
-                }
+                tokio::join!(health, metrics, service_health.run());
             });
         };
         std::thread::Builder::new().name("serve".into()).spawn(serve).context("cannot start a thread")?;
-        Ok(failure)
+        Ok(failed)
     }
 
     /// One more thing to be said as long as the agent runs.

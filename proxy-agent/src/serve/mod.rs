@@ -25,14 +25,12 @@ const BIND_EVERY: Duration = Duration::from_secs(5);
 
 /// Serves `router` at `address` until this future is dropped; `what` names it in the log.
 ///
-/// An address that cannot be had is tried for ever, because the data plane does not depend on anyone hearing of it;
-/// with `hard_fail` it is an error at once.
-pub async fn serve(what: &str, address: SocketAddr, router: Router, hard_fail: bool) -> io::Result<()> {
-    let listener = if hard_fail {
-        let fault = |e: io::Error| io::Error::new(e.kind(), format!("cannot serve {what} at {address}: {e}"));
-        TcpListener::bind(address).await.map_err(fault)?
-    } else {
-        bind(what, address, BIND_EVERY).await
+/// An address that cannot be had is tried for ever: the data plane does not depend on anyone hearing of it. Only
+/// when a `hard` failure is asked for it is an error.
+pub async fn serve(what: &str, address: SocketAddr, hard: bool, router: Router) -> io::Result<()> {
+    let listener = match hard {
+        true => TcpListener::bind(address).await?,
+        false => bind(what, address, BIND_EVERY).await,
     };
     tracing::info!("serving {what} at {address}");
     axum::serve(listener, router).await
@@ -91,6 +89,8 @@ mod tests {
         let waiting = tokio::spawn(bind("health", address, Duration::from_millis(5)));
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
+        let hard = serve("health", address, true, Router::new()).await.unwrap_err();
+        assert_eq!(hard.kind(), io::ErrorKind::AddrInUse);
         drop(taken);
         let listener = waiting.await.unwrap();
         assert_eq!(listener.local_addr().unwrap(), address);

@@ -25,6 +25,7 @@ use tokio::time::sleep;
 use super::Health;
 use super::health::family_name;
 use crate::model::{Accepted, Family, HealthCheck, ObjectName, World};
+use crate::source::events::{Event, Events};
 
 /// When what could not be opened is tried again, if no pass comes first (H-16).
 const RETRY: Duration = Duration::from_secs(5);
@@ -101,8 +102,10 @@ impl ServiceHealth {
 
     /// The other end, for the thread that serves.
     #[must_use]
-    pub fn server(&self, health: Arc<Health>) -> Server {
+    pub fn server(&self, health: Arc<Health>, node: Arc<str>, events: Events) -> Server {
         Server {
+            node,
+            events,
             wanted: self.wanted.subscribe(),
             failures: self.failures.clone(),
             health,
@@ -114,6 +117,8 @@ impl ServiceHealth {
 /// The listeners.
 #[derive(Debug)]
 pub struct Server {
+    node: Arc<str>,
+    events: Events,
     wanted: watch::Receiver<Wanted>,
     failures: Arc<Mutex<BTreeMap<Key, String>>>,
     health: Arc<Health>,
@@ -178,6 +183,8 @@ impl Server {
         let mut known = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         for (key, line) in failures.iter().filter(|(key, line)| known.get(*key) != Some(*line)) {
             tracing::warn!("Service {}: {line}", key.0);
+            let note = format!("node {}, Service {}: {line}", self.node, key.0);
+            self.events.tell(Event::NoServiceHealth(key.0.clone(), note)); // H-16.
         }
         *known = failures;
         failed
@@ -340,7 +347,8 @@ mod tests {
         let health = Arc::new(Health::new(clock.clone()));
         health.started(Family::V4);
         let service_health = ServiceHealth::default();
-        let server = service_health.server(health.clone());
+        let (events, _) = Events::new();
+        let server = service_health.server(health.clone(), "n1".into(), events);
         (service_health, server, health, clock)
     }
 

@@ -5,6 +5,7 @@
 pub mod address;
 pub mod convert;
 pub mod directory;
+pub mod events;
 mod heard;
 pub mod kubernetes;
 pub mod manifest;

@@ -15,6 +15,9 @@ use super::watch::{self, Watch};
 use super::{Fault, Gone, Shared, StreamingLists, store};
 use crate::object::{Key, Kind};
 
+/// Where events are sent to.
+const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/";
+
 pub(super) type Body = BoxBody<Bytes, Infallible>;
 
 /// Answers a request; every failure is a `Status` object as from the real server.
@@ -26,10 +29,34 @@ pub(super) async fn answer(
     shared.requests.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
     shared.answering().await;
     let fault = shared.behaviour.borrow().fault;
+    let about_events = request.uri().path().starts_with(EVENTS);
     Ok(match fault {
         Fault::Status(code) => failure(code, "InternalError", "the test wants it so"),
+        Fault::None | Fault::Drop | Fault::Hang if about_events => event(&shared, request).await,
         Fault::None | Fault::Drop | Fault::Hang => route(&shared, &request),
     })
+}
+
+/// Events are made and counted up; nobody reads them here but the test.
+async fn event(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
+    if shared.behaviour.borrow().events_forbidden {
+        return failure(403, "Forbidden", "events.events.k8s.io is forbidden: the test wants it so");
+    }
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
+    let Ok(json) = serde_json::from_slice::<Value>(&body) else {
+        return failure(400, "BadRequest", "the event is no JSON");
+    };
+    let mut events = shared.events.lock().unwrap_or_else(PoisonError::into_inner);
+    let same = |known: &&mut Value| known["metadata"]["name"] == json["metadata"]["name"];
+    match (head.method, events.iter_mut().find(same)) {
+        (Method::POST, None) => events.push(json.clone()),
+        (Method::PATCH, Some(known)) => *known = json.clone(),
+        (Method::POST, Some(_)) => return failure(409, "AlreadyExists", "there is such an event"),
+        (Method::PATCH, None) => return failure(404, "NotFound", "no such event"),
+        _ => return failure(405, "MethodNotAllowed", "events are created and patched"),
+    }
+    ok(&json)
 }
 
 fn route(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Body> {

@@ -65,6 +65,7 @@ struct Behaviour {
     streaming: StreamingLists,
     gone: Gone,
     bookmark_every: Duration,
+    events_forbidden: bool,
     /// Grows when connections are to be cut.
     epoch: u64,
     stopped: bool,
@@ -77,6 +78,7 @@ struct Shared {
     /// Woken at every change of the store.
     changed: tokio::sync::watch::Sender<u64>,
     requests: Mutex<Vec<String>>,
+    events: Mutex<Vec<serde_json::Value>>,
 }
 
 impl Shared {
@@ -113,6 +115,7 @@ impl ApiServer {
             streaming: StreamingLists::On,
             gone: Gone::Event,
             bookmark_every: Duration::from_secs(1),
+            events_forbidden: false,
             epoch: 0,
             stopped: false,
         };
@@ -121,6 +124,7 @@ impl ApiServer {
             behaviour: tokio::sync::watch::Sender::new(behaviour),
             changed: tokio::sync::watch::Sender::new(0),
             requests: Mutex::default(),
+            events: Mutex::default(),
         });
         let served = shared.clone();
         let thread = std::thread::Builder::new()
@@ -194,6 +198,17 @@ impl ApiServer {
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
         self.shared.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The events that clients have created, in the form they have now.
+    #[must_use]
+    pub fn events(&self) -> Vec<serde_json::Value> {
+        self.shared.events.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Refuses events from now on.
+    pub fn forbid_events(&self) {
+        self.shared.behaviour.send_modify(|now| now.events_forbidden = true);
     }
 
     fn wake(&self) {

@@ -19,6 +19,8 @@ mod directory;
 #[cfg(test)]
 mod errors;
 #[cfg(test)]
+mod events;
+#[cfg(test)]
 mod follow;
 #[cfg(test)]
 mod hairpin;

@@ -1,0 +1,123 @@
+//! Events that operators see with `kubectl get events`: about the Node, and about Services (H-12, H-16, H-28, H-29).
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::agent::Agent;
+use proxy_tests::apiserver::ApiServer;
+use proxy_tests::manifests::{ServicePlan, node};
+use proxy_tests::probe::eventually;
+use proxy_tests::require::agent_binary;
+use proxy_tests::town::Town;
+use serde_json::{Value, json};
+
+use crate::common::{manifests, vips, web};
+use crate::life::{FLAGS, SOON, answers, one_node, servers, service};
+
+fn server(town: &Town) -> Result<ApiServer> {
+    let place = town.place("node1");
+    let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
+    server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));
+    Ok(server)
+}
+
+/// Waits for the event with this reason.
+fn event(server: &ApiServer, reason: &str) -> Result<Value> {
+    eventually(SOON, || {
+        let events = server.events();
+        let found = events.iter().find(|event| event["reason"] == reason).cloned();
+        found.with_context(|| format!("no {reason} in {events:#?}"))
+    })
+}
+
+#[test]
+fn an_agent_says_that_it_starts_and_which_service_health_it_cannot_serve() -> Result<()> {
+    let town = one_node(&["a"])?;
+    let server = server(&town)?;
+    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    // H-29.
+    let starting = event(&server, "Starting")?;
+    ensure!(starting["type"] == "Normal" && starting["action"] == "StartKubeProxy", "{starting:#}");
+    ensure!(starting["reportingController"] == "kube-proxy", "{starting:#}");
+    ensure!(starting["reportingInstance"] == "node1", "{starting:#}");
+    ensure!(starting["apiVersion"] == "events.k8s.io/v1" || starting["apiVersion"].is_null(), "{starting:#}");
+    let regarding = json!({ "apiVersion": "v1", "kind": "Node", "name": "node1", "uid": "node1" });
+    ensure!(starting["regarding"] == regarding, "{starting:#}");
+    let paths = server.requests();
+    ensure!(paths.iter().any(|path| path.starts_with("/apis/events.k8s.io/v1/namespaces/default/events")));
+
+    // H-16: a second Service with the same health check port.
+    let taken = |name: &str, n: u8| {
+        let vip = [format!("192.0.2.{n}").parse().expect("an address")];
+        let plan = ServicePlan::new(name, &vips(n)[..1]).port("tcp", "TCP", 80, 8080).load_balancer(&vip);
+        server.put(&plan.external_local(Some(32_123)).build());
+    };
+    taken("first", 1);
+    taken("second", 2);
+    let failed = event(&server, "FailedToStartServiceHealthcheck")?;
+    ensure!(failed["type"] == "Warning" && failed["action"] == "Listen", "{failed:#}");
+    let regarding = &failed["regarding"];
+    ensure!(regarding["kind"] == "Service" && regarding["namespace"] == "default", "{failed:#}");
+    ensure!(["first", "second"].iter().any(|name| regarding["name"] == *name), "{failed:#}");
+    let note = failed["note"].as_str().context("no note")?;
+    let service = format!("default/{}", regarding["name"].as_str().unwrap_or_default());
+    for word in ["node1", &service, "32123", "Address already in use"] {
+        ensure!(note.contains(word), "no {word} in {note:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_agent_that_must_not_tell_events_says_so_once_and_works() -> Result<()> {
+    let town = one_node(&["a", "b"])?;
+    let server = server(&town)?;
+    server.forbid_events();
+    let _servers = servers(&town, &["b"])?;
+    let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    answers(town.place("a"), service(1)[0], "b")?;
+    eventually(SOON, || {
+        let log = agent.log_text();
+        ensure!(log.contains("the verbs create and patch for events in the group events.k8s.io"), "{log}");
+        Ok(())
+    })?;
+    ensure!(agent.log_text().matches("events cannot be told").count() == 1, "{}", agent.log_text());
+    Ok(())
+}
+
+#[test]
+fn without_an_api_server_events_are_in_the_log() -> Result<()> {
+    let (town, dir) = (one_node(&["a"])?, manifests()?);
+    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let log = agent.log_text();
+    ensure!(log.contains("event Starting about Node node1"), "{log}");
+    Ok(())
+}
+
+/// An agent with `--bind-address-hard-fail` whose port is taken ends, and the event says why.
+fn ends_hard(port: u16, reason: &str) -> Result<()> {
+    let town = one_node(&["a"])?;
+    let server = server(&town)?;
+    let _taken = town.place("node1").netns.listen(format!("0.0.0.0:{port}").parse()?)?;
+    let flags = [&FLAGS[..], &["--bind-address-hard-fail"]].concat();
+    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &flags)?;
+    agent.spawn()?;
+    let failed = event(&server, reason)?;
+    ensure!(failed["type"] == "Warning" && failed["action"] == "StartKubeProxy", "{failed:#}");
+    ensure!(failed["regarding"]["kind"] == "Node", "{failed:#}");
+    ensure!(failed["note"].as_str().is_some_and(|note| note.contains(&port.to_string())), "{failed:#}");
+    let status = agent.ended()?;
+    ensure!(status.code() == Some(1), "{status}: {}", agent.log_text());
+    ensure!(agent.log_text().contains("--bind-address-hard-fail"), "{}", agent.log_text());
+    Ok(())
+}
+
+#[test]
+fn a_health_port_that_is_taken_ends_an_agent_that_is_told_so() -> Result<()> {
+    ends_hard(10256, "FailedToStartProxierHealthcheck") // H-12.
+}
+
+#[test]
+fn a_metrics_port_that_is_taken_ends_an_agent_that_is_told_so() -> Result<()> {
+    ends_hard(10249, "FailedToStartMetricServer") // H-28.
+}
