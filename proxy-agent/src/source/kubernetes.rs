@@ -20,7 +20,6 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
-use kube::client::ClientBuilder;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, DefaultBackoff, Event};
@@ -29,6 +28,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::connect;
 use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
 use super::heard::Heard;
 use super::requests::Requests;
@@ -109,11 +109,8 @@ pub async fn client(
         config.cluster_url = url;
     }
     config.connect_timeout = Some(CONNECT);
-    let url = config.cluster_url.clone();
-    let counting = requests.counting(url.authority().map_or("", http::uri::Authority::as_str));
-    let builder = ClientBuilder::try_from(config);
-    let builder = builder.map_err(|source| Error::Client { url: url.to_string(), source })?;
-    Ok(builder.with_layer(&counting).build())
+    let url = config.cluster_url.to_string();
+    connect::client(config, requests).map_err(|source| Error::Client { url, source })
 }
 
 /// Sends what the API server says of Services, EndpointSlices, the Node `node_name` and ServiceCIDRs, until nobody

@@ -3,6 +3,7 @@
 //! Kubernetes types stop here: what leaves this room is ours, checked and normalised.
 
 pub mod address;
+mod connect;
 pub mod convert;
 pub mod directory;
 pub mod events;

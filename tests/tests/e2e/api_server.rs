@@ -91,6 +91,41 @@ fn services_work_while_the_api_server_answers_with_errors() -> Result<()> {
 }
 
 #[test]
+fn a_server_whose_machine_is_gone_is_noticed_although_nobody_closes_the_connection() -> Result<()> {
+    /// The kernel asks an idle peer after 15 s, and gives up 15 s later.
+    const NOTICED: Duration = Duration::from_secs(90);
+    let town = town()?;
+    let away = town.place("outside");
+    let server = ApiServer::start_in(&away.netns, SocketAddr::from((away.v4, 6443)))?;
+    let host = town.place("node1");
+    server.put(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    connected(&agent, true)?;
+    let rules = "add table ip gone; add chain ip gone in { type filter hook input priority 0; }; \
+                 add chain ip gone out { type filter hook output priority 0; }; \
+                 add rule ip gone in tcp dport 6443 drop; add rule ip gone out tcp sport 6443 drop";
+    away.netns.output("nft", &[rules])?;
+    controller.replace(&[town.place("c")])?;
+    eventually(NOTICED, || {
+        let status = agent.status_json()?;
+        ensure!(status["agent"]["connected"] == false, "{:#}", status["agent"]);
+        Ok(())
+    })?;
+    ensure!(agent.status_json()?["healthy"] == true, "losing the API server is no illness (Y-6)");
+    answers(pod, vip, "b")?;
+    away.netns.output("nft", &["delete table ip gone"])?;
+    eventually(NOTICED, || {
+        ensure!(get(pod, &quick(vip))?.name == "c", "the change has not arrived");
+        Ok(())
+    })?;
+    connected(&agent, true)
+}
+
+#[test]
 fn a_version_that_is_too_old_leads_to_a_new_list_however_the_server_says_so() -> Result<()> {
     let town = town()?;
     let server = server(&town)?;
