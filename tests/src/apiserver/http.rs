@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::{Arc, PoisonError};
 
+use http::header::{ACCEPT, AUTHORIZATION};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full};
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::selector::Filter;
 use super::watch::{self, Watch};
-use super::{Fault, Gone, Shared, StreamingLists, store};
+use super::{Asked, Fault, Gone, Shared, StreamingLists, store};
 use crate::object::{Key, Kind};
 
 /// Where events are sent to.
@@ -27,6 +28,9 @@ pub(super) async fn answer(
 ) -> Result<Response<Body>, Infallible> {
     let asked = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
     shared.requests.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
+    let header = |name| Some(request.headers().get(name)?.to_str().ok()?.to_owned());
+    let headers = Asked { authorization: header(AUTHORIZATION), accept: header(ACCEPT) };
+    shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(headers);
     shared.answering().await;
     let fault = shared.behaviour.borrow().fault;
     let about_events = request.uri().path().starts_with(EVENTS);

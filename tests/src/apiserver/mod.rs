@@ -59,6 +59,15 @@ pub enum Gone {
     Http,
 }
 
+/// With which headers a request came.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// `Authorization`.
+    pub authorization: Option<String>,
+    /// `Accept`.
+    pub accept: Option<String>,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Behaviour {
     fault: Fault,
@@ -78,6 +87,8 @@ struct Shared {
     /// Woken at every change of the store.
     changed: tokio::sync::watch::Sender<u64>,
     requests: Mutex<Vec<String>>,
+    /// The headers of each of them that tests look at.
+    headers: Mutex<Vec<Asked>>,
     events: Mutex<Vec<serde_json::Value>>,
 }
 
@@ -124,6 +135,7 @@ impl ApiServer {
             behaviour: tokio::sync::watch::Sender::new(behaviour),
             changed: tokio::sync::watch::Sender::new(0),
             requests: Mutex::default(),
+            headers: Mutex::default(),
             events: Mutex::default(),
         });
         let served = shared.clone();
@@ -198,6 +210,12 @@ impl ApiServer {
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
         self.shared.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The headers of the requests so far, in the same order.
+    #[must_use]
+    pub fn headers(&self) -> Vec<Asked> {
+        self.shared.headers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The events that clients have created, in the form they have now.

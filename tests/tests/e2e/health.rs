@@ -86,6 +86,7 @@ fn a_node_that_is_to_be_deleted_wants_no_traffic_but_lives() -> Result<()> {
     // H-8, T-104: with an API server a Node that was never seen is not eligible.
     until_code(host, "/healthz", 503)?;
     until_code(host, "/livez", 200)?;
+    // Y-15: each event of the Node object counts.
     let good = Object::from(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
     server.put(good.clone());
     until_code(host, "/healthz", 200)?;

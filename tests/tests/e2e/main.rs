@@ -1,6 +1,8 @@
 //! The real agent on the real kernel: what users would see.
 
 #[cfg(test)]
+mod account;
+#[cfg(test)]
 mod api_server;
 #[cfg(test)]
 mod bad_objects;
@@ -22,6 +24,8 @@ mod errors;
 mod events;
 #[cfg(test)]
 mod follow;
+#[cfg(test)]
+mod frozen;
 #[cfg(test)]
 mod hairpin;
 #[cfg(test)]

@@ -141,7 +141,7 @@ fn programming_latency_counts_each_change_that_tells_its_time() -> Result<()> {
         let name = format!("kubeproxy_network_programming_duration_seconds_{what}{{ip_family=\"{family}\"}}");
         scrape.samples.get(&name).copied().unwrap_or_default()
     };
-    let frontends = |wanted: f64| {
+    let heard = |wanted: f64| {
         eventually(SOON, || {
             let scrape = Scrape::of(host)?;
             let heard = scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total")?;
@@ -152,18 +152,20 @@ fn programming_latency_counts_each_change_that_tells_its_time() -> Result<()> {
     };
     put_slice(&server, Family::V4, 1, "node2", &ago(3600));
     put_slice(&server, Family::V6, 1, "node2", "yesterday");
-    let none = frontends(2.0)?;
+    let none = heard(2.0)?;
     ensure!(
         figure(&none, "count", "IPv4") == 0.0 && figure(&none, "count", "IPv6") == 0.0,
         "what is old counts"
     );
     put_slice(&server, Family::V4, 2, "node2", &ago(0));
-    frontends(3.0)?;
-    // The same again with another time is no change of endpoints: it is heard of, and nothing is programmed.
+    heard(3.0)?;
+    // Y-7: the same again with another time is no change of endpoints: it is heard of, and nothing is programmed.
+    let generation = |scrape: &Scrape| scrape.value("proxy_agent_generation");
+    let before = generation(&heard(3.0)?)?;
     put_slice(&server, Family::V4, 2, "node2", &ago(0));
-    frontends(4.0)?;
+    ensure!(generation(&heard(4.0)?)? == before, "what is repeated was programmed");
     put_slice(&server, Family::V4, 3, "node2", &ago(0));
-    let two = frontends(5.0)?;
+    let two = heard(5.0)?;
     ensure!(
         figure(&two, "count", "IPv4") == 2.0 && figure(&two, "count", "IPv6") == 0.0,
         "{:#?}",
