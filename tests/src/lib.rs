@@ -4,7 +4,7 @@
 //! outside. [`pod::Place`] is where a process can run in it; [`probe`] runs the test-pod program there and reads its
 //! answers. [`agent::Agent`] runs the real agent in a node, [`manifests`] and [`apiserver`] feed it,
 //! [`packet`] builds and checks packets. Nothing here knows the agent's insides: it is a binary with a command
-//! line (only the benchmarks call its planner and load its programs).
+//! line (only [`programs`] and the benchmarks call its planner and load its programs).
 //!
 //! Everything made here is a value that takes itself down when dropped, also when a test panics; what a killed
 //! run has left is swept by the next one ([`sweep`]). Names begin with `ebpx-<pid>-<n>`.
@@ -19,6 +19,7 @@ pub mod object;
 pub mod packet;
 pub mod pod;
 pub mod probe;
+pub mod programs;
 pub mod require;
 pub mod rollout;
 pub mod sweep;

@@ -1,4 +1,4 @@
-//! The real programs and their maps in this kernel, loaded once for the whole run and never attached.
+//! The real programs, loaded once for the whole run, as a story's second audience.
 //!
 //! The bpffs they are pinned in lives in a mount namespace that ends with the loading: what is left are file
 //! descriptors, so nothing outlives the process, however it ends.
@@ -6,26 +6,17 @@
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::{io, thread};
 
-use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
-use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
-use proxy_agent::datapath::Datapath as _;
-use proxy_agent::datapath::kernel::Kernel;
-use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
-use proxy_agent::datapath::pin::BpfRoot;
-use proxy_agent::datapath::probe::Features;
+use aya::maps::{HashMap, MapData, PerCpuArray};
+use proxy_agent::datapath::load::Capacities;
 use proxy_agent::plan::Step;
 use proxy_common::abi::{
-    Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Hook, Reason, ServiceStats,
-    maps,
+    Affinity, AffinityKey, Config, Flow, FlowKey, Fragment, FragmentKey, Hook, Reason, ServiceStats, maps,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb::FlowTable;
-use proxy_common::testing::{ByteFrame, MemoryTables, Outcome};
+use proxy_common::testing::{MemoryTables, Outcome};
+use proxy_tests::programs::{Programs, clear, entries, with_own_mounts};
 
 /// Ids of Services that are counted.
 pub(crate) const SERVICES: u32 = 32;
@@ -82,16 +73,13 @@ impl Traces {
 
 /// Programs and maps.
 pub(crate) struct Real {
-    loaded: Loaded,
-    kernel: Kernel,
+    programs: Programs,
     established: HashMap<MapData, FlowKey, Flow>,
     half_open: HashMap<MapData, FlowKey, Flow>,
     fragments: HashMap<MapData, FragmentKey, Fragment>,
     affinity: HashMap<MapData, AffinityKey, Affinity>,
     reasons: PerCpuArray<MapData, u64>,
     stats: PerCpuArray<MapData, ServiceStats>,
-    /// What takes the configuration back.
-    undo: Vec<Step>,
     /// Counters when the story began.
     before: (BTreeMap<Reason, u64>, BTreeMap<u32, [u64; 3]>),
 }
@@ -103,60 +91,27 @@ pub(crate) struct Real {
 #[track_caller]
 pub(crate) fn real() -> MutexGuard<'static, Real> {
     static REAL: OnceLock<Result<Mutex<Real>, String>> = OnceLock::new();
-    match REAL.get_or_init(|| load().map(Mutex::new)) {
+    match REAL.get_or_init(|| load().map(Mutex::new).map_err(|error| format!("{error:#}"))) {
         // A story that failed has left nothing that the next does not clear.
         Ok(real) => real.lock().unwrap_or_else(PoisonError::into_inner),
         Err(error) => panic!("{error}"),
     }
 }
 
-fn load() -> Result<Real, String> {
-    if !nix::unistd::geteuid().is_root() {
-        return Err("packet vectors run the real programs: run them as root".into());
-    }
-    let directory = tempfile::Builder::new().prefix("ebpx-").tempdir().map_err(|error| error.to_string())?;
-    let root = BpfRoot::new(directory.path().join("bpf"));
-    let loading = move || -> Result<Real, String> {
-        let failed = |what: &str, error: &dyn std::error::Error| format!("{what}: {error}");
-        unshare(CloneFlags::CLONE_NEWNS).map_err(|error| failed("making a mount namespace", &error))?;
-        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-            .map_err(|error| failed("keeping mounts to ourselves", &error))?;
-        let loaded = Loaded::open(&root, &Features::probe(), &CAPACITIES, ProgramLog::Off)
-            .map_err(|error| error.to_string())?;
-        let kernel = Kernel::open(&root).map_err(|error| error.to_string())?;
+fn load() -> anyhow::Result<Real> {
+    with_own_mounts(|| {
+        let programs = Programs::load(&CAPACITIES)?;
         Ok(Real {
-            established: hash(&root, maps::FLOWS),
-            half_open: hash(&root, maps::HALF_OPEN),
-            fragments: hash(&root, maps::FRAGMENTS),
-            affinity: hash(&root, maps::AFFINITY),
-            reasons: Map::from_map_data(open(&root, maps::REASONS)).unwrap().try_into().unwrap(),
-            stats: Map::from_map_data(open(&root, maps::SERVICE_STATS)).unwrap().try_into().unwrap(),
-            loaded,
-            kernel,
-            undo: Vec::new(),
+            established: programs.hash(maps::FLOWS)?,
+            half_open: programs.hash(maps::HALF_OPEN)?,
+            fragments: programs.hash(maps::FRAGMENTS)?,
+            affinity: programs.hash(maps::AFFINITY)?,
+            reasons: programs.counters(maps::REASONS)?,
+            stats: programs.counters(maps::SERVICE_STATS)?,
+            programs,
             before: Default::default(),
         })
-    };
-    thread::spawn(loading).join().map_err(|_| "loading the programs panicked".to_owned())?
-}
-
-fn open(root: &BpfRoot, name: &str) -> MapData {
-    MapData::from_pin(root.map(name)).expect("the map has just been pinned")
-}
-
-fn hash<K: Pod, V: Pod>(root: &BpfRoot, name: &str) -> HashMap<MapData, K, V> {
-    Map::from_map_data(open(root, name)).unwrap().try_into().expect("a hash map")
-}
-
-fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) {
-    let keys: Vec<K> = map.keys().map(|key| key.unwrap()).collect();
-    for key in keys {
-        map.remove(&key).unwrap();
-    }
-}
-
-fn entries<K: Pod + Ord, V: Pod>(map: &HashMap<MapData, K, V>) -> BTreeMap<K, V> {
-    map.iter().map(|entry| entry.unwrap()).collect()
+    })
 }
 
 /// Differences of counters that are not zero.
@@ -175,10 +130,10 @@ fn since<K: Ord + Copy, V: PartialEq>(
 impl Real {
     /// Forgets every story and writes `tables`, flows included.
     pub(crate) fn begin(&mut self, tables: &MemoryTables) {
-        clear(&mut self.established);
-        clear(&mut self.half_open);
-        clear(&mut self.fragments);
-        clear(&mut self.affinity);
+        clear(&mut self.established).unwrap();
+        clear(&mut self.half_open).unwrap();
+        clear(&mut self.fragments).unwrap();
+        clear(&mut self.affinity).unwrap();
         self.configure(tables);
         for ((table, key), flow) in tables.flows.borrow().iter() {
             let map = match table {
@@ -192,55 +147,33 @@ impl Real {
 
     /// Writes the configuration of `tables` in place of the last.
     pub(crate) fn configure(&mut self, tables: &MemoryTables) {
-        let undo = std::mem::take(&mut self.undo);
-        self.apply(&undo);
+        self.programs.empty().unwrap();
         let mut steps = Vec::new();
-        for (index, backend) in &tables.backends {
-            steps.push(Step::PutBackend(*index, *backend));
-            self.undo.push(Step::PutBackend(*index, Backend::retired(0)));
-        }
-        for (slot, backend) in &tables.slots {
-            steps.push(Step::PutSlot(*slot, *backend));
-            self.undo.push(Step::PutSlot(*slot, 0));
-        }
-        for source in &tables.sources {
-            steps.push(Step::PutSource(*source));
-            self.undo.push(Step::DeleteSource(*source));
-        }
-        for (index, iface) in &tables.ifaces {
-            steps.push(Step::PutIface(*index, *iface));
-            self.undo.push(Step::DeleteIface(*index));
-        }
-        for (addr, bits) in &tables.addresses {
-            steps.push(Step::PutAddress(*addr, *bits));
-            self.undo.push(Step::DeleteAddress(*addr));
-        }
-        for (key, frontend) in &tables.frontends {
-            steps.push(Step::PutFrontend(*key, *frontend));
-            self.undo.push(Step::DeleteFrontend(*key));
-        }
+        steps.extend(tables.backends.iter().map(|(index, backend)| Step::PutBackend(*index, *backend)));
+        steps.extend(tables.slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)));
+        steps.extend(tables.sources.iter().map(|source| Step::PutSource(*source)));
+        steps.extend(tables.ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)));
+        steps.extend(tables.addresses.iter().map(|(addr, bits)| Step::PutAddress(*addr, *bits)));
+        steps.extend(tables.frontends.iter().map(|(key, frontend)| Step::PutFrontend(*key, *frontend)));
         // An array of one is never absent: it is all zeros before it is written.
         let unwritten = Config { pod_v4: Addr::ANY_V6, node_v4: Addr::ANY_V6, ..Config::EMPTY };
         steps.push(Step::PutConfig(tables.config.unwrap_or(unwritten)));
-        self.apply(&steps);
-    }
-
-    fn apply(&mut self, steps: &[Step]) {
-        self.kernel.apply(steps).map_err(|(done, error)| format!("{}: {error}", steps[done])).unwrap();
+        self.programs.apply(&steps).unwrap();
     }
 
     /// What packets have left behind since [`Self::begin`].
     pub(crate) fn traces(&self) -> Traces {
         let (reasons, stats) = &self.before;
         let established =
-            entries(&self.established).into_iter().map(|(k, v)| ((FlowTable::Established, k), v));
-        let half_open = entries(&self.half_open).into_iter().map(|(k, v)| ((FlowTable::HalfOpen, k), v));
+            entries(&self.established).unwrap().into_iter().map(|(k, v)| ((FlowTable::Established, k), v));
+        let half_open =
+            entries(&self.half_open).unwrap().into_iter().map(|(k, v)| ((FlowTable::HalfOpen, k), v));
         let mut traces = Traces {
             reasons: since(self.reasons(), reasons, |a, b| a - b, &0),
             stats: since(self.stats(), stats, |a, b| [a[0] - b[0], a[1] - b[1], a[2] - b[2]], &[0; 3]),
             flows: established.chain(half_open).collect(),
-            fragments: entries(&self.fragments),
-            affinity: entries(&self.affinity),
+            fragments: entries(&self.fragments).unwrap(),
+            affinity: entries(&self.affinity).unwrap(),
         };
         traces.forget_times();
         traces
@@ -261,43 +194,10 @@ impl Real {
         (0..SERVICES).map(|id| (id, count(id))).collect()
     }
 
-    fn classifier(&self, hook: Hook, ethernet: bool) -> &SchedClassifier {
-        let name = match (hook, ethernet) {
-            (Hook::INGRESS, true) => "tc_ingress",
-            (Hook::INGRESS, false) => "tc_ingress_l3",
-            (_, true) => "tc_egress",
-            (_, false) => "tc_egress_l3",
-        };
-        self.loaded.classifier(name).unwrap_or_else(|| panic!("the BPF object has no program {name}"))
-    }
-
     /// Runs the program of a hook on a packet. `None` when the kernel does not take so short a packet.
     pub(crate) fn run(&self, bytes: &[u8], hook: Hook, ethernet: bool) -> Option<Outcome> {
-        let mut out = vec![0; 4096];
-        let options = TestRunOptions { data_in: Some(bytes), data_out: Some(&mut out), ..Default::default() };
-        let done = match self.classifier(hook, ethernet).test_run(options) {
-            Ok(done) => done,
-            // Without an Ethernet header, or with nothing behind it, there is no skb.
-            Err(error) if is_invalid(&error) && bytes.len() < 14 + 40 => return None,
-            Err(error) => panic!("a test run with {} bytes: {error:?}", bytes.len()),
-        };
-        out.truncate(done.data_size_out as usize);
-        let changed = out != bytes;
-        let frame = ByteFrame { bytes: out, partial: false };
-        Some(match (done.return_value as i32, changed) {
-            (-1, false) => Outcome::Passed,
-            (-1, true) => Outcome::Rewritten(frame),
-            (2, _) => Outcome::Dropped,
-            (7, true) => Outcome::Refused(frame),
-            (7, false) => Outcome::Waits,
-            (other, _) => panic!("the program returned {other}"),
-        })
+        self.programs.run(bytes, hook, ethernet, IFACE).unwrap()
     }
-}
-
-fn is_invalid(error: &ProgramError) -> bool {
-    let ProgramError::SyscallError(error) = error else { return false };
-    error.io_error.kind() == io::ErrorKind::InvalidInput
 }
 
 /// A line for each difference between two tables.

@@ -1,0 +1,182 @@
+//! The real programs and their maps in this kernel, loaded for one test and never attached to an interface: packets
+//! go through them by `BPF_PROG_TEST_RUN`.
+
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+
+use anyhow::{Context, Result, bail, ensure};
+use aya::Pod;
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use proxy_agent::datapath::Datapath as _;
+use proxy_agent::datapath::kernel::Kernel;
+use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
+use proxy_agent::datapath::pin::BpfRoot;
+use proxy_agent::datapath::probe::Features;
+use proxy_agent::plan::{Actual, Step};
+use proxy_common::abi::{Backend, Hook};
+use proxy_common::testing::{ByteFrame, Outcome};
+use tempfile::TempDir;
+
+/// Where `ifindex` lies in `struct __sk_buff`, the context of a test run.
+const IFINDEX_AT: usize = 40;
+/// The interface of a test run that names none.
+const LOOPBACK: u32 = 1;
+/// Room for what a program makes of a packet.
+const LONGEST: usize = 4096;
+
+/// Programs and maps.
+#[derive(Debug)]
+pub struct Programs {
+    loaded: Loaded,
+    kernel: Kernel,
+    root: BpfRoot,
+    /// What was written since the tables were empty.
+    written: Vec<Step>,
+    _directory: TempDir,
+}
+
+/// Runs `work` on a thread with mounts of its own, so that the bpffs it pins in ends with it, however it ends.
+pub fn with_own_mounts<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let alone = || {
+        unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace")?;
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
+            .context("keeping mounts to ourselves")?;
+        work()
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(alone).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+impl Programs {
+    /// Loads the embedded object; to be called inside [`with_own_mounts`].
+    pub fn load(capacities: &Capacities) -> Result<Self> {
+        ensure!(nix::unistd::geteuid().is_root(), "this runs the real programs: run it as root");
+        let directory = tempfile::Builder::new()
+            .prefix(&format!("{}-", crate::unique()))
+            .tempdir()
+            .context("a directory")?;
+        let root = BpfRoot::new(directory.path().join("bpf"));
+        let loaded = Loaded::open(&root, &Features::probe(), capacities, ProgramLog::Off)?;
+        let kernel = Kernel::open(&root)?;
+        Ok(Self { loaded, kernel, root, written: Vec::new(), _directory: directory })
+    }
+
+    /// Reads the configuration tables.
+    pub fn read(&mut self) -> Result<Actual> {
+        Ok(self.kernel.read()?)
+    }
+
+    /// The programs.
+    pub fn loaded(&mut self) -> &mut Loaded {
+        &mut self.loaded
+    }
+
+    /// A hash map that packets write; while its pin is there.
+    pub fn hash<K: Pod, V: Pod>(&self, name: &str) -> Result<HashMap<MapData, K, V>> {
+        Ok(Map::from_map_data(self.open(name)?)?.try_into()?)
+    }
+
+    /// A map of counters; while its pin is there.
+    pub fn counters<V: Pod>(&self, name: &str) -> Result<PerCpuArray<MapData, V>> {
+        Ok(Map::from_map_data(self.open(name)?)?.try_into()?)
+    }
+
+    fn open(&self, name: &str) -> Result<MapData> {
+        MapData::from_pin(self.root.map(name)).with_context(|| format!("opening map {name}"))
+    }
+
+    /// Takes everything out of the configuration tables but the settings.
+    pub fn empty(&mut self) -> Result<()> {
+        let steps: Vec<Step> = self.written.drain(..).filter_map(|step| undo(&step)).collect();
+        self.write(&steps)
+    }
+
+    /// Writes to the configuration tables.
+    pub fn apply(&mut self, steps: &[Step]) -> Result<()> {
+        self.written.extend_from_slice(steps);
+        self.write(steps)
+    }
+
+    fn write(&mut self, steps: &[Step]) -> Result<()> {
+        self.kernel
+            .apply(steps)
+            .map_err(|(done, error)| anyhow::Error::new(error).context(steps[done].to_string()))
+    }
+
+    /// Runs the program of a hook on a packet at an interface of this network namespace. `None` when the kernel
+    /// does not take so short a packet.
+    pub fn run(&self, bytes: &[u8], hook: Hook, ethernet: bool, ifindex: u32) -> Result<Option<Outcome>> {
+        let mut context = [0; IFINDEX_AT + 4];
+        context[IFINDEX_AT..].copy_from_slice(&ifindex.to_ne_bytes());
+        let mut out = vec![0; LONGEST];
+        let options = TestRunOptions {
+            data_in: Some(bytes),
+            data_out: Some(&mut out),
+            ctx_in: (ifindex != LOOPBACK).then_some(&context[..]),
+            ..Default::default()
+        };
+        let done = match self.classifier(hook, ethernet)?.test_run(options) {
+            Ok(done) => done,
+            // Without an Ethernet header, or with nothing behind it, there is no skb.
+            Err(error) if is_invalid(&error) && bytes.len() < 14 + 40 => return Ok(None),
+            Err(error) => {
+                return Err(error).with_context(|| format!("a test run with {} bytes", bytes.len()));
+            }
+        };
+        out.truncate(done.data_size_out as usize);
+        let changed = out != bytes;
+        let frame = ByteFrame { bytes: out, partial: false };
+        Ok(Some(match (done.return_value as i32, changed) {
+            (-1, false) => Outcome::Passed,
+            (-1, true) => Outcome::Rewritten(frame),
+            (2, _) => Outcome::Dropped,
+            (7, true) => Outcome::Refused(frame),
+            (7, false) => Outcome::Waits,
+            (other, _) => bail!("the program returned {other}"),
+        }))
+    }
+
+    fn classifier(&self, hook: Hook, ethernet: bool) -> Result<&SchedClassifier> {
+        let name = match (hook, ethernet) {
+            (Hook::INGRESS, true) => "tc_ingress",
+            (Hook::INGRESS, false) => "tc_ingress_l3",
+            (_, true) => "tc_egress",
+            (_, false) => "tc_egress_l3",
+        };
+        self.loaded.classifier(name).with_context(|| format!("the BPF object has no program {name}"))
+    }
+}
+
+/// What takes a written element away again.
+fn undo(step: &Step) -> Option<Step> {
+    Some(match *step {
+        Step::PutIface(index, _) => Step::DeleteIface(index),
+        Step::PutService(id, _) => Step::DeleteService(id),
+        Step::PutBackend(index, _) => Step::PutBackend(index, Backend::retired(0)),
+        Step::PutSlot(slot, _) => Step::PutSlot(slot, 0),
+        Step::PutSource(key) => Step::DeleteSource(key),
+        Step::PutFrontend(key, _) => Step::DeleteFrontend(key),
+        Step::PutAddress(addr, _) => Step::DeleteAddress(addr),
+        _ => return None,
+    })
+}
+
+fn is_invalid(error: &ProgramError) -> bool {
+    let ProgramError::SyscallError(error) = error else { return false };
+    error.io_error.kind() == ErrorKind::InvalidInput
+}
+
+/// Removes every element of a hash map.
+pub fn clear<K: Pod, V: Pod>(map: &mut HashMap<MapData, K, V>) -> Result<()> {
+    let keys = map.keys().collect::<Result<Vec<K>, _>>()?;
+    keys.iter().try_for_each(|key| Ok(map.remove(key)?))
+}
+
+/// Every element of a hash map.
+pub fn entries<K: Pod + Ord, V: Pod>(map: &HashMap<MapData, K, V>) -> Result<BTreeMap<K, V>> {
+    Ok(map.iter().collect::<Result<_, _>>()?)
+}
