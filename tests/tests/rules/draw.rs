@@ -4,6 +4,8 @@ use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 
+use proxy_agent::model::SocketLb;
+
 use super::facts::{Edit, EndpointFacts, Facts, Hints, NodeFacts, Operator, ServiceFacts, SliceFacts};
 
 /// Numbers of endpoints there are.
@@ -31,7 +33,7 @@ fn service() -> impl Strategy<Value = ServiceFacts> {
     );
     let rules = (
         prop_oneof![2 => Just(Vec::new()), 1 => vec(0_u8..7, 1..3)],
-        prop::bool::weighted(0.3),
+        option::weighted(0.3, option::weighted(0.7, prop_oneof![Just(60_u32), Just(300)])),
         policy(),
         policy(),
         0_u8..3,
@@ -101,22 +103,40 @@ fn operator() -> impl Strategy<Value = Operator> {
         1 => Just(Some(ranges(&["0.0.0.0/0", "fd00:10::/64"]))),
         1 => Just(Some(ranges(&["10.20.30.0/24", "fd00:16::/64"]))),
     ];
-    (cluster, pods, prop::bool::weighted(0.2), prop::bool::weighted(0.3), node_ports).prop_map(
-        |(cluster_cidrs, pod_cidrs, masquerade_all, masquerade_local, node_port_ranges)| Operator {
-            cluster_cidrs,
-            pod_cidrs,
-            masquerade_all,
-            masquerade_local,
-            node_port_ranges,
+    let sockets = prop_oneof![4 => Just(SocketLb::All), 1 => Just(SocketLb::Host), 1 => Just(SocketLb::Off)];
+    let masquerade = (prop::bool::weighted(0.2), prop::bool::weighted(0.3));
+    (cluster, pods, masquerade, node_ports, sockets, prop::bool::weighted(0.8)).prop_map(
+        |(cluster_cidrs, pod_cidrs, masquerade, node_port_ranges, socket_lb, localhost_node_ports)| {
+            Operator {
+                cluster_cidrs,
+                pod_cidrs,
+                masquerade_all: masquerade.0,
+                masquerade_local: masquerade.1,
+                node_port_ranges,
+                socket_lb,
+                localhost_node_ports,
+            }
         },
     )
+}
+
+fn has() -> impl Strategy<Value = [bool; 3]> {
+    (prop::bool::weighted(0.8), prop::bool::weighted(0.8)).prop_map(|(second, bridge)| [true, second, bridge])
 }
 
 /// A cluster.
 pub(crate) fn facts() -> impl Strategy<Value = Facts> {
     let services = btree_map(0_u8..4, service(), 2..5);
-    (operator(), services, btree_map(0_u8..16, slice(), 6..16), hints(), node()).prop_map(
-        |(operator, services, slices, hints, node)| Facts { operator, services, slices, hints, node },
+    let slices = btree_map(0_u8..16, slice(), 6..16);
+    (operator(), services, slices, hints(), option::weighted(0.8, node()), has()).prop_map(
+        |(operator, services, slices, hints, node, has)| Facts {
+            operator,
+            services,
+            slices,
+            hints,
+            node,
+            has,
+        },
     )
 }
 
@@ -128,6 +148,9 @@ pub(crate) fn burst() -> impl Strategy<Value = Vec<Edit>> {
         5 => (0_u8..16, 0_usize..8, conditions()).prop_map(|(n, at, c)| Edit::Conditions(n, at, c)),
         1 => hints().prop_map(Edit::Hints),
         1 => node().prop_map(Edit::Node),
+        1 => has().prop_map(Edit::Links),
+        1 => Just(Edit::Restart),
+        1 => prop_oneof![Just(43_u32), Just(79), Just(410), Just(11_000)].prop_map(Edit::Rest),
     ];
     vec(edit, 1..4)
 }

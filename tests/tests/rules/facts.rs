@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use proxy_agent::model::SocketLb;
 use proxy_common::addr::Proto;
 
 /// Own node name.
@@ -52,7 +53,7 @@ pub(crate) fn vip(n: u8, six: bool) -> IpAddr {
     }
 }
 
-/// Addresses of this node: two at the uplink, then the one at the bridge of the pods.
+/// Addresses this node may have: two at the uplink, then the one at the bridge of the pods.
 pub(crate) fn own_addresses(six: bool) -> [IpAddr; 3] {
     [
         ip("192.168.10.1", "fd00:10::1", six),
@@ -112,8 +113,8 @@ pub(crate) struct ServiceFacts {
     pub(crate) ingress: Vec<(u8, Option<&'static str>)>,
     /// Numbers of [`source_range`].
     pub(crate) ranges: Vec<u8>,
-    /// `sessionAffinity: ClientIP`.
-    pub(crate) affinity: bool,
+    /// `sessionAffinity: ClientIP`, and its time-out in seconds if one is given.
+    pub(crate) affinity: Option<Option<u32>>,
     /// `internalTrafficPolicy`.
     pub(crate) internal: Option<&'static str>,
     /// `externalTrafficPolicy`.
@@ -173,6 +174,10 @@ pub(crate) struct Operator {
     pub(crate) masquerade_local: bool,
     /// `--nodeport-addresses`; `None` is `primary`.
     pub(crate) node_port_ranges: Option<Vec<IpNet>>,
+    /// `--socket-lb`.
+    pub(crate) socket_lb: SocketLb,
+    /// `--localhost-nodeports`.
+    pub(crate) localhost_node_ports: bool,
 }
 
 /// Everything.
@@ -187,8 +192,10 @@ pub(crate) struct Facts {
     /// Hints by number of the endpoint: wherever it is listed it carries the same, since which of two wins is
     /// not laid down (E-21).
     pub(crate) hints: Vec<Hints>,
-    /// The node.
-    pub(crate) node: NodeFacts,
+    /// The node's object, once there is one.
+    pub(crate) node: Option<NodeFacts>,
+    /// Which of [`own_addresses`] the node has; always the first.
+    pub(crate) has: [bool; 3],
 }
 
 /// One edit of the cluster.
@@ -202,21 +209,50 @@ pub(crate) enum Edit {
     Conditions(u8, usize, [Option<bool>; 3]),
     /// Endpoints get other hints.
     Hints(Vec<Hints>),
-    /// The node changes.
+    /// The node's object appears or changes.
     Node(NodeFacts),
+    /// Addresses of the node appear or go.
+    Links([bool; 3]),
+    /// The agent starts anew.
+    Restart,
+    /// So many seconds pass.
+    Rest(u32),
+}
+
+/// What has to be told anew after edits.
+#[derive(Debug, Default)]
+pub(crate) struct Stale {
+    /// Numbers of Services.
+    pub(crate) services: Vec<u8>,
+    /// Numbers of slices.
+    pub(crate) slices: Vec<u8>,
+    /// The node's object.
+    pub(crate) node: bool,
+    /// The node's links.
+    pub(crate) links: bool,
 }
 
 impl Facts {
-    /// Carries an edit out; says which Services, which slices and whether the node have to be told anew.
-    pub(crate) fn edit(&mut self, edit: &Edit) -> (Vec<u8>, Vec<u8>, bool) {
+    /// The addresses the node has, in one family.
+    pub(crate) fn own(&self, six: bool) -> Vec<IpAddr> {
+        own_addresses(six).into_iter().zip(self.has).filter(|(_, has)| *has).map(|(ip, _)| ip).collect()
+    }
+
+    /// The node's primary address (Y-10); without its object the first it has.
+    pub(crate) fn primary(&self, six: bool) -> IpAddr {
+        own_addresses(six)[self.node.as_ref().map_or(0, |node| node.primary)]
+    }
+
+    /// Carries an edit out.
+    pub(crate) fn edit(&mut self, edit: &Edit, stale: &mut Stale) {
         match edit {
             Edit::Service(n, facts) => {
                 set(&mut self.services, *n, facts.as_ref());
-                (vec![*n], Vec::new(), false)
+                stale.services.push(*n);
             }
             Edit::Slice(n, facts) => {
                 set(&mut self.slices, *n, facts.as_ref());
-                (Vec::new(), vec![*n], false)
+                stale.slices.push(*n);
             }
             Edit::Conditions(n, at, conditions) => {
                 let endpoints = self.slices.get_mut(n).map(|slice| &mut slice.endpoints);
@@ -224,16 +260,21 @@ impl Facts {
                     let at = at % endpoints.len();
                     endpoints[at].conditions = *conditions;
                 }
-                (Vec::new(), vec![*n], false)
+                stale.slices.push(*n);
             }
             Edit::Hints(hints) => {
                 self.hints.clone_from(hints);
-                (Vec::new(), self.slices.keys().copied().collect(), false)
+                stale.slices.extend(self.slices.keys());
             }
             Edit::Node(node) => {
-                self.node = node.clone();
-                (Vec::new(), Vec::new(), true)
+                self.node = Some(node.clone());
+                stale.node = true;
             }
+            Edit::Links(has) => {
+                self.has = *has;
+                stale.links = true;
+            }
+            Edit::Restart | Edit::Rest(_) => {}
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings, SocketLb};
+use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings};
 use proxy_agent::source::{Change, convert};
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};
@@ -12,8 +12,6 @@ use super::facts::{
     endpoint_ip, endpoint_node, own_addresses, source_range, vip,
 };
 
-/// Cookie of the node's network namespace.
-pub(crate) const HOST_NETNS: u64 = 1;
 /// The uplink.
 pub(crate) const UPLINK: u32 = 2;
 /// The bridge of the pods.
@@ -66,7 +64,8 @@ fn service(n: u8, facts: &ServiceFacts) -> Value {
             "ports": ports,
             "externalIPs": both(facts.external_ips.iter().copied()),
             "loadBalancerSourceRanges": facts.ranges.iter().map(|n| source_range(*n)).collect::<Vec<_>>(),
-            "sessionAffinity": if facts.affinity { "ClientIP" } else { "None" },
+            "sessionAffinity": if facts.affinity.is_some() { "ClientIP" } else { "None" },
+            "sessionAffinityConfig": facts.affinity.flatten().map(|secs| json!({ "clientIP": { "timeoutSeconds": secs } })),
             "internalTrafficPolicy": facts.internal,
             "externalTrafficPolicy": facts.external,
         },
@@ -129,10 +128,10 @@ pub(crate) fn slice_change(facts: &Facts, n: u8) -> Change {
 
 /// The node as it is heard now.
 pub(crate) fn node_change(facts: &Facts) -> Change {
-    let primary = FAMILIES.map(
-        |six| json!({ "type": "InternalIP", "address": own_addresses(six)[facts.node.primary].to_string() }),
-    );
-    let labels = match facts.node.zone {
+    let Some(node) = &facts.node else { return Change::Node(None) };
+    let primary = FAMILIES
+        .map(|six| json!({ "type": "InternalIP", "address": own_addresses(six)[node.primary].to_string() }));
+    let labels = match node.zone {
         Some(zone) => json!({ "topology.kubernetes.io/zone": ZONES[usize::from(zone)] }),
         None => json!({}),
     };
@@ -146,8 +145,8 @@ pub(crate) fn node_change(facts: &Facts) -> Change {
     Change::Node(Some(convert::node(&object).0))
 }
 
-/// The node's interfaces.
-pub(crate) fn links() -> Vec<Link> {
+/// The node's interfaces as they are heard now.
+pub(crate) fn links_change(facts: &Facts) -> Change {
     let link = |index, name: &str, at: &[usize]| Link {
         index,
         name: name.into(),
@@ -158,16 +157,17 @@ pub(crate) fn links() -> Vec<Link> {
         addresses: FAMILIES
             .into_iter()
             .flat_map(|six| {
-                at.iter().map(move |n| format!("{}/{}", own_addresses(six)[*n], if six { 64 } else { 24 }))
+                let there = at.iter().filter(|n| facts.has[**n]);
+                there.map(move |n| format!("{}/{}", own_addresses(six)[*n], if six { 64 } else { 24 }))
             })
             .map(|text| text.parse().expect("an interface address"))
             .collect(),
     };
-    vec![link(UPLINK, "eth0", &[0, 1]), link(BRIDGE, "cni0", &[2])]
+    Change::Links(vec![link(UPLINK, "eth0", &[0, 1]), link(BRIDGE, "cni0", &[2])])
 }
 
 /// The operator's settings as the agent takes them.
-pub(crate) fn settings(facts: &Facts) -> Settings {
+pub(crate) fn settings(facts: &Facts, host_netns: u64) -> Settings {
     let operator = &facts.operator;
     Settings {
         node_name: OWN_NODE.into(),
@@ -183,9 +183,9 @@ pub(crate) fn settings(facts: &Facts) -> Settings {
         },
         detect_local: DetectLocal::AnyRange,
         drop_unallocated: true,
-        localhost_node_ports: true,
-        socket_lb: SocketLb::All,
-        host_netns: HOST_NETNS,
+        localhost_node_ports: operator.localhost_node_ports,
+        socket_lb: operator.socket_lb,
+        host_netns,
         snat_ports: (20_000, 10_000),
         seed: 7,
     }

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use proxy_agent::model::SocketLb;
 use proxy_common::addr::Proto;
 
 use super::facts::{
     EndpointFacts, FAMILIES, Facts, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, ZONES, cluster_ip,
-    endpoint_ip, endpoint_node, own_addresses, source_range, vip,
+    endpoint_ip, endpoint_node, source_range, vip,
 };
 
 /// Address and port.
@@ -48,8 +49,8 @@ pub(crate) struct Ruling {
     pub(crate) expected: Expected,
     /// Whose port it is.
     pub(crate) port: Option<PortId>,
-    /// Whether flows of a client stay together.
-    pub(crate) affinity: bool,
+    /// Whether flows of a client stay together, and for how many idle seconds.
+    pub(crate) affinity: Option<u32>,
     /// Whether the source of the flow matters (V-17).
     pub(crate) restricted: bool,
 }
@@ -61,6 +62,7 @@ struct Endpoint {
     ready: bool,
     /// ST of section 0.2.
     fallback: bool,
+    serving: bool,
 }
 
 /// CL, LO and ANY of a Service port.
@@ -116,6 +118,11 @@ fn external_local(service: &ServiceFacts) -> bool {
     takes && service.external == Some("Local")
 }
 
+///
+fn affinity(service: &ServiceFacts) -> Option<u32> {
+    service.affinity.map(|secs| secs.unwrap_or(10_800))
+}
+
 /// S-17.
 fn internal_local(service: &ServiceFacts) -> bool {
     service.internal == Some("Local")
@@ -158,7 +165,8 @@ impl Facts {
         if ready.values().all(|n| !nodes(*n).is_empty()) && !here.is_empty() {
             return here;
         }
-        if let Some(zone) = self.node.zone.map(|zone| ZONES[usize::from(zone)]) {
+        let zone = self.node.as_ref().and_then(|node| node.zone);
+        if let Some(zone) = zone.map(|zone| ZONES[usize::from(zone)]) {
             let here: BTreeSet<_> =
                 ready.iter().filter(|(_, n)| zones(**n).contains(&zone)).map(|(t, _)| *t).collect();
             if ready.values().all(|n| !zones(*n).is_empty()) && !here.is_empty() {
@@ -189,11 +197,10 @@ impl Facts {
 
     /// Whether this node takes NodePorts at the address (V-33, V-34).
     fn takes_node_ports(&self, addr: IpAddr) -> bool {
-        let own = own_addresses(addr.is_ipv6());
         let family = |range: &&IpNet| range.addr().is_ipv6() == addr.is_ipv6();
-        own.contains(&addr)
+        self.own(addr.is_ipv6()).contains(&addr)
             && match &self.operator.node_port_ranges {
-                None => addr == own[self.node.primary],
+                None => self.node.is_none() || addr == self.primary(addr.is_ipv6()),
                 Some(ranges) => {
                     let ranges: Vec<_> = ranges.iter().filter(family).collect();
                     ranges.is_empty() || ranges.iter().any(|range| range.contains(&addr))
@@ -204,16 +211,17 @@ impl Facts {
     /// The range by which pods are told, per family (M-1, M-3).
     fn pod_range(&self, six: bool) -> Option<&IpNet> {
         let operator = &self.operator;
-        let all =
-            if operator.cluster_cidrs.is_empty() { &operator.pod_cidrs } else { &operator.cluster_cidrs };
-        all.iter().find(|range| range.addr().is_ipv6() == six)
+        let of_node = || self.node.iter().flat_map(|_| &operator.pod_cidrs);
+        let none = operator.cluster_cidrs.is_empty();
+        let mut all = operator.cluster_cidrs.iter().chain(of_node().filter(|_| none));
+        all.find(|range| range.addr().is_ipv6() == six)
     }
 
     /// The class of a source address.
     pub(crate) fn class(&self, source: IpAddr) -> Class {
         if self.pod_range(source.is_ipv6()).is_some_and(|range| range.contains(&source)) {
             Class::Pod
-        } else if own_addresses(source.is_ipv6()).contains(&source) {
+        } else if self.own(source.is_ipv6()).contains(&source) {
             Class::Host
         } else {
             Class::Outside
@@ -240,7 +248,8 @@ impl Facts {
                         claim(Destination::Vip);
                     }
                 }
-                if *node_port != 0 && *node_port == number && self.takes_node_ports(dst) {
+                let accepted = dst.is_loopback() || self.takes_node_ports(dst);
+                if *node_port != 0 && *node_port == number && accepted {
                     claim(Destination::NodePort);
                 }
             }
@@ -253,7 +262,7 @@ impl Facts {
     pub(crate) fn may_masquerade(&self, addr: IpAddr) -> bool {
         let six = addr.is_ipv6();
         let mut proxied = self.services.values().filter(|service| proxied(service, six));
-        own_addresses(six).contains(&addr)
+        self.own(six).contains(&addr)
             && !proxied.any(|service| {
                 external_addresses(service, six).contains(&addr)
                     || balancer_addresses(service, six).contains(&addr)
@@ -269,7 +278,8 @@ impl Facts {
             return None;
         }
         let listed = |ip: &IpAddr| ranges.iter().any(|range| range.contains(ip));
-        let itself = listed(&own_addresses(six)[self.node.primary])
+        let itself = self.node.is_some()
+            && listed(&self.primary(six))
             && balancer_addresses(service, six).contains(&source);
         Some(listed(&source) || itself)
     }
@@ -307,7 +317,11 @@ impl Facts {
         proto: Proto,
         number: u16,
     ) -> Ruling {
-        let mut ruling = Ruling { expected: Expected::Pass, port: None, affinity: false, restricted: false };
+        let mut ruling = Ruling { expected: Expected::Pass, port: None, affinity: None, restricted: false };
+        // V-36; that host processes reach them all the same is a deliberate difference.
+        if dst.is_loopback() && !(class == Class::Host && self.operator.localhost_node_ports) {
+            return ruling;
+        }
         let Some((id, what)) = self.owner(dst, proto, number) else {
             let six = dst.is_ipv6();
             if self.services.values().any(|service| cluster_address(service, six) == Some(dst)) {
@@ -317,7 +331,7 @@ impl Facts {
         };
         let service = &self.services[&id.0];
         ruling.port = Some(id);
-        ruling.affinity = service.affinity;
+        ruling.affinity = affinity(service);
         if what == Destination::Vip && balancer_addresses(service, id.2).contains(&dst) {
             let allowed = self.allowed(service, source);
             ruling.restricted = allowed.is_some();
@@ -343,22 +357,55 @@ impl Facts {
         ruling
     }
 
-    /// Every Service port that keeps clients together, with the endpoints a record may name.
-    pub(crate) fn sticky(&self) -> BTreeMap<PortId, BTreeSet<Target>> {
+    /// What a call of a socket gets: as any other flow of its class, where sockets of the class are translated.
+    pub(crate) fn call_ruling(&self, source: IpAddr, class: Class, to: Target, proto: Proto) -> Ruling {
+        let translated = match self.operator.socket_lb {
+            SocketLb::All => true,
+            SocketLb::Host => class == Class::Host,
+            SocketLb::Off => false,
+        };
+        let mut ruling = self.ruling(source, class, to.0, proto, to.1);
+        if !translated {
+            ruling = Ruling { expected: Expected::Pass, port: None, affinity: None, restricted: false };
+        }
+        ruling
+    }
+
+    /// Every Service port that keeps clients together, with its time-out and the endpoints a record may name
+    ///
+    pub(crate) fn sticky(&self) -> BTreeMap<PortId, (u32, BTreeSet<Target>)> {
         let mut all = BTreeMap::new();
-        for (n, service) in &self.services {
-            for six in FAMILIES {
-                for port in service.ports.keys().filter(|_| proxied(service, six) && service.affinity) {
-                    let sets = self.sets((*n, *port, six));
-                    all.insert((*n, *port, six), self.used(service, six, *port, &sets));
-                }
+        for (id, service) in self.proxied_ports() {
+            if let Some(secs) = affinity(service) {
+                all.insert(id, (secs, self.used(id)));
             }
         }
         all
     }
 
+    fn proxied_ports(&self) -> impl Iterator<Item = (PortId, &ServiceFacts)> {
+        self.services.iter().flat_map(|(n, service)| {
+            let families = FAMILIES.into_iter().filter(|six| proxied(service, *six));
+            families.flat_map(move |six| service.ports.keys().map(move |port| ((*n, *port, six), service)))
+        })
+    }
+
+    /// Whether a UDP flow must stay at its endpoint, because that serves (C-5); `None` leaves it open: new
+    /// flows still go to an endpoint that says of itself that it does not serve.
+    pub(crate) fn udp_stays(&self, id: PortId, target: Target) -> Option<bool> {
+        if !self.proxied_ports().any(|(port, _)| port == id) {
+            return Some(false);
+        }
+        if self.endpoints(id).get(&target).is_some_and(|endpoint| endpoint.serving) {
+            return Some(true);
+        }
+        if self.used(id).contains(&target) { None } else { Some(false) }
+    }
+
     /// CL where it is used, and LO where it is used (S-19).
-    fn used(&self, service: &ServiceFacts, six: bool, port: usize, sets: &Sets) -> BTreeSet<Target> {
+    fn used(&self, id: PortId) -> BTreeSet<Target> {
+        let (service, sets, six) = (&self.services[&id.0], self.sets(id), id.2);
+        let port = id.1;
         let reachable = service.ports[&port] != 0
             || !balancer_addresses(service, six).is_empty()
             || !external_addresses(service, six).is_empty();
@@ -378,5 +425,5 @@ fn the_one(entries: &[&EndpointFacts]) -> Endpoint {
     };
     let best = entries.iter().map(|e| (read(e), e.n)).max_by_key(|((r, s, t), _)| (!t, *r, *s));
     let ((ready, serving, terminating), n) = best.expect("a target comes from an entry");
-    Endpoint { n, ready, fallback: !ready && serving && terminating }
+    Endpoint { n, ready, fallback: !ready && serving && terminating, serving }
 }

@@ -1,24 +1,24 @@
-//! The proxy without its kernel: what was heard becomes tables, and packets and socket calls are decided
-//! over them by the functions that the programs are made of.
+//! The proxy between what it hears and what it does: the agent's straight line from changes to tables, and packets
+//! and socket calls decided over them, on the host or in this kernel.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use proxy_agent::datapath::Datapath as _;
-use proxy_agent::datapath::memory::Memory;
 use proxy_agent::model::World;
-use proxy_agent::plan::{Capacity, Planner};
+use proxy_agent::plan::{Actual, Capacity, Planner, Step, lint};
 use proxy_agent::source::{Change, Kind};
 use proxy_common::abi::{FlowKey, Hook};
 use proxy_common::addr::{Addr, Port, Proto};
-use proxy_common::lb::socket::{self, Answer, Call};
-use proxy_common::testing::{ByteFrame, MemoryTables, Outcome, frame, run, tuple, verify};
+use proxy_common::testing::{ByteFrame, Outcome, frame, tuple, verify};
 
-use super::facts::Facts;
-use super::objects::{BRIDGE, UPLINK, links, node_change, service_change, settings, slice_change};
+use super::facts::{FAMILIES, Facts, OWN_NODE, Stale, endpoint_ip, endpoint_node, own_addresses};
+use super::objects::{BRIDGE, UPLINK, links_change, node_change, service_change, settings, slice_change};
 use super::oracle::Target;
 
-const SYN: u8 = 1 << 1;
+/// TCP flags of a first packet, its answer, and those that follow.
+pub(crate) const SYN: u8 = 1 << 1;
+pub(crate) const SYN_ACK: u8 = SYN | ACK;
+pub(crate) const ACK: u8 = 1 << 4;
 
 /// What was observed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,94 +30,154 @@ pub(crate) enum Observed {
     /// Dropped.
     Drop,
     /// Sent to an endpoint; with the new source, if it has one.
-    Forward(Target, Option<IpAddr>),
+    Forward(Target, Option<Target>),
 }
 
-/// The agent's straight line from changes to tables, and the tables.
-pub(crate) struct System {
+/// Whose socket calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Caller {
+    /// A process of the node.
+    Host,
+    /// A process of a pod.
+    Pod,
+}
+
+/// Where the tables lie, and what decides over them.
+pub(crate) trait Programs {
+    /// Empty tables.
+    fn empty(&mut self);
+    /// How much they hold.
+    fn capacity(&self) -> Capacity;
+    /// Cookie of the node's network namespace.
+    fn host_netns(&self) -> u64;
+    /// Reads the configuration tables.
+    fn read(&mut self) -> Actual;
+    /// Writes to them.
+    fn apply(&mut self, steps: &[Step]);
+    /// One packet at one hook.
+    fn run(&mut self, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome;
+    /// One call of a socket that remembers nothing; `None` where no socket of the protocol is made.
+    fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed>;
+    /// Forgets flows that nobody has answered.
+    fn forget_half_open(&mut self);
+    /// Lets time pass, as far as affinity is concerned.
+    fn rest(&mut self, secs: u32);
+}
+
+/// The agent and its tables.
+pub(crate) struct System<'a, P> {
     world: World,
     planner: Option<Planner>,
-    memory: Memory,
-    tables: MemoryTables,
+    programs: &'a mut P,
+    /// Addresses behind the bridge.
+    here: BTreeSet<IpAddr>,
+    /// Addresses this node ever had.
+    node: BTreeSet<IpAddr>,
     now_ms: u64,
 }
 
-impl System {
-    /// A node that has heard everything once.
-    pub(crate) fn new(facts: &Facts) -> Self {
-        let mut world = World::new(settings(facts));
-        world.hear(Change::Links(links()));
-        world.hear(node_change(facts));
-        let slices = facts.slices.keys().map(|n| slice_change(facts, *n));
-        for change in slices.chain(facts.services.keys().map(|n| service_change(facts, *n))) {
-            world.hear(change);
-        }
-        for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-            world.hear(Change::Synced(kind));
-        }
-        assert!(world.synced(), "a world that has heard everything is synced");
-        let mut memory = Memory::new(Capacity::default());
-        let desired = world.take_desired();
-        let pass = Planner::new(&memory.actual, Capacity::default(), 0).full(&desired, 0);
-        memory.apply(&pass.plan.steps).expect("room in the tables");
-        let planner = Some(pass.applied(0));
-        let mut system = Self { world, planner, memory, tables: MemoryTables::default(), now_ms: 0 };
-        system.load();
+/// A world that has heard everything once.
+fn world(facts: &Facts, host_netns: u64) -> World {
+    let mut world = World::new(settings(facts, host_netns));
+    world.hear(links_change(facts));
+    world.hear(node_change(facts));
+    let slices = facts.slices.keys().map(|n| slice_change(facts, *n));
+    for change in slices.chain(facts.services.keys().map(|n| service_change(facts, *n))) {
+        world.hear(change);
+    }
+    for kind in [Kind::Service, Kind::Slice, Kind::Node] {
+        world.hear(Change::Synced(kind));
+    }
+    assert!(world.synced(), "a world that has heard everything is synced");
+    world
+}
+
+impl<'a, P: Programs> System<'a, P> {
+    /// A node whose agent starts over empty tables.
+    pub(crate) fn new(programs: &'a mut P, facts: &Facts) -> Self {
+        programs.empty();
+        let pods = (0..9).filter(|n| endpoint_node(*n) == Some(OWN_NODE));
+        let mut system = Self {
+            world: world(facts, programs.host_netns()),
+            planner: None,
+            here: pods.flat_map(|n| FAMILIES.map(|six| endpoint_ip(n, six))).collect(),
+            node: FAMILIES.into_iter().flat_map(own_addresses).collect(),
+            programs,
+            now_ms: 0,
+        };
+        system.start();
         system
     }
 
+    /// The first pass of an agent; how much it writes.
+    fn start(&mut self) -> usize {
+        let desired = self.world.take_desired();
+        let actual = self.programs.read();
+        let pass = Planner::new(&actual, self.programs.capacity(), self.now_ms).full(&desired, self.now_ms);
+        assert_eq!(pass.plan.complaints, [""; 0], "room in the tables");
+        self.programs.apply(&pass.plan.steps);
+        let writes = pass.plan.steps.len();
+        self.planner = Some(pass.applied(self.now_ms));
+        writes
+    }
+
     /// Hears what has changed and writes it.
-    pub(crate) fn hear(&mut self, changes: Vec<Change>) {
-        for change in changes {
+    pub(crate) fn hear(&mut self, facts: &Facts, stale: &Stale) {
+        let services = stale.services.iter().map(|n| service_change(facts, *n));
+        let slices = stale.slices.iter().map(|n| slice_change(facts, *n));
+        let node = stale.node.then(|| node_change(facts));
+        let links = stale.links.then(|| links_change(facts));
+        for change in services.chain(slices).chain(node).chain(links) {
             self.world.hear(change);
         }
         self.now_ms += 5_000;
         let dirty = self.world.take_dirty();
         let planner = self.planner.take().expect("a planner is always put back");
         let pass = planner.dirty(&dirty, Some(&self.world.node()), self.now_ms);
-        self.memory.apply(&pass.plan.steps).expect("room in the tables");
+        assert_eq!(pass.plan.complaints, [""; 0], "room in the tables");
+        self.programs.apply(&pass.plan.steps);
         self.planner = Some(pass.applied(self.now_ms));
-        self.load();
+        self.programs.forget_half_open();
     }
 
-    /// Gives the tables to the programs; flows end, affinity stays.
-    fn load(&mut self) {
-        let actual = &self.memory.actual;
-        self.tables.config = Some(actual.config);
-        self.tables.addresses = actual.addresses.clone().into_iter().collect();
-        self.tables.frontends = actual.frontends.clone().into_iter().collect();
-        self.tables.slots = actual.slots.clone().into_iter().collect();
-        self.tables.backends = actual.backends.clone().into_iter().collect();
-        self.tables.sources = actual.sources.iter().copied().collect();
-        self.tables.ifaces = actual.ifaces.clone().into_iter().collect();
-        self.tables.flows.borrow_mut().clear();
+    /// Another agent takes over, which has heard the same. Y-22, A-14: it finds nothing to write.
+    pub(crate) fn restart(&mut self, facts: &Facts) -> Result<(), String> {
+        self.world = world(facts, self.programs.host_netns());
+        self.now_ms += 5_000;
+        match self.start() {
+            0 => Ok(()),
+            n => Err(format!("a restart wrote {n} times")),
+        }
+    }
+
+    /// Lets time pass.
+    pub(crate) fn rest(&mut self, secs: u32) {
+        self.now_ms += u64::from(secs) * 1_000;
+        self.programs.rest(secs);
+    }
+
+    /// What is in the tables is sound.
+    pub(crate) fn lint(&mut self) -> Result<(), String> {
+        let found = lint(&self.programs.read());
+        if found.is_empty() { Ok(()) } else { Err(format!("{found:?}")) }
     }
 
     /// The tables for a person.
-    pub(crate) fn dump(&self) -> String {
-        self.memory.actual.dump()
+    pub(crate) fn dump(&mut self) -> String {
+        self.programs.read().dump()
     }
 
-    /// The first packet of a flow: in at one interface, out at the one the endpoint is behind.
+    /// A packet of a client: in at the uplink, out at the interface the endpoint is behind.
     pub(crate) fn packet(
-        &self,
+        &mut self,
         from: Target,
         to: Target,
         proto: Proto,
-        here: &BTreeSet<IpAddr>,
+        flags: u8,
     ) -> Result<Observed, String> {
-        let key = FlowKey {
-            src: from.0.into(),
-            dst: to.0.into(),
-            sport: Port::new(from.1),
-            dport: Port::new(to.1),
-            proto,
-            hook: Hook::INGRESS,
-            pad: 0,
-        };
-        let sent = frame(&key, SYN, b"hello", false);
+        let sent = packet(from, to, proto, flags);
         let mut frame = sent.clone();
-        match run(&self.tables, &sent, Hook::INGRESS, UPLINK) {
+        match self.programs.run(&sent, Hook::INGRESS, UPLINK) {
             Outcome::Passed => {}
             Outcome::Rewritten(out) => frame = out,
             Outcome::Refused(answer) => return refusal(&answer, from, to),
@@ -128,8 +188,7 @@ impl System {
         if inside.0 != from {
             return Err(format!("the source became {:?} at ingress", inside.0));
         }
-        let out_of = if here.contains(&inside.1.0) { BRIDGE } else { UPLINK };
-        let left = match run(&self.tables, &frame, Hook::EGRESS, out_of) {
+        let left = match self.programs.run(&frame, Hook::EGRESS, self.way_to(inside.1.0)) {
             Outcome::Passed => frame,
             Outcome::Rewritten(out) => out,
             other => return Err(format!("at egress: {other:?}")),
@@ -138,7 +197,7 @@ impl System {
         if after.1 != inside.1 {
             return Err(format!("the destination became {:?} at egress", after.1));
         }
-        let source = Some(after.0.0).filter(|_| after.0 != from);
+        let source = Some(after.0).filter(|_| after.0 != from);
         if after.1 == to && source.is_none() {
             let same = left == sent;
             return if same { Ok(Observed::Pass) } else { Err("changed although it was passed".into()) };
@@ -146,19 +205,58 @@ impl System {
         Ok(Observed::Forward(after.1, source))
     }
 
-    /// A socket's call.
-    pub(crate) fn call(&self, to: Target, proto: Proto, netns: u64, connect: bool) -> Observed {
-        let call = Call { dst: to.0.into(), dport: Port::new(to.1), proto, netns, connect };
-        match socket::decide(&self.tables, &call) {
-            Answer::Leave => Observed::Pass,
-            Answer::Refuse => Observed::Refuse,
-            Answer::Deny => Observed::Drop,
-            Answer::Use(entry) => Observed::Forward(target(entry.addr, entry.port), None),
+    /// An endpoint's answer to a client it sees as `seen`: it has to arrive from the Service (D-1).
+    pub(crate) fn answer(
+        &mut self,
+        endpoint: Target,
+        seen: Target,
+        (client, service): (Target, Target),
+        proto: Proto,
+        flags: u8,
+    ) -> Result<(), String> {
+        let mut frame = packet(endpoint, seen, proto, flags);
+        // A process of the node answers from inside.
+        if !self.node.contains(&endpoint.0) || seen != client {
+            match self.programs.run(&frame, Hook::INGRESS, self.way_to(endpoint.0)) {
+                Outcome::Passed => {}
+                Outcome::Rewritten(out) => frame = out,
+                other => return Err(format!("the answer at ingress: {other:?}")),
+            }
         }
+        match self.programs.run(&frame, Hook::EGRESS, self.way_to(client.0)) {
+            Outcome::Passed => {}
+            Outcome::Rewritten(out) => frame = out,
+            other => return Err(format!("the answer at egress: {other:?}")),
+        }
+        let arrived = read(&frame)?;
+        if arrived == (service, client) { Ok(()) } else { Err(format!("the answer arrives as {arrived:?}")) }
+    }
+
+    /// A call of a socket.
+    pub(crate) fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed> {
+        self.programs.call(to, proto, who, connect)
+    }
+
+    fn way_to(&self, addr: IpAddr) -> u32 {
+        if self.here.contains(&addr) { BRIDGE } else { UPLINK }
     }
 }
 
-fn target(addr: Addr, port: Port) -> Target {
+fn packet(from: Target, to: Target, proto: Proto, flags: u8) -> ByteFrame {
+    let key = FlowKey {
+        src: from.0.into(),
+        dst: to.0.into(),
+        sport: Port::new(from.1),
+        dport: Port::new(to.1),
+        proto,
+        hook: Hook::INGRESS,
+        pad: 0,
+    };
+    frame(&key, flags, b"hello", false)
+}
+
+/// As tests name it.
+pub(crate) fn target(addr: Addr, port: Port) -> Target {
     (IpAddr::from(addr), port.number())
 }
 
