@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::Pod;
@@ -18,7 +19,6 @@ use proxy_agent::datapath::probe::Features;
 use proxy_agent::plan::{Actual, Step};
 use proxy_common::abi::{Backend, Hook};
 use proxy_common::testing::{ByteFrame, Outcome};
-use tempfile::TempDir;
 
 /// Where `ifindex` lies in `struct __sk_buff`, the context of a test run.
 const IFINDEX_AT: usize = 40;
@@ -35,16 +35,18 @@ pub struct Programs {
     root: BpfRoot,
     /// What was written since the tables were empty.
     written: Vec<Step>,
-    _directory: TempDir,
 }
 
-/// Runs `work` on a thread with mounts of its own, so that the bpffs it pins in ends with it, however it ends.
-pub fn with_own_mounts<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+/// Runs `work` on a thread with mounts of its own, and gives it a directory: the bpffs that is mounted there ends
+/// with the thread, however that ends.
+pub fn with_own_mounts<T: Send>(work: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
+    let prefix = format!("{}-", crate::unique());
+    let directory = tempfile::Builder::new().prefix(&prefix).tempdir().context("making a directory")?;
     let alone = || {
         unshare(CloneFlags::CLONE_NEWNS).context("making a mount namespace")?;
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
             .context("keeping mounts to ourselves")?;
-        work()
+        work(directory.path())
     };
     std::thread::scope(|scope| {
         scope.spawn(alone).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -52,17 +54,13 @@ pub fn with_own_mounts<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Resu
 }
 
 impl Programs {
-    /// Loads the embedded object; to be called inside [`with_own_mounts`].
-    pub fn load(capacities: &Capacities) -> Result<Self> {
+    /// Loads the embedded object, with its pins below the directory of [`with_own_mounts`].
+    pub fn load(directory: &Path, capacities: &Capacities) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "this runs the real programs: run it as root");
-        let directory = tempfile::Builder::new()
-            .prefix(&format!("{}-", crate::unique()))
-            .tempdir()
-            .context("a directory")?;
-        let root = BpfRoot::new(directory.path().join("bpf"));
+        let root = BpfRoot::new(directory.join("bpf"));
         let loaded = Loaded::open(&root, &Features::probe(), capacities, ProgramLog::Off)?;
         let kernel = Kernel::open(&root)?;
-        Ok(Self { loaded, kernel, root, written: Vec::new(), _directory: directory })
+        Ok(Self { loaded, kernel, root, written: Vec::new() })
     }
 
     /// Reads the configuration tables.

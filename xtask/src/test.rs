@@ -39,7 +39,8 @@ enum Level {
     Rules,
     /// The test harness itself: namespaces, pods, API server.
     Fixtures,
-    /// Packets through the kernel programs, compared with the same code on the host.
+    /// Packets through the kernel programs, compared with the same code on the host; and the questions of `rules`
+    /// to the kernel programs, sockets included.
     Packet,
     /// Loading, attaching and pinning on this kernel.
     Kernel,
@@ -147,9 +148,11 @@ impl Level {
             bail!("package {package} has no test target `{target}`");
         }
         let mut selection = vec!["-p", package, "--test", target];
-        if self == Self::Fixtures {
+        match self {
             // The harness has unit tests as well.
-            selection.push("--lib");
+            Self::Fixtures => selection.push("--lib"),
+            Self::Packet => selection.extend(["--test", "rules-kernel"]),
+            _ => {}
         }
         Ok(selection)
     }

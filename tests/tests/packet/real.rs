@@ -99,8 +99,8 @@ pub(crate) fn real() -> MutexGuard<'static, Real> {
 }
 
 fn load() -> anyhow::Result<Real> {
-    with_own_mounts(|| {
-        let programs = Programs::load(&CAPACITIES)?;
+    with_own_mounts(|directory| {
+        let programs = Programs::load(directory, &CAPACITIES)?;
         Ok(Real {
             established: programs.hash(maps::FLOWS)?,
             half_open: programs.hash(maps::HALF_OPEN)?,

@@ -13,9 +13,9 @@ use super::facts::{
 };
 
 /// The uplink.
-pub(crate) const UPLINK: u32 = 2;
+pub(crate) const UPLINK: u32 = 102;
 /// The bridge of the pods.
-pub(crate) const BRIDGE: u32 = 3;
+pub(crate) const BRIDGE: u32 = 103;
 
 fn word(proto: Proto) -> &'static str {
     match proto {
