@@ -16,10 +16,21 @@ pub(super) struct Heard<K> {
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Heard<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = serde_json::Value::deserialize(deserializer)?;
-        let metadata = value.get("metadata").map(ObjectMeta::deserialize).transpose();
-        let metadata = metadata.map_err(serde::de::Error::custom)?.unwrap_or_default();
+        let metadata = value.get("metadata").unwrap_or(&serde_json::Value::Null);
+        let metadata = ObjectMeta::deserialize(metadata).unwrap_or_else(|_| identity(metadata));
         let object = K::deserialize(value).map_err(|error| error.to_string());
         Ok(Self { metadata, object })
+    }
+}
+
+/// What of unreadable metadata says which object this is, and in which version.
+fn identity(metadata: &serde_json::Value) -> ObjectMeta {
+    let text = |key: &str| metadata.get(key)?.as_str().map(str::to_owned);
+    ObjectMeta {
+        name: text("name"),
+        namespace: text("namespace"),
+        resource_version: text("resourceVersion"),
+        ..ObjectMeta::default()
     }
 }
 
@@ -44,5 +55,73 @@ impl<K: kube::Resource<DynamicType = ()>> kube::Resource for Heard<K> {
     }
     fn meta_mut(&mut self) -> &mut ObjectMeta {
         &mut self.metadata
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Service;
+    use kube::api::ObjectList;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    ///
+    #[test]
+    fn one_item_that_cannot_be_read_does_not_take_the_list_down() {
+        let metadata = |labels: Value| json!({ "name": "web", "namespace": "shop", "labels": labels });
+        let list = json!({ "apiVersion": "v1", "kind": "ServiceList", "metadata": { "resourceVersion": "7" }, "items": [
+            { "metadata": metadata(json!(5)) },
+            { "metadata": metadata(json!({})), "spec": 5 },
+            { "metadata": metadata(json!({})), "spec": { "clusterIP": "10.96.0.1" } },
+        ] });
+        let list: ObjectList<Heard<Service>> = serde_json::from_value(list).expect("a list");
+        assert_eq!(
+            list.items.iter().map(|item| item.object.is_ok()).collect::<Vec<_>>(),
+            [false, false, true]
+        );
+        assert!(list.items.iter().all(|item| item.metadata.name.as_deref() == Some("web")));
+    }
+
+    fn anything() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 16, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map("name|labels|annotations|spec|ports", inner, 0..4)
+                    .prop_map(|map| map.into_iter().collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(proptest::test_runner::Config { failure_persistence: None, ..Default::default() })]
+
+        ///
+        #[test]
+        fn whatever_an_object_says_it_keeps_its_name(
+            key in "labels|annotations|ownerReferences|creationTimestamp|finalizers|generation",
+            odd in anything(),
+            spec in anything(),
+            name in "[a-z]{1,8}",
+        ) {
+            let object = json!({ "metadata": { "name": name.clone(), key: odd }, "spec": spec });
+            let heard: Heard<Service> = serde_json::from_value(object).expect("what any object becomes");
+            prop_assert_eq!(heard.metadata.name, Some(name));
+        }
+
+        #[test]
+        fn what_is_no_object_harms_nobody(odd in anything(), spec in anything()) {
+            for object in [odd.clone(), json!({ "metadata": odd, "spec": spec })] {
+                prop_assert!(serde_json::from_value::<Heard<Service>>(object).is_ok());
+            }
+        }
     }
 }
