@@ -226,6 +226,11 @@ impl Manifest {
             self.faults.push(Fault { line, id: None, text });
             return;
         };
+        if !is_name(namespace) || !is_name(name) {
+            let text = format!("has a name that Kubernetes would not accept: {namespace:?}/{name:?}");
+            self.faults.push(Fault { line, id: None, text });
+            return;
+        }
         let id = id(ObjectName::new(namespace, name));
         match serde_json::from_value::<K>(document) {
             Ok(object) => {
@@ -237,6 +242,11 @@ impl Manifest {
             }
         }
     }
+}
+
+/// Whether this could be the name of an object or a namespace: it is shown to people, and on their terminals.
+fn is_name(text: &str) -> bool {
+    text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.')
 }
 
 /// What an API server would have filled in (S-21): the two spellings of the ClusterIP agree.
