@@ -7,6 +7,8 @@ mod draw;
 #[cfg(test)]
 mod facts;
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod host;
 #[cfg(test)]
 mod objects;
