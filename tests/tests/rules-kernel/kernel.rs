@@ -1,6 +1,7 @@
 //! The proxy in this kernel.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
@@ -44,6 +45,9 @@ pub(crate) struct Kernel {
 /// # Panics
 /// When that cannot be made, with what is missing.
 pub(crate) fn with_kernel<T: Send>(test: impl FnOnce(Kernel) -> T + Send) -> T {
+    // The whole process is in the cgroup of the one test that runs.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let work = |directory: &Path| -> Result<T> {
         proxy_tests::require::world()?;
         let mut programs = programs::Programs::load(directory, &CAPACITIES)?;

@@ -10,11 +10,20 @@ mod facts;
 #[cfg(test)]
 mod kernel;
 #[cfg(test)]
+#[path = "../rules/lasting.rs"]
+mod lasting;
+#[cfg(test)]
 #[path = "../rules/objects.rs"]
 mod objects;
 #[cfg(test)]
 #[path = "../rules/oracle.rs"]
 mod oracle;
+#[cfg(test)]
+#[path = "../rules/outcomes.rs"]
+mod outcomes;
+#[cfg(test)]
+#[path = "../rules/scene.rs"]
+mod scene;
 #[cfg(test)]
 mod sockets;
 #[cfg(test)]
@@ -31,10 +40,28 @@ mod tests {
     use proptest::prelude::*;
     use proptest::test_runner::{Config, TestRunner};
 
-    use super::{draw, kernel::with_kernel, trial::try_all};
+    use super::kernel::{Kernel, with_kernel};
+    use super::{draw, lasting, outcomes, trial::try_all};
 
     /// Cases unless `PROPTEST_CASES` says otherwise.
     const CASES: u32 = 200;
+
+    #[test]
+    fn every_vector_comes_out_as_written() {
+        let vectors: [fn(&mut Kernel); 10] = [
+            outcomes::packet_outcomes,
+            outcomes::short_cuts,
+            outcomes::refused_everywhere,
+            outcomes::other_ports,
+            outcomes::no_second_translation,
+            outcomes::masqueraded_ports_are_unique,
+            lasting::flows_follow_their_endpoints,
+            lasting::older_than_the_service,
+            lasting::affinity_lasts_its_time,
+            lasting::affinity_needs_endpoints,
+        ];
+        with_kernel(|mut kernel| vectors.iter().for_each(|vector| vector(&mut kernel)));
+    }
 
     #[test]
     fn every_flow_gets_from_the_real_programs_what_the_rules_say() {

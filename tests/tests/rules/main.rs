@@ -11,9 +11,15 @@ mod fuzz;
 #[cfg(test)]
 mod host;
 #[cfg(test)]
+mod lasting;
+#[cfg(test)]
 mod objects;
 #[cfg(test)]
 mod oracle;
+#[cfg(test)]
+mod outcomes;
+#[cfg(test)]
+mod scene;
 #[cfg(test)]
 mod system;
 #[cfg(test)]
@@ -24,7 +30,29 @@ mod tests {
     use proptest::prelude::*;
     use proptest::test_runner::Config;
 
-    use super::{draw, host::Host, trial::try_all};
+    use super::{draw, host::Host, lasting, outcomes, trial::try_all};
+
+    macro_rules! vectors {
+        ($($room:ident::$vector:ident,)*) => {$(
+            #[test]
+            fn $vector() {
+                $room::$vector(&mut Host::default());
+            }
+        )*};
+    }
+
+    vectors! {
+        outcomes::packet_outcomes,
+        outcomes::short_cuts,
+        outcomes::refused_everywhere,
+        outcomes::other_ports,
+        outcomes::no_second_translation,
+        outcomes::masqueraded_ports_are_unique,
+        lasting::flows_follow_their_endpoints,
+        lasting::older_than_the_service,
+        lasting::affinity_lasts_its_time,
+        lasting::affinity_needs_endpoints,
+    }
 
     proptest! {
         #![proptest_config(Config { failure_persistence: None, max_shrink_iters: 400, ..Config::default() })]

@@ -8,7 +8,7 @@ use proxy_common::addr::Proto;
 use serde_json::{Value, json};
 
 use super::facts::{
-    FAMILIES, Facts, NODES, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, SliceFacts, ZONES, cluster_ip,
+    FAMILIES, Facts, NODES, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, SliceFacts, Stale, ZONES, cluster_ip,
     endpoint_ip, endpoint_node, own_addresses, source_range, vip,
 };
 
@@ -147,6 +147,11 @@ pub(crate) fn node_change(facts: &Facts) -> Change {
 
 /// The node's interfaces as they are heard now.
 pub(crate) fn links_change(facts: &Facts) -> Change {
+    links(facts.has)
+}
+
+/// The node's interfaces with those of [`own_addresses`] that it has.
+pub(crate) fn links(has: [bool; 3]) -> Change {
     let link = |index, name: &str, at: &[usize]| Link {
         index,
         name: name.into(),
@@ -157,13 +162,22 @@ pub(crate) fn links_change(facts: &Facts) -> Change {
         addresses: FAMILIES
             .into_iter()
             .flat_map(|six| {
-                let there = at.iter().filter(|n| facts.has[**n]);
+                let there = at.iter().filter(|n| has[**n]);
                 there.map(move |n| format!("{}/{}", own_addresses(six)[*n], if six { 64 } else { 24 }))
             })
             .map(|text| text.parse().expect("an interface address"))
             .collect(),
     };
     Change::Links(vec![link(UPLINK, "eth0", &[0, 1]), link(BRIDGE, "cni0", &[2])])
+}
+
+/// What has to be told anew after edits.
+pub(crate) fn changes(facts: &Facts, stale: &Stale) -> Vec<Change> {
+    let services = stale.services.iter().map(|n| service_change(facts, *n));
+    let slices = stale.slices.iter().map(|n| slice_change(facts, *n));
+    let node = stale.node.then(|| node_change(facts));
+    let links = stale.links.then(|| links_change(facts));
+    services.chain(slices).chain(node).chain(links).collect()
 }
 
 /// The operator's settings as the agent takes them.

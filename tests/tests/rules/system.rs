@@ -4,14 +4,14 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use proxy_agent::model::World;
+use proxy_agent::model::{Settings, World};
 use proxy_agent::plan::{Actual, Capacity, Planner, Step, lint};
 use proxy_agent::source::{Change, Kind};
 use proxy_common::abi::{FlowKey, Hook};
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::testing::{ByteFrame, Outcome, frame, tuple, verify};
 
-use super::facts::{FAMILIES, Facts, OWN_NODE, Stale, endpoint_ip, endpoint_node, own_addresses};
+use super::facts::{FAMILIES, Facts, OWN_NODE, endpoint_ip, endpoint_node, own_addresses};
 use super::objects::{BRIDGE, UPLINK, links_change, node_change, service_change, settings, slice_change};
 use super::oracle::Target;
 
@@ -76,13 +76,17 @@ pub(crate) struct System<'a, P> {
     now_ms: u64,
 }
 
-/// A world that has heard everything once.
-fn world(facts: &Facts, host_netns: u64) -> World {
-    let mut world = World::new(settings(facts, host_netns));
-    world.hear(links_change(facts));
-    world.hear(node_change(facts));
+/// Everything there is to hear.
+fn everything(facts: &Facts) -> Vec<Change> {
     let slices = facts.slices.keys().map(|n| slice_change(facts, *n));
-    for change in slices.chain(facts.services.keys().map(|n| service_change(facts, *n))) {
+    let services = facts.services.keys().map(|n| service_change(facts, *n));
+    [links_change(facts), node_change(facts)].into_iter().chain(slices).chain(services).collect()
+}
+
+/// A world that has heard everything once.
+fn world(settings: Settings, changes: Vec<Change>) -> World {
+    let mut world = World::new(settings);
+    for change in changes {
         world.hear(change);
     }
     for kind in [Kind::Service, Kind::Slice, Kind::Node] {
@@ -95,10 +99,16 @@ fn world(facts: &Facts, host_netns: u64) -> World {
 impl<'a, P: Programs> System<'a, P> {
     /// A node whose agent starts over empty tables.
     pub(crate) fn new(programs: &'a mut P, facts: &Facts) -> Self {
+        let settings = settings(facts, programs.host_netns());
+        Self::told(programs, settings, everything(facts))
+    }
+
+    /// The same with words of one's own.
+    pub(crate) fn told(programs: &'a mut P, settings: Settings, changes: Vec<Change>) -> Self {
         programs.empty();
         let pods = (0..9).filter(|n| endpoint_node(*n) == Some(OWN_NODE));
         let mut system = Self {
-            world: world(facts, programs.host_netns()),
+            world: world(settings, changes),
             planner: None,
             here: pods.flat_map(|n| FAMILIES.map(|six| endpoint_ip(n, six))).collect(),
             node: FAMILIES.into_iter().flat_map(own_addresses).collect(),
@@ -122,12 +132,8 @@ impl<'a, P: Programs> System<'a, P> {
     }
 
     /// Hears what has changed and writes it.
-    pub(crate) fn hear(&mut self, facts: &Facts, stale: &Stale) {
-        let services = stale.services.iter().map(|n| service_change(facts, *n));
-        let slices = stale.slices.iter().map(|n| slice_change(facts, *n));
-        let node = stale.node.then(|| node_change(facts));
-        let links = stale.links.then(|| links_change(facts));
-        for change in services.chain(slices).chain(node).chain(links) {
+    pub(crate) fn hear(&mut self, changes: impl IntoIterator<Item = Change>) {
+        for change in changes {
             self.world.hear(change);
         }
         self.now_ms += 5_000;
@@ -142,7 +148,7 @@ impl<'a, P: Programs> System<'a, P> {
 
     /// Another agent takes over, which has heard the same. Y-22, A-14: it finds nothing to write.
     pub(crate) fn restart(&mut self, facts: &Facts) -> Result<(), String> {
-        self.world = world(facts, self.programs.host_netns());
+        self.world = world(settings(facts, self.programs.host_netns()), everything(facts));
         self.now_ms += 5_000;
         match self.start() {
             0 => Ok(()),

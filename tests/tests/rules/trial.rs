@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use proxy_common::addr::Proto;
 
 use super::facts::{Edit, FAMILIES, Facts, Stale, cluster_ip, endpoint_ip, ip, own_addresses, vip};
+use super::objects::changes;
 use super::oracle::{Class, Expected, PortId, Ruling, Target};
 use super::system::{ACK, Caller, Observed, Programs, SYN, SYN_ACK, System};
 
@@ -124,7 +125,7 @@ impl<P: Programs> Trial<'_, P> {
                 self.system.rest(*secs);
             }
         }
-        self.system.hear(&self.facts, &stale);
+        self.system.hear(changes(&self.facts, &stale));
         self.system.lint()?;
         if burst.iter().any(|edit| matches!(edit, Edit::Restart)) {
             self.system.restart(&self.facts)?;
