@@ -1,12 +1,15 @@
 //! Drawing clusters and edits.
 
+use ipnet::IpNet;
 use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 
 use proxy_agent::model::SocketLb;
 
-use super::facts::{Edit, EndpointFacts, Facts, Hints, NodeFacts, Operator, ServiceFacts, SliceFacts};
+use super::facts::{
+    Detect, Edit, EndpointFacts, Facts, Hints, NodeFacts, Operator, ServiceFacts, SliceFacts,
+};
 
 /// Numbers of endpoints there are.
 const ENDPOINTS: usize = 11;
@@ -89,8 +92,21 @@ fn node() -> impl Strategy<Value = NodeFacts> {
     (option::weighted(0.8, 0_u8..3), 0_usize..2).prop_map(|(zone, primary)| NodeFacts { zone, primary })
 }
 
+fn ranges(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().expect("a range")).collect()
+}
+
+/// ServiceCIDRs: none, both families, and one that not all ClusterIPs are in.
+fn service_ranges() -> impl Strategy<Value = Vec<IpNet>> {
+    prop_oneof![
+        2 => Just(Vec::new()),
+        2 => Just(ranges(&["10.96.0.0/16", "fd00:96::/112"])),
+        1 => Just(ranges(&["10.96.0.0/30"])),
+        1 => Just(ranges(&["10.96.0.0/31", "10.96.0.4/32", "fd00:96::/126"])),
+    ]
+}
+
 fn operator() -> impl Strategy<Value = Operator> {
-    let ranges = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("a range")).collect::<Vec<_>>();
     let cluster = prop_oneof![
         3 => Just(ranges(&["10.244.0.0/16", "fd00:244::/32"])),
         1 => Just(ranges(&["10.244.0.0/16"])),
@@ -104,18 +120,22 @@ fn operator() -> impl Strategy<Value = Operator> {
         1 => Just(Some(ranges(&["10.20.30.0/24", "fd00:16::/64"]))),
     ];
     let sockets = prop_oneof![4 => Just(SocketLb::All), 1 => Just(SocketLb::Host), 1 => Just(SocketLb::Off)];
+    let detect = prop_oneof![
+        4 => Just(Detect::Range), 1 => Just(Detect::Bridge), 1 => Just(Detect::Prefix), 1 => Just(Detect::Nothing)
+    ];
     let masquerade = (prop::bool::weighted(0.2), prop::bool::weighted(0.3));
-    (cluster, pods, masquerade, node_ports, sockets, prop::bool::weighted(0.8)).prop_map(
-        |(cluster_cidrs, pod_cidrs, masquerade, node_port_ranges, socket_lb, localhost_node_ports)| {
-            Operator {
-                cluster_cidrs,
-                pod_cidrs,
-                masquerade_all: masquerade.0,
-                masquerade_local: masquerade.1,
-                node_port_ranges,
-                socket_lb,
-                localhost_node_ports,
-            }
+    let switches = (prop::bool::weighted(0.8), prop::bool::weighted(0.8));
+    (cluster, pods, masquerade, node_ports, sockets, detect, switches).prop_map(
+        |(cluster_cidrs, pod_cidrs, masquerade, node_port_ranges, socket_lb, detect, switches)| Operator {
+            cluster_cidrs,
+            pod_cidrs,
+            masquerade_all: masquerade.0,
+            masquerade_local: masquerade.1,
+            node_port_ranges,
+            detect,
+            drop_unallocated: switches.0,
+            socket_lb,
+            localhost_node_ports: switches.1,
         },
     )
 }
@@ -128,14 +148,15 @@ fn has() -> impl Strategy<Value = [bool; 3]> {
 pub(crate) fn facts() -> impl Strategy<Value = Facts> {
     let services = btree_map(0_u8..4, service(), 2..5);
     let slices = btree_map(0_u8..16, slice(), 6..16);
-    (operator(), services, slices, hints(), option::weighted(0.8, node()), has()).prop_map(
-        |(operator, services, slices, hints, node, has)| Facts {
+    (operator(), services, slices, hints(), option::weighted(0.8, node()), has(), service_ranges()).prop_map(
+        |(operator, services, slices, hints, node, has, ranges)| Facts {
             operator,
             services,
             slices,
             hints,
             node,
             has,
+            ranges,
         },
     )
 }
@@ -149,6 +170,7 @@ pub(crate) fn burst() -> impl Strategy<Value = Vec<Edit>> {
         1 => hints().prop_map(Edit::Hints),
         1 => node().prop_map(Edit::Node),
         1 => has().prop_map(Edit::Links),
+        1 => service_ranges().prop_map(Edit::Ranges),
         1 => Just(Edit::Restart),
         1 => prop_oneof![Just(43_u32), Just(79), Just(410), Just(11_000)].prop_map(Edit::Rest),
     ];

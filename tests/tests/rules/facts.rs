@@ -161,6 +161,19 @@ pub(crate) struct NodeFacts {
 /// Zone and node hints of an endpoint, by number.
 pub(crate) type Hints = (Vec<u8>, Vec<u8>);
 
+/// How pods are told (M-1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detect {
+    /// By their addresses.
+    Range,
+    /// By the bridge they are behind.
+    Bridge,
+    /// By the first letters of that bridge's name.
+    Prefix,
+    /// By an interface that is not there.
+    Nothing,
+}
+
 /// What the operator has set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Operator {
@@ -174,6 +187,10 @@ pub(crate) struct Operator {
     pub(crate) masquerade_local: bool,
     /// `--nodeport-addresses`; `None` is `primary`.
     pub(crate) node_port_ranges: Option<Vec<IpNet>>,
+    /// `--detect-local-mode`.
+    pub(crate) detect: Detect,
+    /// `--drop-unallocated-cluster-ips`.
+    pub(crate) drop_unallocated: bool,
     /// `--socket-lb`.
     pub(crate) socket_lb: SocketLb,
     /// `--localhost-nodeports`.
@@ -196,6 +213,8 @@ pub(crate) struct Facts {
     pub(crate) node: Option<NodeFacts>,
     /// Which of [`own_addresses`] the node has; always the first.
     pub(crate) has: [bool; 3],
+    /// The ServiceCIDRs that are known.
+    pub(crate) ranges: Vec<IpNet>,
 }
 
 /// One edit of the cluster.
@@ -213,6 +232,8 @@ pub(crate) enum Edit {
     Node(NodeFacts),
     /// Addresses of the node appear or go.
     Links([bool; 3]),
+    /// ServiceCIDRs change.
+    Ranges(Vec<IpNet>),
     /// The agent starts anew.
     Restart,
     /// So many seconds pass.
@@ -230,6 +251,8 @@ pub(crate) struct Stale {
     pub(crate) node: bool,
     /// The node's links.
     pub(crate) links: bool,
+    /// The ServiceCIDRs.
+    pub(crate) ranges: bool,
 }
 
 impl Facts {
@@ -273,6 +296,10 @@ impl Facts {
             Edit::Links(has) => {
                 self.has = *has;
                 stale.links = true;
+            }
+            Edit::Ranges(ranges) => {
+                self.ranges.clone_from(ranges);
+                stale.ranges = true;
             }
             Edit::Restart | Edit::Rest(_) => {}
         }

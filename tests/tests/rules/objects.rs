@@ -8,8 +8,8 @@ use proxy_common::addr::Proto;
 use serde_json::{Value, json};
 
 use super::facts::{
-    FAMILIES, Facts, NODES, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, SliceFacts, Stale, ZONES, cluster_ip,
-    endpoint_ip, endpoint_node, own_addresses, source_range, vip,
+    Detect, FAMILIES, Facts, NODES, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, SliceFacts, Stale, ZONES,
+    cluster_ip, endpoint_ip, endpoint_node, own_addresses, source_range, vip,
 };
 
 /// The uplink.
@@ -145,6 +145,12 @@ pub(crate) fn node_change(facts: &Facts) -> Change {
     Change::Node(Some(convert::node(&object).0))
 }
 
+/// The ServiceCIDRs as they are heard now.
+pub(crate) fn ranges_change(facts: &Facts) -> Change {
+    let ranges = Some(facts.ranges.clone()).filter(|ranges| !ranges.is_empty());
+    Change::ServiceRanges("kubernetes".into(), ranges)
+}
+
 /// The node's interfaces as they are heard now.
 pub(crate) fn links_change(facts: &Facts) -> Change {
     links(facts.has)
@@ -177,7 +183,8 @@ pub(crate) fn changes(facts: &Facts, stale: &Stale) -> Vec<Change> {
     let slices = stale.slices.iter().map(|n| slice_change(facts, *n));
     let node = stale.node.then(|| node_change(facts));
     let links = stale.links.then(|| links_change(facts));
-    services.chain(slices).chain(node).chain(links).collect()
+    let ranges = stale.ranges.then(|| ranges_change(facts));
+    services.chain(slices).chain(node).chain(links).chain(ranges).collect()
 }
 
 /// The operator's settings as the agent takes them.
@@ -195,8 +202,13 @@ pub(crate) fn settings(facts: &Facts, host_netns: u64) -> Settings {
             None => NodePortAddresses::Primary,
             Some(ranges) => NodePortAddresses::Ranges(ranges.clone()),
         },
-        detect_local: DetectLocal::AnyRange,
-        drop_unallocated: true,
+        detect_local: match operator.detect {
+            Detect::Range => DetectLocal::AnyRange,
+            Detect::Bridge => DetectLocal::Bridge("cni0".into()),
+            Detect::Prefix => DetectLocal::InterfacePrefix("cn".into()),
+            Detect::Nothing => DetectLocal::Bridge("cni0-but-longer".into()),
+        },
+        drop_unallocated: operator.drop_unallocated,
         localhost_node_ports: operator.localhost_node_ports,
         socket_lb: operator.socket_lb,
         host_netns,

@@ -8,7 +8,7 @@ use proxy_agent::model::SocketLb;
 use proxy_common::addr::Proto;
 
 use super::facts::{
-    EndpointFacts, FAMILIES, Facts, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, ZONES, cluster_ip,
+    Detect, EndpointFacts, FAMILIES, Facts, OWN_NODE, PORTS, SLICE_PORTS, ServiceFacts, ZONES, cluster_ip,
     endpoint_ip, endpoint_node, source_range, vip,
 };
 
@@ -217,15 +217,41 @@ impl Facts {
         all.find(|range| range.addr().is_ipv6() == six)
     }
 
-    /// The class of a source address.
+    /// Whether pods of a family can be told from others (M-5).
+    fn knows_pods(&self, six: bool) -> bool {
+        self.operator.detect != Detect::Range || self.pod_range(six).is_some()
+    }
+
+    /// The class of a source address; packets of pods of this node come in by the bridge (M-1, M-4).
     pub(crate) fn class(&self, source: IpAddr) -> Class {
-        if self.pod_range(source.is_ipv6()).is_some_and(|range| range.contains(&source)) {
+        let pod = match self.operator.detect {
+            Detect::Range => self.pod_range(source.is_ipv6()).is_some_and(|range| range.contains(&source)),
+            Detect::Bridge | Detect::Prefix => (0..9)
+                .any(|n| endpoint_ip(n, source.is_ipv6()) == source && endpoint_node(n) == Some(OWN_NODE)),
+            Detect::Nothing => false,
+        };
+        if pod {
             Class::Pod
         } else if self.own(source.is_ipv6()).contains(&source) {
             Class::Host
         } else {
             Class::Outside
         }
+    }
+
+    /// P-22, Y-16: inside a ServiceCIDR, and neither the ClusterIP nor another address of a Service that is
+    /// proxied, nor the node's own.
+    fn unallocated(&self, dst: IpAddr) -> bool {
+        let six = dst.is_ipv6();
+        let used = self.services.values().filter(|service| proxied(service, six)).any(|service| {
+            cluster_address(service, six) == Some(dst)
+                || external_addresses(service, six).contains(&dst)
+                || balancer_addresses(service, six).contains(&dst)
+        });
+        self.operator.drop_unallocated
+            && self.ranges.iter().any(|range| range.contains(&dst))
+            && !used
+            && !self.own(six).contains(&dst)
     }
 
     /// V-1 step 3 and 4, X-17: who owns a destination, and as what.
@@ -300,7 +326,7 @@ impl Facts {
         let service = &self.services[&id.0];
         let by_rule = match what {
             Destination::ClusterIp if self.operator.masquerade_all => return true,
-            Destination::ClusterIp => self.pod_range(id.2).is_some() && class != Class::Pod,
+            Destination::ClusterIp => self.knows_pods(id.2) && class != Class::Pod,
             _ if external_local(service) => class == Class::Host,
             _ => true,
         };
@@ -326,6 +352,8 @@ impl Facts {
             let six = dst.is_ipv6();
             if self.services.values().any(|service| cluster_address(service, six) == Some(dst)) {
                 ruling.expected = Expected::Refuse; // P-21
+            } else if self.unallocated(dst) {
+                ruling.expected = Expected::Drop;
             }
             return ruling;
         };

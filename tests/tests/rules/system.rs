@@ -12,7 +12,9 @@ use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::testing::{ByteFrame, Outcome, frame, tuple, verify};
 
 use super::facts::{FAMILIES, Facts, OWN_NODE, endpoint_ip, endpoint_node, own_addresses};
-use super::objects::{BRIDGE, UPLINK, links_change, node_change, service_change, settings, slice_change};
+use super::objects::{
+    BRIDGE, UPLINK, links_change, node_change, ranges_change, service_change, settings, slice_change,
+};
 use super::oracle::Target;
 
 /// TCP flags of a first packet, its answer, and those that follow.
@@ -80,7 +82,8 @@ pub(crate) struct System<'a, P> {
 fn everything(facts: &Facts) -> Vec<Change> {
     let slices = facts.slices.keys().map(|n| slice_change(facts, *n));
     let services = facts.services.keys().map(|n| service_change(facts, *n));
-    [links_change(facts), node_change(facts)].into_iter().chain(slices).chain(services).collect()
+    let node = [links_change(facts), node_change(facts), ranges_change(facts)];
+    node.into_iter().chain(slices).chain(services).collect()
 }
 
 /// A world that has heard everything once.
@@ -173,7 +176,7 @@ impl<'a, P: Programs> System<'a, P> {
         self.programs.read().dump()
     }
 
-    /// A packet of a client: in at the uplink, out at the interface the endpoint is behind.
+    /// A packet of a client: in at the interface the client is behind, out at the endpoint's.
     pub(crate) fn packet(
         &mut self,
         from: Target,
@@ -183,7 +186,7 @@ impl<'a, P: Programs> System<'a, P> {
     ) -> Result<Observed, String> {
         let sent = packet(from, to, proto, flags);
         let mut frame = sent.clone();
-        match self.programs.run(&sent, Hook::INGRESS, UPLINK) {
+        match self.programs.run(&sent, Hook::INGRESS, self.way_to(from.0)) {
             Outcome::Passed => {}
             Outcome::Rewritten(out) => frame = out,
             Outcome::Refused(answer) => return refusal(&answer, from, to),
