@@ -210,18 +210,27 @@ pub fn request(place: &Place, ask: &Ask) -> Result<Request> {
 
 /// Makes one request and wants an answer.
 pub fn get(place: &Place, ask: &Ask) -> Result<Answer> {
-    let request = request(place, ask)?;
+    wanted(place, ask, request(place, ask)?)
+}
+
+fn wanted(place: &Place, ask: &Ask, request: Request) -> Result<Answer> {
     request.answer.with_context(|| {
         let failure = request.failure.unwrap_or_default();
         format!("{} asks {}: {failure}", place.name, ask.to)
     })
 }
 
+/// Makes this many requests one after the other from one process, each with a socket of its own.
+pub fn requests(place: &Place, ask: &Ask, times: u32) -> Result<Vec<Request>> {
+    let mut process = Process::start(place, "get", &ask.and(&[("--times", times.to_string())]))?;
+    (0..times).map(|_| process.line(PATIENCE)).collect()
+}
+
 /// Makes this many requests one after the other and counts who answered; wants an answer to each.
-pub fn tally(place: &Place, ask: &Ask, requests: u32) -> Result<BTreeMap<String, u32>> {
+pub fn tally(place: &Place, ask: &Ask, times: u32) -> Result<BTreeMap<String, u32>> {
     let mut names = BTreeMap::new();
-    for _ in 0..requests {
-        *names.entry(get(place, ask)?.name).or_default() += 1;
+    for request in requests(place, ask, times)? {
+        *names.entry(wanted(place, ask, request)?.name).or_default() += 1;
     }
     Ok(names)
 }

@@ -1,6 +1,7 @@
 //! What a run needs: root, kernel, cgroup2, the binaries. What is absent fails the run; nothing is skipped.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -54,6 +55,11 @@ pub fn cgroup2() -> Result<PathBuf> {
 
 /// The agent: `PROXY_AGENT_BIN`, or `proxy-agent` beside the test executable, with its BPF object inside.
 pub fn agent_binary() -> Result<PathBuf> {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(path) = FOUND.get() {
+        // Looking into a large program takes its time; tests start many agents.
+        return Ok(path.clone());
+    }
     let path = binary("PROXY_AGENT_BIN", "proxy-agent", "cargo build -p proxy-agent")?;
     let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     ensure!(
@@ -61,7 +67,7 @@ pub fn agent_binary() -> Result<PathBuf> {
         "{} has no BPF object inside: run `cargo xtask build-ebpf`, then `cargo build -p proxy-agent`",
         path.display()
     );
-    Ok(path)
+    Ok(FOUND.get_or_init(|| path).clone())
 }
 
 /// The test-pod program: `PROXY_TESTPOD_BIN`, or `testpod` beside the test executable.

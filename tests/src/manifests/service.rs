@@ -175,6 +175,18 @@ impl ServicePlan {
     }
 }
 
+impl From<&ServicePlan> for Service {
+    fn from(plan: &ServicePlan) -> Self {
+        plan.build()
+    }
+}
+
+impl From<ServicePlan> for Service {
+    fn from(plan: ServicePlan) -> Self {
+        plan.service
+    }
+}
+
 /// A Node with these internal addresses and pod networks.
 #[must_use]
 pub fn node(name: &str, addresses: &[IpAddr], pod_cidrs: &[String], labels: &[(&str, &str)]) -> Node {

@@ -31,7 +31,7 @@ struct Arguments {
 enum Command {
     /// Answer every line and every datagram with the own name, the peer's address and the length.
     Serve(serve::Arguments),
-    /// Make one request.
+    /// Make one request, or several one after the other.
     Get(get::Arguments),
     /// Make new connections steadily and count who answers.
     Load(load::Arguments),
