@@ -46,13 +46,23 @@ enum Level {
     Kernel,
     /// The agent on nodes made of network namespaces, with real traffic.
     E2e,
+    /// What Kubernetes' own end-to-end tests demand, on three nodes.
+    Conformance,
     /// The container image: the static release binary packed, unpacked and run.
     Image,
 }
 
 /// What runs when no level is named; `golden` is part of `unit`.
-const ALL: [Level; 7] =
-    [Level::Unit, Level::Rules, Level::Fixtures, Level::Packet, Level::Kernel, Level::E2e, Level::Image];
+const ALL: [Level; 8] = [
+    Level::Unit,
+    Level::Rules,
+    Level::Fixtures,
+    Level::Packet,
+    Level::Kernel,
+    Level::E2e,
+    Level::Conformance,
+    Level::Image,
+];
 
 /// The feature of `proxy-agent` that its tests on a real kernel stand behind.
 const KERNEL_FEATURE: &str = "kernel-tests";
@@ -94,7 +104,7 @@ fn summarise(results: &[(&Level, Duration, bool)]) -> Result<()> {
     println!("\n=== levels");
     for (level, took, passed) in results {
         let verdict = if *passed { "ok" } else { "FAILED" };
-        println!("{:<10} {verdict:<8} {:>7.1} s", level.to_string(), took.as_secs_f64());
+        println!("{:<11} {verdict:<8} {:>7.1} s", level.to_string(), took.as_secs_f64());
     }
     let failed: Vec<String> =
         results.iter().filter(|(_, _, passed)| !passed).map(|(level, _, _)| level.to_string()).collect();
@@ -142,6 +152,7 @@ impl Level {
             Self::Fixtures => ("proxy-tests", "fixtures"),
             Self::Packet => ("proxy-tests", "packet"),
             Self::E2e => ("proxy-tests", "e2e"),
+            Self::Conformance => ("proxy-tests", "conformance"),
             Self::Image => bail!("the image level has no test target"),
         };
         if !metadata.package(package)?.has("test", target) {
@@ -161,7 +172,7 @@ impl Level {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         match self {
             // A node is an agent, its pods and their clients: one a core keeps time-outs honest.
-            Self::E2e | Self::Kernel => cores.min(4),
+            Self::E2e | Self::Conformance | Self::Kernel => cores.min(4),
             _ => cores * 2,
         }
     }
