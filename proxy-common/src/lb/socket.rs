@@ -128,15 +128,16 @@ pub fn decide<T: Tables>(tables: &T, call: &Call) -> Answer {
 }
 
 /// Whether a pod's socket is better left to its packets: affinity and source ranges go by the pod's address, which
-/// a socket does not have yet, and to masquerade takes a packet (M-6, M-8).
+/// a socket does not have yet; to masquerade takes a packet (M-6, M-8); and under an external Local policy it counts
+/// what the detector says of the packets' source (V-24, V-27).
 #[inline(always)]
 fn needs_address(config: &Config, flags: u32) -> bool {
-    let masqueraded = if flags & frontend::INTERNAL != 0 {
+    let by_packet = if flags & frontend::INTERNAL != 0 {
         config.flags & config::MASQUERADE_ALL != 0
     } else {
-        config.flags & config::MASQUERADE_LOCAL != 0 && flags & frontend::LOCAL == 0
+        config.flags & config::MASQUERADE_LOCAL != 0 || flags & frontend::LOCAL != 0
     };
-    masqueraded || flags & (frontend::AFFINITY | frontend::SOURCE_RANGES) != 0
+    by_packet || flags & (frontend::AFFINITY | frontend::SOURCE_RANGES) != 0
 }
 
 /// Whether packets of the socket pass an interface program of this node on their way out, so that what is not

@@ -582,12 +582,14 @@ fn a_socket_is_translated_once_and_shows_what_was_asked_for() {
 }
 
 #[test]
-fn a_pod_s_socket_leaves_to_its_packets_what_has_to_be_masqueraded() {
-    // M-6, M-8: with the switches that hide pods. A host process has no such packets.
+fn a_pod_s_socket_leaves_to_its_packets_what_counts_there() {
+    // M-6, M-8: with the switches that hide pods; V-24, V-27: under an external Local policy it is the detector that
+    // tells pods from others. A host process has no such packets.
     let decide = |switch: u32, dst: &str, netns: u64| {
         let mut node = Node::new();
         node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 8080)]);
         node.service(("203.0.113.1", 80), Proto::TCP, 0, &[("10.244.2.7", 8080)]);
+        node.service(("203.0.113.2", 80), Proto::TCP, frontend::LOCAL, &[("10.244.2.7", 8080)]);
         if let Some(config) = &mut node.tables.config {
             config.flags |= switch;
         }
@@ -596,11 +598,12 @@ fn a_pod_s_socket_leaves_to_its_packets_what_has_to_be_masqueraded() {
         !matches!(socket::decide(&node.tables, &call), socket::Answer::Use(_))
     };
     let (host, pod) = (1, 99);
-    let left = |switch| ["10.96.0.1", "203.0.113.1"].map(|dst| decide(switch, dst, pod));
-    assert_eq!(left(0), [false, false]);
-    assert_eq!(left(config::MASQUERADE_ALL), [true, false]);
-    assert_eq!(left(config::MASQUERADE_LOCAL), [false, true]);
+    let left = |switch| ["10.96.0.1", "203.0.113.1", "203.0.113.2"].map(|dst| decide(switch, dst, pod));
+    assert_eq!(left(0), [false, false, true]);
+    assert_eq!(left(config::MASQUERADE_ALL), [true, false, true]);
+    assert_eq!(left(config::MASQUERADE_LOCAL), [false, true, true]);
     assert!(!decide(config::MASQUERADE_ALL, "10.96.0.1", host));
+    assert!(!decide(0, "203.0.113.2", host));
 }
 
 #[test]
