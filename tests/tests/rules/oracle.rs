@@ -53,6 +53,13 @@ pub(crate) struct Ruling {
     pub(crate) affinity: Option<u32>,
     /// Whether the source of the flow matters (V-17).
     pub(crate) restricted: bool,
+    /// Whether its class matters to where it goes (V-24, V-26).
+    pub(crate) by_class: bool,
+}
+
+impl Ruling {
+    const PASS: Self =
+        Self { expected: Expected::Pass, port: None, affinity: None, restricted: false, by_class: false };
 }
 
 /// An endpoint of a Service port after E-21.
@@ -343,7 +350,7 @@ impl Facts {
         proto: Proto,
         number: u16,
     ) -> Ruling {
-        let mut ruling = Ruling { expected: Expected::Pass, port: None, affinity: None, restricted: false };
+        let mut ruling = Ruling::PASS;
         // V-36; that host processes reach them all the same is a deliberate difference.
         if dst.is_loopback() && !(class == Class::Host && self.operator.localhost_node_ports) {
             return ruling;
@@ -368,6 +375,7 @@ impl Facts {
                 return ruling;
             }
         }
+        ruling.by_class = what != Destination::ClusterIp && external_local(service);
         let sets = self.sets(id);
         let local = match what {
             Destination::ClusterIp => internal_local(service),
@@ -394,7 +402,7 @@ impl Facts {
         };
         let mut ruling = self.ruling(source, class, to.0, proto, to.1);
         if !translated {
-            ruling = Ruling { expected: Expected::Pass, port: None, affinity: None, restricted: false };
+            ruling = Ruling::PASS;
         }
         ruling
     }

@@ -177,7 +177,7 @@ impl<P: Programs> Trial<'_, P> {
         let six = to.0.is_ipv6();
         for (caller, class, source) in [
             (Caller::Host, Class::Host, self.facts.primary(six)),
-            (Caller::Pod, Class::Pod, endpoint_ip(1, six)),
+            (Caller::Pod, self.facts.class(endpoint_ip(1, six)), endpoint_ip(1, six)),
         ] {
             let ruling = self.facts.call_ruling(source, class, to, proto);
             self.probe(Prober::Socket(caller), to, proto, &ruling)?;
@@ -229,10 +229,11 @@ impl<P: Programs> Trial<'_, P> {
     }
 
     fn judge(&mut self, who: Prober, ruling: &Ruling, observed: &Observed) -> Result<(), &'static str> {
-        // What a pod's socket may leave to the packets: where the client's address counts, or has to be hidden.
+        // What a pod's socket may leave to the packets: where the client's address or class counts, or has to be
+        // hidden.
         let pod = who == Prober::Socket(Caller::Pod);
         let hidden = self.facts.operator.masquerade_all || self.facts.operator.masquerade_local;
-        let left = pod && (ruling.affinity.is_some() || ruling.restricted || hidden);
+        let left = pod && (ruling.affinity.is_some() || ruling.restricted || ruling.by_class || hidden);
         let expected = match (&ruling.expected, observed) {
             (_, Observed::Pass) if left => return Ok(()),
             (Expected::Pass, Observed::Pass)
