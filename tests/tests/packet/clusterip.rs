@@ -1,8 +1,11 @@
 //! Pods reach Services by their ClusterIP.
 
+use std::net::SocketAddr;
+
 use proxy_common::abi::frontend::INTERNAL;
 use proxy_common::addr::Proto;
 use proxy_common::lb::FlowTable;
+use proxy_tests::packet::{Packet, Transport};
 
 use crate::node::{ACK, FAMILIES, NEW, Node, SYN, SYN_ACK, at, packet};
 use crate::stage::story;
@@ -32,4 +35,49 @@ fn a_pod_reaches_a_cluster_ip_and_sees_it_answer() {
             );
         }
     }
+}
+
+/// Sequence and acknowledgement numbers, TTL, traffic class.
+const ODD: [(u32, u32, u8, u8); 4] =
+    [(0xffff_fff0, 7, 64, 0), (1, 0xdead_beef, 64, 0), (2_000, 1_000, 2, 0xb8 | 3), (2_000, 1_000, 255, 1)];
+
+/// D-9: the window is the ends' business. D-15: hops are the stack's to count; classes and marks of congestion are the
+/// sender's. All of it goes both ways as it came.
+#[test]
+fn whatever_a_packet_of_a_flow_says_beside_its_addresses_stays() {
+    for cast in FAMILIES {
+        let (pod, vip, endpoint) = (at(cast.pod, 40_000), at(cast.vip, 80), at(cast.remote, 8080));
+        story(
+            || Node::new().with((cast.vip, 80), Proto::TCP, INTERNAL, &[(cast.remote, 8080)]),
+            |stage| {
+                stage.ingress(&packet(Proto::TCP, pod, vip, SYN)).becomes(&packet(
+                    Proto::TCP,
+                    pod,
+                    endpoint,
+                    SYN,
+                ));
+                let answer = packet(Proto::TCP, endpoint, pod, SYN_ACK);
+                stage.egress(&answer).becomes(&packet(Proto::TCP, vip, pod, SYN_ACK));
+                stage.counted(NEW);
+                for odd in ODD {
+                    stage.ingress(&segment(pod, vip, odd)).becomes(&segment(pod, endpoint, odd));
+                    stage.egress(&segment(endpoint, pod, odd)).becomes(&segment(vip, pod, odd));
+                }
+                stage.counted(&[]);
+            },
+        );
+    }
+}
+
+fn segment(from: SocketAddr, to: SocketAddr, odd: (u32, u32, u8, u8)) -> Packet {
+    let (sequence, acknowledged, ttl, class) = odd;
+    let transport = Transport::Tcp {
+        source: from.port(),
+        destination: to.port(),
+        sequence,
+        acknowledged,
+        flags: ACK,
+        options: Vec::new(),
+    };
+    Packet::new(from.ip(), to.ip(), transport).ttl(ttl).traffic_class(class).payload(b"odd")
 }

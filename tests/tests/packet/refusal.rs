@@ -115,6 +115,7 @@ fn a_port_that_a_cluster_ip_lacks_is_refused() {
     }
 }
 
+/// V-6, P-21.
 #[test]
 fn an_echo_request_to_a_cluster_ip_is_refused_and_its_answer_is_not() {
     for (cast, request, reply) in [(V4, 8, 0), (V6, 128, 129)] {

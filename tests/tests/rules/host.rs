@@ -1,9 +1,12 @@
 //! The proxy without its kernel: the functions that the programs are made of, over tables in memory.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+
 use proxy_agent::datapath::Datapath as _;
 use proxy_agent::datapath::memory::Memory;
 use proxy_agent::plan::{Actual, Capacity, Step};
-use proxy_common::abi::Hook;
+use proxy_common::abi::{Flow, FlowKey, Hook};
 use proxy_common::addr::{Port, Proto};
 use proxy_common::lb::FlowTable;
 use proxy_common::lb::socket::{self, Answer, Call};
@@ -21,6 +24,13 @@ const POD_NETNS: u64 = 4_711;
 pub(crate) struct Host {
     memory: Memory,
     tables: MemoryTables,
+}
+
+impl Host {
+    /// The flows there are.
+    pub(crate) fn flows(&self) -> &RefCell<HashMap<(FlowTable, FlowKey), Flow>> {
+        &self.tables.flows
+    }
 }
 
 impl Programs for Host {

@@ -14,7 +14,7 @@ use super::scene::{
 use super::system::{Observed, Programs};
 
 /// The Service of the UDP vectors, with a second port, for both protocols.
-fn reconciled() -> Change {
+pub(crate) fn reconciled() -> Change {
     let entry = |name: &str, proto: &str, number: u16, node_port: u16| json!({ "name": name, "protocol": proto, "port": number, "nodePort": node_port });
     balancer(
         "dns",
@@ -27,7 +27,7 @@ fn reconciled() -> Change {
 }
 
 /// Its endpoints: those of port 8000, and one for port 3000, which does not serve any more in the end.
-fn endpoints(target: u16, serving: &[(&str, bool)]) -> [Change; 2] {
+pub(crate) fn endpoints(target: u16, serving: &[(&str, bool)]) -> [Change; 2] {
     let all: Vec<Value> = serving.iter().map(|(ip, serving)| {
         json!({ "addresses": [ip], "conditions": { "ready": serving, "serving": serving }, "nodeName": "n2" })
     }).collect();
@@ -40,8 +40,8 @@ fn endpoints(target: u16, serving: &[(&str, bool)]) -> [Change; 2] {
     [slice("dns", &json!([entry("u", "UDP"), entry("t", "TCP"), entry("s", "SCTP")]), &json!(all)), second]
 }
 
-const A: &str = "10.244.2.1";
-const B: &str = "10.244.2.2";
+pub(crate) const A: &str = "10.244.2.1";
+pub(crate) const B: &str = "10.244.2.2";
 const D: &str = "10.244.2.3";
 
 /// T-85…T-89, T-91; C-4…C-9, C-14: answered flows to every endpoint, then B does not serve any more and D has gone.
@@ -109,7 +109,7 @@ pub(crate) fn older_than_the_service<P: Programs>(programs: &mut P) {
 }
 
 /// A Service with affinity and its four endpoints, for every protocol.
-fn sticky(secs: u32, endpoints: &Value) -> Vec<Change> {
+pub(crate) fn sticky(secs: u32, endpoints: &Value) -> Vec<Change> {
     let config = json!({ "clientIP": { "timeoutSeconds": secs } });
     let entry =
         |name: &str, proto: &str, number: u16| json!({ "name": name, "protocol": proto, "port": number });
@@ -119,7 +119,7 @@ fn sticky(secs: u32, endpoints: &Value) -> Vec<Change> {
     vec![balancer("s1", 1, &more), slice("s1", &ports([8080; 3]), endpoints)]
 }
 
-fn four() -> Value {
+pub(crate) fn four() -> Value {
     [A, B, D, REMOTE].iter().map(|ip| json!({ "addresses": [ip], "nodeName": "n2" })).collect()
 }
 

@@ -3,6 +3,8 @@
 //! same questions to the real programs.
 
 #[cfg(test)]
+mod crowd;
+#[cfg(test)]
 mod draw;
 #[cfg(test)]
 mod facts;
@@ -48,6 +50,9 @@ mod tests {
         outcomes::other_ports,
         outcomes::no_second_translation,
         outcomes::masqueraded_ports_are_unique,
+        outcomes::unallocated_cluster_ips,
+        outcomes::source_ranges,
+        outcomes::bound_or_not,
         lasting::flows_follow_their_endpoints,
         lasting::older_than_the_service,
         lasting::affinity_lasts_its_time,

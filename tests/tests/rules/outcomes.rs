@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};
 
+use super::objects::links;
 use super::scene::{
     BRIDGE, Column, Got, LOCAL, NODE, OUTSIDE, POD, REMOTE, REMOTE_POD, SECOND, Scene, balancer, ip, local,
     port, reached, remote, service, slice, word,
@@ -220,5 +221,96 @@ pub(crate) fn masqueraded_ports_are_unique<P: Programs>(programs: &mut P) {
             assert_eq!(open.client.1, 40_001);
             assert!(seen.insert(open.seen), "{proto:?}: {:?} twice", open.seen);
         }
+    }
+}
+
+/// T-57, P-22, P-21, Y-16: inside a ServiceCIDR what is no Service's vanishes, for packets and calls alike; a headless
+/// Service's address is no Service's. Without a range of the family nothing does.
+pub(crate) fn unallocated_cluster_ips<P: Programs>(programs: &mut P) {
+    let mut scene = Scene::new(programs, Column::ClusterCidr, three(&json!([local(), remote()])));
+    let unused = [("10.96.0.77", 80), ("10.96.255.1", 53)];
+    for to in unused {
+        assert_eq!(scene.packets(POD, to, Proto::TCP), Got::Pass, "{to:?}");
+        assert_eq!(scene.calls(to, Proto::TCP), Got::Pass, "{to:?}");
+    }
+    let range = |text: &str| Some(vec![text.parse().expect("a range")]);
+    scene.system.hear([Change::ServiceRanges("kubernetes".into(), range("10.96.0.0/16"))]);
+    for to in unused {
+        for from in [POD, OUTSIDE, REMOTE_POD] {
+            assert_eq!(scene.packets(from, to, Proto::TCP), Got::Drop, "{from} to {to:?}");
+            assert_eq!(scene.packets(from, to, Proto::UDP), Got::Drop, "{from} to {to:?}");
+        }
+        assert_eq!(scene.calls(to, Proto::TCP), Got::Drop, "{to:?}");
+        assert_eq!(scene.calls(to, Proto::UDP), Got::Drop, "{to:?}");
+    }
+    assert_eq!(scene.packets(POD, ("10.96.0.1", 81), Proto::TCP), Got::Refuse);
+    assert_eq!(scene.packets(POD, ("10.97.0.1", 80), Proto::TCP), Got::Pass);
+    scene.system.hear([Change::ServiceRanges("kubernetes".into(), range("fd00:96::/112"))]);
+    assert_eq!(scene.packets(POD, unused[0], Proto::TCP), Got::Pass);
+}
+
+const V1: (&str, u16) = ("203.0.113.101", 80);
+const V2: (&str, u16) = ("203.0.113.102", 80);
+
+/// A Service with two balancer IPs of which the first is an external IP, too.
+fn restricted(ranges: &Value) -> Change {
+    let ports = json!([{ "name": "p", "protocol": "TCP", "port": 80, "nodePort": 30_001 }]);
+    let spec = json!({
+        "type": "LoadBalancer", "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"], "ipFamilies": ["IPv4"],
+        "externalIPs": [V1.0, "203.0.113.1"], "ports": ports, "loadBalancerSourceRanges": ranges,
+    });
+    service("s1", &spec, &json!({ "loadBalancer": { "ingress": [{ "ip": V1.0 }, { "ip": V2.0 }] } }))
+}
+
+/// T-59…T-63; V-14…V-21, V-38: source ranges are about balancer IPs and nothing else.
+pub(crate) fn source_ranges<P: Programs>(programs: &mut P) {
+    let ranges = json!(["192.168.10.0/24", " 198.51.100.0/25"]);
+    let objects = vec![restricted(&ranges), slice("s1", &port(8080), &json!([remote()]))];
+    let mut scene = Scene::new(programs, Column::ClusterCidr, objects);
+    let (listed, other) = ("198.51.100.2", "198.51.100.130");
+    let through = reached(&[REMOTE], true);
+    for to in [V1, V2] {
+        assert_eq!(scene.packets(listed, to, Proto::TCP), through, "T-59");
+        assert_eq!(scene.packets(other, to, Proto::TCP), Got::Drop, "T-60");
+        assert_eq!(scene.packets(POD, to, Proto::TCP), Got::Drop, "T-60");
+        assert_eq!(scene.packets(to.0, to, Proto::TCP), through, "T-62");
+        assert_eq!(scene.packets(NODE, to, Proto::TCP), through, "T-62");
+        assert_eq!(scene.packets(SECOND, to, Proto::TCP), Got::Drop, "V-19");
+        assert_eq!(scene.calls(to, Proto::TCP), reached(&[REMOTE], false), "T-62");
+    }
+    assert_eq!(scene.packets(other, (NODE, 30_001), Proto::TCP), through, "T-61");
+    assert_eq!(scene.packets(other, ("203.0.113.1", 80), Proto::TCP), through, "V-14");
+    assert_eq!(scene.packets(POD, ("10.96.0.1", 80), Proto::TCP), reached(&[REMOTE], false), "T-61");
+
+    scene.system.hear([slice("s1", &port(8080), &json!([]))]);
+    assert_eq!(scene.packets(other, V1, Proto::TCP), Got::Drop, "V-21");
+    assert_eq!(scene.packets(listed, V1, Proto::TCP), Got::Refuse, "V-21");
+    scene.system.hear([slice("s1", &port(8080), &json!([remote()]))]);
+
+    for open in
+        [json!(["2001:db8::/32"]), json!(["0.0.0.0/0", "1.2.3.4/32"]), json!(["garbage"]), json!([" "])]
+    {
+        scene.system.hear([restricted(&open)]);
+        assert_eq!(scene.packets(other, V1, Proto::TCP), through, "T-63: {open}");
+        assert_eq!(scene.packets(POD, V2, Proto::TCP), through, "T-63: {open}");
+    }
+}
+
+/// V-4: whether somebody has bound the address to an interface changes nothing, and it is never a new source
+/// (M-13, which every flow here is held to).
+pub(crate) fn bound_or_not<P: Programs>(programs: &mut P) {
+    let mut scene = Scene::new(programs, Column::ClusterCidr, three(&json!([local(), remote()])));
+    let unbound = links([true; 3]);
+    let mut bound = unbound.clone();
+    if let Change::Links(all) = &mut bound {
+        all[0].addresses.insert(0, "203.0.113.101/32".parse().expect("an address"));
+    }
+    for links in [unbound.clone(), bound, unbound] {
+        scene.system.hear([links]);
+        for from in [POD, OUTSIDE] {
+            assert_eq!(scene.packets(from, V1, Proto::TCP), reached(ALL, true), "{from}");
+            assert_eq!(scene.packets(from, ("203.0.113.101", 30_001), Proto::TCP), Got::Pass, "{from}");
+        }
+        assert_eq!(scene.calls(V1, Proto::TCP), reached(ALL, false));
     }
 }

@@ -70,7 +70,7 @@ pub(crate) trait Programs {
 pub(crate) struct System<'a, P> {
     world: World,
     planner: Option<Planner>,
-    programs: &'a mut P,
+    pub(crate) programs: &'a mut P,
     /// Addresses behind the bridge.
     here: BTreeSet<IpAddr>,
     /// Addresses this node ever had.

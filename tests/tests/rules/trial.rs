@@ -295,7 +295,7 @@ impl<P: Programs> Trial<'_, P> {
 
     /// Flows that were answered go on. TCP and SCTP as they were, whatever has happened to their Service, the
     /// node or the agent (P-18, P-28, V-23, A-12, C-1, C-2, S-23); UDP while its endpoint serves, and else to where a
-    /// new flow would go (C-4 to C-8, C-14, T-85 to T-91). Where nobody serves it is refused or left alone like
+    /// new flow would go (C-4…C-8, C-14, T-85…T-91). Where nobody serves it is refused or left alone like
     /// a new one: the deliberate difference from C-6.
     fn probe_flows(&mut self) -> Result<(), String> {
         for mut flow in std::mem::take(&mut self.flows) {
