@@ -251,6 +251,48 @@ fn affinity_is_read_leniently() {
 }
 
 #[test]
+fn what_does_not_count_changes_nothing() {
+    // S-16, S-14, S-22; V-11, V-22; S-25: while it is being deleted it is still there.
+    let plain = || {
+        let mut object = spec(&json!({ "type": "LoadBalancer" }));
+        object["status"] = json!({ "loadBalancer": { "ingress": [{ "ip": "203.0.113.1" }] } });
+        object
+    };
+    let expected = convert_service(plain());
+    assert_eq!(texts(&expected.0.as_ref().unwrap().load_balancer_ips), ["203.0.113.1"]);
+    for (place, value) in [
+        ("/metadata/deletionTimestamp", json!("2026-01-01T00:00:00Z")),
+        ("/metadata/finalizers", json!(["service.kubernetes.io/load-balancer-cleanup"])),
+        ("/metadata/resourceVersion", json!("77")),
+        (
+            "/metadata/annotations",
+            json!({ "service.beta.kubernetes.io/load-balancer-source-ranges": "192.0.2.0/24" }),
+        ),
+        ("/metadata/annotations", json!({ "service.kubernetes.io/topology-mode": "Auto" })),
+        ("/metadata/labels", json!({ "service.kubernetes.io/headless": "" })),
+        ("/spec/publishNotReadyAddresses", json!(true)),
+        ("/spec/trafficDistribution", json!("PreferClose")),
+        ("/spec/loadBalancerClass", json!("example.org/lb")),
+        ("/spec/loadBalancerIP", json!("192.0.2.1")),
+        ("/spec/allocateLoadBalancerNodePorts", json!(false)),
+        ("/spec/selector", json!({ "app": "web" })),
+        ("/spec/ports/0/targetPort", json!("http")),
+        ("/spec/ports/0/appProtocol", json!("kubernetes.io/h2c")),
+        ("/status/loadBalancer/ingress/0/ports", json!([{ "port": 443, "protocol": "TCP" }])),
+        (
+            "/status/conditions",
+            json!([{ "type": "x", "status": "True", "reason": "y", "message": "z",
+            "lastTransitionTime": "2026-01-01T00:00:00Z" }]),
+        ),
+    ] {
+        let mut object = plain();
+        let (parent, key) = place.rsplit_once('/').unwrap();
+        object.pointer_mut(parent).unwrap()[key] = value;
+        assert_eq!(convert_service(object), expected, "{place}");
+    }
+}
+
+#[test]
 fn the_age_of_a_service_is_known() {
     let mut object = spec(&json!({}));
     object["metadata"]["creationTimestamp"] = json!("1970-01-02T00:00:00Z");

@@ -195,6 +195,7 @@ async fn a_streaming_list_is_followed_by_its_watch() {
     ] {
         assert!(services[0].contains(part), "{part} in {services:?}");
     }
+    // E-1: those of all namespaces.
     let slices = server.asked("/apis/discovery.k8s.io/v1/endpointslices");
     assert!(slices[0].contains("labelSelector=%21service.kubernetes.io%2Fheadless"), "{slices:?}");
     let nodes = server.asked("/api/v1/nodes");
