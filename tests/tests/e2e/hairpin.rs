@@ -5,13 +5,13 @@ use anyhow::Result;
 use proxy_tests::town::PodNetwork;
 
 use crate::common::{ip, manifests, vips};
-use crate::scene::{agent, answers, at, in_both_networks, in_network, is_served, seen_as, servers, service};
+use crate::scene::{agent, answers, at, in_every_network, in_network, is_served, seen_as, servers, service};
 
 #[test]
 fn a_pod_reaches_itself_through_its_own_service() -> Result<()> {
     // M-10, M-13: ClusterIP and NodePort, TCP and UDP, packet by packet. A pod that is shown its own address would
     // answer over its own loopback.
-    in_both_networks(|town| {
+    in_every_network(|town| {
         let dir = manifests()?;
         let _servers = servers(&town, &["b"])?;
         service(&dir, &town, ("own", 1, 30001), &["b"], |plan| plan)?;

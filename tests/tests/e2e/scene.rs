@@ -160,8 +160,8 @@ pub(crate) fn in_network(network: PodNetwork, play: impl FnOnce(Town) -> Result<
     play(two_nodes(network)?).with_context(|| format!("with {network:?} pods"))
 }
 
-/// The usual town for both kinds of pod network, where they differ in what packets go through.
-pub(crate) fn in_both_networks(play: impl Fn(Town) -> Result<()>) -> Result<()> {
-    in_network(PodNetwork::Routed, &play)?;
-    in_network(PodNetwork::Bridged, &play)
+/// The usual town for each kind of pod network between which packets take different ways.
+pub(crate) fn in_every_network(play: impl Fn(Town) -> Result<()>) -> Result<()> {
+    let networks = [PodNetwork::Routed, PodNetwork::Bridged, PodNetwork::Overlay];
+    networks.into_iter().try_for_each(|network| in_network(network, &play))
 }
