@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -66,20 +67,50 @@ pub(crate) fn up<'a>(
     Ok(())
 }
 
-/// Upstream's `verifyServeHostnameServiceDown`: soon nobody answers, and it stays so. All clients ask at the same time:
-/// most of it is waiting.
+/// Upstream's `verifyServeHostnameServiceDown`: soon nobody answers, and it stays so.
 pub(crate) fn down<'a>(clients: impl IntoIterator<Item = &'a Place>, targets: [SocketAddr; 2]) -> Result<()> {
-    let asks = ways(targets);
-    let pairs = clients.into_iter().flat_map(|client| asks.iter().map(move |ask| (client, ask)));
+    at_once(clients, targets, |client, way, to| {
+        soon(|| silent(client, &way(to)))?;
+        never(client, &way(to))
+    })
+}
+
+/// Nobody answers, and it stays so.
+pub(crate) fn is_down<'a>(
+    clients: impl IntoIterator<Item = &'a Place>,
+    targets: [SocketAddr; 2],
+) -> Result<()> {
+    at_once(clients, targets, |client, way, to| never(client, &way(to)))
+}
+
+/// All clients ask in all ways at the same time: most of it is waiting.
+fn at_once<'a>(
+    clients: impl IntoIterator<Item = &'a Place>,
+    targets: [SocketAddr; 2],
+    check: impl Fn(&Place, Way, SocketAddr) -> Result<()> + Sync,
+) -> Result<()> {
+    let check = &check;
+    let clients: Vec<&Place> = clients.into_iter().collect();
     std::thread::scope(|scope| {
-        let watch = |(client, ask)| {
-            scope.spawn(move || soon(|| silent(client, ask)).and_then(|()| never(client, ask)))
-        };
-        let watchers: Vec<_> = pairs.map(watch).collect();
+        let mut watchers = Vec::new();
+        for client in clients {
+            for to in targets {
+                for way in [Ask::tcp as Way, new_flow] {
+                    watchers.push(scope.spawn(move || check(client, way, to)));
+                }
+            }
+        }
         watchers
             .into_iter()
             .try_for_each(|watcher| watcher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
+}
+
+/// UDP from a port that no other request has: a flow that was let in goes on, whatever became of its Service's policy.
+fn new_flow(to: SocketAddr) -> Ask {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Below the ports that the kernel chooses from.
+    Ask::udp(to).from_port(15_000 + NEXT.fetch_add(1, Ordering::Relaxed) % 15_000)
 }
 
 /// One request gets no answer.

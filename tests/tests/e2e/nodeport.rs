@@ -1,11 +1,10 @@
 //! NodePorts, from wherever they can be asked.
 
-use anyhow::{Result, ensure};
-use proxy_tests::object::{Key, Kind, Publish};
-use proxy_tests::town::{PodNetwork, Town};
+use anyhow::Result;
+use proxy_tests::town::PodNetwork;
 
 use crate::common::manifests;
-use crate::scene::{agent, answers, at, in_network, is_refused, is_served, seen_as, servers, service, soon};
+use crate::scene::{agent, answers, in_network, is_served, seen_as, servers, service};
 
 /// The endpoints, by where they are seen from `node1`, and the NodePorts that lead to them.
 const PLACES: [(&str, u16); 4] = [("b", 30001), ("c", 30002), ("h1", 30003), ("h2", 30004)];
@@ -61,50 +60,4 @@ fn without_socket_translation_a_node_port_serves_outside_and_pods() -> Result<()
         }
         Ok(())
     })
-}
-
-#[test]
-fn after_the_service_is_deleted_its_node_port_is_refused_and_nobody_listens() -> Result<()> {
-    // V-39, V-37.
-    in_network(PodNetwork::Routed, |town| {
-        let dir = manifests()?;
-        let _servers = servers(&town, &["b"])?;
-        let controller = service(&dir, &town, ("web", 1, 30001), &["b"], |plan| plan)?;
-        let _agent = agent(&town, "node1", &dir, &[])?;
-        let (node1, outside) = (town.place("node1"), town.place("outside"));
-        is_served(outside, node1.at(30001), "b")?;
-        ensure!(!listens(&town, 30001)?, "somebody listens on a NodePort");
-        controller.withdraw()?;
-        let key = Key { kind: Kind::Service, namespace: "default".into(), name: "web".into() };
-        dir.retract(&key)?;
-        for client in ["outside", "a", "node1"] {
-            soon(|| is_refused(town.place(client), node1.at(30001)))?;
-        }
-        ensure!(!listens(&town, 30001)?, "somebody listens on a NodePort");
-        // The same number can be had again.
-        service(&dir, &town, ("other", 2, 30001), &["b"], |plan| plan)?;
-        soon(|| is_served(outside, at(node1.addresses(), 30001), "b"))
-    })
-}
-
-/// Whether a socket of the node is bound to a port.
-fn listens(town: &Town, port: u16) -> Result<bool> {
-    let tables = town.place("node1").netns.run_in(|| {
-        ["tcp", "tcp6", "udp", "udp6"]
-            .map(|table| std::fs::read_to_string(format!("/proc/thread-self/net/{table}")))
-    })?;
-    let own = format!(":{port:04X} ");
-    for table in tables {
-        // The second field of a line is the own address, the third the peer's.
-        let table = table?;
-        let bound = |line: &str| {
-            line.split_whitespace()
-                .nth(1)
-                .is_some_and(|own_address| format!("{own_address} ").ends_with(&own))
-        };
-        if table.lines().any(bound) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }

@@ -1,15 +1,17 @@
 //! Traffic policies.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
+use proxy_tests::probe::eventually;
 use proxy_tests::town::PodNetwork;
 
-use crate::cluster::{Cluster, in_every_network, ip, service, web, web_node_port};
+use crate::cluster::{Cluster, NETWORKS, NODES, in_every_network, ip, service, web, web_node_port};
 use crate::http;
-use crate::reach::{dial_all, down, seen_as, soon};
+use crate::reach::{dial_all, down, is_down, seen_as, soon};
 
 const NODE_PORT: u16 = 30_080;
 const HEALTH: u16 = 30_999;
@@ -69,14 +71,11 @@ impl Changing<'_> {
 
     /// The status of each node's health check: nothing where nobody listens.
     fn health(&self, wanted: [Option<&str>; 3]) -> Result<()> {
-        for (node, wanted) in crate::cluster::NODES.iter().zip(wanted) {
+        for (node, wanted) in NODES.iter().zip(wanted) {
             for to in self.at(node, HEALTH) {
-                soon(|| {
-                    let response = http::try_get(self.client, to, "/healthz")?;
-                    let code = response.as_ref().map(|text| text.split(' ').nth(1).unwrap_or_default());
-                    ensure!(code == wanted, "{node}: {response:?}, not {wanted:?}");
-                    Ok(())
-                })?;
+                let response = http::try_get(self.client, to, "/healthz")?;
+                let code = response.as_ref().map(|text| text.split(' ').nth(1).unwrap_or_default());
+                ensure!(code == wanted, "{node}: {response:?}, not {wanted:?}");
             }
         }
         Ok(())
@@ -86,22 +85,24 @@ impl Changing<'_> {
     fn local(&self) -> Result<()> {
         self.health([Some("503"), Some("200"), Some("503")])?;
         let node1 = self.cluster.place("node1").addresses();
-        soon(|| seen_as(self.client, self.at("node2", NODE_PORT), node1)).context("the endpoint's node")?;
+        seen_as(self.client, self.at("node2", NODE_PORT), node1).context("the endpoint's node")?;
         // The own node is no outside: it leads to the endpoint wherever that is. A host's packets to pods of other nodes
         // come from the tunnel in an overlay.
         let tunnel: [IpAddr; 2] = [ip("10.244.1.0"), ip("fd00:244:1::")];
         let own = if self.network == PodNetwork::Overlay { tunnel } else { node1 };
-        soon(|| seen_as(self.client, self.at("node1", NODE_PORT), own)).context("the client's own node")?;
-        down([self.client], self.at("node3", NODE_PORT)).context("the third node")
+        seen_as(self.client, self.at("node1", NODE_PORT), own).context("the client's own node")?;
+        is_down([self.client], self.at("node3", NODE_PORT)).context("the third node")
     }
 
     /// `externalTrafficPolicy: Cluster`.
     fn cluster(&self) -> Result<()> {
         self.health([None; 3])?;
-        for node in crate::cluster::NODES {
-            soon(|| dial_all(self.client, self.at(node, NODE_PORT), &["c"]))?;
-        }
-        Ok(())
+        NODES.into_iter().try_for_each(|node| dial_all(self.client, self.at(node, NODE_PORT), &["c"]))
+    }
+
+    /// Upstream gives each phase 30 seconds, for all of it.
+    fn phase(&self, check: fn(&Self) -> Result<()>) -> Result<()> {
+        eventually(Duration::from_secs(30), || check(self))
     }
 }
 
@@ -109,7 +110,7 @@ impl Changing<'_> {
 fn should_implement_node_port_and_health_check_node_port_correctly_when_external_traffic_policy_changes()
 -> Result<()> {
     // service.go:3833; V-25, V-26, H-18, H-25
-    for network in crate::cluster::NETWORKS {
+    for network in NETWORKS {
         let cluster = Cluster::raise(network)?;
         let _servers = cluster.serve(&["c"])?;
         // Of type LoadBalancer, to which nobody has given an address.
@@ -117,11 +118,11 @@ fn should_implement_node_port_and_health_check_node_port_correctly_when_external
         let play = || -> Result<()> {
             let changing = Changing { cluster: &cluster, client: cluster.place("h1"), network };
             cluster.expose(&plan().external_local(Some(HEALTH)), &["c"])?;
-            changing.local().context("Local")?;
+            changing.phase(Changing::local).context("Local")?;
             cluster.apply(plan());
-            changing.cluster().context("Cluster")?;
+            changing.phase(Changing::cluster).context("Cluster")?;
             cluster.apply(plan().external_local(Some(HEALTH)));
-            changing.local().context("Local again")
+            changing.phase(Changing::local).context("Local again")
         };
         play().with_context(|| format!("with {network:?} pods"))?;
     }

@@ -3,11 +3,11 @@
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use proxy_tests::manifests::ServicePlan;
-use proxy_tests::probe::{Ask, get};
+use proxy_tests::probe::{Ask, Server};
 use proxy_tests::town::PodNetwork;
 
 use crate::cluster::{Cluster, READY, at, ip, service, vips, web, web_node_port};
-use crate::reach::{dial, dial_all, down, soon};
+use crate::reach::{dial, dial_all, down, refused, soon};
 
 const NODE_PORT: u16 = 30_080;
 const PORTS: [(&str, &str, u16); 2] = [("tcp", "TCP", 8080), ("udp", "UDP", 8080)];
@@ -134,21 +134,22 @@ fn should_be_able_to_change_the_type_from_node_port_to_external_name() -> Result
 
 #[test]
 fn should_release_node_ports_on_delete() -> Result<()> {
-    // service.go:1696; V-39
+    // service.go:1696; V-37, V-39
     let cluster = Cluster::raise(PodNetwork::Bridged)?;
     let _servers = cluster.serve(&["b", "c"])?;
     cluster.expose(&web_node_port("nodeports", 1, NODE_PORT), &["b", "c"])?;
     node_port_works(&cluster, 1, &["b", "c"])?;
+    let listening = cluster.place("node1").netns.output("ss", &["-Hlntu"])?;
+    ensure!(!listening.contains(&format!(":{NODE_PORT} ")), "somebody listens: {listening}");
     cluster.delete("nodeports");
     let node = cluster.place("node1");
-    down([cluster.place("a"), cluster.place("h1")], node.at(NODE_PORT))?;
-    let listening = node.netns.output("ss", &["-Hlntu"])?;
-    ensure!(!listening.contains(&format!(":{NODE_PORT} ")), "somebody listens: {listening}");
-    // A process of the node can have the port now, and then another Service.
-    let own = proxy_tests::probe::Server::start(cluster.place("h1"), &[NODE_PORT])?;
-    for to in node.at(NODE_PORT) {
-        ensure!(get(cluster.place("outside"), &Ask::tcp(to))?.name == "h1");
+    // It is an ordinary port of the node again, at which nobody listens.
+    for client in cluster.places(["a", "h1", "node1", "outside"]) {
+        soon(|| refused(client, node.at(NODE_PORT)))?;
     }
+    // A process of the node can have it now, and then another Service.
+    let own = Server::start(cluster.place("h1"), &[NODE_PORT])?;
+    dial_all(cluster.place("outside"), node.at(NODE_PORT), &["h1"])?;
     drop(own);
     cluster.expose(&web_node_port("nodeports", 2, NODE_PORT), &["b", "c"])?;
     node_port_works(&cluster, 2, &["b", "c"])
