@@ -34,6 +34,8 @@ pub enum Feed {
     Manifests(PathBuf),
     /// `--apiserver URL`.
     ApiServer(String),
+    /// `--config FILE`: what the kubeconfig says that it names.
+    Config(PathBuf),
 }
 
 impl From<&ManifestDir> for Feed {
@@ -90,6 +92,7 @@ impl Agent {
         let (flag, value) = match feed.into() {
             Feed::Manifests(path) => ("--manifests", path.display().to_string()),
             Feed::ApiServer(url) => ("--apiserver", url),
+            Feed::Config(path) => ("--config", path.display().to_string()),
         };
         let cgroup_root = town.cgroup_root(node).display().to_string();
         let mut arguments = ["--hostname-override", node, "--cgroup-root", &cgroup_root, flag, &value]

@@ -14,6 +14,7 @@ pub mod status;
 pub mod table;
 pub mod view;
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -145,7 +146,7 @@ pub struct FlushArgs {
 /// Parses the command line, does what it says, and makes the exit code of it.
 #[must_use]
 pub fn main(rooms: &Rooms) -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(std::env::args_os().map(verbosity));
     let more = if let Command::Run(args) = &cli.command { args.verbosity() } else { 0 };
     log_to_stderr(cli.verbose.saturating_add(more));
     match dispatch(cli, rooms, &mut std::io::stdout().lock()) {
@@ -155,6 +156,14 @@ pub fn main(rooms: &Rooms) -> ExitCode {
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Go's flags take `-v=2` for `--v=2`; here `-v` is counted.
+fn verbosity(arg: OsString) -> OsString {
+    match arg.to_str().and_then(|text| text.strip_prefix("-v=")) {
+        Some(level) => format!("--v={level}").into(),
+        None => arg,
     }
 }
 

@@ -150,6 +150,10 @@ fn kube_proxy_s_verbosity_is_understood() {
         args.verbosity()
     };
     assert_eq!(["0", "2", "4", "5", "6", "9"].map(more), [0, 0, 1, 1, 2, 2]);
+    assert_eq!(
+        ["-v=2", "-vv", "--v=2", "-v"].map(|arg| verbosity(arg.into())),
+        ["--v=2", "-vv", "--v=2", "-v"]
+    );
 }
 
 /// What `run` understands of the arguments of a DaemonSet under `deploy/`.

@@ -383,6 +383,19 @@ mod tests {
     }
 
     #[test]
+    fn patience_follows_the_sync_period() {
+        // H-4.
+        let (_, clock) = fresh();
+        let health = Health::new(clock.clone()).with_timeout(Duration::from_secs(20));
+        health.started(Family::V4);
+        health.queued(Family::V4);
+        clock.forward(19);
+        assert!(health.is_healthy());
+        clock.forward(1);
+        assert!(!health.is_healthy());
+    }
+
+    #[test]
     fn the_proxy_is_healthy_before_its_first_pass() {
         let (_, clock) = fresh();
         let health = Health::new(clock.clone());

@@ -87,6 +87,7 @@ fn ends(town: &Town, feed: impl Into<Feed>, flags: &[&str]) -> Result<(bool, Str
     let (flag, value) = match feed.into() {
         Feed::Manifests(path) => ("--manifests", path.display().to_string()),
         Feed::ApiServer(url) => ("--apiserver", url),
+        Feed::Config(path) => ("--config", path.display().to_string()),
     };
     let cgroup = town.cgroup_root("node1").display().to_string();
     let line = ["run", "--hostname-override=node1", "--cgroup-root", &cgroup, flag, &value];
@@ -144,6 +145,40 @@ fn a_configmap_of_kube_proxy_is_followed_and_a_changed_one_ends_the_agent() -> R
         Ok(())
     })?;
     answers(a, service(1)[0], "b")
+}
+
+#[test]
+fn a_configmap_of_kubeadm_is_all_that_an_agent_needs() -> Result<()> {
+    // F-14, Y-1: the API server by the kubeconfig that the file names, everything else by the file.
+    let town = one_node(&["a", "b"])?;
+    let _servers = servers(&town, &["b"])?;
+    let host = town.place("node1");
+    let server = ApiServer::start_in(&host.netns, "127.0.0.1:6443".parse()?)?;
+    server.put(Object::from(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[])));
+    let _web = web(&server, &town, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
+    let mut config = ConfigMap::new("")?;
+    let kubeconfig = config.directory.path().join("kubeconfig.conf");
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: default\n\
+         clusters: [{{name: default, cluster: {{server: '{}'}}}}]\n\
+         contexts: [{{name: default, context: {{cluster: default, namespace: default, user: default}}}}]\n\
+         users: [{{name: default, user: {{token: secret}}}}]\n",
+        server.url()
+    );
+    std::fs::write(&kubeconfig, text)?;
+    config.put(
+        &kubeadm("").replace("/var/lib/kube-proxy/kubeconfig.conf", &kubeconfig.display().to_string()),
+    )?;
+    let agent = Agent::start(&town, "node1", Feed::Config(config.path()), &sizes())?;
+    answers(town.place("a"), service(1)[0], "b")?;
+    answers(town.place("outside"), node_ports(&town, "node1", 30081)[0], "b")?;
+    let status = agent.status_json()?;
+    ensure!(
+        status["agent"]["source"] == format!("kubeconfig {}", kubeconfig.display()).as_str(),
+        "{status:#}"
+    );
+    ensure!(status["complaints"] == serde_json::json!([]), "{status:#}");
+    Ok(())
 }
 
 #[test]

@@ -80,6 +80,7 @@ fn a_cgroup_root_that_is_none_is_named_and_no_program_stays_attached() -> Result
 
 #[test]
 fn an_agent_without_the_rights_it_needs_says_so() -> Result<()> {
+    // Z-15.
     let (town, dir) = (one_node(&["a"])?, manifests()?);
     for prefix in
         ["setpriv --reuid=65534 --regid=65534 --clear-groups", "setpriv --bounding-set=-all --inh-caps=-all"]

@@ -83,7 +83,7 @@ fn a_node_that_is_to_be_deleted_wants_no_traffic_but_lives() -> Result<()> {
     let host = town.place("node1");
     let server = ApiServer::start_in(&host.netns, "127.0.0.1:6443".parse()?)?;
     let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    // H-8, T-104: with an API server a Node that was never seen is not eligible.
+    // H-8, Y-15, T-104: with an API server a Node that was never seen is not eligible.
     until_code(host, "/healthz", 503)?;
     until_code(host, "/livez", 200)?;
     // Y-15: each event of the Node object counts.
