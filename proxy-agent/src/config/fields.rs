@@ -139,8 +139,10 @@ fn text(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use clap::{Args, Command};
+
+    use super::super::v1alpha1::IGNORED;
+    use super::*;
 
     #[test]
     fn every_setting_is_in_the_list_under_its_own_names() {
@@ -164,6 +166,17 @@ mod tests {
         let mut listed: Vec<&str> = FIELDS.iter().map(|field| field.path).collect();
         listed.sort_unstable();
         assert_eq!(paths, listed);
+    }
+
+    #[test]
+    fn flags_without_effect_stand_apart_in_the_help() {
+        let command = KubeProxyConfiguration::augment_args(Command::new("x"));
+        for arg in command.get_arguments() {
+            let flag = arg.get_long().map(|long| format!("--{long}")).unwrap();
+            let field = FIELDS.iter().find(|field| field.flag == flag).unwrap();
+            assert_eq!(arg.get_help_heading() == Some(IGNORED), field.ignored, "{flag}");
+            assert_eq!(arg.is_hide_short_help_set(), field.ignored, "{flag}");
+        }
     }
 
     fn leaves(value: &Value, prefix: &str) -> Vec<String> {

@@ -182,11 +182,11 @@ pub struct Nftables {
 /// `ipvs`.
 #[derive(Args, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-#[command(next_help_heading = IGNORED)]
 pub struct Ipvs {
     /// Of IPVS mode.
     #[arg(id = "ipvs-sync-period", long, value_name = "DURATION", default_value_t = GoDuration::secs(30),
-        hide_short_help = true)]
+        hide_short_help = true,
+        help_heading = IGNORED)]
     pub sync_period: GoDuration,
     /// Of IPVS mode.
     #[arg(
@@ -194,7 +194,7 @@ pub struct Ipvs {
         long,
         value_name = "DURATION",
         default_value_t,
-        hide_short_help = true
+        hide_short_help = true, help_heading = IGNORED
     )]
     pub min_sync_period: GoDuration,
     /// Of IPVS mode: see --scheduler.
@@ -204,7 +204,7 @@ pub struct Ipvs {
         value_name = "NAME",
         default_value = "",
         hide_default_value = true,
-        hide_short_help = true
+        hide_short_help = true, help_heading = IGNORED
     )]
     pub scheduler: String,
     /// Of IPVS mode.
@@ -213,17 +213,19 @@ pub struct Ipvs {
         long,
         value_name = "CIDR,...",
         value_delimiter = ',',
-        hide_short_help = true
+        hide_short_help = true, help_heading = IGNORED
     )]
     #[serde(rename = "excludeCIDRs")]
     pub exclude_cidrs: Vec<String>,
     /// Of IPVS mode.
     #[arg(id = "ipvs-strict-arp", long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
-        default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_short_help = true)]
+        default_value_t = false, action = ArgAction::Set, value_name = "BOOL", hide_short_help = true,
+        help_heading = IGNORED)]
     #[serde(rename = "strictARP")]
     pub strict_arp: bool,
     /// Of IPVS mode.
-    #[arg(id = "ipvs-tcp-timeout", long, value_name = "DURATION", default_value_t, hide_short_help = true)]
+    #[arg(id = "ipvs-tcp-timeout", long, value_name = "DURATION", default_value_t, hide_short_help = true,
+        help_heading = IGNORED)]
     pub tcp_timeout: GoDuration,
     /// Of IPVS mode.
     #[arg(
@@ -231,11 +233,12 @@ pub struct Ipvs {
         long,
         value_name = "DURATION",
         default_value_t,
-        hide_short_help = true
+        hide_short_help = true, help_heading = IGNORED
     )]
     pub tcp_fin_timeout: GoDuration,
     /// Of IPVS mode.
-    #[arg(id = "ipvs-udp-timeout", long, value_name = "DURATION", default_value_t, hide_short_help = true)]
+    #[arg(id = "ipvs-udp-timeout", long, value_name = "DURATION", default_value_t, hide_short_help = true,
+        help_heading = IGNORED)]
     pub udp_timeout: GoDuration,
 }
 
