@@ -392,6 +392,7 @@ fn the_host_of_a_url_is_found() {
 fn this_host_has_a_name_and_a_network_namespace() {
     assert!(!ThisHost.hostname().unwrap().is_empty());
     assert!(ThisHost.read(Path::new("/proc/sys/kernel/osrelease")).is_ok());
+    assert!(ThisHost.cpus() > 0);
     // Known since Linux 5.14; one namespace has one cookie.
     assert_eq!(ThisHost.netns_cookie(), ThisHost.netns_cookie());
 }

@@ -795,12 +795,16 @@ fn services_do_not_wait_for_pod_cidrs_and_follow_them() {
     let known = |world: &World| pods.map(|pod| world.node().config.is_pod(&ip(pod).into()));
     assert!(world.synced() && !world.desired().services.is_empty());
     assert_eq!(known(&world), [false, false]);
+    let complains =
+        |world: &World| world.complaints().iter().any(|said| said.line.contains("has no podCIDRs"));
+    assert!(complains(&world));
     for (cidrs, expected) in
         [(&[][..], [false, false]), (&["10.1.0.0/24"], [true, false]), (&["10.2.0.0/24"], [false, true])]
     {
         let pod_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
         world.hear(Change::Node(Some(Node { pod_cidrs, ..node(None, &[]) })));
         assert_eq!(known(&world), expected);
+        assert_eq!(complains(&world), cidrs.is_empty());
     }
 }
 

@@ -16,7 +16,9 @@ use super::merge::sorted;
 use super::names::Names;
 use super::no_local::NoLocalByFamily;
 use super::tables::{self, Accepted, global_addresses, node_tables};
-use super::{Desired, DesiredService, Family, Link, Node, NodeIps, NodeTables, ObjectName, Service};
+use super::{
+    Desired, DesiredService, DetectLocal, Family, Link, Node, NodeIps, NodeTables, ObjectName, Service,
+};
 use super::{ServicePort, Settings, Slice};
 use crate::source::{Change, Kind};
 
@@ -231,9 +233,20 @@ impl World {
             ),
         });
         let mut all: Vec<Complaint> = self.complaints.iter().chain(contested).collect();
+        all.extend(self.no_pod_cidrs());
         all.sort();
         all.dedup();
         all
+    }
+
+    /// A Node whose podCIDRs were asked for and are not there: kube-proxy would not start (Y-9).
+    fn no_pod_cidrs(&self) -> Option<Complaint> {
+        let wanted = self.settings.detect_local == DetectLocal::NodeCidr;
+        (wanted && self.synced() && self.last_node.pod_cidrs.is_empty()).then(|| Complaint {
+            object: format!("Node {}", self.settings.node_name),
+            line: "has no podCIDRs: until it has, no source counts as a pod (--detect-local-mode NodeCIDR)"
+                .to_owned(),
+        })
     }
 
     /// The `healthCheckNodePort`s to serve, with their counts (H-14, H-20).
