@@ -15,6 +15,7 @@ pub mod remove;
 pub mod sockets;
 mod sys;
 mod table;
+pub mod xtables;
 
 pub use table::{TableError, size_flag};
 

@@ -388,13 +388,19 @@ pub(crate) fn lookup_batch<K: Pod, V: Pod>(
 }
 
 /// `getsockopt` of a plain integer option.
-#[expect(unsafe_code, reason = "the option is newer than the wrappers")]
 pub(crate) fn socket_u64(fd: BorrowedFd<'_>, level: i32, option: i32) -> io::Result<u64> {
-    let mut value = 0_u64;
-    let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: `value` and `len` are valid for writes of the sizes given.
+    let mut value = [0; size_of::<u64>()];
+    socket_bytes(fd, level, option, &mut value)?;
+    Ok(u64::from_ne_bytes(value))
+}
+
+/// `getsockopt` of any option: what `value` holds is asked with, and replaced by the answer.
+#[expect(unsafe_code, reason = "the wrappers know only some options")]
+pub(crate) fn socket_bytes(fd: BorrowedFd<'_>, level: i32, option: i32, value: &mut [u8]) -> io::Result<()> {
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: `value` is valid for reads and writes of `len` bytes, and `len` for writes.
     let ret = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), level, option, (&raw mut value).cast::<c_void>(), &raw mut len)
+        libc::getsockopt(fd.as_raw_fd(), level, option, value.as_mut_ptr().cast::<c_void>(), &raw mut len)
     };
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(value) }
+    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

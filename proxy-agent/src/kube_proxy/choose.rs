@@ -3,7 +3,7 @@
 //! A chain of kube-proxy goes with its rules and with the jumps to it from the built-in chains. One that a
 //! foreign chain leads to stays, with all it leads to: rules of others are left as they are, to the letter.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use super::names;
 
@@ -45,13 +45,13 @@ impl<R> Removal<R> {
 /// What is to be done in `table`.
 pub(super) fn removal<R>(table: &str, chains: &[Chain], rules: Vec<Rule<R>>) -> Removal<R> {
     let own = |chain: &str| names::is_chain(table, chain);
-    let base = |chain: &str| chains.iter().any(|c| c.base && c.name == chain);
+    let bases: HashSet<&str> = chains.iter().filter(|c| c.base).map(|c| c.name.as_str()).collect();
     let mut held = BTreeMap::new();
     let mut todo: Vec<(String, String)> = Vec::new();
     let mut jumps: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for rule in &rules {
         for to in rule.leads_to.iter().filter(|to| own(to)) {
-            match (own(&rule.chain), base(&rule.chain)) {
+            match (own(&rule.chain), bases.contains(rule.chain.as_str())) {
                 (true, _) => jumps.entry(&rule.chain).or_default().push(to),
                 (false, true) => {}
                 (false, false) => todo.push((to.clone(), rule.chain.clone())),

@@ -1,11 +1,12 @@
-//! iptables of old, whose tables are no part of nf_tables: edited by the programs that know them, where there are
-//! any. Without them it is told what to run where.
+//! iptables of old, whose tables are no part of nf_tables: looked at in the kernel, edited by the programs that
+//! know them, where there are any. Without them it is told what to run where.
 
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
 
 use super::choose::{self, Chain, Removal, Rule};
 use super::{Act, Leftover, name, names, stays, unknown};
+use crate::datapath::xtables;
 use crate::model::Family;
 
 /// What to do to a table: input for `iptables-restore --noflush`, which does all of it or nothing.
@@ -37,14 +38,28 @@ fn programs(family: Family) -> [Programs; 2] {
 
 /// What kube-proxy has left in legacy tables. Nothing is loaded that is not in use already.
 pub(super) fn leftovers(family: Family) -> Vec<Leftover> {
-    let tables = tables_in_use(family);
-    if tables.is_empty() {
-        return Vec::new();
+    let (mut tables, mut found) = (Vec::new(), Vec::new());
+    for table in tables_in_use(family) {
+        match xtables::chains(family, table) {
+            Ok(chains) if chains.iter().any(|chain| names::is_chain(table, chain)) => tables.push(table),
+            Ok(_) => {}
+            Err(error) => found.push(unknown(&table_of(family, table), &error)),
+        }
     }
-    let Some(programs) = programs(family).into_iter().find(is_legacy) else {
-        return vec![no_programs(family, &tables)];
-    };
-    tables.into_iter().flat_map(|table| of_table(family, table, &programs)).collect()
+    if tables.is_empty() {
+        return found;
+    }
+    match programs(family).into_iter().find(is_legacy) {
+        Some(programs) => {
+            found.extend(tables.into_iter().flat_map(|table| of_table(family, table, &programs)));
+        }
+        None => found.push(no_programs(family, &tables)),
+    }
+    found
+}
+
+fn table_of(family: Family, table: &str) -> String {
+    format!("legacy iptables table {table} ({})", name(family))
 }
 
 /// The legacy tables that exist in this network namespace, of those that matter.
@@ -67,18 +82,17 @@ fn is_legacy(programs: &Programs) -> bool {
 
 fn no_programs(family: Family, tables: &[&str]) -> Leftover {
     Leftover {
-        what: format!("legacy iptables ({}), tables {}", name(family), tables.join(", ")),
+        what: format!("legacy iptables ({}): tables {}", name(family), tables.join(", ")),
         act: Act::Not(
-            "in use, and there is no iptables-legacy-save here to tell whether kube-proxy has left anything in \
-             them: on the node itself look with `iptables-legacy-save | grep KUBE-`, and if it shows any, run \
-             `kube-proxy --cleanup` from its own image, or restart the node"
+            "hold chains of kube-proxy, and there is no iptables-legacy-restore here to remove them with: run \
+             this command where it is installed, or `kube-proxy --cleanup` from its own image, or restart the node"
                 .to_owned(),
         ),
     }
 }
 
 fn of_table(family: Family, table: &str, programs: &Programs) -> Vec<Leftover> {
-    let what = || format!("legacy iptables table {table} ({})", name(family));
+    let what = || table_of(family, table);
     let saved = match Command::new(programs.save).args(["-t", table]).output() {
         Ok(saved) if saved.status.success() => String::from_utf8_lossy(&saved.stdout).into_owned(),
         Ok(saved) => return vec![unknown(&what(), &String::from_utf8_lossy(&saved.stderr).trim())],
@@ -195,6 +209,6 @@ COMMIT
     #[test]
     fn without_programs_it_says_where_to_look() {
         let said = no_programs(Family::V4, &["nat"]).to_string();
-        assert!(said.contains("tables nat") && said.contains("iptables-legacy-save"), "{said}");
+        assert!(said.contains("tables nat") && said.contains("iptables-legacy-restore"), "{said}");
     }
 }

@@ -9,20 +9,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::{Agent, Feed};
-use proxy_tests::apiserver::ApiServer;
-use proxy_tests::manifests::node;
 use proxy_tests::probe::eventually;
 use proxy_tests::require::agent_binary;
-use proxy_tests::town::Town;
 
+use crate::api_server::server;
 use crate::life::{FLAGS, SOON, one_node};
-
-fn server(town: &Town) -> Result<ApiServer> {
-    let place = town.place("node1");
-    let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
-    server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));
-    Ok(server)
-}
 
 /// No source by its own flag: an empty value is as good as none.
 fn nowhere() -> Feed {

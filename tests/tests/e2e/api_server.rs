@@ -23,7 +23,7 @@ fn town() -> Result<Town> {
 }
 
 /// An API server in the node, where its agent reaches it.
-fn server(town: &Town) -> Result<ApiServer> {
+pub(crate) fn server(town: &Town) -> Result<ApiServer> {
     let place = town.place("node1");
     let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
     server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));

@@ -1,25 +1,16 @@
 //! Events that operators see with `kubectl get events`: about the Node, and about Services (H-12, H-16, H-28, H-29).
 
-use std::net::{Ipv4Addr, SocketAddr};
-
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::ApiServer;
-use proxy_tests::manifests::{ServicePlan, node};
+use proxy_tests::manifests::ServicePlan;
 use proxy_tests::probe::eventually;
 use proxy_tests::require::agent_binary;
-use proxy_tests::town::Town;
 use serde_json::{Value, json};
 
+use crate::api_server::server;
 use crate::common::{manifests, vips, web};
 use crate::life::{FLAGS, SOON, answers, one_node, servers, service};
-
-fn server(town: &Town) -> Result<ApiServer> {
-    let place = town.place("node1");
-    let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
-    server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));
-    Ok(server)
-}
 
 /// Waits for the event with this reason.
 fn event(server: &ApiServer, reason: &str) -> Result<Value> {

@@ -10,6 +10,7 @@ use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, eventually, get};
 
 use crate::common::{manifests, two_nodes, vips};
+use crate::health::http;
 use crate::scene::{SOON, agent, at, in_network, is_refused, is_served, servers, service, soon, spreads};
 use proxy_tests::town::PodNetwork;
 
@@ -91,6 +92,13 @@ fn a_connected_udp_socket_of_the_host_hears_that_its_endpoint_has_gone() -> Resu
             "{report:?}"
         );
         ensure!(get(node1, &Ask::udp(to))?.name == server[1], "a new socket does not reach {}", server[1]);
+    }
+    // H-45.
+    let metrics = http(node1, "127.0.0.1:10249", "/metrics")?.1;
+    for family in ["IPv4", "IPv6"] {
+        let closed =
+            format!("kubeproxy_conntrack_reconciler_deleted_entries_total{{ip_family=\"{family}\"}} 1");
+        ensure!(metrics.lines().any(|line| line == closed), "no {closed} in {metrics}");
     }
     Ok(())
 }

@@ -1,17 +1,16 @@
 //! The metrics that dashboards and alerts for kube-proxy read: names, types, labels, and when they move.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::ApiServer;
-use proxy_tests::manifests::{Family, Phase, ServicePlan, SlicePlan, node};
+use proxy_tests::manifests::{Family, Phase, ServicePlan, SlicePlan};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::eventually;
-use proxy_tests::town::Town;
 
+use crate::api_server::server;
 use crate::common::vips;
 use crate::health::http;
 use crate::life::{FLAGS, SOON, one_node};
@@ -80,13 +79,6 @@ impl Scrape {
         let names = inside.split(',').filter_map(|label| Some(label.split_once('=')?.0));
         Ok(names.collect::<Vec<_>>().join(","))
     }
-}
-
-fn server(town: &Town) -> Result<ApiServer> {
-    let place = town.place("node1");
-    let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
-    server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));
-    Ok(server)
 }
 
 /// Puts a slice with one endpoint, which changed at a time.
