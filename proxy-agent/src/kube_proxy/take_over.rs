@@ -8,6 +8,11 @@ use super::{clean, leftovers, running};
 
 /// How often it is looked whether kube-proxy has gone.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How often it is looked whether an operator has done something about what stays.
+const LATER: Duration = Duration::from_secs(60);
+/// Why everything stays when it was asked for.
+const KEPT: &str = "they stay because of --remove-kube-proxy-rules=false; once kube-proxy is gone, start this agent \
+                    without that flag";
 
 /// The taking over: begun once, asked for what stands in its way.
 #[derive(Clone, Debug, Default)]
@@ -17,7 +22,7 @@ pub struct TakeOver {
 }
 
 impl TakeOver {
-    /// Looks after leftovers from a thread of its own until there are none or nothing can be done.
+    /// Looks after leftovers from a thread of its own until there are none.
     pub fn begin(&self, remove: bool) -> io::Result<()> {
         if self.lock().replace(Vec::new()).is_some() {
             return Ok(());
@@ -46,31 +51,41 @@ impl TakeOver {
     }
 
     fn run(&self, remove: bool) {
-        let left = |why: &str| {
-            let found = leftovers();
-            let line = |what| format!("rules of kube-proxy on this node: {what}; {why}");
-            found.into_iter().map(line).collect::<Vec<_>>()
-        };
-        if !remove {
-            return self.tell(left(
-                "they stay because of --remove-kube-proxy-rules=false; once kube-proxy is gone, start this agent \
-                 without that flag",
-            ));
-        }
         let mut told = false;
-        while let Some(why) = running() {
-            if !std::mem::replace(&mut told, true) {
-                self.tell(left(&format!(
-                    "they stay while {why}, and go when it has ended: delete the DaemonSet kube-proxy in \
-                     kube-system"
-                )));
+        loop {
+            let pause = match running() {
+                Some(why) if remove => {
+                    if !std::mem::replace(&mut told, true) {
+                        self.tell(there_are(&format!(
+                            "they stay while {why}, and go when it has ended: delete the DaemonSet kube-proxy in \
+                             kube-system"
+                        )));
+                    }
+                    AGAIN
+                }
+                _ => {
+                    self.tell(if remove { what_stays() } else { there_are(KEPT) });
+                    LATER
+                }
+            };
+            if self.complaints().is_empty() && pause == LATER {
+                return;
             }
-            std::thread::sleep(AGAIN);
+            std::thread::sleep(pause);
         }
-        let done = clean();
-        for what in done.removed {
-            tracing::info!("removed what kube-proxy had left: {what}");
-        }
-        self.tell(done.left.into_iter().map(|line| format!("left by kube-proxy: {line}")).collect());
     }
+}
+
+/// What there is, a line each, and why it stays.
+fn there_are(why: &str) -> Vec<String> {
+    leftovers().into_iter().map(|what| format!("rules of kube-proxy on this node: {what}; {why}")).collect()
+}
+
+/// Removes what there is; the rest, a line each.
+fn what_stays() -> Vec<String> {
+    let done = clean();
+    for what in done.removed {
+        tracing::info!("removed what kube-proxy had left: {what}");
+    }
+    done.left.into_iter().map(|line| format!("left by kube-proxy: {line}")).collect()
 }

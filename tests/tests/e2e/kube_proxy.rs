@@ -183,6 +183,8 @@ fn cleanup_takes_everything_of_kube_proxy_and_nothing_of_others() -> Result<()> 
     rules_of_others(&node.netns)?;
     let before = shown(&node.netns)?;
     leave_kube_proxys(&node.netns)?;
+    // Z-6: as iptables mode sets it for NodePorts at 127.0.0.1.
+    node.netns.sysctls(&[("ipv4/conf/all/route_localnet", "1")])?;
     let with = shown(&node.netns)?;
     for trace in ["KUBE-SEP-A", "table ip6 kube-proxy", "KUBE-6-LOOP-BACK", "kube-ipvs0"] {
         ensure!(with.contains(trace), "{trace} was not made:\n{with}");
@@ -202,6 +204,10 @@ fn cleanup_takes_everything_of_kube_proxy_and_nothing_of_others() -> Result<()> 
     }
     let after = shown(&node.netns)?;
     ensure!(after == before, "before:\n{before}\nafter:\n{after}\nit said: {said}");
+    ensure!(
+        shell(&node.netns, "cat /proc/sys/net/ipv4/conf/all/route_localnet")?.trim() == "1",
+        "a sysctl was undone"
+    );
     let said = node.clean()?;
     ensure!(said.starts_with("nothing to remove"), "{said}");
     Ok(())

@@ -14,12 +14,12 @@ fn pids(node: &Node<'_>, name: &str) -> Vec<String> {
 
 fn kube_proxy(node: &Node<'_>) -> Check {
     const NAME: &str = "kube-proxy";
-    match pids(node, "kube-proxy").as_slice() {
+    match crate::kube_proxy::process(&node.path("/proc")) {
         // In a pod without hostPID only the pod's own processes are seen.
-        [] => Check::ok(NAME, "no such process seen"),
-        pids => Check::warn(
+        None => Check::ok(NAME, "no such process seen"),
+        Some(why) => Check::warn(
             NAME,
-            format!("running (pid {}): both translate, and this agent comes first", pids.join(", ")),
+            format!("{why}: both translate, and this agent comes first"),
             "once this agent is healthy, delete the DaemonSet kube-proxy in kube-system",
         ),
     }
