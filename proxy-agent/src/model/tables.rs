@@ -18,9 +18,11 @@ pub(super) fn node_tables(
     claims: &Claims,
     service_ranges: &BTreeSet<IpNet>,
 ) -> NodeTables {
+    let families = settings.families(); // S-12
     let mut config = node_config(settings, node, links);
     if settings.drop_unallocated {
-        put_service_ranges(&mut config, service_ranges);
+        let served = service_ranges.iter().filter(|range| families.contains(&Family::of(&range.addr())));
+        put_service_ranges(&mut config, served.copied());
     }
     NodeTables {
         config,
@@ -91,8 +93,8 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
 }
 
 /// The ranges of ClusterIPs that there is room for; adjacent ones are one.
-fn put_service_ranges(config: &mut Config, ranges: &BTreeSet<IpNet>) {
-    let ranges = IpNet::aggregate(&ranges.iter().copied().collect());
+fn put_service_ranges(config: &mut Config, ranges: impl Iterator<Item = IpNet>) {
+    let ranges = IpNet::aggregate(&ranges.collect());
     let count = ranges.len().min(SERVICE_RANGES);
     config.service_range_count = count as u32;
     for (place, range) in config.service_ranges.iter_mut().zip(&ranges) {
