@@ -124,7 +124,7 @@ fn operator() -> impl Strategy<Value = Operator> {
         4 => Just(Detect::Range), 1 => Just(Detect::Bridge), 1 => Just(Detect::Prefix), 1 => Just(Detect::Nothing)
     ];
     let masquerade = (prop::bool::weighted(0.2), prop::bool::weighted(0.3));
-    let switches = (prop::bool::weighted(0.8), prop::bool::weighted(0.8));
+    let switches = [0.8, 0.8, 0.9, 0.9].map(prop::bool::weighted);
     (cluster, pods, masquerade, node_ports, sockets, detect, switches).prop_map(
         |(cluster_cidrs, pod_cidrs, masquerade, node_port_ranges, socket_lb, detect, switches)| Operator {
             cluster_cidrs,
@@ -133,9 +133,11 @@ fn operator() -> impl Strategy<Value = Operator> {
             masquerade_local: masquerade.1,
             node_port_ranges,
             detect,
-            drop_unallocated: switches.0,
+            drop_unallocated: switches[0],
             socket_lb,
-            localhost_node_ports: switches.1,
+            localhost_node_ports: switches[1],
+            ipv6: switches[2],
+            external_ips: switches[3],
         },
     )
 }

@@ -187,6 +187,10 @@ pub(crate) struct Operator {
     pub(crate) masquerade_local: bool,
     /// `--nodeport-addresses`; `None` is `primary`.
     pub(crate) node_port_ranges: Option<Vec<IpNet>>,
+    /// Whether the node has IPv6 at all.
+    pub(crate) ipv6: bool,
+    /// Feature gate `AllowServiceExternalIPs`.
+    pub(crate) external_ips: bool,
     /// `--detect-local-mode`.
     pub(crate) detect: Detect,
     /// `--drop-unallocated-cluster-ips`.

@@ -193,8 +193,8 @@ pub(crate) fn settings(facts: &Facts, host_netns: u64) -> Settings {
     Settings {
         node_name: OWN_NODE.into(),
         bind_address: None,
-        ipv6: true,
-        external_ips: true,
+        ipv6: operator.ipv6,
+        external_ips: operator.external_ips,
         cluster_cidrs: operator.cluster_cidrs.clone(),
         masquerade_all: operator.masquerade_all,
         masquerade_local: operator.masquerade_local,

@@ -110,11 +110,6 @@ fn balancer_addresses(service: &ServiceFacts, six: bool) -> Vec<IpAddr> {
     vips.map(|(n, _)| vip(*n, six)).collect()
 }
 
-/// V-7.
-fn external_addresses(service: &ServiceFacts, six: bool) -> Vec<IpAddr> {
-    service.external_ips.iter().map(|n| vip(*n, six)).collect()
-}
-
 /// S-18.
 fn external_local(service: &ServiceFacts) -> bool {
     let takes = match service.kind {
@@ -181,6 +176,12 @@ impl Facts {
             }
         }
         ready.into_keys().collect()
+    }
+
+    /// V-7; none where they are switched off (V-8).
+    fn external_addresses(&self, service: &ServiceFacts, six: bool) -> Vec<IpAddr> {
+        let numbers = service.external_ips.iter().filter(|_| self.operator.external_ips);
+        numbers.map(|n| vip(*n, six)).collect()
     }
 
     /// P-4, P-6, P-8.
@@ -252,7 +253,7 @@ impl Facts {
         let six = dst.is_ipv6();
         let used = self.services.values().filter(|service| proxied(service, six)).any(|service| {
             cluster_address(service, six) == Some(dst)
-                || external_addresses(service, six).contains(&dst)
+                || self.external_addresses(service, six).contains(&dst)
                 || balancer_addresses(service, six).contains(&dst)
         });
         self.operator.drop_unallocated
@@ -275,7 +276,7 @@ impl Facts {
                 if its_number == number {
                     if cluster_address(service, six) == Some(dst) {
                         claim(Destination::ClusterIp);
-                    } else if external_addresses(service, six).contains(&dst)
+                    } else if self.external_addresses(service, six).contains(&dst)
                         || balancer_addresses(service, six).contains(&dst)
                     {
                         claim(Destination::Vip);
@@ -297,7 +298,7 @@ impl Facts {
         let mut proxied = self.services.values().filter(|service| proxied(service, six));
         self.own(six).contains(&addr)
             && !proxied.any(|service| {
-                external_addresses(service, six).contains(&addr)
+                self.external_addresses(service, six).contains(&addr)
                     || balancer_addresses(service, six).contains(&addr)
             })
     }
@@ -354,6 +355,9 @@ impl Facts {
         // V-36; that host processes reach them all the same is a deliberate difference.
         if dst.is_loopback() && !(class == Class::Host && self.operator.localhost_node_ports) {
             return ruling;
+        }
+        if dst.is_ipv6() && !self.operator.ipv6 {
+            return ruling; // S-12
         }
         let Some((id, what)) = self.owner(dst, proto, number) else {
             let six = dst.is_ipv6();
@@ -421,7 +425,8 @@ impl Facts {
 
     fn proxied_ports(&self) -> impl Iterator<Item = (PortId, &ServiceFacts)> {
         self.services.iter().flat_map(|(n, service)| {
-            let families = FAMILIES.into_iter().filter(|six| proxied(service, *six));
+            let served = FAMILIES.into_iter().filter(|six| self.operator.ipv6 || !six); // S-12
+            let families = served.filter(|six| proxied(service, *six));
             families.flat_map(move |six| service.ports.keys().map(move |port| ((*n, *port, six), service)))
         })
     }
@@ -444,7 +449,7 @@ impl Facts {
         let port = id.1;
         let reachable = service.ports[&port] != 0
             || !balancer_addresses(service, six).is_empty()
-            || !external_addresses(service, six).is_empty();
+            || !self.external_addresses(service, six).is_empty();
         let cluster = !internal_local(service) || reachable;
         let local = internal_local(service) || external_local(service) && reachable;
         let take = |wanted, set: &BTreeSet<Target>| if wanted { set.clone() } else { BTreeSet::new() };
