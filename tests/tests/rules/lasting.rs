@@ -11,7 +11,7 @@ use super::oracle::Target;
 use super::scene::{
     Column, Got, NODE, OUTSIDE, Open, POD, REMOTE, Scene, balancer, ip, local, name, reached, remote, slice,
 };
-use super::system::{Observed, Programs};
+use super::system::{ACK, Observed, Programs};
 
 /// The Service of the UDP vectors, with a second port, for both protocols.
 pub(crate) fn reconciled() -> Change {
@@ -96,16 +96,24 @@ pub(crate) fn flows_follow_their_endpoints<P: Programs>(programs: &mut P) {
     }
 }
 
-/// T-90, C-15: a UDP flow that is older than its Service is translated as soon as that serves.
+/// T-90, C-15: a UDP flow that is older than its Service is translated as soon as that serves. D-8: so is a TCP flow, the
+/// deliberate difference that lets a flow whose entry was lost go on.
 pub(crate) fn older_than_the_service<P: Programs>(programs: &mut P) {
     let mut scene = Scene::new(programs, Column::ClusterCidr, Vec::new());
-    let (client, to) = ((ip(POD), 4_000), (ip("203.0.113.1"), 8000));
-    let packet = |scene: &mut Scene<'_, P>| scene.system.packet(client, to, Proto::UDP, 0).expect("a packet");
-    assert_eq!(packet(&mut scene), Observed::Pass);
+    let packet = |scene: &mut Scene<'_, P>, proto: Proto| {
+        let (client, to) = ((ip(POD), 4_000), (ip("203.0.113.1"), 8000));
+        scene.system.packet(client, to, proto, ACK).expect("a packet")
+    };
+    for proto in [Proto::UDP, Proto::TCP] {
+        assert_eq!(packet(&mut scene, proto), Observed::Pass);
+    }
     scene.system.hear([reconciled()]);
-    assert_eq!(packet(&mut scene), Observed::Refuse);
+    assert_eq!(packet(&mut scene, Proto::UDP), Observed::Refuse);
     scene.system.hear(endpoints(9090, &[(A, true)]));
-    assert!(matches!(packet(&mut scene), Observed::Forward((addr, 9090), _) if addr == ip(A)));
+    for proto in [Proto::UDP, Proto::TCP] {
+        let seen = packet(&mut scene, proto);
+        assert!(matches!(seen, Observed::Forward((addr, 9090), _) if addr == ip(A)), "{proto:?}: {seen:?}");
+    }
 }
 
 /// A Service with affinity and its four endpoints, for every protocol.
