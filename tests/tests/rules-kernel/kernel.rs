@@ -69,6 +69,7 @@ impl Programs for Kernel {
         clear(&mut self.established).expect("flows to forget");
         clear(&mut self.half_open).expect("half-open flows to forget");
         clear(&mut self.affinity).expect("clients to forget");
+        self.sockets.close();
     }
 
     fn capacity(&self) -> Capacity {
@@ -94,6 +95,14 @@ impl Programs for Kernel {
 
     fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed> {
         self.sockets.call(to, proto, who, connect)
+    }
+
+    fn keep_socket(&mut self, who: Caller, six: bool) -> usize {
+        self.sockets.keep(who, six)
+    }
+
+    fn send(&mut self, socket: usize, to: Target) -> Observed {
+        self.sockets.send(socket, to)
     }
 
     fn forget_half_open(&mut self) {

@@ -15,7 +15,7 @@ use proxy_common::addr::Proto;
 use proxy_tests::cgroup::Tree;
 use proxy_tests::netns::Netns;
 use proxy_tests::packet::View;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::objects::{BRIDGE, UPLINK};
 use super::oracle::Target;
@@ -36,10 +36,14 @@ route add default dev eth0
 route add ::/0 dev eth0
 ";
 
+/// The addresses of that interface.
+const ADDRESSES: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+
 /// Sockets of a node and a pod.
 pub(crate) struct Sockets {
     host: Side,
     pod: Side,
+    kept: Vec<(Caller, Socket)>,
     _cgroup: Inside,
 }
 
@@ -48,6 +52,14 @@ struct Side {
     netns: Netns,
     cookie: u64,
     tap: Socket,
+}
+
+/// A packet that has left.
+#[derive(Debug)]
+struct Left {
+    proto: u8,
+    from: Target,
+    to: Target,
 }
 
 /// This process in a cgroup of its own, for as long as this lives.
@@ -88,8 +100,8 @@ impl Side {
         Ok(Self { netns, cookie, tap })
     }
 
-    /// The next packet that has left: its protocol, source port and destination.
-    fn next(&self) -> Option<(u8, u16, Target)> {
+    /// The next packet that has left.
+    fn next(&self) -> Option<Left> {
         loop {
             let mut bytes = [0; 2048];
             match (&self.tap).read(&mut bytes) {
@@ -97,7 +109,8 @@ impl Side {
                     if let Ok(view) = View::ethernet(&bytes[..length])
                         && let Some((source, destination)) = view.ports
                     {
-                        return Some((view.protocol, source, (view.destination, destination)));
+                        let (from, to) = ((view.source, source), (view.destination, destination));
+                        return Some(Left { proto: view.protocol, from, to });
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
@@ -115,7 +128,7 @@ impl Sockets {
         let tree = Tree::new(&proxy_tests::unique())?;
         programs.attach_cgroup(tree.root())?;
         setns(host.netns.file().as_fd(), CloneFlags::CLONE_NEWNET).context("entering the node")?;
-        Ok(Self { host, pod, _cgroup: Inside::new(tree)? })
+        Ok(Self { host, pod, kept: Vec::new(), _cgroup: Inside::new(tree)? })
     }
 
     /// Cookie of the node's network namespace.
@@ -125,49 +138,90 @@ impl Sockets {
 
     /// One call of a new socket. SCTP sockets are not made (Z-14).
     pub(crate) fn call(&self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed> {
-        let side = if who == Caller::Host { &self.host } else { &self.pod };
         let kind = match proto {
             Proto::TCP => Type::STREAM,
             Proto::UDP => Type::DGRAM,
             _ => return None,
         };
-        let socket = self.socket(side, Domain::for_address(to.into()), kind);
-        while side.next().is_some() {}
-        let address = SocketAddr::from(to).into();
-        let done = match (proto, connect) {
-            (Proto::UDP, false) => socket.send_to(b"hello", &address).map(drop),
-            (Proto::UDP, true) => socket.connect(&address).and_then(|()| socket.send(b"hello").map(drop)),
-            _ => socket.connect(&address),
-        };
-        match done.as_ref().err().and_then(std::io::Error::raw_os_error) {
-            None if done.is_ok() => {}
-            Some(libc::EINPROGRESS) => {}
-            Some(libc::ECONNREFUSED) => return Some(Observed::Refuse),
-            Some(libc::EPERM) => return Some(Observed::Drop),
-            _ => panic!("{who:?} to {to:?}: {done:?}"),
-        }
-        let own = socket.local_addr().ok().and_then(|own| own.as_socket()).expect("an address of its own");
-        let (_, _, there) = std::iter::from_fn(|| side.next())
-            .find(|(its, source, _)| (*its, *source) == (proto.0, own.port()))
-            .unwrap_or_else(|| panic!("{who:?} to {to:?}: nothing has left"));
-        if proto == Proto::UDP && connect {
+        let socket = self.socket(who, Domain::for_address(to.into()), kind);
+        let seen = self.observe(&socket, to, proto, who, |address| match (proto, connect) {
+            (Proto::UDP, false) => socket.send_to(b"hello", address).map(drop),
+            (Proto::UDP, true) => socket.connect(address).and_then(|()| socket.send(b"hello").map(drop)),
+            _ => socket.connect(address),
+        });
+        if proto == Proto::UDP && connect && matches!(seen, Observed::Pass | Observed::Forward(..)) {
             // D-1, V-3: the process sees whom it has called.
             let peer = socket.peer_addr().ok().and_then(|peer| peer.as_socket());
             assert_eq!(peer, Some(SocketAddr::from(to)), "{who:?} to {to:?}: its peer");
         }
-        Some(if there == to { Observed::Pass } else { Observed::Forward(there, None) })
+        Some(seen)
     }
 
-    fn socket(&self, side: &Side, domain: Domain, kind: Type) -> Socket {
-        let enter =
-            |side: &Side| setns(side.netns.file().as_fd(), CloneFlags::CLONE_NEWNET).expect("a namespace");
-        let elsewhere = !std::ptr::eq(side, &raw const self.host);
-        if elsewhere {
-            enter(side);
+    /// A UDP socket that is kept: its number.
+    pub(crate) fn keep(&mut self, who: Caller, six: bool) -> usize {
+        let socket = self.socket(who, if six { Domain::IPV6 } else { Domain::IPV4 }, Type::DGRAM);
+        self.kept.push((who, socket));
+        self.kept.len() - 1
+    }
+
+    /// A datagram of a kept socket.
+    pub(crate) fn send(&self, number: usize, to: Target) -> Observed {
+        let (who, socket) = &self.kept[number];
+        self.observe(socket, to, Proto::UDP, *who, |address| socket.send_to(b"hello", address).map(drop))
+    }
+
+    /// Closes the kept sockets.
+    pub(crate) fn close(&mut self) {
+        self.kept.clear();
+    }
+
+    /// What a call comes to: an error, or a packet that leaves.
+    fn observe(
+        &self,
+        socket: &Socket,
+        to: Target,
+        proto: Proto,
+        who: Caller,
+        call: impl FnOnce(&SockAddr) -> std::io::Result<()>,
+    ) -> Observed {
+        let side = self.side(who);
+        while side.next().is_some() {}
+        let done = call(&SocketAddr::from(to).into());
+        match done.as_ref().err().map(std::io::Error::raw_os_error) {
+            None | Some(Some(libc::EINPROGRESS)) => {}
+            Some(Some(libc::ECONNREFUSED)) => return Observed::Refuse,
+            Some(Some(libc::EPERM)) => return Observed::Drop,
+            _ => panic!("{who:?} to {to:?}: {done:?}"),
+        }
+        let own = socket.local_addr().ok().and_then(|own| own.as_socket()).expect("an address of its own");
+        let left = std::iter::from_fn(|| side.next())
+            .find(|left| (left.proto, left.from.1) == (proto.0, own.port()))
+            .unwrap_or_else(|| panic!("{who:?} to {to:?}: nothing has left"));
+        if left.to == to {
+            return Observed::Pass;
+        }
+        // D-11: translated before the way is chosen, so the source fits the way.
+        assert!(ADDRESSES.contains(&left.from.0.to_string().as_str()), "{who:?} to {to:?}: {left:?}");
+        Observed::Forward(left.to, None)
+    }
+
+    fn side(&self, who: Caller) -> &Side {
+        match who {
+            Caller::Host => &self.host,
+            Caller::Pod => &self.pod,
+        }
+    }
+
+    fn socket(&self, who: Caller, domain: Domain, kind: Type) -> Socket {
+        let enter = |who: Caller| {
+            setns(self.side(who).netns.file().as_fd(), CloneFlags::CLONE_NEWNET).expect("a namespace");
+        };
+        if who == Caller::Pod {
+            enter(Caller::Pod);
         }
         let socket = Socket::new(domain, kind.nonblocking(), None).expect("a socket");
-        if elsewhere {
-            enter(&self.host);
+        if who == Caller::Pod {
+            enter(Caller::Host);
         }
         socket
     }

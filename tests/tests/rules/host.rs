@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use proxy_agent::datapath::Datapath as _;
 use proxy_agent::datapath::memory::Memory;
 use proxy_agent::plan::{Actual, Capacity, Step};
-use proxy_common::abi::{Flow, FlowKey, Hook};
+use proxy_common::abi::{Flow, FlowKey, Hook, SocketState};
 use proxy_common::addr::{Port, Proto};
 use proxy_common::lb::FlowTable;
 use proxy_common::lb::socket::{self, Answer, Call};
@@ -24,6 +24,7 @@ const POD_NETNS: u64 = 4_711;
 pub(crate) struct Host {
     memory: Memory,
     tables: MemoryTables,
+    sockets: Vec<(Caller, SocketState)>,
 }
 
 impl Host {
@@ -31,6 +32,11 @@ impl Host {
     pub(crate) fn flows(&self) -> &RefCell<HashMap<(FlowTable, FlowKey), Flow>> {
         &self.tables.flows
     }
+}
+
+fn call(to: Target, proto: Proto, who: Caller, connect: bool) -> Call {
+    let netns = if who == Caller::Host { HOST_NETNS } else { POD_NETNS };
+    Call { dst: to.0.into(), dport: Port::new(to.1), proto, netns, connect }
 }
 
 impl Programs for Host {
@@ -67,14 +73,35 @@ impl Programs for Host {
     }
 
     fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed> {
-        let netns = if who == Caller::Host { HOST_NETNS } else { POD_NETNS };
-        let call = Call { dst: to.0.into(), dport: Port::new(to.1), proto, netns, connect };
-        Some(match socket::decide(&self.tables, &call) {
+        Some(match socket::decide(&self.tables, &call(to, proto, who, connect)) {
             Answer::Leave => Observed::Pass,
             Answer::Refuse => Observed::Refuse,
             Answer::Deny => Observed::Drop,
             Answer::Use(entry) => Observed::Forward(target(entry.addr, entry.port), None),
         })
+    }
+
+    fn keep_socket(&mut self, who: Caller, _: bool) -> usize {
+        self.sockets.push((who, SocketState::EMPTY));
+        self.sockets.len() - 1
+    }
+
+    fn send(&mut self, socket: usize, to: Target) -> Observed {
+        let (who, state) = &mut self.sockets[socket];
+        let call = call(to, Proto::UDP, *who, false);
+        let known = state.translation(&self.tables, &call);
+        match known.map_or_else(|| socket::decide(&self.tables, &call), Answer::Use) {
+            Answer::Leave => Observed::Pass,
+            Answer::Refuse => Observed::Refuse,
+            Answer::Deny => Observed::Drop,
+            Answer::Use(entry) => {
+                assert!(
+                    state.remember(&entry, socket::passes_ingress(&self.tables, &call)),
+                    "one destination"
+                );
+                Observed::Forward(target(entry.addr, entry.port), None)
+            }
+        }
     }
 
     fn forget_half_open(&mut self) {

@@ -60,6 +60,10 @@ pub(crate) trait Programs {
     fn run(&mut self, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome;
     /// One call of a socket that remembers nothing; `None` where no socket of the protocol is made.
     fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed>;
+    /// A UDP socket that is kept and sends without connecting: its number.
+    fn keep_socket(&mut self, who: Caller, six: bool) -> usize;
+    /// A datagram of a kept socket.
+    fn send(&mut self, socket: usize, to: Target) -> Observed;
     /// Forgets flows that nobody has answered.
     fn forget_half_open(&mut self);
     /// Lets time pass, as far as affinity is concerned.
@@ -244,6 +248,16 @@ impl<'a, P: Programs> System<'a, P> {
     /// A call of a socket.
     pub(crate) fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed> {
         self.programs.call(to, proto, who, connect)
+    }
+
+    /// A UDP socket that is kept and sends without connecting: its number.
+    pub(crate) fn keep_socket(&mut self, who: Caller, six: bool) -> usize {
+        self.programs.keep_socket(who, six)
+    }
+
+    /// A datagram of a kept socket.
+    pub(crate) fn send(&mut self, socket: usize, to: Target) -> Observed {
+        self.programs.send(socket, to)
     }
 
     fn way_to(&self, addr: IpAddr) -> u32 {

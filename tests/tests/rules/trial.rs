@@ -39,12 +39,23 @@ struct Flow {
     seen: Target,
 }
 
+/// A UDP socket that sends to one destination again and again.
+#[derive(Clone, Debug)]
+struct Sender {
+    number: usize,
+    who: Caller,
+    to: Target,
+    /// Where its last datagram went, if that was translated.
+    last: Option<(PortId, Target)>,
+}
+
 /// A node under test, with what its clients should stick to.
 struct Trial<'a, P> {
     facts: Facts,
     system: System<'a, P>,
     remembered: BTreeMap<(PortId, Prober), Memory>,
     flows: Vec<Flow>,
+    senders: Vec<Sender>,
     now: u64,
     next_port: u16,
     next_flow: u16,
@@ -102,14 +113,18 @@ pub(crate) fn try_all<P: Programs>(
         system,
         remembered: BTreeMap::new(),
         flows: Vec::new(),
+        senders: Vec::new(),
         now: 0,
         next_port: PROBES,
         next_flow: FLOWS,
     };
+    trial.make_senders();
+    trial.send()?;
     trial.probe_all()?;
     for burst in bursts {
         trial.step(burst)?;
         trial.probe_flows()?;
+        trial.send()?;
         trial.probe_all()?;
     }
     trial.spread()
@@ -174,11 +189,8 @@ impl<P: Programs> Trial<'_, P> {
     }
 
     fn probe_calls(&mut self, to: Target, proto: Proto) -> Result<(), String> {
-        let six = to.0.is_ipv6();
-        for (caller, class, source) in [
-            (Caller::Host, Class::Host, self.facts.primary(six)),
-            (Caller::Pod, self.facts.class(endpoint_ip(1, six)), endpoint_ip(1, six)),
-        ] {
+        for caller in [Caller::Host, Caller::Pod] {
+            let (class, source) = self.identity(caller, to.0.is_ipv6());
             let ruling = self.facts.call_ruling(source, class, to, proto);
             self.probe(Prober::Socket(caller), to, proto, &ruling)?;
         }
@@ -324,6 +336,57 @@ impl<P: Programs> Trial<'_, P> {
             self.flows.push(flow);
         }
         Ok(())
+    }
+
+    fn make_senders(&mut self) {
+        for six in FAMILIES {
+            for dst in destinations(six) {
+                for (number, who) in [(53, Caller::Host), (53, Caller::Pod), (30_001, Caller::Host)] {
+                    let number_of = self.system.keep_socket(who, six);
+                    self.senders.push(Sender { number: number_of, who, to: (dst, number), last: None });
+                }
+            }
+        }
+    }
+
+    /// Unconnected UDP sockets go on sending: to where they went while that serves, and else as if they were new
+    /// (C-4…C-8, C-13, D-1).
+    fn send(&mut self) -> Result<(), String> {
+        for mut sender in std::mem::take(&mut self.senders) {
+            let observed = self.system.send(sender.number, sender.to);
+            let stays = sender.last.map(|(port, target)| self.facts.udp_stays(port, target));
+            let same = sender.last.map(|(_, target)| Observed::Forward(target, None));
+            match stays {
+                Some(Some(true) | None) if Some(&observed) == same.as_ref() => {}
+                Some(Some(true)) => {
+                    let dump = self.system.dump();
+                    return Err(format!(
+                        "it should stay, and: {observed:?}\n{sender:?}\n{:#?}\n{dump}",
+                        self.facts
+                    ));
+                }
+                _ => {
+                    let (class, source) = self.identity(sender.who, sender.to.0.is_ipv6());
+                    let ruling = self.facts.call_ruling(source, class, sender.to, Proto::UDP);
+                    let who = Prober::Socket(sender.who);
+                    self.check(who, sender.to, Proto::UDP, &ruling, Ok(observed.clone()))?;
+                    sender.last = match observed {
+                        Observed::Forward(target, _) => ruling.port.map(|port| (port, target)),
+                        _ => None,
+                    };
+                }
+            }
+            self.senders.push(sender);
+        }
+        Ok(())
+    }
+
+    /// Class and address of a caller.
+    fn identity(&self, who: Caller, six: bool) -> (Class, IpAddr) {
+        match who {
+            Caller::Host => (Class::Host, self.facts.primary(six)),
+            Caller::Pod => (self.facts.class(endpoint_ip(1, six)), endpoint_ip(1, six)),
+        }
     }
 
     /// P-25: every endpoint gets flows, for each Service address that has several.
