@@ -42,13 +42,19 @@ const FLAGS: [&str; 11] = [
     "--max-fragments=1024",
 ];
 
-/// The pod networks between which packets take different ways; [`PodNetwork::RoutedOverlay`] has parts of two of them.
-pub(crate) const NETWORKS: [PodNetwork; 3] = [PodNetwork::Routed, PodNetwork::Bridged, PodNetwork::Overlay];
+/// The clusters between which packets take different ways: how pods are joined, and whose sockets are translated. With
+/// `host` pods go by packet.
+pub(crate) const GROUNDS: [(PodNetwork, &str); 4] = [
+    (PodNetwork::Routed, "all"),
+    (PodNetwork::Bridged, "all"),
+    (PodNetwork::Overlay, "all"),
+    (PodNetwork::RoutedOverlay, "host"),
+];
 
-/// The same in a cluster of each pod network.
-pub(crate) fn in_every_network(play: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
-    NETWORKS.into_iter().try_for_each(|network| {
-        play(&Cluster::raise(network)?).with_context(|| format!("with {network:?} pods"))
+/// The same in each of these clusters.
+pub(crate) fn everywhere(play: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
+    GROUNDS.into_iter().try_for_each(|ground| {
+        play(&Cluster::on(ground)?).with_context(|| format!("with network and socket LB {ground:?}"))
     })
 }
 
@@ -60,9 +66,16 @@ pub(crate) struct Cluster {
     pub(crate) api: ApiServer,
     /// Nodes, pods, clients.
     pub(crate) town: Town,
+    /// How its pods are joined.
+    pub(crate) network: PodNetwork,
 }
 
 impl Cluster {
+    /// One of [`GROUNDS`].
+    pub(crate) fn on((network, socket_lb): (PodNetwork, &str)) -> Result<Self> {
+        Self::with(network, ["zone1", "zone2", "zone3"], &["--socket-lb", socket_lb])
+    }
+
     /// A cluster with this pod network, each node in a zone of its own.
     pub(crate) fn raise(network: PodNetwork) -> Result<Self> {
         Self::with(network, ["zone1", "zone2", "zone3"], &[])
@@ -93,7 +106,7 @@ impl Cluster {
             .collect::<Result<Vec<_>>>()?;
         agents.iter_mut().try_for_each(Agent::spawn)?;
         agents.iter_mut().try_for_each(Agent::wait_ready)?;
-        Ok(Self { agents, api, town })
+        Ok(Self { agents, api, town, network })
     }
 
     /// A node, pod or client.
@@ -213,7 +226,9 @@ pub(crate) fn expose<'a>(
         .collect();
     let ports: Vec<_> = ports.iter().map(|(name, protocol, port)| (&**name, &**protocol, *port)).collect();
     let pods: Vec<&Place> = pods.iter().map(|pod| town.place(pod)).collect();
-    EndpointController::adopt(api, &name, &ports, &Family::ALL, &pods)
+    let has = |family: &Family| spec.ip_families.iter().flatten().any(|name| name == family.api_name());
+    let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
+    EndpointController::adopt(api, &name, &ports, &families, &pods)
 }
 
 /// A Service of the port 80 over TCP and UDP with ClusterIPs by its number, port 8080 at the pods.

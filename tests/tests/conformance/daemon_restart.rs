@@ -14,7 +14,7 @@ fn kube_proxy_should_recover_after_being_killed_accidentally() -> Result<()> {
     // daemon_restart.go:368; H-1, Y-22
     let mut cluster = Cluster::raise(PodNetwork::Bridged)?;
     let _servers = cluster.serve(&["a", "c", "e"])?;
-    let Cluster { agents, api, town } = &mut cluster;
+    let Cluster { agents, api, town, .. } = &mut cluster;
     expose(api, town, &web_node_port("survives", 1, 30_080), &["a", "c", "e"])?;
     let (pod, outside) = (town.place("b"), town.place("outside"));
     soon(|| dial_all(pod, service(1), &["a", "c", "e"]))?;

@@ -2,8 +2,8 @@
 //! for the secondary.
 //!
 //! As `NewNetworkingTestConfig` makes them: a pod a node behind a NodePort Service, the same pods behind one with session
-//! affinity, a client in a pod and one in the host network. Each check runs in a cluster of every pod network; tests that
-//! run at the same time share these clusters, and make Services of their own for what they change.
+//! affinity, a client in a pod and one in the host network. Each check runs in every cluster of [`GROUNDS`]; tests that run
+//! at the same time share these clusters, and make Services of their own for what they change.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use anyhow::{Context, Result, ensure};
 use proxy_tests::probe::Server;
 
-use crate::cluster::{Cluster, NETWORKS, service, web_node_port};
+use crate::cluster::{Cluster, GROUNDS, service, web_node_port};
 use crate::reach::{WAYS, Way, dial, echo, never, silent, soon, sticks};
 
 /// The endpoints, one a node.
@@ -41,8 +41,8 @@ struct Stage {
 }
 
 impl Stage {
-    fn raise(network: usize) -> Result<Self> {
-        let cluster = Cluster::raise(NETWORKS[network])?;
+    fn raise(ground: usize) -> Result<Self> {
+        let cluster = Cluster::on(GROUNDS[ground])?;
         let servers = cluster.serve(&[&ENDPOINTS[..], &HOST_ENDPOINTS[..]].concat())?;
         cluster.expose(&web_node_port("plain", PLAIN, node_port(PLAIN)), &ENDPOINTS)?;
         cluster.expose(&web_node_port("sticky", STICKY, node_port(STICKY)).affinity(10_800), &ENDPOINTS)?;
@@ -78,25 +78,24 @@ fn fresh() -> u8 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Runs a check in a cluster of every pod network.
+/// Runs a check in each of the clusters.
 fn everywhere(check: impl Fn(&Stage) -> Result<()>) -> Result<()> {
     // All are held to the end: the next test finds them.
-    let stages = (0..NETWORKS.len()).map(stage).collect::<Result<Vec<_>>>()?;
-    stages
-        .iter()
-        .zip(NETWORKS)
-        .try_for_each(|(stage, network)| check(stage).with_context(|| format!("with {network:?} pods")))
+    let stages = (0..GROUNDS.len()).map(stage).collect::<Result<Vec<_>>>()?;
+    stages.iter().zip(GROUNDS).try_for_each(|(stage, ground)| {
+        check(stage).with_context(|| format!("with network and socket LB {ground:?}"))
+    })
 }
 
-/// The cluster of a pod network that some test holds, or a new one.
-fn stage(network: usize) -> Result<Arc<Stage>> {
-    static SHARED: Mutex<[Weak<Stage>; 3]> = Mutex::new([Weak::new(), Weak::new(), Weak::new()]);
+/// The cluster that some test holds, or a new one.
+fn stage(ground: usize) -> Result<Arc<Stage>> {
+    static SHARED: Mutex<[Weak<Stage>; GROUNDS.len()]> = Mutex::new([const { Weak::new() }; GROUNDS.len()]);
     let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(stage) = shared[network].upgrade() {
+    if let Some(stage) = shared[ground].upgrade() {
         return Ok(stage);
     }
-    let stage = Arc::new(Stage::raise(network)?);
-    shared[network] = Arc::downgrade(&stage);
+    let stage = Arc::new(Stage::raise(ground)?);
+    shared[ground] = Arc::downgrade(&stage);
     Ok(stage)
 }
 

@@ -4,16 +4,18 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use proxy_tests::answer::Load;
 use proxy_tests::manifests::{Phase, ServicePlan};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, eventually};
 use proxy_tests::town::PodNetwork;
 
-use crate::cluster::{Cluster, NODES, at, ip, service, vips, web_node_port};
+use crate::cluster::{Cluster, NODES, at, everywhere, ip, service, vips, web, web_node_port};
 use crate::http;
-use crate::reach::{connections, datagrams, dial_all, down, follows, refuses, seen_as, soon, sticks, ways};
+use crate::reach::{
+    SOON, connections, datagrams, dial, dial_all, down, follows, refuses, seen_as, soon, sticks, ways,
+};
 
 const NODE_PORT: u16 = 30_080;
 const HEALTH: u16 = 30_999;
@@ -259,7 +261,7 @@ fn without(loads: &mut [Runner<Load>], pod: &str) -> Result<()> {
     for load in loads {
         soon(|| {
             let before = load.report()?;
-            let after = eventually(crate::reach::SOON, || {
+            let after = eventually(SOON, || {
                 let now = load.report()?;
                 ensure!(now.made >= before.made + 10, "{now:?}");
                 Ok(now)
@@ -288,30 +290,23 @@ fn should_not_have_connectivity_disruption_during_rolling_update_with_external_t
 #[test]
 fn should_work_for_type_load_balancer() -> Result<()> {
     // loadbalancer.go:1016; V-26, H-18
-    for network in crate::cluster::NETWORKS {
-        let cluster = Cluster::raise(network)?;
+    everywhere(|cluster| {
         let _servers = cluster.serve(&["c"])?;
         cluster.expose(&plan().external_local(Some(HEALTH)), &["c"])?;
-        balance(&cluster, &["node2"])?;
+        balance(cluster, &["node2"])?;
         let outside = cluster.place("outside");
-        let play = || -> Result<()> {
-            soon(|| seen_as(outside, door(), outside.addresses()))?;
-            until_healthy(&cluster, &["node2"])?;
-            cluster.apply(crate::cluster::web("lb", 1));
-            for node in NODES {
-                for to in cluster.place(node).at(HEALTH) {
-                    soon(|| {
-                        let response = http::try_get(outside, to, "/healthz")?;
-                        ensure!(response.is_none(), "{to} still answers: {response:?}");
-                        Ok(())
-                    })?;
-                }
-            }
-            down([outside], door())
-        };
-        play().with_context(|| format!("with {network:?} pods"))?;
-    }
-    Ok(())
+        soon(|| seen_as(outside, door(), outside.addresses()))?;
+        until_healthy(cluster, &["node2"])?;
+        cluster.apply(web("lb", 1));
+        for to in NODES.into_iter().flat_map(|node| cluster.place(node).at(HEALTH)) {
+            soon(|| {
+                let response = http::try_get(outside, to, "/healthz")?;
+                ensure!(response.is_none(), "{to} still answers: {response:?}");
+                Ok(())
+            })?;
+        }
+        down([outside], door())
+    })
 }
 
 #[test]
@@ -348,7 +343,7 @@ fn should_target_all_nodes_with_endpoints() -> Result<()> {
 #[test]
 fn should_work_from_pods() -> Result<()> {
     // loadbalancer.go:1221; V-24
-    crate::cluster::in_every_network(|cluster| {
+    everywhere(|cluster| {
         let _servers = cluster.serve(&["c"])?;
         cluster.expose(&plan().external_local(Some(HEALTH)), &["c"])?;
         // Of the endpoint's node, and of others.
@@ -367,7 +362,7 @@ fn changes_type_and_ports(network: PodNetwork, protocol: &str) -> Result<()> {
     let (pod, outside) = (cluster.place("a"), cluster.place("outside"));
     let way = if protocol == "TCP" { Ask::tcp } else { Ask::udp };
     let works = |client: &Place, targets: [SocketAddr; 2]| {
-        targets.into_iter().try_for_each(|to| soon(|| crate::reach::dial(client, &way(to), &["c"])))
+        targets.into_iter().try_for_each(|to| soon(|| dial(client, &way(to), &["c"])))
     };
     let port = |port: u16| ServicePlan::new("mutability-test", &vips(1)).port("", protocol, port, 8080);
     let node = |number: u16| cluster.place("node2").at(number);
@@ -419,7 +414,7 @@ fn should_be_able_to_create_load_balancer_service_without_node_port_and_change_i
     let _servers = cluster.serve(&["c"])?;
     balance(&cluster, &["node1"])?;
     let outside = cluster.place("outside");
-    cluster.expose(&crate::cluster::web("lb", 1).load_balancer(&ingress()), &["c"])?;
+    cluster.expose(&web("lb", 1).load_balancer(&ingress()), &["c"])?;
     soon(|| dial_all(outside, door(), &["c"]))?;
     cluster.apply(plan());
     soon(|| dial_all(outside, cluster.place("node3").at(NODE_PORT), &["c"]))?;

@@ -6,7 +6,7 @@ use proxy_tests::manifests::Phase;
 use proxy_tests::probe::Server;
 use proxy_tests::town::PodNetwork;
 
-use crate::cluster::{Cluster, in_every_network, service, vips, web};
+use crate::cluster::{Cluster, everywhere, service, vips, web};
 use crate::reach::{dial_all, down, refused, seen_as, soon, up};
 
 #[test]
@@ -30,7 +30,7 @@ fn should_serve_a_basic_endpoint_from_pods() -> Result<()> {
 #[test]
 fn should_preserve_source_pod_ip_for_traffic_through_service_cluster_ip() -> Result<()> {
     // service.go:1020; M-6, M-17
-    in_every_network(|cluster| {
+    everywhere(|cluster| {
         let _servers = cluster.serve(&["c"])?;
         cluster.expose(&web("sourceip-test", 1), &["c"])?;
         for client in cluster.places(["d", "a", "e"]) {
@@ -43,7 +43,7 @@ fn should_preserve_source_pod_ip_for_traffic_through_service_cluster_ip() -> Res
 #[test]
 fn should_allow_pods_to_hairpin_back_to_themselves_through_services() -> Result<()> {
     // service.go:1095; M-10
-    in_every_network(|cluster| {
+    everywhere(|cluster| {
         let _servers = cluster.serve(&["a"])?;
         cluster.expose(&web("hairpin-test", 1), &["a"])?;
         soon(|| dial_all(cluster.place("a"), service(1), &["a"]))

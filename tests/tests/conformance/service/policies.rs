@@ -9,7 +9,7 @@ use proxy_tests::pod::Place;
 use proxy_tests::probe::eventually;
 use proxy_tests::town::PodNetwork;
 
-use crate::cluster::{Cluster, NETWORKS, NODES, in_every_network, ip, service, web, web_node_port};
+use crate::cluster::{Cluster, NODES, everywhere, ip, service, web, web_node_port};
 use crate::http;
 use crate::reach::{dial_all, down, is_down, seen_as, soon};
 
@@ -18,7 +18,7 @@ const HEALTH: u16 = 30_999;
 
 /// Clients on the node of the Service's endpoint reach it; clients on another fail every time.
 fn internal_local(endpoint: &str, near: &[&str], far: &[&str]) -> Result<()> {
-    in_every_network(|cluster| {
+    everywhere(|cluster| {
         let _servers = cluster.serve(&[endpoint])?;
         cluster.expose(&web("internal-local", 1).internal_local(), &[endpoint])?;
         for client in near {
@@ -49,7 +49,7 @@ fn should_respect_internal_traffic_policy_local_pod_and_node_to_host_network_pod
 #[test]
 fn should_support_external_traffic_policy_local_for_type_node_port() -> Result<()> {
     // service.go:2771; V-26, M-9
-    in_every_network(|cluster| {
+    everywhere(|cluster| {
         let _servers = cluster.serve(&["c"])?;
         cluster.expose(&web_node_port("external-local", 1, NODE_PORT).external_local(None), &["c"])?;
         let (node1, node2) = (cluster.place("node1"), cluster.place("node2"));
@@ -61,7 +61,6 @@ fn should_support_external_traffic_policy_local_for_type_node_port() -> Result<(
 struct Changing<'a> {
     cluster: &'a Cluster,
     client: &'a Place,
-    network: PodNetwork,
 }
 
 impl Changing<'_> {
@@ -89,7 +88,8 @@ impl Changing<'_> {
         // The own node is no outside: it leads to the endpoint wherever that is. A host's packets to pods of other nodes
         // come from the tunnel in an overlay.
         let tunnel: [IpAddr; 2] = [ip("10.244.1.0"), ip("fd00:244:1::")];
-        let own = if self.network == PodNetwork::Overlay { tunnel } else { node1 };
+        let overlay = [PodNetwork::Overlay, PodNetwork::RoutedOverlay].contains(&self.cluster.network);
+        let own = if overlay { tunnel } else { node1 };
         seen_as(self.client, self.at("node1", NODE_PORT), own).context("the client's own node")?;
         is_down([self.client], self.at("node3", NODE_PORT)).context("the third node")
     }
@@ -110,21 +110,16 @@ impl Changing<'_> {
 fn should_implement_node_port_and_health_check_node_port_correctly_when_external_traffic_policy_changes()
 -> Result<()> {
     // service.go:3833; V-25, V-26, H-18, H-25
-    for network in NETWORKS {
-        let cluster = Cluster::raise(network)?;
+    everywhere(|cluster| {
         let _servers = cluster.serve(&["c"])?;
         // Of type LoadBalancer, to which nobody has given an address.
         let plan = || -> ServicePlan { web_node_port("policy-changes", 1, NODE_PORT).load_balancer(&[]) };
-        let play = || -> Result<()> {
-            let changing = Changing { cluster: &cluster, client: cluster.place("h1"), network };
-            cluster.expose(&plan().external_local(Some(HEALTH)), &["c"])?;
-            changing.phase(Changing::local).context("Local")?;
-            cluster.apply(plan());
-            changing.phase(Changing::cluster).context("Cluster")?;
-            cluster.apply(plan().external_local(Some(HEALTH)));
-            changing.phase(Changing::local).context("Local again")
-        };
-        play().with_context(|| format!("with {network:?} pods"))?;
-    }
-    Ok(())
+        let changing = Changing { cluster, client: cluster.place("h1") };
+        cluster.expose(&plan().external_local(Some(HEALTH)), &["c"])?;
+        changing.phase(Changing::local).context("Local")?;
+        cluster.apply(plan());
+        changing.phase(Changing::cluster).context("Cluster")?;
+        cluster.apply(plan().external_local(Some(HEALTH)));
+        changing.phase(Changing::local).context("Local again")
+    })
 }

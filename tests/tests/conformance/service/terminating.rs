@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::{Phase, ServicePlan};
 use proxy_tests::town::PodNetwork;
 
-use crate::cluster::{Cluster, in_every_network, service, web, web_node_port};
+use crate::cluster::{Cluster, everywhere, service, web, web_node_port};
 use crate::http;
 use crate::reach::{dial_all, down, soon};
 
@@ -73,7 +73,7 @@ fn should_fallback_to_terminating_endpoints_when_there_are_no_ready_endpoints_wi
 fn should_fallback_to_local_terminating_endpoints_when_there_are_no_ready_endpoints_with_internal_policy_local()
 -> Result<()> {
     // service.go:2994; P-6, P-15
-    in_every_network(|cluster| {
+    everywhere(|cluster| {
         ending(cluster, &web("ending", 1).internal_local(), || {
             dial_all(cluster.place("b"), service(1), &["a"])?;
             down([cluster.place("d")], service(1))
@@ -100,7 +100,7 @@ fn should_fallback_to_terminating_endpoints_when_there_are_no_ready_endpoints_wi
 fn should_fallback_to_local_terminating_endpoints_when_there_are_no_ready_endpoints_with_external_policy_local()
 -> Result<()> {
     // service.go:3149; P-6, P-16, V-30, V-31
-    in_every_network(|cluster| {
+    everywhere(|cluster| {
         ending(cluster, &web_node_port("ending", 1, NODE_PORT).external_local(None), || {
             let [node0, node1] = cluster.places(["node1", "node2"]).map(|node| node.at(NODE_PORT));
             let [pod0, pod1] = cluster.places(["b", "d"]);
