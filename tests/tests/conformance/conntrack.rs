@@ -129,7 +129,7 @@ const INJECTED: u32 = 200;
 
 #[test]
 fn proxy_implementation_should_not_be_vulnerable_to_the_invalid_conntrack_state_bug() -> Result<()> {
-    // conntrack.go:552; D-9, M-20: translated packet by packet, which is where a segment could slip through.
+    // conntrack.go:552; D-9: translated packet by packet, which is where a segment could slip through.
     for (network, mode) in
         [(PodNetwork::Routed, "host"), (PodNetwork::Overlay, "host"), (PodNetwork::Bridged, "all")]
     {

@@ -236,8 +236,8 @@ fn rolling_update(network: PodNetwork, plan: &ServicePlan, local: bool) -> Resul
     }
     for load in loads {
         let load = load.stop()?;
-        // Upstream is content with 95 of 100.
-        ensure!(load.failed * 20 <= load.made, "{load:?}");
+        // Upstream is content with 95 of 100; here nobody needs to notice.
+        ensure!(load.failed == 0, "{load:?}");
         ensure!(load.names.len() == 6, "not every pod has answered: {load:?}");
     }
     Ok(())
