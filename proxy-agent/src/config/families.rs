@@ -34,7 +34,7 @@ impl Config {
         let alien = |ranges: &[IpNet]| {
             !ranges.is_empty() && ranges.iter().all(|range| Family::of(&range.addr()) != primary)
         };
-        let name = family_name(primary);
+        let name = primary.name();
         if primary == Family::V6 && !settings.ipv6 {
             found.errors.push(
                 "the node's first address is an IPv6 address, but IPv6 is switched off (net.ipv6.conf.all.disable_ipv6)"
@@ -80,15 +80,8 @@ fn node_port_ranges(settings: &Settings, primary: Family, pod_cidrs: &[IpNet]) -
     let missing = [Family::V4, Family::V6].into_iter().find(|family| !has(ranges, *family))?;
     let dual_stack = both(&settings.cluster_cidrs) || both(pod_cidrs);
     let matters = missing == primary || dual_stack && (settings.ipv6 || missing == Family::V4);
-    let name = family_name(missing);
+    let name = missing.name();
     matters.then(|| {
         format!("the NodePort addresses have no {name} range: NodePorts are accepted at every {name} address")
     })
-}
-
-fn family_name(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "IPv4",
-        Family::V6 => "IPv6",
-    }
 }

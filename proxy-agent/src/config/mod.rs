@@ -12,6 +12,7 @@ mod fields;
 mod file;
 mod gates;
 mod host;
+mod input;
 mod ports;
 mod sysctl;
 mod v1alpha1;
@@ -35,6 +36,7 @@ use crate::datapath::flow::Timeouts;
 use crate::model::{DetectLocal, NodePortAddresses, Settings};
 use crate::netlink::Devices;
 use fields::Origin;
+use input::Input;
 use v1alpha1::Nftables;
 
 /// Where pins live unless `--bpf-root` says otherwise.
@@ -169,50 +171,6 @@ impl Errors {
     }
 }
 
-/// kube-proxy's settings, from flags or from a file.
-struct Input {
-    kube: KubeProxyConfiguration,
-    file: Option<ConfigFile>,
-    warnings: Vec<String>,
-}
-
-impl Input {
-    /// The file replaces what flags say (F-1); without one the flags count.
-    fn new(args: &RunArgs, host: &dyn Host) -> Result<Self, ConfigErrors> {
-        // An empty value is what templates leave of an unset option.
-        let Some(path) = args.config.as_ref().filter(|path| !path.as_os_str().is_empty()) else {
-            let mut kube = args.kube_proxy.clone();
-            let warnings = useless(&kube, Origin::Flags).into_iter().collect();
-            kube.nftables = Nftables::from(&kube.iptables); // F-10: the flags mean every mode's section.
-            return Ok(Self { kube, file: None, warnings });
-        };
-        let wrong = |reason| {
-            let value = path.display().to_string();
-            ConfigErrors(vec![FlagError { flag: "--config", value, reason }])
-        };
-        let text = host.read(path).map_err(|e| wrong(format!("cannot be read: {e}")))?;
-        let file::Decoded { configuration: kube, warnings } = file::decode(&text).map_err(wrong)?;
-        let mut warnings: Vec<String> =
-            warnings.into_iter().map(|warning| format!("{}: {warning}", path.display())).collect();
-        warnings.extend(useless(&kube, Origin::File));
-        let overruled = fields::overruled(&args.kube_proxy);
-        if !overruled.is_empty() {
-            warnings.push(format!("--config overrules these flags: {}", overruled.join(", ")));
-        }
-        Ok(Self { kube, file: Some(ConfigFile { path: path.clone(), text }), warnings })
-    }
-
-    fn origin(&self) -> Origin {
-        if self.file.is_some() { Origin::File } else { Origin::Flags }
-    }
-}
-
-/// Says once what was set in vain.
-fn useless(kube: &KubeProxyConfiguration, origin: Origin) -> Option<String> {
-    let settings = fields::without_effect(kube, origin);
-    (!settings.is_empty()).then(|| format!("these settings have no effect here: {}", settings.join(", ")))
-}
-
 impl Config {
     /// The settings that these flags, and the file that they name, mean on this host.
     pub fn new(args: &RunArgs, bpf_root: &Path, host: &dyn Host) -> Result<Self, ConfigErrors> {
@@ -221,7 +179,6 @@ impl Config {
         let Input { mut kube, file, mut warnings } = input;
         check::check(&kube, &mut errors);
         warnings.extend(gates::without_effect(&kube.feature_gates));
-        let bind_address = bind_address(&kube.bind_address, &mut errors);
         default_addresses(&mut kube);
         let source = source(args, &kube, &mut errors);
         let server = server(&source, host, &mut errors);
@@ -229,23 +186,7 @@ impl Config {
         let (snat_ports, warning) = ports::snat_ports(host);
         warnings.extend(warning);
         let section = kube.section();
-        let settings = Settings {
-            node_name: node_name(args, &kube, host, &mut errors),
-            bind_address: bind_address.filter(|ip| !ip.is_unspecified()),
-            ipv6: families::has_ipv6(host),
-            external_ips: kube.feature_gates.get(gates::EXTERNAL_IPS) != Some(&false),
-            cluster_cidrs: cluster_cidrs(&kube.cluster_cidr, &mut errors),
-            detect_local: detect_local(&kube, &mut errors),
-            drop_unallocated: args.drop_unallocated_cluster_ips,
-            masquerade_all: section.masquerade_all,
-            masquerade_local: args.masquerade_local,
-            nodeport_addresses: nodeport_addresses(&kube.node_port_addresses, &mut errors),
-            socket_lb: args.socket_lb.into(),
-            localhost_node_ports: kube.iptables.localhost_node_ports,
-            host_netns: host.netns_cookie(),
-            snat_ports,
-            seed: SELECTION_SEED,
-        };
+        let settings = settings(args, &kube, host, snat_ports, &mut errors);
         warnings.extend(no_pods(&settings));
         let healthz = match kube.healthz_bind_address.as_deref() {
             None | Some("") => None,
@@ -300,6 +241,33 @@ impl Config {
     #[must_use]
     pub fn configz(&self) -> serde_json::Value {
         serde_json::json!({ "kubeproxy.config.k8s.io": fields::value(&self.kube_proxy) })
+    }
+}
+
+/// What shapes the tables.
+fn settings(
+    args: &RunArgs,
+    kube: &KubeProxyConfiguration,
+    host: &dyn Host,
+    snat_ports: (u16, u16),
+    errors: &mut Errors,
+) -> Settings {
+    Settings {
+        node_name: node_name(args, kube, host, errors),
+        bind_address: bind_address(&kube.bind_address, errors).filter(|ip| !ip.is_unspecified()),
+        ipv6: families::has_ipv6(host),
+        external_ips: kube.feature_gates.get(gates::EXTERNAL_IPS) != Some(&false),
+        cluster_cidrs: cluster_cidrs(&kube.cluster_cidr, errors),
+        detect_local: detect_local(kube, errors),
+        drop_unallocated: args.drop_unallocated_cluster_ips,
+        masquerade_all: kube.section().masquerade_all,
+        masquerade_local: args.masquerade_local,
+        nodeport_addresses: nodeport_addresses(&kube.node_port_addresses, errors),
+        socket_lb: args.socket_lb.into(),
+        localhost_node_ports: kube.iptables.localhost_node_ports,
+        host_netns: host.netns_cookie(),
+        snat_ports,
+        seed: SELECTION_SEED,
     }
 }
 

@@ -94,10 +94,7 @@ pub struct Times {
 /// `IPv4` or `IPv6`, as labels and keys have it.
 #[must_use]
 pub fn family_name(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "IPv4",
-        Family::V6 => "IPv6",
-    }
+    family.name()
 }
 
 impl Health {
