@@ -126,7 +126,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Waits until `status` calls it healthy.
+    /// Waits until `status` calls it healthy; what an earlier agent has left behind does not count.
     pub fn wait_ready(&mut self) -> Result<()> {
         let ended = eventually(START, || {
             if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
@@ -135,6 +135,8 @@ impl Agent {
             }
             let (status, output) = self.ask(&["status", "--output", "json"])?;
             ensure!(status.success(), "the agent of {} is not ready: {status}\n{output}", self.place.name);
+            let said: Value = serde_json::from_str(&output).with_context(|| output.clone())?;
+            ensure!(said["agent"]["pid"].as_u64() == self.pid().map(u64::from), "another agent: {output}");
             Ok(None)
         })
         .with_context(|| self.log_text())?;
