@@ -93,7 +93,7 @@ fn a_connected_udp_socket_of_the_host_hears_that_its_endpoint_has_gone() -> Resu
         );
         ensure!(get(node1, &Ask::udp(to))?.name == server[1], "a new socket does not reach {}", server[1]);
     }
-    // H-45.
+    // H-45, C-17.
     let metrics = http(node1, "127.0.0.1:10249", "/metrics")?.1;
     for family in ["IPv4", "IPv6"] {
         let closed =
