@@ -51,7 +51,7 @@ pub mod address {
 pub mod iface {
     /// Frames have no Ethernet header (WireGuard, IPIP, tun).
     pub const L3: u32 = 1 << 0;
-    /// Who sends through it is a pod (with [`super::config::POD_INTERFACES`]).
+    /// Who sends through it is a pod (with [`super::POD_INTERFACES`]).
     pub const POD: u32 = 1 << 1;
 }
 
