@@ -323,10 +323,11 @@ impl Town {
             batch.push_str("route add default via 192.168.10.1\nroute add default via fd00:10::ffff\n");
         }
         if self.network.is_bridged() {
-            let mtu = self.pod_mtu();
+            // An address of its own, as CNI plugins give it: else it is that of a port, and changes when that goes.
+            let (mtu, mac) = (self.pod_mtu(), mac(number, 1));
             let _ = writeln!(
                 batch,
-                "link add cni0 mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
+                "link add cni0 address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
                  addr add 10.244.{number}.1/24 dev cni0\n\
                  addr add fd00:244:{number}::1/64 dev cni0 nodad\n\
                  link set cni0 up"
@@ -379,14 +380,14 @@ impl Town {
              addr add 10.244.{number}.0/32 dev vxlan0\n\
              addr add fd00:244:{number}::/128 dev vxlan0 nodad\n\
              link set vxlan0 up\n",
-            tunnel_mac(number),
+            mac(number, 0),
             place.v4
         );
         let mut forwarding = String::new();
         for other in self.nodes.iter().filter(|other| other.name != node.name) {
             let far = self.number(&other.name);
             let [v4, v6] = self.pod_cidrs(&other.name);
-            let (mac, outer) = (tunnel_mac(far), self.place(&other.name).v4);
+            let (mac, outer) = (mac(far, 0), self.place(&other.name).v4);
             let _ = writeln!(
                 batch,
                 "neigh add 10.244.{far}.0 lladdr {mac} dev vxlan0 nud permanent\n\
@@ -457,9 +458,9 @@ impl Town {
     }
 }
 
-/// The address of a node's VXLAN device, which the other nodes write down.
-fn tunnel_mac(number: u8) -> String {
-    format!("02:00:0a:f4:{number:02x}:00")
+/// The address of a node's VXLAN device (0), which the other nodes write down, or of its bridge (1).
+fn mac(number: u8, device: u8) -> String {
+    format!("02:00:0a:f4:{number:02x}:{device:02x}")
 }
 
 fn underlay_v6(group: u16, number: u8) -> Ipv6Addr {
