@@ -13,7 +13,7 @@ use proxy_tests::probe::{Ask, Runner, Server};
 use proxy_tests::town::PodNetwork;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::cluster::{Cluster, READY, service, vips, web};
+use crate::cluster::{Cluster, READY, expose, service, vips, web};
 use crate::reach::{LIMIT, datagrams, follows, soon};
 
 const NODE_PORT: u16 = 30_090;
@@ -34,38 +34,42 @@ fn follow(clients: &mut [Runner<Load>], server: &str) -> Result<()> {
     clients.iter_mut().try_for_each(|client| follows(client, server))
 }
 
-/// A server pod is replaced by another while the client goes on.
+/// The server pod `old` is deleted and a new one made on the same node while the client goes on.
 fn cycles(
-    cluster: &Cluster,
+    cluster: &mut Cluster,
     plan: &ServicePlan,
     (client, targets): (&str, [SocketAddr; 2]),
-    [old, new]: [&str; 2],
+    old: &str,
 ) -> Result<()> {
-    let mut endpoints = cluster.expose(plan, &[])?;
-    let mut clients = clients(cluster.place(client), targets)?;
-    let server = cluster.serve(&[old])?;
-    endpoints.set(cluster.place(old), Phase::Ready)?;
+    let Cluster { api, town, .. } = cluster;
+    let mut endpoints = expose(api, town, plan, &[])?;
+    let mut clients = clients(town.place(client), targets)?;
+    let server = Server::start(town.place(old), &[8080])?;
+    endpoints.set(town.place(old), Phase::Ready)?;
     follow(&mut clients, old)?;
-    let _next = cluster.serve(&[new])?;
-    endpoints.set(cluster.place(new), Phase::Ready)?;
-    // Deleted without grace: the process and the endpoint go at once.
+    let node = town.place(old).node.clone().context("a pod is on a node")?;
+    let new = town.add_pod(&node, "new")?;
+    let _next = Server::start(&new, &[8080])?;
+    endpoints.set(&new, Phase::Ready)?;
+    // Deleted without grace: process, interface and endpoint go at once.
     drop(server);
+    town.remove_pod(old)?;
     endpoints.remove(old)?;
-    follow(&mut clients, new)
+    follow(&mut clients, "new")
 }
 
 #[test]
 fn should_be_able_to_preserve_udp_traffic_when_server_pod_cycles_for_a_node_port_service() -> Result<()> {
     // conntrack.go:140; C-4…C-13
-    let cluster = Cluster::raise(PodNetwork::Routed)?;
-    cycles(&cluster, &plan(), ("a", cluster.place("node2").at(NODE_PORT)), ["c", "d"])
+    let mut cluster = Cluster::raise(PodNetwork::Routed)?;
+    let node_port = cluster.place("node2").at(NODE_PORT);
+    cycles(&mut cluster, &plan(), ("a", node_port), "c")
 }
 
 #[test]
 fn should_be_able_to_preserve_udp_traffic_when_server_pod_cycles_for_a_cluster_ip_service() -> Result<()> {
     // conntrack.go:218; C-4…C-13
-    let cluster = Cluster::raise(PodNetwork::Overlay)?;
-    cycles(&cluster, &plan(), ("a", service(1)), ["c", "d"])
+    cycles(&mut Cluster::raise(PodNetwork::Overlay)?, &plan(), ("a", service(1)), "c")
 }
 
 #[test]
@@ -73,15 +77,13 @@ fn should_be_able_to_preserve_udp_traffic_when_server_pod_cycles_for_a_cluster_i
 -> Result<()> {
     // conntrack.go:297; C-13, P-15
     let mut cluster = Cluster::raise(PodNetwork::Bridged)?;
-    cluster.town.add_pod("node1", "next")?;
-    cycles(&cluster, &plan().internal_local(), ("a", service(1)), ["b", "next"])
+    cycles(&mut cluster, &plan().internal_local(), ("a", service(1)), "b")
 }
 
 #[test]
 fn should_be_able_to_preserve_udp_traffic_when_server_pod_cycles_and_client_is_host_network() -> Result<()> {
     // conntrack.go:391; C-13, D-11
-    let cluster = Cluster::raise(PodNetwork::RoutedOverlay)?;
-    cycles(&cluster, &plan(), ("h1", service(1)), ["c", "d"])
+    cycles(&mut Cluster::raise(PodNetwork::RoutedOverlay)?, &plan(), ("h1", service(1)), "c")
 }
 
 #[test]

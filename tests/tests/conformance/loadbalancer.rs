@@ -11,7 +11,7 @@ use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, eventually};
 use proxy_tests::town::PodNetwork;
 
-use crate::cluster::{Cluster, NODES, at, everywhere, ip, service, vips, web, web_node_port};
+use crate::cluster::{Cluster, NODES, at, everywhere, expose, ip, service, vips, web, web_node_port};
 use crate::http;
 use crate::reach::{
     SOON, connections, datagrams, dial, dial_all, down, follows, refuses, seen_as, soon, sticks, ways,
@@ -166,36 +166,38 @@ fn should_be_able_to_switch_session_affinity_for_load_balancer_service_with_clus
     affinity(PodNetwork::Bridged, false, true)
 }
 
-/// A client outside with a fixed port goes on while the server pod is replaced.
-fn cycles(network: PodNetwork, [old, new]: [&str; 2]) -> Result<()> {
-    let cluster = Cluster::raise(network)?;
+/// A client outside with a fixed port goes on while the server pod `c` on `node2` is deleted and another made.
+fn cycles(network: PodNetwork, node: &str) -> Result<()> {
+    let mut cluster = Cluster::raise(network)?;
     balance(&cluster, &["node1"])?;
-    let mut endpoints = cluster.expose(&plan(), &[])?;
+    let Cluster { api, town, .. } = &mut cluster;
+    let mut endpoints = expose(api, town, &plan(), &["c"])?;
+    let server = Server::start(town.place("c"), &[8080])?;
     let mut clients = door()
         .into_iter()
-        .map(|to| datagrams(cluster.place("outside"), to, 12_345))
+        .map(|to| datagrams(town.place("outside"), to, 12_345))
         .collect::<Result<Vec<_>>>()?;
     let mut follow = |server| clients.iter_mut().try_for_each(|client| follows(client, server));
-    let server = cluster.serve(&[old])?;
-    endpoints.set(cluster.place(old), Phase::Ready)?;
-    follow(old)?;
-    let _next = cluster.serve(&[new])?;
-    endpoints.set(cluster.place(new), Phase::Ready)?;
+    follow("c")?;
+    let new = town.add_pod(node, "new")?;
+    let _next = Server::start(&new, &[8080])?;
+    endpoints.set(&new, Phase::Ready)?;
     drop(server);
-    endpoints.remove(old)?;
-    follow(new)
+    town.remove_pod("c")?;
+    endpoints.remove("c")?;
+    follow("new")
 }
 
 #[test]
 fn should_be_able_to_preserve_udp_traffic_when_server_pod_cycles_on_different_nodes() -> Result<()> {
     // loadbalancer.go:707; C-4…C-13
-    cycles(PodNetwork::Overlay, ["c", "e"])
+    cycles(PodNetwork::Overlay, "node3")
 }
 
 #[test]
 fn should_be_able_to_preserve_udp_traffic_when_server_pod_cycles_on_the_same_nodes() -> Result<()> {
     // loadbalancer.go:841; C-4…C-13
-    cycles(PodNetwork::Bridged, ["a", "b"])
+    cycles(PodNetwork::Bridged, "node2")
 }
 
 /// A DaemonSet's rolling update under load: on one node after the other the pod ends while it serves on, and then a new
