@@ -5,8 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
 use proxy_agent::model::{
-    Affinity, DetectLocal, Endpoint, Family, NodePortAddresses, ObjectName, Port, Service, Settings, Slice,
-    SlicePort, SocketLb, World,
+    Affinity, Endpoint, Family, ObjectName, Port, Service, Settings, Slice, SlicePort, World,
 };
 use proxy_agent::plan::{Actual, Capacity, GRACE_MS, Planner};
 use proxy_agent::source::{Change, Kind};
@@ -103,21 +102,10 @@ fn service() -> ObjectName {
 impl Trial {
     fn new(states: &[State], slices: Slices) -> Self {
         let mut world = World::new(Settings {
-            node_name: "n1".into(),
-            bind_address: None,
-            ipv6: true,
-            external_ips: true,
-            cluster_cidrs: Vec::new(),
-            detect_local: DetectLocal::AnyRange,
-            drop_unallocated: true,
-            masquerade_all: false,
-            masquerade_local: false,
-            nodeport_addresses: NodePortAddresses::Primary,
-            socket_lb: SocketLb::All,
-            localhost_node_ports: true,
             host_netns: 1,
             snat_ports: (1024, 1024),
             seed: 7,
+            ..Settings::of_node("n1")
         });
         world.hear(Change::Service(
             service(),

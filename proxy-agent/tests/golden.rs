@@ -22,7 +22,7 @@ use std::{env, fs};
 
 use proxy_agent::datapath::Datapath;
 use proxy_agent::datapath::memory::Memory;
-use proxy_agent::model::{DetectLocal, HealthCheck, Link, NodePortAddresses, Settings, SocketLb, World};
+use proxy_agent::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
 use proxy_agent::plan::{Capacity, Plan, Planner, lint, lint_prefix};
 use proxy_agent::source::directory::Shelf;
 use proxy_agent::source::{Change, Kind};
@@ -143,23 +143,7 @@ impl Scenario {
 
 /// A node called n1 with nothing set.
 fn settings() -> Settings {
-    Settings {
-        node_name: "n1".into(),
-        bind_address: None,
-        ipv6: true,
-        external_ips: true,
-        cluster_cidrs: Vec::new(),
-        detect_local: DetectLocal::AnyRange,
-        drop_unallocated: true,
-        masquerade_all: false,
-        masquerade_local: false,
-        nodeport_addresses: NodePortAddresses::Primary,
-        socket_lb: SocketLb::All,
-        localhost_node_ports: true,
-        host_netns: 1,
-        snat_ports: (61_000, 4_000),
-        seed: 7,
-    }
+    Settings { host_netns: 1, snat_ports: (61_000, 4_000), seed: 7, ..Settings::of_node("n1") }
 }
 
 fn list<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> Vec<T> {

@@ -51,8 +51,9 @@ impl Host for ThisHost {
 #[expect(unsafe_code, reason = "nix has no wrapper for SO_NETNS_COOKIE")]
 fn cookie_of_netns() -> Option<u64> {
     use std::os::fd::AsRawFd;
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0))
-        .or_else(|_| std::net::UdpSocket::bind((std::net::Ipv6Addr::LOCALHOST, 0)))
+    // No address is needed to be bound to none: loopback may be down.
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))
+        .or_else(|_| std::net::UdpSocket::bind((std::net::Ipv6Addr::UNSPECIFIED, 0)))
         .ok()?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;

@@ -81,6 +81,28 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// A node of this name for which nothing has been set, and of whose kernel nothing is known.
+    #[must_use]
+    pub fn of_node(name: &str) -> Self {
+        Self {
+            node_name: name.into(),
+            bind_address: None,
+            ipv6: true,
+            external_ips: true,
+            cluster_cidrs: Vec::new(),
+            detect_local: DetectLocal::AnyRange,
+            masquerade_all: false,
+            masquerade_local: false,
+            drop_unallocated: true,
+            nodeport_addresses: NodePortAddresses::Primary,
+            socket_lb: SocketLb::All,
+            localhost_node_ports: true,
+            host_netns: 0,
+            snat_ports: (0, 0),
+            seed: 0,
+        }
+    }
+
     /// The families that are served.
     #[must_use]
     pub fn families(&self) -> &'static [Family] {

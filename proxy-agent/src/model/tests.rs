@@ -12,23 +12,7 @@ use super::*;
 use crate::source::{Change, Kind};
 
 fn settings() -> Settings {
-    Settings {
-        node_name: "n1".into(),
-        bind_address: None,
-        ipv6: true,
-        external_ips: true,
-        cluster_cidrs: Vec::new(),
-        detect_local: DetectLocal::AnyRange,
-        drop_unallocated: true,
-        masquerade_all: false,
-        masquerade_local: false,
-        nodeport_addresses: NodePortAddresses::Primary,
-        socket_lb: SocketLb::All,
-        localhost_node_ports: true,
-        host_netns: 1,
-        snat_ports: (61_000, 1_000),
-        seed: 7,
-    }
+    Settings { host_netns: 1, snat_ports: (61_000, 1_000), seed: 7, ..Settings::of_node("n1") }
 }
 
 fn name(name: &str) -> ObjectName {

@@ -11,8 +11,7 @@ use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::probe::Features;
 use proxy_agent::datapath::remove::remove_all;
 use proxy_agent::model::{
-    Affinity, DetectLocal, Endpoint, Family, NodePortAddresses, ObjectName, Port, Service, Settings, Slice,
-    SlicePort, SocketLb, World,
+    Affinity, Endpoint, Family, ObjectName, Port, Service, Settings, Slice, SlicePort, World,
 };
 use proxy_agent::plan::{Actual, Capacity, Pass, Planner, Step};
 use proxy_agent::source::{Change, Kind};
@@ -162,21 +161,10 @@ impl Drop for Tables {
 /// A world in which everything has been heard.
 fn world(services: u32) -> World {
     let mut world = World::new(Settings {
-        node_name: "node1".into(),
-        bind_address: None,
-        ipv6: true,
-        external_ips: true,
-        cluster_cidrs: Vec::new(),
-        detect_local: DetectLocal::AnyRange,
-        drop_unallocated: true,
-        masquerade_all: false,
-        masquerade_local: false,
-        nodeport_addresses: NodePortAddresses::Primary,
-        socket_lb: SocketLb::All,
-        localhost_node_ports: true,
         host_netns: 0,
         snat_ports: (61_000, 1_000),
         seed: 7,
+        ..Settings::of_node("node1")
     });
     for n in 0..services {
         world.hear(Change::Service(name(n), Some(service(n))));
