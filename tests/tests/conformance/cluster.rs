@@ -134,17 +134,16 @@ impl Cluster {
         expose(&self.api, &self.town, plan, pods)
     }
 
-    /// Deletes a Service with its slices, as the garbage collector does.
+    /// Deletes a Service and the slices of [`Self::expose`], as the garbage collector does.
     pub(crate) fn delete(&self, name: &str) {
         self.api.delete(&key(Kind::Service, name));
-        for family in Family::ALL {
-            self.delete_slice(name, family.api_name());
-            self.delete_slice(name, if family == Family::V4 { "v4" } else { "v6" });
+        for suffix in ["v4", "v6"] {
+            // A Service of one family has one of them.
+            self.api.delete(&key(Kind::EndpointSlice, &format!("{name}-{suffix}")));
         }
     }
 
-    /// Writes a Service's slices by hand, one a family: what stands in them under `suffix` is replaced. Conditions are
-    /// ready, serving, terminating.
+    /// Writes a Service's slices by hand, one a family: what stands in them under `suffix` is replaced.
     pub(crate) fn slices(
         &self,
         service: &str,
@@ -188,11 +187,6 @@ impl Cluster {
             }
             slice
         })
-    }
-
-    fn delete_slice(&self, service: &str, suffix: &str) {
-        // Not every Service has slices of every name.
-        self.api.delete(&key(Kind::EndpointSlice, &format!("{service}-{suffix}")));
     }
 }
 
