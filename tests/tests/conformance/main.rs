@@ -5,7 +5,8 @@
 //! `test/e2e/` that it mirrors. Waiting times are shortened, demands are not. What is not mirrored is said with the
 //! reason at the head of each module; for files without a module here:
 //!
-//! * `network/kube_proxy.go`: 276 counts in iptables and skips without them.
+//! * `network/kube_proxy.go`: 74 (CLOSE_WAIT) is in the test target `e2e`, module `configuration`; 276 counts in iptables
+//!   and skips without them.
 //! * `network/hostport.go`: 63 is the CNI's hostPort, with which a service proxy has nothing to do.
 //! * SCTP (`service.go`:3776 apart): the kernels these tests run on may have no SCTP sockets; that SCTP is translated is
 //!   shown by packets in the test target `packet`.
