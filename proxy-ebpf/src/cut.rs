@@ -66,6 +66,13 @@ pub extern "C" fn cut_forget(key: *mut FlowKey) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
+pub extern "C" fn cut_superseded(key: *mut FlowKey) -> u32 {
+    references!(0; key);
+    track::superseded(&Kernel, key)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
 pub extern "C" fn cut_recall(packet: *mut Packet) -> u32 {
     references!(0; packet);
     lb::recall_fragment(&Kernel, packet) as u32

@@ -205,6 +205,11 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn superseded(&self, key: &mut FlowKey) -> u32 {
+        cut::cut_superseded(key)
+    }
+
+    #[inline(always)]
     fn recall_fragment(&self, packet: &mut Packet) -> Recalled {
         Recalled::from_number(cut::cut_recall(packet))
     }

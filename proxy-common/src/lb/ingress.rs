@@ -26,10 +26,17 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
     if touch(tables, FlowTable::Established, packet, edit) != Some(Touch::Alive) {
         // An address that is nobody's is the quick way out for all other traffic.
         let known = tables.address(&packet.key.dst);
-        if known == 0 {
-            return nobodys(tables, &packet.key.dst);
+        let verdict = match known {
+            0 => nobodys(tables, &packet.key.dst),
+            known => tables.ingress_slow(packet, known, edit),
+        };
+        if verdict == Verdict::Pass && (packet.is_syn() || packet.key.proto == Proto::UDP) {
+            // The packet is passed: its key serves to name the flow.
+            if tables.superseded(&mut packet.key) != 0 {
+                tables.forget(&packet.key);
+            }
         }
-        return tables.ingress_slow(packet, known, edit);
+        return verdict;
     }
     Verdict::Rewrite
 }

@@ -154,6 +154,13 @@ pub trait Tables {
     {
         track::forget(self, key)
     }
+    /// [`track::superseded`].
+    fn superseded(&self, key: &mut FlowKey) -> u32
+    where
+        Self: Sized,
+    {
+        track::superseded(self, key)
+    }
     /// [`recall_fragment`].
     fn recall_fragment(&self, packet: &mut Packet) -> Recalled
     where

@@ -485,6 +485,34 @@ fn what_is_known_of_a_fragmented_datagram_does_not_count_for_a_later_one_of_its_
 }
 
 #[test]
+fn a_client_port_that_is_used_past_the_service_gets_untranslated_answers_once_the_flow_is_over() {
+    // D-5, D-19.
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut node = Node::new();
+        node.service(("10.96.0.1", 80), proto, frontend::INTERNAL, &[("10.244.2.7", 8080)]);
+        let (pod, endpoint) = (("10.244.1.5", 40_000), ("10.244.2.7", 8080));
+        let ask = frame(&key(pod, ("10.96.0.1", 80), proto), Packet::SYN, b"x", false);
+        let answer = frame(&key(endpoint, pod, proto), Packet::SYN | Packet::ACK, b"x", false);
+        let direct = frame(&key(pod, endpoint, proto), Packet::SYN, b"x", false);
+        node.enter(&ask);
+        assert_ne!(node.leave(&answer), answer);
+        // While the flow lives it has the tuple: what it was translated to is no sign of its end.
+        assert_eq!(run(&node.tables, &direct, Hook::INGRESS, ETH), Outcome::Passed);
+        assert_ne!(node.leave(&answer), answer, "{proto}");
+        if proto == Proto::TCP {
+            node.leave(&frame(&key(endpoint, pod, proto), Packet::FIN | Packet::ACK, b"", false));
+        } else {
+            node.tables.now.set(1_100_000_000);
+        }
+        assert_eq!(run(&node.tables, &direct, Hook::INGRESS, ETH), Outcome::Passed);
+        assert_eq!(node.leave(&answer), answer, "{proto}");
+        // The Service is there as before.
+        node.enter(&ask);
+        assert_ne!(node.leave(&answer), answer, "{proto}");
+    }
+}
+
+#[test]
 fn a_full_flow_table_harms_nobody() {
     // D-7.
     let mut node = Node::new();

@@ -168,6 +168,32 @@ fn carry<T: Tables>(tables: &T, key: &FlowKey) -> bool {
     full != Some(true)
 }
 
+/// How long the client of a UDP flow must have been silent before it counts as over, in nanoseconds. A translated
+/// datagram may be seen again at once, at a bridge behind its interface, and must not end its own flow.
+const SILENCE: u64 = 1_000_000_000;
+
+/// A packet goes past all Services from `key`'s client to its endpoint. If these two have ended a flow through a
+/// Service from the same client port, answers must not be translated for that any more (D-5, D-19): a TCP connection
+/// that is over, or a UDP flow whose client is silent. Not zero for such a flow, which is to be forgotten; `key` has
+/// become that of its DNAT leg.
+#[inline(always)]
+pub fn superseded<T: Tables>(tables: &T, key: &mut FlowKey) -> u32 {
+    let proto = key.proto;
+    let answers = key.reversed(Hook::EGRESS);
+    let found = tables.with_flow(FlowTable::Established, &answers, |undnat| {
+        (undnat.leg, undnat.seen & (Packet::RST | Packet::FIN) != 0, dnat_key(&answers, undnat))
+    });
+    let Some((Leg::UNDNAT, ended, dnat)) = found else {
+        return 0;
+    };
+    let silent = |flow: &mut Flow| tables.now().saturating_sub(flow.last_seen) > SILENCE;
+    *key = dnat;
+    u32::from(match proto {
+        Proto::UDP => tables.with_flow(FlowTable::Established, key, silent) == Some(true),
+        _ => ended,
+    })
+}
+
 /// Forgets the flow whose DNAT leg is at `key`, wherever its legs are.
 #[inline(always)]
 pub fn forget<T: Tables>(tables: &T, key: &FlowKey) -> u32 {

@@ -13,8 +13,8 @@ use proxy_tests::town::{PodNetwork, Town};
 
 use crate::common::{ip, manifests, vips};
 use crate::scene::{
-    SOON, agent, answers, at, counted, in_every_network, in_network, is_served, seen_as, servers, service,
-    spreads,
+    SHORT, SOON, agent, answers, at, counted, in_every_network, in_network, is_served, seen_as, servers,
+    service, spreads,
 };
 
 #[test]
@@ -76,6 +76,34 @@ fn one_client_port_talks_to_two_services_of_the_same_endpoint() -> Result<()> {
             }
         }
         ensure!(counted(&agent, "flow_collision")? == 4, "{}", agent.status_json()?);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_port_that_was_used_for_a_service_reaches_its_endpoint_directly() -> Result<()> {
+    // D-5, D-19: answers to the second connection are not translated for the first, which is over.
+    in_network(PodNetwork::Bridged, |town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["b"])?;
+        service(&dir, &town, ("web", 1, 30001), &["b"], |plan| plan)?;
+        let _agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        let (b, node1) = (town.place("b"), town.place("node1"));
+        for (client, door, port) in [("a", at(vips(1), 80), 40_000), ("c", node1.at(30001), 40_001)] {
+            for (through, direct) in door.into_iter().zip(b.at(8080)) {
+                for way in [Ask::tcp as fn(SocketAddr) -> Ask, Ask::udp] {
+                    let ask = |to| get(town.place(client), &way(to).from_port(port).timeout(SHORT));
+                    ensure!(ask(through)?.name == "b");
+                    // UDP says nothing of an end: the client must have been silent for a while.
+                    eventually(SOON, || {
+                        ensure!(ask(direct)?.name == "b");
+                        Ok(())
+                    })?;
+                }
+                let again = Ask::udp(through).from_port(port).timeout(SHORT);
+                ensure!(get(town.place(client), &again)?.name == "b");
+            }
+        }
         Ok(())
     })
 }
