@@ -37,7 +37,13 @@ pub(super) fn open<T: Tables>(tables: &T, packet: &Packet, known: u32, edit: &mu
         }
         match tables.write_flow(&packet.key, &choice, Port(0), edit) {
             Inserted::Done => return opened(tables, &choice),
-            Inserted::Exists => {}
+            Inserted::Exists => {
+                if free(tables, packet, &choice)
+                    && tables.write_flow(&packet.key, &choice, Port(0), edit) == Inserted::Done
+                {
+                    return opened(tables, &choice);
+                }
+            }
             Inserted::Full => {
                 tables.count(Reason::FlowInsert);
                 return Verdict::Drop;
@@ -61,6 +67,19 @@ pub(super) fn open<T: Tables>(tables: &T, packet: &Packet, known: u32, edit: &mu
     }
     tables.count(Reason::CollisionUnresolved);
     Verdict::Drop
+}
+
+/// Forgets the connection that holds the chosen tuple behind the Service, if it is over: with all its legs, since the
+/// new flow may need others, and they end at another time.
+#[inline(always)]
+fn free<T: Tables>(tables: &T, packet: &Packet, choice: &Choice) -> bool {
+    if packet.key.proto != Proto::TCP {
+        return false;
+    }
+    let mut behind = packet.key;
+    behind.dst = choice.addr;
+    behind.dport = choice.port;
+    tables.superseded(&mut behind) != 0 && tables.forget(&behind) != 0
 }
 
 #[inline(always)]
@@ -208,25 +227,26 @@ pub fn write_flow<T: Tables>(
     Inserted::Done
 }
 
-/// Takes the tuple of a flow's answers. One that is held by a flow that has ended, or is this flow's own
-/// left-over, is taken over.
+/// Takes the tuple of a flow's answers. What is this flow's own left-over, or that of one that was refused, is
+/// taken over.
 #[inline(always)]
 fn reserve<T: Tables>(tables: &T, reply: &FlowKey, back: &Flow) -> Inserted {
-    let held = |f: &mut Flow| {
+    let held = |f: &mut Flow, refused: u8| {
         let ours = f.addr.same(&back.addr) && f.port == back.port && f.other_port == back.other_port;
-        let over = reply.proto == Proto::TCP && f.seen & (Packet::RST | Packet::FIN) != 0;
-        if ours || over {
+        if ours || reply.proto == Proto::TCP && f.seen & refused != 0 {
             *f = *back;
             Inserted::Done
         } else {
             Inserted::Exists
         }
     };
-    if let Some(known) = tables.with_flow(FlowTable::Established, reply, held) {
+    if let Some(known) = tables.with_flow(FlowTable::Established, reply, |f| held(f, 0)) {
         return known;
     }
     match tables.insert_flow(FlowTable::HalfOpen, reply, back, false) {
-        Inserted::Exists => tables.with_flow(FlowTable::HalfOpen, reply, held).unwrap_or(Inserted::Exists),
+        Inserted::Exists => tables
+            .with_flow(FlowTable::HalfOpen, reply, |f| held(f, Packet::RST | Packet::FIN))
+            .unwrap_or(Inserted::Exists),
         other => other,
     }
 }

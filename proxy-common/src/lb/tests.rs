@@ -513,6 +513,35 @@ fn a_client_port_that_is_used_past_the_service_gets_untranslated_answers_once_th
 }
 
 #[test]
+fn a_new_connection_frees_the_tuple_of_one_that_is_over_with_all_its_legs() {
+    // D-5, D-6: legs that it shared would end when those of the old one are swept.
+    let mut node = Node::new();
+    for vip in ["203.0.113.1", "203.0.113.2"] {
+        node.service((vip, 80), Proto::TCP, 0, &[("10.244.2.7", 8080)]);
+    }
+    let (client, endpoint) = (("198.51.100.9", 40_000), ("10.244.2.7", 8080));
+    let packet = |src, dst, flags| frame(&key(src, dst, Proto::TCP), flags, b"", false);
+    let through = |node: &Node, vip: &'static str| {
+        let left = node.leave(&node.enter(&packet(client, (vip, 80), Packet::SYN)));
+        let source = tuple(&left, Hook::EGRESS).unwrap().key;
+        assert_eq!(source.src, addr("192.168.10.1"));
+        source.sport.number()
+    };
+    let answer =
+        |node: &Node, port, flags| node.leave(&node.enter(&packet(endpoint, ("192.168.10.1", port), flags)));
+    let legs = |node: &Node| [FlowTable::Established, FlowTable::HalfOpen].map(|table| node.flows(table));
+    let port = through(&node, "203.0.113.1");
+    answer(&node, port, Packet::SYN | Packet::ACK);
+    assert_eq!(legs(&node), [4, 0]);
+    answer(&node, port, Packet::FIN | Packet::ACK);
+    let port = through(&node, "203.0.113.2");
+    assert_eq!(legs(&node), [0, 4]);
+    let seen = answer(&node, port, Packet::SYN | Packet::ACK);
+    assert_eq!(tuple(&seen, Hook::EGRESS).unwrap().key.src, addr("203.0.113.2"));
+    assert_eq!(legs(&node), [4, 0]);
+}
+
+#[test]
 fn a_full_flow_table_harms_nobody() {
     // D-7.
     let mut node = Node::new();

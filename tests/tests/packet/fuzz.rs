@@ -454,7 +454,12 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
         let mut bytes = stage.reform(&frame);
         act.bends.iter().for_each(|one| bend(&mut bytes, one, form != Form::Plain));
         let hook = if egress { Hook::EGRESS } else { Hook::INGRESS };
-        let outcome = stage.step(hook, &bytes).map_err(|report| format!("packet {n}: {report}"))?;
+        let mut step = || stage.step(hook, &bytes).map_err(|report| format!("packet {n}: {report}"));
+        let mut outcome = step()?;
+        // What was put at the end of the queue comes again.
+        while outcome == Outcome::Waits {
+            outcome = step()?;
+        }
         memory.sent = stage.framed(&bytes);
         memory.egress = egress;
         memory.came = match outcome {
