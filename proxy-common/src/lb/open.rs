@@ -37,13 +37,7 @@ pub(super) fn open<T: Tables>(tables: &T, packet: &Packet, known: u32, edit: &mu
         }
         match tables.write_flow(&packet.key, &choice, Port(0), edit) {
             Inserted::Done => return opened(tables, &choice),
-            Inserted::Exists => {
-                if free(tables, packet, &choice)
-                    && tables.write_flow(&packet.key, &choice, Port(0), edit) == Inserted::Done
-                {
-                    return opened(tables, &choice);
-                }
-            }
+            Inserted::Exists => {}
             Inserted::Full => {
                 tables.count(Reason::FlowInsert);
                 return Verdict::Drop;
@@ -67,19 +61,6 @@ pub(super) fn open<T: Tables>(tables: &T, packet: &Packet, known: u32, edit: &mu
     }
     tables.count(Reason::CollisionUnresolved);
     Verdict::Drop
-}
-
-/// Forgets the connection that holds the chosen tuple behind the Service, if it is over: with all its legs, since the
-/// new flow may need others, and they end at another time.
-#[inline(always)]
-fn free<T: Tables>(tables: &T, packet: &Packet, choice: &Choice) -> bool {
-    if packet.key.proto != Proto::TCP {
-        return false;
-    }
-    let mut behind = packet.key;
-    behind.dst = choice.addr;
-    behind.dport = choice.port;
-    tables.superseded(&mut behind) != 0 && tables.forget(&behind) != 0
 }
 
 #[inline(always)]
@@ -195,7 +176,7 @@ pub fn write_flow<T: Tables>(
     if other.sport == other.dport && other.src.same(&other.dst) {
         return Inserted::Exists;
     }
-    let entered = reserve(tables, &other, &flow);
+    let entered = reserve(tables, &mut other, &flow);
     if entered != Inserted::Done {
         return entered;
     }
@@ -227,26 +208,49 @@ pub fn write_flow<T: Tables>(
     Inserted::Done
 }
 
-/// Takes the tuple of a flow's answers. What is this flow's own left-over, or that of one that was refused, is
-/// taken over.
+/// Who holds the tuple of a flow's answers.
+enum Holder {
+    /// A left-over of the flow itself: it is taken over.
+    Ours,
+    /// A connection that has ended.
+    Over,
+    /// Another flow.
+    Other,
+}
+
+/// Takes the tuple of a flow's answers, `reply`. One that is held by a connection that has ended, or is this flow's
+/// own left-over, is taken over.
 #[inline(always)]
-fn reserve<T: Tables>(tables: &T, reply: &FlowKey, back: &Flow) -> Inserted {
-    let held = |f: &mut Flow, refused: u8| {
-        let ours = f.addr.same(&back.addr) && f.port == back.port && f.other_port == back.other_port;
-        if ours || reply.proto == Proto::TCP && f.seen & refused != 0 {
+fn reserve<T: Tables>(tables: &T, reply: &mut FlowKey, back: &Flow) -> Inserted {
+    let tcp = reply.proto == Proto::TCP;
+    let held = |f: &mut Flow| {
+        if f.addr.same(&back.addr) && f.port == back.port && f.other_port == back.other_port {
             *f = *back;
-            Inserted::Done
+            Holder::Ours
+        } else if tcp && f.seen & (Packet::RST | Packet::FIN) != 0 {
+            Holder::Over
         } else {
-            Inserted::Exists
+            Holder::Other
         }
     };
-    if let Some(known) = tables.with_flow(FlowTable::Established, reply, |f| held(f, 0)) {
-        return known;
+    match tables.with_flow(FlowTable::Established, reply, held) {
+        Some(Holder::Ours) => return Inserted::Done,
+        Some(Holder::Other) => return Inserted::Exists,
+        Some(Holder::Over) => {
+            // What it shares with the new flow goes at once, or that would end with the rest of the old one.
+            tables.delete_flow(FlowTable::Established, reply);
+            reply.turn();
+            tables.delete_flow(FlowTable::Established, reply);
+            reply.turn();
+        }
+        None => {}
     }
     match tables.insert_flow(FlowTable::HalfOpen, reply, back, false) {
-        Inserted::Exists => tables
-            .with_flow(FlowTable::HalfOpen, reply, |f| held(f, Packet::RST | Packet::FIN))
-            .unwrap_or(Inserted::Exists),
+        Inserted::Exists => match tables.with_flow(FlowTable::HalfOpen, reply, held) {
+            Some(Holder::Ours) => Inserted::Done,
+            Some(Holder::Over) => tables.insert_flow(FlowTable::HalfOpen, reply, back, true),
+            Some(Holder::Other) | None => Inserted::Exists,
+        },
         other => other,
     }
 }
@@ -261,7 +265,7 @@ pub fn revive<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
     if flow.leg != Leg::DNAT {
         return 1;
     }
-    let reply = track::undnat_key(key, &flow);
+    let mut reply = track::undnat_key(key, &flow);
     if tables.with_flow(FlowTable::HalfOpen, &reply, |_| ()).is_some() {
         return 1;
     }
@@ -272,5 +276,5 @@ pub fn revive<T: Tables>(tables: &T, key: &FlowKey) -> u32 {
         leg: Leg::UNDNAT,
         ..flow
     };
-    u32::from(reserve(tables, &reply, &back) == Inserted::Done)
+    u32::from(reserve(tables, &mut reply, &back) == Inserted::Done)
 }

@@ -513,8 +513,8 @@ fn a_client_port_that_is_used_past_the_service_gets_untranslated_answers_once_th
 }
 
 #[test]
-fn a_new_connection_frees_the_tuple_of_one_that_is_over_with_all_its_legs() {
-    // D-5, D-6: legs that it shared would end when those of the old one are swept.
+fn a_new_connection_shares_no_leg_with_one_of_its_tuple_that_is_over() {
+    // D-5, D-6: they would end when the rest of the old one is swept.
     let mut node = Node::new();
     for vip in ["203.0.113.1", "203.0.113.2"] {
         node.service((vip, 80), Proto::TCP, 0, &[("10.244.2.7", 8080)]);
@@ -535,10 +535,10 @@ fn a_new_connection_frees_the_tuple_of_one_that_is_over_with_all_its_legs() {
     assert_eq!(legs(&node), [4, 0]);
     answer(&node, port, Packet::FIN | Packet::ACK);
     let port = through(&node, "203.0.113.2");
-    assert_eq!(legs(&node), [0, 4]);
+    assert_eq!(legs(&node), [2, 4], "the old one's client and its way back to it are nobody else's");
     let seen = answer(&node, port, Packet::SYN | Packet::ACK);
     assert_eq!(tuple(&seen, Hook::EGRESS).unwrap().key.src, addr("203.0.113.2"));
-    assert_eq!(legs(&node), [4, 0]);
+    assert_eq!(legs(&node), [6, 0]);
 }
 
 #[test]
