@@ -26,6 +26,13 @@ pub extern "C" fn cut_slow(packet: *mut Packet, known: u32, edit: *mut Edit) -> 
 
 #[unsafe(no_mangle)]
 #[inline(never)]
+pub extern "C" fn cut_past(packet: *mut Packet, known: u32) -> u32 {
+    references!(Verdict::Drop as u32; packet);
+    ingress::past(&Kernel, packet, known) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
 pub extern "C" fn cut_choose(packet: *mut Packet, known: u32, attempt: u32, choice: *mut Choice) -> u32 {
     references!(Verdict::Drop as u32; packet, choice);
     open::choose(&Kernel, packet, known, attempt, choice) as u32

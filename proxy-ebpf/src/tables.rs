@@ -175,6 +175,11 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn past(&self, packet: &mut Packet, known: u32) -> Verdict {
+        Verdict::from_number(cut::cut_past(packet, known))
+    }
+
+    #[inline(always)]
     fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict {
         Verdict::from_number(cut::cut_choose((&raw const *packet).cast_mut(), known, attempt, choice))
     }

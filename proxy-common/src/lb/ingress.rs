@@ -3,7 +3,7 @@
 
 use super::{FlowTable, Recalled, Tables, Touch, Verdict, open, touch};
 use crate::abi::{Hook, Reason, address};
-use crate::addr::{Addr, Proto};
+use crate::addr::Proto;
 use crate::wire::{Edit, End, Kind, Packet};
 
 /// Decides about a packet that enters the node, whatever the interface.
@@ -26,40 +26,41 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
     if touch(tables, FlowTable::Established, packet, edit) != Some(Touch::Alive) {
         // An address that is nobody's is the quick way out for all other traffic.
         let known = tables.address(&packet.key.dst);
-        let verdict = match known {
-            0 => nobodys(tables, &packet.key.dst),
-            known => tables.ingress_slow(packet, known, edit),
-        };
-        if verdict == Verdict::Pass && (packet.is_syn() || packet.key.proto == Proto::UDP) {
-            // The packet is passed: its key serves to name the flow.
-            if tables.superseded(&mut packet.key) != 0 {
-                tables.forget(&packet.key);
+        if known != 0 {
+            let verdict = tables.ingress_slow(packet, known, edit);
+            if verdict != Verdict::Pass {
+                return verdict;
             }
         }
-        return verdict;
+        return tables.past(packet, known);
     }
     Verdict::Rewrite
 }
 
-/// A packet to an address that is neither a Service's nor the node's: inside a Service range it is dropped, since
-/// it would only wander (P-22).
+/// A packet that is for no Service, given what is `known` of its destination. One to an address inside a Service range
+/// that is nobody's is dropped, since it would only wander (P-22); others pass.
 #[inline(always)]
-fn nobodys<T: Tables>(tables: &T, addr: &Addr) -> Verdict {
-    if tables.config().is_some_and(|config| config.is_service_range(addr)) {
+pub fn past<T: Tables>(tables: &T, packet: &mut Packet, known: u32) -> Verdict {
+    if known == 0 && tables.config().is_some_and(|config| config.is_service_range(&packet.key.dst)) {
         tables.count(Reason::UnallocatedClusterIp);
-        Verdict::Drop
-    } else {
-        Verdict::Pass
+        return Verdict::Drop;
     }
+    if packet.is_syn() || packet.key.proto == Proto::UDP {
+        // The packet is passed: its key serves to name the flow.
+        if tables.superseded(&mut packet.key) != 0 {
+            tables.forget(&packet.key);
+        }
+    }
+    Verdict::Pass
 }
 
 /// A fragment whose first one has not come: for the node itself it is the stack's; to a Service it would leave
 /// untranslated.
 #[inline(always)]
-fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
+fn lone_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> Verdict {
     let known = tables.address(&packet.key.dst);
     if known == 0 {
-        return nobodys(tables, &packet.key.dst);
+        return tables.past(packet, known);
     }
     if known & address::NODE != 0 {
         return Verdict::Pass;
@@ -108,7 +109,7 @@ fn error<T: Tables>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
 /// Echo requests and protocols without ports have no business at a ClusterIP: refused (P-21). Other ICMP
 /// messages are left alone: answers would answer each other (RFC 1122 §3.2.2).
 #[inline(always)]
-fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
+fn other<T: Tables>(tables: &T, packet: &mut Packet) -> Verdict {
     let quiet = match packet.key.proto {
         Proto::ICMP => packet.icmp_type != 8,
         Proto::ICMPV6 => packet.icmp_type != 128,
@@ -116,7 +117,7 @@ fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     };
     let known = tables.address(&packet.key.dst);
     if known == 0 {
-        return nobodys(tables, &packet.key.dst);
+        return tables.past(packet, known);
     }
     if quiet || known & address::CLUSTER_IP == 0 {
         return Verdict::Pass;

@@ -119,6 +119,13 @@ pub trait Tables {
     {
         ingress::slow(self, packet, known, edit)
     }
+    /// [`ingress::past`].
+    fn past(&self, packet: &mut Packet, known: u32) -> Verdict
+    where
+        Self: Sized,
+    {
+        ingress::past(self, packet, known)
+    }
     /// [`open::choose`].
     fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict
     where
