@@ -27,6 +27,21 @@ const START: Duration = Duration::from_secs(20);
 /// How long one of its other commands may take.
 const COMMAND: Duration = Duration::from_secs(20);
 
+/// Flags for most agents: where pods are, and tables of a size that is made and read in no time.
+pub const FLAGS: [&str; 11] = [
+    "--cluster-cidr=10.244.0.0/16,fd00:244::/32",
+    "--max-frontends=4096",
+    "--max-slots=16384",
+    "--max-backends=8192",
+    "--max-services=4096",
+    "--max-sources=1024",
+    "--max-addresses=4096",
+    "--max-flows=16384",
+    "--max-half-open=8192",
+    "--max-affinity=4096",
+    "--max-fragments=1024",
+];
+
 /// Where the agent hears of Services.
 #[derive(Clone, Debug)]
 pub enum Feed {

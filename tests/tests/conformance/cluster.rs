@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::{EndpointConditions, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use proxy_tests::agent::Agent;
+use proxy_tests::agent::{Agent, FLAGS};
 use proxy_tests::apiserver::ApiServer;
 use proxy_tests::manifests::{EndpointController, Family, Phase, ServicePlan, SlicePlan, node};
 use proxy_tests::object::{Key, Kind};
@@ -26,21 +26,6 @@ use proxy_tests::town::{Plan, PodNetwork, Town};
 
 /// The nodes.
 pub(crate) const NODES: [&str; 3] = ["node1", "node2", "node3"];
-
-/// Flags of every agent: where pods are, and tables of a size that is made in no time.
-const FLAGS: [&str; 11] = [
-    "--cluster-cidr=10.244.0.0/16,fd00:244::/32",
-    "--max-frontends=4096",
-    "--max-slots=16384",
-    "--max-backends=8192",
-    "--max-services=4096",
-    "--max-sources=1024",
-    "--max-addresses=4096",
-    "--max-flows=16384",
-    "--max-half-open=8192",
-    "--max-affinity=4096",
-    "--max-fragments=1024",
-];
 
 /// The clusters between which packets take different ways: how pods are joined, and whose sockets are translated. With
 /// `host` pods go by packet.

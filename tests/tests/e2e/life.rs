@@ -12,26 +12,14 @@ use proxy_tests::probe::{Ask, Runner, Server, eventually, get};
 use proxy_tests::town::{Plan, Town};
 use serde_json::Value;
 
+pub(crate) use proxy_tests::agent::FLAGS;
+
 use crate::common::vips;
 
 /// How long a change may take to be seen, on a machine that is busy with other tests.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// How long a load runs when nobody stops it.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
-/// Flags of every agent here: where pods are, and tables of a size that is made and read in no time.
-pub(crate) const FLAGS: [&str; 11] = [
-    "--cluster-cidr=10.244.0.0/16,fd00:244::/32",
-    "--max-frontends=4096",
-    "--max-slots=16384",
-    "--max-backends=8192",
-    "--max-services=4096",
-    "--max-sources=1024",
-    "--max-addresses=4096",
-    "--max-flows=16384",
-    "--max-half-open=8192",
-    "--max-affinity=4096",
-    "--max-fragments=1024",
-];
 
 /// `node1` with these pods and a host-network pod `h1`, and a client outside that knows no Service address.
 pub(crate) fn one_node(pods: &[&str]) -> Result<Town> {

@@ -32,6 +32,9 @@ mod system;
 #[cfg(test)]
 #[path = "../rules/trial.rs"]
 mod trial;
+#[cfg(test)]
+#[path = "../rules/vectors.rs"]
+mod vectors;
 
 #[cfg(test)]
 mod tests {
@@ -41,28 +44,17 @@ mod tests {
     use proptest::test_runner::{Config, TestRunner};
 
     use super::kernel::{Kernel, with_kernel};
-    use super::{draw, lasting, outcomes, trial::try_all};
+    use super::{draw, lasting, outcomes, trial::try_all, vectors::every_vector};
 
     /// Cases unless `PROPTEST_CASES` says otherwise.
     const CASES: u32 = 150;
 
     #[test]
     fn every_vector_comes_out_as_written() {
-        let vectors: [fn(&mut Kernel); 13] = [
-            outcomes::packet_outcomes,
-            outcomes::short_cuts,
-            outcomes::refused_everywhere,
-            outcomes::other_ports,
-            outcomes::no_second_translation,
-            outcomes::masqueraded_ports_are_unique,
-            outcomes::unallocated_cluster_ips,
-            outcomes::source_ranges,
-            outcomes::bound_or_not,
-            lasting::flows_follow_their_endpoints,
-            lasting::older_than_the_service,
-            lasting::affinity_lasts_its_time,
-            lasting::affinity_needs_endpoints,
-        ];
+        macro_rules! list {
+            ($($room:ident::$vector:ident,)*) => { [$($room::$vector as fn(&mut Kernel),)*] };
+        }
+        let vectors = every_vector!(list);
         with_kernel(|mut kernel| vectors.iter().for_each(|vector| vector(&mut kernel)));
     }
 

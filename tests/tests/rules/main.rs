@@ -26,13 +26,15 @@ mod scene;
 mod system;
 #[cfg(test)]
 mod trial;
+#[cfg(test)]
+mod vectors;
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use proptest::test_runner::Config;
 
-    use super::{draw, host::Host, lasting, outcomes, trial::try_all};
+    use super::{draw, host::Host, lasting, outcomes, trial::try_all, vectors::every_vector};
 
     macro_rules! vectors {
         ($($room:ident::$vector:ident,)*) => {$(
@@ -43,21 +45,7 @@ mod tests {
         )*};
     }
 
-    vectors! {
-        outcomes::packet_outcomes,
-        outcomes::short_cuts,
-        outcomes::refused_everywhere,
-        outcomes::other_ports,
-        outcomes::no_second_translation,
-        outcomes::masqueraded_ports_are_unique,
-        outcomes::unallocated_cluster_ips,
-        outcomes::source_ranges,
-        outcomes::bound_or_not,
-        lasting::flows_follow_their_endpoints,
-        lasting::older_than_the_service,
-        lasting::affinity_lasts_its_time,
-        lasting::affinity_needs_endpoints,
-    }
+    every_vector!(vectors);
 
     proptest! {
         #![proptest_config(Config { failure_persistence: None, max_shrink_iters: 400, ..Config::default() })]
