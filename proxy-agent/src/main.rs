@@ -4,10 +4,12 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use proxy_agent::cli::doctor::Trial;
 use proxy_agent::cli::{self, Opened, Rooms};
-use proxy_agent::datapath::load::OBJECT;
+use proxy_agent::datapath::load::{self, OBJECT};
 use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::pinned::{Pinned, PinnedError};
+use proxy_agent::datapath::probe::Features;
 use proxy_agent::datapath::remove::remove_all;
 use proxy_agent::kube_proxy;
 use proxy_agent::run::run;
@@ -26,11 +28,21 @@ fn remove(root: &Path) -> Result<Vec<String>> {
     Ok(lines.into_iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("{n} {what}")).collect())
 }
 
+fn trial() -> Trial {
+    let features = Features::probe();
+    let absent = features.list().into_iter().filter(|feature| !feature.present && !feature.required);
+    Trial {
+        outcome: load::trial(&features).map_err(|error| format!("{:#}", anyhow::Error::from(error))),
+        fall_backs: absent.map(|feature| format!("{}: {}", feature.name, feature.when_absent)).collect(),
+    }
+}
+
 fn main() -> ExitCode {
     cli::main(&Rooms {
         run,
         open,
         remove,
+        trial,
         object: OBJECT,
         leftovers: kube_proxy::leftovers_text,
         clean: kube_proxy::clean,

@@ -9,6 +9,7 @@ use proxy_agent::model::{
 };
 use proxy_agent::plan::{Actual, Capacity, GRACE_MS, Planner};
 use proxy_agent::source::{Change, Kind};
+use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 
 /// What a slice says of an endpoint; `Gone` is no word of it.
@@ -103,7 +104,7 @@ impl Trial {
     fn new(states: &[State], slices: Slices) -> Self {
         let mut world = World::new(Settings {
             host_netns: 1,
-            snat_ports: (1024, 1024),
+            snat_ports: vec![PortRange { first: 1024, count: 1024 }],
             seed: 7,
             ..Settings::of_node("n1")
         });

@@ -26,7 +26,7 @@ use proxy_agent::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
 use proxy_agent::plan::{Capacity, Plan, Planner, lint, lint_prefix};
 use proxy_agent::source::directory::Shelf;
 use proxy_agent::source::{Change, Kind};
-use proxy_common::abi::FrontendKey;
+use proxy_common::abi::{FrontendKey, PortRange};
 use proxy_common::addr::{Port, Proto};
 use tempfile::TempDir;
 
@@ -143,7 +143,12 @@ impl Scenario {
 
 /// A node called n1 with nothing set.
 fn settings() -> Settings {
-    Settings { host_netns: 1, snat_ports: (61_000, 4_000), seed: 7, ..Settings::of_node("n1") }
+    Settings {
+        host_netns: 1,
+        snat_ports: vec![PortRange { first: 61_000, count: 4_000 }],
+        seed: 7,
+        ..Settings::of_node("n1")
+    }
 }
 
 fn list<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> Vec<T> {
@@ -164,8 +169,8 @@ fn link(text: &str) -> Link {
         name,
         up: true,
         layer3: !layer3.is_empty(),
-        master: None,
         addresses: addresses.into_iter().flat_map(list).collect(),
+        ..Link::default()
     }
 }
 

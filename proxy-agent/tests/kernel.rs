@@ -13,24 +13,28 @@ use std::{fs, thread};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use proxy_agent::datapath::attach::{AttachError, Attached, Direction};
-use proxy_agent::datapath::flow::{FlowTable, Sweeper, Timeouts};
+use proxy_agent::datapath::flow::{self, Flows, Sweeper, Timeouts, now};
 use proxy_agent::datapath::kernel::Kernel;
-use proxy_agent::datapath::load::{Capacities, LoadError, Loaded, ProgramLog};
+use proxy_agent::datapath::load::{self, Capacities, LoadError, Loaded, ProgramLog};
+use proxy_agent::datapath::netns;
 use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::pinned::{Pinned, PinnedError, Place};
-use proxy_agent::datapath::probe::{Features, cgroup2_mount, host_netns_cookie};
+use proxy_agent::datapath::probe::{Features, cgroup2_mount};
 use proxy_agent::datapath::remove::{Removed, remove_all};
-use proxy_agent::datapath::sockets::destroy_udp;
+use proxy_agent::datapath::sockets::{LedOn, Storage, lead_on};
 use proxy_agent::datapath::{Datapath, TableError};
-use proxy_agent::model::Link;
+use proxy_agent::model::{Link, Route, Settings, World};
 use proxy_agent::netlink::{self, Devices};
 use proxy_agent::plan::{Actual, Step};
 use proxy_agent::source::Change;
 use proxy_common::abi::{
-    ABI_VERSION, AgentState, Backend, Config, Flow, FlowKey, Frontend, FrontendKey, Hook, Iface, Leg, Run,
-    ServiceName, SourceKey, maps, text,
+    ABI_VERSION, AgentState, Backend, Config, Flow, FlowId, Frontend, FrontendKey, Iface, Leg, Pair,
+    PortRange, Role, RouteKey, Run, ServiceName, SocketEntry, SocketState, SourceKey, State, Tuple, maps,
+    text,
 };
 use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::lb::Tables as _;
+use proxy_common::testing::MemoryTables;
 
 /// Small tables: the tests fill them.
 const SMALL: Capacities = Capacities {
@@ -42,7 +46,7 @@ const SMALL: Capacities = Capacities {
     ifaces: 16,
     services: 64,
     flows: 1024,
-    half_open: 1024,
+    young_flows: 1024,
     fragments: 64,
     affinity: 64,
 };
@@ -82,6 +86,13 @@ impl Room {
         ip(&["link", "add", name, "type", "veth", "peer", "name", peer]);
         ip(&["link", "set", name, "up"]);
         ip(&["link", "set", peer, "up"]);
+    }
+
+    /// The pins of programs at hooks.
+    fn hooks(&self) -> Vec<String> {
+        let mut names = self.root.link_names().unwrap();
+        names.retain(|name| name != flow::PROGRAM);
+        names
     }
 
     fn program_ids(&self) -> Vec<(String, u32)> {
@@ -142,10 +153,22 @@ fn this_kernel_is_probed_without_a_side_effect() {
     let features = Features::probe();
     assert!(features.bpf && features.cgroup2.is_some());
     assert_eq!(features, Features::probe());
-    assert_eq!(host_netns_cookie(), host_netns_cookie());
-    let here = host_netns_cookie();
+    assert!(features.host_netns || !features.netns_cookie, "one of the two ways tells it");
+}
+
+#[test]
+fn the_cookie_of_a_namespace_is_the_same_by_a_socket_and_by_a_program_in_every_namespace() {
+    let _room = Room::new();
+    let (by_option, by_program) = (netns::by_option(), netns::by_program());
+    assert!(by_program.is_some());
+    // Before 5.14 only the program tells it.
+    assert!(by_option.is_none() || by_option == by_program, "{by_option:?} {by_program:?}");
+    assert_eq!(netns::cookie(), netns::by_program(), "it stays the same");
+    // No address, and loopback is down.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    assert!(here == 0 || here != host_netns_cookie(), "another namespace has another cookie");
+    let other = netns::by_program();
+    assert!(other.is_some() && other != by_program, "another namespace has another cookie: {other:?}");
+    assert!(netns::by_option().is_none() || netns::by_option() == other);
 }
 
 #[test]
@@ -156,8 +179,12 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     assert_eq!(kernel.read().unwrap(), Actual::default());
 
     let keys = ["10.96.0.1", "fd00::1"].map(|a| FrontendKey::new(addr(a), Port::new(80), Proto::TCP));
-    let config = Config { seed: 7, snat_first: 61000, snat_count: 100, ..Config::EMPTY };
-    let iface = Iface { snat_v4: addr("10.0.0.1"), snat_v6: addr("fd00::9"), flags: 0, pad: 0 };
+    let config =
+        Config { seed: 7, ..Config::EMPTY }.with_snat_ports(&[PortRange { first: 61000, count: 100 }]);
+    let iface = Iface::new(0, 3);
+    let routes =
+        [(Addr::ANY_V4, 0, "10.0.0.1"), (addr("10.8.0.0"), 16, "10.8.0.1"), (Addr::ANY_V6, 0, "fd00::9")]
+            .map(|(dst, bits, source)| (RouteKey::range(3, dst, bits), addr(source)));
     let name = ServiceName {
         namespace: text("default"),
         name: text("web"),
@@ -172,6 +199,8 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     steps.extend((1..9_000).map(|n| Step::PutBackend(n, backend(n))));
     steps.extend((1..9_000).map(|n| Step::PutSlot(n, n)));
     steps.extend(sources.map(Step::PutSource));
+    steps.extend(routes.map(|(key, source)| Step::PutRoute(key, source)));
+    steps.push(Step::PutServicePorts(1023, 1 << 63));
     steps.extend(keys.map(|key| Step::PutFrontend(key, frontend(&key, 1))));
     steps.push(Step::PutAddress(addr("10.96.0.1"), 1));
     kernel.apply(&steps).map_err(|(done, error)| (done, error.to_string())).unwrap();
@@ -179,6 +208,8 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     let actual = Kernel::open(&room.root).unwrap().read().unwrap();
     assert_eq!(actual.config, config);
     assert_eq!(actual.ifaces, [(3, iface)].into());
+    assert_eq!(actual.routes, routes.into());
+    assert_eq!(actual.service_ports, [(1023, 1 << 63)].into());
     assert_eq!(actual.services, [(1, name)].into());
     assert_eq!(actual.backends, (1..9_000).map(|n| (n, backend(n))).collect());
     assert_eq!(actual.slots, (1..9_000).map(|n| (n, n)).collect());
@@ -189,6 +220,8 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     let mut back = vec![Step::DeleteIface(3), Step::DeleteService(1), Step::DeleteAddress(addr("10.96.0.1"))];
     back.extend(keys.map(Step::DeleteFrontend));
     back.extend(sources.map(Step::DeleteSource));
+    back.extend(routes.map(|(key, _)| Step::DeleteRoute(key)));
+    back.push(Step::PutServicePorts(1023, 0));
     back.extend((1..9_000).map(|n| Step::PutSlot(n, 0)));
     for _ in 0..2 {
         // Once more: applying twice is the same as applying once.
@@ -295,7 +328,7 @@ fn interfaces_that_go_lose_their_pins_and_those_that_come_get_programs() {
     let first = interfaces();
     ip(&["link", "del", "v0"]);
     assert!(done(loaded.sync_interfaces(&interfaces())).is_empty());
-    assert!(room.root.link_names().unwrap().is_empty());
+    assert_eq!(room.hooks(), Vec::<String>::new());
 
     // The same index again, and the pins of the older interface still there: severed links are made anew.
     room.veth("v0", "v1");
@@ -327,7 +360,7 @@ fn an_interface_that_is_not_there_is_an_error_by_name_and_carries_nothing() {
     let (name, error) = results.iter().find_map(|(n, r)| r.as_ref().err().map(|e| (n, e))).unwrap();
     assert_eq!(&**name, "ghost");
     assert!(error.to_string().contains("tc_egress to interface ghost"), "{error}");
-    assert_eq!(room.root.link_names().unwrap().len(), 4);
+    assert_eq!(room.hooks().len(), 4);
 }
 
 #[test]
@@ -374,8 +407,12 @@ fn pinned_maps_keep_their_size_and_refuse_another_layout() {
     drop(room.load());
     let larger = Capacities { flows: 2048, ..SMALL };
     let loaded = room.try_load(&larger, true).unwrap();
-    assert_eq!(loaded.warnings().len(), 1);
-    assert!(loaded.warnings()[0].contains("FLOWS keeps its 1024"), "{:?}", loaded.warnings());
+    for (n, kept) in
+        ["FLOWS keeps its 3072", "RECORDS keeps its 1024", "FREE keeps its 1024"].iter().enumerate()
+    {
+        assert!(loaded.warnings()[n].contains(kept), "{:?}", loaded.warnings());
+    }
+    assert_eq!(loaded.warnings().len(), 3);
     drop(loaded);
 
     fs::remove_file(room.root.map(maps::SLOTS)).unwrap();
@@ -426,94 +463,166 @@ fn cleanup_leaves_nothing_and_can_be_done_twice() {
     assert!(room.root.maps().ends_with(format!("v{ABI_VERSION}/maps")));
 }
 
+/// A socket's storage, as the programs write it.
+fn remembers(socket: &UdpSocket, vip: &str, end: SocketAddr, connected: bool) -> SocketState {
+    let entry = SocketEntry {
+        vip: addr(vip),
+        vport: Port::new(53),
+        addr: end.ip().to_canonical().into(),
+        port: Port::new(end.port()),
+        backend: 1,
+        generation: 1,
+        proto: Proto::UDP,
+        pad: [0; 3],
+    };
+    let mut cookie = [0; 8];
+    cookie.copy_from_slice(&socket2::SockRef::from(socket).cookie().unwrap().to_ne_bytes());
+    let cookie = if connected { u64::from_ne_bytes(cookie) } else { 0 };
+    let mut state = SocketState { cookie, ..SocketState::EMPTY };
+    state.entries[2] = entry;
+    state
+}
+
 #[test]
-fn sockets_connected_to_an_endpoint_that_has_gone_are_destroyed_and_no_others() {
-    let _room = Room::new();
-    let gone: SocketAddr = "127.0.0.1:5300".parse().unwrap();
-    let gone_v6: SocketAddr = "[::1]:5300".parse().unwrap();
-    let connected = |to: SocketAddr| {
-        let socket = UdpSocket::bind(SocketAddr::new(to.ip(), 0)).unwrap();
+fn a_socket_that_came_through_a_service_is_found_led_on_or_destroyed_and_no_other_one() {
+    let room = Room::new();
+    let loaded = room.load();
+    let map = aya::maps::MapData::from_pin(room.root.map(maps::SOCKETS)).unwrap();
+    let mut storage: aya::maps::SkStorage<_, SocketState> =
+        aya::maps::Map::SkStorage(map).try_into().unwrap();
+    let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+    let connected = |to: &str| {
+        let socket = UdpSocket::bind(if to.starts_with('[') { "[::]:0" } else { "127.0.0.1:0" }).unwrap();
         socket.connect(to).unwrap();
         socket
     };
-    let (first, second) = (connected(gone), connected(gone_v6));
-    let other = connected("127.0.0.1:5301".parse().unwrap());
-    let mapped = UdpSocket::bind("[::]:0").unwrap();
-    mapped.connect("[::ffff:127.0.0.1]:5300").unwrap();
+    let (v4, v6, mapped) =
+        (connected("127.0.0.1:5300"), connected("[::1]:5300"), connected("[::ffff:127.0.0.1]:5300"));
+    let mut through = |socket: &UdpSocket, vip, end, connected| {
+        storage.insert(socket, remembers(socket, vip, at(end), connected), 0).unwrap();
+    };
+    through(&v4, "10.96.0.1", "127.0.0.1:5300", true);
+    through(&v6, "fd00::1", "[::1]:5300", true);
+    through(&mapped, "10.96.0.1", "127.0.0.1:5300", true);
+    // Directly; not by a connect; from somewhere else by now.
+    let direct = connected("127.0.0.1:5300");
+    let unconnected = connected("127.0.0.1:5300");
+    through(&unconnected, "10.96.0.1", "127.0.0.1:5300", false);
+    let elsewhere = connected("127.0.0.1:5301");
+    through(&elsewhere, "10.96.0.1", "127.0.0.1:5300", true);
 
-    assert_eq!(destroy_udp(&[]).unwrap(), 0);
-    assert_eq!(destroy_udp(&[gone, gone_v6]).unwrap(), 3);
-    for socket in [first, second, mapped] {
+    let found = Storage::open(&room.root).unwrap().connected().unwrap();
+    let mut named: Vec<String> = found.iter().map(|socket| socket.named().to_string()).collect();
+    named.sort();
+    assert_eq!(named, ["10.96.0.1:53", "10.96.0.1:53", "[fd00::1]:53"]);
+
+    // No hook shows the Service: for whoever looks the process has connected elsewhere.
+    let done = lead_on(&found, Path::new("/proc")).unwrap();
+    assert_eq!(done, LedOn { left: 3, ..LedOn::default() });
+    // No process in sight.
+    let done = lead_on(&found, room.directory.path()).unwrap();
+    assert_eq!(done, LedOn { destroyed: 3, ..LedOn::default() });
+    for socket in [v4, v6, mapped] {
         let error = socket.take_error().unwrap().expect("the process is told");
         assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED));
-        assert!(socket.send(b"x").is_err());
+        assert_eq!(socket.send(b"x").unwrap_err().raw_os_error(), Some(libc::EDESTADDRREQ));
     }
-    assert!(other.peer_addr().is_ok());
-    assert_eq!(destroy_udp(&[gone, gone_v6]).unwrap(), 0);
+    for socket in [direct, unconnected, elsewhere] {
+        assert!(socket.peer_addr().is_ok());
+    }
+    assert_eq!(Storage::open(&room.root).unwrap().connected().unwrap(), []);
+    drop(loaded);
 }
 
-fn flow_entry(
-    table: &mut aya::maps::HashMap<aya::maps::MapData, FlowKey, Flow>,
-    n: u16,
-    seen: u64,
-) -> [FlowKey; 2] {
-    let (client, vip, endpoint) = (addr("10.0.0.9"), addr("10.96.0.1"), addr("10.244.1.5"));
-    let dnat = FlowKey {
-        src: client,
-        dst: vip,
-        sport: Port::new(n),
-        dport: Port::new(80),
-        proto: Proto::UDP,
-        hook: Hook::INGRESS,
-        pad: 0,
-    };
-    let reply = FlowKey { src: endpoint, dst: client, sport: Port::new(8080), dport: Port::new(n), ..dnat };
-    let reply = FlowKey { hook: Hook::EGRESS, ..reply };
-    let flow = |addr, port, leg| Flow {
-        addr,
-        port: Port::new(port),
-        other_port: Port(0),
-        leg,
-        seen: 0,
-        pad: 0,
-        backend: 1,
-        generation: 1,
-        service: 1,
-        pad2: 0,
-        last_seen: seen,
-    };
-    table.insert(dnat, flow(endpoint, 8080, Leg::DNAT), 0).unwrap();
-    table.insert(reply, flow(vip, 80, Leg::UNDNAT), 0).unwrap();
-    [dnat, reply]
+/// The flow tables, to be written by hand before the first sweep: after it every other record is free.
+struct FlowTables {
+    legs: aya::maps::HashMap<aya::maps::MapData, Pair, Leg>,
+    records: aya::maps::Array<aya::maps::MapData, Flow>,
+    used: u32,
 }
 
-fn flow_table(room: &Room, name: &str) -> aya::maps::HashMap<aya::maps::MapData, FlowKey, Flow> {
-    let map = aya::maps::MapData::from_pin(room.root.map(name)).unwrap();
-    let map =
-        if name == maps::FLOWS { aya::maps::Map::HashMap(map) } else { aya::maps::Map::LruHashMap(map) };
-    map.try_into().unwrap()
+impl FlowTables {
+    fn open(room: &Room) -> Self {
+        let map = |name| aya::maps::MapData::from_pin(room.root.map(name)).unwrap();
+        let legs = aya::maps::Map::HashMap(map(maps::FLOWS)).try_into().unwrap();
+        let records = aya::maps::Map::Array(map(maps::RECORDS)).try_into().unwrap();
+        Self { legs, records, used: 0 }
+    }
+
+    /// A UDP flow from this port that was last seen at this time.
+    fn add(&mut self, port: u16, old: bool, seen: u64) -> Flow {
+        self.used += 1;
+        let id = FlowId(self.used.into()).next();
+        let (client, vip, endpoint) = (addr("10.0.0.9"), addr("10.96.0.1"), addr("10.244.1.5"));
+        let mut flow = Flow {
+            id,
+            state: State::LIVE,
+            old: old.into(),
+            legs: 2,
+            seen: [seen; 2],
+            born: seen,
+            ..Flow::EMPTY
+        };
+        for (role, to, service) in [(Role::OUTER, vip, 80), (Role::MIDDLE, endpoint, 8080)] {
+            let at = role.index();
+            let tuple = Tuple::new(client, Port::new(port), to, Port::new(service), Proto::UDP);
+            flow.near[at] = tuple.write_pair(&mut flow.pairs[at]) as u8;
+        }
+        for role in [Role::OUTER, Role::MIDDLE] {
+            self.legs.insert(flow.pairs[role.index()], flow.leg(role), 0).unwrap();
+        }
+        self.records.set(self.used, flow, 0).unwrap();
+        flow
+    }
+
+    fn legs(&self) -> usize {
+        self.legs.keys().count()
+    }
+
+    fn leads(&self, flow: &Flow) -> bool {
+        let there: Vec<bool> = flow.pairs[..2].iter().map(|pair| self.legs.get(pair, 0).is_ok()).collect();
+        assert_eq!(there[0], there[1], "a flow goes with all its legs");
+        there[0]
+    }
 }
 
-/// T-92, C-12: a full table of a million legs is looked through to its end, and what has not ended stays.
+fn flows(room: &Room) -> usize {
+    let mut seen = 0;
+    Flows::open(&room.root).unwrap().scan(|_| seen += 1).unwrap();
+    seen
+}
+
+/// Long ago, in any time-out of seconds; and so late that no time-out ever ends.
+const LONG_AGO: u64 = 1;
+const NEVER: u64 = u64::MAX / 2;
+
+/// T-92, C-12: full tables are looked through to their end, and what has not ended stays.
 #[test]
-fn among_a_million_legs_one_flow_has_ended() {
-    const LEGS: usize = 1_000_000;
+fn among_as_many_flows_as_there_may_be_one_has_ended() {
+    let most = Capacities::DEFAULT.flows;
     let room = Room::new();
-    drop(room.try_load(&Capacities { flows: LEGS as u32, ..SMALL }, true).unwrap());
-    let mut flows = flow_table(&room, maps::FLOWS);
-    let now = 1_000_000_000_000;
-    let ended = flow_entry(&mut flows, 7, 1);
-    let (mut key, value) = (ended[1], flows.get(&ended[1], 0).unwrap());
-    for n in 0..LEGS - 2 {
-        key.dst.0[3] = (n as u32).to_be();
-        flows.insert(key, Flow { last_seen: now, ..value }, 0).unwrap();
+    drop(room.try_load(&Capacities { flows: most, ..SMALL }, true).unwrap());
+    let mut tables = FlowTables::open(&room);
+    let lives = tables.add(1, true, NEVER);
+    // Of most only the first leg is of account here.
+    let vip = Tuple::new(addr("10.0.0.9"), Port::new(1), addr("10.96.0.1"), Port::new(80), Proto::UDP);
+    while tables.used < most - 2 {
+        tables.used += 1;
+        let mut flow = Flow { id: FlowId(tables.used.into()).next(), ..lives };
+        let client = std::net::Ipv4Addr::from(0x0b00_0000 + tables.used).into();
+        let at = Role::OUTER.index();
+        flow.near[at] = Tuple { src: client, ..vip }.write_pair(&mut flow.pairs[at]) as u8;
+        tables.legs.insert(flow.pairs[at], flow.leg(Role::OUTER), 0).unwrap();
+        tables.records.set(tables.used, flow, 0).unwrap();
     }
-    let mut sweeper = Sweeper::open(&room.root, Timeouts::CONNTRACK).unwrap();
-    let swept = sweeper.tick_at(usize::MAX, now).unwrap();
-    // The second leg may go with the first, before its own turn.
-    assert!(swept.deleted == 2 && swept.seen + 1 >= LEGS, "{swept:?}");
-    assert!(ended.iter().all(|key| flows.get(key, 0).is_err()));
-    assert_eq!(sweeper.tick_at(usize::MAX, now).unwrap().deleted, 0);
+    let ended = tables.add(7, true, LONG_AGO);
+    assert_eq!(flows(&room), most as usize - 1, "the first record is never used");
+    let timeouts = Timeouts { udp_stream: 2, ..Timeouts::CONNTRACK };
+    let mut sweeper = Sweeper::open(&room.root, timeouts).unwrap();
+    assert_eq!(sweeper.all().unwrap(), 1);
+    assert!(tables.leads(&lives) && !tables.leads(&ended));
+    assert_eq!(flows(&room), most as usize - 2);
+    assert_eq!(sweeper.all().unwrap(), 0);
 }
 
 #[test]
@@ -521,40 +630,44 @@ fn flows_that_are_silent_too_long_go_with_all_their_legs_and_others_stay() {
     // C-12, C-16.
     let room = Room::new();
     drop(room.load());
-    let (mut flows, mut half_open) = (flow_table(&room, maps::FLOWS), flow_table(&room, maps::HALF_OPEN));
-    let second = 1_000_000_000;
-    let now = 1_000 * second;
-    for n in 1..=200 {
-        flow_entry(&mut flows, n, if n <= 100 { now - 121 * second } else { now - 119 * second });
-    }
-    flow_entry(&mut half_open, 1000, now - 31 * second);
-    flow_entry(&mut half_open, 1001, now - 29 * second);
-    let [orphan, reply] = flow_entry(&mut flows, 2000, now - 31 * second);
-    flows.remove(&orphan).unwrap();
+    let mut tables = FlowTables::open(&room);
+    let silent: Vec<Flow> = (1..=100).map(|port| tables.add(port, true, LONG_AGO)).collect();
+    let talking: Vec<Flow> = (101..=200).map(|port| tables.add(port, true, NEVER)).collect();
+    let silent_young = tables.add(1000, false, LONG_AGO);
+    let talking_young = tables.add(1001, false, NEVER);
+    let orphan = tables.add(2000, false, LONG_AGO);
+    tables.legs.remove(&orphan.pairs[0]).unwrap();
+    assert_eq!((flows(&room), tables.legs()), (203, 405));
 
-    let mut sweeper = Sweeper::open(&room.root, Timeouts::CONNTRACK).unwrap();
-    let swept = sweeper.tick_at(100, now).unwrap();
-    assert_eq!((swept.seen, swept.deleted), (405, 203));
-    assert!(flows.get(&reply, 0).is_err(), "a leg without its flow goes");
-    assert_eq!(flows.keys().count(), 200);
-    assert_eq!(half_open.keys().count(), 2);
-    assert_eq!(sweeper.tick_at(100, now).unwrap().deleted, 0);
+    // Old flows have more time than young ones.
+    let timeouts = Timeouts { udp: 2, udp_stream: u32::MAX, ..Timeouts::CONNTRACK };
+    let mut sweeper = Sweeper::open(&room.root, timeouts).unwrap();
+    assert_eq!(sweeper.all().unwrap(), 2);
+    assert_eq!((flows(&room), tables.legs()), (201, 402));
+    assert!(!tables.leads(&silent_young) && tables.leads(&silent[0]));
+    let timeouts = Timeouts { udp_stream: 2, ..timeouts };
+    let mut sweeper = Sweeper::open(&room.root, timeouts).unwrap();
+    assert_eq!(sweeper.tick(SMALL.flows).unwrap(), 100);
+    assert!(silent.iter().all(|flow| !tables.leads(flow)));
+    assert!(talking.iter().chain([&talking_young]).all(|flow| tables.leads(flow)));
+    assert_eq!(sweeper.all().unwrap(), 0);
 
+    // The agent and the command line end flows by their ids; who comes twice finds nothing.
     let pinned = Pinned::open(&room.root).unwrap();
-    let mut seen = 0;
-    pinned.flows(&mut |_, _, _| seen += 1).unwrap();
-    assert_eq!(seen, 202);
     let fill = pinned.fill().unwrap();
-    assert_eq!(fill.iter().find(|map| map.name == maps::FLOWS).unwrap().used, 200);
-    let swept = sweeper.purge(|_, legs| legs.legs[0].0.sport.number() > 150).unwrap();
-    assert_eq!(swept.deleted, 102);
-    let [key, _] = flow_entry(&mut flows, 101, now);
-    assert!(pinned.delete_flow(FlowTable::Established, &key).unwrap());
-    assert!(!pinned.delete_flow(FlowTable::Established, &key).unwrap());
+    assert_eq!(fill.iter().find(|map| map.name == maps::RECORDS).unwrap().used, 101);
+    let ids: Vec<FlowId> = talking.iter().map(|flow| flow.id).collect();
+    assert_eq!(pinned.end_flows(&ids[..70]).unwrap(), 70, "more than fit into one question");
+    assert_eq!(pinned.end_flows(&ids[70..71]).unwrap(), 1);
+    assert_eq!((flows(&room), tables.legs()), (30, 60));
+    pinned.end_flows(&ids).unwrap();
+    assert_eq!((flows(&room), tables.legs()), (1, 2));
+    assert!(tables.leads(&talking_young));
+    assert!(now().unwrap() > 0);
 }
 
 #[test]
-fn a_refused_program_is_named_with_the_end_of_the_log_and_nothing_is_left_pinned() {
+fn a_refused_program_is_named_in_three_lines_with_a_file_for_the_log_and_nothing_is_left_pinned() {
     use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
     let room = Room::new();
     let path = option_env!("PROXY_EBPF_OBJECT")
@@ -571,7 +684,14 @@ fn a_refused_program_is_named_with_the_end_of_the_log_and_nothing_is_left_pinned
     let error =
         Loaded::open_object(&elf, &room.root, &Features::probe(), &SMALL, ProgramLog::Off).unwrap_err();
     let said = error.to_string();
-    assert!(said.contains("program tc_egress") && said.contains("unreachable insn 1"), "{said}");
+    assert!(said.contains("program tc_egress: unreachable insn 1 (") && said.lines().count() == 3, "{said}");
+    // Nor does any of it come along with the causes behind it.
+    assert!(std::error::Error::source(&error).is_none());
+    let LoadError::Refused(refusal) = error else { panic!("{said}") };
+    let log = refusal.log.unwrap().unwrap();
+    let kept = fs::read_to_string(&log).unwrap();
+    fs::remove_file(&log).unwrap();
+    assert!(kept.contains("program tc_egress") && kept.contains("unreachable insn 1"), "{kept}");
     assert_eq!(fs::read_dir(room.root.maps()).unwrap().count(), 0);
     assert!(matches!(
         Loaded::open_object(b"no object", &room.root, &Features::probe(), &SMALL, ProgramLog::Off),
@@ -580,15 +700,35 @@ fn a_refused_program_is_named_with_the_end_of_the_log_and_nothing_is_left_pinned
 }
 
 #[test]
+fn a_trial_loads_every_program_and_leaves_nothing() {
+    let _room = Room::new();
+    let probed = Features::probe();
+    assert_ne!(load::trial(&probed).unwrap(), 0);
+    // A kernel without any of what is optional takes them, too.
+    let bare = Features {
+        coarse_clock: false,
+        set_retval: false,
+        csum_ipv6: false,
+        netns_cookie: false,
+        ..probed.clone()
+    };
+    assert_eq!(load::trial(&bare).unwrap(), load::trial(&probed).unwrap());
+}
+
+#[test]
 fn a_sweep_of_empty_tables_ends() {
     let room = Room::new();
     drop(room.load());
     let mut sweeper = Sweeper::open(&room.root, Timeouts::CONNTRACK).unwrap();
     for _ in 0..3 {
-        let swept = sweeper.tick(4).unwrap();
-        assert_eq!((swept.seen, swept.deleted), (0, 0));
+        assert_eq!(sweeper.tick(4).unwrap(), 0);
     }
-    assert_eq!(sweeper.purge(|table, _| table == FlowTable::Established).unwrap().seen, 0);
+    assert_eq!(
+        sweeper.flows().end(&[FlowId::NONE, FlowId(7).next()]).unwrap(),
+        2,
+        "what is gone counts as ended"
+    );
+    assert_eq!(flows(&room), 0);
 }
 
 #[test]
@@ -600,10 +740,13 @@ fn a_new_interface_is_heard_of_at_once() {
         let (sender, mut changes) = tokio::sync::mpsc::channel(8);
         let watching = tokio::spawn(netlink::watch(sender));
         let mut heard = async || {
-            let next = tokio::time::timeout(Duration::from_secs(10), changes.recv());
-            match next.await.expect("a change within ten seconds") {
-                Some(Change::Links(links)) => links,
-                other => panic!("{other:?}"),
+            loop {
+                let next = tokio::time::timeout(Duration::from_secs(10), changes.recv());
+                match next.await.expect("a change within ten seconds") {
+                    Some(Change::Links(links)) => return links,
+                    Some(Change::Routes(_)) => {}
+                    other => panic!("{other:?}"),
+                }
             }
         };
         let first = heard().await;
@@ -623,6 +766,165 @@ fn a_new_interface_is_heard_of_at_once() {
         while heard().await.iter().any(|link| &*link.name == "v0") {}
         watching.abort();
     });
+}
+
+#[test]
+fn routes_are_known_before_links_and_followed() {
+    // M-13.
+    let _room = Room::new();
+    for batch in [
+        "link add v0 type veth peer name v1",
+        "link set v0 up",
+        "link set v1 up",
+        "address add 192.168.10.11/24 dev v0",
+        "address add fd00:10::1/64 dev v0 nodad",
+    ] {
+        ip(&batch.split(' ').collect::<Vec<_>>());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (sender, mut changes) = tokio::sync::mpsc::channel(8);
+        let watching = tokio::spawn(netlink::watch(sender));
+        let mut heard = async || {
+            let next = tokio::time::timeout(Duration::from_secs(10), changes.recv());
+            next.await.expect("a change within ten seconds")
+        };
+        let first = heard().await;
+        let Some(Change::Routes(mut routes)) = first else { panic!("{first:?}") };
+        let has = |routes: &[Route], dst: &str, gateway: Option<&str>, table: u32| {
+            let (dst, gateway) = (dst.parse().unwrap(), gateway.map(|ip| ip.parse().unwrap()));
+            routes.iter().any(|r| r.dst == dst && r.gateway == gateway && r.table == table && r.link != 0)
+        };
+        assert!(has(&routes, "192.168.10.0/24", None, 254), "{routes:?}");
+        assert!(has(&routes, "fd00:10::/64", None, 254), "{routes:?}");
+        ip(&["route", "add", "10.244.2.0/24", "via", "192.168.10.12"]);
+        ip(&["route", "add", "default", "via", "192.168.10.1", "dev", "v0", "table", "1000"]);
+        ip(&["route", "add", "fd00:244:2::/64", "via", "fd00:10::2"]);
+        let mut links_heard = false;
+        while !(has(&routes, "10.244.2.0/24", Some("192.168.10.12"), 254)
+            && has(&routes, "0.0.0.0/0", Some("192.168.10.1"), 1000)
+            && has(&routes, "fd00:244:2::/64", Some("fd00:10::2"), 254))
+        {
+            match heard().await {
+                Some(Change::Routes(new)) => routes = new,
+                Some(Change::Links(_)) => links_heard = true,
+                other => panic!("{other:?}"),
+            }
+        }
+        // With an address its routes go, of which the kernel says nothing.
+        ip(&["address", "del", "192.168.10.11/24", "dev", "v0"]);
+        while !links_heard || routes.iter().any(|route| route.dst.addr().is_ipv4()) {
+            match heard().await {
+                Some(Change::Routes(new)) => routes = new,
+                Some(Change::Links(_)) => links_heard = true,
+                other => panic!("{other:?}"),
+            }
+        }
+        watching.abort();
+    });
+}
+
+/// What the kernel gives a packet of its own to `dst` by a device.
+fn kernels_source(dst: &str, device: &str) -> String {
+    let output = Command::new("ip").args(["-j", "route", "get", dst, "oif", device]).output().unwrap();
+    assert!(output.status.success(), "{dst} by {device}: {}", String::from_utf8_lossy(&output.stderr));
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    answer[0]["prefsrc"].as_str().unwrap_or("none").to_owned()
+}
+
+#[test]
+fn masqueraded_flows_leave_under_the_address_that_the_kernel_would_choose() {
+    // M-13, for a node of which nothing is known but its interfaces and routes.
+    let _room = Room::new();
+    for line in [
+        "link add v0 type veth peer name w0",
+        "link add v1 type veth peer name w1",
+        "link add v2 type veth peer name w2",
+        "link add v3 type veth peer name w3",
+        "link add x0 type vxlan id 7 dev v0 dstport 4789",
+        "address add 203.0.113.11/24 dev v0",
+        "address add 192.168.10.11/24 dev v0",
+        "address add 192.168.10.12/24 dev v0",
+        "address add 192.168.10.200/32 dev v0",
+        "address add 10.7.0.1/32 dev v1",
+        "address add 10.9.0.5/16 dev v2",
+        "address add 10.244.1.0/32 dev x0",
+        "address add 2001:db8:7::11/64 dev v0 nodad",
+        "address add fd00:10::1/64 dev v0 nodad",
+        "address add fd00:11::1/64 dev v2 nodad",
+        "address add 2001:db8:8::1/64 dev v2 nodad",
+        "link set lo up",
+        "link set v0 up",
+        "link set w0 up",
+        "link set v1 up",
+        "link set w1 up",
+        "link set v2 up",
+        "link set w2 up",
+        "link set v3 up",
+        "link set w3 up",
+        "link set x0 up",
+        "route add default via 203.0.113.1",
+        "route add default via 10.9.0.1 dev v2 metric 100",
+        "route add 10.244.2.0/24 via 192.168.10.13",
+        "route add 10.244.3.0/24 via 192.168.10.13 src 192.168.10.12",
+        "route add 10.244.4.0/24 via 203.0.113.9",
+        "route add 10.244.4.128/25 via 10.9.0.9",
+        "route add 10.244.5.0/24 via 10.244.5.0 dev x0 onlink",
+        "route add 10.244.6.5/32 dev v3",
+        "route add 10.244.7.0/24 via 10.7.0.9 dev v1 onlink",
+        "route add 172.16.0.0/16 dev v0",
+        "route add 198.18.0.0/16 nexthop via 192.168.10.13 nexthop via 10.9.0.9",
+        "route add default via fe80::9 dev v0",
+        "route add fd00:244:2::/64 via fd00:10::2",
+        "route add fd00:244:3::/64 via 2001:db8:7::2",
+        "route add fd00:244:4::/64 via fd00:10::2 src fd00:11::1",
+        "route add 2001:db8:9::/64 via fd00:10::2",
+        "route add 2001:db8:a::/64 via 2001:db8:8::9",
+    ] {
+        ip(&line.split(' ').collect::<Vec<_>>());
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (links, routes) =
+        runtime.block_on(async { (netlink::links().await.unwrap(), netlink::routes().await.unwrap()) });
+    let mut world = World::new(Settings::of_node("n1"));
+    world.hear(Change::Routes(routes));
+    world.hear(Change::Links(links.clone()));
+    let masquerade = world.node().routes.into_iter().collect();
+    let tables = MemoryTables { masquerade, ..MemoryTables::default() };
+    for (device, destinations) in [
+        (
+            "v0",
+            &[
+                "8.8.8.8",
+                "192.168.10.99",
+                "203.0.113.99",
+                "10.244.2.9",
+                "10.244.3.9",
+                "10.244.4.9",
+                "172.16.5.5",
+                "198.18.0.1",
+                "2600::1",
+                "fd00:10::99",
+                "2001:db8:7::99",
+                "fd00:244:2::9",
+                "fd00:244:3::9",
+                "fd00:244:4::9",
+                "2001:db8:9::9",
+                "fd77::1",
+            ][..],
+        ),
+        ("v1", &["10.244.7.9"]),
+        ("v2", &["8.8.8.8", "10.9.3.3", "10.244.4.129", "198.18.0.1", "2001:db8:8::7", "2001:db8:a::7"]),
+        ("v3", &["10.244.6.5"]),
+        ("x0", &["10.244.5.9"]),
+    ] {
+        let index = links.iter().find(|link| &*link.name == device).unwrap().index;
+        for dst in destinations {
+            let ours =
+                tables.masquerade_address(index, &addr(dst)).map_or("none".into(), |ip| ip.to_string());
+            assert_eq!(ours, kernels_source(dst, device), "to {dst} by {device}: {:?}", world.node().routes);
+        }
+    }
 }
 
 #[test]

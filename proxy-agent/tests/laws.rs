@@ -12,7 +12,7 @@ use proxy_agent::model::{
 };
 use proxy_agent::plan::{Actual, Capacity, GRACE_MS, Pass, Planner, Step, lint, lint_prefix, service_name};
 use proxy_common::abi::{
-    Backend, Config, Frontend, FrontendKey, Iface, SourceKey, address, backend, frontend,
+    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, SourceKey, address, backend, frontend,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 
@@ -131,10 +131,12 @@ fn frontend_flags(service: &DesiredService, key: &FrontendKey, bits: u8) -> u32 
 fn node_tables(bits: u8, seed: u32) -> NodeTables {
     let has = |bit: u8| bits >> bit & 1 != 0;
     let config = Config { seed, ..Config::EMPTY };
-    let mut node = NodeTables { config, ifaces: BTreeMap::new(), addresses: BTreeMap::new() };
+    let mut node =
+        NodeTables { config, ifaces: BTreeMap::new(), routes: BTreeMap::new(), addresses: BTreeMap::new() };
     for index in (0..2).filter(|bit| has(*bit)) {
-        let iface = Iface { snat_v4: addr(192, 0, 2, seed as u8), snat_v6: Addr::ANY_V6, flags: 0, pad: 0 };
-        node.ifaces.insert(u32::from(index) + 2, iface);
+        let index = u32::from(index) + 2;
+        node.ifaces.insert(index, Iface::new(0, seed));
+        node.routes.insert(RouteKey::range(index, Addr::ANY_V4, 0), addr(192, 0, 2, seed as u8));
     }
     if has(1) {
         let node_port = if has(2) { address::NODE_PORT } else { 0 };
@@ -189,6 +191,8 @@ struct Observed {
     sources: BTreeSet<(String, Addr, u32)>,
     addresses: BTreeMap<Addr, u32>,
     ifaces: BTreeMap<u32, Iface>,
+    routes: BTreeMap<RouteKey, Addr>,
+    service_ports: BTreeSet<u32>,
     config: Config,
 }
 
@@ -201,6 +205,12 @@ fn observe(actual: &Actual) -> Observed {
         sources: actual.sources.iter().map(source).collect(),
         addresses: actual.addresses.clone(),
         ifaces: actual.ifaces.clone(),
+        routes: actual.routes.clone(),
+        service_ports: (0..65_536)
+            .filter(|port| {
+                actual.service_ports.get(&(port / 64)).is_some_and(|bits| bits >> (port % 64) & 1 != 0)
+            })
+            .collect(),
         config: actual.config,
     }
 }
@@ -213,6 +223,8 @@ fn expect(desired: &Desired) -> Observed {
         sources: BTreeSet::new(),
         addresses: desired.node.addresses.clone(),
         ifaces: desired.node.ifaces.clone(),
+        routes: desired.node.routes.clone(),
+        service_ports: BTreeSet::new(),
         config: desired.node.config,
     };
     for (port, service) in &desired.services {
@@ -226,6 +238,9 @@ fn expect(desired: &Desired) -> Observed {
                 affinity_secs: service.affinity_secs,
             };
             expected.frontends.insert(*key, seen);
+            if flags & frontend::INTERNAL == 0 {
+                expected.service_ports.insert(key.port.number().into());
+            }
             let bit = match flags {
                 flags if flags & frontend::NODE_PORT != 0 => continue,
                 flags if flags & frontend::INTERNAL != 0 => address::CLUSTER_IP,
@@ -364,6 +379,7 @@ fn tight() -> impl Strategy<Value = Capacity> {
             sources,
             services,
             ifaces: 1,
+            routes: 1,
         },
     )
 }
@@ -571,6 +587,7 @@ fn damaged_tables_are_seen_and_repaired() {
         Step::DeleteService(value.service),
         Step::PutService(9, whole.services[&1]),
         Step::DeleteAddress(key.addr),
+        Step::PutServicePorts(1023, 1),
         Step::PutAddress(addr(10, 99, 99, 99), address::CLUSTER_IP),
         Step::PutSource(SourceKey::range(77, addr(10, 0, 0, 0), 8)),
         Step::DeleteFrontend(key),

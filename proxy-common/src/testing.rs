@@ -1,18 +1,23 @@
 //! Tables and packets in memory: what unit tests, fuzzing and the end-to-end tests share.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
+use std::string::String;
 use std::vec::Vec;
 
 use crate::abi::{
-    Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey,
-    Hook, Iface, Reason, SourceKey,
+    Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
+    Iface, Leg, Pair, PeerKey, Reason, Role, RouteKey, SocketEntry, SocketState, SourceKey, State, Tuple,
+    frontend,
 };
-use crate::addr::{Addr, Proto};
-use crate::lb::{FlowTable, Inserted, Stat, Tables, Verdict, egress, ingress};
+use crate::addr::{Addr, Port, Proto};
+use crate::lb::socket::{self, Call, Memory};
+use crate::lb::{Inserted, Ring, Stat, Tables, Verdict, egress, ingress};
 use crate::wire::answer::{self, Answer};
-use crate::wire::{Edit, Frame, MAX_OFFSET, Packet, Words, checksum, mend, parse, rewrite};
+use crate::wire::{
+    Edit, Frame, Kind, MAX_OFFSET, Packet, Words, checksum, mend, parse, rewrite, rewrite_error,
+};
 
 /// [`Tables`] over hash maps.
 #[derive(Default)]
@@ -35,12 +40,30 @@ pub struct MemoryTables {
     pub sources: Vec<SourceKey>,
     /// IFACES.
     pub ifaces: HashMap<u32, Iface>,
+    /// MASQUERADE.
+    pub masquerade: HashMap<RouteKey, Addr>,
     /// AFFINITY.
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
-    /// FLOWS and HALF_OPEN.
-    pub flows: RefCell<HashMap<(FlowTable, FlowKey), Flow>>,
+    /// FLOWS.
+    pub flows: RefCell<HashMap<Pair, Leg>>,
     /// Entries FLOWS may hold; `None` is no limit.
     pub max_flows: Option<usize>,
+    /// RECORDS; grows when a record is taken and none is free. The first is never used.
+    pub records: RefCell<Vec<Flow>>,
+    /// Records there may be, the first included; `None` is no limit.
+    pub max_records: Option<usize>,
+    /// FREE.
+    pub free: RefCell<VecDeque<u32>>,
+    /// RING: the next place in each, and who stands there.
+    pub rings: RefCell<[(usize, Vec<FlowId>); Ring::COUNT as usize]>,
+    /// Places in a ring; `None` stands for so many that nobody is displaced.
+    pub places: Option<usize>,
+    /// TARGETS: exactly, where the kernel knows only a hash.
+    pub targets: RefCell<HashSet<(Addr, Port, Proto)>>,
+    /// Tuples that sockets of the node hold, as they send.
+    pub sockets: HashSet<Tuple>,
+    /// Whether packets at egress have come in by an interface.
+    pub forwarded: Cell<bool>,
     /// FRAGMENTS.
     pub fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     /// REASONS.
@@ -50,6 +73,43 @@ pub struct MemoryTables {
 }
 
 impl MemoryTables {
+    /// Every living flow.
+    pub fn live(&self) -> Vec<Flow> {
+        self.records.borrow().iter().filter(|flow| flow.state == State::LIVE).copied().collect()
+    }
+
+    /// What is wrong with the flow tables between two packets: every living flow has all its legs and every leg a
+    /// living flow, nothing is claimed, and each record is free once or in use.
+    pub fn broken_flows(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let records = self.records.borrow();
+        let mut legs = self.flows.borrow().clone();
+        let mut free = HashMap::new();
+        for index in self.free.borrow().iter() {
+            *free.entry(*index as usize).or_insert(0) += 1;
+        }
+        for (index, flow) in records.iter().enumerate().skip(1) {
+            if flow.claims != 0 || flow.id.index() as usize != index {
+                wrong.push(std::format!("record {index}: {flow:?}"));
+            }
+            let times = free.get(&index).copied().unwrap_or(0);
+            if times != i32::from(flow.state == State::FREE) || flow.state == State::ENDED {
+                wrong.push(std::format!("record {index} is {times} times free: {flow:?}"));
+            }
+            if flow.state != State::LIVE {
+                continue;
+            }
+            for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {
+                let pair = &flow.pairs[role.index()];
+                if flow.has(role) && legs.remove(pair) != Some(flow.leg(role)) {
+                    wrong.push(std::format!("leg {role:?} of {flow:?} is missing"));
+                }
+            }
+        }
+        wrong.extend(legs.iter().map(|leg| std::format!("nobody's leg {leg:?}")));
+        wrong
+    }
+
     /// How often a reason was counted.
     pub fn counted(&self, reason: Reason) -> u64 {
         self.reasons.borrow().get(&reason).copied().unwrap_or(0)
@@ -88,19 +148,9 @@ impl Tables for MemoryTables {
     }
 
     fn source_allowed(&self, key: &SourceKey) -> bool {
-        let bits = |k: &SourceKey| {
-            let mut bytes = k.service.to_ne_bytes().to_vec();
-            bytes.extend(k.addr.0.iter().flat_map(|w| w.to_ne_bytes()));
-            bytes
-        };
-        let wanted = bits(key);
-        self.sources.iter().any(|range| {
-            bits(range).iter().zip(&wanted).enumerate().all(|(n, (a, b))| {
-                let left = (range.prefix_len as usize).saturating_sub(n * 8).min(8);
-                let mask = if left == 0 { 0 } else { 0xff_u8 << (8 - left) };
-                (a ^ b) & mask == 0
-            })
-        })
+        self.sources
+            .iter()
+            .any(|range| is_prefix(range.prefix_len, range.service, &range.addr, key.service, &key.addr))
     }
 
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
@@ -115,30 +165,115 @@ impl Tables for MemoryTables {
         self.ifaces.get(&ifindex).copied()
     }
 
-    fn with_flow<R>(&self, table: FlowTable, key: &FlowKey, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
-        // Copied out and back: `f` may look at other flows.
-        let mut flow = *self.flows.borrow().get(&(table, *key))?;
-        let result = f(&mut flow);
-        self.flows.borrow_mut().insert((table, *key), flow);
-        Some(result)
+    fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr> {
+        let fits = |key: &RouteKey| is_prefix(key.prefix_len, key.ifindex, &key.dst, ifindex.to_be(), dst);
+        let longest = self.masquerade.keys().filter(|key| fits(key)).max_by_key(|key| key.prefix_len)?;
+        self.masquerade.get(longest).copied().filter(|addr| addr.is_v4() == dst.is_v4())
     }
 
-    fn insert_flow(&self, table: FlowTable, key: &FlowKey, flow: &Flow, replace: bool) -> Inserted {
+    /// What the agent keeps in SERVICE_PORTS follows from FRONTENDS.
+    fn is_service_port(&self, port: Port) -> bool {
+        self.frontends.iter().any(|(key, value)| key.port == port && value.flags & frontend::INTERNAL == 0)
+    }
+
+    fn is_socket(&self, tuple: &Tuple) -> bool {
+        self.sockets.contains(tuple)
+    }
+
+    fn is_forwarded(&self) -> bool {
+        self.forwarded.get()
+    }
+
+    fn is_target(&self, tuple: &Tuple) -> bool {
+        self.targets.borrow().contains(&(tuple.dst, tuple.dport, tuple.proto))
+    }
+
+    fn set_target(&self, tuple: &Tuple) {
+        self.targets.borrow_mut().insert((tuple.dst, tuple.dport, tuple.proto));
+    }
+
+    fn leg(&self, pair: &Pair) -> Option<Leg> {
+        self.flows.borrow().get(pair).copied()
+    }
+
+    fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
+        let (pair, leg) = (&flow.pairs[role.index()], &flow.leg(role));
         let mut flows = self.flows.borrow_mut();
-        let there = flows.contains_key(&(table, *key));
-        if there && !replace {
+        if flows.contains_key(pair) {
             return Inserted::Exists;
         }
-        let used = flows.keys().filter(|(t, _)| *t == table).count();
-        if !there && table == FlowTable::Established && self.max_flows.is_some_and(|max| used >= max) {
+        if self.max_flows.is_some_and(|max| flows.len() >= max) {
             return Inserted::Full;
         }
-        flows.insert((table, *key), *flow);
+        flows.insert(*pair, *leg);
         Inserted::Done
     }
 
-    fn delete_flow(&self, table: FlowTable, key: &FlowKey) {
-        self.flows.borrow_mut().remove(&(table, *key));
+    fn delete_leg(&self, pair: &Pair) {
+        self.flows.borrow_mut().remove(pair);
+    }
+
+    fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
+        // Held while `f` runs: what is done to a record is done between two looks of others.
+        self.records.borrow_mut().get_mut(index as usize).map(f)
+    }
+
+    fn claim(&self, index: u32) -> bool {
+        let alone = |flow: &mut Flow| {
+            let alone = flow.claims == 0;
+            flow.claims += u64::from(alone);
+            alone
+        };
+        self.record(index, alone) == Some(true)
+    }
+
+    fn unclaim(&self, index: u32) {
+        self.record(index, |flow| flow.claims -= 1);
+    }
+
+    fn take_record(&self) -> Option<u32> {
+        if let Some(index) = self.free.borrow_mut().pop_front() {
+            return Some(index);
+        }
+        let mut records = self.records.borrow_mut();
+        if records.is_empty() {
+            records.push(Flow::EMPTY);
+        }
+        if self.max_records.is_some_and(|max| records.len() >= max) {
+            return None;
+        }
+        let index = records.len() as u32;
+        records.push(Flow { id: FlowId(u64::from(index)).next(), state: State::FREE, ..Flow::EMPTY });
+        Some(index)
+    }
+
+    fn give_record(&self, index: u32) -> bool {
+        self.free.borrow_mut().push_back(index);
+        true
+    }
+
+    fn stand(&self, ring: Ring, id: FlowId) -> FlowId {
+        let mut rings = self.rings.borrow_mut();
+        let (next, places) = &mut rings[ring.0 as usize];
+        match self.places {
+            Some(size) => {
+                places.resize(size, FlowId::NONE);
+                let stood = core::mem::replace(&mut places[*next], id);
+                *next = (*next + 1) % size;
+                stood
+            }
+            None => {
+                places.push(id);
+                FlowId::NONE
+            }
+        }
+    }
+
+    fn anybody(&self) -> FlowId {
+        let at = self.random() as usize;
+        let rings = self.rings.borrow();
+        let all = rings.iter().map(|(_, places)| places.len()).sum::<usize>().max(1);
+        rings.iter().flat_map(|(_, places)| places).nth(at % all).copied().unwrap_or(FlowId::NONE)
     }
 
     fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
@@ -159,6 +294,19 @@ impl Tables for MemoryTables {
     fn count_service(&self, service: u32, stat: Stat) {
         self.stats.borrow_mut().entry(service).or_default()[stat as usize] += 1;
     }
+}
+
+/// Whether the first `bits` bits of a word and an address are those of another word and address.
+fn is_prefix(bits: u32, word: u32, addr: &Addr, other_word: u32, other_addr: &Addr) -> bool {
+    let bytes = |word: u32, addr: &Addr| {
+        let words = std::iter::once(word).chain(addr.0);
+        words.flat_map(u32::to_ne_bytes).collect::<Vec<u8>>()
+    };
+    bytes(word, addr).iter().zip(bytes(other_word, other_addr)).enumerate().all(|(n, (a, b))| {
+        let left = (bits as usize).saturating_sub(n * 8).min(8);
+        let mask = if left == 0 { 0 } else { 0xff_u8 << (8 - left) };
+        (a ^ b) & mask == 0
+    })
 }
 
 /// A [`Frame`] over bytes.
@@ -278,14 +426,18 @@ fn ip_header(src: &Addr, dst: &Addr, proto: Proto, len: usize) -> Vec<u8> {
 
 /// An Ethernet frame with a TCP, UDP or SCTP packet of the given tuple, checksums from scratch; with `partial` the
 /// transport checksum is left to the hardware.
-pub fn frame(key: &FlowKey, tcp_flags: u8, payload: &[u8], partial: bool) -> ByteFrame {
+pub fn frame(key: &Tuple, tcp_flags: u8, payload: &[u8], partial: bool) -> ByteFrame {
+    segment(key, tcp_flags, [1000, 2000], payload, partial)
+}
+
+/// The same; `numbers` are the TCP sequence and acknowledgement numbers.
+pub fn segment(key: &Tuple, tcp_flags: u8, numbers: [u32; 2], payload: &[u8], partial: bool) -> ByteFrame {
     let mut l4 = Vec::new();
     l4.extend(key.sport.number().to_be_bytes());
     l4.extend(key.dport.number().to_be_bytes());
     let at = match key.proto {
         Proto::TCP => {
-            l4.extend(1000_u32.to_be_bytes());
-            l4.extend(2000_u32.to_be_bytes());
+            l4.extend(numbers.into_iter().flat_map(u32::to_be_bytes));
             l4.extend([0x50, tcp_flags, 0xff, 0xff, 0, 0, 0, 0]);
             16
         }
@@ -408,13 +560,13 @@ pub enum Outcome {
 }
 
 /// Runs an Ethernet frame through the decision of a hook and applies it, as the kernel programs do.
-pub fn run(tables: &MemoryTables, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
+pub fn run(tables: &impl Tables, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
     run_on::<true>(tables, frame, hook, ifindex)
 }
 
 /// The same; with `ETHERNET` false the frame begins at the IP header.
 pub fn run_on<const ETHERNET: bool>(
-    tables: &MemoryTables,
+    tables: &impl Tables,
     frame: &ByteFrame,
     hook: Hook,
     ifindex: u32,
@@ -433,7 +585,11 @@ pub fn run_on<const ETHERNET: bool>(
         Verdict::Pass => Outcome::Passed,
         Verdict::Rewrite => {
             let mut out = frame.clone();
-            if rewrite(&mut out, &packet, &edit) {
+            let done = match packet.kind {
+                Kind::IcmpError => rewrite_error(&mut out, &packet, &edit),
+                _ => rewrite(&mut out, &packet, &edit),
+            };
+            if done {
                 return Outcome::Rewritten(out);
             }
             tables.count(Reason::RewriteFailed);
@@ -455,5 +611,82 @@ pub fn run_on<const ETHERNET: bool>(
         }
         Verdict::Wait if hook == Hook::INGRESS => Outcome::Waits,
         Verdict::Refuse | Verdict::Wait | Verdict::Drop => Outcome::Dropped,
+    }
+}
+
+/// A socket, as far as it remembers something.
+pub struct MemorySocket {
+    /// Its storage.
+    pub state: SocketState,
+    /// Whether it has any.
+    pub has_state: bool,
+    /// Whether it can get some.
+    pub room: bool,
+    /// PEERS.
+    pub peers: RefCell<HashMap<PeerKey, SocketEntry>>,
+}
+
+impl Default for MemorySocket {
+    fn default() -> Self {
+        Self { state: SocketState::EMPTY, has_state: false, room: true, peers: RefCell::default() }
+    }
+}
+
+/// What a call can get from outside the socket's storage.
+struct Beside<'a> {
+    storage: Cell<Option<&'a mut SocketState>>,
+    used: &'a Cell<bool>,
+    peers: &'a RefCell<HashMap<PeerKey, SocketEntry>>,
+}
+
+impl MemorySocket {
+    /// The cookie of all such sockets.
+    pub const COOKIE: u64 = 77;
+
+    /// A call of this socket, and where it leads.
+    pub fn call(&mut self, tables: &MemoryTables, call: &Call) -> (socket::Answer, SocketEntry) {
+        let used = Cell::new(self.has_state);
+        let (old, new) = match self.has_state {
+            true => (Some(&mut self.state), None),
+            false => (None, self.room.then_some(&mut self.state)),
+        };
+        let beside = Beside { storage: Cell::new(new), used: &used, peers: &self.peers };
+        let mut entry = SocketEntry::EMPTY;
+        let answer = socket::translate(tables, &beside, old, call, &mut entry);
+        self.has_state = used.get();
+        (answer, entry)
+    }
+
+    /// What the process is shown of a peer.
+    pub fn shown(&self, addr: Addr, port: Port, proto: Proto) -> (Addr, Port) {
+        let used = Cell::new(false);
+        let beside = Beside { storage: Cell::new(None), used: &used, peers: &self.peers };
+        let original = self.has_state.then(|| socket::original(&beside, &self.state, &addr, port, proto));
+        original.flatten().unwrap_or((addr, port))
+    }
+}
+
+impl<'a> Memory<'a> for Beside<'a> {
+    fn new_state(&self) -> Option<&'a mut SocketState> {
+        let storage = self.storage.take();
+        self.used.set(self.used.get() || storage.is_some());
+        storage
+    }
+
+    fn cookie(&self) -> u64 {
+        MemorySocket::COOKIE
+    }
+
+    fn peer<R>(&self, key: &PeerKey, see: impl FnOnce(&SocketEntry) -> R) -> Option<R> {
+        self.peers.borrow().get(key).map(see)
+    }
+
+    fn set_peer(&self, key: &PeerKey, entry: &SocketEntry) -> bool {
+        self.peers.borrow_mut().insert(*key, *entry);
+        true
+    }
+
+    fn forget_peer(&self, key: &PeerKey) {
+        self.peers.borrow_mut().remove(key);
     }
 }

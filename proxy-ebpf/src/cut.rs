@@ -1,102 +1,219 @@
-//! The cut points of `proxy_common::lb::Tables` as global functions: the verifier checks each once, whatever
-//! its callers know, and the callers see only its arguments' types.
+//! The cut points of `proxy_common::lb::Tables` as global functions: the verifier checks each once, whatever its
+//! callers know. They take numbers and the program's context only, since kernels before 5.12 allow no other pointers;
+//! what they work on lies in [`Scratch`].
 
-use proxy_common::abi::FlowKey;
+use aya_ebpf::bindings::__sk_buff;
+use proxy_common::abi::{
+    AffinityKey, FlowId, FragmentKey, FrontendKey, Leg, Role, RouteKey, SourceKey, Timeouts, capacity,
+};
 use proxy_common::addr::Port;
-use proxy_common::lb::{self, Choice, Inserted, Verdict, ingress, masquerade, open, track};
-use proxy_common::wire::{Edit, Packet, crc32c};
+use proxy_common::lb::{
+    self, Choice, Entered, Inserted, Tables as _, Verdict, flow, ingress, masquerade, open,
+};
+use proxy_common::wire::answer::Answer;
+use proxy_common::wire::{Edit, Kind, Packet, crc32c, parse, rewrite, rewrite_error};
 
+use crate::maps;
+use crate::skb::Skb;
 use crate::tables::Kernel;
 
-/// Turns the pointers of a global function into references, or returns `$else`: the verifier demands the
-/// check, since such a function could be called with anything.
-macro_rules! references {
-    ($else:expr; $($pointer:ident),+) => {
-        // SAFETY: the caller passes a reference to a live value; the verifier knows its size from its type.
-        $(let Some($pointer) = (unsafe { $pointer.as_mut() }) else { return $else };)+
+/// Working storage of one CPU. TC programs are not interrupted by their like, so each has it for itself while it runs.
+/// The program `flows` may be interrupted by them and touches only `timeouts`, and the time, which is off by a tick at most
+/// for it.
+#[repr(C)]
+pub struct Scratch {
+    /// The packet in hand.
+    pub packet: Packet,
+    /// What is to be done with it.
+    pub edit: Edit,
+    /// The backend that was chosen for it.
+    pub choice: Choice,
+    /// The leg that is being entered.
+    pub leg: Leg,
+    /// What is asked of the tables that have these keys.
+    pub route: RouteKey,
+    /// See above.
+    pub frontend: FrontendKey,
+    /// See above.
+    pub source: SourceKey,
+    /// See above.
+    pub client: AffinityKey,
+    /// See above.
+    pub fragment: FragmentKey,
+    /// What is asked of the node's sockets: a `bpf_sock_tuple`.
+    pub asked: [u32; 9],
+    /// A refusal in the making.
+    pub answer: Answer,
+    /// The time, and the tick at which it was read.
+    pub now: u64,
+    /// See above.
+    pub tick: u64,
+    /// The next place in each ring.
+    pub places: [u32; lb::Ring::COUNT as usize],
+    /// What `flows` was told.
+    pub timeouts: Timeouts,
+}
+
+/// Where the answer of [`cut_enter`] has what came of it: in the highest bits of the holder's index, of which so many
+/// records there never are.
+pub const ENTERED_AT: u32 = 29;
+/// Those bits.
+pub const ENTERED: u64 = 0x7 << ENTERED_AT;
+const _: () = assert!(capacity::RECORDS < 1 << ENTERED_AT);
+
+/// Words of 64 bits that hold a [`Scratch`].
+pub const WORDS: usize = size_of::<Scratch>().div_ceil(8);
+
+/// This CPU's working storage.
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: the value is as large and aligned as a Scratch, all of whose fields are integers and enums that were
+    // written before they are read; see there for why nobody else has it.
+    maps::SCRATCH.get_ptr_mut(0).and_then(|words| unsafe { words.cast::<Scratch>().as_mut() })
+}
+
+/// Parses a packet whose headers are longer than most, and not where they could be read; 0 for what is not ours to read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_parse(ctx: *mut __sk_buff, ethernet: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    let skb = Skb(ctx);
+    skb.pull_more();
+    let parsed = if ethernet != 0 {
+        parse::<_, true>(&skb, &mut s.packet)
+    } else {
+        parse::<_, false>(&skb, &mut s.packet)
     };
+    parsed.is_some().into()
+}
+
+/// Applies the edit to a packet that is neither TCP nor UDP; 0 when that fails.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_rewrite(ctx: *mut __sk_buff) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    let mut skb = Skb(ctx);
+    if matches!(s.packet.kind, Kind::IcmpError) {
+        skb.pull_more();
+        rewrite_error(&mut skb, &s.packet, &s.edit).into()
+    } else {
+        rewrite(&mut skb, &s.packet, &s.edit).into()
+    }
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_slow(packet: *mut Packet, known: u32, edit: *mut Edit) -> u32 {
-    references!(Verdict::Drop as u32; packet, edit);
-    ingress::slow(&Kernel, packet, known, edit) as u32
+pub extern "C" fn cut_slow(known: u32) -> u32 {
+    let Some(s) = scratch() else { return Verdict::Drop as u32 };
+    ingress::slow(&Kernel::NOWHERE, &s.packet, known, &mut s.edit, &mut s.choice) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_past(packet: *mut Packet, known: u32) -> u32 {
-    references!(Verdict::Drop as u32; packet);
-    ingress::past(&Kernel, packet, known) as u32
+pub extern "C" fn cut_choose(known: u32, attempt: u32) -> u32 {
+    let Some(s) = scratch() else { return Verdict::Drop as u32 };
+    open::choose(&Kernel::NOWHERE, &s.packet, known, attempt, &mut s.choice) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_choose(packet: *mut Packet, known: u32, attempt: u32, choice: *mut Choice) -> u32 {
-    references!(Verdict::Drop as u32; packet, choice);
-    open::choose(&Kernel, packet, known, attempt, choice) as u32
+pub extern "C" fn cut_make(middle_port: u32) -> u64 {
+    let Some(s) = scratch() else { return 0 };
+    flow::make(&Kernel::NOWHERE, &s.packet, &s.choice, Port(middle_port as u16)).0
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_write(
-    key: *mut FlowKey,
-    choice: *mut Choice,
-    client_port: u32,
-    edit: *mut Edit,
-) -> u32 {
-    references!(Inserted::Full as u32; key, choice, edit);
-    open::write_flow(&Kernel, key, choice, Port(client_port as u16), edit) as u32
+pub extern "C" fn cut_join(id: u64) -> u32 {
+    let Some(s) = scratch() else { return Inserted::Full as u32 };
+    flow::join(&Kernel::NOWHERE, &s.packet, FlowId(id)) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_revive(key: *mut FlowKey) -> u32 {
-    references!(0; key);
-    open::revive(&Kernel, key)
+pub extern "C" fn cut_progress(id: u64, forward: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    flow::progress(&Kernel::NOWHERE, &s.packet, FlowId(id), forward != 0)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_promote(key: *mut FlowKey) -> u32 {
-    references!(0; key);
-    track::promote(&Kernel, key)
+pub extern "C" fn cut_look_after(id: u64) -> u32 {
+    flow::look_after(&Kernel::NOWHERE, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_forget(key: *mut FlowKey) -> u32 {
-    references!(0; key);
-    track::forget(&Kernel, key)
+pub extern "C" fn cut_enter(id: u64, role: u32) -> u64 {
+    let mut holder = FlowId::NONE;
+    let entered = flow::enter(&Kernel::NOWHERE, FlowId(id), Role(role as u8), &mut holder);
+    holder.0 & !ENTERED | (entered as u64) << ENTERED_AT
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_superseded(key: *mut FlowKey) -> u32 {
-    references!(0; key);
-    track::superseded(&Kernel, key)
+pub extern "C" fn cut_dissolve(id: u64) -> u32 {
+    flow::dissolve(&Kernel::NOWHERE, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_recall(packet: *mut Packet) -> u32 {
-    references!(0; packet);
-    lb::recall_fragment(&Kernel, packet) as u32
+pub extern "C" fn cut_take_apart(id: u64) -> u32 {
+    flow::take_apart(&Kernel::NOWHERE, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_remember(packet: *mut Packet) -> u32 {
-    references!(0; packet);
-    lb::remember_fragment(&Kernel, packet)
+pub extern "C" fn cut_make_own(guest: u32) -> u64 {
+    let Some(s) = scratch() else { return 0 };
+    flow::make_own(&Kernel::NOWHERE, &s.packet, guest != 0).0
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_source(key: *mut FlowKey, ifindex: u32, edit: *mut Edit) -> u32 {
-    references!(Verdict::Drop as u32; key, edit);
-    masquerade::choose_source(&Kernel, key, ifindex, edit) as u32
+pub extern "C" fn cut_join_own(id: u64) -> u32 {
+    flow::join_own(&Kernel::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_snat_port(n: u32) -> u32 {
+    Kernel::NOWHERE.config().map_or(0, |config| config.snat_port(n).0.into())
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_port(ctx: *mut __sk_buff) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    masquerade::find_port(&Kernel::new(ctx), &mut s.packet)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_source(id: u64) -> u32 {
+    let Some(s) = scratch() else { return Entered::Full as u32 };
+    masquerade::enter_source(&Kernel::NOWHERE, &s.packet, FlowId(id)) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_sweep(index: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    flow::sweep(&Kernel::NOWHERE, index, &s.timeouts)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_recall() -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    lb::recall_fragment(&Kernel::NOWHERE, &mut s.packet) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_remember() -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    lb::remember_fragment(&Kernel::NOWHERE, &s.packet)
 }
 
 #[unsafe(no_mangle)]

@@ -1,6 +1,7 @@
 //! The kernel programs: parse, ask `proxy_common::lb`, apply, count. No file here decides anything.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod cut;

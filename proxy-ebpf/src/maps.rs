@@ -2,14 +2,18 @@
 //! who reads it and what happens when it is full.
 
 use aya_ebpf::Global;
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage};
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SkStorage};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowKey, Fragment, FragmentKey,
-    Frontend, FrontendKey, Iface, Reason, ServiceName, ServiceStats, SocketState, capacity,
+    Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowId, Fragment, FragmentKey,
+    Frontend, FrontendKey, Iface, Leg, Pair, PeerKey, Reason, ServiceName, ServiceStats, SocketEntry,
+    SocketState, capacity,
 };
 use proxy_common::addr::Addr;
+use proxy_common::lb;
+
+use crate::cut;
 
 /// Written only by the agent, in low numbers: memory is taken as entries come.
 const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
@@ -27,6 +31,10 @@ pub static SOURCES: LpmTrie<[u32; 5], u32, { capacity::SOURCES }> = LpmTrie::new
 #[btf_map]
 pub static IFACES: HashMap<u32, Iface, { capacity::IFACES }, SPARSE> = HashMap::new();
 #[btf_map]
+pub static MASQUERADE: LpmTrie<[u32; 5], Addr, { capacity::MASQUERADE }> = LpmTrie::new();
+#[btf_map]
+pub static SERVICE_PORTS: Array<u64, { capacity::SERVICE_PORTS }> = Array::new();
+#[btf_map]
 pub static CONFIG: Array<Config, 1> = Array::new();
 #[btf_map]
 pub static SERVICES: HashMap<u32, ServiceName, { capacity::SERVICES }, SPARSE> = HashMap::new();
@@ -36,15 +44,26 @@ pub static AGENT: Array<AgentState, 1> = Array::new();
 pub static COMPLAINTS: Array<Complaint, { capacity::COMPLAINTS }> = Array::new();
 /// Preallocated: a packet must not wait for memory.
 #[btf_map]
-pub static FLOWS: HashMap<FlowKey, Flow, { capacity::FLOWS }> = HashMap::new();
+pub static FLOWS: HashMap<Pair, Leg, { capacity::FLOWS }> = HashMap::new();
+/// Such a map begins at a page, so that each record begins at a cache line.
 #[btf_map]
-pub static HALF_OPEN: LruHashMap<FlowKey, Flow, { capacity::HALF_OPEN }> = LruHashMap::new();
+pub static RECORDS: Array<Flow, { capacity::RECORDS }, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+pub static FREE: Queue<u32, { capacity::RECORDS }> = Queue::new();
+#[btf_map]
+pub static RING: Array<FlowId, { capacity::RING }> = Array::new();
+#[btf_map]
+pub static TARGETS: Array<u64, { capacity::TARGETS }> = Array::new();
+#[btf_map]
+pub static SCRATCH: PerCpuArray<[u64; cut::WORDS], 1> = PerCpuArray::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { capacity::FRAGMENTS }> = LruHashMap::new();
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { capacity::AFFINITY }> = LruHashMap::new();
 #[btf_map]
 pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+#[btf_map]
+pub static PEERS: LruHashMap<PeerKey, SocketEntry, { capacity::PEERS }> = LruHashMap::new();
 #[btf_map]
 pub static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
 #[btf_map]
@@ -54,6 +73,12 @@ pub static SERVICE_STATS: PerCpuArray<ServiceStats, { capacity::SERVICES }> = Pe
 /// removes what the kernel lacks before it looks at it.
 #[unsafe(no_mangle)]
 pub static FEATURES: Global<u32> = Global::new(0);
+
+/// Places in one ring of one CPU, and how many CPUs have rings; set by the agent when it loads the object.
+#[unsafe(no_mangle)]
+pub static PLACES: Global<u32> = Global::new(capacity::RING as u32 / lb::Ring::COUNT);
+#[unsafe(no_mangle)]
+pub static CPUS: Global<u32> = Global::new(1);
 
 // Maps that only user space touches would otherwise be dropped from the object.
 #[used]

@@ -10,13 +10,21 @@ use aya_ebpf::helpers::generated::{
     bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_store_bytes,
 };
 use proxy_common::abi::feature;
+use proxy_common::lb::Tables as _;
 use proxy_common::wire::answer::Answer;
 use proxy_common::wire::{Frame, MAX_OFFSET, Words, mend};
 
-use crate::tables::has;
+use crate::tables::{Kernel, has};
 
 /// `BPF_F_IPV6` (6.16): newer than the bindings.
 const BPF_F_IPV6: u64 = 1 << 7;
+
+/// `ETH_P_IP` of `linux/if_ether.h`, as the context has it.
+const ETHERTYPE_IPV4: u32 = 0x0800_u16.to_be() as u32;
+/// `PACKET_HOST` of `linux/if_packet.h`.
+const PACKET_HOST: u32 = 0;
+/// `PACKET_OTHERHOST`.
+const PACKET_OTHERHOST: u32 = 3;
 
 /// What is pulled into the linear part when a packet's headers may lie outside.
 const PULL: u32 = 192;
@@ -25,17 +33,31 @@ const PULL: u32 = 192;
 pub struct Skb(pub *mut __sk_buff);
 
 impl Skb {
-    /// Makes the headers directly readable. A failure shows as a short packet later.
+    /// Makes the headers of most packets directly readable. A failure shows as a short packet later.
+    ///
+    /// What this node sends over TCP has its headers, and nothing else, where they can be read: to ask for more would
+    /// copy that part of a packet that others hold as well.
     #[inline(always)]
     pub fn pull(&self) {
+        // SAFETY: as below.
+        let protocol = unsafe { (&raw const (*self.0).protocol).read_volatile() };
+        // Ethernet, IP without options or extensions, TCP without options.
+        let wanted = if protocol == ETHERTYPE_IPV4 { 14 + 20 + 20 } else { 14 + 40 + 20 };
         let (start, end, len) = (self.data(), self.data_end(), self.len());
-        if start + 74 > end && len as usize > end - start {
+        if start + wanted > end && len as usize > end - start {
             // SAFETY: the context is the one the program was called with; pointers are derived afresh after.
             unsafe { bpf_skb_pull_data(self.0, if len < PULL { len } else { PULL }) };
         }
     }
 
-    /// Pulls as much as an ICMP error with its embedded packet can need.
+    /// Whether more of the packet could be made readable.
+    #[inline(always)]
+    pub fn has_more(&self) -> bool {
+        let (start, end, len) = (self.data(), self.data_end(), self.len());
+        start + PULL as usize > end && len as usize > end - start
+    }
+
+    /// Pulls as much as headers with options, or an ICMP error with its embedded packet, can need.
     #[inline(always)]
     pub fn pull_more(&self) {
         let (start, end, len) = (self.data(), self.data_end(), self.len());
@@ -70,6 +92,50 @@ impl Skb {
         unsafe { (&raw const (*self.0).ifindex).read_volatile() }
     }
 
+    /// Whether the stack of this host would take the frame at this interface and forward it: frames to everybody are never
+    /// forwarded, nor do they reach a TCP socket.
+    #[inline(always)]
+    pub fn is_for_this_host(&self) -> bool {
+        // SAFETY: as above.
+        let (kind, tagged, tag) = unsafe {
+            (
+                (&raw const (*self.0).pkt_type).read_volatile(),
+                (&raw const (*self.0).vlan_present).read_volatile(),
+                (&raw const (*self.0).vlan_tci).read_volatile(),
+            )
+        };
+        // A tag of VLAN 0 is one of priority only (IEEE 802.1Q).
+        (kind == PACKET_HOST || kind == PACKET_OTHERHOST && self.is_for_the_bridge())
+            && (tagged == 0 || tag & 0xfff == 0)
+    }
+
+    /// Whether the frame is for the bridge that the interface is a port of: then it is the host's, and translated here,
+    /// because netfilter may look at it on the bridge already (br_netfilter).
+    #[inline(always)]
+    fn is_for_the_bridge(&self) -> bool {
+        let Some(iface) = Kernel::NOWHERE.iface(self.ifindex()) else { return false };
+        let [a, b, c, d, e, f] = iface.bridge.map(u16::from);
+        // One look for all of it: verifiers up to 6.1 do not see that a second one implies the first.
+        let Some(to) = self.at::<[u16; 3]>(0) else { return false };
+        // SAFETY: `at` has checked the bounds; frames begin at an even address.
+        let [x, y, z] = unsafe { to.read() }.map(u16::from_be);
+        (x | y | z) != 0 && (x ^ (a << 8 | b)) | (y ^ (c << 8 | d)) | (z ^ (e << 8 | f)) == 0
+    }
+
+    /// What was left at the packet on its way through this node.
+    #[inline(always)]
+    pub fn mark(&self) -> u16 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).tc_index).read_volatile() as u16 }
+    }
+
+    /// Leaves something at the packet. The kernel itself has no use for the field.
+    #[inline(always)]
+    pub fn set_mark(&self, mark: u16) {
+        // SAFETY: as above; programs of this kind may write the field.
+        unsafe { (&raw mut (*self.0).tc_index).write_volatile(mark.into()) };
+    }
+
     /// Puts the packet at the end of the queue of what this CPU has received, to enter by the same interface again.
     #[inline(always)]
     pub fn wait(&self) -> i32 {
@@ -82,6 +148,10 @@ impl Skb {
         if off > MAX_OFFSET {
             return None;
         }
+        let mut off = off;
+        // SAFETY: changes nothing that is in bounds. The verifier of 5.10 to 6.8 loses a bound when the compiler
+        // reloads the compared register from the stack: here it sees one at the register that is used.
+        unsafe { core::arch::asm!("{0} &= 0x7ff", inout(reg) off, options(pure, nomem, nostack)) };
         let start = self.data();
         if start + off + size_of::<T>() > self.data_end() { None } else { Some((start + off) as *mut T) }
     }

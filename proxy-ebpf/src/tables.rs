@@ -1,24 +1,41 @@
 //! [`Tables`] over the maps: the only reader of configuration, the only writer of flows.
 
+use core::arch::asm;
+
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST, bpf_sock_tuple};
 use aya_ebpf::helpers::generated::{
-    bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns, bpf_map_lookup_elem,
+    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+    bpf_map_lookup_elem, bpf_map_pop_elem, bpf_map_push_elem, bpf_sk_lookup_udp, bpf_sk_release,
+    bpf_skc_lookup_tcp,
 };
 use proxy_common::abi::{
-    Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Reason, SourceKey, feature,
+    Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
+    Iface, Leg, Pair, Reason, Role, RouteKey, SourceKey, Timeouts, Tuple, feature,
 };
-use proxy_common::addr::{Addr, Port};
-use proxy_common::lb::{Choice, FlowTable, Inserted, Recalled, Stat, Tables, Verdict};
+use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::lb::{Choice, Entered, Inserted, Recalled, Ring, Stat, Tables, Verdict};
 use proxy_common::wire::{Edit, Packet};
 
 use crate::{cut, maps};
 
-/// The maps of the kernel.
-pub struct Kernel;
+/// The maps of the kernel, and the context of the TC program at work, or none. With `PACKET` the programs have the working
+/// storage [`cut::Scratch`]: the packet that the functions are given is always the one in there, and so are edit and
+/// choice, and the cut points find them; keys are made up there, too.
+pub struct Over<const PACKET: bool>(*mut __sk_buff);
+
+/// What TC programs work with.
+pub type Kernel = Over<true>;
+/// What socket programs work with. They may be interrupted by their like, and keep everything on the stack.
+pub type Socket = Over<false>;
 
 const EEXIST: i32 = -17;
+/// `BPF_F_CURRENT_NETNS` of `linux/bpf.h`, as the helpers take it.
+const CURRENT_NETNS: u64 = u32::MAX as u64;
+/// `AF_INET` addresses and ports in a `bpf_sock_tuple`.
+const TUPLE_V4: u32 = 12;
+/// The same for `AF_INET6`.
+const TUPLE_V6: u32 = 36;
 
 /// Whether the kernel has a feature; folded by the verifier.
 #[inline(always)]
@@ -26,7 +43,43 @@ pub fn has(bit: u32) -> bool {
     maps::FEATURES.load() & bit != 0
 }
 
-impl Tables for Kernel {
+/// `CLOCK_MONOTONIC_COARSE`, or the precise clock where the kernel has no other.
+#[inline(always)]
+fn clock() -> u64 {
+    if has(feature::COARSE_CLOCK) {
+        // SAFETY: takes no arguments.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    } else {
+        // SAFETY: takes no arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+}
+
+impl<const PACKET: bool> Over<PACKET> {
+    /// Without a packet.
+    pub const NOWHERE: Self = Self(core::ptr::null_mut());
+
+    /// With the packet of a TC program.
+    #[inline(always)]
+    pub const fn new(ctx: *mut __sk_buff) -> Self {
+        Self(ctx)
+    }
+
+    /// Adds to the record's claims and says how many there are a moment later; 0 past the end.
+    #[inline(always)]
+    fn add_claim(index: u32, change: i64) -> u64 {
+        let Some(flow) = maps::RECORDS.get_ptr_mut(index) else { return 0 };
+        // SAFETY: the element stays mapped, and the field is touched nowhere else. An atomic addition without the old
+        // value, which kernels before 5.12 do not give.
+        unsafe {
+            let claims = &raw mut (*flow).claims;
+            asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) claims, in(reg) change, options(nostack));
+            claims.read_volatile()
+        }
+    }
+}
+
+impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         // Rewritten in place: a packet may see a mixture of two settings, never a torn word.
@@ -35,13 +88,18 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn now(&self) -> u64 {
-        if has(feature::COARSE_CLOCK) {
-            // SAFETY: takes no arguments.
-            unsafe { bpf_ktime_get_coarse_ns() }
-        } else {
-            // SAFETY: takes no arguments.
-            unsafe { bpf_ktime_get_ns() }
+        if !PACKET {
+            return clock();
         }
+        let Some(scratch) = cut::scratch() else { return clock() };
+        // The tick costs next to nothing, since it is read in place; the clock goes on with it.
+        // SAFETY: takes no arguments.
+        let tick = unsafe { bpf_jiffies64() };
+        if scratch.tick != tick {
+            scratch.now = clock();
+            scratch.tick = tick;
+        }
+        scratch.now
     }
 
     #[inline(always)]
@@ -58,6 +116,7 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
+        let key = keep::<PACKET, _>(key, |scratch| &mut scratch.frontend);
         // SAFETY: the memory may be given to another key while it is copied: the seal tells.
         unsafe { maps::FRONTENDS.get(key) }.copied()
     }
@@ -74,7 +133,8 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn source_allowed(&self, key: &SourceKey) -> bool {
-        // SAFETY: the key is as large as the map's, and lives on the stack.
+        let key = keep::<PACKET, _>(key, |scratch| &mut scratch.source);
+        // SAFETY: the key is as large as the map's, and lives on the stack or in the working storage.
         !unsafe {
             bpf_map_lookup_elem((&raw const maps::SOURCES).cast_mut().cast(), (&raw const *key).cast())
         }
@@ -83,12 +143,14 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        let key = keep::<PACKET, _>(key, |scratch| &mut scratch.client);
         // SAFETY: what is read is checked against the backend's generation before use.
         unsafe { maps::AFFINITY.get(key) }.copied()
     }
 
     #[inline(always)]
     fn set_affinity(&self, key: &AffinityKey, value: &Affinity) {
+        let key = keep::<PACKET, _>(key, |scratch| &mut scratch.client);
         // An LRU takes every key; a failure under memory pressure costs the client its affinity only.
         let _ = maps::AFFINITY.insert(key, value, BPF_ANY.into());
     }
@@ -100,24 +162,95 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn with_flow<R>(&self, table: FlowTable, key: &FlowKey, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
-        let flow = match table {
-            FlowTable::Established => maps::FLOWS.get_ptr_mut(key),
-            FlowTable::HalfOpen => maps::HALF_OPEN.get_ptr_mut(key),
-        }?;
-        // SAFETY: the element stays mapped while the program runs. Packets of one flow on two CPUs may both
-        // write `last_seen` and `seen`; a lost bit is set again by the next packet.
-        Some(f(unsafe { &mut *flow }))
+    fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr> {
+        let key = &mut cut::scratch()?.route;
+        *key = RouteKey::exact(ifindex, *dst);
+        // SAFETY: the key is as large as the map's, and lives in the working storage.
+        let found = unsafe {
+            bpf_map_lookup_elem((&raw const maps::MASQUERADE).cast_mut().cast(), (&raw const *key).cast())
+        };
+        // SAFETY: a value of this map; an entry that is replaced keeps its bytes until this program has ended.
+        let addr = unsafe { found.cast::<Addr>().as_ref() }?;
+        // The default route of IPv6 covers IPv4-mapped addresses, too.
+        (addr.is_v4() == dst.is_v4()).then_some(*addr)
     }
 
     #[inline(always)]
-    fn insert_flow(&self, table: FlowTable, key: &FlowKey, flow: &Flow, replace: bool) -> Inserted {
-        let mode = if replace { BPF_ANY } else { BPF_NOEXIST }.into();
-        let done = match table {
-            FlowTable::Established => maps::FLOWS.insert(key, flow, mode),
-            FlowTable::HalfOpen => maps::HALF_OPEN.insert(key, flow, mode),
-        };
-        match done {
+    fn is_service_port(&self, port: Port) -> bool {
+        let number = u32::from(port.number());
+        maps::SERVICE_PORTS.get(number / 64).is_some_and(|word| word >> (number % 64) & 1 != 0)
+    }
+
+    #[inline(always)]
+    fn is_socket(&self, tuple: &Tuple) -> bool {
+        let Some(scratch) = cut::scratch() else { return false };
+        let asked = &mut scratch.asked;
+        // As a packet from the other end would ask: addresses, then ports.
+        let (v4, ports) = (tuple.src.is_v4(), u32::from(tuple.dport.0) | u32::from(tuple.sport.0) << 16);
+        if v4 {
+            (asked[0], asked[1], asked[2]) = (tuple.dst.word_v4(), tuple.src.word_v4(), ports);
+        } else {
+            let (s, d) = (&tuple.dst.0, &tuple.src.0);
+            *asked = [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports];
+        }
+        let asked = asked.as_mut_ptr().cast::<bpf_sock_tuple>();
+        // SAFETY: the tuple is written as far as its length says, and a socket that is found is released.
+        unsafe {
+            match tuple.proto {
+                Proto::TCP => {
+                    let found = if v4 {
+                        bpf_skc_lookup_tcp(self.0.cast(), asked, TUPLE_V4, CURRENT_NETNS, 0)
+                    } else {
+                        bpf_skc_lookup_tcp(self.0.cast(), asked, TUPLE_V6, CURRENT_NETNS, 0)
+                    };
+                    !found.is_null() && bpf_sk_release(found.cast()) == 0
+                }
+                Proto::UDP => {
+                    let found = if v4 {
+                        bpf_sk_lookup_udp(self.0.cast(), asked, TUPLE_V4, CURRENT_NETNS, 0)
+                    } else {
+                        bpf_sk_lookup_udp(self.0.cast(), asked, TUPLE_V6, CURRENT_NETNS, 0)
+                    };
+                    !found.is_null() && bpf_sk_release(found.cast()) == 0
+                }
+                _ => false,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn is_forwarded(&self) -> bool {
+        // SAFETY: the context is the one the program was called with.
+        unsafe { (&raw const (*self.0).ingress_ifindex).read_volatile() != 0 }
+    }
+
+    #[inline(always)]
+    fn is_target(&self, tuple: &Tuple) -> bool {
+        let bit = target(tuple);
+        maps::TARGETS.get(bit / 64).is_some_and(|word| word >> (bit % 64) & 1 != 0)
+    }
+
+    #[inline(always)]
+    fn set_target(&self, tuple: &Tuple) {
+        let bit = target(tuple);
+        if let Some(word) = maps::TARGETS.get_ptr_mut(bit / 64) {
+            // SAFETY: the element stays mapped. Two CPUs may set two bits of one word, and one be lost: it is set again
+            // with the next flow.
+            unsafe { *word |= 1 << (bit % 64) };
+        }
+    }
+
+    #[inline(always)]
+    fn leg(&self, pair: &Pair) -> Option<Leg> {
+        // SAFETY: the memory may be given to another key while it is copied: the seal tells.
+        unsafe { maps::FLOWS.get(pair) }.copied()
+    }
+
+    #[inline(always)]
+    fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
+        let Some(scratch) = cut::scratch() else { return Inserted::Full };
+        flow.write_leg(role, &mut scratch.leg);
+        match maps::FLOWS.insert(&flow.pairs[role.index()], &scratch.leg, BPF_NOEXIST.into()) {
             Ok(()) => Inserted::Done,
             Err(EEXIST) => Inserted::Exists,
             Err(_) => Inserted::Full,
@@ -125,16 +258,78 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn delete_flow(&self, table: FlowTable, key: &FlowKey) {
-        // An absent key is what was wanted.
-        let _ = match table {
-            FlowTable::Established => maps::FLOWS.remove(key),
-            FlowTable::HalfOpen => maps::HALF_OPEN.remove(key),
+    fn delete_leg(&self, pair: &Pair) {
+        // An absent key is what was wanted; one that stays behind counts no more, and its place is taken when needed.
+        let _ = maps::FLOWS.remove(pair);
+    }
+
+    #[inline(always)]
+    fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
+        let flow = maps::RECORDS.get_ptr_mut(index)?;
+        // SAFETY: the element stays mapped while the program runs. Who writes which field is said there; `claims` is
+        // touched by nobody who comes this way.
+        Some(f(unsafe { &mut *flow }))
+    }
+
+    #[inline(always)]
+    fn claim(&self, index: u32) -> bool {
+        // Of several that add, at most the first can read that it is alone.
+        if Self::add_claim(index, 1) == 1 {
+            return true;
+        }
+        Self::add_claim(index, -1);
+        false
+    }
+
+    #[inline(always)]
+    fn unclaim(&self, index: u32) {
+        Self::add_claim(index, -1);
+    }
+
+    #[inline(always)]
+    fn take_record(&self) -> Option<u32> {
+        let mut index = 0_u32;
+        // SAFETY: the value is as large as the map's.
+        let failed =
+            unsafe { bpf_map_pop_elem((&raw const maps::FREE).cast_mut().cast(), (&raw mut index).cast()) };
+        (failed == 0).then_some(index)
+    }
+
+    #[inline(always)]
+    fn give_record(&self, index: u32) -> bool {
+        // SAFETY: as above.
+        let failed = unsafe {
+            bpf_map_push_elem((&raw const maps::FREE).cast_mut().cast(), (&raw const index).cast(), 0)
         };
+        failed == 0
+    }
+
+    #[inline(always)]
+    fn stand(&self, ring: Ring, id: FlowId) -> FlowId {
+        let Some(scratch) = cut::scratch() else { return FlowId::NONE };
+        let size = maps::PLACES.load();
+        let Some(place) = scratch.places.get_mut(ring.0 as usize) else { return FlowId::NONE };
+        let at = *place;
+        *place = if at + 1 < size { at + 1 } else { 0 };
+        // SAFETY: takes no arguments.
+        let cpu = unsafe { bpf_get_smp_processor_id() };
+        let Some(stands) = maps::RING.get_ptr_mut((cpu * Ring::COUNT + ring.0) * size + at) else {
+            return FlowId::NONE;
+        };
+        // SAFETY: the element stays mapped; only this CPU writes it, and a flow's id is checked before it is used.
+        unsafe { core::mem::replace(&mut *stands, id) }
+    }
+
+    #[inline(always)]
+    fn anybody(&self) -> FlowId {
+        let all = maps::PLACES.load() * Ring::COUNT * maps::CPUS.load();
+        let at = (u64::from(self.random()) * u64::from(all)) >> 32;
+        maps::RING.get(at as u32).copied().unwrap_or(FlowId::NONE)
     }
 
     #[inline(always)]
     fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
+        let key = keep::<PACKET, _>(key, |scratch| &mut scratch.fragment);
         let fragment = maps::FRAGMENTS.get_ptr_mut(key)?;
         // SAFETY: the element stays mapped while the program runs. Two fragments on two CPUs may count one wait
         // for both; the ports come with a new element.
@@ -144,6 +339,7 @@ impl Tables for Kernel {
     #[inline(always)]
     fn set_fragment(&self, key: &FragmentKey, value: &Fragment, replace: bool) {
         let mode = if replace { BPF_ANY } else { BPF_NOEXIST }.into();
+        let key = keep::<PACKET, _>(key, |scratch| &mut scratch.fragment);
         // A failure under memory pressure shows as `fragment_unknown` with a later fragment.
         let _ = maps::FRAGMENTS.insert(key, value, mode);
     }
@@ -170,64 +366,121 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn ingress_slow(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict {
-        Verdict::from_number(cut::cut_slow((&raw const *packet).cast_mut(), known, edit))
+    fn is_service_range(&self, addr: &Addr) -> bool {
+        self.config().is_some_and(|config| config.is_service_range(addr))
     }
 
     #[inline(always)]
-    fn past(&self, packet: &mut Packet, known: u32) -> Verdict {
-        Verdict::from_number(cut::cut_past(packet, known))
+    fn snat_port(&self, n: u32) -> Port {
+        Port(cut::cut_snat_port(n) as u16)
     }
 
     #[inline(always)]
-    fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict {
-        Verdict::from_number(cut::cut_choose((&raw const *packet).cast_mut(), known, attempt, choice))
+    fn ingress_slow(&self, _packet: &Packet, known: u32, _edit: &mut Edit) -> Verdict {
+        Verdict::from_number(cut::cut_slow(known))
     }
 
     #[inline(always)]
-    fn write_flow(&self, key: &FlowKey, choice: &Choice, client_port: Port, edit: &mut Edit) -> Inserted {
-        Inserted::from_number(cut::cut_write(
-            (&raw const *key).cast_mut(),
-            (&raw const *choice).cast_mut(),
-            client_port.0.into(),
-            edit,
-        ))
+    fn choose(&self, _packet: &Packet, known: u32, attempt: u32, _choice: &mut Choice) -> Verdict {
+        Verdict::from_number(cut::cut_choose(known, attempt))
+    }
+
+    /// The choice is the one that lies in the working storage, from the call before.
+    #[inline(always)]
+    fn make(&self, _packet: &Packet, _choice: &Choice, middle_port: Port) -> FlowId {
+        FlowId(cut::cut_make(middle_port.0.into()))
     }
 
     #[inline(always)]
-    fn revive(&self, key: &FlowKey) -> u32 {
-        cut::cut_revive((&raw const *key).cast_mut())
+    fn join(&self, _packet: &Packet, id: FlowId) -> Inserted {
+        Inserted::from_number(cut::cut_join(id.0))
     }
 
     #[inline(always)]
-    fn promote(&self, key: &FlowKey) -> u32 {
-        cut::cut_promote((&raw const *key).cast_mut())
+    fn progress(&self, _packet: &Packet, id: FlowId, forward: bool) -> u32 {
+        cut::cut_progress(id.0, forward.into())
     }
 
     #[inline(always)]
-    fn forget(&self, key: &FlowKey) -> u32 {
-        cut::cut_forget((&raw const *key).cast_mut())
+    fn look_after(&self, id: FlowId) -> u32 {
+        cut::cut_look_after(id.0)
     }
 
     #[inline(always)]
-    fn superseded(&self, key: &mut FlowKey) -> u32 {
-        cut::cut_superseded(key)
+    fn enter(&self, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
+        let answer = cut::cut_enter(id.0, role.0.into());
+        *holder = FlowId(answer & !cut::ENTERED);
+        Entered::from_number(((answer & cut::ENTERED) >> cut::ENTERED_AT) as u32)
     }
 
     #[inline(always)]
-    fn recall_fragment(&self, packet: &mut Packet) -> Recalled {
-        Recalled::from_number(cut::cut_recall(packet))
+    fn dissolve(&self, id: FlowId) -> u32 {
+        cut::cut_dissolve(id.0)
     }
 
     #[inline(always)]
-    fn remember_fragment(&self, packet: &Packet) -> u32 {
-        cut::cut_remember((&raw const *packet).cast_mut())
+    fn take_apart(&self, id: FlowId) -> u32 {
+        cut::cut_take_apart(id.0)
     }
 
     #[inline(always)]
-    fn choose_source(&self, key: &FlowKey, ifindex: u32, edit: &mut Edit) -> Verdict {
-        Verdict::from_number(cut::cut_source((&raw const *key).cast_mut(), ifindex, edit))
+    fn make_own(&self, _packet: &Packet, guest: bool) -> FlowId {
+        FlowId(cut::cut_make_own(guest.into()))
     }
+
+    #[inline(always)]
+    fn join_own(&self, id: FlowId) -> u32 {
+        cut::cut_join_own(id.0)
+    }
+
+    /// The times are those that lie in the working storage.
+    #[inline(always)]
+    fn sweep(&self, index: u32, _timeouts: &Timeouts) -> u32 {
+        cut::cut_sweep(index)
+    }
+
+    #[inline(always)]
+    fn find_port(&self, _packet: &mut Packet) -> u32 {
+        cut::cut_port(self.0)
+    }
+
+    #[inline(always)]
+    fn enter_source(&self, _packet: &Packet, id: FlowId) -> Entered {
+        Entered::from_number(cut::cut_source(id.0))
+    }
+
+    #[inline(always)]
+    fn recall_fragment(&self, _packet: &mut Packet) -> Recalled {
+        Recalled::from_number(cut::cut_recall())
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, _packet: &Packet) -> u32 {
+        cut::cut_remember()
+    }
+}
+
+/// The key, in its place in the working storage if there is one.
+#[inline(always)]
+fn keep<'a, const PACKET: bool, K: Copy + 'static>(
+    key: &'a K,
+    place: impl FnOnce(&'static mut cut::Scratch) -> &'static mut K,
+) -> &'a K {
+    if PACKET && let Some(scratch) = cut::scratch() {
+        let place = place(scratch);
+        *place = *key;
+        return place;
+    }
+    key
+}
+
+/// The bit of `TARGETS` that an endpoint has.
+#[inline(always)]
+fn target(tuple: &Tuple) -> u32 {
+    let a = &tuple.dst.0;
+    let mut hash = a[0].rotate_left(5) ^ a[1].rotate_left(11) ^ a[2].rotate_left(17) ^ a[3];
+    hash ^= u32::from(tuple.dport.0) << 8 ^ u32::from(tuple.proto.0);
+    hash.wrapping_mul(0x9e37_79b1) >> 16
 }
 
 /// The cookie of the network namespace that a socket call is made in; 0 when the kernel does not tell it.

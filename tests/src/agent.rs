@@ -37,7 +37,7 @@ pub const FLAGS: [&str; 11] = [
     "--max-sources=1024",
     "--max-addresses=4096",
     "--max-flows=16384",
-    "--max-half-open=8192",
+    "--max-young-flows=8192",
     "--max-affinity=4096",
     "--max-fragments=1024",
 ];
@@ -126,6 +126,11 @@ impl Agent {
         })
     }
 
+    /// Further flags of `run`, from the next start on.
+    pub fn further(&mut self, flags: &[&str]) {
+        self.arguments.extend(flags.iter().map(ToString::to_string));
+    }
+
     /// Starts it (again) with the same flags; [`Self::wait_ready`] tells when it is ready.
     pub fn spawn(&mut self) -> Result<()> {
         ensure!(self.child.is_none(), "the agent of {} runs already", self.place.name);
@@ -143,7 +148,7 @@ impl Agent {
 
     /// Waits until `status` calls it healthy; what an earlier agent has left behind does not count.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let ended = eventually(START, || {
+        let ended = eventually(START * crate::patience(), || {
             if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
                 // No use in waiting any longer.
                 return Ok(Some(status));
@@ -175,7 +180,8 @@ impl Agent {
     /// Waits until it has ended by itself.
     pub fn ended(&mut self) -> Result<ExitStatus> {
         let mut child = self.child.take().context("the agent does not run")?;
-        let waited = eventually(START, || child.try_wait()?.context("the agent does not end"));
+        let waited =
+            eventually(START * crate::patience(), || child.try_wait()?.context("the agent does not end"));
         if waited.is_err() {
             // It must not outlive the test that finds this.
             let _ = child.kill();
@@ -218,7 +224,7 @@ impl Agent {
         let pid = Pid::from_raw(i32::try_from(child.id()).context("a process id")?);
         let (sender, receiver) = channel();
         std::thread::spawn(move || sender.send(child.wait_with_output()));
-        let Ok(output) = receiver.recv_timeout(COMMAND) else {
+        let Ok(output) = receiver.recv_timeout(COMMAND * crate::patience()) else {
             // It is ours and still runs: its thread has not reaped it.
             let _ = kill(pid, Signal::SIGKILL);
             bail!("{} {arguments:?} did not end within {COMMAND:?}", self.binary.display());

@@ -3,7 +3,8 @@
 //! A [`town::Town`] is a set of network namespaces: nodes joined by an underlay, pods in the nodes, clients
 //! outside. [`pod::Place`] is where a process can run in it; [`probe`] runs the test-pod program there and reads its
 //! answers. [`agent::Agent`] runs the real agent in a node, [`manifests`] and [`apiserver`] feed it,
-//! [`packet`] builds and checks packets. Nothing here knows the agent's insides: it is a binary with a command
+//! [`packet`] builds and checks packets, [`wire`] sends and hears them as raw frames, [`mod@reference`] has netfilter do
+//! what the agent does. Nothing here knows the agent's insides: it is a binary with a command
 //! line (only [`programs`] and the benchmarks call its planner and load its programs).
 //!
 //! Everything made here is a value that takes itself down when dropped, also when a test panics; what a killed
@@ -13,6 +14,7 @@ pub mod agent;
 pub mod answer;
 pub mod apiserver;
 pub mod cgroup;
+pub mod chaos;
 pub mod manifests;
 pub mod netns;
 pub mod object;
@@ -20,10 +22,13 @@ pub mod packet;
 pub mod pod;
 pub mod probe;
 pub mod programs;
+pub mod reference;
 pub mod require;
 pub mod rollout;
+pub mod stop;
 pub mod sweep;
 pub mod town;
+pub mod wire;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -41,6 +46,13 @@ pub fn unique() -> String {
 #[must_use]
 pub fn keep() -> bool {
     std::env::var_os("PROXY_TESTS_KEEP").is_some_and(|value| value == "1")
+}
+
+/// How many times longer than on an ordinary machine things may take here (`PROXY_TESTS_PATIENCE`): an emulated one
+/// is ten times slower.
+#[must_use]
+pub fn patience() -> u32 {
+    std::env::var("PROXY_TESTS_PATIENCE").ok().and_then(|value| value.parse().ok()).unwrap_or(1).max(1)
 }
 
 /// Says something to the person who runs the tests; the one place that does.

@@ -109,11 +109,42 @@ impl Netns {
         self.batch("bridge", batch)
     }
 
+    /// Runs a batch of `tc` commands (one a line, without the word `tc`) in the namespace.
+    pub fn tc(&self, batch: &str) -> Result<()> {
+        self.batch("tc", batch)
+    }
+
     fn batch(&self, program: &str, batch: &str) -> Result<()> {
         let mut command = Command::new(program);
         command.args(["-n", &self.name, "-batch", "-"]);
         feed(command, batch)
             .with_context(|| format!("{program} in network namespace {}:\n{batch}", self.name))
+    }
+
+    /// Loads nftables rules in the namespace, all of them or none.
+    pub fn nft(&self, rules: &str) -> Result<()> {
+        let mut command = Command::new("nft");
+        command.args(["-f", "-"]);
+        self.run_in(|| feed(command, rules))?
+            .with_context(|| format!("nft in network namespace {}:\n{rules}", self.name))
+    }
+
+    /// Joins two namespaces with one more veth pair: the name of its end here, and of that there. Both are up.
+    pub fn join(&self, own: &str, other: &Self, theirs: &str) -> Result<()> {
+        self.ip(&format!(
+            "link add {own} type veth peer name {theirs} netns {}\nlink set {own} up\n",
+            other.name
+        ))?;
+        other.ip(&format!("link set {theirs} up\n"))
+    }
+
+    /// The Ethernet address of an interface.
+    pub fn mac(&self, interface: &str) -> Result<[u8; 6]> {
+        let output = self.output("ip", &["-json", "link", "show", interface])?;
+        let links: serde_json::Value = serde_json::from_str(&output).with_context(|| output.clone())?;
+        let text = links[0]["address"].as_str().with_context(|| output.clone())?;
+        let bytes: Vec<u8> = text.split(':').map_while(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+        bytes.try_into().map_err(|_| anyhow::anyhow!("{interface} has no Ethernet address: {output}"))
     }
 
     /// Runs a program of iproute2 and the like in the namespace; its output.
@@ -166,7 +197,7 @@ fn feed(mut command: Command, input: &str) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .context("running it (iproute2 is needed)")?;
+        .context("running it (iproute2 and nftables are needed)")?;
     let written = child.stdin.take().context("its stdin")?.write_all(input.as_bytes());
     let output = child.wait_with_output().context("waiting for it")?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());

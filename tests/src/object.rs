@@ -1,6 +1,6 @@
 //! The Kubernetes objects the agent watches, as JSON with a name: what manifests and the API server publish.
 
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use serde_json::Value;
@@ -16,6 +16,8 @@ pub enum Kind {
     Node,
     /// `networking.k8s.io/v1` ServiceCIDR.
     ServiceCidr,
+    /// `v1` Pod.
+    Pod,
 }
 
 impl Kind {
@@ -27,6 +29,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::Pod => "Pod",
         }
     }
 
@@ -38,6 +41,7 @@ impl Kind {
             Self::EndpointSlice => "endpointslices",
             Self::Node => "nodes",
             Self::ServiceCidr => "servicecidrs",
+            Self::Pod => "pods",
         }
     }
 
@@ -45,7 +49,7 @@ impl Kind {
     #[must_use]
     pub fn api_version(self) -> &'static str {
         match self {
-            Self::Service | Self::Node => "v1",
+            Self::Service | Self::Node | Self::Pod => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
             Self::ServiceCidr => "networking.k8s.io/v1",
         }
@@ -95,6 +99,12 @@ impl From<&EndpointSlice> for Object {
 impl From<&Node> for Object {
     fn from(node: &Node) -> Self {
         Self::new(Kind::Node, serde_json::to_value(node).expect("a Node is JSON"))
+    }
+}
+
+impl From<&Pod> for Object {
+    fn from(pod: &Pod) -> Self {
+        Self::new(Kind::Pod, serde_json::to_value(pod).expect("a Pod is JSON"))
     }
 }
 

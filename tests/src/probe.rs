@@ -124,7 +124,7 @@ impl Process {
 
     /// The next line it prints.
     pub fn line<T: DeserializeOwned + Debug>(&mut self, patience: Duration) -> Result<T> {
-        let line = self.lines.recv_timeout(patience).map_err(|error| {
+        let line = self.lines.recv_timeout(patience * crate::patience()).map_err(|error| {
             let status = self.child.try_wait();
             anyhow!("{} printed nothing ({error}); its state: {status:?}", self.what)
         })?;
@@ -250,6 +250,32 @@ pub fn roam(place: &Place, targets: &[SocketAddr]) -> Result<Vec<Request>> {
         targets.iter().flat_map(|target| ["--to".to_owned(), target.to_string()]).collect();
     let mut process = Process::start(place, "roam", &arguments)?;
     (0..targets.len() * 2).map(|_| process.line(PATIENCE)).collect()
+}
+
+/// A socket in a place that does what it is told.
+#[derive(Debug)]
+pub struct Remote(Process);
+
+impl Remote {
+    /// A socket of this family (`inet`, `inet6`) and kind (`udp`, `tcp`, `mptcp`).
+    pub fn open(place: &Place, family: &str, kind: &str) -> Result<Self> {
+        let arguments = ["--family", family, "--kind", kind].map(ToOwned::to_owned);
+        Process::start(place, "socket", &arguments).map(Self)
+    }
+
+    /// One step, with an address or an empty word; a failure of the network is a value in what comes back. Addresses
+    /// in that are never mapped ones.
+    pub fn step(&mut self, verb: &str, address: &str) -> Result<Request> {
+        self.0.order(format!("{verb} {address}").trim())?;
+        self.0.line(PATIENCE)
+    }
+
+    /// One step that must not fail.
+    pub fn done(&mut self, verb: &str, address: &str) -> Result<Request> {
+        let request = self.step(verb, address)?;
+        ensure!(request.failure.is_none(), "{} {verb} {address}: {request:?}", self.0.what);
+        Ok(request)
+    }
 }
 
 /// A client that runs beside the test: `T` is what it reports.

@@ -7,20 +7,22 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::Pod;
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, Queue};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use proxy_agent::datapath::Datapath as _;
+use proxy_agent::datapath::flow::{Flows, Timeouts};
 use proxy_agent::datapath::kernel::Kernel;
 use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
 use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::probe::Features;
 use proxy_agent::plan::{Actual, Step};
-use proxy_common::abi::{Backend, Hook};
+use proxy_common::abi::{Backend, Flow, FlowId, Hook, ask};
 use proxy_common::testing::{ByteFrame, Outcome};
 
-/// Where `ifindex` lies in `struct __sk_buff`, the context of a test run.
+/// Where `ingress_ifindex` and `ifindex` lie in `struct __sk_buff`, the context of a test run.
+const INGRESS_IFINDEX_AT: usize = 36;
 const IFINDEX_AT: usize = 40;
 /// The interface of a test run that names none.
 const LOOPBACK: u32 = 1;
@@ -32,6 +34,7 @@ const LONGEST: usize = 4096;
 pub struct Programs {
     loaded: Loaded,
     kernel: Kernel,
+    flows: Flows,
     root: BpfRoot,
     /// What was written since the tables were empty.
     written: Vec<Step>,
@@ -54,13 +57,37 @@ pub fn with_own_mounts<T: Send>(work: impl FnOnce(&Path) -> Result<T> + Send) ->
 }
 
 impl Programs {
-    /// Loads the embedded object, with its pins below the directory of [`with_own_mounts`].
+    /// Loads the embedded object, with its pins below the directory of [`with_own_mounts`]. All records are free then.
     pub fn load(directory: &Path, capacities: &Capacities) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "this runs the real programs: run it as root");
         let root = BpfRoot::new(directory.join("bpf"));
         let loaded = Loaded::open(&root, &Features::probe(), capacities, ProgramLog::Off)?;
-        let kernel = Kernel::open(&root)?;
-        Ok(Self { loaded, kernel, root, written: Vec::new() })
+        let (kernel, flows) = (Kernel::open(&root)?, Flows::open(&root)?);
+        let programs = Self { loaded, kernel, flows, root, written: Vec::new() };
+        programs.sweep()?;
+        Ok(programs)
+    }
+
+    /// Every living flow.
+    pub fn flows(&self) -> Result<Vec<Flow>> {
+        let mut found = Vec::new();
+        self.flows.scan(|flow| found.push(*flow))?;
+        Ok(found)
+    }
+
+    /// Ends the living flows that are `unwanted`.
+    pub fn end_flows(&self, unwanted: impl Fn(&Flow) -> bool) -> Result<()> {
+        let ids: Vec<FlowId> =
+            self.flows()?.iter().filter(|flow| unwanted(flow)).map(|flow| flow.id).collect();
+        let ended = self.flows.end(&ids)? as usize;
+        ensure!(ended == ids.len(), "{ended} of {} flows were ended", ids.len());
+        Ok(())
+    }
+
+    /// Looks through all records once, as the agent does; how many flows were over.
+    pub fn sweep(&self) -> Result<u32> {
+        let starts = (0..self.flows.max()).step_by(ask::MOST as usize);
+        starts.map(|from| Ok(self.flows.sweep(from, ask::MOST, &Timeouts::CONNTRACK)?)).sum()
     }
 
     /// Reads the configuration tables.
@@ -75,6 +102,16 @@ impl Programs {
 
     /// A hash map that packets write; while its pin is there.
     pub fn hash<K: Pod, V: Pod>(&self, name: &str) -> Result<HashMap<MapData, K, V>> {
+        Ok(Map::from_map_data(self.open(name)?)?.try_into()?)
+    }
+
+    /// An array; while its pin is there.
+    pub fn array<V: Pod>(&self, name: &str) -> Result<Array<MapData, V>> {
+        Ok(Map::from_map_data(self.open(name)?)?.try_into()?)
+    }
+
+    /// A queue; while its pin is there.
+    pub fn queue<V: Pod>(&self, name: &str) -> Result<Queue<MapData, V>> {
         Ok(Map::from_map_data(self.open(name)?)?.try_into()?)
     }
 
@@ -108,13 +145,26 @@ impl Programs {
     /// Runs the program of a hook on a packet at an interface of this network namespace. `None` when the kernel
     /// does not take so short a packet.
     pub fn run(&self, bytes: &[u8], hook: Hook, ethernet: bool, ifindex: u32) -> Result<Option<Outcome>> {
+        self.run_from(0, bytes, hook, ethernet, ifindex)
+    }
+
+    /// The same with a packet that has come in by the interface `from`, or was sent by this node itself if that is 0.
+    pub fn run_from(
+        &self,
+        from: u32,
+        bytes: &[u8],
+        hook: Hook,
+        ethernet: bool,
+        ifindex: u32,
+    ) -> Result<Option<Outcome>> {
         let mut context = [0; IFINDEX_AT + 4];
+        context[INGRESS_IFINDEX_AT..IFINDEX_AT].copy_from_slice(&from.to_ne_bytes());
         context[IFINDEX_AT..].copy_from_slice(&ifindex.to_ne_bytes());
         let mut out = vec![0; LONGEST];
         let options = TestRunOptions {
             data_in: Some(bytes),
             data_out: Some(&mut out),
-            ctx_in: (ifindex != LOOPBACK).then_some(&context[..]),
+            ctx_in: (ifindex != LOOPBACK || from != 0).then_some(&context[..]),
             ..Default::default()
         };
         let done = match self.classifier(hook, ethernet)?.test_run(options) {
@@ -132,6 +182,8 @@ impl Programs {
             (-1, false) => Outcome::Passed,
             (-1, true) => Outcome::Rewritten(frame),
             (2, _) => Outcome::Dropped,
+            // Behind the stack nothing is refused: an answer leaves by another interface.
+            (7, true) if hook == Hook::EGRESS => Outcome::Rewritten(frame),
             (7, true) => Outcome::Refused(frame),
             (7, false) => Outcome::Waits,
             (other, _) => bail!("the program returned {other}"),
@@ -153,6 +205,8 @@ impl Programs {
 fn undo(step: &Step) -> Option<Step> {
     Some(match *step {
         Step::PutIface(index, _) => Step::DeleteIface(index),
+        Step::PutRoute(key, _) => Step::DeleteRoute(key),
+        Step::PutServicePorts(word, _) => Step::PutServicePorts(word, 0),
         Step::PutService(id, _) => Step::DeleteService(id),
         Step::PutBackend(index, _) => Step::PutBackend(index, Backend::retired(0)),
         Step::PutSlot(slot, _) => Step::PutSlot(slot, 0),

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result};
 
-use crate::{bpf_object, bpf_stack, cmd, toolchain::Toolchain, workspace};
+use crate::{bpf_loops, bpf_object, bpf_stack, cmd, toolchain::Toolchain, workspace};
 
 /// `cargo xtask build-ebpf`
 pub(crate) fn run() -> Result<()> {
@@ -33,6 +33,7 @@ pub(crate) fn run() -> Result<()> {
     let stack = bpf_stack::deepest(&elf).with_context(|| format!("refused {}", built.display()))?;
     let frames: Vec<&str> = stack.chain.iter().map(|(name, _)| name.as_str()).collect();
     println!("  {} bytes of stack at most, in {}", stack.bytes, frames.join(" → "));
+    bpf_loops::check(&elf).with_context(|| format!("refused {}", built.display()))?;
     let object = workspace::bpf_object();
     let news = if replace(&object, &elf)? { "written" } else { "unchanged" };
     println!("{}: {} bytes, {news}", object.display(), elf.len());

@@ -4,6 +4,7 @@
 //! [`workspace`] knows where things are, [`toolchain`] finds (and pins) what compiles for the kernel.
 #![expect(clippy::print_stdout, reason = "this binary talks to a terminal")]
 
+mod bpf_loops;
 mod bpf_object;
 mod bpf_stack;
 mod build;
@@ -14,6 +15,7 @@ mod conformance;
 mod image;
 mod invariants;
 mod kind;
+mod matrix;
 mod scenario;
 mod setup;
 mod test;
@@ -47,6 +49,8 @@ enum Command {
     Test(test::Args),
     /// Measure (root). `--json FILE` also writes every figure to a file.
     Bench(scenario::Args),
+    /// Floods, port exhaustion and DNS-like load, with the proxy and with nftables rules, in counts (root).
+    Chaos(scenario::Args),
     /// What CI demands besides the tests: format, lints, docs, licences, invariants.
     Check,
     /// Write `tests/conformance.md`: every rule with the tests that cite it.
@@ -77,6 +81,7 @@ fn run(command: Command) -> Result<()> {
         Command::Demo(args) => scenario::run("demo", &args),
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => scenario::run("bench", &args),
+        Command::Chaos(args) => scenario::run("chaos", &args),
         Command::Check => check::run(),
         Command::Conformance => conformance::run(),
         Command::Image(args) => image::run(&args),

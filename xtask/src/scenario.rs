@@ -1,5 +1,5 @@
-//! `demo` and `bench`: compiles what they need, then runs the program of that name in `proxy-tests`. Only what is
-//! measured is compiled for release, which takes minutes.
+//! `demo`, `bench` and `chaos`: compiles what they need, then runs the program of that name in `proxy-tests`. Only what
+//! is measured is compiled for release, which takes minutes.
 
 use anyhow::{Result, bail};
 
@@ -16,7 +16,7 @@ pub(crate) struct Args {
     rest: Vec<String>,
 }
 
-/// `cargo xtask demo`, `cargo xtask bench`
+/// `cargo xtask demo`, `cargo xtask bench`, `cargo xtask chaos`
 pub(crate) fn run(program: &str, args: &Args) -> Result<()> {
     let metadata = Metadata::read()?;
     if !metadata.package("proxy-tests")?.has("bin", program) {

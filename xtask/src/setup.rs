@@ -37,8 +37,9 @@ enum Missing {
 }
 
 /// What the tests and the demo call, with the package it comes in.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 11] = [
     ("ip", "iproute2"),
+    ("tc", "iproute2"),
     ("nft", "nftables"),
     ("iptables-nft", "iptables"),
     ("iptables-legacy", "iptables"),
@@ -46,6 +47,8 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("bpftool", "bpftool"),
     ("ethtool", "ethtool"),
     ("setpriv", "util-linux"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("xz", "xz-utils"),
 ];
 
 /// `cargo xtask setup`

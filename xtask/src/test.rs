@@ -13,17 +13,17 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use crate::{
-    build_ebpf, cmd, image,
+    build_ebpf, cmd, image, matrix,
     workspace::{self, Metadata},
 };
 
 /// Which tests to run.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The levels to run; all of them by default.
+    /// The levels to run; by default all of them, `matrix` only in its bounded form `kernels`.
     #[arg(value_enum)]
     levels: Vec<Level>,
-    /// Run only the tests whose name contains this.
+    /// Run only the tests whose name contains this; for `kernels` and `matrix`, one series: `6.16`, `newest`.
     #[arg(long)]
     only: Option<String>,
 }
@@ -46,22 +46,31 @@ enum Level {
     Kernel,
     /// The agent on nodes made of network namespaces, with real traffic.
     E2e,
+    /// The agent beside rules, routes, devices and machines that are not its own: flannel's masquerade, second
+    /// interfaces, traffic shaping, bridges.
+    Neighbours,
     /// What Kubernetes' own end-to-end tests demand, on three nodes.
     Conformance,
     /// The container image: the static release binary packed, unpacked and run.
     Image,
+    /// The static release binary on Debian's kernels 5.10, 6.1 and the newest, in virtual machines.
+    Kernels,
+    /// The same with more kernels and all probes; prints the table of README.
+    Matrix,
 }
 
-/// What runs when no level is named; `golden` is part of `unit`.
-const ALL: [Level; 8] = [
+/// What runs when no level is named; `golden` is part of `unit`, `kernels` of `matrix`.
+const ALL: [Level; 10] = [
     Level::Unit,
     Level::Rules,
     Level::Fixtures,
     Level::Packet,
     Level::Kernel,
     Level::E2e,
+    Level::Neighbours,
     Level::Conformance,
     Level::Image,
+    Level::Kernels,
 ];
 
 /// The feature of `proxy-agent` that its tests on a real kernel stand behind.
@@ -116,12 +125,17 @@ fn summarise(results: &[(&Level, Duration, bool)]) -> Result<()> {
 
 impl Level {
     fn needs_kernel(self) -> bool {
-        !matches!(self, Self::Unit | Self::Golden | Self::Rules | Self::Image)
+        !matches!(self, Self::Unit | Self::Golden | Self::Rules | Self::Image | Self::Kernels | Self::Matrix)
     }
 
     fn run(self, metadata: &Metadata, only: Option<&str>) -> Result<()> {
-        if self == Self::Image {
-            return image::write(None, &image::default_output()).map(|tag| println!("{tag} runs"));
+        match self {
+            Self::Image => {
+                return image::write(None, &image::default_output()).map(|tag| println!("{tag} runs"));
+            }
+            Self::Kernels => return matrix::run(matrix::Scope::Bounded, only),
+            Self::Matrix => return matrix::run(matrix::Scope::Whole, only),
+            _ => {}
         }
         let mut command = cmd::cargo();
         command.current_dir(workspace::root()).arg("test").args(self.selection(metadata)?).arg("--");
@@ -152,8 +166,9 @@ impl Level {
             Self::Fixtures => ("proxy-tests", "fixtures"),
             Self::Packet => ("proxy-tests", "packet"),
             Self::E2e => ("proxy-tests", "e2e"),
+            Self::Neighbours => ("proxy-tests", "neighbours"),
             Self::Conformance => ("proxy-tests", "conformance"),
-            Self::Image => bail!("the image level has no test target"),
+            Self::Image | Self::Kernels | Self::Matrix => bail!("the level {self} has no test target"),
         };
         if !metadata.package(package)?.has("test", target) {
             bail!("package {package} has no test target `{target}`");
@@ -172,7 +187,7 @@ impl Level {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         match self {
             // A node is an agent, its pods and their clients: one a core keeps time-outs honest.
-            Self::E2e | Self::Conformance | Self::Kernel => cores.min(4),
+            Self::E2e | Self::Neighbours | Self::Conformance | Self::Kernel => cores.min(4),
             _ => cores * 2,
         }
     }
@@ -196,6 +211,7 @@ fn require_kernel() -> Result<()> {
         ),
         (has_mount(&mounts, "cgroup2"), "cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup/unified)"),
         (runs("ip", &["netns", "list"]), "ip with network namespaces (cargo xtask setup)"),
+        (runs("tc", &["-Version"]), "tc (cargo xtask setup)"),
         (runs("nft", &["--version"]), "nft (cargo xtask setup)"),
     ];
     let absent: Vec<&str> = checks.into_iter().filter(|(there, _)| !there).map(|(_, what)| what).collect();
@@ -227,8 +243,8 @@ mod tests {
 
     #[test]
     fn all_levels_run_every_test_once() {
-        assert_eq!(ALL.len() + 1, Level::value_variants().len());
-        assert!(!ALL.contains(&Level::Golden));
+        assert_eq!(ALL.len() + 2, Level::value_variants().len());
+        assert!(!ALL.contains(&Level::Golden) && !ALL.contains(&Level::Matrix));
     }
 
     #[test]

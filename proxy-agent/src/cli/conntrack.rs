@@ -1,19 +1,18 @@
 //! `conntrack list|flush`: the flow table, one row a flow.
 //!
-//! A flow has two to four entries (see `proxy_common::abi::FlowKey`); each is found from its DNAT leg.
+//! Everything about a flow is in its record (see `proxy_common::abi::Flow`).
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use anyhow::Result;
 use clap::Args;
-use proxy_common::abi::{Flow, FlowKey, Hook, Leg, untext};
-use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::abi::{FORWARD, Flow, FlowId, REPLY, Role, untext};
+use proxy_common::addr::{Addr, Port};
 use serde::Serialize;
 
 use super::table;
-use super::view::{FlowTable, Now, View, endpoint_text, service_text, span};
+use super::view::{Now, View, endpoint_text, service_text, span};
 use crate::plan::Actual;
 
 /// An address, or an address and a port.
@@ -24,8 +23,8 @@ pub struct Peer {
 }
 
 impl Peer {
-    fn matches(&self, addr: Addr, port: Port) -> bool {
-        IpAddr::from(addr) == self.ip && self.port.is_none_or(|number| number == port.number())
+    fn matches(&self, (addr, port): (&Addr, Port)) -> bool {
+        IpAddr::from(*addr) == self.ip && self.port.is_none_or(|number| number == port.number())
     }
 }
 
@@ -99,34 +98,26 @@ pub struct FlowRow {
     /// Entries it has in the tables.
     pub entries: usize,
     #[serde(skip)]
-    keys: Vec<(FlowTable, FlowKey)>,
+    id: FlowId,
 }
 
-/// Both flow tables, in memory.
-type Entries = HashMap<FlowKey, (FlowTable, Flow)>;
-
-/// The flows that pass `filter`, by client.
+/// The flows that pass `filter`, by client. Conversations of the node's own are none: nothing is translated in them.
 pub fn rows(view: &dyn View, filter: &Filter, now: Now) -> Result<Vec<FlowRow>> {
     let actual = view.actual()?;
-    let mut entries: Entries = HashMap::new();
-    view.flows(&mut |table, key, flow| {
-        // An entry on its way from HALF_OPEN to FLOWS is in both for a moment: the answered one counts.
-        if table == FlowTable::Established || !entries.contains_key(&key) {
-            entries.insert(key, (table, flow));
+    let mut flows = Vec::new();
+    view.flows(&mut |flow| {
+        if !flow.is_own() && passes(filter, flow, &actual) {
+            flows.push(*flow);
         }
     })?;
-    let mut dnat: Vec<_> = entries
-        .iter()
-        .filter(|(key, (_, flow))| flow.leg == Leg::DNAT && passes(filter, key, flow, &actual))
-        .map(|(key, _)| *key)
-        .collect();
-    dnat.sort_unstable_by_key(|k| {
-        (IpAddr::from(k.src), k.sport.number(), IpAddr::from(k.dst), k.dport.number(), k.proto)
+    flows.sort_unstable_by_key(|flow| {
+        let ((client, port), (vip, vip_port)) = (flow.client(), flow.vip());
+        (IpAddr::from(*client), port.number(), IpAddr::from(*vip), vip_port.number(), flow.proto())
     });
-    Ok(dnat.iter().filter_map(|key| row(key, &entries, &actual, now)).collect())
+    Ok(flows.iter().map(|flow| row(flow, &actual, now)).collect())
 }
 
-fn passes(filter: &Filter, key: &FlowKey, flow: &Flow, actual: &Actual) -> bool {
+fn passes(filter: &Filter, flow: &Flow, actual: &Actual) -> bool {
     let Filter { service, endpoint, client } = filter;
     let of_service = |wanted: &ServiceRef| {
         actual.services.get(&flow.service).is_some_and(|name| {
@@ -134,69 +125,45 @@ fn passes(filter: &Filter, key: &FlowKey, flow: &Flow, actual: &Actual) -> bool 
         })
     };
     service.as_ref().is_none_or(of_service)
-        && endpoint.is_none_or(|peer| peer.matches(flow.addr, flow.port))
-        && client.is_none_or(|peer| peer.matches(key.src, key.sport))
+        && endpoint.is_none_or(|peer| peer.matches(target(flow)))
+        && client.is_none_or(|peer| peer.matches(flow.client()))
 }
 
-/// The flow of a DNAT leg, with the legs that are found from it.
-fn row(dnat: &FlowKey, entries: &Entries, actual: &Actual, now: Now) -> Option<FlowRow> {
-    let (table, flow) = *entries.get(dnat)?;
-    let sport = if flow.other_port == Port(0) { dnat.sport } else { flow.other_port };
-    let snat_key = FlowKey { dst: flow.addr, dport: flow.port, sport, hook: Hook::EGRESS, ..*dnat };
-    let snat = entries.get(&snat_key).filter(|(_, leg)| leg.leg == Leg::SNAT);
-    let node = snat.map(|(_, leg)| (leg.addr, leg.port)).filter(|(addr, _)| !addr.is_unspecified());
-    let unsnat_key = node.map(|(addr, port)| FlowKey {
-        src: flow.addr,
-        sport: flow.port,
-        dst: addr,
-        dport: port,
-        hook: Hook::INGRESS,
-        ..*dnat
-    });
-    let undnat_key = snat_key.reversed(Hook::EGRESS);
+/// Where the flow goes: the endpoint, which may be the address that was named.
+fn target(flow: &Flow) -> (&Addr, Port) {
+    if flow.is_identity() { flow.vip() } else { flow.endpoint() }
+}
 
-    // DNAT first: without it no packet of the client meets half a flow while the others go.
-    let mut legs = vec![(*dnat, (table, flow))];
-    for (key, leg) in
-        [(Some(snat_key), Leg::SNAT), (unsnat_key, Leg::UNSNAT), (Some(undnat_key), Leg::UNDNAT)]
-    {
-        let found = key.and_then(|key| Some((key, *entries.get(&key)?)));
-        legs.extend(found.filter(|(_, (_, flow))| flow.leg == leg));
-    }
-    let seen = |wanted: [Leg; 2]| {
-        legs.iter().filter(|(_, (_, f))| wanted.contains(&f.leg)).fold(0, |bits, (_, (_, f))| bits | f.seen)
-    };
-    let last = legs.iter().map(|(_, (_, flow))| flow.last_seen).max().unwrap_or(0);
-    Some(FlowRow {
-        protocol: dnat.proto.to_string(),
-        client: endpoint_text(dnat.src, dnat.sport),
-        destination: endpoint_text(dnat.dst, dnat.dport),
-        endpoint: endpoint_text(flow.addr, flow.port),
-        masquerade: node.map(|(addr, port)| endpoint_text(addr, port)),
-        state: state(dnat.proto, table, seen([Leg::DNAT, Leg::SNAT]), seen([Leg::UNDNAT, Leg::UNSNAT])),
+fn row(flow: &Flow, actual: &Actual, now: Now) -> FlowRow {
+    let text = |(addr, port): (&Addr, Port)| endpoint_text(*addr, port);
+    let last = flow.last_seen().max(flow.last_reset());
+    FlowRow {
+        protocol: flow.proto().to_string(),
+        client: text(flow.client()),
+        destination: text(flow.vip()),
+        endpoint: text(target(flow)),
+        masquerade: flow.has_source().then(|| text(flow.node())),
+        state: state(flow),
         idle_ms: now.mono_ns.saturating_sub(last) / 1_000_000,
         service: service_text(flow.service, &actual.services),
-        entries: legs.len(),
-        keys: legs.into_iter().map(|(key, (table, _))| (table, key)).collect(),
-    })
+        entries: [Role::OUTER, Role::MIDDLE, Role::INNER].iter().filter(|role| flow.has(**role)).count(),
+        id: flow.id,
+    }
 }
 
-const FIN: u8 = 0x01;
-const RST: u8 = 0x04;
-
-/// The word for how far a flow is, from the TCP flags of both directions (RFC 9293 §3.1).
+/// The word for how far a flow is.
 #[must_use]
-pub fn state(proto: Proto, table: FlowTable, forward: u8, reply: u8) -> &'static str {
-    match (proto, table) {
-        (Proto::TCP, _) if (forward | reply) & RST != 0 => "reset",
-        (_, FlowTable::HalfOpen) => "unanswered",
-        (Proto::TCP, FlowTable::Established) => match (forward & FIN != 0, reply & FIN != 0) {
-            (true, true) => "closed",
-            (true, false) => "closing by client",
-            (false, true) => "closing by endpoint",
-            (false, false) => "established",
-        },
-        (_, FlowTable::Established) => "established",
+pub fn state(flow: &Flow) -> &'static str {
+    if flow.is_reset() {
+        return "reset";
+    }
+    match (flow.old != 0, flow.fin[FORWARD] != 0, flow.fin[REPLY] != 0) {
+        (_, true, true) => "closed",
+        (false, ..) if flow.seen[REPLY] == 0 => "unanswered",
+        (false, ..) => "answered",
+        (true, true, false) => "closing by client",
+        (true, false, true) => "closing by endpoint",
+        (true, false, false) => "established",
     }
 }
 
@@ -213,14 +180,10 @@ pub struct Flushed {
 pub fn flush(view: &dyn View, filter: &Filter, now: Now) -> Result<Flushed> {
     let mut done = Flushed::default();
     for row in rows(view, filter, now)? {
-        let mut any = false;
-        for (table, key) in row.keys {
-            if view.delete_flow(table, &key)? {
-                done.entries += 1;
-                any = true;
-            }
+        if view.end_flows(&[row.id])? != 0 {
+            done.flows += 1;
+            done.entries += row.entries as u64;
         }
-        done.flows += u64::from(any);
     }
     Ok(done)
 }
@@ -246,7 +209,9 @@ pub fn text(rows: &[FlowRow]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{Legs, NOW, golden, small_cluster};
+    use proxy_common::addr::Proto;
+
+    use super::super::memory::{NOW, Sketch, golden, small_cluster};
     use super::*;
 
     fn filter(service: &str, endpoint: &str, client: &str) -> Filter {
@@ -266,13 +231,13 @@ mod tests {
         let rows = rows(&small_cluster(), &Filter::default(), NOW).unwrap();
         golden("conntrack_list", &text(&rows));
         let entries: Vec<_> = rows.iter().map(|row| row.entries).collect();
-        assert_eq!(entries, [2, 2, 4]);
+        assert_eq!(entries, [2, 2, 3]);
         assert_eq!(
             serde_json::to_value(&rows[2]).unwrap(),
             serde_json::json!({
                 "protocol": "TCP", "client": "192.0.2.9:40000", "destination": "10.0.0.1:30200",
                 "endpoint": "10.244.2.7:8080", "masquerade": "10.0.0.1:1024", "state": "established",
-                "idle_ms": 5000, "service": "default/web:http", "entries": 4,
+                "idle_ms": 5000, "service": "default/web:http", "entries": 3,
             })
         );
     }
@@ -281,28 +246,20 @@ mod tests {
     fn a_flow_with_another_client_port_behind_the_service_keeps_its_legs_together() {
         let memory = small_cluster();
         memory.flows.borrow_mut().clear();
-        memory.add_flow(&Legs {
-            table: FlowTable::Established,
+        // The programs gave the flow source port 5000 towards the endpoint.
+        memory.add_flow(&Sketch {
+            old: true,
             proto: Proto::UDP,
             client: "[fd00::9]:4000",
             vip: "[fd00::a]:53",
             endpoint: "[fd00:1::5]:5353",
+            middle_port: Some(5000),
             node: None,
-            seen: (0, 0),
+            fin: [0, 0],
             backend: (1, 1),
             service: 2,
             idle_s: 1,
         });
-        {
-            // The programs gave the flow source port 5000 towards the endpoint.
-            let mut flows = memory.flows.borrow_mut();
-            let ((table, key), flow) =
-                flows.iter().find(|(_, f)| f.leg == Leg::UNDNAT).map(|(k, f)| (*k, *f)).unwrap();
-            flows.remove(&(table, key));
-            let moved = FlowKey { dport: Port::new(5000), ..key };
-            flows.insert((table, moved), Flow { other_port: Port::new(4000), ..flow });
-            flows.values_mut().filter(|f| f.leg == Leg::DNAT).for_each(|f| f.other_port = Port::new(5000));
-        }
         let rows = rows(&memory, &Filter::default(), NOW).unwrap();
         assert_eq!((rows.len(), rows[0].entries, rows[0].state), (1, 2, "established"));
         assert_eq!(rows[0].destination, "[fd00::a]:53");
@@ -325,24 +282,23 @@ mod tests {
     fn flushing_removes_what_was_meant_and_nothing_else() {
         let memory = small_cluster();
         let done = flush(&memory, &filter("", "", "192.0.2.9"), NOW).unwrap();
-        assert_eq!(done, Flushed { flows: 1, entries: 4 });
-        assert_eq!(memory.flows.borrow().len(), 4);
+        assert_eq!(done, Flushed { flows: 1, entries: 3 });
+        assert_eq!(memory.flows.borrow().len(), 2);
         assert_eq!(flush(&memory, &filter("", "", "192.0.2.9"), NOW).unwrap(), Flushed::default());
         let rest = flush(&memory, &Filter::default(), NOW).unwrap();
         assert_eq!(rest, Flushed { flows: 2, entries: 4 });
     }
 
     #[test]
-    fn states_follow_the_flags_of_both_directions() {
-        use FlowTable::{Established as Flows, HalfOpen};
-        assert_eq!(state(Proto::TCP, HalfOpen, 0x02, 0), "unanswered");
-        assert_eq!(state(Proto::TCP, Flows, 0x12, 0x12), "established");
-        assert_eq!(state(Proto::TCP, Flows, 0x13, 0x12), "closing by client");
-        assert_eq!(state(Proto::TCP, Flows, 0x12, 0x13), "closing by endpoint");
-        assert_eq!(state(Proto::TCP, Flows, 0x13, 0x13), "closed");
-        assert_eq!(state(Proto::TCP, Flows, 0x12, 0x14), "reset");
-        assert_eq!(state(Proto::UDP, HalfOpen, 0, 0), "unanswered");
-        assert_eq!(state(Proto::UDP, Flows, 0, 0), "established");
+    fn states_follow_what_both_ends_have_shown() {
+        let flow = |old, answered, fin| Flow { old, seen: [1, answered], fin, ..Flow::EMPTY };
+        assert_eq!(state(&flow(0, 0, [0, 0])), "unanswered");
+        assert_eq!(state(&flow(0, 2, [0, 0])), "answered");
+        assert_eq!(state(&flow(1, 2, [0, 0])), "established");
+        assert_eq!(state(&flow(1, 2, [1, 0])), "closing by client");
+        assert_eq!(state(&flow(1, 2, [0, 1])), "closing by endpoint");
+        assert_eq!(state(&flow(1, 2, [1, 1])), "closed");
+        assert_eq!(state(&Flow { rst: [0, 3], ..flow(1, 2, [0, 0]) }), "reset");
     }
 
     #[test]

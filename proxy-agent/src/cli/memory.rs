@@ -6,12 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
 use proxy_common::abi::{
-    AgentState, Backend, Flow, FlowKey, Frontend, FrontendKey, Hook, Leg, Reason, Run, ServiceName,
-    ServiceStats, backend, frontend, text,
+    AgentState, Backend, Flow, FlowId, Frontend, FrontendKey, Reason, Role, Run, ServiceName, ServiceStats,
+    State, Tuple, backend, flow_flags, frontend, text,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 
-use super::view::{FlowTable, LinkInfo, MapFill, Now, View};
+use super::view::{LinkInfo, MapFill, Now, View};
 use crate::plan::Actual;
 
 /// The moment of all tests.
@@ -24,7 +24,7 @@ pub(super) struct Memory {
     pub(super) complaints: Vec<String>,
     pub(super) reasons: Vec<(Reason, u64)>,
     pub(super) stats: BTreeMap<u32, ServiceStats>,
-    pub(super) flows: RefCell<BTreeMap<(FlowTable, FlowKey), Flow>>,
+    pub(super) flows: RefCell<Vec<Flow>>,
     pub(super) fill: Vec<MapFill>,
     pub(super) links: Vec<LinkInfo>,
 }
@@ -48,12 +48,15 @@ impl View for Memory {
     fn service_stats(&self) -> Result<BTreeMap<u32, ServiceStats>> {
         Ok(self.stats.clone())
     }
-    fn flows(&self, each: &mut dyn FnMut(FlowTable, FlowKey, Flow)) -> Result<()> {
-        self.flows.borrow().iter().for_each(|((table, key), flow)| each(*table, *key, *flow));
+    fn flows(&self, each: &mut dyn FnMut(&Flow)) -> Result<()> {
+        self.flows.borrow().iter().for_each(each);
         Ok(())
     }
-    fn delete_flow(&self, table: FlowTable, key: &FlowKey) -> Result<bool> {
-        Ok(self.flows.borrow_mut().remove(&(table, *key)).is_some())
+    fn end_flows(&self, ids: &[FlowId]) -> Result<u32> {
+        let mut flows = self.flows.borrow_mut();
+        let before = flows.len();
+        flows.retain(|flow| !ids.contains(&flow.id));
+        Ok((before - flows.len()) as u32)
     }
     fn fill(&self) -> Result<Vec<MapFill>> {
         Ok(self.fill.clone())
@@ -72,52 +75,52 @@ pub(super) fn name(namespace: &str, name: &str, port: &str, proto: Proto, family
     ServiceName { namespace: text(namespace), name: text(name), port: text(port), proto, family, pad: [0; 2] }
 }
 
-/// A flow with all its legs, as the programs leave them.
-pub(super) struct Legs<'a> {
-    pub(super) table: FlowTable,
+/// A flow as the programs leave it.
+pub(super) struct Sketch<'a> {
+    pub(super) old: bool,
     pub(super) proto: Proto,
     pub(super) client: &'a str,
     pub(super) vip: &'a str,
     pub(super) endpoint: &'a str,
+    /// The client's port towards the endpoint.
+    pub(super) middle_port: Option<u16>,
     /// Node address and port of a masqueraded flow.
     pub(super) node: Option<&'a str>,
-    /// TCP flags seen from the client, and from the endpoint.
-    pub(super) seen: (u8, u8),
+    /// Whether the client, and the endpoint, have closed the connection.
+    pub(super) fin: [u8; 2],
     pub(super) backend: (u32, u32),
     pub(super) service: u32,
     pub(super) idle_s: u64,
 }
 
 impl Memory {
-    pub(super) fn add_flow(&self, legs: &Legs<'_>) {
-        let Legs { table, proto, client, vip, endpoint, node, seen, backend, service, idle_s } = *legs;
-        let ((src, sport), (vip, vport), (ep, eport)) = (split(client), split(vip), split(endpoint));
-        let last_seen = NOW.mono_ns - idle_s * 1_000_000_000;
-        let key = |src, sport, dst, dport, hook| FlowKey { src, dst, sport, dport, proto, hook, pad: 0 };
-        let flow = |leg, addr, port, seen| Flow {
-            addr,
-            port,
-            other_port: Port(0),
-            leg,
-            seen,
-            pad: 0,
-            backend: backend.0,
-            generation: backend.1,
-            service,
-            pad2: 0,
-            last_seen,
+    pub(super) fn add_flow(&self, sketch: &Sketch<'_>) {
+        let ((src, sport), (vip, vport)) = (split(sketch.client), split(sketch.vip));
+        let (ep, eport) = split(sketch.endpoint);
+        let mut flow = Flow {
+            id: FlowId(self.flows.borrow().len() as u64 + 1).next(),
+            service: sketch.service,
+            backend: sketch.backend.0,
+            generation: sketch.backend.1,
+            state: State::LIVE,
+            old: sketch.old.into(),
+            legs: 2,
+            seen: [NOW.mono_ns - sketch.idle_s * 1_000_000_000, 0],
+            fin: sketch.fin,
+            ..Flow::EMPTY
         };
-        let snat = key(src, sport, ep, eport, Hook::EGRESS);
-        let mut flows = self.flows.borrow_mut();
-        flows.insert((table, key(src, sport, vip, vport, Hook::INGRESS)), flow(Leg::DNAT, ep, eport, seen.0));
-        flows.insert((table, snat.reversed(Hook::EGRESS)), flow(Leg::UNDNAT, vip, vport, seen.1));
-        if let Some((node, nport)) = node.map(split) {
-            flows.insert((table, snat), flow(Leg::SNAT, node, nport, seen.0));
-            flows.insert(
-                (table, key(ep, eport, node, nport, Hook::INGRESS)),
-                flow(Leg::UNSNAT, src, sport, seen.1),
-            );
+        let mut set = |role: Role, src, sport, dst, dport| {
+            let tuple = Tuple::new(src, sport, dst, dport, sketch.proto);
+            flow.near[role.index()] = tuple.write_pair(&mut flow.pairs[role.index()]) as u8;
+        };
+        set(Role::OUTER, src, sport, vip, vport);
+        set(Role::MIDDLE, src, sketch.middle_port.map_or(sport, Port::new), ep, eport);
+        if let Some((node, nport)) = sketch.node.map(split) {
+            set(Role::INNER, node, nport, ep, eport);
+            flow.flags |= flow_flags::MASQUERADE;
+            flow.source = flow.pairs[Role::INNER.index()].seal() | 1;
         }
+        self.flows.borrow_mut().push(flow);
     }
 
     fn add_frontend(&mut self, key: (&str, u16, Proto), service: u32, flags: u32, runs: (Run, Run)) {
@@ -136,7 +139,7 @@ impl Memory {
 }
 
 /// `default/web:http` (ClusterIP, NodePort under policy Local, an endpoint here, one elsewhere, one draining),
-/// `kube-system/dns` (UDP, IPv6, no endpoint left), one masqueraded TCP flow, one draining, one half-open.
+/// `kube-system/dns` (UDP, IPv6, no endpoint left), one masqueraded TCP flow, one draining, one unanswered.
 pub(super) fn small_cluster() -> Memory {
     let mut memory = Memory {
         actual: Actual::default(),
@@ -148,7 +151,7 @@ pub(super) fn small_cluster() -> Memory {
         flows: RefCell::default(),
         fill: vec![
             MapFill { name: "FRONTENDS", used: 3, max: 131_072 },
-            MapFill { name: "FLOWS", used: 8, max: 524_288 },
+            MapFill { name: "RECORDS", used: 3, max: 163_840 },
         ],
         links: vec![
             LinkInfo { name: "connect4".into(), program: "connect4".into(), attached: true, program_id: 7 },
@@ -172,31 +175,30 @@ pub(super) fn small_cluster() -> Memory {
     let node_port = frontend::NODE_PORT | frontend::LOCAL | frontend::ANY | frontend::AFFINITY;
     memory.add_frontend(("0.0.0.0", 30200, Proto::TCP), 1, node_port, runs);
     memory.add_frontend(("fd00::a", 53, Proto::UDP), 2, frontend::INTERNAL, (Run::EMPTY, Run::EMPTY));
-    let (syn, syn_ack, fin) = (0x02, 0x12, 0x01);
-    let tcp = |client, vip, endpoint, backend| Legs {
-        table: FlowTable::Established,
+    let tcp = |client, vip, endpoint, backend| Sketch {
+        old: true,
         proto: Proto::TCP,
         client,
         vip,
         endpoint,
+        middle_port: None,
         node: None,
-        seen: (syn | 0x10, syn_ack),
+        fin: [0, 0],
         backend,
         service: 1,
         idle_s: 5,
     };
-    memory.add_flow(&Legs {
+    memory.add_flow(&Sketch {
         node: Some("10.0.0.1:1024"),
         ..tcp("192.0.2.9:40000", "10.0.0.1:30200", "10.244.2.7:8080", (2, 3))
     });
-    memory.add_flow(&Legs {
-        seen: (syn | 0x10 | fin, syn_ack),
+    memory.add_flow(&Sketch {
+        fin: [1, 0],
         idle_s: 70,
         ..tcp("10.244.1.3:40001", "10.96.0.20:80", "10.244.1.9:8080", (3, 1))
     });
-    memory.add_flow(&Legs {
-        table: FlowTable::HalfOpen,
-        seen: (syn, 0),
+    memory.add_flow(&Sketch {
+        old: false,
         idle_s: 0,
         ..tcp("10.244.1.3:40002", "10.96.0.20:80", "10.244.1.5:8080", (1, 1))
     });
@@ -219,7 +221,7 @@ fn agent() -> AgentState {
         connected: 1,
         interfaces: 4,
         interfaces_failed: 0,
-        pad: 0,
+        absent: 0,
         version: text("0.1.0"),
         node: text("n1"),
         source: text("manifests /etc/services"),

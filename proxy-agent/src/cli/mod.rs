@@ -44,6 +44,8 @@ pub struct Rooms {
     pub leftovers: fn() -> Vec<String>,
     /// Takes that away.
     pub clean: fn() -> Cleaned,
+    /// Loads the embedded programs and lets them go.
+    pub trial: fn() -> doctor::Trial,
     /// The embedded BPF object; empty when this binary was built without one.
     pub object: &'static [u8],
 }
@@ -227,7 +229,12 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
         }
         Command::Doctor(format) => {
             let agent = read_status(rooms, root);
-            let node = doctor::Node { root: Path::new("/"), leftovers: &rooms.leftovers, bpf_root: root };
+            let node = doctor::Node {
+                root: Path::new("/"),
+                leftovers: &rooms.leftovers,
+                trial: &rooms.trial,
+                bpf_root: root,
+            };
             let report = doctor::examine(&node, rooms.object, agent.as_ref().map_err(|e| format!("{e:#}")));
             show(out, format, &report, doctor::text)?;
             Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })

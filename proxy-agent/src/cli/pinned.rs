@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use proxy_common::abi::{AgentState, Flow, FlowKey, Reason, ServiceStats};
+use proxy_common::abi::{AgentState, Flow, FlowId, Reason, ServiceStats};
 
-use super::view::{FlowTable, LinkInfo, MapFill, View};
+use super::view::{LinkInfo, MapFill, View};
 use crate::datapath::pinned::{Pinned, Place};
 use crate::plan::Actual;
 
@@ -34,12 +34,12 @@ impl View for Pinned {
         Ok(Self::service_stats(self)?)
     }
 
-    fn flows(&self, each: &mut dyn FnMut(FlowTable, FlowKey, Flow)) -> Result<()> {
-        Ok(Self::flows(self, &mut |table, key, flow| each(table, key, flow))?)
+    fn flows(&self, each: &mut dyn FnMut(&Flow)) -> Result<()> {
+        Ok(Self::flows(self, &mut |flow| each(flow))?)
     }
 
-    fn delete_flow(&self, table: FlowTable, key: &FlowKey) -> Result<bool> {
-        Ok(Self::delete_flow(self, table, key)?)
+    fn end_flows(&self, ids: &[FlowId]) -> Result<u32> {
+        Ok(Self::end_flows(self, ids)?)
     }
 
     fn fill(&self) -> Result<Vec<MapFill>> {

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 
 use anyhow::Result;
-use proxy_common::abi::{AgentState, untext};
+use proxy_common::abi::{AgentState, NOTE, untext};
 use serde::Serialize;
 
 use super::table;
 use super::view::{LinkInfo, MapFill, Now, View, span};
-use crate::datapath::size_flag;
+use crate::datapath::{probe, size_flag};
 
 /// An agent that has not written its record for this long does not run.
 pub const BEAT_LIMIT_MS: u64 = 15_000;
@@ -82,6 +82,15 @@ pub struct ReasonCount {
     pub meaning: &'static str,
 }
 
+/// Something that the kernel lacks and the agent does without.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FallBack {
+    /// What is lacking.
+    pub feature: &'static str,
+    /// What that means.
+    pub meaning: &'static str,
+}
+
 /// The page. This is the documented JSON form: fields are added, never renamed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Status {
@@ -105,10 +114,14 @@ pub struct Status {
     pub links: Vec<LinkInfo>,
     /// How full the tables are.
     pub tables: Vec<MapFill>,
+    /// What the kernel lacks, as the agent found it.
+    pub fall_backs: Vec<FallBack>,
     /// Counters that are not zero.
     pub reasons: Vec<ReasonCount>,
     /// Objects left out, in the agent's words.
     pub complaints: Vec<String>,
+    /// What is as it should be, and should be known.
+    pub notes: Vec<String>,
 }
 
 impl Status {
@@ -130,8 +143,10 @@ impl Status {
             socket_hooks: vec![],
             links: vec![],
             tables: vec![],
+            fall_backs: vec![],
             reasons: vec![],
             complaints: vec![],
+            notes: vec![],
         }
     }
 
@@ -139,6 +154,9 @@ impl Status {
     pub fn read(view: &dyn View, kernel: &str, now: Now) -> Result<Self> {
         let state = view.agent()?;
         let (links, tables, complaints) = (view.links()?, view.fill()?, view.complaints()?);
+        let (notes, complaints): (Vec<String>, Vec<String>) =
+            complaints.into_iter().partition(|line| line.starts_with(NOTE));
+        let notes = notes.iter().filter_map(|line| line.strip_prefix(NOTE)).map(str::to_owned).collect();
         let agent = match state.started_ms {
             0 => None,
             _ => Some(agent(&state, view.is_running()?, now)),
@@ -162,6 +180,7 @@ impl Status {
             socket_hooks: hooks.into_iter().collect(),
             links,
             tables,
+            fall_backs: fall_backs(&state),
             reasons: reasons
                 .map(|(reason, count)| ReasonCount {
                     reason: reason.label(),
@@ -170,6 +189,7 @@ impl Status {
                 })
                 .collect(),
             complaints,
+            notes,
         })
     }
 }
@@ -195,6 +215,11 @@ fn agent(state: &AgentState, running: bool, now: Now) -> Agent {
         interfaces: state.interfaces,
         interfaces_failed: state.interfaces_failed,
     }
+}
+
+fn fall_backs(state: &AgentState) -> Vec<FallBack> {
+    let absent = probe::fall_backs(state.absent).into_iter();
+    absent.map(|feature| FallBack { feature: feature.name, meaning: feature.when_absent }).collect()
 }
 
 fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
@@ -307,6 +332,11 @@ pub fn text(status: &Status) -> String {
         page += "\n";
         page += &table::table(&["TABLE", "USED", "MAX", "FILL"], rows.collect());
     }
+    if !status.fall_backs.is_empty() {
+        let rows = status.fall_backs.iter().map(|one| vec![one.feature.to_owned(), one.meaning.to_owned()]);
+        page += "\n";
+        page += &table::table(&["THIS KERNEL LACKS", "SO"], rows.collect());
+    }
     if !status.reasons.is_empty() {
         let rows = status.reasons.iter().map(|reason| {
             vec![reason.reason.to_owned(), reason.count.to_string(), reason.meaning.to_owned()]
@@ -314,10 +344,11 @@ pub fn text(status: &Status) -> String {
         page += "\n";
         page += &table::table(&["REASON", "COUNT", "MEANING"], rows.collect());
     }
-    if !status.complaints.is_empty() {
-        page += "\n";
-        let rows = status.complaints.iter().map(|line| vec![line.clone()]);
-        page += &table::table(&["COMPLAINTS"], rows.collect());
+    for (title, lines) in [("COMPLAINTS", &status.complaints), ("NOTES", &status.notes)] {
+        if !lines.is_empty() {
+            page += "\n";
+            page += &table::table(&[title], lines.iter().map(|line| vec![line.clone()]).collect());
+        }
     }
     table::plain(&page)
 }
@@ -393,6 +424,18 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_lacks_is_told_with_what_it_means_and_is_no_ailment() {
+        use proxy_common::abi::absent;
+        let mut memory = small_cluster();
+        memory.agent.absent = absent::TCX | absent::SET_RETVAL | absent::HOST_NETNS;
+        let status = read(&memory);
+        assert!(status.healthy);
+        golden("status_old_kernel", &text(&status));
+        let json = serde_json::to_value(status).unwrap();
+        assert_eq!(json["fall_backs"][0]["feature"], "TCX links");
+    }
+
+    #[test]
     fn each_ailment_is_a_problem() {
         assert_eq!(problems_of(|_| {}), Vec::<String>::new());
         assert_eq!(
@@ -445,8 +488,10 @@ mod tests {
             "socket_hooks",
             "links",
             "tables",
+            "fall_backs",
             "reasons",
             "complaints",
+            "notes",
         ];
         expected.sort_unstable();
         let mut sorted = keys.clone();

@@ -23,6 +23,7 @@ fn rooms() -> Rooms {
             removed: vec!["nftables table ip kube-proxy".to_owned()],
             left: vec!["IP set KUBE-LOOP-BACK: busy".to_owned()],
         },
+        trial: || doctor::Trial { outcome: Ok(12), fall_backs: vec![] },
         object: b"\x7fELF",
     }
 }
@@ -75,7 +76,7 @@ fn flush_wants_to_be_told_what() {
     assert_eq!(text, "removed 2 flows (4 entries)\n");
     assert_eq!(
         json(&["conntrack", "flush", "--all", "--output=json"]),
-        serde_json::json!({"flows": 3, "entries": 8})
+        serde_json::json!({"flows": 3, "entries": 7})
     );
 }
 

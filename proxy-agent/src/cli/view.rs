@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use proxy_common::abi::{AgentState, Flow, FlowKey, Reason, ServiceName, ServiceStats, untext};
+use proxy_common::abi::{AgentState, Flow, FlowId, Reason, ServiceName, ServiceStats, untext};
 
 pub use crate::datapath::pinned::MapFill;
 use crate::plan::Actual;
-pub use proxy_common::lb::FlowTable;
 
 /// One pinned link.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -36,10 +35,10 @@ pub trait View {
     fn reasons(&self) -> Result<Vec<(Reason, u64)>>;
     /// Counters by service id, summed over CPUs.
     fn service_stats(&self) -> Result<BTreeMap<u32, ServiceStats>>;
-    /// Calls `each` for every entry of both flow tables.
-    fn flows(&self, each: &mut dyn FnMut(FlowTable, FlowKey, Flow)) -> Result<()>;
-    /// Deletes one entry; false when it was gone already.
-    fn delete_flow(&self, table: FlowTable, key: &FlowKey) -> Result<bool>;
+    /// Calls `each` for every living flow.
+    fn flows(&self, each: &mut dyn FnMut(&Flow)) -> Result<()>;
+    /// Ends flows; how many of them there were.
+    fn end_flows(&self, ids: &[FlowId]) -> Result<u32>;
     /// How full the tables are.
     fn fill(&self) -> Result<Vec<MapFill>>;
     /// The pinned links.
@@ -97,13 +96,13 @@ pub fn endpoint_text(addr: proxy_common::addr::Addr, port: proxy_common::addr::P
     std::net::SocketAddr::new(addr.into(), port.number()).to_string()
 }
 
-/// Live connections by backend index and generation: the DNAT legs of both flow tables.
+/// Live connections by backend index and generation.
 ///
 /// Connections that were translated at their socket have no flow and are not counted.
 pub(super) fn connections(view: &dyn View) -> Result<BTreeMap<(u32, u32), u64>> {
     let mut count = BTreeMap::new();
-    view.flows(&mut |_, _, flow| {
-        if flow.leg == proxy_common::abi::Leg::DNAT {
+    view.flows(&mut |flow| {
+        if !flow.is_own() {
             *count.entry((flow.backend, flow.generation)).or_default() += 1;
         }
     })?;

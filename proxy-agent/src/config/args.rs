@@ -15,7 +15,7 @@ pub enum SocketLbArg {
     All,
     /// Host processes; pods are left to TC.
     Host,
-    /// Nobody: everything is translated packet by packet.
+    /// Nobody: pods and the outside are translated packet by packet, and host processes reach no Service.
     Off,
 }
 
@@ -69,9 +69,19 @@ pub struct RunArgs {
     /// Root of the cgroup v2 hierarchy [default: where it is mounted].
     #[arg(long, value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
-    /// Whose sockets are translated at connect.
+    /// Whose sockets are translated at connect. What host processes send past TCP and UDP sockets (SCTP, raw sockets) is
+    /// translated with no setting.
     #[arg(long, value_enum, default_value_t = SocketLbArg::All)]
     pub socket_lb: SocketLbArg,
+    /// Pods whose sockets are left to their packets, as glob patterns for their cgroups below --cgroup-root: a cluster
+    /// or a service mesh inside the pod then sees Service addresses. `*` stands within one name, `**` for any number of
+    /// names. Not for host processes, whose packets nobody translates.
+    #[arg(long, value_name = "GLOB,...", value_delimiter = ',')]
+    pub socket_lb_exclude_cgroups: Vec<String>,
+    /// Leave the sockets of pods with the annotation `ebpf-proxy/socket-lb: "false"` to their packets, too. The agent
+    /// then watches this node's pods, for which its role must allow list and watch.
+    #[arg(long)]
+    pub socket_lb_pod_annotations: bool,
     /// Interfaces that carry programs, as glob patterns [default: all but lo].
     #[arg(long, value_name = "GLOB,...", value_delimiter = ',')]
     pub devices: Vec<String>,
@@ -190,12 +200,12 @@ pub struct Capacities {
     /// Service and node addresses.
     #[arg(long = "max-addresses", value_name = "N", default_value_t = capacity::ADDRESSES as u32, value_parser = entries)]
     pub addresses: u32,
-    /// Entries of established flows: two to four a flow.
-    #[arg(long = "max-flows", value_name = "N", default_value_t = capacity::FLOWS as u32, value_parser = entries)]
+    /// Flows, those of the node itself that have to be known included.
+    #[arg(long = "max-flows", value_name = "N", default_value_t = capacity::RECORDS as u32, value_parser = entries)]
     pub flows: u32,
-    /// Flows that nobody has answered yet.
-    #[arg(long = "max-half-open", value_name = "N", default_value_t = capacity::HALF_OPEN as u32, value_parser = entries)]
-    pub half_open: u32,
+    /// Places on each CPU for flows whose ends have not shown yet that they mean it: with more, the oldest goes.
+    #[arg(long = "max-young-flows", value_name = "N", default_value_t = capacity::RING as u32, value_parser = entries)]
+    pub young_flows: u32,
     /// Fragmented packets under way.
     #[arg(long = "max-fragments", value_name = "N", default_value_t = capacity::FRAGMENTS as u32, value_parser = entries)]
     pub fragments: u32,
@@ -219,7 +229,7 @@ impl Capacities {
             sources,
             addresses,
             flows,
-            half_open,
+            young_flows,
             fragments,
             affinity,
             ifaces,
@@ -232,7 +242,7 @@ impl Capacities {
             sources,
             addresses,
             flows,
-            half_open,
+            young_flows,
             fragments,
             affinity,
             ifaces,

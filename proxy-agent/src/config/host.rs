@@ -3,6 +3,8 @@
 use std::io;
 use std::path::Path;
 
+use crate::datapath::netns;
+
 /// The machine as far as settings depend on it.
 pub trait Host {
     /// The host name.
@@ -37,7 +39,7 @@ impl Host for ThisHost {
     }
 
     fn netns_cookie(&self) -> u64 {
-        cookie_of_netns().unwrap_or(0)
+        netns::cookie().unwrap_or(0)
     }
 
     fn cpus(&self) -> u64 {
@@ -45,28 +47,4 @@ impl Host for ThisHost {
         let online = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         online.and_then(|n| u64::try_from(n).ok()).unwrap_or(1)
     }
-}
-
-/// `SO_NETNS_COOKIE` of a socket opened here (Linux 5.14; socket(7)).
-#[expect(unsafe_code, reason = "nix has no wrapper for SO_NETNS_COOKIE")]
-fn cookie_of_netns() -> Option<u64> {
-    use std::os::fd::AsRawFd;
-    // No address is needed to be bound to none: loopback may be down.
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))
-        .or_else(|_| std::net::UdpSocket::bind((std::net::Ipv6Addr::UNSPECIFIED, 0)))
-        .ok()?;
-    let mut cookie = 0_u64;
-    let mut len = size_of::<u64>() as libc::socklen_t;
-    // SAFETY: the descriptor is open for the whole call; value and length point to live locals, and the
-    // length says exactly how many bytes may be written.
-    let rc = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut len,
-        )
-    };
-    (rc == 0).then_some(cookie)
 }

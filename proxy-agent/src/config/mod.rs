@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use proxy_common::abi::PortRange;
 
 pub use args::{Capacities, RunArgs, Scheduler, SocketLbArg};
 pub use duration::GoDuration;
@@ -32,6 +33,7 @@ pub use host::{Host, ThisHost};
 pub use sysctl::Sysctls;
 pub use v1alpha1::KubeProxyConfiguration;
 
+use crate::datapath::exclude::Excluded;
 use crate::datapath::flow::Timeouts;
 use crate::model::{DetectLocal, NodePortAddresses, Settings};
 use crate::netlink::Devices;
@@ -90,6 +92,10 @@ pub struct Config {
     pub bpf_root: PathBuf,
     /// Which interfaces carry programs.
     pub devices: Devices,
+    /// Whose sockets are left to their packets.
+    pub excluded: Excluded,
+    /// Whether pods say that, too.
+    pub pod_annotations: bool,
     /// How an endpoint is chosen.
     pub scheduler: Scheduler,
     /// Where health is served; `None` for nowhere.
@@ -186,7 +192,7 @@ impl Config {
         let (snat_ports, warning) = ports::snat_ports(host);
         warnings.extend(warning);
         let section = kube.section();
-        let settings = settings(args, &kube, host, snat_ports, &mut errors);
+        let mut settings = settings(args, &kube, host, snat_ports, &mut errors);
         warnings.extend(no_pods(&settings));
         let healthz = match kube.healthz_bind_address.as_deref() {
             None | Some("") => None,
@@ -197,7 +203,9 @@ impl Config {
         if healthz.is_some() && healthz == metrics {
             errors.add("--metrics-bind-address", at, "is taken by --healthz-bind-address");
         }
+        settings.own_ports = healthz.iter().chain(&metrics).map(SocketAddr::port).collect();
         let devices = devices(&args.devices, &mut errors);
+        let excluded = excluded(&args.socket_lb_exclude_cgroups, &mut errors);
         if !bpf_root.is_absolute() {
             errors.add("--bpf-root", bpf_root.display().to_string(), "must be an absolute path");
         }
@@ -211,6 +219,8 @@ impl Config {
             cgroup_root: args.cgroup_root.clone(),
             bpf_root: bpf_root.to_owned(),
             devices,
+            excluded,
+            pod_annotations: args.socket_lb_pod_annotations,
             scheduler: args.scheduler,
             healthz,
             metrics,
@@ -249,7 +259,7 @@ fn settings(
     args: &RunArgs,
     kube: &KubeProxyConfiguration,
     host: &dyn Host,
-    snat_ports: (u16, u16),
+    snat_ports: Vec<PortRange>,
     errors: &mut Errors,
 ) -> Settings {
     Settings {
@@ -267,6 +277,7 @@ fn settings(
         localhost_node_ports: kube.iptables.localhost_node_ports,
         host_netns: host.netns_cookie(),
         snat_ports,
+        own_ports: Vec::new(),
         seed: SELECTION_SEED,
     }
 }
@@ -438,6 +449,15 @@ fn address(flag: &'static str, text: &str, port: u16, errors: &mut Errors) -> Op
 }
 
 /// Patterns of interface names.
+fn excluded(patterns: &[String], errors: &mut Errors) -> Excluded {
+    let given: Vec<&str> = patterns.iter().map(|p| p.trim()).filter(|p| !p.is_empty()).collect();
+    Excluded::new(&given).unwrap_or_else(|error| {
+        let reason = "must be a pattern for paths below the cgroup root, such as kubepods/**/pod1234*";
+        errors.add("--socket-lb-exclude-cgroups", error.pattern(), reason);
+        Excluded::default()
+    })
+}
+
 fn devices(patterns: &[String], errors: &mut Errors) -> Option<Devices> {
     let patterns: Vec<&str> = patterns.iter().map(|p| p.trim()).filter(|p| !p.is_empty()).collect();
     match Devices::new(&patterns) {

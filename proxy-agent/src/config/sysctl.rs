@@ -49,8 +49,10 @@ fn conntrack_max(per_core: u64, min: u64, cpus: u64) -> Option<u64> {
 
 /// How long our own flows may be silent: what is set counts for them, too (C-16).
 pub(super) fn flow_timeouts(conntrack: &Conntrack) -> Timeouts {
-    let or = |duration: GoDuration, default: u64| {
-        duration.positive().map_or(default, |duration| duration.as_secs().max(1))
+    let or = |duration: GoDuration, default: u32| {
+        let secs =
+            |duration: std::time::Duration| u32::try_from(duration.as_secs().max(1)).unwrap_or(u32::MAX);
+        duration.positive().map_or(default, secs)
     };
     let default = Timeouts::CONNTRACK;
     Timeouts {

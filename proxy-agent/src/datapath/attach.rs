@@ -134,6 +134,8 @@ impl Direction {
 pub(crate) enum PinName {
     /// A program of the cgroup root.
     Cgroup(String),
+    /// The program that marks the new sockets of a cgroup, by its id.
+    Excluded(u64),
     /// A TCX link.
     Tcx(u32, Direction),
     /// The program of a clsact filter.
@@ -148,6 +150,9 @@ impl PinName {
             return Some(Self::Cgroup(program.to_owned()));
         }
         let (kind, rest) = name.split_once('_')?;
+        if kind == "exclude" {
+            return rest.parse().ok().map(Self::Excluded);
+        }
         let (index, place) = rest.split_once('_')?;
         let index = index.parse().ok()?;
         Some(match (kind, place) {
@@ -163,7 +168,7 @@ impl PinName {
     /// The interface it belongs to.
     fn interface(&self) -> Option<u32> {
         match self {
-            Self::Cgroup(_) => None,
+            Self::Cgroup(_) | Self::Excluded(_) => None,
             Self::Tcx(index, _) | Self::Filter(index, _) | Self::Qdisc(index) => Some(*index),
         }
     }
@@ -173,6 +178,7 @@ impl std::fmt::Display for PinName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Cgroup(program) => write!(f, "cgroup_{program}"),
+            Self::Excluded(id) => write!(f, "exclude_{id}"),
             Self::Tcx(index, direction) => write!(f, "tc_{index}_{}", direction.word()),
             Self::Filter(index, direction) => write!(f, "clsact_{index}_{}", direction.word()),
             Self::Qdisc(index) => write!(f, "clsact_{index}_qdisc"),
@@ -228,7 +234,7 @@ impl Loaded {
     pub fn detach_cgroup(&mut self) -> Result<usize, AttachError> {
         let mut removed = 0;
         for name in self.root().link_names()? {
-            if let Some(pin @ PinName::Cgroup(_)) = PinName::parse(&name) {
+            if let Some(pin @ (PinName::Cgroup(_) | PinName::Excluded(_))) = PinName::parse(&name) {
                 removed += usize::from(drop_pin(self.root(), &pin)?);
             }
         }
@@ -293,7 +299,7 @@ impl Loaded {
     }
 
     /// One link: kept, updated, or made with `attach`.
-    fn ensure(
+    pub(super) fn ensure(
         &self,
         pin: &PinName,
         program: &'static str,
@@ -396,7 +402,7 @@ pub(crate) fn drop_pin(root: &BpfRoot, pin: &PinName) -> Result<bool, AttachErro
 /// The same for a pin of any version.
 pub(crate) fn drop_pin_at(path: &Path, pin: &PinName) -> Result<bool, AttachError> {
     match pin {
-        PinName::Cgroup(_) | PinName::Tcx(..) => {
+        PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => {
             // Others may hold the link: it is detached, not only forgotten. A severed link has nothing to
             // detach, and kernels before 5.11 detach when the pin goes.
             if let Ok(link) = sys::obj_get(path) {
@@ -417,6 +423,7 @@ mod tests {
     fn pin_names_survive_the_round_trip() {
         let names = [
             PinName::Cgroup("connect4".into()),
+            PinName::Excluded(4711),
             PinName::Tcx(7, Direction::Ingress),
             PinName::Tcx(7, Direction::Egress),
             PinName::Filter(12, Direction::Ingress),

@@ -1,6 +1,16 @@
 //! How large the maps are made.
 
 use proxy_common::abi::{capacity, maps};
+use proxy_common::lb::Ring;
+
+/// Legs of a masqueraded flow.
+const LEGS: u32 = 3;
+const RINGS: u32 = Ring::COUNT;
+
+/// CPUs that may ever run.
+pub(crate) fn cpus() -> u32 {
+    aya::util::nr_cpus().map_or(1, |n| u32::try_from(n).unwrap_or(1))
+}
 
 /// Sizes of the maps that can be chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,10 +29,10 @@ pub struct Capacities {
     pub ifaces: u32,
     /// SERVICES and SERVICE_STATS.
     pub services: u32,
-    /// FLOWS.
+    /// RECORDS and FREE; FLOWS has room for all legs of so many.
     pub flows: u32,
-    /// HALF_OPEN.
-    pub half_open: u32,
+    /// Places of RING on each CPU.
+    pub young_flows: u32,
     /// FRAGMENTS.
     pub fragments: u32,
     /// AFFINITY.
@@ -39,15 +49,15 @@ impl Capacities {
         sources: capacity::SOURCES as u32,
         ifaces: capacity::IFACES as u32,
         services: capacity::SERVICES as u32,
-        flows: capacity::FLOWS as u32,
-        half_open: capacity::HALF_OPEN as u32,
+        flows: capacity::RECORDS as u32,
+        young_flows: capacity::RING as u32,
         fragments: capacity::FRAGMENTS as u32,
         affinity: capacity::AFFINITY as u32,
     };
 
     /// The size of each map that has one to choose.
     #[must_use]
-    pub fn each(&self) -> [(&'static str, u32); 12] {
+    pub fn each(&self) -> [(&'static str, u32); 14] {
         let Self {
             frontends,
             slots,
@@ -57,7 +67,7 @@ impl Capacities {
             ifaces,
             services,
             flows,
-            half_open,
+            young_flows: _,
             fragments,
             affinity,
         } = *self;
@@ -70,10 +80,18 @@ impl Capacities {
             (maps::IFACES, ifaces),
             (maps::SERVICES, services),
             (maps::SERVICE_STATS, services),
-            (maps::FLOWS, flows),
-            (maps::HALF_OPEN, half_open),
+            (maps::RECORDS, flows),
+            (maps::FREE, flows),
+            (maps::FLOWS, flows.saturating_mul(LEGS)),
+            (maps::RING, self.places().saturating_mul(RINGS * cpus())),
             (maps::FRAGMENTS, fragments),
             (maps::AFFINITY, affinity),
         ]
+    }
+
+    /// Places of one ring on one CPU.
+    #[must_use]
+    pub fn places(&self) -> u32 {
+        (self.young_flows / RINGS).max(1)
     }
 }

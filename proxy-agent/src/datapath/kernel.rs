@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use proxy_common::abi::{
-    Backend, Config, Frontend, FrontendKey, Iface, ServiceName, SourceKey, maps, untext,
+    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, ServiceName, SourceKey, maps, untext,
 };
 use proxy_common::addr::Addr;
 
@@ -25,6 +25,8 @@ pub struct Kernel {
     addresses: Table<Addr, u32>,
     sources: Table<SourceKey, u32>,
     ifaces: Table<u32, Iface>,
+    routes: Table<RouteKey, Addr>,
+    service_ports: Table<u32, u64>,
     config: Table<u32, Config>,
     services: Table<u32, ServiceName>,
 }
@@ -42,6 +44,8 @@ impl Kernel {
             addresses: Table::open(root, maps::ADDRESSES)?,
             sources: Table::open(root, maps::SOURCES)?,
             ifaces: Table::open(root, maps::IFACES)?,
+            routes: Table::open(root, maps::MASQUERADE)?,
+            service_ports: Table::open(root, maps::SERVICE_PORTS)?,
             config: Table::open(root, maps::CONFIG)?,
             services: Table::open(root, maps::SERVICES)?,
         })
@@ -76,6 +80,14 @@ impl Kernel {
         self.ifaces.scan(|index, iface| {
             actual.ifaces.insert(index, iface);
         })?;
+        self.routes.scan(|key, source| {
+            actual.routes.insert(key, source);
+        })?;
+        self.service_ports.scan(|word, bits| {
+            if bits != 0 {
+                actual.service_ports.insert(word, bits);
+            }
+        })?;
         // An array of one is all zeros before its first write, which no written configuration is.
         if let Some(config) = self.config.get(&0)?.filter(|config| !is_zero(config)) {
             actual.config = config;
@@ -93,6 +105,7 @@ impl Kernel {
             (self.addresses.name(), self.addresses.max()),
             (self.sources.name(), self.sources.max()),
             (self.ifaces.name(), self.ifaces.max()),
+            (self.routes.name(), self.routes.max()),
             (self.services.name(), self.services.max()),
         ]
     }
@@ -112,6 +125,18 @@ impl Kernel {
             }),
             Step::DeleteIface(_) => delete(&self.ifaces, run, |step| match step {
                 Step::DeleteIface(index) => Some(*index),
+                _ => None,
+            }),
+            Step::PutRoute(..) => put(&self.routes, run, |step| match step {
+                Step::PutRoute(key, source) => Some((*key, *source)),
+                _ => None,
+            }),
+            Step::DeleteRoute(_) => delete(&self.routes, run, |step| match step {
+                Step::DeleteRoute(key) => Some(*key),
+                _ => None,
+            }),
+            Step::PutServicePorts(..) => put(&self.service_ports, run, |step| match step {
+                Step::PutServicePorts(word, bits) => Some((*word, *bits)),
                 _ => None,
             }),
             Step::PutService(..) => put(&self.services, run, |step| match step {
@@ -225,6 +250,10 @@ fn object(step: &Step) -> String {
     match step {
         Step::PutConfig(_) => "the settings".into(),
         Step::PutIface(index, _) | Step::DeleteIface(index) => format!("interface {index}"),
+        Step::PutRoute(key, _) | Step::DeleteRoute(key) => {
+            format!("route to {}/{} by interface {}", key.dst, key.bits(), u32::from_be(key.ifindex))
+        }
+        Step::PutServicePorts(word, _) => format!("Service ports from {}", word * 64),
         Step::PutService(id, name) => format!(
             "Service {}/{} port {:?} (id {id})",
             untext(&name.namespace),

@@ -9,23 +9,31 @@ use std::path::{Path, PathBuf};
 use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
+use aya_obj::btf::BtfError;
 use aya_obj::generated::bpf_map_type as Kind;
 use aya_obj::{Object, ParseError};
 use proxy_common::abi::maps;
+use proxy_common::lb::Ring;
 
 pub use super::capacity::Capacities;
+use super::capacity::cpus;
+use super::flow;
 use super::pin::{self, BpfRoot, PinError};
 use super::probe::Features;
 use super::program_log::Bridge;
 pub use super::program_log::{ProgramLog, ProgramLogger};
+pub use super::refusal::Refusal;
 use super::sys::{self, MapFacts, ProgramFacts};
 
-/// The object that the build embedded; empty when there was none.
 /// The embedded BPF object; empty when the crate was built without one.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
 
 /// Global of the object: bits of `abi::feature`.
 const FEATURES: &str = "FEATURES";
+/// Globals of the object: places in one ring of young flows, and how many CPUs have rings.
+const PLACES: &str = "PLACES";
+/// See above.
+const CPUS: &str = "CPUS";
 /// Map that a data path with logging writes to.
 const LOG_MAP: &str = "AYA_LOGS";
 /// `BPF_F_NO_COMMON_LRU`: the kernel rounds the size to the number of CPUs.
@@ -33,8 +41,8 @@ const NO_COMMON_LRU: u32 = 1 << 1;
 /// Flags the kernel sets by itself, or that do not change what a map holds: `BPF_F_RDONLY_PROG` and
 /// `BPF_F_WRONLY_PROG` come from the object, `BPF_F_TOKEN_FD` from the creator.
 const IGNORED_FLAGS: u32 = 1 << 16;
-/// Lines of the verifier's log that are worth a person's while.
-const LOG_LINES: usize = 12;
+/// Entries of each map of a trial: the verifier does not look at sizes.
+const TRIAL_ENTRIES: u32 = 64;
 
 /// Why the programs could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -83,12 +91,13 @@ pub enum LoadError {
     #[error("cannot create the maps of the BPF object")]
     Maps(#[source] Box<EbpfError>),
     /// The verifier refused a program, or it is of a kind this kernel lacks.
-    #[error("the kernel refused program {program}; the end of the verifier's log:\n{log}")]
-    Program {
+    #[error("{0}")]
+    Refused(Box<Refusal>),
+    /// A program of a kind that this agent does not know.
+    #[error("cannot load program {program}: build the BPF object again with `cargo xtask build-ebpf`")]
+    Kind {
         /// Its name.
         program: String,
-        /// Last lines of the verifier's log.
-        log: String,
         /// Why.
         source: Box<ProgramError>,
     },
@@ -177,18 +186,8 @@ impl Loaded {
         log: ProgramLog,
         warnings: Vec<String>,
     ) -> Result<Self, LoadError> {
-        let (bits, level) = (features.bits(), log as u8);
-        let mut loader = EbpfLoader::new();
-        // The log is asked for again, in full, only when a program is refused.
-        loader.verifier_log_level(VerifierLogLevel::VERBOSE);
-        loader.override_global(FEATURES, &bits, false).override_global(aya_log::LEVEL, &level, false);
-        for (name, size) in capacities.each() {
-            loader.map_max_entries(name, size);
-        }
-        for name in maps::ALL {
-            loader.map_pin_path(name, root.map(name));
-        }
-        let mut ebpf = loader.load(object).map_err(|error| LoadError::Maps(Box::new(error)))?;
+        let maps = Maps::Pinned(root, capacities);
+        let mut ebpf = open_maps(object, &maps, features, log, VerifierLogLevel::STATS)?;
         let logger = match log {
             ProgramLog::Off => None,
             _ if ebpf.map(LOG_MAP).is_none() => None,
@@ -199,12 +198,13 @@ impl Loaded {
         };
         let mut programs = BTreeMap::new();
         for (name, program) in ebpf.programs_mut() {
-            load_program(program).map_err(|error| refused(name, error))?;
+            load_program(program).map_err(|error| refused(object, features, name, error))?;
             let failed = |source| LoadError::Facts { program: name.into(), source };
             let fd = program_fd(program).map_err(failed)?;
             let identity = identity(&sys::program_facts(fd.as_fd()).map_err(failed)?).map_err(failed)?;
             programs.insert(name.to_owned(), LoadedProgram { fd, identity });
         }
+        pin_flows(root, &programs)?;
         Ok(Self {
             root: root.clone(),
             ebpf,
@@ -315,31 +315,136 @@ fn compare(path: &Path, found: &MapFacts, wanted: &MapFacts) -> Result<Option<St
     )))
 }
 
+/// How often a program is loaded whose verification a signal has ended.
+const INTERRUPTED: usize = 5;
+
 fn load_program(program: &mut Program) -> Result<(), ProgramError> {
+    for _ in 1..INTERRUPTED {
+        match load_once(program) {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == io::ErrorKind::WouldBlock => {
+            }
+            done => return done,
+        }
+    }
+    load_once(program)
+}
+
+fn load_once(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         Program::Xdp(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }
 
+/// Pins the program that no hook carries in place of an older one: whoever looks after flows finds it there.
+fn pin_flows(root: &BpfRoot, programs: &BTreeMap<String, LoadedProgram>) -> Result<(), LoadError> {
+    let missing = || LoadError::Missing { what: "program", name: flow::PROGRAM.into() };
+    let program = programs.get(flow::PROGRAM).ok_or_else(missing)?;
+    let (path, making) = (root.link(flow::PROGRAM), root.link_in_making(flow::PROGRAM));
+    let failed = |source| LoadError::OpenPin { path: path.clone(), source };
+    pin::remove(&making, false)?;
+    sys::obj_pin(program.fd.as_fd(), &making).map_err(failed)?;
+    std::fs::rename(&making, &path).map_err(failed)
+}
+
 fn program_fd(program: &Program) -> io::Result<OwnedFd> {
     program.fd().map_err(io::Error::other)?.as_fd().try_clone_to_owned()
 }
 
-fn refused(program: &str, error: ProgramError) -> LoadError {
-    let log = match &error {
-        ProgramError::LoadError { verifier_log, .. } => last_lines(&verifier_log.to_string()),
-        _ => String::new(),
-    };
-    LoadError::Program { program: program.into(), log, source: Box::new(error) }
+/// Where the maps of an object are made.
+enum Maps<'a> {
+    /// Under a root, where they may be already, of these sizes.
+    Pinned(&'a BpfRoot, &'a Capacities),
+    /// Nowhere, and tiny.
+    Trial,
 }
 
-/// The last lines that are not statistics.
-fn last_lines(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().filter(|line| !line.trim().is_empty()).collect();
-    lines.get(lines.len().saturating_sub(LOG_LINES)..).unwrap_or(&[]).join("\n")
+/// Reads the object and makes its maps; no program is loaded yet.
+///
+/// A refused load is tried again by aya with a buffer for the verifier's log, ten times larger each time until the log
+/// fits: minutes, when each step is in it. At the level of statistics it holds only what went wrong, and fits at once.
+fn open_maps(
+    object: &[u8],
+    maps: &Maps<'_>,
+    features: &Features,
+    log: ProgramLog,
+    verifier: VerifierLogLevel,
+) -> Result<Ebpf, LoadError> {
+    let (bits, level) = (features.bits(), log as u8);
+    let mut loader = EbpfLoader::new();
+    loader.verifier_log_level(verifier);
+    loader.override_global(FEATURES, &bits, false).override_global(aya_log::LEVEL, &level, false);
+    let (cpus, mut places) = (cpus(), 1);
+    match maps {
+        Maps::Pinned(root, capacities) => {
+            for (name, size) in capacities.each() {
+                loader.map_max_entries(name, size);
+            }
+            // A ring that is pinned stays as it is, whatever is asked for.
+            if let Ok(ring) = sys::obj_get(&root.map(maps::RING)).and_then(|fd| sys::map_facts(fd.as_fd())) {
+                places = (ring.max_entries / (Ring::COUNT * cpus)).max(1);
+            } else {
+                places = capacities.places();
+            }
+            for name in maps::ALL {
+                loader.map_pin_path(name, root.map(name));
+            }
+        }
+        Maps::Trial => {
+            for (name, _) in Capacities::DEFAULT.each() {
+                loader.map_max_entries(name, TRIAL_ENTRIES);
+            }
+        }
+    }
+    loader.override_global(PLACES, &places, false).override_global(CPUS, &cpus, false);
+    loader.load(object).map_err(|error| match error {
+        EbpfError::BtfError(BtfError::LoadError { io_error, verifier_log }) => {
+            let log = verifier_log.to_string();
+            LoadError::Refused(Box::new(Refusal::new("(its types)", io_error, &log, || None)))
+        }
+        error => LoadError::Maps(Box::new(error)),
+    })
+}
+
+/// Loads every program of the embedded object beside tiny maps, and lets go of everything: whether this kernel takes
+/// them, without a trace. How many there are.
+pub fn trial(features: &Features) -> Result<usize, LoadError> {
+    if OBJECT.is_empty() {
+        return Err(LoadError::NoObject);
+    }
+    super::probe::raise_memlock();
+    let mut ebpf = open_maps(OBJECT, &Maps::Trial, features, ProgramLog::Off, VerifierLogLevel::STATS)?;
+    let mut loaded = 0;
+    for (name, program) in ebpf.programs_mut() {
+        load_program(program).map_err(|error| refused(OBJECT, features, name, error))?;
+        loaded += 1;
+    }
+    Ok(loaded)
+}
+
+fn refused(object: &[u8], features: &Features, program: &str, error: ProgramError) -> LoadError {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let whole = || whole_log(object, features, program);
+            LoadError::Refused(Box::new(Refusal::new(program, io_error, &log, whole)))
+        }
+        error => LoadError::Kind { program: program.into(), source: Box::new(error) },
+    }
+}
+
+/// The verifier's log with each step on the way to where it gave up.
+fn whole_log(object: &[u8], features: &Features, program: &str) -> Option<String> {
+    tracing::info!("the kernel refuses program {program}: asking it for the whole of the verifier's log");
+    let mut ebpf =
+        open_maps(object, &Maps::Trial, features, ProgramLog::Off, VerifierLogLevel::DEBUG).ok()?;
+    match load_program(ebpf.program_mut(program)?) {
+        Err(ProgramError::LoadError { verifier_log, .. }) => Some(verifier_log.to_string()),
+        _ => None,
+    }
 }
 
 fn identity(program: &ProgramFacts) -> io::Result<Identity> {
@@ -390,13 +495,5 @@ mod tests {
     fn what_is_loaded_can_move_between_threads() {
         fn check<T: Send>() {}
         check::<Loaded>();
-    }
-
-    #[test]
-    fn only_the_end_of_a_verifier_log_is_shown() {
-        let log: String = (0..100).map(|n| format!("line {n}\n\n")).collect();
-        let shown = last_lines(&log);
-        assert!(shown.starts_with("line 88\n") && shown.ends_with("line 99"), "{shown}");
-        assert_eq!(last_lines(""), "");
     }
 }

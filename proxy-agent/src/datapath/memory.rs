@@ -37,6 +37,7 @@ impl Memory {
             && actual.sources.len() <= capacity.sources as usize
             && actual.services.len() <= capacity.services as usize
             && actual.ifaces.len() <= capacity.ifaces as usize
+            && actual.routes.len() <= capacity.routes as usize
             && last(actual.services.keys().next_back()) < capacity.services
             && last(actual.slots.keys().next_back()) < capacity.slots
             && last(actual.backends.keys().next_back()) < capacity.backends

@@ -2,15 +2,19 @@
 
 pub mod attach;
 mod capacity;
+pub mod exclude;
 mod filter;
 pub mod flow;
+mod instruction;
 pub mod kernel;
 pub mod load;
 pub mod memory;
+pub mod netns;
 pub mod pin;
 pub mod pinned;
 pub mod probe;
 mod program_log;
+mod refusal;
 pub mod remove;
 pub mod sockets;
 mod sys;

@@ -7,12 +7,12 @@ use std::os::fd::AsFd;
 
 use aya::Pod;
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Complaint, Flow, FlowKey, Fragment, FragmentKey, Reason, ServiceName,
-    ServiceStats, maps, text, untext,
+    Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Leg, Pair, Reason,
+    ServiceName, ServiceStats, maps, text, untext,
 };
 
 use super::attach::{Direction, PinName};
-use super::flow::{FlowTable, Legs, legs};
+use super::flow::Flows;
 use super::kernel::Kernel;
 use super::pin::{BpfRoot, PinError};
 use super::sys::{self, Target};
@@ -99,8 +99,8 @@ pub struct Pinned {
     services: Table<u32, ServiceName>,
     reasons: Table<u32, u64>,
     stats: Table<u32, ServiceStats>,
-    flows: Table<FlowKey, Flow>,
-    half_open: Table<FlowKey, Flow>,
+    flows: Flows,
+    legs: Table<Pair, Leg>,
 }
 
 impl Pinned {
@@ -115,8 +115,8 @@ impl Pinned {
                 services: Table::open(root, maps::SERVICES)?,
                 reasons: Table::open(root, maps::REASONS)?,
                 stats: Table::open(root, maps::SERVICE_STATS)?,
-                flows: Table::open(root, maps::FLOWS)?,
-                half_open: Table::open(root, maps::HALF_OPEN)?,
+                flows: Flows::open(root)?,
+                legs: Table::open(root, maps::FLOWS)?,
             })
         };
         open().map_err(|error| {
@@ -200,35 +200,20 @@ impl Pinned {
         Ok(found)
     }
 
-    /// Shows every entry of both flow tables, a chunk at a time.
-    pub fn flows(&self, see: &mut impl FnMut(FlowTable, FlowKey, Flow)) -> Result<(), PinnedError> {
-        self.flows.scan(|key, flow| see(FlowTable::Established, key, flow))?;
-        self.half_open.scan(|key, flow| see(FlowTable::HalfOpen, key, flow))?;
-        Ok(())
+    /// Shows every living flow, a chunk at a time.
+    pub fn flows(&self, see: &mut impl FnMut(&Flow)) -> Result<(), PinnedError> {
+        Ok(self.flows.scan(see)?)
     }
 
-    /// All legs of the flow that an entry belongs to.
-    pub fn legs(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> Result<Legs, PinnedError> {
-        let mut failure = None;
-        let found = legs(key, flow, |key| {
-            self.table(table).get(key).unwrap_or_else(|error| {
-                failure.get_or_insert(error);
-                None
-            })
-        });
-        failure.map_or(Ok(found), |error| Err(error.into()))
+    /// Ends flows; how many of them there were.
+    pub fn end_flows(&self, ids: &[FlowId]) -> Result<u32, PinnedError> {
+        Ok(self.flows.end(ids)?)
     }
 
-    /// Deletes one entry; `false` when it was not there.
-    pub fn delete_flow(&self, table: FlowTable, key: &FlowKey) -> Result<bool, PinnedError> {
-        Ok(self.table(table).delete(key)?)
-    }
-
-    fn table(&self, table: FlowTable) -> &Table<FlowKey, Flow> {
-        match table {
-            FlowTable::Established => &self.flows,
-            FlowTable::HalfOpen => &self.half_open,
-        }
+    fn count_flows(&self) -> Result<MapFill, TableError> {
+        let mut used = 0;
+        self.flows.scan(|_| used += 1)?;
+        Ok(MapFill { name: maps::RECORDS, used, max: self.flows.max().into() })
     }
 
     /// How full every table is whose entries come and go.
@@ -249,6 +234,7 @@ impl Pinned {
             (maps::ADDRESSES, actual.addresses.len()),
             (maps::SOURCES, actual.sources.len()),
             (maps::IFACES, actual.ifaces.len()),
+            (maps::MASQUERADE, actual.routes.len()),
             (maps::SERVICES, actual.services.len()),
         ]);
         let fill = |(name, max): (&'static str, u32)| MapFill {
@@ -263,8 +249,8 @@ impl Pinned {
     /// reading the large arrays again for each scrape would cost a hundred milliseconds.
     pub fn fill_by_traffic(&self) -> Result<Vec<MapFill>, PinnedError> {
         Ok(vec![
-            count(&self.flows)?,
-            count(&self.half_open)?,
+            self.count_flows()?,
+            count(&self.legs)?,
             count(&Table::<FragmentKey, Fragment>::open(&self.root, maps::FRAGMENTS)?)?,
             count(&Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?)?,
         ])
@@ -289,7 +275,7 @@ impl Pinned {
             PinName::Filter(index, direction) => {
                 (Place::Interface(*index, *direction), sys::program_facts(fd.as_fd()).ok()?)
             }
-            PinName::Cgroup(_) | PinName::Tcx(..) => {
+            PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => {
                 let link = sys::link_facts(fd.as_fd()).ok()?;
                 let place = match (link.target, pin) {
                     (Target::Cgroup(id), _) if id != 0 => Place::Cgroup(id),

@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::io;
-use std::net::UdpSocket;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use proxy_common::abi::feature;
+use proxy_common::abi::{absent, feature};
 
-use super::sys;
+use super::instruction::{BYTE, DOUBLE, EXIT, Register, call, load as load_from, set, skip_if_null};
+use super::{netns, sys};
 
 /// Helper numbers of `linux/bpf.h`.
 mod helper {
@@ -18,10 +18,9 @@ mod helper {
     pub(super) const GET_NETNS_COOKIE: u32 = 122;
     pub(super) const KTIME_GET_COARSE_NS: u32 = 160;
     pub(super) const SET_RETVAL: u32 = 187;
+    pub(super) const SKC_TO_MPTCP_SOCK: u32 = 196;
 }
 
-/// `SO_NETNS_COOKIE` of `asm-generic/socket.h`.
-const SO_NETNS_COOKIE: i32 = 71;
 /// `BPF_F_PSEUDO_HDR | BPF_F_IPV6`.
 const PSEUDO_HEADER_IPV6: u32 = 1 << 4 | 1 << 7;
 /// No interface has this index.
@@ -32,6 +31,8 @@ const NO_INTERFACE: u32 = i32::MAX as u32;
 pub struct Feature {
     /// Its name.
     pub name: &'static str,
+    /// Its bit in [`AgentState::absent`](proxy_common::abi::AgentState::absent); 0 where there is no fall-back.
+    pub bit: u32,
     /// Whether it is there.
     pub present: bool,
     /// What it means when it is not.
@@ -59,8 +60,12 @@ pub struct Features {
     pub csum_ipv6: bool,
     /// Socket hooks can tell the host's network namespace from a pod's (5.8).
     pub netns_cookie: bool,
+    /// Socket hooks find the MPTCP socket that a subflow belongs to (5.19).
+    pub mptcp_socket: bool,
     /// TC programs can ask for the cookie, too.
     pub netns_cookie_tc: bool,
+    /// We know the cookie of our own network namespace, which is the host's.
+    pub host_netns: bool,
     /// Where cgroup v2 is mounted.
     pub cgroup2: Option<PathBuf>,
 }
@@ -75,17 +80,25 @@ impl Features {
             let hook = bpf_attach_type::BPF_CGROUP_INET4_CONNECT;
             load(bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, Some(hook), body)
         };
-        let empty = tc(&[set(0, 0), EXIT]);
+        let empty = tc(&[set(Register::RESULT, 0), EXIT]);
         Self {
-            bpf: empty.is_ok() && sock(&[set(0, 1), EXIT]).is_ok(),
+            bpf: empty.is_ok() && sock(&[set(Register::RESULT, 1), EXIT]).is_ok(),
             jit: empty.as_ref().is_ok_and(|fd| sys::program_facts(fd.as_fd()).is_ok_and(|p| p.jited > 0)),
             btf: Path::new("/sys/kernel/btf/vmlinux").exists(),
             tcx: empty.as_ref().is_ok_and(has_tcx),
-            coarse_clock: tc(&[helper_call(helper::KTIME_GET_COARSE_NS), set(0, 0), EXIT]).is_ok(),
-            set_retval: sock(&[set(1, 0), helper_call(helper::SET_RETVAL), set(0, 1), EXIT]).is_ok(),
+            coarse_clock: tc(&[call(helper::KTIME_GET_COARSE_NS), set(Register::RESULT, 0), EXIT]).is_ok(),
+            set_retval: sock(&[
+                set(Register::ARGUMENTS[0], 0),
+                call(helper::SET_RETVAL),
+                set(Register::RESULT, 1),
+                EXIT,
+            ])
+            .is_ok(),
             csum_ipv6: has_csum_ipv6(),
-            netns_cookie: sock(&[helper_call(helper::GET_NETNS_COOKIE), set(0, 1), EXIT]).is_ok(),
-            netns_cookie_tc: tc(&[helper_call(helper::GET_NETNS_COOKIE), set(0, 0), EXIT]).is_ok(),
+            netns_cookie: sock(&[call(helper::GET_NETNS_COOKIE), set(Register::RESULT, 1), EXIT]).is_ok(),
+            mptcp_socket: sock(&MPTCP_STATE).is_ok(),
+            netns_cookie_tc: tc(&[call(helper::GET_NETNS_COOKIE), set(Register::RESULT, 0), EXIT]).is_ok(),
+            host_netns: netns::cookie().is_some(),
             cgroup2: cgroup2_mount(),
         }
     }
@@ -98,76 +111,121 @@ impl Features {
             | bit(self.set_retval, feature::SET_RETVAL)
             | bit(self.csum_ipv6, feature::CSUM_IPV6)
             | bit(self.netns_cookie, feature::NETNS_COOKIE)
+            | bit(self.mptcp_socket, feature::MPTCP_SOCKET)
     }
 
     /// Every feature for a person.
     #[must_use]
     pub fn list(&self) -> Vec<Feature> {
-        let required = |name, present, when_absent| Feature { name, present, when_absent, required: true };
-        let optional = |name, present, when_absent| Feature { name, present, when_absent, required: false };
+        let feature =
+            |name, bit, present, when_absent| Feature { name, bit, present, when_absent, required: bit == 0 };
         vec![
-            required(
+            feature(
                 "BPF programs (TC, cgroup sockets)",
+                0,
                 self.bpf,
                 "nothing can be translated: run as root on a kernel with CONFIG_BPF_SYSCALL, \
                  CONFIG_NET_CLS_BPF and CONFIG_CGROUP_BPF",
             ),
-            required(
+            feature(
                 "cgroup v2",
+                0,
                 self.cgroup2.is_some(),
                 "sockets cannot be translated: mount -t cgroup2 none /sys/fs/cgroup/unified, or start with \
                  --socket-lb=off",
             ),
-            optional(
+            feature(
                 "JIT compiler",
+                absent::JIT,
                 self.jit,
                 "programs are interpreted and many times slower: sysctl -w net.core.bpf_jit_enable=1",
             ),
-            optional(
+            feature(
                 "kernel BTF",
+                absent::BTF,
                 self.btf,
                 "tools such as bpftool show tables as bare bytes; translation is not affected",
             ),
-            optional("TCX links", self.tcx, "interfaces carry clsact filters instead (kernels before 6.6)"),
-            optional(
+            feature(
+                "TCX links",
+                absent::TCX,
+                self.tcx,
+                "interfaces carry clsact filters instead (kernels before 6.6)",
+            ),
+            feature(
                 "coarse clock",
+                absent::COARSE_CLOCK,
                 self.coarse_clock,
                 "the precise clock is used: 30 ns more a packet (kernels before 5.11)",
             ),
-            optional(
+            feature(
                 "socket hook errors",
+                absent::SET_RETVAL,
                 self.set_retval,
                 "a refused connect fails with EPERM and not ECONNREFUSED (kernels before 5.18)",
             ),
-            optional(
+            feature(
                 "IPv6 hardware checksums",
+                absent::CSUM_IPV6,
                 self.csum_ipv6,
                 "received IPv6 packets lose their hardware checksum when translated (kernels before 6.16)",
             ),
-            optional(
+            feature(
                 "network namespace cookies",
+                absent::NETNS_COOKIE,
                 self.netns_cookie,
-                "sockets of the host and of pods cannot be told apart: --socket-lb=host acts on none \
-                 (kernels before 5.8)",
+                "sockets of the host and of pods cannot be told apart, all count as the host's: start with \
+                 --socket-lb=off where pods have rules of their own (kernels before 5.8)",
+            ),
+            feature(
+                "the host's namespace cookie",
+                absent::HOST_NETNS,
+                self.host_netns,
+                "sockets of the host and of pods cannot be told apart, all count as the host's: mount cgroup v2, \
+                 or start with --socket-lb=off where pods have rules of their own",
+            ),
+            feature(
+                "MPTCP sockets",
+                absent::MPTCP_SOCKET,
+                self.mptcp_socket,
+                "getpeername of an MPTCP socket shows the pod and not the Service (kernels before 5.19)",
             ),
         ]
     }
+
+    /// What the agent does without, as bits of `AgentState::absent`.
+    #[must_use]
+    pub fn absent(&self) -> u32 {
+        self.list().iter().filter(|feature| !feature.present).fold(0, |bits, feature| bits | feature.bit)
+    }
+
+    /// Nothing at all.
+    const NONE: Self = Self {
+        bpf: false,
+        jit: false,
+        btf: false,
+        tcx: false,
+        coarse_clock: false,
+        set_retval: false,
+        csum_ipv6: false,
+        netns_cookie: false,
+        mptcp_socket: false,
+        netns_cookie_tc: false,
+        host_netns: false,
+        cgroup2: None,
+    };
+}
+
+/// The features behind the bits of `AgentState::absent`, in the words of [`Features::list`].
+#[must_use]
+pub fn fall_backs(absent: u32) -> Vec<Feature> {
+    Features::NONE.list().into_iter().filter(|feature| feature.bit & absent != 0).collect()
 }
 
 /// Lifts the limit on locked memory, which maps count against before 5.11. A refusal (no CAP_SYS_RESOURCE)
 /// matters only there, and then the maps say so themselves.
 pub(super) fn raise_memlock() {
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
-}
-
-/// Cookie of this thread's network namespace; 0 when the kernel does not tell it.
-#[must_use]
-pub fn host_netns_cookie() -> u64 {
-    let cookie = || -> io::Result<u64> {
-        let socket = UdpSocket::bind("127.0.0.1:0").or_else(|_| UdpSocket::bind("[::1]:0"))?;
-        sys::socket_u64(socket.as_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE)
-    };
-    cookie().unwrap_or(0)
 }
 
 /// Where cgroup v2 is mounted (the first place, when there are several).
@@ -186,23 +244,15 @@ fn cgroup2_in(mounts: &str) -> Option<PathBuf> {
     })
 }
 
-/// An instruction from its fields, as `struct bpf_insn` lays them out on a little-endian machine.
-const fn instruction(code: u8, registers: u8, imm: u32) -> u64 {
-    code as u64 | (registers as u64) << 8 | (imm as u64) << 32
-}
-
-/// `BPF_ALU64 | BPF_MOV | BPF_K`: a register := a constant.
-const fn set(register: u8, imm: u32) -> u64 {
-    instruction(0xb7, register, imm)
-}
-
-/// `BPF_JMP | BPF_CALL`.
-const fn helper_call(helper: u32) -> u64 {
-    instruction(0x85, 0, helper)
-}
-
-/// `BPF_JMP | BPF_EXIT`.
-const EXIT: u64 = instruction(0x95, 0, 0);
+/// What a socket hook does to find an MPTCP socket and read its state.
+const MPTCP_STATE: [u64; 6] = [
+    load_from(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 64),
+    call(helper::SKC_TO_MPTCP_SOCK),
+    skip_if_null(Register::RESULT, 1),
+    load_from(BYTE, Register::RESULT, Register::RESULT, 18),
+    set(Register::RESULT, 1),
+    EXIT,
+];
 
 fn load(kind: bpf_prog_type, hook: Option<bpf_attach_type>, body: &[u64]) -> io::Result<OwnedFd> {
     sys::program_load(kind, hook, body)
@@ -220,11 +270,11 @@ fn has_tcx(program: &OwnedFd) -> bool {
 /// is added to the checksum is zero.
 fn has_csum_ipv6() -> bool {
     let body = [
-        set(2, 34),
-        set(3, 0),
-        set(4, 0),
-        set(5, PSEUDO_HEADER_IPV6),
-        helper_call(helper::L4_CSUM_REPLACE),
+        set(Register::ARGUMENTS[1], 34),
+        set(Register::ARGUMENTS[2], 0),
+        set(Register::ARGUMENTS[3], 0),
+        set(Register::ARGUMENTS[4], PSEUDO_HEADER_IPV6),
+        call(helper::L4_CSUM_REPLACE),
         EXIT,
     ];
     load(bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, None, &body)
@@ -246,27 +296,21 @@ mod tests {
 
     #[test]
     fn a_kernel_that_lacks_something_is_told_what_it_means() {
-        let none = Features {
-            bpf: false,
-            jit: false,
-            btf: false,
-            tcx: false,
-            coarse_clock: false,
-            set_retval: false,
-            csum_ipv6: false,
-            netns_cookie: false,
-            netns_cookie_tc: false,
-            cgroup2: None,
-        };
+        let none = Features::NONE;
         assert_eq!(none.bits(), 0);
         assert!(none.list().iter().all(|f| !f.present && !f.when_absent.is_empty()));
-        let some = Features { coarse_clock: true, netns_cookie: true, ..none };
+        let some = Features { coarse_clock: true, netns_cookie: true, ..Features::NONE };
         assert_eq!(some.bits(), feature::COARSE_CLOCK | feature::NETNS_COOKIE);
     }
 
     #[test]
-    fn instructions_are_laid_out_as_the_kernel_reads_them() {
-        assert_eq!(set(5, 7).to_le_bytes(), [0xb7, 5, 0, 0, 7, 0, 0, 0]);
-        assert_eq!(helper_call(160).to_le_bytes(), [0x85, 0, 0, 0, 160, 0, 0, 0]);
+    fn what_was_found_absent_is_known_again_by_its_bit() {
+        let all = Features::NONE.absent();
+        assert_eq!(all.count_ones() as usize, Features::NONE.list().iter().filter(|f| !f.required).count());
+        let without = Features { tcx: false, set_retval: false, jit: true, ..Features::NONE };
+        let names: Vec<_> =
+            fall_backs(without.absent() & (absent::TCX | absent::JIT)).iter().map(|f| f.name).collect();
+        assert_eq!(names, ["TCX links"]);
+        assert_eq!(fall_backs(0), []);
     }
 }

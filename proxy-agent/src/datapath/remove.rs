@@ -27,8 +27,8 @@ pub fn remove_all(root: &BpfRoot) -> Result<Removed, AttachError> {
                 Some(pin) => drop_pin_at(&path, pin)?,
                 None => pin::remove(&path, false)?,
             };
-            // The qdisc's pin is a note, not a program that runs.
-            removed.links += usize::from(gone && !matches!(pin, Some(PinName::Qdisc(_))));
+            // The qdisc's pin is a note, not a program that runs; those without a place run nowhere.
+            removed.links += usize::from(gone && !matches!(pin, None | Some(PinName::Qdisc(_))));
         }
         for name in pin::names(&maps)? {
             removed.maps += usize::from(pin::remove(&maps.join(name), false)?);

@@ -1,14 +1,30 @@
-//! Connected UDP sockets of host processes whose endpoint has gone: they are destroyed, so that the process
-//! sees an error and connects again, this time to an endpoint that is there.
+//! Connected UDP sockets of host processes: which of them came through a Service, and how one is led on when its
+//! endpoint has gone.
 //!
-//! Without that it would talk to nobody for ever: a socket is translated once, at `connect`. The kernel needs
-//! `CONFIG_INET_DIAG_DESTROY`. TCP connections are left alone (C-1).
+//! Such a socket is translated once, at `connect`, and no packet of the host passes a program that could do more. So
+//! it would talk to nobody for ever. Its process is not asked: a second descriptor of the socket is taken from it
+//! (`pidfd_getfd`) and connected to the Service again. That runs the hooks as the first `connect` did, keeps the
+//! socket's port, and goes unseen. Where it cannot be done (the process is not in sight, or its memory is protected
+//! from us) the socket is destroyed: its process gets `ECONNABORTED`, once, and then `EDESTADDRREQ` until it connects
+//! again. Which sockets came through a Service is in their own storage, read by an iterator (`abi::SocketState`).
+//! TCP connections are left alone (C-1).
 
-use std::collections::HashSet;
-use std::io;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 
-use crate::netlink::request::{Flags, Protocol, exchange};
+use aya_obj::btf::{Btf, BtfError, BtfKind};
+use nix::sys::socket::{SockaddrStorage, connect, getpeername};
+use proxy_common::abi::{SocketEntry, SocketState, maps};
+use proxy_common::addr::Proto;
+
+use super::instruction::{DOUBLE, EXIT, Register, call, load, set, skip_if_null};
+use super::pin::BpfRoot;
+use super::sys;
+use crate::netlink::request::{Flags, Protocol, exchange, u32_at};
 
 /// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
 const BY_FAMILY: u16 = 20;
@@ -20,10 +36,44 @@ const CONNECTED: u32 = 1 << 1;
 const ID: usize = 48;
 /// Where it stands in `struct inet_diag_msg`.
 const ID_AT: usize = 4;
+/// Where the inode stands there.
+const INODE_AT: usize = ID_AT + ID + 16;
 
-/// Why sockets could not be looked through or destroyed.
+/// The kernel's function that lists socket storage.
+const LISTS_STORAGE: &str = "bpf_iter_bpf_sk_storage_map";
+/// `bpf_seq_write` of `linux/bpf.h`.
+const SEQ_WRITE: u32 = 127;
+/// Writes to the reader each value whose first word, the cookie, is not zero. The context holds four pointers:
+/// `meta` (of which the first word is the file), the map, the socket, the value.
+const WRITE_VALUES: [u64; 10] = [
+    load(DOUBLE, Register::ARGUMENTS[1], Register::ARGUMENTS[0], 24),
+    skip_if_null(Register::ARGUMENTS[1], 6),
+    load(DOUBLE, Register::ARGUMENTS[2], Register::ARGUMENTS[1], 0),
+    skip_if_null(Register::ARGUMENTS[2], 4),
+    load(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 0),
+    load(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 0),
+    set(Register::ARGUMENTS[2], size_of::<SocketState>() as u32),
+    call(SEQ_WRITE),
+    set(Register::RESULT, 0),
+    EXIT,
+];
+
+/// Why sockets could not be looked through, led on or destroyed.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
+    /// Their storage cannot be read.
+    #[error("cannot read what sockets remember of their Services ({act})")]
+    Storage {
+        /// What was tried.
+        act: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel does not describe itself.
+    #[error(
+        "cannot read the kernel's types (CONFIG_DEBUG_INFO_BTF): which sockets came through a Service is not known"
+    )]
+    Types(#[from] BtfError),
     /// The list cannot be read.
     #[error("cannot list connected UDP sockets (CONFIG_INET_UDP_DIAG, module udp_diag)")]
     List(#[source] io::Error),
@@ -40,35 +90,181 @@ pub enum SocketError {
     },
 }
 
-/// Destroys every UDP socket of this network namespace that is connected to one of `gone`, and gives their
-/// number. Sockets that cannot be destroyed do not stop the others; the first failure is the result.
-pub fn destroy_udp(gone: &[SocketAddr]) -> Result<usize, SocketError> {
-    let gone: HashSet<(IpAddr, u16)> = gone.iter().map(|at| (at.ip().to_canonical(), at.port())).collect();
-    if gone.is_empty() {
-        return Ok(0);
+/// A connected UDP socket of this network namespace that came through a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// What it remembers of that.
+    pub entry: SocketEntry,
+    socket: Listed,
+}
+
+/// A connected UDP socket, as the kernel lists it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Listed {
+    family: u8,
+    id: Vec<u8>,
+    cookie: u64,
+    inode: u32,
+    peer: SocketAddr,
+}
+
+/// What became of sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LedOn {
+    /// They are connected to another endpoint.
+    pub moved: usize,
+    /// They are destroyed.
+    pub destroyed: usize,
+    /// The Service takes none at the moment, or their process was quicker.
+    pub left: usize,
+}
+
+/// The way to what sockets remember.
+#[derive(Debug)]
+pub struct Storage {
+    link: OwnedFd,
+}
+
+impl Storage {
+    /// Opens the way to what is pinned under `root`.
+    pub fn open(root: &BpfRoot) -> Result<Self, SocketError> {
+        let failed = |act| move |source| SocketError::Storage { act, source };
+        let map = sys::obj_get(&root.map(maps::SOCKETS)).map_err(failed("opening the map"))?;
+        let function = Btf::from_sys_fs()?.id_by_type_name_kind(LISTS_STORAGE, BtfKind::Func)?;
+        let program =
+            sys::iterator_load(function, &WRITE_VALUES).map_err(failed("loading an iterator, Linux 5.9"))?;
+        let link =
+            sys::link_iterator(program.as_fd(), map.as_fd()).map_err(failed("attaching an iterator"))?;
+        Ok(Self { link })
     }
-    let (mut destroyed, mut failure) = (0, None);
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        let list = request(family as u8, &[0; ID]);
-        let sockets =
-            exchange(Protocol::SockDiag, BY_FAMILY, Flags::Dump, &list).map_err(SocketError::List)?;
-        for socket in sockets {
-            let Some((id, (ip, port))) = destination(family, &socket) else { continue };
-            if !gone.contains(&(ip.to_canonical(), port)) {
-                continue;
+
+    /// All sockets of the node that are connected over UDP through a Service.
+    pub fn connected(&self) -> Result<Vec<Connected>, SocketError> {
+        let failed = |source| SocketError::Storage { act: "reading", source };
+        let mut bytes = Vec::new();
+        sys::iterate(self.link.as_fd()).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(failed)?;
+        let remembered: BTreeMap<u64, SocketState> =
+            sys::values::<SocketState>(&bytes).into_iter().map(|state| (state.cookie, state)).collect();
+        if remembered.is_empty() {
+            return Ok(Vec::new());
+        }
+        let listed = list()?.into_iter();
+        Ok(listed
+            .filter_map(|socket| {
+                let state = remembered.get(&socket.cookie)?;
+                let entry = *state.entries.iter().find(|entry| leads_to(entry, socket.peer))?;
+                Some(Connected { entry, socket })
+            })
+            .collect())
+    }
+}
+
+fn leads_to(entry: &SocketEntry, peer: SocketAddr) -> bool {
+    entry.backend != 0
+        && entry.proto == Proto::UDP
+        && entry.port.number() == peer.port()
+        && IpAddr::from(entry.addr) == peer.ip()
+}
+
+/// Leads sockets on to another endpoint of the Services that they came through; their processes are looked for in
+/// the `/proc` that is mounted at `proc`.
+pub fn lead_on(sockets: &[Connected], proc: &Path) -> Result<LedOn, SocketError> {
+    let (mut done, mut failure) = (LedOn::default(), None);
+    if sockets.is_empty() {
+        return Ok(done);
+    }
+    let owners = owners(proc, |inode| sockets.iter().any(|socket| socket.socket.inode == inode));
+    for socket in sockets {
+        match socket.reconnect(owners.get(&socket.socket.inode).map_or(&[], Vec::as_slice)) {
+            Some(Ok(())) => done.moved += 1,
+            Some(Err(error)) => {
+                tracing::debug!("a UDP socket stays connected to {}: {error}", socket.socket.peer);
+                done.left += 1;
             }
-            match exchange(Protocol::SockDiag, DESTROY, Flags::Ack, &request(family as u8, id)) {
-                Ok(_) => destroyed += 1,
-                // Closed meanwhile.
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                Err(source) => {
-                    let endpoint = SocketAddr::new(ip, port);
-                    failure.get_or_insert(SocketError::Destroy { endpoint, source });
-                }
+            None => match socket.destroy() {
+                Ok(()) => done.destroyed += 1,
+                Err(error) => drop(failure.get_or_insert(error)),
+            },
+        }
+    }
+    failure.map_or(Ok(done), Err)
+}
+
+impl Connected {
+    /// The address that its process named.
+    #[must_use]
+    pub fn named(&self) -> SocketAddr {
+        SocketAddr::new(IpAddr::from(self.entry.vip), self.entry.vport.number())
+    }
+
+    /// Connects it again through one of its owners' descriptors; `None` when there is no way to it.
+    fn reconnect(&self, owners: &[(i32, RawFd)]) -> Option<io::Result<()>> {
+        let own = owners.iter().find_map(|(process, descriptor)| {
+            let own = sys::descriptor_of(*process, *descriptor).ok()?;
+            // The number may stand for something else by now.
+            let cookie = sys::socket_u64(own.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE).ok()?;
+            (cookie == self.socket.cookie).then_some(own)
+        })?;
+        // Its process may have connected it elsewhere.
+        let named = self.named();
+        let mapped = match named.ip() {
+            IpAddr::V4(ip) if self.socket.family == libc::AF_INET6 as u8 => {
+                SocketAddr::new(ip.to_ipv6_mapped().into(), named.port())
+            }
+            _ => named,
+        };
+        match getpeername::<SockaddrStorage>(own.as_raw_fd()) {
+            Ok(peer) if socket_addr(&peer) == Some(mapped) => {}
+            _ => return Some(Err(io::ErrorKind::NotConnected.into())),
+        }
+        Some(connect(own.as_raw_fd(), &SockaddrStorage::from(mapped)).map_err(io::Error::from))
+    }
+
+    fn destroy(&self) -> Result<(), SocketError> {
+        let request = request(self.socket.family, &self.socket.id);
+        match exchange(Protocol::SockDiag, DESTROY, Flags::Ack, &request) {
+            Ok(_) => Ok(()),
+            // Closed meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            Err(source) => Err(SocketError::Destroy { endpoint: self.socket.peer, source }),
+        }
+    }
+}
+
+fn socket_addr(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::new(v4.ip().into(), v4.port()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::new(v6.ip().into(), v6.port())))
+}
+
+/// Processes and their descriptors of the sockets with these inodes, as `/proc` at `proc` shows them.
+fn owners(proc: &Path, wanted: impl Fn(u32) -> bool) -> BTreeMap<u32, Vec<(i32, RawFd)>> {
+    let numbers = |directory: PathBuf| {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.filter_map(|entry| Some((entry.file_name().to_str()?.parse::<i32>().ok()?, entry.path())))
+    };
+    let mut owners: BTreeMap<u32, Vec<(i32, RawFd)>> = BTreeMap::new();
+    for (process, path) in numbers(proc.to_owned()) {
+        for (descriptor, path) in numbers(path.join("fd")) {
+            let inode = fs::read_link(path)
+                .ok()
+                .and_then(|link| link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+            if let Some(inode) = inode.filter(|inode| wanted(*inode)) {
+                owners.entry(inode).or_default().push((process, descriptor));
             }
         }
     }
-    failure.map_or(Ok(destroyed), Err)
+    owners
+}
+
+/// Every connected UDP socket of this network namespace.
+fn list() -> Result<Vec<Listed>, SocketError> {
+    let mut sockets = Vec::new();
+    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+        let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Dump, &request(family, &[0; ID]))
+            .map_err(SocketError::List)?;
+        sockets.extend(answers.iter().filter_map(|answer| read(family, answer)));
+    }
+    Ok(sockets)
 }
 
 /// `struct inet_diag_req_v2`.
@@ -79,36 +275,63 @@ fn request(family: u8, id: &[u8]) -> Vec<u8> {
     request
 }
 
-/// The identity of a socket in `struct inet_diag_msg`, and where it is connected to.
-fn destination(family: i32, message: &[u8]) -> Option<(&[u8], (IpAddr, u16))> {
+/// A socket in `struct inet_diag_msg`.
+fn read(family: u8, message: &[u8]) -> Option<Listed> {
     let id = message.get(ID_AT..ID_AT + ID)?;
     let port = u16::from_be_bytes(id.get(2..4)?.try_into().ok()?);
     let address: [u8; 16] = id.get(20..36)?.try_into().ok()?;
-    let ip = if family == libc::AF_INET {
+    let ip = if family == libc::AF_INET as u8 {
         IpAddr::from([address[0], address[1], address[2], address[3]])
     } else {
-        IpAddr::from(Ipv6Addr::from(address))
+        IpAddr::from(Ipv6Addr::from(address)).to_canonical()
     };
-    Some((id, (ip, port)))
+    let inode = u32::from_ne_bytes(message.get(INODE_AT..INODE_AT + 4)?.try_into().ok()?);
+    let cookie = u64::from(u32_at(id, 44)) << 32 | u64::from(u32_at(id, 40));
+    Some(Listed { family, id: id.to_vec(), cookie, inode, peer: SocketAddr::new(ip, port) })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
     #[test]
-    fn the_destination_is_read_from_where_the_kernel_writes_it() {
+    fn a_socket_is_read_from_where_the_kernel_writes_it() {
         let mut message = vec![0; 72];
         message[ID_AT + 2..ID_AT + 4].copy_from_slice(&53_u16.to_be_bytes());
         message[ID_AT + 20..ID_AT + 24].copy_from_slice(&[10, 244, 0, 7]);
-        let (id, at) = destination(libc::AF_INET, &message).unwrap();
-        assert_eq!(id.len(), ID);
-        assert_eq!(at, ("10.244.0.7".parse().unwrap(), 53));
-        assert!(destination(libc::AF_INET, &message[..40]).is_none());
+        message[ID_AT + 40..ID_AT + 44].copy_from_slice(&7_u32.to_ne_bytes());
+        message[ID_AT + 44..ID_AT + 48].copy_from_slice(&1_u32.to_ne_bytes());
+        message[68..72].copy_from_slice(&4711_u32.to_ne_bytes());
+        let socket = read(libc::AF_INET as u8, &message).unwrap();
+        assert_eq!(socket.id.len(), ID);
+        assert_eq!(socket.peer, "10.244.0.7:53".parse().unwrap());
+        assert_eq!((socket.cookie, socket.inode), (1 << 32 | 7, 4711));
+        assert!(read(libc::AF_INET as u8, &message[..70]).is_none());
     }
 
     #[test]
     fn a_request_has_the_length_the_kernel_asks_for() {
         assert_eq!(request(2, &[0; ID]).len(), 56);
+    }
+
+    #[test]
+    fn owners_of_a_socket_are_found_among_processes() {
+        let proc = tempfile::tempdir().unwrap();
+        for (process, descriptor, what) in [
+            ("1", "0", "/dev/null"),
+            ("12", "5", "socket:[77]"),
+            ("13", "9", "socket:[77]"),
+            ("13", "3", "socket:[78]"),
+        ] {
+            let directory = proc.path().join(process).join("fd");
+            fs::create_dir_all(&directory).unwrap();
+            symlink(what, directory.join(descriptor)).unwrap();
+        }
+        fs::create_dir(proc.path().join("sys")).unwrap();
+        let mut found = owners(proc.path(), |inode| inode == 77).remove(&77).unwrap();
+        found.sort_unstable();
+        assert_eq!(found, [(12, 5), (13, 9)]);
     }
 }

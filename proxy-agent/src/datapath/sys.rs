@@ -4,6 +4,7 @@
 //! is the kernel's own `io::Error`; callers name the act and the object.
 
 use std::ffi::{CString, c_char, c_void};
+use std::fs::File;
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -12,8 +13,8 @@ use std::path::Path;
 
 use aya::Pod;
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info, bpf_prog_info,
-    bpf_prog_type,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info, bpf_map_type,
+    bpf_prog_info, bpf_prog_type,
 };
 
 /// `BPF_F_REPLACE`: a link update names the program it expects to replace.
@@ -246,6 +247,21 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     call(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
+/// Makes a map; its keys and values have the sizes given.
+pub(crate) fn map_create(
+    kind: bpf_map_type,
+    key_size: usize,
+    value_size: usize,
+    max_entries: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr = attr();
+    attr.__bindgen_anon_1.map_type = kind as u32;
+    attr.__bindgen_anon_1.key_size = key_size as u32;
+    attr.__bindgen_anon_1.value_size = value_size as u32;
+    attr.__bindgen_anon_1.max_entries = max_entries;
+    call_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
+}
+
 /// Loads a program of hand-written instructions, each as its eight bytes.
 pub(crate) fn program_load(
     kind: bpf_prog_type,
@@ -259,6 +275,62 @@ pub(crate) fn program_load(
     attr.__bindgen_anon_3.insn_cnt = instructions.len() as u32;
     attr.__bindgen_anon_3.license = c"GPL".as_ptr() as u64;
     call_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+}
+
+/// Loads an iterator over what the kernel function with this BTF id lists.
+pub(crate) fn iterator_load(function: u32, instructions: &[u64]) -> io::Result<OwnedFd> {
+    let mut attr = attr();
+    attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_TRACING as u32;
+    attr.__bindgen_anon_3.expected_attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
+    attr.__bindgen_anon_3.attach_btf_id = function;
+    attr.__bindgen_anon_3.insns = instructions.as_ptr() as u64;
+    attr.__bindgen_anon_3.insn_cnt = instructions.len() as u32;
+    attr.__bindgen_anon_3.license = c"GPL".as_ptr() as u64;
+    call_fd(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+}
+
+/// Lets an iterator list the elements of a map.
+pub(crate) fn link_iterator(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    // The first member of `union bpf_iter_link_info`.
+    let over = raw(map);
+    let mut attr = attr();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
+    attr.link_create.__bindgen_anon_3.__bindgen_anon_1.iter_info = &raw const over as u64;
+    attr.link_create.__bindgen_anon_3.__bindgen_anon_1.iter_info_len = size_of::<u32>() as u32;
+    call_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
+/// One run of an iterator, as a file to be read to its end.
+pub(crate) fn iterate(link: BorrowedFd<'_>) -> io::Result<File> {
+    let mut attr = attr();
+    attr.iter_create.link_fd = raw(link);
+    call_fd(bpf_cmd::BPF_ITER_CREATE, &mut attr).map(File::from)
+}
+
+/// The values that `bytes` begin with, one after the other.
+#[expect(unsafe_code, reason = "Pod types are values whatever their bytes")]
+pub(crate) fn values<T: Pod>(bytes: &[u8]) -> Vec<T> {
+    let chunks = bytes.chunks_exact(size_of::<T>());
+    // SAFETY: each chunk has the length of a value, `Pod` promises that any bytes are one, and it is copied from
+    // wherever it lies.
+    chunks.map(|chunk| unsafe { chunk.as_ptr().cast::<T>().read_unaligned() }).collect()
+}
+
+/// A descriptor of another process, duplicated into this one.
+#[expect(unsafe_code, reason = "the C library has no wrapper")]
+pub(crate) fn descriptor_of(process: i32, descriptor: RawFd) -> io::Result<OwnedFd> {
+    let new = |ret: libc::c_long| {
+        if ret < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(ret as RawFd) })
+    };
+    // SAFETY: takes numbers.
+    let process = new(unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) })?;
+    // SAFETY: takes numbers, the first of a descriptor that is open.
+    new(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), descriptor, 0) })
 }
 
 /// Runs a program once on `packet` and gives its return value.

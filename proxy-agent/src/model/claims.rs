@@ -4,6 +4,7 @@
 //! order is a property of the claims and not of their arrival.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::{Bound, RangeInclusive};
 
 use proxy_common::abi::{FrontendKey, frontend};
 use proxy_common::addr::Addr;
@@ -28,6 +29,8 @@ pub(super) struct Claims {
     contested: BTreeSet<FrontendKey>,
     /// How many destinations an address has: what is in here is a Service's address.
     addresses: HashMap<Addr, usize>,
+    /// How many NodePorts, of all protocols and families, have a number.
+    node_ports: BTreeMap<u16, usize>,
 }
 
 impl Claims {
@@ -69,6 +72,13 @@ impl Claims {
         self.addresses.contains_key(addr)
     }
 
+    /// The numbers of NodePorts outside a range, in order.
+    pub(super) fn node_ports_outside(&self, usual: &RangeInclusive<u16>) -> impl Iterator<Item = u16> {
+        let below = self.node_ports.range(..usual.start());
+        let above = self.node_ports.range((Bound::Excluded(*usual.end()), Bound::Unbounded));
+        below.chain(above).map(|(port, _)| *port)
+    }
+
     /// Every claim that lost, as (destination, loser, holder).
     pub(super) fn lost(&self) -> impl Iterator<Item = (&FrontendKey, &ServicePort, &ServicePort)> {
         self.contested.iter().filter_map(|key| self.by_key.get(key).map(|claims| (key, claims))).flat_map(
@@ -91,6 +101,9 @@ impl Claims {
             self.contested.insert(key);
         } else {
             *self.addresses.entry(key.addr).or_default() += 1;
+            if key.addr.is_unspecified() {
+                *self.node_ports.entry(key.port.number()).or_default() += 1;
+            }
         }
     }
 
@@ -105,6 +118,15 @@ impl Claims {
             return;
         }
         self.by_key.remove(key);
+        let number = key.port.number();
+        if key.addr.is_unspecified()
+            && let Some(count) = self.node_ports.get_mut(&number)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.node_ports.remove(&number);
+            }
+        }
         if let Some(count) = self.addresses.get_mut(&key.addr) {
             *count -= 1;
             if *count == 0 {

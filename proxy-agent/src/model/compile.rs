@@ -5,11 +5,12 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use proxy_common::abi::{backend, frontend};
+use proxy_common::abi::{FrontendKey, backend, frontend};
 use proxy_common::addr::{Addr, Port};
 
 use super::claims::Claims;
 use super::frontends::{Wanted, source_ranges, wanted};
+use super::local::{Local, Owner};
 use super::merge::merge;
 use super::topology::{Candidate, choose};
 use super::{
@@ -25,6 +26,8 @@ pub(super) struct Here {
     pub(super) ips: Vec<IpAddr>,
     /// Every global address of the node's links.
     pub(super) addresses: BTreeSet<IpAddr>,
+    /// What no Service takes over.
+    pub(super) local: Local,
 }
 
 impl Here {
@@ -57,6 +60,12 @@ pub(super) fn compile<'a>(
             (wanted.owner, desired)
         })
         .collect()
+}
+
+/// The destinations that a Service asks for and does not get, because they belong to the node or its pods.
+pub(super) fn objections(name: &ObjectName, service: &Service, here: &Here) -> Vec<(FrontendKey, Owner)> {
+    let wanted = wanted(name, service).into_iter().flat_map(|wanted| wanted.frontends);
+    wanted.filter_map(|(key, flags)| Some((key, here.local.owner(&key, flags)?))).collect()
 }
 
 fn compile_port<'a>(
@@ -94,7 +103,9 @@ fn compile_port<'a>(
     let frontends = wanted
         .frontends
         .iter()
-        .filter(|(key, _)| claims.holder(key) == Some(&wanted.owner))
+        .filter(|(key, flags)| {
+            claims.holder(key) == Some(&wanted.owner) && here.local.owner(key, **flags).is_none()
+        })
         .map(|(key, flags)| DesiredFrontend { key: *key, flags: flags | any })
         .collect();
     let pick = |set: &[usize]| set.iter().map(|i| destinations[*i]).collect();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use proxy_common::abi::{Config, FrontendKey, Iface};
+use proxy_common::abi::{Config, FrontendKey, Iface, RouteKey};
 use proxy_common::addr::{Addr, Port, Proto};
 
 use super::{Family, ObjectName};
@@ -56,6 +56,8 @@ pub struct NodeTables {
     pub config: Config,
     /// Interfaces by index.
     pub ifaces: BTreeMap<u32, Iface>,
+    /// Sources of masqueraded flows (M-13).
+    pub routes: BTreeMap<RouteKey, Addr>,
     /// The node's addresses with bits of [`proxy_common::abi::address`] (`NODE`, `NODE_PORT`).
     pub addresses: BTreeMap<Addr, u32>,
 }

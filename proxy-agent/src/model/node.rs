@@ -56,8 +56,22 @@ impl NodeIps {
     }
 }
 
+/// What a network interface is to packets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Device {
+    /// Packets enter and leave the node's stack here.
+    #[default]
+    Wire,
+    /// The same, wrapped into other packets.
+    Tunnel,
+    /// Packets only pass by on their way to another device, or are none of ours.
+    Detour,
+    /// It holds addresses, and no packet comes here.
+    Holder,
+}
+
 /// A network interface of the node's namespace, as rtnetlink describes it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Link {
     /// Interface index.
     pub index: u32,
@@ -69,10 +83,53 @@ pub struct Link {
     pub up: bool,
     /// Whether its frames have no Ethernet header (WireGuard, IPIP, tun).
     pub layer3: bool,
+    /// What it is to packets.
+    pub device: Device,
+    /// Its Ethernet address; zero when it has none.
+    pub mac: [u8; 6],
     /// Index of the bridge or bond that it is a port of.
     pub master: Option<u32>,
     /// Its addresses, in the kernel's order, without deprecated, tentative-duplicate and temporary ones.
     pub addresses: Vec<IpNet>,
+}
+
+impl Link {
+    /// Whether packets are to be met here.
+    #[must_use]
+    pub fn carries_programs(&self) -> bool {
+        !self.loopback && matches!(self.device, Device::Wire | Device::Tunnel)
+    }
+
+    /// Whether it holds every ClusterIP for a proxy that works with IPVS (kube-proxy's, kube-router's) and may be left
+    /// behind by it: what stands here is nobody's address.
+    #[must_use]
+    pub fn holds_cluster_ips(&self) -> bool {
+        matches!(&*self.name, "kube-ipvs0" | "kube-dummy-if")
+    }
+
+    /// Whether it holds addresses for a cache of name-server answers or its like, which takes over ClusterIPs on this
+    /// node on purpose: NodeLocal DNSCache calls its device so, others make devices of the same kind.
+    #[must_use]
+    pub fn holds_local_services(&self) -> bool {
+        !self.holds_cluster_ips() && (self.device == Device::Holder || &*self.name == "nodelocaldns")
+    }
+}
+
+/// A route that leads out of the node by an interface.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Route {
+    /// Where to.
+    pub dst: IpNet,
+    /// Index of the interface.
+    pub link: u32,
+    /// The router.
+    pub gateway: Option<IpAddr>,
+    /// The source that it asks for.
+    pub source: Option<IpAddr>,
+    /// Whether the kernel made it for an address of the interface.
+    pub connected: bool,
+    /// Number of its table.
+    pub table: u32,
 }
 
 #[cfg(test)]

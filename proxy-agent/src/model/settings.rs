@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use proxy_common::abi::PortRange;
 
 use super::Family;
 
@@ -74,8 +75,10 @@ pub struct Settings {
     pub localhost_node_ports: bool,
     /// Cookie of the node's network namespace; 0 when the kernel does not tell it.
     pub host_netns: u64,
-    /// First source port for masquerading and how many there are; outside the ephemeral and NodePort ranges.
-    pub snat_ports: (u16, u16),
+    /// Source ports for masquerading, those of NodePorts beside the usual range not yet taken out.
+    pub snat_ports: Vec<PortRange>,
+    /// Ports that the agent serves on the node: no NodePort takes them over.
+    pub own_ports: Vec<u16>,
     /// Seed of the selection hash: the same on every node, so that nodes agree.
     pub seed: u32,
 }
@@ -98,7 +101,8 @@ impl Settings {
             socket_lb: SocketLb::All,
             localhost_node_ports: true,
             host_netns: 0,
-            snat_ports: (0, 0),
+            snat_ports: Vec::new(),
+            own_ports: Vec::new(),
             seed: 0,
         }
     }

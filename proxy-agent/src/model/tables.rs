@@ -2,31 +2,59 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
-use proxy_common::abi::{Config, Iface, Range, SERVICE_RANGES, address, config, iface};
+use proxy_common::abi::{Config, Iface, PortRange, Range, RouteKey, SERVICE_RANGES, address, config, iface};
 use proxy_common::addr::Addr;
 
 use super::claims::Claims;
-use super::{DetectLocal, Family, Link, Node, NodePortAddresses, NodeTables, Settings, SocketLb};
+use super::{
+    DetectLocal, Family, Link, Node, NodePortAddresses, NodeTables, Route, Settings, SocketLb, masquerade,
+    ports, uplinks,
+};
+
+/// What follows from links and routes: only to be looked at again when one of them changes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Around {
+    pub(super) sources: BTreeMap<RouteKey, Addr>,
+    pub(super) uplinks: BTreeSet<u32>,
+}
+
+impl Around {
+    pub(super) fn look(
+        settings: &Settings,
+        node: &Node,
+        links: &[Link],
+        routes: &[Route],
+        claims: &Claims,
+    ) -> Self {
+        Self {
+            sources: masquerade::sources(node, links, routes, claims),
+            uplinks: uplinks::uplinks(settings, node, links, routes, claims),
+        }
+    }
+}
 
 /// The tables of the node. `links` are in order of their index.
 pub(super) fn node_tables(
     settings: &Settings,
     node: &Node,
     links: &[Link],
+    around: &Around,
     claims: &Claims,
     service_ranges: &BTreeSet<IpNet>,
 ) -> NodeTables {
     let families = settings.families(); // S-12
-    let mut config = node_config(settings, node, links);
+    let mut config = node_config(settings, node, links).with_snat_ports(&snat_ports(settings, claims));
     if settings.drop_unallocated {
         let served = service_ranges.iter().filter(|range| families.contains(&Family::of(&range.addr())));
         put_service_ranges(&mut config, served.copied());
     }
     NodeTables {
         config,
-        ifaces: ifaces(settings, node, links, claims),
+        ifaces: ifaces(settings, links, &around.uplinks),
+        routes: around.sources.clone(),
         addresses: addresses(settings, node, links),
     }
 }
@@ -42,7 +70,22 @@ pub(super) fn is_global(ip: &IpAddr) -> bool {
 
 /// The global addresses of links.
 pub(super) fn global_addresses(links: &[Link]) -> impl Iterator<Item = IpAddr> {
-    links.iter().flat_map(|link| &link.addresses).map(IpNet::addr).filter(is_global)
+    let own = links.iter().filter(|link| !link.holds_cluster_ips());
+    own.flat_map(|link| &link.addresses).map(IpNet::addr).filter(is_global)
+}
+
+/// The API server's default `--service-node-port-range`.
+pub const NODE_PORTS: RangeInclusive<u16> = 30000..=32767;
+
+/// The ports to masquerade with: none that a NodePort has, whatever the API server's range for them is.
+fn snat_ports(settings: &Settings, claims: &Claims) -> Vec<PortRange> {
+    let taken = ports::spans(claims.node_ports_outside(&NODE_PORTS));
+    if taken.is_empty() {
+        return settings.snat_ports.clone();
+    }
+    let last = |range: &PortRange| range.first.saturating_add(range.count.saturating_sub(1));
+    let all = settings.snat_ports.iter().map(|range| range.first..=last(range));
+    ports::largest(ports::without(all.collect(), &taken))
 }
 
 fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
@@ -54,14 +97,7 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
     set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST);
     set(settings.socket_lb != SocketLb::Off && settings.localhost_node_ports, config::LOCALHOST_NODE_PORTS);
 
-    let (snat_first, snat_count) = settings.snat_ports;
-    let mut table = Config {
-        host_netns: settings.host_netns,
-        snat_first,
-        snat_count,
-        seed: settings.seed,
-        ..Config::EMPTY
-    };
+    let mut table = Config { host_netns: settings.host_netns, seed: settings.seed, ..Config::EMPTY };
     // M-3: a setting for one family alone means that pods of the other are not told apart.
     let ranges: &[IpNet] = match settings.detect_local {
         DetectLocal::AnyRange if settings.cluster_cidrs.is_empty() => &node.pod_cidrs,
@@ -110,7 +146,7 @@ fn put_service_ranges(config: &mut Config, ranges: impl Iterator<Item = IpNet>) 
 /// Whether what comes in by `link` comes from a pod, in the modes that tell by interface (M-1). A bridge's port counts
 /// as the bridge: that is where the rules look, but the programs see the packet before.
 fn is_pods(mode: &DetectLocal, link: &Link, links: &[Link]) -> bool {
-    let master = link.master.and_then(|index| links.iter().find(|link| link.index == index));
+    let master = master_of(link, links);
     let matches = |link: &Link| match mode {
         DetectLocal::Bridge(name) => link.name == *name,
         DetectLocal::InterfacePrefix(prefix) => link.name.starts_with(&**prefix),
@@ -119,45 +155,22 @@ fn is_pods(mode: &DetectLocal, link: &Link, links: &[Link]) -> bool {
     matches(link) || master.is_some_and(matches)
 }
 
-fn ifaces(settings: &Settings, node: &Node, links: &[Link], claims: &Claims) -> BTreeMap<u32, Iface> {
-    let usable = |ip: &IpAddr| is_global(ip) && !claims.is_service_address(&(*ip).into()); // M-13
-    let fallback = |family: Family| {
-        let on_link =
-            |ip: &IpAddr| links.iter().any(|link| link.addresses.iter().any(|net| net.addr() == *ip));
-        let node_ip =
-            node.ips.iter().copied().find(|ip| Family::of(ip) == family && usable(ip) && on_link(ip));
-        // Loopback last: what is bound there is more often somebody's virtual address.
-        let mut anywhere = [false, true].into_iter().flat_map(|loopback| {
-            global_addresses_of(links.iter().filter(move |link| link.loopback == loopback))
-        });
-        node_ip
-            .or_else(|| anywhere.find(|ip| Family::of(ip) == family && usable(ip)))
-            .map_or(family.wildcard(), Addr::from)
-    };
-    let (any_v4, any_v6) = (fallback(Family::V4), fallback(Family::V6));
-    let source = |link: &Link, family: Family, otherwise: Addr| {
-        let mut own = link.addresses.iter().map(IpNet::addr);
-        own.find(|ip| Family::of(ip) == family && usable(ip)).map_or(otherwise, Addr::from)
-    };
-    links
-        .iter()
-        .filter(|link| !link.loopback)
+/// The bridge, or its like, that a link is a port of.
+fn master_of<'a>(link: &Link, links: &'a [Link]) -> Option<&'a Link> {
+    link.master.and_then(|index| links.iter().find(|link| link.index == index))
+}
+
+fn ifaces(settings: &Settings, links: &[Link], uplinks: &BTreeSet<u32>) -> BTreeMap<u32, Iface> {
+    let carrying = links.iter().filter(|link| link.carries_programs());
+    carrying
         .map(|link| {
             let layer3 = if link.layer3 { iface::L3 } else { 0 };
             let pods = if is_pods(&settings.detect_local, link, links) { iface::POD } else { 0 };
-            let iface = Iface {
-                snat_v4: source(link, Family::V4, any_v4),
-                snat_v6: source(link, Family::V6, any_v6),
-                flags: layer3 | pods,
-                pad: 0,
-            };
-            (link.index, iface)
+            let uplink = if pods == 0 { uplinks::uplink_of(link, uplinks) } else { 0 };
+            let bridge = master_of(link, links).map_or([0; 6], |master| master.mac);
+            (link.index, Iface { bridge, ..Iface::new(layer3 | pods, uplink) })
         })
         .collect()
-}
-
-fn global_addresses_of<'a>(links: impl Iterator<Item = &'a Link>) -> impl Iterator<Item = IpAddr> {
-    links.flat_map(|link| &link.addresses).map(IpNet::addr).filter(is_global)
 }
 
 fn addresses(settings: &Settings, node: &Node, links: &[Link]) -> BTreeMap<Addr, u32> {

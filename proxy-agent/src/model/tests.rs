@@ -5,14 +5,19 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use proxy_common::abi::{address, backend, config, frontend, iface};
+use proxy_common::abi::{PortRange, RouteKey, address, backend, config, frontend, iface};
 use proxy_common::addr::{Addr, Port as Number, Proto};
 
 use super::*;
 use crate::source::{Change, Kind};
 
 fn settings() -> Settings {
-    Settings { host_netns: 1, snat_ports: (61_000, 1_000), seed: 7, ..Settings::of_node("n1") }
+    Settings {
+        host_netns: 1,
+        snat_ports: vec![PortRange { first: 61_000, count: 1_000 }],
+        seed: 7,
+        ..Settings::of_node("n1")
+    }
 }
 
 fn name(name: &str) -> ObjectName {
@@ -569,8 +574,8 @@ fn link(index: u32, name: &str, addresses: &[&str]) -> Link {
         loopback: name == "lo",
         up: true,
         layer3: name.starts_with("wg"),
-        master: None,
         addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+        ..Link::default()
     }
 }
 
@@ -585,7 +590,7 @@ fn links() -> Vec<Link> {
 }
 
 #[test]
-fn masquerading_uses_an_address_of_the_interface_else_the_nodes() {
+fn masquerading_uses_an_address_of_the_interface_the_nodes_first() {
     let mut web = service("10.96.0.1");
     web.load_balancer_ips = vec![ip("203.0.113.1")]; // Bound on eth1, but not ours to use (M-13).
     let mut world = world([
@@ -593,25 +598,25 @@ fn masquerading_uses_an_address_of_the_interface_else_the_nodes() {
         Change::Node(Some(node(None, &["192.168.0.3"]))),
         Change::Service(name("web"), Some(web)),
     ]);
-    let sources = |world: &World| -> Vec<(u32, String, String, u32)> {
-        let ifaces = world.node().ifaces;
-        ifaces.iter().map(|(i, f)| (*i, f.snat_v4.to_string(), f.snat_v6.to_string(), f.flags)).collect()
+    let sources = |world: &World| -> Vec<(u32, String, String)> {
+        let node = world.node();
+        let source = |index, any| node.routes[&RouteKey::range(index, any, 0)].to_string();
+        let ifaces = node.ifaces.keys();
+        ifaces.map(|i| (*i, source(*i, Addr::ANY_V4), source(*i, Addr::ANY_V6))).collect()
     };
-    let row = |index, v4: &str, flags| (index, v4.to_owned(), "2001:db8::2".to_owned(), flags);
-    let expected = [
-        row(2, "192.168.0.2", 0),
-        row(3, "10.0.0.3", 0),
-        row(4, "10.244.1.1", 0),
-        row(5, "192.168.0.3", iface::L3),
-    ];
+    let row = |index, v4: &str| (index, v4.to_owned(), "2001:db8::2".to_owned());
+    let expected = [row(2, "192.168.0.3"), row(3, "10.0.0.3"), row(4, "10.244.1.1"), row(5, "192.168.0.3")];
+    assert_eq!(
+        world.node().ifaces.values().map(|iface| iface.flags).collect::<Vec<_>>(),
+        [0, 0, 0, iface::L3]
+    );
     assert_eq!(sources(&world), expected);
 
     world.hear(Change::Service(name("web"), None));
-    assert_eq!(sources(&world)[1], row(3, "203.0.113.1", 0));
+    assert_eq!(sources(&world)[1], row(3, "203.0.113.1"));
 
     world.hear(Change::Links(vec![link(7, "eth0", &["fe80::1/64", "169.254.0.1/16"])]));
-    let none = world.node().ifaces[&7];
-    assert_eq!((none.snat_v4, none.snat_v6), (Addr::ANY_V4, Addr::ANY_V6));
+    assert!(world.node().routes.values().all(Addr::is_unspecified));
 }
 
 #[test]
@@ -671,7 +676,10 @@ fn the_pod_range_is_the_clusters_else_the_nodes() {
     assert!(table.is_pod(&ip("fd00:10::7:1").into()) && !table.is_pod(&ip("fd00:11::1").into()));
     let ranges = config::POD_RANGE_V4 | config::POD_RANGE_V6;
     assert_eq!(table.flags, host | config::MASQUERADE_ALL | ranges);
-    assert_eq!((table.snat_first, table.snat_count, table.seed, table.host_netns), (61_000, 1_000, 7, 1));
+    assert_eq!(
+        (table.snat_port(0).number(), table.snat_total, table.seed, table.host_netns),
+        (61_000, 1_000, 7, 1)
+    );
 }
 
 #[test]

@@ -10,14 +10,15 @@ use ipnet::IpNet;
 use proxy_common::abi::FrontendKey;
 
 use super::claims::Claims;
-use super::compile::{Here, compile};
+use super::compile::{Here, compile, objections};
 use super::complaints::{Complaint, Complaints};
+use super::local::{Local, Owner};
 use super::merge::sorted;
 use super::names::Names;
 use super::no_local::NoLocalByFamily;
-use super::tables::{self, Accepted, global_addresses, node_tables};
+use super::tables::{self, Accepted, Around, global_addresses, node_tables};
 use super::{
-    Desired, DesiredService, DetectLocal, Family, Link, Node, NodeIps, NodeTables, ObjectName, Service,
+    Desired, DesiredService, DetectLocal, Family, Link, Node, NodeIps, NodeTables, ObjectName, Route, Service,
 };
 use super::{ServicePort, Settings, Slice};
 use crate::source::{Change, Kind};
@@ -41,9 +42,15 @@ pub struct World {
     /// (Y-13).
     last_node: Node,
     links: Vec<Link>,
+    routes: Vec<Route>,
+    around: Around,
     /// Ranges of ClusterIPs by the name of their ServiceCIDR: one that two of them have goes with the last.
     service_ranges: BTreeMap<String, Vec<IpNet>>,
+    /// Pods whose addresses lie inside these ranges.
+    pods_in_ranges: BTreeSet<IpAddr>,
     here: Here,
+    /// Destinations that Services do not get.
+    objections: BTreeMap<ObjectName, Vec<(FrontendKey, Owner)>>,
     claims: Claims,
     complaints: Complaints,
     names: Names,
@@ -73,7 +80,12 @@ impl World {
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let ips = NodeIps::new(&[], settings.bind_address).known();
-        let here = Here { node: settings.node_name.clone(), ips: ips.clone(), ..Here::default() };
+        let here = Here {
+            node: settings.node_name.clone(),
+            ips: ips.clone(),
+            local: Local::new(&settings.own_ports),
+            ..Here::default()
+        };
         Self {
             settings,
             services: BTreeMap::new(),
@@ -82,8 +94,12 @@ impl World {
             node: None,
             last_node: Node { ips, ..Node::default() },
             links: Vec::new(),
+            routes: Vec::new(),
+            around: Around::default(),
             service_ranges: BTreeMap::new(),
+            pods_in_ranges: BTreeSet::new(),
             here,
+            objections: BTreeMap::new(),
             claims: Claims::default(),
             complaints: Complaints::default(),
             names: Names::default(),
@@ -104,10 +120,11 @@ impl World {
             Change::Node(node) => self.hear_node(node),
             Change::ServiceRanges(name, ranges) => self.hear_service_ranges(name, ranges),
             Change::Links(links) => self.hear_links(links),
+            Change::Routes(routes) => self.hear_routes(routes),
             Change::Synced(kind) => self.synced.insert(kind),
             Change::Complaints { object, lines } => self.complaints.replace(object, lines),
             Change::Whole(whole) => std::mem::replace(&mut self.whole, whole) != whole,
-            Change::Triggered(..) | Change::Repeated(_) => false,
+            Change::Triggered(..) | Change::Repeated(_) | Change::Excluded(..) => false,
             Change::Connected(connected) => std::mem::replace(&mut self.connected, connected) != connected,
         }
     }
@@ -126,6 +143,7 @@ impl World {
         let mut dirty = Vec::new();
         for name in std::mem::take(&mut self.stale) {
             let now = self.compile(&name);
+            self.object(&name);
             let mut before = self.taken.remove(&name).unwrap_or_default();
             for (port, desired) in &now {
                 if before.remove(port).as_ref() != Some(desired) {
@@ -150,6 +168,10 @@ impl World {
     /// Everything that should be, for a full pass: [`Self::take_dirty`] starts from here.
     pub fn take_desired(&mut self) -> Desired {
         self.stale.clear();
+        self.objections.clear();
+        for name in self.services.keys().cloned().collect::<Vec<_>>() {
+            self.object(&name);
+        }
         self.taken = self.services.keys().map(|name| (name.clone(), self.compile(name))).collect();
         let services = self.taken.values().flatten().map(|(port, desired)| (port.clone(), desired.clone()));
         Desired { services: services.collect(), node: self.node() }
@@ -159,8 +181,20 @@ impl World {
     /// compare it on every pass.
     #[must_use]
     pub fn node(&self) -> NodeTables {
-        let ranges = self.service_ranges.values().flatten().copied().collect();
-        node_tables(&self.settings, &self.last_node, &self.links, &self.claims, &ranges)
+        let ranges = self.service_ranges.values().flatten().copied();
+        let ranges = ranges.filter(|range| self.lies_inside(range).is_none()).collect();
+        node_tables(&self.settings, &self.last_node, &self.links, &self.around, &self.claims, &ranges)
+    }
+
+    /// What of the node or of pods lies inside a range of ClusterIPs: to drop what goes to addresses of no Service
+    /// there would cut it off.
+    fn lies_inside(&self, range: &IpNet) -> Option<String> {
+        // A wide pod range that holds the Services, too, is somebody's way to say "everything in here is ours".
+        let pods = self.settings.cluster_cidrs.iter().find(|pods| range.contains(*pods));
+        let pod = || self.pods_in_ranges.iter().find(|ip| range.contains(*ip));
+        pods.map(|pods| format!("the pod range {pods}"))
+            .or_else(|| self.here.local.inside(range))
+            .or_else(|| pod().map(|ip| format!("the pod {ip}")))
     }
 
     /// The Node object, while there is one.
@@ -234,9 +268,52 @@ impl World {
         });
         let mut all: Vec<Complaint> = self.complaints.iter().chain(contested).collect();
         all.extend(self.no_pod_cidrs());
+        all.extend(self.covering_ranges());
+        let objected = |(name, all): (&ObjectName, &Vec<(FrontendKey, Owner)>)| {
+            let lines = all.iter().filter_map(|(key, owner)| objection(key, owner));
+            lines.map(|line| Complaint { object: format!("Service {name}"), line }).collect::<Vec<_>>()
+        };
+        all.extend(self.objections.iter().flat_map(objected));
         all.sort();
         all.dedup();
         all
+    }
+
+    /// What should be known and is as it should be; by object.
+    #[must_use]
+    pub fn notes(&self) -> Vec<Complaint> {
+        let mut all = Vec::new();
+        for (name, taken) in &self.objections {
+            for (key, owner) in taken {
+                if let Owner::LocalService(device) = owner {
+                    all.push(Complaint {
+                        object: format!("Service {name}"),
+                        line: format!(
+                            "{} is served on this node by what has bound it on {device} (such as NodeLocal DNSCache), \
+                             and by the Service again when that goes",
+                            destination(key)
+                        ),
+                    });
+                }
+            }
+        }
+        all
+    }
+
+    /// Ranges of ClusterIPs with something else in them.
+    fn covering_ranges(&self) -> Vec<Complaint> {
+        let ranges =
+            self.service_ranges.iter().flat_map(|(name, ranges)| ranges.iter().map(move |r| (name, r)));
+        let drops = self.settings.drop_unallocated;
+        let complaint = |(name, range): (&String, &IpNet)| {
+            let inside = self.lies_inside(range)?;
+            let line = format!(
+                "{range} covers {inside}: packets to addresses of no Service in it are not dropped; give Services \
+                 a range of their own"
+            );
+            Some(Complaint { object: format!("ServiceCIDR {name}"), line })
+        };
+        ranges.filter(|_| drops).filter_map(complaint).collect()
     }
 
     /// A Node whose podCIDRs were asked for and are not there: kube-proxy would not start (Y-9).
@@ -306,12 +383,73 @@ impl World {
         }
         let moved = self.claims.replace(&name, service.as_ref());
         self.stale.extend(moved);
+        let own = |service: &Service| {
+            let Service { cluster_ips, external_ips, load_balancer_ips, .. } = service;
+            let mut all = cluster_ips.iter().chain(external_ips).chain(load_balancer_ips);
+            all.any(|ip| self.here.addresses.contains(ip))
+        };
+        let near = self.services.get(&name).is_some_and(own) || service.as_ref().is_some_and(own);
         match service {
             Some(service) => self.services.insert(name.clone(), service),
             None => self.services.remove(&name),
         };
         self.stale.insert(name);
+        if near {
+            self.look_around(); // M-13: an address of an interface became a Service's, or ceased to be.
+        }
         true
+    }
+
+    fn look_around(&mut self) {
+        self.around = Around::look(&self.settings, &self.last_node, &self.links, &self.routes, &self.claims);
+    }
+
+    /// Marks the Services that claim one of these addresses.
+    fn changed_hands(&mut self, moved: &[IpAddr]) {
+        let claimed = |ip: &&IpAddr| self.claims.is_service_address(&(**ip).into());
+        let moved: HashSet<&IpAddr> = moved.iter().filter(claimed).collect();
+        if moved.is_empty() {
+            return;
+        }
+        let claims = |service: &Service| {
+            let Service { cluster_ips, external_ips, load_balancer_ips, .. } = service;
+            cluster_ips.iter().chain(external_ips).chain(load_balancer_ips).any(|ip| moved.contains(ip))
+        };
+        let claimants = self.services.iter().filter(|(_, service)| claims(service));
+        self.stale.extend(claimants.map(|(name, _)| name.clone()));
+    }
+
+    fn hear_routes(&mut self, routes: Vec<Route>) -> bool {
+        if self.routes == routes {
+            return false;
+        }
+        self.routes = routes;
+        let before = std::mem::take(&mut self.around);
+        self.look_around();
+        // Of many routes few matter.
+        (&before.sources, &before.uplinks) != (&self.around.sources, &self.around.uplinks)
+    }
+
+    /// Takes note of what a Service does not get.
+    fn object(&mut self, name: &ObjectName) {
+        let found = self.services.get(name).map(|service| objections(name, service, &self.here));
+        match found.filter(|found| !found.is_empty()) {
+            Some(found) => drop(self.objections.insert(name.clone(), found)),
+            None => drop(self.objections.remove(name)),
+        }
+    }
+
+    /// Takes a slice's pods in, or out.
+    fn hear_pods(&mut self, slice: &Slice, comes: bool) {
+        let moved = self.here.local.hear_slice(slice, comes);
+        self.changed_hands(&moved);
+        for ip in moved {
+            if !comes {
+                self.pods_in_ranges.remove(&ip);
+            } else if self.service_ranges.values().flatten().any(|range| range.contains(&ip)) {
+                self.pods_in_ranges.insert(ip);
+            }
+        }
     }
 
     /// A Service without what is switched off: a family (S-12), external IPs (V-8).
@@ -329,8 +467,12 @@ impl World {
         if self.slices.get(&name) == slice.as_ref() {
             return false;
         }
+        if let Some(slice) = &slice {
+            self.hear_pods(slice, true);
+        }
         // E-7: a slice that changes hands leaves its old Service.
         if let Some(old) = self.slices.remove(&name) {
+            self.hear_pods(&old, false);
             if let Some(names) = self.slices_of.get_mut(&old.service) {
                 names.remove(&name);
                 if names.is_empty() {
@@ -359,6 +501,12 @@ impl World {
                 self.stale.extend(self.services.keys().cloned()); // Y-14
             }
             self.last_node = Node { ips, ..node.clone() };
+            let moved = self.here.local.hear(&self.last_node, &self.links);
+            self.changed_hands(&moved);
+            if self.here.local.hear_pod_cidrs(&node.pod_cidrs) {
+                self.stale.extend(self.services.keys().cloned());
+            }
+            self.look_around();
         }
         self.node = node;
         true
@@ -366,10 +514,16 @@ impl World {
 
     /// Y-16: in force with the next pass, whose node tables are compared each time.
     fn hear_service_ranges(&mut self, name: String, ranges: Option<Vec<IpNet>>) -> bool {
-        match ranges {
+        let changed = match ranges {
             Some(ranges) => self.service_ranges.insert(name, ranges.clone()) != Some(ranges),
             None => self.service_ranges.remove(&name).is_some(),
+        };
+        if changed {
+            let inside =
+                |ip: &&IpAddr| self.service_ranges.values().flatten().any(|range| range.contains(*ip));
+            self.pods_in_ranges = self.here.local.pods().filter(inside).copied().collect();
         }
+        changed
     }
 
     fn hear_links(&mut self, mut links: Vec<Link>) -> bool {
@@ -388,6 +542,9 @@ impl World {
         self.here.addresses = addresses;
         self.links = links;
         self.links_known = true;
+        let moved = self.here.local.hear(&self.last_node, &self.links);
+        self.changed_hands(&moved);
+        self.look_around();
         true
     }
 
@@ -401,6 +558,20 @@ impl World {
     fn slices_of(&self, name: &ObjectName) -> impl Iterator<Item = &Slice> + Clone {
         self.slices_of.get(name).into_iter().flatten().filter_map(|slice| self.slices.get(slice))
     }
+}
+
+/// Why a Service does not get a destination; nothing where it is meant to be so.
+fn objection(key: &FrontendKey, owner: &Owner) -> Option<String> {
+    let whose = match owner {
+        Owner::LocalService(_) => return None,
+        Owner::Interface(name) => format!("the address is the node's, on {name}"),
+        Owner::Node => "the address is the node's, by its Node object".to_owned(),
+        Owner::Pod => "the address is that of a pod".to_owned(),
+        Owner::PodRange(range) => format!("the address lies in the node's pod range {range}"),
+        Owner::Agent => "the agent serves health and metrics there".to_owned(),
+    };
+    let remedy = if *owner == Owner::Agent { "port" } else { "address" };
+    Some(format!("{} is not served, because {whose}; give the Service another {remedy}", destination(key)))
 }
 
 /// A destination for a person.

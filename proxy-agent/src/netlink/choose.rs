@@ -26,7 +26,7 @@ impl DevicesError {
     }
 }
 
-/// The interfaces that carry programs: all but loopback, or those that `--devices` names.
+/// The interfaces that carry programs: all whose kind does (`kinds.rs`), or those of them that `--devices` names.
 #[derive(Clone, Debug, Default)]
 pub struct Devices {
     only: Option<GlobSet>,
@@ -48,11 +48,10 @@ impl Devices {
         Ok(Self { only })
     }
 
-    /// Whether `link` carries programs. Ports of a bond or bridge do, too: a pod's interface may be one.
-    /// A packet translated at a port has another tuple when it comes to the master, and is left alone there.
+    /// Whether `link` carries programs.
     #[must_use]
     pub fn carries(&self, link: &Link) -> bool {
-        !link.loopback && self.only.as_ref().is_none_or(|only| only.is_match(&*link.name))
+        link.carries_programs() && self.only.as_ref().is_none_or(|only| only.is_match(&*link.name))
     }
 
     /// Those of `links` that carry programs.
@@ -65,34 +64,33 @@ impl Devices {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Device;
 
     fn link(name: &str) -> Link {
         Link {
             index: 1,
             name: name.into(),
             loopback: name == "lo",
-            up: false,
-            layer3: false,
-            master: None,
-            addresses: Vec::new(),
+            device: if name == "ifb0" { Device::Detour } else { Device::Wire },
+            ..Link::default()
         }
     }
 
     fn chosen(patterns: &[&str]) -> Vec<String> {
-        let links = ["lo", "eth0", "eth1", "cali123", "wg0"].map(link);
+        let links = ["lo", "eth0", "eth1", "cali123", "wg0", "ifb0"].map(link);
         let chosen = Devices::new(patterns).unwrap().choose(&links);
         chosen.into_iter().map(|link| link.name.to_string()).collect()
     }
 
     #[test]
-    fn every_interface_but_loopback_carries_programs() {
+    fn every_interface_carries_programs_but_loopback_and_detours() {
         assert_eq!(chosen(&[]), ["eth0", "eth1", "cali123", "wg0"]);
     }
 
     #[test]
-    fn devices_restricts_them_by_pattern_and_never_adds_loopback() {
+    fn devices_restricts_them_by_pattern_and_never_adds_loopback_or_detours() {
         assert_eq!(chosen(&["eth*", "wg0"]), ["eth0", "eth1", "wg0"]);
-        assert_eq!(chosen(&["lo"]), Vec::<String>::new());
+        assert_eq!(chosen(&["lo", "ifb*"]), Vec::<String>::new());
         assert_eq!(chosen(&["{eth,cali}*"]), ["eth0", "eth1", "cali123"]);
     }
 

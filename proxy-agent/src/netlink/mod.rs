@@ -6,8 +6,10 @@
 
 mod choose;
 pub(crate) mod ipvs;
+mod kinds;
 pub(crate) mod nf_tables;
 pub(crate) mod request;
+mod routes;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,15 +23,15 @@ use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_core::NetlinkMessage;
 use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 pub use choose::{Devices, DevicesError};
 
-use crate::model::Link;
+use crate::model::{Link, Route};
 use crate::source::Change;
 
 /// A burst has ended when nothing was heard for this long.
@@ -57,11 +59,21 @@ pub enum NetlinkError {
 
 type Messages = UnboundedReceiver<(NetlinkMessage<RouteNetlinkMessage>, rtnetlink::sys::SocketAddr)>;
 
-/// Sends the complete list of links at once and after every change, until the receiver has gone. Failures
-/// are logged and tried again.
+/// Sends the complete lists of routes and links at once and after every change, until the receiver has gone. When the
+/// first links come, the first routes have. Failures are logged and tried again.
 ///
 /// Hears of the network namespace of the thread that polls it first.
 pub async fn watch(changes: mpsc::Sender<Change>) {
+    let (first, routes_known) = oneshot::channel();
+    let links = async {
+        // An error: routes are not followed any more, because the receiver has gone.
+        let _ = routes_known.await;
+        watch_links(changes.clone()).await;
+    };
+    tokio::join!(routes::watch(changes.clone(), first), links);
+}
+
+async fn watch_links(changes: mpsc::Sender<Change>) {
     let mut last = None;
     while !changes.is_closed() {
         if let Err(error) = follow(&changes, &mut last).await {
@@ -76,6 +88,15 @@ pub async fn links() -> Result<Vec<Link>, NetlinkError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(NetlinkError::Connect)?;
     let speaking = tokio::spawn(connection);
     let found = list(&handle).await;
+    speaking.abort();
+    found
+}
+
+/// Every route that leads out by an interface, once.
+pub async fn routes() -> Result<Vec<Route>, NetlinkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetlinkError::Connect)?;
+    let speaking = tokio::spawn(connection);
+    let found = routes::list(&handle).await;
     speaking.abort();
     found
 }
@@ -110,16 +131,16 @@ async fn answer_bursts(
             message = messages.next() => message,
             () = changes.closed() => None,
         };
-        if first.is_none() || !wait_out(messages).await {
+        if first.is_none() || !wait_out(messages, QUIET, LONGEST).await {
             return Ok(());
         }
     }
 }
 
 /// Waits until a burst has ended; false when the connection has.
-async fn wait_out(messages: &mut Messages) -> bool {
-    let end = Instant::now() + LONGEST;
-    while let Ok(next) = timeout_at(end, timeout(QUIET, messages.next())).await {
+async fn wait_out(messages: &mut Messages, quiet: Duration, longest: Duration) -> bool {
+    let end = Instant::now() + longest;
+    while let Ok(next) = timeout_at(end, timeout(quiet, messages.next())).await {
         match next {
             Ok(Some(_)) => {}
             Ok(None) => return false,
@@ -149,8 +170,10 @@ async fn list(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
 
 /// Links by index, each with its addresses in the kernel's order.
 fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Link> {
+    let kinds: BTreeMap<u32, String> =
+        links.iter().map(|message| (message.header.index, kind(message))).collect();
     let mut found: BTreeMap<u32, Link> =
-        links.iter().filter_map(link).map(|link| (link.index, link)).collect();
+        links.iter().filter_map(|message| link(message, &kinds)).map(|link| (link.index, link)).collect();
     for message in addresses {
         if let (Some(link), Some(address)) = (found.get_mut(&message.header.index), address(message)) {
             link.addresses.push(address);
@@ -159,7 +182,20 @@ fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Link> {
     found.into_values().collect()
 }
 
-fn link(message: &LinkMessage) -> Option<Link> {
+/// The kernel's word for what kind of device it is; empty for hardware.
+fn kind(message: &LinkMessage) -> String {
+    let infos = message.attributes.iter().filter_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    });
+    let kind = infos.flatten().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind.to_string()),
+        _ => None,
+    });
+    kind.unwrap_or_default()
+}
+
+fn link(message: &LinkMessage, kinds: &BTreeMap<u32, String>) -> Option<Link> {
     let name = message.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::IfName(name) => Some(Arc::from(name.as_str())),
         _ => None,
@@ -169,23 +205,26 @@ fn link(message: &LinkMessage) -> Option<Link> {
         LinkAttribute::Controller(index) => Some(*index),
         _ => None,
     });
+    let mac = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Address(bytes) => <[u8; 6]>::try_from(bytes.as_slice()).ok(),
+        _ => None,
+    });
+    let of_master = master.and_then(|index| kinds.get(&index)).map(String::as_str);
     Some(Link {
         index: header.index,
         name,
         loopback: header.flags.contains(LinkFlags::Loopback),
         up: header.flags.contains(LinkFlags::Up),
-        layer3: is_layer3(header.link_layer_type),
+        layer3: kinds::frames(header.link_layer_type) == kinds::Frames::Network,
+        device: kinds::device(&kind(message), header.link_layer_type, of_master),
+        mac: mac.unwrap_or_default(),
         master,
         addresses: Vec::new(),
     })
 }
 
-/// Whether frames begin with the network header. What is Ethernet-like says so.
-fn is_layer3(kind: LinkLayerType) -> bool {
-    !matches!(kind, LinkLayerType::Ether | LinkLayerType::Loopback)
-}
-
-/// An address that packets may come from: neither deprecated, nor a duplicate, nor temporary (RFC 8981).
+/// An address that packets may come from: neither deprecated, nor a duplicate or perhaps one, nor temporary
+/// (RFC 8981).
 fn address(message: &AddressMessage) -> Option<IpNet> {
     let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
     let (mut own, mut peer) = (None, None);
@@ -200,6 +239,7 @@ fn address(message: &AddressMessage) -> Option<IpNet> {
     let of_ipv6 = message.header.family == AddressFamily::Inet6;
     // On IPv4 the bit of temporary addresses means "secondary", which is an address like others.
     let unusable = flags.intersects(AddressFlags::Deprecated | AddressFlags::Dadfailed)
+        || flags.intersects(AddressFlags::Tentative) && !flags.intersects(AddressFlags::Optimistic)
         || of_ipv6 && flags.intersects(AddressFlags::Secondary);
     // IPv4 point-to-point links name the peer as the address and their own as the local one.
     let ip: IpAddr = own.or(peer)?;
@@ -211,7 +251,10 @@ fn address(message: &AddressMessage) -> Option<IpNet> {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::link::{InfoKind, LinkLayerType};
+
     use super::*;
+    use crate::model::Device;
 
     fn link_message(index: u32, name: &str, kind: LinkLayerType, flags: LinkFlags) -> LinkMessage {
         let mut message = LinkMessage::default();
@@ -264,13 +307,41 @@ mod tests {
     }
 
     #[test]
+    fn a_port_is_told_by_the_kind_of_its_master() {
+        let kind = |kind| LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]);
+        let ether = |index, name, kind, master: Option<u32>| {
+            let mut message = link_message(index, name, LinkLayerType::Ether, LinkFlags::Up);
+            message.attributes.extend(kind);
+            message.attributes.extend(master.map(LinkAttribute::Controller));
+            message
+        };
+        let links = [
+            ether(2, "eth0", None, Some(4)),
+            ether(3, "eth1", None, Some(5)),
+            ether(4, "bond0", Some(kind(InfoKind::Bond)), Some(5)),
+            ether(5, "br0", Some(kind(InfoKind::Bridge)), None),
+            ether(6, "ifb0", Some(kind(InfoKind::Ifb)), None),
+            ether(7, "nodelocaldns", Some(kind(InfoKind::Dummy)), None),
+        ];
+        let found = assemble(&links, &[]);
+        let devices: Vec<Device> = found.iter().map(|link| link.device).collect();
+        use Device::{Detour, Holder, Wire};
+        assert_eq!(devices, [Detour, Wire, Wire, Wire, Detour, Holder]);
+    }
+
+    #[test]
     fn deprecated_duplicate_and_temporary_addresses_are_left_out() {
         let ip: IpAddr = "fd00::5".parse().unwrap();
         let with = |flags| {
             address(&address_message(1, vec![AddressAttribute::Address(ip), AddressAttribute::Flags(flags)]))
         };
         assert!(with(AddressFlags::Permanent).is_some());
-        for flags in [AddressFlags::Deprecated, AddressFlags::Dadfailed, AddressFlags::Secondary] {
+        for flags in [
+            AddressFlags::Deprecated,
+            AddressFlags::Dadfailed,
+            AddressFlags::Secondary,
+            AddressFlags::Tentative,
+        ] {
             assert_eq!(with(flags), None, "{flags:?}");
         }
         let second: IpAddr = "10.0.0.6".parse().unwrap();

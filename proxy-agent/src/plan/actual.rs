@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-use proxy_common::abi::{Backend, Config, Frontend, FrontendKey, Iface, Run, ServiceName, SourceKey};
+use proxy_common::abi::{
+    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, Run, ServiceName, SourceKey,
+};
 use proxy_common::addr::{Addr, Port};
 
 use super::Step;
@@ -25,6 +27,10 @@ pub struct Actual {
     pub services: BTreeMap<u32, ServiceName>,
     /// IFACES.
     pub ifaces: BTreeMap<u32, Iface>,
+    /// MASQUERADE.
+    pub routes: BTreeMap<RouteKey, Addr>,
+    /// Words of SERVICE_PORTS that are not zero.
+    pub service_ports: BTreeMap<u32, u64>,
     /// CONFIG.
     pub config: Config,
 }
@@ -39,6 +45,8 @@ impl Default for Actual {
             sources: BTreeSet::new(),
             services: BTreeMap::new(),
             ifaces: BTreeMap::new(),
+            routes: BTreeMap::new(),
+            service_ports: BTreeMap::new(),
             config: Config::EMPTY,
         }
     }
@@ -51,6 +59,10 @@ impl Actual {
             Step::PutConfig(config) => self.config = config,
             Step::PutIface(index, iface) => drop(self.ifaces.insert(index, iface)),
             Step::DeleteIface(index) => drop(self.ifaces.remove(&index)),
+            Step::PutRoute(key, source) => drop(self.routes.insert(key, source)),
+            Step::DeleteRoute(key) => drop(self.routes.remove(&key)),
+            Step::PutServicePorts(word, 0) => drop(self.service_ports.remove(&word)),
+            Step::PutServicePorts(word, bits) => drop(self.service_ports.insert(word, bits)),
             Step::PutService(id, name) => drop(self.services.insert(id, name)),
             Step::DeleteService(id) => drop(self.services.remove(&id)),
             Step::PutBackend(index, backend) => drop(self.backends.insert(index, backend)),
@@ -83,6 +95,8 @@ impl Actual {
     pub fn entries(&self) -> impl Iterator<Item = Step> + '_ {
         std::iter::once(Step::PutConfig(self.config))
             .chain(self.ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)))
+            .chain(self.routes.iter().map(|(key, source)| Step::PutRoute(*key, *source)))
+            .chain(self.service_ports.iter().map(|(word, bits)| Step::PutServicePorts(*word, *bits)))
             .chain(self.services.iter().map(|(id, name)| Step::PutService(*id, *name)))
             .chain(self.backends.iter().map(|(index, backend)| Step::PutBackend(*index, *backend)))
             .chain(self.slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)))

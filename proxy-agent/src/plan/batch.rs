@@ -138,7 +138,7 @@ impl Batch {
                 None if room == 0 => {
                     whole = false;
                     self.complaints.push(format!(
-                        "interface {index}: table IFACES is full ({} entries): masquerading there is refused; \
+                        "interface {index}: table IFACES is full ({} entries): answers to what comes in there leave as the routes say; \
                          remove interfaces the node does not need",
                         capacity.ifaces
                     ));
@@ -151,6 +151,7 @@ impl Batch {
         }
         let gone = actual.ifaces.keys().filter(|index| !node.ifaces.contains_key(index));
         self.late_node.extend(gone.map(|index| Step::DeleteIface(*index)));
+        whole &= self.plan_routes(mirror, capacity, node);
         for addr in node.addresses.keys().filter(|addr| !actual.addresses.contains_key(addr)) {
             if self.free_addresses(mirror, capacity) == 0 {
                 whole = false;
@@ -160,6 +161,44 @@ impl Batch {
             }
         }
         whole
+    }
+
+    /// The same for the sources of masqueraded flows, those of whole interfaces first: if there is no room for one of
+    /// a single route, flows of that route leave as the interface's other flows do.
+    fn plan_routes(&mut self, mirror: &Mirror, capacity: &Capacity, node: &NodeTables) -> bool {
+        let actual = mirror.actual();
+        let mut room = (capacity.routes as usize).saturating_sub(actual.routes.len());
+        let mut refused = 0_usize;
+        let mut first_refused = None;
+        let mut routes: Vec<_> = node.routes.iter().collect();
+        routes.sort_by_key(|(key, _)| key.bits());
+        for (key, source) in routes {
+            match actual.routes.get(key) {
+                Some(old) if old == source => {}
+                None if room == 0 => {
+                    refused += 1;
+                    first_refused.get_or_insert(*key);
+                }
+                old => {
+                    room -= usize::from(old.is_none());
+                    self.node.push(Step::PutRoute(*key, *source));
+                }
+            }
+        }
+        if let Some(key) = first_refused {
+            self.complaints.push(format!(
+                "routes: table MASQUERADE is full ({} entries): {refused} routes, the first of them to {}/{} by \
+                 interface {}, are masqueraded as shorter ones of their interfaces; give routes with the same \
+                 source a common prefix",
+                capacity.routes,
+                key.dst,
+                key.bits(),
+                u32::from_be(key.ifindex)
+            ));
+        }
+        let gone = actual.routes.keys().filter(|key| !node.routes.contains_key(key));
+        self.late_node.extend(gone.map(|key| Step::DeleteRoute(*key)));
+        refused == 0
     }
 
     /// The steps in order. With `everything` all addresses are compared, not only those of changed frontends.
@@ -172,6 +211,7 @@ impl Batch {
         let claims = &self.claims;
         self.dropped.retain(|key| !claims.contains_key(key));
         let (widen, narrow) = self.addresses(mirror, node, everything);
+        let (name_ports, unname_ports) = self.ports(mirror, everything);
         self.release_runs(mirror);
 
         let mut steps = self.names;
@@ -179,10 +219,12 @@ impl Batch {
         steps.append(&mut self.slots);
         steps.append(&mut self.sources);
         steps.append(&mut self.node);
+        steps.extend(name_ports);
         steps.extend(self.puts.into_iter().map(|(key, value)| Step::PutFrontend(key, value)));
         steps.extend(widen);
         steps.extend(narrow);
         steps.extend(self.dropped.into_iter().map(Step::DeleteFrontend));
+        steps.extend(unname_ports);
         steps.append(&mut self.late_backends);
         steps.append(&mut self.late_sources);
         steps.append(&mut self.late_names);
@@ -247,6 +289,30 @@ impl Batch {
             }
         }
         (widen, narrow)
+    }
+
+    /// Words of SERVICE_PORTS that name more ports, and words that name fewer.
+    fn ports(&self, mirror: &Mirror, everything: bool) -> (Vec<Step>, Vec<Step>) {
+        let puts = self.puts.iter().map(|(key, value)| (key, Some(value)));
+        let changed = puts.chain(self.dropped.iter().map(|key| (key, None)));
+        let mut words: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
+        for (port, count) in mirror.ports_after(changed, everything) {
+            let (word, bit) = (u32::from(port) / 64, 1 << (port % 64));
+            let (named, unnamed) = words.entry(word).or_default();
+            *if count == 0 { unnamed } else { named } |= bit;
+        }
+        let (mut more, mut fewer) = (Vec::new(), Vec::new());
+        for (word, (named, unnamed)) in words {
+            let old = mirror.actual().service_ports.get(&word).copied().unwrap_or(0);
+            let both = old | named;
+            if both != old {
+                more.push(Step::PutServicePorts(word, both));
+            }
+            if both & unnamed != 0 {
+                fewer.push(Step::PutServicePorts(word, both & !unnamed));
+            }
+        }
+        (more, fewer)
     }
 
     /// Finds the runs that no frontend will show any more.

@@ -21,6 +21,8 @@ pub struct Capacity {
     pub services: u32,
     /// IFACES (`--max-interfaces`).
     pub ifaces: u32,
+    /// MASQUERADE, whose size is fixed.
+    pub routes: u32,
 }
 
 impl Default for Capacity {
@@ -33,6 +35,7 @@ impl Default for Capacity {
             sources: capacity::SOURCES as u32,
             services: capacity::SERVICES as u32,
             ifaces: capacity::IFACES as u32,
+            routes: capacity::MASQUERADE as u32,
         }
     }
 }

@@ -84,6 +84,12 @@ pub enum Violation {
         /// What the frontends there make of it.
         should: u32,
     },
+    /// The node's own traffic from that port would be taken for a Service's answers.
+    #[error("frontend {} has a port that SERVICE_PORTS does not name", Destination(.0))]
+    PortUnnamed(FrontendKey),
+    /// Every connection from that port would be remembered for nothing.
+    #[error("SERVICE_PORTS names port {0}, which no frontend beside ClusterIPs has")]
+    PortAlone(u32),
     /// A source range of nobody.
     #[error("a source range belongs to service id {0}, which has no name")]
     SourceUnnamed(u32),
@@ -105,6 +111,7 @@ pub enum Violation {
 pub fn lint(actual: &Actual) -> Vec<Violation> {
     let mut found = lint_prefix(actual);
     lint_addresses(actual, &mut found);
+    lint_ports(actual, &mut found);
     lint_services(actual, &mut found);
     found
 }
@@ -127,6 +134,9 @@ pub fn lint_prefix(actual: &Actual) -> Vec<Violation> {
         }
         if value.flags & frontend::SOURCE_RANGES != 0 && !sourced.contains(&service) {
             found.push(Violation::NoSources { key, service });
+        }
+        if value.flags & frontend::INTERNAL == 0 && !is_named(actual, key.port.number().into()) {
+            found.push(Violation::PortUnnamed(key));
         }
         for run in BTreeSet::from([value.cluster, value.local]) {
             if (run.first == 0) != (run.count == 0) || run.first.checked_add(run.count).is_none() {
@@ -188,6 +198,18 @@ fn lint_addresses(actual: &Actual, found: &mut Vec<Violation>) {
             found.push(Violation::Address { addr, is, should });
         }
     }
+}
+
+fn is_named(actual: &Actual, port: u32) -> bool {
+    actual.service_ports.get(&(port / 64)).is_some_and(|bits| bits >> (port % 64) & 1 != 0)
+}
+
+fn lint_ports(actual: &Actual, found: &mut Vec<Violation>) {
+    let external = actual.frontends.iter().filter(|(_, value)| value.flags & frontend::INTERNAL == 0);
+    let used: BTreeSet<u32> = external.map(|(key, _)| key.port.number().into()).collect();
+    let named = actual.service_ports.keys().flat_map(|word| word * 64..word * 64 + 64);
+    let alone = named.filter(|port| is_named(actual, *port) && !used.contains(port));
+    found.extend(alone.map(Violation::PortAlone));
 }
 
 fn lint_services(actual: &Actual, found: &mut Vec<Violation>) {

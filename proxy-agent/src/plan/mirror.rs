@@ -71,6 +71,11 @@ pub(super) const fn use_of(flags: u32) -> u32 {
     }
 }
 
+/// Whether a frontend with these flags makes its port one that SERVICE_PORTS names.
+const fn names_port(flags: u32) -> bool {
+    flags & frontend::INTERNAL == 0
+}
+
 /// [`Actual`] and its indices, changed only by [`Self::apply`].
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
@@ -78,6 +83,8 @@ pub(super) struct Mirror {
     by_name: HashMap<ServiceName, u32>,
     held: HashMap<u32, Held>,
     uses: HashMap<Addr, Uses>,
+    /// How many frontends beside ClusterIPs have a port.
+    ports: HashMap<u16, u32>,
 }
 
 impl Mirror {
@@ -107,6 +114,34 @@ impl Mirror {
 
     pub(super) fn uses(&self, addr: &Addr) -> Uses {
         self.uses.get(addr).copied().unwrap_or_default()
+    }
+
+    /// How many frontends beside ClusterIPs will have each of the ports that `changed` frontends (`None`: gone) have
+    /// or had; with `all` of every port that has or had one.
+    pub(super) fn ports_after<'a>(
+        &self,
+        changed: impl Iterator<Item = (&'a FrontendKey, Option<&'a Frontend>)>,
+        all: bool,
+    ) -> BTreeMap<u16, u32> {
+        let now = |port: u16| self.ports.get(&port).copied().unwrap_or(0);
+        let mut after = BTreeMap::new();
+        for (key, new) in changed {
+            let port = key.port.number();
+            let count: &mut u32 = after.entry(port).or_insert_with(|| now(port));
+            let old = self.actual.frontends.get(key);
+            *count += u32::from(new.is_some_and(|new| names_port(new.flags)));
+            *count -= u32::from(old.is_some_and(|old| names_port(old.flags)));
+        }
+        if all {
+            let named = self.actual.service_ports.iter().flat_map(|(word, bits)| {
+                let set = (0..64).filter(move |bit| bits >> bit & 1 != 0);
+                set.filter_map(move |bit| u16::try_from(word * 64 + bit).ok())
+            });
+            for port in self.ports.keys().copied().chain(named) {
+                after.entry(port).or_insert_with(|| now(port));
+            }
+        }
+        after
     }
 
     /// The runs that the frontends of a Service show.
@@ -147,6 +182,9 @@ impl Mirror {
             Step::PutConfig(_)
             | Step::PutIface(..)
             | Step::DeleteIface(_)
+            | Step::PutRoute(..)
+            | Step::DeleteRoute(_)
+            | Step::PutServicePorts(..)
             | Step::PutSlot(..)
             | Step::PutAddress(..)
             | Step::DeleteAddress(_) => {}
@@ -195,6 +233,9 @@ impl Mirror {
 
     fn link_frontend(&mut self, key: FrontendKey, value: &Frontend) {
         self.held.entry(value.service).or_default().frontends.insert(key);
+        if names_port(value.flags) {
+            *self.ports.entry(key.port.number()).or_default() += 1;
+        }
         if use_of(value.flags) != 0 {
             self.uses.entry(key.addr).or_default().add(value.flags);
         }
@@ -205,6 +246,15 @@ impl Mirror {
         self.with(old.service, |held| {
             held.frontends.remove(key);
         });
+        let port = key.port.number();
+        if names_port(old.flags)
+            && let Some(count) = self.ports.get_mut(&port)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.ports.remove(&port);
+            }
+        }
         if use_of(old.flags) != 0
             && let Some(uses) = self.uses.get_mut(&key.addr)
         {

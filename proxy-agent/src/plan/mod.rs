@@ -7,15 +7,16 @@
 //!
 //! 1. SERVICES names, then BACKENDS that are new or whose flags change. An index is free when nothing in the
 //!    tables refers to it, so no packet can see the new value yet.
-//! 2. SLOTS in free runs, SOURCES to add, IFACES, CONFIG. The slots belong to no frontend yet; more sources
+//! 2. SLOTS in free runs, SOURCES to add, IFACES, MASQUERADE, CONFIG, bits of SERVICE_PORTS to set. The slots belong to no frontend yet; more sources
 //!    only let in who will be let in anyway.
 //! 3. FRONTENDS put: the one write a packet notices. The value of a frontend names whole runs, so a packet
 //!    sees the old list of endpoints or the new one. A destination that moves from one Service to another
 //!    is one put as well, never a delete and a put. Then bits are added to ADDRESSES: the ports that
 //!    a ClusterIP does not define are refused (P-21) only when those it defines stand.
-//! 4. Bits are taken from ADDRESSES, then FRONTENDS that nobody wants are deleted: the reverse of 3.
+//! 4. Bits are taken from ADDRESSES, then FRONTENDS that nobody wants are deleted: the reverse of 3; bits of SERVICE_PORTS
+//!    that no frontend stands for go after them.
 //! 5. What no frontend shows any more: BACKENDS retire (with a higher generation, by which flows notice) or
-//!    turn draining, SOURCES, SERVICES and IFACES go.
+//!    turn draining, SOURCES, SERVICES, IFACES and MASQUERADE go.
 //!
 //! So after every prefix of every plan each slot that a frontend shows leads to a live backend of its own
 //! Service ([`lint_prefix`] says it in full, and a property test runs it there).

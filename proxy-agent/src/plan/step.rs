@@ -4,8 +4,8 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::abi::{
-    Backend, Config, Frontend, FrontendKey, Iface, Run, ServiceName, SourceKey, address, backend, config,
-    frontend, iface, untext,
+    Backend, Config, Frontend, FrontendKey, Iface, PortRange, RouteKey, Run, ServiceName, SourceKey, address,
+    backend, config, frontend, iface, untext,
 };
 use proxy_common::addr::{Addr, Port};
 
@@ -18,6 +18,12 @@ pub enum Step {
     PutIface(u32, Iface),
     /// Delete an entry of IFACES.
     DeleteIface(u32),
+    /// Write an entry of MASQUERADE.
+    PutRoute(RouteKey, Addr),
+    /// Delete an entry of MASQUERADE.
+    DeleteRoute(RouteKey),
+    /// Write a word of SERVICE_PORTS: 64 ports.
+    PutServicePorts(u32, u64),
     /// Write an entry of SERVICES.
     PutService(u32, ServiceName),
     /// Delete an entry of SERVICES.
@@ -45,14 +51,13 @@ impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PutConfig(config) => write_config(f, config),
-            Self::PutIface(index, iface) => write!(
-                f,
-                "iface {index} = snat {} {} flags {}",
-                iface.snat_v4,
-                iface.snat_v6,
-                Flags(iface.flags, IFACE_FLAGS)
-            ),
+            Self::PutIface(index, iface) => {
+                write!(f, "iface {index} = uplink {} flags {}", iface.uplink, Flags(iface.flags, IFACE_FLAGS))
+            }
             Self::DeleteIface(index) => write!(f, "delete iface {index}"),
+            Self::PutRoute(key, source) => write!(f, "masquerade {} -> {source}", Route(key)),
+            Self::DeleteRoute(key) => write!(f, "delete masquerade {}", Route(key)),
+            Self::PutServicePorts(word, bits) => write_ports(f, *word, *bits),
             Self::PutService(id, name) => write!(f, "service {id} = {}", Name(name)),
             Self::DeleteService(id) => write!(f, "delete service {id}"),
             Self::PutBackend(index, backend) => write_backend(f, *index, backend),
@@ -87,7 +92,7 @@ const ADDRESS_FLAGS: &[(u32, &str)] = &[
     (address::NODE, "node"),
     (address::NODE_PORT, "node-port"),
 ];
-const IFACE_FLAGS: &[(u32, &str)] = &[(iface::L3, "l3")];
+const IFACE_FLAGS: &[(u32, &str)] = &[(iface::L3, "l3"), (iface::POD, "pod")];
 const CONFIG_FLAGS: &[(u32, &str)] = &[
     (config::MASQUERADE_ALL, "masquerade-all"),
     (config::MASQUERADE_LOCAL, "masquerade-local"),
@@ -154,6 +159,25 @@ impl fmt::Display for Source<'_> {
     }
 }
 
+/// `iface 2 10.0.0.0/8`.
+struct Route<'a>(&'a RouteKey);
+
+impl fmt::Display for Route<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "iface {} {}/{}", u32::from_be(self.0.ifindex), self.0.dst, self.0.bits())
+    }
+}
+
+/// `service ports 30016-30079 = 30030 30043`.
+fn write_ports(f: &mut fmt::Formatter<'_>, word: u32, bits: u64) -> fmt::Result {
+    let first = word * 64;
+    write!(f, "service ports {first}-{} =", first + 63)?;
+    if bits == 0 {
+        return f.write_str(" -");
+    }
+    (0..64).filter(|bit| bits >> bit & 1 != 0).try_for_each(|bit| write!(f, " {}", first + bit))
+}
+
 pub(super) fn socket(addr: Addr, port: Port) -> SocketAddr {
     SocketAddr::new(IpAddr::from(addr), port.number())
 }
@@ -191,17 +215,17 @@ fn write_config(f: &mut fmt::Formatter<'_>, config: &Config) -> fmt::Result {
     let v6: u32 = config.pod_v6_mask.0.iter().map(|word| word.count_ones()).sum();
     write!(
         f,
-        "config host-netns {} node {} {} pods {}/{v4} {}/{v6} snat {}+{} seed {} flags {}",
-        config.host_netns,
-        config.node_v4,
-        config.node_v6,
-        config.pod_v4,
-        config.pod_v6,
-        config.snat_first,
-        config.snat_count,
-        config.seed,
-        Flags(config.flags, CONFIG_FLAGS)
-    )
+        "config host-netns {} node {} {} pods {}/{v4} {}/{v6} snat",
+        config.host_netns, config.node_v4, config.node_v6, config.pod_v4, config.pod_v6,
+    )?;
+    match config.snat_total {
+        0 => f.write_str(" -")?,
+        _ => {
+            let ranges = config.snat_ports.iter().filter(|range| range.count != 0);
+            ranges.into_iter().try_for_each(|PortRange { first, count }| write!(f, " {first}+{count}"))?;
+        }
+    }
+    write!(f, " seed {} flags {}", config.seed, Flags(config.flags, CONFIG_FLAGS))
 }
 
 #[cfg(test)]
@@ -242,7 +266,8 @@ mod tests {
             service: 3,
             pad: 0,
         };
-        let iface = Iface { snat_v4: addr("192.0.2.1"), snat_v6: Addr::ANY_V6, flags: iface::L3, pad: 0 };
+        let iface = Iface::new(iface::L3, 2);
+        let ranges = [(1024, 28_976), (61_000, 4_536)].map(|(first, count)| PortRange { first, count });
         let lines = [
             (
                 Step::PutFrontend(key, value.sealed(&key)),
@@ -264,11 +289,26 @@ mod tests {
             (Step::PutAddress(addr("10.96.0.10"), 1), "address 10.96.0.10 = cluster-ip"),
             (Step::PutAddress(addr("10.96.0.10"), 0x14), "address 10.96.0.10 = node,0x10"),
             (Step::DeleteAddress(addr("10.96.0.10")), "delete address 10.96.0.10"),
-            (Step::PutIface(2, iface), "iface 2 = snat 192.0.2.1 :: flags l3"),
+            (Step::PutIface(2, iface), "iface 2 = uplink 2 flags l3"),
             (Step::DeleteIface(2), "delete iface 2"),
             (
+                Step::PutRoute(RouteKey::range(2, addr("10.0.0.0"), 8), addr("192.0.2.1")),
+                "masquerade iface 2 10.0.0.0/8 -> 192.0.2.1",
+            ),
+            (
+                Step::DeleteRoute(RouteKey::range(2, addr("fd00::"), 16)),
+                "delete masquerade iface 2 fd00::/16",
+            ),
+            (Step::PutServicePorts(469, 1 << 14 | 1 << 27), "service ports 30016-30079 = 30030 30043"),
+            (Step::PutServicePorts(0, 0), "service ports 0-63 = -"),
+            (
                 Step::PutConfig(Config::EMPTY),
-                "config host-netns 0 node 0.0.0.0 :: pods 0.0.0.0/0 ::/0 snat 0+0 seed 0 flags -",
+                "config host-netns 0 node 0.0.0.0 :: pods 0.0.0.0/0 ::/0 snat - seed 0 flags -",
+            ),
+            (
+                Step::PutConfig(Config::EMPTY.with_snat_ports(&ranges)),
+                "config host-netns 0 node 0.0.0.0 :: pods 0.0.0.0/0 ::/0 snat 1024+28976 61000+4536 seed 0 \
+                 flags -",
             ),
         ];
         for (step, line) in lines {

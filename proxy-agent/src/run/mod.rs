@@ -7,33 +7,33 @@ mod follow;
 mod latency;
 mod report;
 mod require;
+mod sockets;
 mod sysctl;
 
-use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use proxy_common::addr::Proto;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::{Config, ConfigFile, SourceConfig};
+use crate::datapath::Datapath;
+use crate::datapath::exclude::Excluded;
 use crate::datapath::flow::Sweeper;
 use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::probe::Features;
-use crate::datapath::{Datapath, sockets};
-use crate::model::{Family, World};
+use crate::model::World;
 use crate::netlink;
 use crate::pace::{Limits, Pace};
-use crate::plan::{Actual, Capacity, Plan, Planner, Step};
+use crate::plan::{Capacity, Plan, Planner, Step};
 use crate::source::events::{Event, Events, Untold};
 use crate::source::requests::Requests;
-use crate::source::{Change, directory, kubernetes};
+use crate::source::{Change, Kind, directory, kubernetes};
 use report::Report;
 
 /// Once an hour everything is compared with what is really in the kernel (Y-20).
@@ -41,8 +41,8 @@ const MAX_GAP_MS: u64 = 3_600_000;
 
 /// How often the flow tables are swept a little, and the record for the command line is renewed.
 const TICK: Duration = Duration::from_millis(500);
-/// Chunks of each flow table that one sweep looks at.
-const SWEEP_CHUNKS: usize = 8;
+/// Runs of 512 records that one sweep looks at: the default table is looked through in five seconds.
+const SWEEP_RUNS: u32 = 32;
 /// Ticks from one heartbeat to the next.
 const BEAT: u64 = 8;
 /// How long another agent that ends may take to let go of the pins.
@@ -128,6 +128,10 @@ struct Agent {
     kernel: Kernel,
     loaded: Loaded,
     sweeper: Sweeper,
+    sockets: sockets::Sockets,
+    excluded: Excluded,
+    /// Whether all pods have been listed that say that they are to be left to their packets.
+    pods_known: bool,
     pace: Pace,
     report: Report,
     requests: Requests,
@@ -145,6 +149,7 @@ struct Agent {
 
 impl Agent {
     fn open(config: Config, cgroup_root: Option<PathBuf>, root: &BpfRoot) -> Result<Self> {
+        let started = Instant::now();
         let features = Features::probe();
         let log = if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
         let loaded = Loaded::open(root, &features, &config.capacities.of_maps(), log)?;
@@ -154,8 +159,12 @@ impl Agent {
         let kernel = Kernel::open(root)?;
         let capacity = capacity_of(&kernel);
         let requests = Requests::default();
-        let report = Report::open(&config, root, loaded.warnings(), &requests)?;
-        let sweeper = Sweeper::open(root, config.flow_timeouts)?;
+        let report = Report::open(&config, root, &features, loaded.warnings(), &requests, started)?;
+        let mut sweeper = Sweeper::open(root, config.flow_timeouts)?;
+        // Before the first packet comes: records that have never been used are to be free.
+        sweeper.all().context("looking through the flows")?;
+        let (excluded, pods_known) = (config.excluded.clone(), !config.pod_annotations);
+        let sockets = sockets::Sockets::new(root.clone(), report.counters());
         Ok(Self {
             world: World::new(config.settings.clone()),
             pace: Pace::new(limits(&config), 0),
@@ -166,6 +175,9 @@ impl Agent {
             kernel,
             loaded,
             sweeper,
+            sockets,
+            excluded,
+            pods_known,
             report,
             requests,
             clock: Instant::now(),
@@ -184,6 +196,7 @@ impl Agent {
         let mut source = tokio::spawn(hear(
             self.config.source.clone(),
             self.node_name(),
+            self.config.pod_annotations,
             self.requests.clone(),
             untold,
             tx.clone(),
@@ -244,6 +257,14 @@ impl Agent {
     }
 
     fn hear(&mut self, change: Change) {
+        if let Change::Excluded(pod, uid) = change {
+            self.excluded.set_pod(pod.to_string().into(), uid.as_deref());
+            return self.excluded_changed();
+        }
+        if matches!(change, Change::Synced(Kind::Pod)) {
+            self.pods_known = true;
+            self.excluded_changed();
+        }
         self.report.heard(&change, &self.world);
         let links = matches!(change, Change::Links(_));
         // What was kept on the suspicion that it is only unreadable can be compared now.
@@ -264,15 +285,16 @@ impl Agent {
         if let Some(mut log) = self.loaded.logger() {
             log.drain();
         }
-        match self.sweeper.tick(SWEEP_CHUNKS) {
-            Ok(swept) if swept.deleted != 0 => {
-                tracing::debug!("{} flow entries had ended, of {} looked at", swept.deleted, swept.seen);
-            }
-            Ok(_) => {}
+        match self.sweeper.tick(SWEEP_RUNS) {
+            Ok(0) => {}
+            Ok(ended) => tracing::debug!("{ended} flows had ended"),
             Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "flows are not swept"),
         }
         if !self.ready {
             self.report.progress(&self.world);
+        }
+        if self.ready && !self.excluded.is_empty() {
+            self.exclude();
         }
         if beat {
             self.set_conntrack();
@@ -326,7 +348,7 @@ impl Agent {
         self.pace.begin();
         let full = self.full;
         match self.write(now) {
-            Ok(Written { plan, gone }) => {
+            Ok(Written { plan, retired }) => {
                 self.pace.succeeded(self.now_ms());
                 if let Some(at) = plan.retry_at_ms {
                     self.pace.request_at(at);
@@ -339,7 +361,7 @@ impl Agent {
                 }
                 let first = !std::mem::replace(&mut self.ready, true);
                 self.report.wrote(&self.world, &plan, full, started.elapsed());
-                self.destroy_sockets(&gone); // Y-25: last, and only after success.
+                self.follow_sockets(retired, first || !plan.steps.is_empty()); // Y-25: last, and only after success.
                 self.report.write(&self.world, false);
                 if first {
                     self.count();
@@ -371,7 +393,7 @@ impl Agent {
                 None => bail!("no planner between two passes"),
             }
         };
-        let gone = retired_udp(pass.before(), &pass.plan.steps);
+        let retired = sockets::retires_udp(pass.before(), &pass.plan.steps);
         if let Err((done, error)) = self.kernel.apply(&pass.plan.steps) {
             let failed = pass.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
             return Err(anyhow!(error).context(format!(
@@ -383,11 +405,13 @@ impl Agent {
         let plan = pass.plan.clone();
         self.planner = Some(pass.applied(self.now_ms()));
         self.full = false;
-        Ok(Written { plan, gone })
+        Ok(Written { plan, retired })
     }
 
     /// Attaches the programs for the first time in this process.
     fn attach(&mut self) -> Result<()> {
+        // First: what is to be left must not be translated in between.
+        self.exclude();
         match &self.cgroup_root {
             Some(cgroup) => drop(self.loaded.attach_cgroup(cgroup)?),
             None => drop(self.loaded.detach_cgroup()?),
@@ -396,52 +420,42 @@ impl Agent {
         Ok(())
     }
 
+    fn excluded_changed(&mut self) {
+        if self.ready {
+            self.exclude();
+        }
+    }
+
+    /// Pods come and go, and their cgroups some time after we hear of them.
+    fn exclude(&mut self) {
+        let Some(cgroup) = &self.cgroup_root else { return };
+        match self.loaded.sync_excluded(cgroup, &self.excluded, self.pods_known) {
+            Ok(results) => self.report.excluded(results),
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "pods are not left to their packets, or no longer"
+            ),
+        }
+    }
+
     fn attach_interfaces(&mut self) {
         let links = self.config.devices.choose(self.world.links());
         let results = self.loaded.sync_interfaces(&links);
         self.report.interfaces(results);
     }
 
-    /// Host processes whose connected UDP socket leads to an endpoint that has gone get an error and ask
-    /// again; flows that pass an interface need no such thing.
-    fn destroy_sockets(&self, gone: &[SocketAddr]) {
-        for family in [Family::V4, Family::V6] {
-            let started = Instant::now();
-            let gone: Vec<SocketAddr> =
-                gone.iter().copied().filter(|at| Family::of(&at.ip()) == family).collect();
-            let closed = sockets::destroy_udp(&gone).unwrap_or_else(|error| {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "UDP sockets of host processes may still lead to endpoints that have gone"
-                );
-                0
-            });
-            if closed != 0 {
-                tracing::info!(
-                    "{closed} UDP sockets of host processes led to endpoints that have gone: closed"
-                );
-            }
-            self.report.reconciled(family, closed, started.elapsed());
+    /// Host processes whose connected UDP socket leads to an endpoint that has gone are led on; flows that pass an
+    /// interface need no such thing.
+    fn follow_sockets(&mut self, retired: bool, changed: bool) {
+        if let Some(planner) = &self.planner {
+            self.sockets.follow(planner.actual(), retired, changed);
         }
     }
 }
 
 struct Written {
     plan: Plan,
-    gone: Vec<SocketAddr>,
-}
-
-/// The UDP endpoints that the steps retire and nobody else uses.
-fn retired_udp(actual: &Actual, steps: &[Step]) -> Vec<SocketAddr> {
-    let retired = steps.iter().filter_map(|step| match step {
-        Step::PutBackend(index, backend) if !backend.is_live() => actual.backends.get(index),
-        _ => None,
-    });
-    retired
-        .filter(|old| old.is_live())
-        .filter(|old| actual.services.get(&old.service).is_some_and(|name| name.proto == Proto::UDP))
-        .map(|old| SocketAddr::new(IpAddr::from(old.addr), old.port.number()))
-        .collect()
+    retired: bool,
 }
 
 fn capacity_of(kernel: &Kernel) -> Capacity {
@@ -459,6 +473,7 @@ fn capacity_of(kernel: &Kernel) -> Capacity {
         sources: size(maps::SOURCES, default.sources),
         services: size(maps::SERVICES, default.services),
         ifaces: size(maps::IFACES, default.ifaces),
+        routes: size(maps::MASQUERADE, default.routes),
     }
 }
 
@@ -474,6 +489,7 @@ async fn file_changed(file: Option<ConfigFile>) -> anyhow::Error {
 async fn hear(
     source: SourceConfig,
     node: Arc<str>,
+    pods: bool,
     requests: Requests,
     events: Untold,
     tx: mpsc::Sender<Change>,
@@ -490,6 +506,6 @@ async fn hear(
         SourceConfig::InCluster => kubernetes::client(None, None, &requests).await?,
     };
     tokio::spawn(events.publish(Some(client.clone()), node.clone()));
-    kubernetes::run(client, node, tx).await;
+    kubernetes::run(client, node, pods, tx).await;
     Ok(())
 }

@@ -1,17 +1,19 @@
 //! What the loop tells: the log, the record for the command line, health and metrics.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
-use proxy_common::abi::{AgentState, text};
+use proxy_common::abi::{AgentState, NOTE, text};
 use tokio::sync::mpsc;
 
 use crate::config::{Config, SourceConfig};
 use crate::datapath::attach::{AttachError, Attached};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
+use crate::datapath::probe::Features;
 use crate::kube_proxy::TakeOver;
 use crate::model::{Family, ObjectName, World};
 use crate::plan::{Actual, Plan};
@@ -70,16 +72,19 @@ fn unix_ms() -> u64 {
 }
 
 impl Report {
+    /// `started` is when the agent was: loading comes before there is anywhere to report to.
     pub(super) fn open(
         config: &Config,
         root: &BpfRoot,
+        features: &Features,
         warnings: &[String],
         requests: &Requests,
+        started: Instant,
     ) -> Result<Self> {
         let now = unix_ms();
         let state = AgentState {
             pid: std::process::id().into(),
-            started_ms: now,
+            started_ms: now.saturating_sub(u64::try_from(started.elapsed().as_millis()).unwrap_or(0)),
             beat_ms: now,
             synced_ms: 0,
             queued_ms: 0,
@@ -91,7 +96,7 @@ impl Report {
             connected: 0,
             interfaces: 0,
             interfaces_failed: 0,
-            pad: 0,
+            absent: features.absent(),
             version: text(env!("CARGO_PKG_VERSION")),
             node: text(&config.settings.node_name),
             source: text(&config.source.to_string()),
@@ -137,7 +142,7 @@ impl Report {
             refusing: Vec::new(),
             logged: std::collections::BTreeSet::new(),
             failure: None,
-            started: Instant::now(),
+            started,
             told: Instant::now(),
             without_nodes: matches!(config.source, SourceConfig::Manifests(_)),
         };
@@ -232,11 +237,13 @@ impl Report {
             }
             Change::Node(_)
             | Change::Links(_)
+            | Change::Routes(_)
             | Change::ServiceRanges(..)
             | Change::Synced(_)
             | Change::Whole(_)
             | Change::Triggered(..)
-            | Change::Repeated(Kind::Node | Kind::ServiceCidr) => {}
+            | Change::Excluded(..)
+            | Change::Repeated(Kind::Node | Kind::ServiceCidr | Kind::Pod) => {}
         }
     }
 
@@ -298,6 +305,28 @@ impl Report {
         self.state.interfaces_failed = u32::try_from(self.refusing.len()).unwrap_or(u32::MAX);
     }
 
+    /// Cgroups whose sockets are left to their packets.
+    pub(super) fn excluded(&mut self, results: Vec<(PathBuf, std::result::Result<Attached, AttachError>)>) {
+        for (cgroup, result) in results {
+            let cgroup = cgroup.display();
+            match result {
+                Ok(Attached::Kept | Attached::Updated) => {}
+                Ok(Attached::New) => {
+                    tracing::info!("new sockets in cgroup {cgroup} are left to their packets")
+                }
+                Err(error) => {
+                    let line = format!(
+                        "sockets in cgroup {cgroup} are not left to their packets: {:#}",
+                        anyhow::Error::from(error)
+                    );
+                    if self.logged.insert(line.clone()) {
+                        tracing::warn!("{line}");
+                    }
+                }
+            }
+        }
+    }
+
     pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
         for family in self.families {
             self.health.synced(*family);
@@ -333,9 +362,9 @@ impl Report {
         snapshot.endpoint_changes_pending = 0;
     }
 
-    /// UDP sockets of host processes that led to endpoints which have gone are closed (H-45).
-    pub(super) fn reconciled(&self, family: Family, closed: usize, took: Duration) {
-        self.metrics.passes().reconciled(family, closed, took);
+    /// What is counted, for who works beside the loop.
+    pub(super) fn counters(&self) -> Arc<Metrics> {
+        self.metrics.clone()
     }
 
     pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, full: bool, took: Duration) {
@@ -373,6 +402,7 @@ impl Report {
         let complaints = world.complaints();
         lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
         lines.extend(self.take_over.complaints());
+        lines.extend(world.notes().iter().map(|note| format!("{NOTE}{}: {}", note.object, note.line)));
         lines.extend(self.warnings.iter().cloned());
         let now = unix_ms();
         self.state.beat_ms = now;

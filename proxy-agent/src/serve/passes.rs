@@ -66,7 +66,7 @@ impl Passes {
         add("network_programming_duration", help, &self.programming);
         let help = "How long it took to close UDP sockets that led to endpoints that have gone";
         add("conntrack_reconciler_sync_duration", help, &self.reconciling);
-        let help = "UDP sockets closed because their endpoint has gone";
+        let help = "UDP sockets led on or closed because their endpoint has gone";
         registry.register("kubeproxy_conntrack_reconciler_deleted_entries", help, self.reconciled.clone());
     }
 
@@ -83,7 +83,7 @@ impl Passes {
         self.programming.get_or_create(&label(family)).observe(seconds);
     }
 
-    /// What led to endpoints that have gone is closed (H-45).
+    /// What led to endpoints that have gone is led on or closed (H-45).
     pub fn reconciled(&self, family: Family, closed: usize, time: Duration) {
         self.reconciling.get_or_create(&label(family)).observe(time.as_secs_f64());
         self.reconciled.get_or_create(&label(family)).inc_by(closed as u64);

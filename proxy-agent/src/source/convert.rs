@@ -16,6 +16,10 @@ use proxy_common::addr::{Addr, Proto};
 use super::address;
 use crate::model::{Affinity, Endpoint, Family, Node, ObjectName, Port, Service, Slice, SlicePort};
 
+/// A pod whose sockets are translated at connect, or not.
+const ANNOTATION_SOCKET_LB: &str = "ebpf-proxy/socket-lb";
+/// On a static pod: what kubelet knows it by.
+const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
 /// A Service with this label is somebody else's, whatever the value (S-1).
 pub const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// A slice with this label belongs to a headless Service (E-2).
@@ -441,6 +445,23 @@ pub fn service_cidr(object: &networking::ServiceCIDR) -> (Vec<IpNet>, Vec<String
     (complaints.ranges("spec.cidrs", texts), complaints.0)
 }
 
+/// What a pod's cgroup is named after, if its sockets are to be left to their packets: its UID, or the hash that
+/// kubelet gives a static pod.
+#[must_use]
+pub fn excluded(object: &core::Pod) -> (Option<String>, Vec<String>) {
+    let annotation = |name: &str| object.metadata.annotations.as_ref().and_then(|all| all.get(name));
+    let host_network = object.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true));
+    let complaint = match annotation(ANNOTATION_SOCKET_LB).map(String::as_str) {
+        None | Some("true") => return (None, Vec::new()),
+        Some("false") if host_network => "cannot be: packets of the node's own network are not translated",
+        Some("false") => {
+            return (annotation(ANNOTATION_MIRROR).or(object.metadata.uid.as_ref()).cloned(), Vec::new());
+        }
+        Some(_) => "must be \"true\" or \"false\"",
+    };
+    (None, vec![format!("the annotation {ANNOTATION_SOCKET_LB} {complaint}")])
+}
+
 /// InternalIPs first, then ExternalIPs (Y-10).
 fn node_ips(object: &core::Node, complaints: &mut Complaints) -> Vec<IpAddr> {
     let addresses = object.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
@@ -457,7 +478,17 @@ fn node_ips(object: &core::Node, complaints: &mut Complaints) -> Vec<IpAddr> {
 fn pod_cidrs(spec: &core::NodeSpec, complaints: &mut Complaints) -> Vec<IpNet> {
     let listed = spec.pod_cidrs.as_deref().filter(|listed| !listed.is_empty());
     let texts = listed.or(spec.pod_cidr.as_ref().map(std::slice::from_ref)).unwrap_or_default();
-    complaints.ranges("spec.podCIDRs", texts)
+    let mut ranges = complaints.ranges("spec.podCIDRs", texts);
+    // Pods win over Services that claim their addresses: no Service would be left.
+    ranges.retain(|range| {
+        let some = range.prefix_len() > 0;
+        if !some {
+            complaints
+                .add("spec.podCIDRs", format_args!("{range} is every address, and no node's own: skipped"));
+        }
+        some
+    });
+    ranges
 }
 
 #[cfg(test)]

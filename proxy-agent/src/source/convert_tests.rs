@@ -4,6 +4,32 @@ use serde_json::{Value, json};
 
 use super::*;
 
+#[test]
+fn a_pod_says_by_annotation_that_its_sockets_are_left() {
+    let excluded = |annotations: Value, host_network: bool| {
+        let pod = json!({
+            "metadata": { "name": "kind", "uid": "0a1b", "annotations": annotations },
+            "spec": { "containers": [], "hostNetwork": host_network },
+        });
+        excluded(&serde_json::from_value(pod).unwrap())
+    };
+    let says = |word: &str| json!({ "ebpf-proxy/socket-lb": word });
+    assert_eq!(excluded(json!({}), false), (None, vec![]));
+    assert_eq!(excluded(says("true"), false), (None, vec![]));
+    assert_eq!(excluded(says("false"), false), (Some("0a1b".into()), vec![]));
+    let fixed = json!({ "ebpf-proxy/socket-lb": "false", "kubernetes.io/config.mirror": "c0ffee" });
+    assert_eq!(excluded(fixed, false), (Some("c0ffee".into()), vec![]));
+    for (word, host_network, complaint) in
+        [("off", false, "\"true\" or \"false\""), ("false", true, "node's own")]
+    {
+        let (uid, complaints) = excluded(says(word), host_network);
+        assert!(
+            uid.is_none() && complaints.len() == 1 && complaints[0].contains(complaint),
+            "{complaints:?}"
+        );
+    }
+}
+
 /// A Service that is fine, with `spec` laid over it.
 fn spec(overlay: &Value) -> Value {
     let mut object = json!({
@@ -429,7 +455,7 @@ fn the_node_tells_its_addresses_by_rank() {
     // H-8, X-1, Y-10.
     let object = json!({
         "metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a"}},
-        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64", "bad"]},
+        "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64", "bad", "0.0.0.0/0", "::/0"]},
         "status": {"addresses": [
             {"type": "Hostname", "address": "n1"},
             {"type": "ExternalIP", "address": "203.0.113.1"},
@@ -442,7 +468,7 @@ fn the_node_tells_its_addresses_by_rank() {
     assert_eq!(texts(&found.ips), ["192.168.0.2", "fd00::2", "203.0.113.1"]);
     assert_eq!(texts(&found.pod_cidrs), ["10.244.1.0/24", "fd00:1::/64"]);
     assert_eq!((found.zone.as_deref(), found.eligible), (Some("a"), true));
-    assert_eq!(complaints.len(), 2, "{complaints:?}");
+    assert_eq!(complaints.len(), 4, "{complaints:?}");
 
     for (object, eligible) in [
         (json!({"metadata": {"deletionTimestamp": "2024-01-01T00:00:00Z"}}), false),

@@ -67,8 +67,8 @@ impl Heard {
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected = connected,
             Change::Whole(whole) => self.torn = !whole,
-            Change::Links(_) => panic!("a directory has no links"),
-            Change::Triggered(..) | Change::Repeated(_) => {
+            Change::Links(_) | Change::Routes(_) => panic!("a directory has no links"),
+            Change::Triggered(..) | Change::Repeated(_) | Change::Excluded(..) => {
                 panic!("a directory says what changes and no more")
             }
         }

@@ -114,8 +114,8 @@ pub async fn client(
 }
 
 /// Sends what the API server says of Services, EndpointSlices, the Node `node_name` and ServiceCIDRs, until nobody
-/// listens (Y-4).
-pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) {
+/// listens (Y-4); with `pods` also of this node's pods.
+pub async fn run(client: Client, node_name: Arc<str>, pods: bool, tx: mpsc::Sender<Change>) {
     let down = Arc::new(AtomicU32::new(0b111));
     let line = |kind: Kind| Line { kind, tx: tx.clone(), down: down.clone() };
     let not = |label: &str| format!("!{label}");
@@ -157,11 +157,25 @@ pub async fn run(client: Client, node_name: Arc<str>, tx: mpsc::Sender<Change>) 
         change: |name, ranges| Change::ServiceRanges(name.name.to_string(), ranges),
         triggered: |_| None,
     };
-    let all = futures::future::join4(
+    let this_node_s_pods = async {
+        let feed = Feed::<core::Pod, String> {
+            line: line(Kind::Pod),
+            what: "Pod",
+            config: watcher::Config::default().fields(&format!("spec.nodeName={node_name}")),
+            convert: convert::excluded,
+            change: Change::Excluded,
+            triggered: |_| None,
+        };
+        if pods {
+            feed.run(Api::all(client.clone())).await;
+        }
+    };
+    let all = futures::future::join5(
         services.run(Api::all(client.clone())),
         slices.run(Api::all(client.clone())),
         node.run(Api::all(client.clone())),
-        service_cidrs.run(Api::all(client)),
+        service_cidrs.run(Api::all(client.clone())),
+        this_node_s_pods,
     );
     tokio::select! {
         _ = all => {}
@@ -186,8 +200,8 @@ impl Line {
     }
 
     async fn connected(&self, up: bool) -> Result<(), Closed> {
-        if self.kind == Kind::ServiceCidr {
-            return Ok(()); // Of a kind that a server may well lack, its silence says nothing.
+        if matches!(self.kind, Kind::ServiceCidr | Kind::Pod) {
+            return Ok(()); // Of a kind that a server may well lack, or not show, its silence says nothing.
         }
         let bit = 1 << self.kind as u32;
         let before = if up {
@@ -327,7 +341,7 @@ where
                         );
                         return Ok(End::Relist);
                     }
-                    if self.line.kind == Kind::ServiceCidr && is_refused(&error) {
+                    if matches!(self.line.kind, Kind::ServiceCidr | Kind::Pod) && is_refused(&error) {
                         self.go_without(&error, retry).await;
                     } else {
                         self.failed(&error, retry).await?;
@@ -463,7 +477,7 @@ where
     async fn complain(&self, name: &ObjectName, lines: Vec<String>) -> Result<(), Closed> {
         let object = match self.line.kind {
             Kind::Node | Kind::ServiceCidr => format!("{} {}", self.what, name.name),
-            Kind::Service | Kind::Slice => format!("{} {name}", self.what),
+            Kind::Service | Kind::Slice | Kind::Pod => format!("{} {name}", self.what),
         };
         self.line.send(Change::Complaints { object, lines }).await
     }

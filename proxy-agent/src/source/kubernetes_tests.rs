@@ -124,7 +124,7 @@ impl Listener {
     async fn start_with(replies: Vec<Reply>, service_cidrs: bool) -> (Arc<Server>, Self) {
         let (server, client) = Server::start(replies, service_cidrs).await;
         let (tx, rx) = mpsc::channel(64);
-        tokio::spawn(run(client, "n1".into(), tx));
+        tokio::spawn(run(client, "n1".into(), false, tx));
         let (services, complaints, ranges, synced, connected, repeated) = Default::default();
         (server, Self { rx, services, complaints, ranges, synced, connected, repeated, changes: 0 })
     }

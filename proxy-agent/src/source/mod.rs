@@ -16,9 +16,9 @@ use jiff::Timestamp;
 
 use ipnet::IpNet;
 
-use crate::model::{Link, Node, ObjectName, Service, Slice};
+use crate::model::{Link, Node, ObjectName, Route, Service, Slice};
 
-/// The kinds of object a source lists. Nothing is programmed before each but the last has said it is complete (Y-17).
+/// The kinds of object a source lists. Nothing is programmed before each of the first three has said it is complete (Y-17).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Kind {
     /// `v1` Services.
@@ -29,6 +29,8 @@ pub enum Kind {
     Node,
     /// `networking.k8s.io/v1` ServiceCIDRs. Nobody waits for them: a server may not have them, or not tell us.
     ServiceCidr,
+    /// `v1` Pods of the node, when their annotations count. Nobody waits for them.
+    Pod,
 }
 
 /// One thing that was heard.
@@ -46,6 +48,9 @@ pub enum Change {
     Node(Option<Node>),
     /// Ranges of ClusterIPs, by the name of the ServiceCIDR that has them (Y-16); `None` when it is gone.
     ServiceRanges(String, Option<Vec<IpNet>>),
+    /// A pod of this node whose sockets are left to their packets, with the UID that its cgroup is named after; `None`
+    /// when it is gone, or says so no more.
+    Excluded(ObjectName, Option<String>),
     /// The first complete list of a kind has been delivered.
     Synced(Kind),
     /// What is wrong with an object, whole or in part; an empty list takes earlier complaints back.
@@ -58,6 +63,8 @@ pub enum Change {
     },
     /// All interfaces of the node with their addresses, whenever one of them has changed (from `netlink`).
     Links(Vec<Link>),
+    /// All routes that lead out of the node, whenever one of them has changed (from `netlink`).
+    Routes(Vec<Route>),
     /// Whether everything there is has been understood at least once. While it is false, what is missing may
     /// only be unreadable: what an earlier agent has written is not taken away on such grounds.
     Whole(bool),

@@ -86,8 +86,8 @@ table_type! {
         pub interfaces: u32,
         /// Interfaces that refused a program.
         pub interfaces_failed: u32,
-        /// Zero.
-        pub pad: u32,
+        /// What the kernel lacks and the agent does without: bits of [`absent`].
+        pub absent: u32,
         /// Version of the agent.
         pub version: [u8; 32],
         /// Node name.
@@ -95,6 +95,31 @@ table_type! {
         /// Where the Services come from.
         pub source: [u8; 72],
     }
+}
+
+/// How the text of a [`Complaint`] begins that is none, but something to be known.
+pub const NOTE: &str = "note: ";
+
+/// Bits of [`AgentState::absent`]: what a kernel may lack, and what something else stands in for.
+pub mod absent {
+    /// The just-in-time compiler.
+    pub const JIT: u32 = 1 << 0;
+    /// The description of the kernel's own types.
+    pub const BTF: u32 = 1 << 1;
+    /// TC links.
+    pub const TCX: u32 = 1 << 2;
+    /// The cheap clock.
+    pub const COARSE_CLOCK: u32 = 1 << 3;
+    /// Errors that a socket hook chooses.
+    pub const SET_RETVAL: u32 = 1 << 4;
+    /// Hardware checksums of IPv6 that stay true when an address is rewritten.
+    pub const CSUM_IPV6: u32 = 1 << 5;
+    /// Cookies of network namespaces, for socket hooks.
+    pub const NETNS_COOKIE: u32 = 1 << 6;
+    /// The cookie of the host's own namespace, for the agent.
+    pub const HOST_NETNS: u32 = 1 << 7;
+    /// The way from a subflow to its MPTCP socket, for socket hooks.
+    pub const MPTCP_SOCKET: u32 = 1 << 8;
 }
 
 table_type! {

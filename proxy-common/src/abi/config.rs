@@ -23,6 +23,9 @@ pub const POD_INTERFACES: u32 = 1 << 7;
 /// Ranges of ClusterIPs that the programs look at, both families together.
 pub const SERVICE_RANGES: usize = 8;
 
+/// Ranges of masquerade ports.
+pub const PORT_RANGES: usize = 8;
+
 /// Kernel features, probed by the agent and frozen into the programs when they are loaded.
 pub mod feature {
     /// `bpf_ktime_get_coarse_ns` (5.11); otherwise the precise clock, which costs 30 ns more.
@@ -33,6 +36,9 @@ pub mod feature {
     pub const CSUM_IPV6: u32 = 1 << 2;
     /// `bpf_get_netns_cookie` in TC programs and socket hooks (5.8 for sockets).
     pub const NETNS_COOKIE: u32 = 1 << 3;
+    /// `bpf_skc_to_mptcp_sock` in socket hooks (5.19): what is translated is a subflow, what the process holds is
+    /// the MPTCP socket.
+    pub const MPTCP_SOCKET: u32 = 1 << 4;
 }
 
 /// What is known of an address: values of `ADDRESSES`.
@@ -74,20 +80,35 @@ table_type! {
         pub pod_v4_mask: u32,
         /// Bits of this module.
         pub flags: u32,
-        /// First source port for masquerading, host order.
-        pub snat_first: u16,
-        /// Number of source ports for masquerading (a power of two is not needed); 0 refuses it.
-        pub snat_count: u16,
+        /// Number of source ports for masquerading in all of `snat_ports`; 0 refuses it.
+        pub snat_total: u32,
         /// Seed of the selection hash.
         pub seed: u32,
         /// How many of `service_ranges` are in use.
         pub service_range_count: u32,
         /// Zero.
         pub pad: u32,
+        /// Source ports for masquerading; the ranges do not overlap, those that are not in use are empty.
+        pub snat_ports: [PortRange; PORT_RANGES],
         /// Ranges of ClusterIPs (P-22). One that is not in use is [`Range::NONE`], so that a reader in the middle of
         /// a change sees no range that is in neither the old nor the new settings but these and single addresses.
         pub service_ranges: [Range; SERVICE_RANGES],
     }
+}
+
+table_type! {
+    /// A range of ports, host order.
+    pub struct PortRange {
+        /// First port.
+        pub first: u16,
+        /// Number of ports; 0 is none.
+        pub count: u16,
+    }
+}
+
+impl PortRange {
+    /// No port at all.
+    pub const NONE: Self = Self { first: 0, count: 0 };
 }
 
 table_type! {
@@ -123,11 +144,11 @@ impl Config {
         node_v6: Addr::ANY_V6,
         pod_v4_mask: 0,
         flags: 0,
-        snat_first: 0,
-        snat_count: 0,
+        snat_total: 0,
         seed: 0,
         service_range_count: 0,
         pad: 0,
+        snat_ports: [PortRange::NONE; PORT_RANGES],
         service_ranges: [Range::NONE; SERVICE_RANGES],
     };
 
@@ -168,33 +189,78 @@ impl Config {
         false
     }
 
-    /// The `n`th masquerade port, wrapping round; zero when there are none.
+    /// These settings with the masquerade ports of some ranges; those that there is no room for are left out.
+    #[must_use]
+    pub const fn with_snat_ports(mut self, ranges: &[PortRange]) -> Self {
+        self.snat_ports = [PortRange::NONE; PORT_RANGES];
+        self.snat_total = 0;
+        let mut n = 0;
+        while n < PORT_RANGES && n < ranges.len() {
+            self.snat_ports[n] = ranges[n];
+            self.snat_total += ranges[n].count as u32;
+            n += 1;
+        }
+        self
+    }
+
+    /// The `n`th masquerade port, wrapping round; zero when there are none (or, for the moment in which the settings
+    /// are changed, when number and ranges do not fit).
     #[inline(always)]
     pub const fn snat_port(&self, n: u32) -> Port {
-        match n.checked_rem(self.snat_count as u32) {
-            Some(offset) => Port::new(self.snat_first.wrapping_add(offset as u16)),
-            None => Port(0),
+        let Some(mut offset) = n.checked_rem(self.snat_total) else { return Port(0) };
+        let mut at = 0;
+        while at < PORT_RANGES {
+            let PortRange { first, count } = self.snat_ports[at];
+            if offset < count as u32 {
+                return Port::new(first.wrapping_add(offset as u16));
+            }
+            offset -= count as u32;
+            at += 1;
         }
+        Port(0)
     }
 }
 
 table_type! {
     /// An interface that carries the programs.
     pub struct Iface {
-        /// Source for masqueraded IPv4 flows that leave here (M-13); unspecified when there is none.
-        pub snat_v4: Addr,
-        /// The same for IPv6.
-        pub snat_v6: Addr,
         /// Bits of [`iface`].
         pub flags: u32,
+        /// Index of the interface by which answers to what came in here have to leave; 0 where the routes say it
+        /// (pods, tunnels, whatever is no uplink).
+        pub uplink: u32,
+        /// Of a bridge's port the bridge's own Ethernet address: frames to it are this host's as well. Else zero.
+        pub bridge: [u8; 6],
         /// Zero.
-        pub pad: u32,
+        pub pad: [u8; 2],
+    }
+}
+
+impl Iface {
+    /// An interface that is no bridge's port.
+    #[must_use]
+    pub const fn new(flags: u32, uplink: u32) -> Self {
+        Self { flags, uplink, bridge: [0; 6], pad: [0; 2] }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn masquerade_ports_are_counted_through_all_ranges_and_round_again() {
+        let ranges = [(1024, 2), (40_000, 1), (65_534, 2)].map(|(first, count)| PortRange { first, count });
+        let config = Config::EMPTY.with_snat_ports(&ranges);
+        let ports: [u16; 7] = core::array::from_fn(|n| config.snat_port(n as u32).number());
+        assert_eq!(ports, [1024, 1025, 40_000, 65_534, 65_535, 1024, 1025]);
+        assert_eq!(config.snat_port(u32::MAX).number(), 1024, "4294967295 is 5 times 858993459");
+        assert_eq!(Config::EMPTY.snat_port(7), Port(0));
+        let torn = Config { snat_total: 100, ..config };
+        assert_eq!(torn.snat_port(50), Port(0));
+        let many = [PortRange { first: 2000, count: 1 }; PORT_RANGES + 1];
+        assert_eq!(Config::EMPTY.with_snat_ports(&many).snat_total, PORT_RANGES as u32);
+    }
 
     #[test]
     fn what_the_agent_writes_is_told_from_what_a_new_map_holds() {

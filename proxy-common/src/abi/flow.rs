@@ -1,17 +1,17 @@
-//! The flow table: [`FlowKey`] → [`Flow`].
+//! Flows: [`Pair`] → [`Leg`] → [`Flow`].
 //!
-//! A translated packet is seen under up to four tuples, and netfilter sees only the middle two:
+//! A translated packet is seen under up to three pairs of ends, and netfilter sees only the middle one:
 //!
-//! | leg | hook | tuple (source → destination) | what is rewritten |
+//! | leg | ends | at ingress | at egress |
 //! |---|---|---|---|
-//! | [`Leg::DNAT`] | ingress | client → VIP | destination := endpoint |
-//! | [`Leg::SNAT`] | egress | client → endpoint | source := node address (only when masqueraded) |
-//! | [`Leg::UNSNAT`] | ingress | endpoint → node address | destination := client (only when masqueraded) |
-//! | [`Leg::UNDNAT`] | egress | endpoint → client | source := VIP |
+//! | [`Role::OUTER`] | client ↔ Service | from the client: destination := endpoint | – |
+//! | [`Role::MIDDLE`] | client ↔ endpoint | – | from the endpoint: source := Service; from the client, if masqueraded: source := node |
+//! | [`Role::INNER`] | node ↔ endpoint, if masqueraded | from the endpoint: destination := client | – |
 //!
-//! Each leg is found from any other: DNAT's value names the endpoint and the client port, so the SNAT key;
-//! reversed that is the UNDNAT key, whose value names the VIP; SNAT's value names the node address, so the
-//! UNSNAT key.
+//! A fourth role stands alone: [`Role::OWN`] marks a conversation of the node's own, in which nothing is translated.
+//!
+//! The legs only point at the flow's record, which says everything about it. A leg counts while the record carries the
+//! leg's id and is alive: a flow is there as a whole or not at all.
 
 use super::table_type;
 use crate::addr::{Addr, Port, Proto};
@@ -28,89 +28,656 @@ impl Hook {
     pub const EGRESS: Self = Self(1);
 }
 
-/// Which of a flow's tuples an entry stands for.
+/// Which of a flow's pairs of ends a leg stands for.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct Leg(pub u8);
+pub struct Role(pub u8);
 
-impl Leg {
-    /// Client → VIP, at ingress.
-    pub const DNAT: Self = Self(1);
-    /// Client → endpoint, at egress. A zero address means: masquerade, address not yet chosen.
-    pub const SNAT: Self = Self(2);
-    /// Endpoint → node address, at ingress.
-    pub const UNSNAT: Self = Self(3);
-    /// Endpoint → client, at egress.
-    pub const UNDNAT: Self = Self(4);
-}
+impl Role {
+    /// Client ↔ Service.
+    pub const OUTER: Self = Self(0);
+    /// Client ↔ endpoint.
+    pub const MIDDLE: Self = Self(1);
+    /// Node ↔ endpoint.
+    pub const INNER: Self = Self(2);
+    /// The node ↔ somebody: not translated.
+    pub const OWN: Self = Self(4);
 
-table_type! {
-    /// A packet's tuple at one hook.
-    pub struct FlowKey {
-        /// Source address.
-        pub src: Addr,
-        /// Destination address.
-        pub dst: Addr,
-        /// Source port; ICMP echo identifiers are never tracked.
-        pub sport: Port,
-        /// Destination port.
-        pub dport: Port,
-        /// Transport protocol.
-        pub proto: Proto,
-        /// Where the tuple is seen.
-        pub hook: Hook,
-        /// Zero.
-        pub pad: u16,
-    }
-}
-
-impl FlowKey {
-    /// Becomes the tuple of the opposite direction, at the same hook; in place, since a copy takes stack.
+    /// Which of [`Flow::pairs`] it is.
     #[inline(always)]
-    pub const fn turn(&mut self) {
-        core::mem::swap(&mut self.src, &mut self.dst);
-        core::mem::swap(&mut self.sport, &mut self.dport);
-    }
-
-    /// The tuple of the opposite direction, at `hook`.
-    #[inline(always)]
-    pub const fn reversed(&self, hook: Hook) -> Self {
-        Self {
-            src: self.dst,
-            dst: self.src,
-            sport: self.dport,
-            dport: self.sport,
-            proto: self.proto,
-            hook,
-            pad: 0,
+    #[must_use]
+    pub const fn index(self) -> usize {
+        // Two bits: the verifier follows a mask, and no remainder.
+        match self.0 as usize & 3 {
+            3 => 0,
+            index => index,
         }
     }
 }
 
+/// A packet's tuple: who sends to whom.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tuple {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Source port; ICMP echo identifiers are never tracked.
+    pub sport: Port,
+    /// Destination port.
+    pub dport: Port,
+    /// Transport protocol.
+    pub proto: Proto,
+    /// Zero.
+    pub pad: [u8; 3],
+}
+
+impl Tuple {
+    /// From one end to the other.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(src: Addr, sport: Port, dst: Addr, dport: Port, proto: Proto) -> Self {
+        Self { src, dst, sport, dport, proto, pad: [0; 3] }
+    }
+
+    /// The tuple of the opposite direction.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reversed(&self) -> Self {
+        Self::new(self.dst, self.dport, self.src, self.sport, self.proto)
+    }
+
+    /// Whether the source is the lower of the two ends. The order is any that is the same everywhere: the last words
+    /// come first because IPv4 addresses differ only there.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_rising(&self) -> bool {
+        let (s, d) = (&self.src.0, &self.dst.0);
+        if s[3] != d[3] {
+            s[3] < d[3]
+        } else if s[2] != d[2] {
+            s[2] < d[2]
+        } else if s[1] != d[1] {
+            s[1] < d[1]
+        } else if s[0] != d[0] {
+            s[0] < d[0]
+        } else {
+            self.sport.0 < self.dport.0
+        }
+    }
+
+    /// Writes the two ends without direction to `pair`; says at which place the source is.
+    #[inline(always)]
+    pub const fn write_pair(&self, pair: &mut Pair) -> usize {
+        let (s, d) = if self.is_rising() { (0, 1) } else { (1, 0) };
+        pair.ends[s] = self.src;
+        pair.ends[d] = self.dst;
+        pair.ports[s] = self.sport;
+        pair.ports[d] = self.dport;
+        pair.proto = self.proto;
+        pair.pad = [0; 3];
+        s
+    }
+
+    /// The two ends without direction.
+    #[must_use]
+    pub const fn pair(&self) -> Pair {
+        let mut pair = Pair::NONE;
+        self.write_pair(&mut pair);
+        pair
+    }
+}
+
 table_type! {
-    /// What to do with a packet of one tuple.
-    pub struct Flow {
-        /// Written over the destination (ingress) or the source (egress).
+    /// Two ends that talk, the lower one first: the same for both directions.
+    pub struct Pair {
+        /// The addresses.
+        pub ends: [Addr; 2],
+        /// The ports that go with them.
+        pub ports: [Port; 2],
+        /// Transport protocol.
+        pub proto: Proto,
+        /// Zero.
+        pub pad: [u8; 3],
+    }
+}
+
+impl Pair {
+    /// Nobody.
+    pub const NONE: Self =
+        Self { ends: [Addr::ANY_V6; 2], ports: [Port(0); 2], proto: Proto(0), pad: [0; 3] };
+
+    /// What the end at place `from` sends to the other one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tuple(&self, from: usize) -> Tuple {
+        let (from, to) = (from & 1, (from & 1) ^ 1);
+        Tuple::new(self.ends[from], self.ports[from], self.ends[to], self.ports[to], self.proto)
+    }
+
+    /// A sum over the whole key in which each word counts by its place: shifted, because the kernel's instructions have no
+    /// rotation.
+    #[inline(always)]
+    #[must_use]
+    pub const fn seal(&self) -> u32 {
+        let (l, h) = (&self.ends[0].0, &self.ends[1].0);
+        let ports = (self.ports[0].0 as u32) << 16 | self.ports[1].0 as u32;
+        let low = l[3] ^ l[2] << 1 ^ l[1] << 2 ^ l[0] << 3;
+        let high = h[3] << 4 ^ h[2] << 5 ^ h[1] << 6 ^ h[0] << 7;
+        low ^ high ^ ports ^ (self.proto.0 as u32) << 24
+    }
+}
+
+/// What names a flow for ever: the index of its record in the low half, and how often the record has been used in the
+/// high half.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct FlowId(pub u64);
+
+impl FlowId {
+    /// No flow: index 0 is never used.
+    pub const NONE: Self = Self(0);
+
+    /// Where the record is.
+    #[inline(always)]
+    #[must_use]
+    pub const fn index(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// The id of the next flow in the same record.
+    #[inline(always)]
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.wrapping_add(1 << 32))
+    }
+}
+
+table_type! {
+    /// Where a pair of ends leads, and what is written over a packet there: everything that a packet of an old flow needs,
+    /// so that it reads little of the record.
+    pub struct Leg {
+        /// The flow.
+        pub id: FlowId,
+        /// The address that is written over the destination (ingress) or the source (egress).
         pub addr: Addr,
-        /// The port that goes with `addr`.
+        /// The port that goes with it.
         pub port: Port,
         /// Written over the port of the other end; zero leaves it alone.
         pub other_port: Port,
-        /// Which tuple of the flow this is.
-        pub leg: Leg,
-        /// TCP flags seen in packets of this tuple, or-ed together (RFC 9293 §3.1 bit positions).
-        pub seen: u8,
+        /// The uplink that answers leave by; 0 where the routes say it.
+        pub uplink: u32,
+        /// Which of its pairs this is.
+        pub role: Role,
+        /// At which place of the pair the end on the client's side (client or node) stands.
+        pub near: u8,
         /// Zero.
-        pub pad: u16,
+        pub pad: [u8; 2],
+        /// See [`Leg::is_of`].
+        pub seal: u32,
+    }
+}
+
+impl Leg {
+    /// Nothing.
+    pub const NONE: Self = Self {
+        id: FlowId::NONE,
+        addr: Addr::ANY_V6,
+        port: Port(0),
+        other_port: Port(0),
+        uplink: 0,
+        role: Role::OUTER,
+        near: 0,
+        pad: [0; 2],
+        seal: 0,
+    };
+
+    /// Whether the leg was read whole and is one of `pair`. A hash map may hand the memory of a deleted value to another
+    /// key while a program still reads it, so the value carries a sum over itself and its key.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_of(&self, pair: &Pair) -> bool {
+        self.seal == self.seal_for(pair)
+    }
+
+    #[inline(always)]
+    const fn seal_for(&self, pair: &Pair) -> u32 {
+        let (a, id) = (&self.addr.0, self.id.0);
+        let ports = (self.port.0 as u32) << 16 | self.other_port.0 as u32;
+        let kind = (self.role.0 as u32) << 8 | self.near as u32;
+        let addr = a[3] << 8 ^ a[2] << 9 ^ a[1] << 10 ^ a[0] << 11;
+        pair.seal() ^ id as u32 ^ (id >> 32) as u32 ^ addr ^ ports << 2 ^ self.uplink << 16 ^ kind << 12
+    }
+}
+
+/// Where a flow is in its life.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct State(pub u8);
+
+impl State {
+    /// The record has never been used and is not in the queue of free ones yet.
+    pub const NEW: Self = Self(0);
+    /// No flow.
+    pub const FREE: Self = Self(1);
+    /// A flow whose packets are translated.
+    pub const LIVE: Self = Self(2);
+    /// Over: its legs count no more and are about to be deleted.
+    pub const ENDED: Self = Self(3);
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flow_flags {
+    /// The source is rewritten when it leaves the node.
+    pub const MASQUERADE: u8 = 1 << 0;
+    /// A conversation of the node's own: nothing is translated.
+    pub const OWN: u8 = 1 << 3;
+    /// One that is not from a port of a Service: it stays displaceable for ever.
+    pub const GUEST: u8 = 1 << 1;
+    /// The endpoint's sequence numbers have been seen: `first` and `last` count.
+    pub const WINDOW: u8 = 1 << 2;
+}
+
+/// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
+pub const SILENCE: u64 = 1_000_000_000;
+
+/// Towards the endpoint: an index of [`Flow::seen`] and its like.
+pub const FORWARD: usize = 0;
+/// Towards the client.
+pub const REPLY: usize = 1;
+
+table_type! {
+    /// All there is to know about a flow. Written by the program that opens it under its claim; afterwards each word has
+    /// one writer, which is named.
+    pub struct Flow {
+        /// Which flow this is. Written when the record is made and when it is given back.
+        pub id: FlowId,
+        /// How many want to change the flow's legs or end it: the first one may (atomic additions only).
+        pub claims: u64,
+        /// When its legs were last looked after. The forward direction.
+        pub checked: u64,
+        /// When a packet of each direction that was no RST last passed; 0 for never. Each direction its own.
+        pub seen: [u64; 2],
+        /// Where it is in its life: who claims it.
+        pub state: State,
+        /// Bits of [`flow_flags`]. [`flow_flags::WINDOW`]: the reply direction.
+        pub flags: u8,
+        /// 0 while the flow is young, that is while its ends have not shown that they mean it, and a newer flow may
+        /// displace it; then 1. The forward direction.
+        pub old: u8,
+        /// How many of `pairs` there are, the inner one not counted: 2, or 1 if the endpoint is the Service itself, or the
+        /// flow the node's own.
+        pub legs: u8,
+        /// At which place of each pair the end on the client's side stands.
+        pub near: [u8; 3],
+        /// 1 once a direction has sent a FIN; never taken back. Each direction its own.
+        pub fin: [u8; 2],
+        /// Zero.
+        pub pad: [u8; 3],
+        /// The uplink that the question came in by; 0 if it was none.
+        pub uplink: u32,
+        /// What each direction has last acknowledged. Each direction its own.
+        pub acked: [u32; 2],
+        /// The ends of the outer, middle and inner leg. The inner one: who claims it.
+        pub pairs: [Pair; 3],
+        /// The inner pair's seal, once it has been chosen: written after it (see [`Flow::has_source`]). Who claims it.
+        pub source: u32,
+        /// Id of the Service port.
+        pub service: u32,
         /// Index of the chosen backend.
         pub backend: u32,
         /// The backend's generation when it was chosen.
         pub generation: u32,
-        /// Id of the Service port.
-        pub service: u32,
+        /// When each direction last reset the connection; 0 for never. Each direction its own.
+        pub rst: [u64; 2],
+        /// When the flow began.
+        pub born: u64,
+        /// The first sequence number of the endpoint's that the client can acknowledge. The reply direction, while young.
+        pub first: u32,
+        /// The last one. The reply direction, while young.
+        pub last: u32,
+        /// Zero: a record begins where a cache line does, and its first one is all that a packet of an old flow needs.
+        pub room: [u64; 3],
+    }
+}
+
+/// Indices of [`Flow::pairs`].
+const OUTER: usize = Role::OUTER.index();
+const MIDDLE: usize = Role::MIDDLE.index();
+const INNER: usize = Role::INNER.index();
+
+impl Flow {
+    /// No flow in this record yet.
+    pub const EMPTY: Self = Self {
+        id: FlowId::NONE,
+        claims: 0,
+        service: 0,
+        backend: 0,
+        generation: 0,
+        state: State::NEW,
+        flags: 0,
+        old: 0,
+        legs: 0,
+        seen: [0; 2],
+        uplink: 0,
+        source: 0,
+        acked: [0; 2],
+        near: [0; 3],
+        fin: [0; 2],
+        pad: [0; 3],
+        pairs: [Pair::NONE; 3],
+        rst: [0; 2],
+        born: 0,
+        checked: 0,
+        first: 0,
+        last: 0,
+        room: [0; 3],
+    };
+
+    /// Whether this is the flow `id`, and its packets are translated.
+    #[inline(always)]
+    #[must_use]
+    pub fn is(&self, id: FlowId) -> bool {
+        self.id == id && self.state.0 == State::LIVE.0
+    }
+
+    /// Transport protocol.
+    #[inline(always)]
+    #[must_use]
+    pub const fn proto(&self) -> Proto {
+        self.pairs[OUTER].proto
+    }
+
+    /// The end of one of the pairs on the client's side, or the other one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn end(&self, pair: usize, near: bool) -> (&Addr, Port) {
+        let place = (self.near[pair] ^ !near as u8) as usize & 1;
+        (&self.pairs[pair].ends[place], self.pairs[pair].ports[place])
+    }
+
+    /// The client.
+    #[inline(always)]
+    #[must_use]
+    pub const fn client(&self) -> (&Addr, Port) {
+        self.end(OUTER, true)
+    }
+
+    /// The Service; of a conversation of the node's own the other end.
+    #[inline(always)]
+    #[must_use]
+    pub const fn vip(&self) -> (&Addr, Port) {
+        self.end(OUTER, false)
+    }
+
+    /// The endpoint.
+    #[inline(always)]
+    #[must_use]
+    pub const fn endpoint(&self) -> (&Addr, Port) {
+        self.end(MIDDLE, false)
+    }
+
+    /// The client's port towards the endpoint: another one than its own if that was taken.
+    #[inline(always)]
+    #[must_use]
+    pub const fn middle_port(&self) -> Port {
+        self.end(MIDDLE, true).1
+    }
+
+    /// The address and port that the client is masqueraded with; they count if [`Self::has_source`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn node(&self) -> (&Addr, Port) {
+        self.end(INNER, true)
+    }
+
+    /// Whether the flow is masqueraded.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_masqueraded(&self) -> bool {
+        self.flags & flow_flags::MASQUERADE != 0
+    }
+
+    /// Whether it is a conversation of the node's own, which has one pair only.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_own(&self) -> bool {
+        self.flags & flow_flags::OWN != 0
+    }
+
+    /// Whether Service and endpoint are one: nothing is translated, and there is only the outer pair.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_identity(&self) -> bool {
+        self.legs == 1
+    }
+
+    /// The leg that stands between client and endpoint.
+    #[inline(always)]
+    #[must_use]
+    pub const fn innermost(&self) -> Role {
+        if self.is_identity() { Role::OUTER } else { Role::MIDDLE }
+    }
+
+    /// Whether the masquerade address and port have been chosen. Half a choice does not fit its seal.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_source(&self) -> bool {
+        self.source != 0 && self.source == self.pairs[INNER].seal() | 1
+    }
+
+    /// The leg of a role, which its pair in this record leads to.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leg(&self, role: Role) -> Leg {
+        let mut leg = Leg::NONE;
+        self.write_leg(role, &mut leg);
+        leg
+    }
+
+    /// The same, written to its place.
+    #[inline(always)]
+    pub const fn write_leg(&self, role: Role, leg: &mut Leg) {
+        let index = role.index();
+        let own = self.client().1;
+        let behind = if self.is_identity() { own } else { self.middle_port() };
+        // The end that is written: the endpoint for the outer leg, the client for the inner one, else the Service. An
+        // index and no choice of references, which would take the kernel's stack.
+        let pair = matches!(role, Role::OUTER) as usize & !self.is_identity() as usize;
+        let (addr, mut port) = self.end(pair & 1, matches!(role, Role::INNER));
+        leg.addr = *addr;
+        let mut other_port = Port(0);
+        match role {
+            Role::INNER => port = behind,
+            Role::OUTER if own.0 != behind.0 => other_port = behind,
+            Role::MIDDLE if own.0 != behind.0 => other_port = own,
+            _ => {}
+        }
+        leg.id = self.id;
+        leg.port = port;
+        leg.other_port = other_port;
+        leg.uplink = if matches!(role, Role::MIDDLE) { self.uplink } else { 0 };
+        leg.role = role;
+        leg.near = self.near[index];
+        leg.pad = [0; 2];
+        leg.seal = leg.seal_for(&self.pairs[index]);
+    }
+
+    /// Whether the flow has a leg of this role (yet).
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, role: Role) -> bool {
+        match role {
+            Role::OUTER => !self.is_own(),
+            Role::OWN => self.is_own(),
+            Role::MIDDLE => self.legs > 1,
+            _ => self.has_source(),
+        }
+    }
+
+    /// When a packet last passed that was no RST.
+    #[inline(always)]
+    #[must_use]
+    pub const fn last_seen(&self) -> u64 {
+        if self.seen[FORWARD] > self.seen[REPLY] { self.seen[FORWARD] } else { self.seen[REPLY] }
+    }
+
+    /// When it was last reset.
+    #[inline(always)]
+    #[must_use]
+    pub const fn last_reset(&self) -> u64 {
+        if self.rst[FORWARD] > self.rst[REPLY] { self.rst[FORWARD] } else { self.rst[REPLY] }
+    }
+
+    /// Whether it has been reset. What was under way then may still pass; who goes on later has not been reset
+    /// (RFC 5961 §3.2: a RST that does not fit is answered, and the connection stays).
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_reset(&self) -> bool {
+        let reset = self.last_reset();
+        reset != 0 && self.last_seen() < reset.saturating_add(SILENCE)
+    }
+
+    /// Whether the connection is over, whoever asks: both ends have closed it, or it has been reset and there has been
+    /// silence since. Only TCP tells.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_over(&self, now: u64) -> bool {
+        self.fin[FORWARD] & self.fin[REPLY] != 0
+            || self.is_reset() && now.saturating_sub(self.last_reset()) > SILENCE
+    }
+
+    /// Whether its client may use its port for a new connection to the same Service: a RST from either side, or a FIN
+    /// of its own (P-26).
+    #[inline(always)]
+    #[must_use]
+    pub const fn may_begin_anew(&self) -> bool {
+        self.fin[FORWARD] != 0 || self.is_reset()
+    }
+}
+
+table_type! {
+    /// How long a flow may be silent, in seconds (D-6, C-16).
+    pub struct Timeouts {
+        /// TCP, open.
+        pub tcp_established: u32,
+        /// TCP, one direction closed.
+        pub tcp_half_closed: u32,
+        /// TCP, both directions closed.
+        pub tcp_closed: u32,
+        /// TCP, reset.
+        pub tcp_reset: u32,
+        /// TCP, young: the client has not acknowledged the endpoint.
+        pub tcp_syn: u32,
+        /// UDP, young.
+        pub udp: u32,
+        /// UDP, old: traffic both ways after two seconds.
+        pub udp_stream: u32,
+        /// SCTP, old: its shutdown is not followed.
+        pub sctp_established: u32,
+        /// SCTP, young.
+        pub sctp_init: u32,
         /// Zero.
-        pub pad2: u32,
-        /// When a packet of this tuple last passed.
-        pub last_seen: u64,
+        pub pad: u32,
+    }
+}
+
+impl Timeouts {
+    /// The defaults of the kernel's connection tracking, except that an open TCP connection is kept for a day.
+    pub const CONNTRACK: Self = Self {
+        tcp_established: 86_400,
+        tcp_half_closed: 3_600,
+        tcp_closed: 120,
+        tcp_reset: 10,
+        tcp_syn: 60,
+        udp: 30,
+        udp_stream: 120,
+        sctp_established: 86_400,
+        sctp_init: 60,
+        pad: 0,
+    };
+
+    /// Seconds of silence that end a flow.
+    #[inline(always)]
+    #[must_use]
+    pub const fn idle(&self, flow: &Flow) -> u32 {
+        let young = flow.old == 0;
+        let fins = flow.fin[FORWARD] + flow.fin[REPLY];
+        match flow.proto() {
+            Proto::TCP if flow.is_reset() => self.tcp_reset,
+            Proto::TCP if fins > 1 => self.tcp_closed,
+            Proto::TCP if young => self.tcp_syn,
+            Proto::TCP if fins == 1 => self.tcp_half_closed,
+            Proto::TCP => self.tcp_established,
+            Proto::SCTP if young => self.sctp_init,
+            Proto::SCTP => self.sctp_established,
+            _ if young => self.udp,
+            _ => self.udp_stream,
+        }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self::CONNTRACK
+    }
+}
+
+/// What the agent asks of the program `flows`, as bytes behind an Ethernet header: which work, its two numbers, and
+/// with [`ask::SWEEP`] the [`Timeouts`], with [`ask::END`] the ids. All words are in host order.
+pub mod ask {
+    /// Look through the records from the first number on, as many as the second says (at most [`MOST`]): free those that
+    /// are new, take apart those that are over. The answer is how many were taken apart.
+    pub const SWEEP: u32 = 1;
+    /// Take apart the flows whose ids follow; the first number says how many (at most [`MOST_IDS`]). The answer is how
+    /// many there were.
+    pub const END: u32 = 2;
+    /// Where the question begins.
+    pub const OFFSET: usize = 16;
+    /// Where the timeouts or ids begin.
+    pub const BODY: usize = 32;
+    /// Records one sweep looks at.
+    pub const MOST: u32 = 512;
+    /// Flows that are ended at once.
+    pub const MOST_IDS: u32 = 64;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn addr(text: &str) -> Addr {
+        text.parse::<IpAddr>().unwrap().into()
+    }
+
+    #[test]
+    fn both_directions_have_one_pair() {
+        let ends = [("10.0.0.1", 80), ("10.0.0.1", 81), ("10.0.0.2", 80), ("fd00::1", 80), ("fd01::1", 80)];
+        for (a, p) in ends {
+            for (b, q) in ends {
+                let there = Tuple::new(addr(a), Port::new(p), addr(b), Port::new(q), Proto::TCP);
+                let back = there.reversed();
+                assert_eq!(there.pair(), back.pair(), "{a}:{p} {b}:{q}");
+                assert_eq!(there.is_rising() == back.is_rising(), there == back, "{a}:{p} {b}:{q}");
+                let from = usize::from(!there.is_rising());
+                assert_eq!(there.pair().tuple(from), there);
+            }
+        }
+    }
+
+    #[test]
+    fn half_a_masquerade_choice_reads_as_none() {
+        let pair =
+            Tuple::new(addr("10.0.0.1"), Port::new(4000), addr("10.0.0.9"), Port::new(80), Proto::TCP).pair();
+        let mut flow = Flow { source: pair.seal() | 1, ..Flow::EMPTY };
+        assert!(!flow.has_source());
+        flow.pairs[2] = pair;
+        assert!(flow.has_source());
+        flow.pairs[2].ports[0] = Port::new(4001);
+        assert!(!flow.has_source());
+        assert!(!Flow::EMPTY.has_source());
     }
 }

@@ -7,16 +7,23 @@
 //! | [`maps::BACKENDS`] | array | backend index → [`Backend`] | agent | all hooks | as above |
 //! | [`maps::ADDRESSES`] | hash | [`Addr`] → [`address`] flags | agent | TC, socket hooks | as above |
 //! | [`maps::SOURCES`] | LPM trie | [`SourceKey`] → 1 | agent | all hooks | as above |
-//! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC | masquerading on that interface is refused and counted |
+//! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC | the agent says so; answers leave as the routes say, pods of that interface are strangers |
+//! | [`maps::MASQUERADE`] | LPM trie | [`RouteKey`] → [`Addr`] | agent | TC | the agent says so; single routes leave under the address of the shorter ones, a new interface masquerades nothing (counted) |
+//! | [`maps::SERVICE_PORTS`] | array | port / 64 → bits of the ports that are a frontend's beside ClusterIPs | agent | TC | – |
 //! | [`maps::CONFIG`] | array of 1 | → [`Config`] | agent | all hooks | – |
 //! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
 //! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
 //! | [`maps::COMPLAINTS`] | array | n → [`Complaint`] | agent | command line | the newest are kept |
-//! | [`maps::FLOWS`] | hash | [`FlowKey`] → [`Flow`] | TC (agent deletes) | TC | new flows stay in HALF_OPEN, counted |
-//! | [`maps::HALF_OPEN`] | LRU hash | [`FlowKey`] → [`Flow`] | TC | TC | the oldest unanswered flow goes |
+//! | [`maps::FLOWS`] | hash | [`Pair`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
+//! | [`maps::RECORDS`] | array | index → [`Flow`] | TC, `flows` | TC, agent, command line | as FLOWS |
+//! | [`maps::FREE`] | queue | index | TC, `flows` | TC, `flows` | holds every index |
+//! | [`maps::RING`] | array | place → [`FlowId`] | TC, each CPU its own part | TC | goes round: the oldest young flow is taken apart |
+//! | [`maps::TARGETS`] | array | hash of an endpoint → bits | TC | TC | bits are shared: a conversation more is noted |
+//! | [`maps::SCRATCH`] | per-CPU array of 1 | working storage of the TC programs | TC | TC | – |
 //! | [`maps::FRAGMENTS`] | LRU hash | [`FragmentKey`] → [`Fragment`] | TC | TC | the oldest goes |
 //! | [`maps::AFFINITY`] | LRU hash | [`AffinityKey`] → [`Affinity`] | all hooks | all hooks | the oldest client may move |
 //! | [`maps::SOCKETS`] | socket storage | socket → [`SocketState`] | socket hooks | socket hooks | lives and dies with the socket |
+//! | [`maps::PEERS`] | LRU hash | [`PeerKey`] → [`SocketEntry`] | socket hooks | socket hooks | the oldest answer shows its endpoint |
 //! | [`maps::REASONS`] | per-CPU array | [`Reason`] → count | all hooks | agent, command line | – |
 //! | [`maps::SERVICE_STATS`] | per-CPU array | service id → [`ServiceStats`] | all hooks | agent, command line | ids past the end are not counted |
 //!
@@ -31,25 +38,29 @@ mod flow;
 mod fragment;
 pub mod frontend;
 mod reason;
-mod socket;
+mod route;
+pub mod socket;
 mod source;
 
 pub use affinity::{Affinity, AffinityKey};
-pub use agent::{AgentState, Complaint, ServiceName, ServiceStats, TEXT_LEN, text, untext};
+pub use agent::{AgentState, Complaint, NOTE, ServiceName, ServiceStats, TEXT_LEN, absent, text, untext};
 pub use backend::Backend;
-pub use config::{Config, Iface, Range, SERVICE_RANGES, address, feature, iface};
-pub use flow::{Flow, FlowKey, Hook, Leg};
+pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
+pub use flow::{
+    FORWARD, Flow, FlowId, Hook, Leg, Pair, REPLY, Role, SILENCE, State, Timeouts, Tuple, ask, flow_flags,
+};
 pub use fragment::{Fragment, FragmentKey};
 pub use frontend::{Frontend, FrontendKey, Run};
 pub use reason::Reason;
-pub use socket::{SOCKET_ENTRIES, SocketEntry, SocketState};
+pub use route::RouteKey;
+pub use socket::{PeerKey, SOCKET_ENTRIES, SocketEntry, SocketState};
 pub use source::SourceKey;
 
 #[cfg(any(doc, feature = "user"))]
 use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number; pins live under it.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Map names as `bpftool map` shows them: at most 15 bytes.
 pub mod maps {
@@ -66,6 +77,10 @@ pub mod maps {
     /// See the table of [`super`].
     pub const IFACES: &str = "IFACES";
     /// See the table of [`super`].
+    pub const MASQUERADE: &str = "MASQUERADE";
+    /// See the table of [`super`].
+    pub const SERVICE_PORTS: &str = "SERVICE_PORTS";
+    /// See the table of [`super`].
     pub const CONFIG: &str = "CONFIG";
     /// See the table of [`super`].
     pub const SERVICES: &str = "SERVICES";
@@ -76,7 +91,15 @@ pub mod maps {
     /// See the table of [`super`].
     pub const FLOWS: &str = "FLOWS";
     /// See the table of [`super`].
-    pub const HALF_OPEN: &str = "HALF_OPEN";
+    pub const RECORDS: &str = "RECORDS";
+    /// See the table of [`super`].
+    pub const FREE: &str = "FREE";
+    /// See the table of [`super`].
+    pub const RING: &str = "RING";
+    /// See the table of [`super`].
+    pub const TARGETS: &str = "TARGETS";
+    /// See the table of [`super`].
+    pub const SCRATCH: &str = "SCRATCH";
     /// See the table of [`super`].
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// See the table of [`super`].
@@ -84,27 +107,35 @@ pub mod maps {
     /// See the table of [`super`].
     pub const SOCKETS: &str = "SOCKETS";
     /// See the table of [`super`].
+    pub const PEERS: &str = "PEERS";
+    /// See the table of [`super`].
     pub const REASONS: &str = "REASONS";
     /// See the table of [`super`].
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
 
     /// Every map that is pinned, in the order of the table.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 23] = [
         FRONTENDS,
         SLOTS,
         BACKENDS,
         ADDRESSES,
         SOURCES,
         IFACES,
+        MASQUERADE,
+        SERVICE_PORTS,
         CONFIG,
         SERVICES,
         AGENT,
         COMPLAINTS,
         FLOWS,
-        HALF_OPEN,
+        RECORDS,
+        FREE,
+        RING,
+        TARGETS,
         FRAGMENTS,
         AFFINITY,
         SOCKETS,
+        PEERS,
         REASONS,
         SERVICE_STATS,
     ];
@@ -124,18 +155,30 @@ pub mod capacity {
     pub const SOURCES: usize = 65_536;
     /// Interfaces of the node.
     pub const IFACES: usize = 4_096;
+    /// Routes that ask for a source of their own.
+    pub const MASQUERADE: usize = 16_384;
+    /// Words of 64 ports each: all there are.
+    pub const SERVICE_PORTS: usize = 1_024;
     /// Service ports with a name and counters.
     pub const SERVICES: usize = 65_536;
     /// Complaints kept for the operator.
     pub const COMPLAINTS: usize = 64;
-    /// Legs of established flows: two to four a flow.
+    /// Flows; index 0 is never used.
+    pub const RECORDS: usize = 163_840;
+    /// Legs of flows: two a flow, three of a masqueraded one.
     pub const FLOWS: usize = 524_288;
-    /// Legs of flows not yet answered.
-    pub const HALF_OPEN: usize = 131_072;
+    /// Places for young flows on one CPU, a quarter each for TCP, for other protocols, and for the node's own
+    /// conversations (see `lb::Ring`). At 300,000 new flows a second on one CPU each has more than 100 ms to show that it
+    /// is meant. The agent makes the map as large as there are CPUs.
+    pub const RING: usize = 131_072;
+    /// Words of 64 bits.
+    pub const TARGETS: usize = 1_024;
     /// Datagrams in fragments under way.
     pub const FRAGMENTS: usize = 16_384;
     /// Clients with an affinity.
     pub const AFFINITY: usize = 131_072;
+    /// Destinations that sockets of the node have no room for: two for each.
+    pub const PEERS: usize = 32_768;
 }
 
 /// Declares a table type: C layout, no implicit padding (checked at compile time), `aya::Pod` in user space.
@@ -177,19 +220,22 @@ mod tests {
             ("Backend", size_of::<Backend>(), align_of::<Backend>()),
             ("SourceKey", size_of::<SourceKey>(), align_of::<SourceKey>()),
             ("Iface", size_of::<Iface>(), align_of::<Iface>()),
+            ("RouteKey", size_of::<RouteKey>(), align_of::<RouteKey>()),
             ("Config", size_of::<Config>(), align_of::<Config>()),
-            ("FlowKey", size_of::<FlowKey>(), align_of::<FlowKey>()),
+            ("Pair", size_of::<Pair>(), align_of::<Pair>()),
+            ("Leg", size_of::<Leg>(), align_of::<Leg>()),
             ("Flow", size_of::<Flow>(), align_of::<Flow>()),
             ("FragmentKey", size_of::<FragmentKey>(), align_of::<FragmentKey>()),
             ("Fragment", size_of::<Fragment>(), align_of::<Fragment>()),
             ("AffinityKey", size_of::<AffinityKey>(), align_of::<AffinityKey>()),
             ("Affinity", size_of::<Affinity>(), align_of::<Affinity>()),
             ("SocketState", size_of::<SocketState>(), align_of::<SocketState>()),
+            ("PeerKey", size_of::<PeerKey>(), align_of::<PeerKey>()),
             ("ServiceName", size_of::<ServiceName>(), align_of::<ServiceName>()),
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 2);
+        assert_eq!(ABI_VERSION, 3);
         assert_eq!(
             sizes,
             [
@@ -197,15 +243,18 @@ mod tests {
                 ("Frontend", 32, 4),
                 ("Backend", 32, 4),
                 ("SourceKey", 24, 4),
-                ("Iface", 40, 4),
-                ("Config", 368, 8),
-                ("FlowKey", 40, 4),
-                ("Flow", 48, 8),
+                ("Iface", 16, 4),
+                ("RouteKey", 24, 4),
+                ("Config", 400, 8),
+                ("Pair", 40, 4),
+                ("Leg", 40, 8),
+                ("Flow", 256, 8),
                 ("FragmentKey", 40, 4),
                 ("Fragment", 16, 8),
                 ("AffinityKey", 20, 4),
                 ("Affinity", 16, 8),
-                ("SocketState", 200, 4),
+                ("SocketState", 208, 8),
+                ("PeerKey", 32, 8),
                 ("ServiceName", 196, 1),
                 ("ServiceStats", 24, 8),
                 ("AgentState", 248, 8),

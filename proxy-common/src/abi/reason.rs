@@ -39,7 +39,7 @@ reasons! {
     SourceRange = "source_range", "Dropped: the source is not in loadBalancerSourceRanges (V-17).";
     TornFrontend = "torn_frontend", "Dropped: a frontend was rewritten three times while it was read.";
     BadSlot = "bad_slot", "Dropped: a slot led to no live backend.";
-    FlowTableFull = "flow_table_full", "An answered flow stays among the half-open ones: FLOWS is full.";
+    FlowTableFull = "flow_table_full", "Dropped: there is no room for another flow.";
     FlowInsert = "flow_insert", "Dropped: a flow entry could not be written.";
     FlowCollision = "flow_collision", "A flow got another source port: its tuple behind the Service was taken.";
     NoSourcePort = "no_source_port", "Dropped: no free source port for masquerading.";
@@ -48,9 +48,14 @@ reasons! {
     IcmpTranslated = "icmp_translated", "An ICMP error about a flow was translated.";
     RewriteFailed = "rewrite_failed", "Dropped: a packet could not be rewritten.";
     AnswerFailed = "answer_failed", "Dropped: a refusal could not be sent.";
-    SocketStorage = "socket_storage", "Left to TC: a socket had no room to remember its Service.";
+    SocketStorage = "socket_storage", "A socket had no room to remember its Service: a pod's is left to TC.";
     ConfigMissing = "config_missing", "Left alone: the agent has not written its settings.";
     UnallocatedClusterIp = "unallocated_cluster_ip", "Dropped: an address inside a ServiceCIDR that is no Service's (P-22).";
+    Displaced = "displaced", "A young flow made room for a newer one.";
+    FlowBusy = "flow_busy", "Dropped: another packet was changing the flow at that moment.";
+    Mended = "mended", "A flow's missing entry was written again.";
+    OwnConversation = "own_conversation", "The node's own traffic from a port of a Service, or through somebody's masquerade, was noted.";
+    SentBack = "sent_back", "An answer was sent out of the interface that the question had come in by.";
     CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
 }
 

@@ -1,14 +1,14 @@
 //! Behind the stack: answers get the VIP as source, masqueraded packets get an address of the node.
 
-use super::{FlowTable, Recalled, Tables, Touch, Verdict, touch};
-use crate::abi::{Hook, Reason};
-use crate::wire::{Edit, End, Kind, Packet};
+use super::{Recalled, Tables, Touch, Touched, Verdict, flow, masquerade};
+use crate::abi::{FlowId, Hook, Reason, address};
+use crate::wire::{Edit, Kind, Packet};
 
 /// Decides about a packet that leaves the node.
 #[inline(always)]
 pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
-    debug_assert_eq!(packet.key.hook, Hook::EGRESS);
-    edit.end = End::Src;
+    debug_assert_eq!(packet.hook, Hook::EGRESS);
+    edit.at(Hook::EGRESS);
     match packet.kind {
         Kind::Whole | Kind::FirstFragment | Kind::IcmpError => {}
         Kind::LaterFragment => {
@@ -19,27 +19,24 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Ve
         }
         Kind::Other => return Verdict::Pass,
     }
-    let found = match touch(tables, FlowTable::Established, packet, edit) {
-        Some(found) => found,
-        None => match touch(tables, FlowTable::HalfOpen, packet, edit) {
-            Some(found) => {
-                if found == Touch::Answer && accepts(packet) {
-                    tables.promote(&packet.key);
-                }
-                found
-            }
-            None => return Verdict::Pass,
-        },
-    };
-    match found {
-        Touch::Alive | Touch::Answer => {}
-        Touch::Unmasqueraded => {
-            let verdict = tables.choose_source(&packet.key, packet.ifindex, edit);
+    let found = flow::touch(tables, packet, edit);
+    if found.care {
+        flow::care_for(tables, packet, &found);
+    }
+    match found.touch {
+        Touch::Rewrite => {}
+        Touch::Pass => return Verdict::Pass,
+        Touch::Masquerade => {
+            let verdict = masquerade::choose_source(tables, packet, found.id, edit);
             if verdict != Verdict::Rewrite {
                 return verdict;
             }
         }
-        Touch::Stale => return Verdict::Pass,
+        Touch::Superseded => {
+            tables.take_apart(found.id);
+            return Verdict::Pass;
+        }
+        Touch::None | Touch::Over | Touch::Stale => return unknown(tables, packet, &found),
     }
     if matches!(packet.kind, Kind::IcmpError) {
         tables.count(Reason::IcmpTranslated);
@@ -47,11 +44,44 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Ve
     if matches!(packet.kind, Kind::FirstFragment) {
         tables.remember_fragment(packet);
     }
+    if edit.out != 0 && edit.out != packet.ifindex {
+        edit.out = way_back(tables, packet.ifindex, edit.out);
+    }
     Verdict::Rewrite
 }
 
-/// Whether an endpoint's packet answers its client, rather than refusing it: only then is the flow kept.
+/// The uplink that an answer must leave by, if that is not the interface it is about to leave by: where the question
+/// came in, if both are uplinks. A router behind another one may refuse an address that is not of its network.
 #[inline(always)]
-fn accepts(packet: &Packet) -> bool {
-    !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0
+fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
+    let here = tables.iface(ifindex).map_or(0, |iface| iface.uplink);
+    let there = tables.iface(uplink).map_or(0, |iface| iface.uplink);
+    if here != 0 && here != uplink && there == uplink {
+        tables.count(Reason::SentBack);
+        uplink
+    } else {
+        0
+    }
+}
+
+/// A packet that belongs to no flow. If the node speaks from a port of a Service, or somebody else's masquerade to an
+/// endpoint that we masquerade to as well, the conversation is noted, so that its answers are not taken for ours.
+#[inline(always)]
+fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
+    let matters = !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0;
+    if !matters {
+        return Verdict::Pass;
+    }
+    let service = tables.is_service_port(packet.tuple.sport) && !packet.is_answer();
+    let guest = !service && tables.is_target(&packet.tuple) && tables.is_forwarded();
+    if (service || guest) && tables.address(&packet.tuple.src) & address::NODE != 0 {
+        if found.touch == Touch::Over {
+            tables.take_apart(found.id);
+        }
+        let id = tables.make_own(packet, guest);
+        if id != FlowId::NONE {
+            tables.join_own(id);
+        }
+    }
+    Verdict::Pass
 }

@@ -2,39 +2,85 @@
 //!
 //! The story of a packet: [`ingress`] finds its flow or [`open`]s one and names the new destination;
 //! [`egress`] finds the same flow by its tuple behind the stack and names the new source. [`socket`] is the
-//! same story without packets. What is chosen and why is in [`select`]; how flows begin, are answered and
-//! end is in [`track`].
+//! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in [`flow`].
 
 pub mod egress;
+pub mod flow;
 pub mod ingress;
 pub mod masquerade;
 pub mod open;
 pub mod select;
 pub mod socket;
-pub mod track;
 
+#[cfg(test)]
+mod flow_tests;
+#[cfg(test)]
+mod race_tests;
 #[cfg(test)]
 mod tests;
 
 pub use select::Choice;
 
 use crate::abi::{
-    Affinity, AffinityKey, Backend, Config, Flow, FlowKey, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Reason, SourceKey,
+    Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
+    Iface, Leg, Pair, Reason, Role, SourceKey, Timeouts, Tuple,
 };
-use crate::addr::{Addr, Port};
-use crate::wire::{Edit, Kind, Packet};
+use crate::addr::{Addr, Port, Proto};
+use crate::wire::{Edit, Packet};
 
-/// The two flow tables.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub enum FlowTable {
-    /// Answered flows: never evicted.
-    Established,
-    /// Flows not yet answered: an LRU, so that a flood of them evicts only its own kind.
-    HalfOpen,
+/// Which ring of young flows: a flood of one kind displaces only its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ring(pub u32);
+
+impl Ring {
+    /// How many there are; a power of two.
+    pub const COUNT: u32 = 4;
+    /// TCP connections to Services.
+    pub const TCP: Self = Self(0);
+    /// Other flows to Services.
+    pub const OTHER: Self = Self(1);
+    /// Conversations of the node's own.
+    pub const OWN: Self = Self(2);
+
+    /// That of a flow to a Service.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(proto: Proto) -> Self {
+        if matches!(proto, Proto::TCP) { Self::TCP } else { Self::OTHER }
+    }
 }
 
-/// What came of inserting a flow.
+/// What came of entering a leg.
+#[repr(u32)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Entered {
+    /// It is there now.
+    Done = 0,
+    /// It was there already.
+    Kept,
+    /// The pair belongs to another flow, which is over.
+    Over,
+    /// The pair belongs to another flow.
+    Taken,
+    /// No room.
+    Full,
+}
+
+impl Entered {
+    /// The result with this number; any other number means full.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Done,
+            1 => Self::Kept,
+            2 => Self::Over,
+            3 => Self::Taken,
+            _ => Self::Full,
+        }
+    }
+}
+
+/// What came of inserting a leg or beginning a flow.
 #[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Inserted {
@@ -44,6 +90,8 @@ pub enum Inserted {
     Exists,
     /// The table is full or the kernel out of memory.
     Full,
+    /// Another CPU has begun the same flow at this moment.
+    Raced,
 }
 
 impl Inserted {
@@ -53,6 +101,7 @@ impl Inserted {
         match number {
             0 => Self::Done,
             1 => Self::Exists,
+            3 => Self::Raced,
             _ => Self::Full,
         }
     }
@@ -93,12 +142,40 @@ pub trait Tables {
     fn set_affinity(&self, key: &AffinityKey, value: &Affinity);
     /// The interface with an index.
     fn iface(&self, ifindex: u32) -> Option<Iface>;
-    /// Lets `f` read and change a flow in place; `None` when there is none.
-    fn with_flow<R>(&self, table: FlowTable, key: &FlowKey, f: impl FnOnce(&mut Flow) -> R) -> Option<R>;
-    /// Inserts a flow; with `replace` false only if the key is absent.
-    fn insert_flow(&self, table: FlowTable, key: &FlowKey, flow: &Flow, replace: bool) -> Inserted;
-    /// Deletes a flow if it is there.
-    fn delete_flow(&self, table: FlowTable, key: &FlowKey);
+    /// Source of masqueraded flows that leave by an interface towards `dst`, of the family of `dst` (M-13); it may be
+    /// unspecified, which is as good as none.
+    fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr>;
+    /// Whether a frontend that is no ClusterIP has this port.
+    fn is_service_port(&self, port: Port) -> bool;
+    /// Whether a socket of this node holds the tuple that the node would send; one that listens at its source counts.
+    fn is_socket(&self, tuple: &Tuple) -> bool;
+    /// Whether the packet in hand has come in by an interface, and was not sent by this node itself.
+    fn is_forwarded(&self) -> bool;
+    /// Whether flows are masqueraded towards the destination of `tuple`; true for a few others, too.
+    fn is_target(&self, tuple: &Tuple) -> bool;
+    /// Remembers that flows are.
+    fn set_target(&self, tuple: &Tuple);
+    /// The leg of a pair; its seal has not been checked.
+    fn leg(&self, pair: &Pair) -> Option<Leg>;
+    /// Inserts a leg of a flow where there is none.
+    fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted;
+    /// Deletes a leg if it is there.
+    fn delete_leg(&self, pair: &Pair);
+    /// Lets `f` read and change a record in place, whatever flow is in it; `None` past the end. It may ask for legs
+    /// meanwhile, and for nothing else.
+    fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R>;
+    /// Tries to become the only one who may end the flow in a record, or change its legs.
+    fn claim(&self, index: u32) -> bool;
+    /// Ends a claim.
+    fn unclaim(&self, index: u32);
+    /// Takes a record that is free.
+    fn take_record(&self) -> Option<u32>;
+    /// Gives a record back. False when it could not be entered among the free ones.
+    fn give_record(&self, index: u32) -> bool;
+    /// Puts a flow into the next place of this CPU's ring, or nobody; who stood there.
+    fn stand(&self, ring: Ring, id: FlowId) -> FlowId;
+    /// Who stands at some place of some ring.
+    fn anybody(&self) -> FlowId;
     /// Lets `f` read and change in place what is known of a fragmented datagram.
     fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R>;
     /// Remembers something of a fragmented datagram; with `replace` false only if nothing is known yet.
@@ -112,19 +189,20 @@ pub trait Tables {
     // as a separately verified one, so that the verifier's work adds up instead of multiplying, and stack
     // frames stay small.
 
+    /// Whether an address lies in a range of ClusterIPs.
+    fn is_service_range(&self, addr: &Addr) -> bool {
+        self.config().is_some_and(|config| config.is_service_range(addr))
+    }
+    /// [`Config::snat_port`] of the node's settings.
+    fn snat_port(&self, n: u32) -> Port {
+        self.config().map_or(Port(0), |config| config.snat_port(n))
+    }
     /// [`ingress::slow`].
     fn ingress_slow(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict
     where
         Self: Sized,
     {
-        ingress::slow(self, packet, known, edit)
-    }
-    /// [`ingress::past`].
-    fn past(&self, packet: &mut Packet, known: u32) -> Verdict
-    where
-        Self: Sized,
-    {
-        ingress::past(self, packet, known)
+        ingress::slow(self, packet, known, edit, &mut Choice { ..Choice::NONE })
     }
     /// [`open::choose`].
     fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict
@@ -133,40 +211,75 @@ pub trait Tables {
     {
         open::choose(self, packet, known, attempt, choice)
     }
-    /// [`open::write_flow`].
-    fn write_flow(&self, key: &FlowKey, choice: &Choice, client_port: Port, edit: &mut Edit) -> Inserted
+    /// [`flow::make`].
+    fn make(&self, packet: &Packet, choice: &Choice, middle_port: Port) -> FlowId
     where
         Self: Sized,
     {
-        open::write_flow(self, key, choice, client_port, edit)
+        flow::make(self, packet, choice, middle_port)
     }
-    /// [`open::revive`].
-    fn revive(&self, key: &FlowKey) -> u32
+    /// [`flow::join`].
+    fn join(&self, packet: &Packet, id: FlowId) -> Inserted
     where
         Self: Sized,
     {
-        open::revive(self, key)
+        flow::join(self, packet, id)
     }
-    /// [`track::promote`].
-    fn promote(&self, key: &FlowKey) -> u32
+    /// [`flow::progress`].
+    fn progress(&self, packet: &Packet, id: FlowId, forward: bool) -> u32
     where
         Self: Sized,
     {
-        track::promote(self, key)
+        flow::progress(self, packet, id, forward)
     }
-    /// [`track::forget`].
-    fn forget(&self, key: &FlowKey) -> u32
+    /// [`flow::look_after`].
+    fn look_after(&self, id: FlowId) -> u32
     where
         Self: Sized,
     {
-        track::forget(self, key)
+        flow::look_after(self, id)
     }
-    /// [`track::superseded`].
-    fn superseded(&self, key: &mut FlowKey) -> u32
+    /// [`flow::enter`].
+    fn enter(&self, id: FlowId, role: Role, holder: &mut FlowId) -> Entered
     where
         Self: Sized,
     {
-        track::superseded(self, key)
+        flow::enter(self, id, role, holder)
+    }
+    /// [`flow::dissolve`].
+    fn dissolve(&self, id: FlowId) -> u32
+    where
+        Self: Sized,
+    {
+        flow::dissolve(self, id)
+    }
+    /// [`flow::take_apart`].
+    fn take_apart(&self, id: FlowId) -> u32
+    where
+        Self: Sized,
+    {
+        flow::take_apart(self, id)
+    }
+    /// [`flow::make_own`].
+    fn make_own(&self, packet: &Packet, guest: bool) -> FlowId
+    where
+        Self: Sized,
+    {
+        flow::make_own(self, packet, guest)
+    }
+    /// [`flow::join_own`].
+    fn join_own(&self, id: FlowId) -> u32
+    where
+        Self: Sized,
+    {
+        flow::join_own(self, id)
+    }
+    /// [`flow::sweep`].
+    fn sweep(&self, index: u32, timeouts: &Timeouts) -> u32
+    where
+        Self: Sized,
+    {
+        flow::sweep(self, index, timeouts)
     }
     /// [`recall_fragment`].
     fn recall_fragment(&self, packet: &mut Packet) -> Recalled
@@ -182,12 +295,19 @@ pub trait Tables {
     {
         remember_fragment(self, packet)
     }
-    /// [`masquerade::choose_source`].
-    fn choose_source(&self, key: &FlowKey, ifindex: u32, edit: &mut Edit) -> Verdict
+    /// [`masquerade::find_port`].
+    fn find_port(&self, packet: &mut Packet) -> u32
     where
         Self: Sized,
     {
-        masquerade::choose_source(self, key, ifindex, edit)
+        masquerade::find_port(self, packet)
+    }
+    /// [`masquerade::enter_source`].
+    fn enter_source(&self, packet: &Packet, id: FlowId) -> Entered
+    where
+        Self: Sized,
+    {
+        masquerade::enter_source(self, packet, id)
     }
 }
 
@@ -209,13 +329,14 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The verdict with this number; any other number drops. No cut point lets a packet wait.
+    /// The verdict with this number; any other number drops.
     #[inline(always)]
     pub const fn from_number(number: u32) -> Self {
         match number {
             0 => Self::Pass,
             1 => Self::Rewrite,
             2 => Self::Refuse,
+            4 => Self::Wait,
             _ => Self::Drop,
         }
     }
@@ -262,8 +383,8 @@ pub fn recall_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> Recalled {
         if now.saturating_sub(fragment.since) > FRAGMENTS_LIVE {
             *fragment = Fragment { sport: Port(0), dport: Port(0), waits: 1, since: now };
         } else if fragment.waits == 0 {
-            packet.key.sport = fragment.sport;
-            packet.key.dport = fragment.dport;
+            packet.tuple.sport = fragment.sport;
+            packet.tuple.dport = fragment.dport;
         } else {
             fragment.waits += 1;
         }
@@ -284,7 +405,8 @@ pub fn recall_fragment<T: Tables>(tables: &T, packet: &mut Packet) -> Recalled {
 /// Remembers the ports of a first fragment.
 #[inline(always)]
 pub fn remember_fragment<T: Tables>(tables: &T, packet: &Packet) -> u32 {
-    let ports = Fragment { sport: packet.key.sport, dport: packet.key.dport, waits: 0, since: tables.now() };
+    let ports =
+        Fragment { sport: packet.tuple.sport, dport: packet.tuple.dport, waits: 0, since: tables.now() };
     tables.set_fragment(&fragment_key(packet), &ports, true);
     1
 }
@@ -292,40 +414,47 @@ pub fn remember_fragment<T: Tables>(tables: &T, packet: &Packet) -> u32 {
 #[inline(always)]
 fn fragment_key(packet: &Packet) -> FragmentKey {
     FragmentKey {
-        src: packet.key.src,
-        dst: packet.key.dst,
+        src: packet.tuple.src,
+        dst: packet.tuple.dst,
         id: packet.fragment_id,
-        proto: packet.key.proto,
+        proto: packet.tuple.proto,
         pad: [0; 3],
     }
 }
 
-/// What a look at a flow found.
+/// What a look at a packet's flow found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Touch {
-    /// The flow goes on: the edit is filled in.
-    Alive,
-    /// The same, and the packet comes from the endpoint and goes to the client.
-    Answer,
-    /// A first packet of a masqueraded flow at egress: its source is still to be chosen.
-    Unmasqueraded,
-    /// The flow is over or its backend has gone: choose anew.
+pub(crate) enum Touch {
+    /// No living flow.
+    None,
+    /// The packet goes on as it is.
+    Pass,
+    /// The edit is filled in.
+    Rewrite,
+    /// A packet of a masqueraded flow at egress: its source is still to be chosen.
+    Masquerade,
+    /// The flow's backend has gone: choose anew.
     Stale,
+    /// The flow is over.
+    Over,
+    /// The flow is over, and the packet is none of its.
+    Superseded,
 }
 
-/// Looks a packet's flow up, refreshes it and fills in the edit it asks for.
-#[inline(always)]
-fn touch<T: Tables>(tables: &T, table: FlowTable, packet: &Packet, edit: &mut Edit) -> Option<Touch> {
-    tables.with_flow(table, &packet.key, |flow| {
-        if matches!(packet.kind, Kind::IcmpError) {
-            if flow.leg == crate::abi::Leg::SNAT && flow.addr.is_unspecified() {
-                return Touch::Stale;
-            }
-            edit.addr = flow.addr;
-            edit.port = flow.port;
-            edit.other_port = flow.other_port;
-            return Touch::Alive;
-        }
-        track::refresh(tables, table, packet, flow, edit)
-    })
+/// A packet's flow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Touched {
+    /// What is to be done.
+    pub(crate) touch: Touch,
+    /// The flow, if there is one.
+    pub(crate) id: FlowId,
+    /// Whether the packet goes towards the endpoint.
+    pub(crate) forward: bool,
+    /// Whether [`Tables::progress`] is wanted.
+    pub(crate) care: bool,
+}
+
+impl Touched {
+    /// No flow.
+    pub(crate) const NONE: Self = Self { touch: Touch::None, id: FlowId::NONE, forward: false, care: false };
 }

@@ -2,8 +2,8 @@
 
 use super::{Stat, Tables};
 use crate::abi::{
-    Affinity, AffinityKey, Backend, Config, FlowKey, Frontend, FrontendKey, Reason, Run, address, backend,
-    config, frontend, iface,
+    Affinity, AffinityKey, Config, Frontend, FrontendKey, Reason, Run, Tuple, address, backend, config,
+    frontend, iface,
 };
 use crate::addr::{Addr, Port, Proto};
 
@@ -144,27 +144,17 @@ pub(super) fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), 
 
 /// The backend in the slot that `hash` falls on.
 #[inline(always)]
-pub(super) fn pick<T: Tables>(
-    tables: &T,
-    frontend: &Frontend,
-    run: Run,
-    hash: u32,
-) -> Option<(u32, Backend)> {
+pub(super) fn pick<T: Tables>(tables: &T, frontend: &Frontend, run: Run, hash: u32) -> Option<u32> {
     // A multiplication spreads like a remainder, without a division.
     let slot = run.first + ((u64::from(hash) * u64::from(run.count)) >> 32) as u32;
     let index = tables.slot(slot)?;
     let backend = tables.backend(index)?;
-    (backend.is_live() && backend.service == frontend.service).then_some((index, backend))
+    (backend.is_live() && backend.service == frontend.service).then_some(index)
 }
 
 /// The backend a client went to before, while it may still be used.
 #[inline(always)]
-pub(super) fn remembered<T: Tables>(
-    tables: &T,
-    frontend: &Frontend,
-    flag: u16,
-    client: Addr,
-) -> Option<(u32, Backend)> {
+pub(super) fn remembered<T: Tables>(tables: &T, frontend: &Frontend, flag: u16, client: Addr) -> Option<u32> {
     if frontend.flags & frontend::AFFINITY == 0 {
         return None;
     }
@@ -178,7 +168,7 @@ pub(super) fn remembered<T: Tables>(
         && backend.service == frontend.service
         && backend.is_live()
         && backend.flags & flag != 0;
-    usable.then_some((last.backend, backend))
+    usable.then_some(last.backend)
 }
 
 /// Remembers where a client of a Service with affinity goes.
@@ -210,7 +200,7 @@ pub(super) fn source_of<T: Tables>(tables: &T, config: &Config, addr: &Addr, ifi
 /// A hash of the 5-tuple, the same on every node with the same seed: a flow whose entry was lost finds its
 /// endpoint again while the set is unchanged.
 #[inline(always)]
-pub(super) fn flow_hash(key: &FlowKey, seed: u32) -> u32 {
+pub(super) fn flow_hash(key: &Tuple, seed: u32) -> u32 {
     let ports = u32::from(key.sport.0) << 16 | u32::from(key.dport.0);
     let mut h = seed ^ u32::from(key.proto.0);
     h = mix(h, key.src.0[0] ^ key.src.0[1].rotate_left(13));

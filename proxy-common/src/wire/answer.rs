@@ -27,11 +27,11 @@ impl Answer {
 #[inline(always)]
 #[must_use]
 pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
-    if packet.key.src.is_never_service() {
+    if packet.tuple.src.is_never_service() {
         return false;
     }
-    let v4 = packet.key.src.is_v4();
-    match (matches!(packet.key.proto, Proto::TCP), v4) {
+    let v4 = packet.tuple.src.is_v4();
+    match (matches!(packet.tuple.proto, Proto::TCP), v4) {
         (true, _) if packet.tcp_flags & Packet::RST != 0 => false,
         (true, _) => reset(frame, packet, v4, out),
         (false, true) => unreachable_v4(frame, packet, out),
@@ -147,9 +147,9 @@ fn payload_end<F: Frame>(frame: &F, packet: &Packet, v4: bool) -> Option<u32> {
 /// prefix of IPv4 is left out and the other fields differ only in their place.
 #[inline(always)]
 fn pseudo(packet: &Packet, proto: Proto, len: u32) -> u32 {
-    let (s, d) = (&packet.key.src.0, &packet.key.dst.0);
+    let (s, d) = (&packet.tuple.src.0, &packet.tuple.dst.0);
     let mut sum = checksum::add(s[3], d[3]);
-    if !packet.key.src.is_v4() {
+    if !packet.tuple.src.is_v4() {
         sum = checksum::add(sum, checksum::add(checksum::add(s[0], s[1]), s[2]));
         sum = checksum::add(sum, checksum::add(checksum::add(d[0], d[1]), d[2]));
     }
@@ -164,8 +164,8 @@ fn head_v4(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
         // Don't fragment.
         0x4000_u32.to_be(),
         u32::from_ne_bytes([64, proto.0, 0, 0]),
-        packet.key.dst.word_v4(),
-        packet.key.src.word_v4(),
+        packet.tuple.dst.word_v4(),
+        packet.tuple.src.word_v4(),
     ];
     ip[2] |= halves(0, !checksum::fold(checksum::sum(&ip)));
     let mut n = 0;
@@ -182,8 +182,8 @@ fn head_v6(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
     out.words[1] = (len << 16 | (proto.0 as u32) << 8 | 64).to_be();
     let mut n = 0;
     while n < 4 {
-        out.words[2 + n] = packet.key.dst.0[n];
-        out.words[6 + n] = packet.key.src.0[n];
+        out.words[2 + n] = packet.tuple.dst.0[n];
+        out.words[6 + n] = packet.tuple.src.0[n];
         n += 1;
     }
 }

@@ -7,7 +7,7 @@ mod parse;
 mod rewrite;
 
 pub use parse::{Kind, Packet, parse};
-pub use rewrite::{Edit, End, rewrite};
+pub use rewrite::{Edit, End, rewrite, rewrite_error};
 
 /// What can be read and written in one go: words, so that a load is a load and not a loop over bytes.
 pub trait Words: Copy {}

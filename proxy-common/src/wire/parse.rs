@@ -6,7 +6,7 @@ use network_types::eth::EthHdr;
 use network_types::ip::Ipv4Hdr;
 
 use super::Frame;
-use crate::abi::{FlowKey, Hook};
+use crate::abi::{Hook, Pair, Tuple};
 use crate::addr::{Addr, Port, Proto};
 
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
@@ -36,7 +36,11 @@ pub enum Kind {
 #[derive(Clone, Copy, Debug)]
 pub struct Packet {
     /// The tuple at this hook.
-    pub key: FlowKey,
+    pub tuple: Tuple,
+    /// The same without direction, once it has been looked for.
+    pub pair: Pair,
+    /// Where the packet is.
+    pub hook: Hook,
     /// What kind of packet it is.
     pub kind: Kind,
     /// TCP flags (RFC 9293 §3.1); zero for other protocols.
@@ -51,12 +55,16 @@ pub struct Packet {
     pub inner_l3: u16,
     /// In an ICMP error, the offset of the embedded transport header.
     pub inner_l4: u16,
-    /// Zero.
-    pub pad: u8,
     /// Identification of a fragmented datagram.
     pub fragment_id: u32,
     /// Index of the interface it is seen at.
     pub ifindex: u32,
+    /// TCP sequence number; these three only of a [`Kind::Whole`] TCP packet or first fragment.
+    pub seq: u32,
+    /// TCP acknowledgement number.
+    pub ack: u32,
+    /// How many sequence numbers the segment takes: its payload, SYN and FIN.
+    pub seq_len: u32,
 }
 
 impl Packet {
@@ -75,10 +83,16 @@ impl Packet {
         self.tcp_flags & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
     }
 
+    /// Whether this is a TCP packet that does not open a connection.
+    #[inline(always)]
+    pub const fn is_answer(&self) -> bool {
+        matches!(self.tuple.proto, Proto::TCP) && !self.is_syn()
+    }
+
     /// Whether the transport header, or that of the embedded packet, is there to be rewritten.
     #[inline(always)]
     pub fn has_ports(&self) -> bool {
-        self.key.proto.has_ports() && !matches!(self.kind, Kind::LaterFragment | Kind::Other)
+        self.tuple.proto.has_ports() && !matches!(self.kind, Kind::LaterFragment | Kind::Other)
     }
 }
 
@@ -87,15 +101,9 @@ impl Packet {
     #[inline(always)]
     pub const fn at(hook: Hook, ifindex: u32) -> Self {
         Self {
-            key: FlowKey {
-                src: Addr::ANY_V6,
-                dst: Addr::ANY_V6,
-                sport: Port(0),
-                dport: Port(0),
-                proto: Proto(0),
-                hook,
-                pad: 0,
-            },
+            tuple: Tuple::new(Addr::ANY_V6, Port(0), Addr::ANY_V6, Port(0), Proto(0)),
+            pair: Pair::NONE,
+            hook,
             kind: Kind::Whole,
             tcp_flags: 0,
             icmp_type: 0,
@@ -103,10 +111,30 @@ impl Packet {
             l4: 0,
             inner_l3: 0,
             inner_l4: 0,
-            pad: 0,
             fragment_id: 0,
             ifindex,
+            seq: 0,
+            ack: 0,
+            seq_len: 0,
         }
+    }
+}
+
+impl Packet {
+    /// Begins anew, at a hook of an interface. What [`parse`] writes in any case, or nobody reads before it is written,
+    /// stays as it is: the kernel's programs do this for each packet.
+    #[inline(always)]
+    pub const fn begin(&mut self, hook: Hook, ifindex: u32) {
+        self.tuple.sport = Port(0);
+        self.tuple.dport = Port(0);
+        self.tuple.pad = [0; 3];
+        self.hook = hook;
+        self.kind = Kind::Whole;
+        self.tcp_flags = 0;
+        self.icmp_type = 0;
+        self.l3 = 0;
+        self.fragment_id = 0;
+        self.ifindex = ifindex;
     }
 }
 
@@ -141,9 +169,9 @@ fn parse_v4<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     }
     let l4 = l3 + usize::from(vihl & 0xf) * 4;
     packet.l4 = l4 as u16;
-    packet.key.src = Addr::v4(ip[3]);
-    packet.key.dst = Addr::v4(ip[4]);
-    packet.key.proto = proto_v4(&ip);
+    packet.tuple.src = Addr::v4(ip[3]);
+    packet.tuple.dst = Addr::v4(ip[4]);
+    packet.tuple.proto = proto_v4(&ip);
     // RFC 791 §3.1: identification, then 3 flag bits (the last is "more fragments") and the offset.
     let fragment = u32::from_be(ip[1]);
     packet.fragment_id = fragment >> 16;
@@ -154,7 +182,12 @@ fn parse_v4<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     if fragment & 0x2000 != 0 {
         packet.kind = Kind::FirstFragment;
     }
-    if packet.key.proto == Proto::ICMP { icmp_v4(frame, l4, packet) } else { transport(frame, l4, packet) }
+    if packet.tuple.proto == Proto::ICMP {
+        icmp_v4(frame, l4, packet)
+    } else {
+        let total = u16::from_be_bytes([ip[0].to_ne_bytes()[2], ip[0].to_ne_bytes()[3]]);
+        transport(frame, l4, l3 + usize::from(total), packet)
+    }
 }
 
 #[inline(always)]
@@ -168,21 +201,24 @@ fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     if ip[0].to_ne_bytes()[0] >> 4 != 6 {
         return None;
     }
-    packet.key.src = Addr([ip[2], ip[3], ip[4], ip[5]]);
-    packet.key.dst = Addr([ip[6], ip[7], ip[8], ip[9]]);
+    packet.tuple.src = Addr([ip[2], ip[3], ip[4], ip[5]]);
+    packet.tuple.dst = Addr([ip[6], ip[7], ip[8], ip[9]]);
     // Mapped addresses have no place on the wire, and would read as IPv4 from here on.
-    if packet.key.src.is_v4() || packet.key.dst.is_v4() {
+    if packet.tuple.src.is_v4() || packet.tuple.dst.is_v4() {
         return None;
     }
     let next = extensions(frame, ip[1].to_ne_bytes()[2], l3 + 40)?;
     packet.l4 = next.off as u16;
-    packet.key.proto = Proto(next.proto);
+    packet.tuple.proto = Proto(next.proto);
     packet.kind = next.kind;
     packet.fragment_id = next.fragment_id;
     match packet.kind {
         Kind::LaterFragment => Some(()),
-        _ if packet.key.proto == Proto::ICMPV6 => icmp_v6(frame, next.off, packet),
-        _ => transport(frame, next.off, packet),
+        _ if packet.tuple.proto == Proto::ICMPV6 => icmp_v6(frame, next.off, packet),
+        _ => {
+            let payload = u16::from_be_bytes([ip[1].to_ne_bytes()[0], ip[1].to_ne_bytes()[1]]);
+            transport(frame, next.off, l3 + 40 + usize::from(payload), packet)
+        }
     }
 }
 
@@ -228,22 +264,29 @@ fn extensions<F: Frame>(frame: &F, proto: u8, off: usize) -> Option<Next> {
     None
 }
 
-/// Ports and TCP flags of a packet that has them; anything else becomes [`Kind::Other`].
+/// Ports, TCP flags and numbers of a packet that has them; anything else becomes [`Kind::Other`]. `end` is where the IP
+/// packet ends.
 #[inline(always)]
-fn transport<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
-    match packet.key.proto {
+fn transport<F: Frame>(frame: &F, l4: usize, end: usize, packet: &mut Packet) -> Option<()> {
+    match packet.tuple.proto {
         Proto::TCP => {
             let head: [u32; 5] = frame.load(l4)?;
-            (packet.key.sport, packet.key.dport) = ports(head[0]);
+            (packet.tuple.sport, packet.tuple.dport) = ports(head[0]);
             packet.tcp_flags = head[3].to_ne_bytes()[1];
+            packet.seq = u32::from_be(head[1]);
+            packet.ack = u32::from_be(head[2]);
+            let header = usize::from(head[3].to_ne_bytes()[0] >> 4) * 4;
+            let ends =
+                (packet.tcp_flags & Packet::SYN != 0) as u32 + (packet.tcp_flags & Packet::FIN != 0) as u32;
+            packet.seq_len = (end as u32).saturating_sub((l4 + header) as u32) + ends;
         }
         Proto::UDP => {
             let head: [u32; 2] = frame.load(l4)?;
-            (packet.key.sport, packet.key.dport) = ports(head[0]);
+            (packet.tuple.sport, packet.tuple.dport) = ports(head[0]);
         }
         Proto::SCTP => {
             let head: [u32; 3] = frame.load(l4)?;
-            (packet.key.sport, packet.key.dport) = ports(head[0]);
+            (packet.tuple.sport, packet.tuple.dport) = ports(head[0]);
         }
         _ => packet.kind = Kind::Other,
     }
@@ -275,9 +318,9 @@ fn icmp_v4<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
     }
     let inner_l4 = inner + usize::from(vihl & 0xf) * 4;
     if proto_v4(&ip).has_ports() {
-        packet.key.src = Addr::v4(ip[4]);
-        packet.key.dst = Addr::v4(ip[3]);
-        packet.key.proto = proto_v4(&ip);
+        packet.tuple.src = Addr::v4(ip[4]);
+        packet.tuple.dst = Addr::v4(ip[3]);
+        packet.tuple.proto = proto_v4(&ip);
         return about(frame, inner_l4, packet);
     }
     Some(())
@@ -301,9 +344,9 @@ fn icmp_v6<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
         if src.is_v4() || dst.is_v4() {
             return Some(());
         }
-        packet.key.src = src;
-        packet.key.dst = dst;
-        packet.key.proto = Proto(next.proto);
+        packet.tuple.src = src;
+        packet.tuple.dst = dst;
+        packet.tuple.proto = Proto(next.proto);
         return about(frame, next.off, packet);
     }
     Some(())
@@ -312,7 +355,7 @@ fn icmp_v6<F: Frame>(frame: &F, l4: usize, packet: &mut Packet) -> Option<()> {
 /// Makes the packet an error about an embedded one, whose addresses, reversed, are in the tuple already.
 #[inline(always)]
 fn about<F: Frame>(frame: &F, inner_l4: usize, packet: &mut Packet) -> Option<()> {
-    (packet.key.dport, packet.key.sport) = ports(frame.load::<u32>(inner_l4)?);
+    (packet.tuple.dport, packet.tuple.sport) = ports(frame.load::<u32>(inner_l4)?);
     packet.inner_l4 = inner_l4 as u16;
     packet.kind = Kind::IcmpError;
     Some(())

@@ -25,23 +25,23 @@ pub struct Edit {
     pub port: Port,
     /// The other end's new port; zero leaves it alone.
     pub other_port: Port,
+    /// The interface that the packet leaves by instead; zero leaves that to the routes.
+    pub out: u32,
 }
 
 impl Edit {
     /// Changes nothing yet.
-    pub const NONE: Self = Self { end: End::Dst, addr: Addr::ANY_V6, port: Port(0), other_port: Port(0) };
+    pub const NONE: Self =
+        Self { end: End::Dst, addr: Addr::ANY_V6, port: Port(0), other_port: Port(0), out: 0 };
 }
 
-/// Applies `edit` to the packet. False when a write fails: the packet may be half written and must be dropped.
+/// Applies `edit` to a packet that is no ICMP error. False when a write fails: the packet may be half written and must be dropped.
 #[inline(always)]
 #[must_use]
 pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
-    if matches!(packet.kind, Kind::IcmpError) {
-        return rewrite_error(frame, packet, edit);
-    }
     let old = match edit.end {
-        End::Src => packet.key.src,
-        End::Dst => packet.key.dst,
+        End::Src => packet.tuple.src,
+        End::Dst => packet.tuple.dst,
     };
     if !replace_addr(frame, packet.l3.into(), edit.end, &old, &edit.addr) {
         return false;
@@ -49,10 +49,11 @@ pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
     if !packet.has_ports() {
         return true;
     }
-    let Some(ports) = replace_ports(frame, packet.l4.into(), packet.key.sport, packet.key.dport, edit) else {
+    let Some(ports) = replace_ports(frame, packet.l4.into(), packet.tuple.sport, packet.tuple.dport, edit)
+    else {
         return false;
     };
-    let (field, flags) = match packet.key.proto {
+    let (field, flags) = match packet.tuple.proto {
         Proto::TCP => (16, 0),
         Proto::UDP => (6, mend::UDP),
         Proto::SCTP => return ports == 0 || patch_sctp(frame, packet, edit),
@@ -70,7 +71,7 @@ fn patch_sctp<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
         return false;
     }
     let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
-    let end = if packet.key.src.is_v4() {
+    let end = if packet.tuple.src.is_v4() {
         frame.load::<u16>(l3 + 2).map(|len| l3 + usize::from(u16::from_be(len)))
     } else {
         frame.load::<u16>(l3 + 4).map(|len| l3 + 40 + usize::from(u16::from_be(len)))
@@ -83,10 +84,10 @@ fn patch_sctp<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
         return false;
     };
     let (new_src, new_dst) = match edit.end {
-        End::Src => (edit.port, replaced(packet.key.dport, edit.other_port)),
-        End::Dst => (replaced(packet.key.sport, edit.other_port), edit.port),
+        End::Src => (edit.port, replaced(packet.tuple.dport, edit.other_port)),
+        End::Dst => (replaced(packet.tuple.sport, edit.other_port), edit.port),
     };
-    let diff = word(packet.key.sport, packet.key.dport) ^ word(new_src, new_dst);
+    let diff = word(packet.tuple.sport, packet.tuple.dport) ^ word(new_src, new_dst);
     let patched = field ^ frame.crc_difference(diff, following as u32);
     frame.store(l4 + 8, patched)
 }
@@ -107,10 +108,11 @@ fn word(first: Port, second: Port) -> u32 {
 /// embedded packet. The outer address goes along when it is that end's own: always at the destination, and
 /// at the source when the error comes from the endpoint itself and not from a router in between (RFC 5508 §4).
 #[inline(always)]
-fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
+#[must_use]
+pub fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
     let (inner_end, old) = match edit.end {
-        End::Src => (End::Dst, packet.key.src),
-        End::Dst => (End::Src, packet.key.dst),
+        End::Src => (End::Dst, packet.tuple.src),
+        End::Dst => (End::Src, packet.tuple.dst),
     };
     let diff = checksum::addr_diff(&old, &edit.addr);
     // In IPv4 the embedded header's own checksum balances the address in the ICMP checksum.
@@ -121,7 +123,7 @@ fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool 
     // The embedded packet is the tuple reversed: its source port is the tuple's destination port.
     let inner = Edit { end: inner_end, ..*edit };
     let Some(ports) =
-        replace_ports(frame, packet.inner_l4.into(), packet.key.dport, packet.key.sport, &inner)
+        replace_ports(frame, packet.inner_l4.into(), packet.tuple.dport, packet.tuple.sport, &inner)
     else {
         return false;
     };

@@ -1,16 +1,17 @@
 //! Packet hooks on interfaces.
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::bpf_redirect;
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_REDIRECT};
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::abi::{Hook, Reason};
+use proxy_common::addr::Proto;
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
-use proxy_common::wire::answer::{self, Answer};
-use proxy_common::wire::{Edit, Kind, Packet, parse, rewrite};
+use proxy_common::wire::{Edit, Kind, Packet, answer, parse, rewrite};
 
+use crate::cut::{cut_parse, cut_rewrite, scratch};
 use crate::skb::Skb;
 use crate::tables::Kernel;
 
@@ -18,6 +19,9 @@ use crate::tables::Kernel;
 const NEXT: i32 = -1;
 /// Drop: TCX_DROP, TC_ACT_SHOT.
 const DROP: i32 = 2;
+/// What `tc_index` says of a packet whose source has been rewritten: other interfaces that it leaves through on its way
+/// (a bridge's port, a VLAN's parent) leave it alone. Every ingress hook wipes it out.
+const LEFT: u16 = 0xeb9f;
 
 #[classifier]
 pub fn tc_ingress(ctx: TcContext) -> i32 {
@@ -42,16 +46,25 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
-    skb.pull();
-    let mut packet = Packet::at(Hook::INGRESS, skb.ifindex());
-    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
+    skb.set_mark(0);
+    // What the stack would not take is not ours either: frames for other machines, which a bridge may forward, and those
+    // of a VLAN, which come again at its own interface.
+    if ETHERNET && !skb.is_for_this_host() {
         return NEXT;
     }
-    let mut edit = Edit::NONE;
-    match ingress::ingress(&Kernel, &mut packet, &mut edit) {
+    skb.pull();
+    let Some(scratch) = scratch() else { return NEXT };
+    let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
+    packet.begin(Hook::INGRESS, skb.ifindex());
+    if parse::<_, ETHERNET>(&skb, packet).is_none()
+        && !(skb.has_more() && cut_parse(skb.0, ETHERNET.into()) != 0)
+    {
+        return NEXT;
+    }
+    match ingress::ingress(&Kernel::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
-        Verdict::Rewrite => apply(&mut skb, &packet, &edit),
-        Verdict::Refuse => refuse::<ETHERNET>(&skb, &packet),
+        Verdict::Rewrite => apply(&mut skb, packet, edit),
+        Verdict::Refuse => cut_refuse(skb.0, ETHERNET.into()),
         Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
     }
@@ -60,15 +73,25 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
-    skb.pull();
-    let mut packet = Packet::at(Hook::EGRESS, skb.ifindex());
-    if parse::<_, ETHERNET>(&skb, &mut packet).is_none() {
+    if skb.mark() == LEFT {
         return NEXT;
     }
-    let mut edit = Edit::NONE;
-    match egress::egress(&Kernel, &mut packet, &mut edit) {
+    skb.pull();
+    let Some(scratch) = scratch() else { return NEXT };
+    let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
+    packet.begin(Hook::EGRESS, skb.ifindex());
+    if parse::<_, ETHERNET>(&skb, packet).is_none()
+        && !(skb.has_more() && cut_parse(skb.0, ETHERNET.into()) != 0)
+    {
+        return NEXT;
+    }
+    match egress::egress(&Kernel::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
-        Verdict::Rewrite => apply(&mut skb, &packet, &edit),
+        Verdict::Rewrite => {
+            let done = apply(&mut skb, packet, edit);
+            skb.set_mark(LEFT);
+            if edit.out != 0 && done == NEXT { send_back(edit.out) } else { done }
+        }
         // Nothing is refused behind the stack, and nothing waits there.
         Verdict::Refuse | Verdict::Wait | Verdict::Drop => DROP,
     }
@@ -77,45 +100,47 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 /// In place, not a function of its own: a call and reading everything back costs an established flow 15 ns.
 #[inline(always)]
 fn apply(skb: &mut Skb, packet: &Packet, edit: &Edit) -> i32 {
-    if matches!(packet.kind, Kind::IcmpError) {
-        skb.pull_more();
-    }
-    if rewrite(skb, packet, edit) {
+    let common =
+        matches!(packet.tuple.proto, Proto::TCP | Proto::UDP) && !matches!(packet.kind, Kind::IcmpError);
+    let done = if common { rewrite(skb, packet, edit) } else { cut_rewrite(skb.0) != 0 };
+    if done {
         NEXT
     } else {
-        Kernel.count(Reason::RewriteFailed);
+        Kernel::NOWHERE.count(Reason::RewriteFailed);
         DROP
     }
 }
 
-/// Answers the packet with a refusal, out of the interface it came in by.
+/// Out of another interface, to the neighbour that its routes name.
 #[inline(always)]
-fn refuse<const ETHERNET: bool>(skb: &Skb, packet: &Packet) -> i32 {
-    cut_refuse(skb.0, (&raw const *packet).cast_mut(), ETHERNET.into())
+fn send_back(ifindex: u32) -> i32 {
+    // SAFETY: takes numbers, and no parameters of the neighbour.
+    let done = unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) as i32 };
+    if done == TC_ACT_REDIRECT as i32 { done } else { NEXT }
 }
 
-/// A global function: the answer's bytes need a stack frame of their own.
+/// Answers the packet with a refusal, out of the interface it came in by. A global function, since few packets come here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_refuse(ctx: *mut __sk_buff, packet: *mut Packet, ethernet: u32) -> i32 {
+pub extern "C" fn cut_refuse(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
     let mut skb = Skb(ctx);
-    // SAFETY: the callers pass a reference.
-    let Some(packet) = (unsafe { packet.as_ref() }) else { return DROP };
+    let Some(scratch) = scratch() else { return DROP };
+    let (packet, answer) = (&scratch.packet, &mut scratch.answer);
     debug!(
         TcContext::new(ctx),
         "refused: protocol {} port {} on interface {}",
-        packet.key.proto.0,
-        packet.key.dport.number(),
+        packet.tuple.proto.0,
+        packet.tuple.dport.number(),
         skb.ifindex()
     );
-    let mut answer = Answer { words: [0; 24], len: 0 };
-    if !answer::build(&skb, packet, &mut answer) {
+    answer.len = 0;
+    if !answer::build(&skb, packet, answer) {
         return DROP;
     }
     let answered =
-        if ethernet != 0 { skb.become_answer::<true>(&answer) } else { skb.become_answer::<false>(&answer) };
+        if ethernet != 0 { skb.become_answer::<true>(answer) } else { skb.become_answer::<false>(answer) };
     if !answered {
-        Kernel.count(Reason::AnswerFailed);
+        Kernel::NOWHERE.count(Reason::AnswerFailed);
         return DROP;
     }
     // SAFETY: takes numbers. The answer leaves by the same interface, straight to who asked.

@@ -84,7 +84,7 @@ fn route(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Body> {
         [plural, name] => (*plural, Some(*name)),
         _ => return failure(404, "NotFound", "no such path"),
     };
-    let kinds = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr];
+    let kinds = [Kind::Service, Kind::EndpointSlice, Kind::Node, Kind::ServiceCidr, Kind::Pod];
     let Some(kind) = kinds.into_iter().find(|kind| kind.plural() == plural && kind.api_version() == group)
     else {
         return failure(404, "NotFound", "the server could not find the requested resource");

@@ -25,8 +25,14 @@ impl Filter {
         for field in &fields {
             match field {
                 Requirement::Equal(path, _) | Requirement::Different(path, _)
-                    if ["metadata.name", "metadata.namespace", "spec.clusterIP", "spec.type"]
-                        .contains(&&**path) => {}
+                    if [
+                        "metadata.name",
+                        "metadata.namespace",
+                        "spec.clusterIP",
+                        "spec.type",
+                        "spec.nodeName",
+                    ]
+                    .contains(&&**path) => {}
                 other => return Err(format!("field selector not supported: {other:?}")),
             }
         }

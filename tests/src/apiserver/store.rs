@@ -45,12 +45,12 @@ impl Store {
         self.version += 1;
         let mut json = object.json.clone();
         let before = self.objects.get(&object.key).cloned();
-        let uid = before.as_ref().map_or_else(
-            // A uid stays with the object; a new object of an old name has another.
-            || json!(format!("00000000-0000-4000-8000-{:012x}", self.version)),
-            |old| old["metadata"]["uid"].clone(),
-        );
-        json["metadata"]["uid"] = uid;
+        // A uid stays with the object; a new object of an old name has another, unless it brings one.
+        if let Some(old) = &before {
+            json["metadata"]["uid"] = old["metadata"]["uid"].clone();
+        } else if !json["metadata"]["uid"].is_string() {
+            json["metadata"]["uid"] = json!(format!("00000000-0000-4000-8000-{:012x}", self.version));
+        }
         json["metadata"]["resourceVersion"] = json!(self.version.to_string());
         self.objects.insert(object.key.clone(), json.clone());
         self.changes.push(Change { version: self.version, kind: object.key.kind, before, after: Some(json) });

@@ -52,18 +52,19 @@ impl Packet {
             options: Vec::new(),
             extensions: Vec::new(),
         };
-        let ethernet = Some(([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]));
+        // To loopback, at which test runs of programs take place: to another address it would be a frame for others.
+        let ethernet = Some(([0; 6], [2, 0, 0, 0, 0, 2]));
         Self { ethernet, ip, transport, payload: Vec::new(), partial: false }
     }
 
-    /// A TCP segment.
+    /// A TCP segment. Whoever sends it began with sequence number 1000, and so did the other end.
     #[must_use]
     pub fn tcp(source: SocketAddr, destination: SocketAddr, flags: TcpFlags) -> Self {
         let transport = Transport::Tcp {
             source: source.port(),
             destination: destination.port(),
-            sequence: 1000,
-            acknowledged: if flags.0 & TcpFlags::ACK.0 == 0 { 0 } else { 2000 },
+            sequence: if flags.0 & TcpFlags::SYN.0 == 0 { 1001 } else { 1000 },
+            acknowledged: if flags.0 & TcpFlags::ACK.0 == 0 { 0 } else { 1001 },
             flags,
             options: Vec::new(),
         };

@@ -9,6 +9,8 @@ mod bad_objects;
 #[cfg(test)]
 mod basics;
 #[cfg(test)]
+mod chaos;
+#[cfg(test)]
 mod cleanup;
 #[cfg(test)]
 mod commands;
@@ -22,6 +24,8 @@ mod directory;
 mod errors;
 #[cfg(test)]
 mod events;
+#[cfg(test)]
+mod flood;
 #[cfg(test)]
 mod follow;
 #[cfg(test)]
@@ -43,6 +47,8 @@ mod localhost;
 #[cfg(test)]
 mod metrics;
 #[cfg(test)]
+mod node;
+#[cfg(test)]
 mod nodeport;
 #[cfg(test)]
 mod packets;
@@ -54,6 +60,8 @@ mod restart;
 mod scene;
 #[cfg(test)]
 mod service_health;
+#[cfg(test)]
+mod sockets;
 #[cfg(test)]
 mod sources;
 #[cfg(test)]

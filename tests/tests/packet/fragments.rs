@@ -38,7 +38,7 @@ fn later_fragments_follow_the_first_in_both_directions() {
             |stage| {
                 all_become(stage, Hook::INGRESS, &datagram(pod, vip, 7), &datagram(pod, endpoint, 7));
                 all_become(stage, Hook::EGRESS, &datagram(endpoint, pod, 8), &datagram(vip, pod, 8));
-                // Another datagram of the flow, from the established table.
+                // Another datagram of the flow, which is known.
                 all_become(stage, Hook::INGRESS, &datagram(pod, vip, 9), &datagram(pod, endpoint, 9));
                 stage.counted(NEW);
             },

@@ -9,12 +9,13 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Settings, TestError, TestRunner};
-use proxy_common::abi::{Hook, Range, Reason, config, frontend, iface};
+use proxy_common::abi::{Hook, PortRange, Range, Reason, RouteKey, config, frontend, iface};
 use proxy_common::addr::Proto;
 use proxy_common::testing::Outcome;
 use proxy_tests::packet::{Packet, Sum, TcpFlags, Transport, View, protocol};
 
 use crate::node::{Node, addr};
+use crate::real::IFACE;
 use crate::stage::{Form, Stage};
 
 /// Who is on stage: pods here, pods elsewhere, a client, the node, a router, Services, nobody.
@@ -112,6 +113,12 @@ enum Event {
     Error { from: usize, kind: u8, code: u8, cut: usize },
     /// An endpoint goes.
     Retire(usize, usize),
+    /// Somebody deletes an entry of FLOWS.
+    LoseLeg(usize),
+    /// The agent ends a flow.
+    EndFlow(usize),
+    /// So many milliseconds pass, and the agent looks through the flows.
+    Rest(u64),
 }
 
 /// What else a packet has on.
@@ -129,6 +136,8 @@ enum Dress {
 #[derive(Clone, Debug)]
 struct Act {
     egress: bool,
+    /// What leaves has come in by an interface.
+    forwarded: bool,
     event: Event,
     bends: Vec<Bend>,
 }
@@ -235,6 +244,9 @@ fn act() -> impl Strategy<Value = Act> {
         5 => flags().prop_map(Event::Answer),
         2 => error,
         1 => (0_usize..6, 0_usize..4).prop_map(|(service, endpoint)| Event::Retire(service, endpoint)),
+        1 => (0_usize..20).prop_map(Event::LoseLeg),
+        1 => (0_usize..8).prop_map(Event::EndFlow),
+        1 => prop_oneof![Just(1_500), Just(2_500), Just(45_500), Just(200_500)].prop_map(Event::Rest),
     ];
     let bend = prop_oneof![
         4 => (0_usize..1200).prop_map(Bend::Flip),
@@ -244,12 +256,13 @@ fn act() -> impl Strategy<Value = Act> {
         2 => Just(Bend::Mend),
     ];
     let bends = prop_oneof![7 => Just(Vec::new()), 3 => vec(bend, 1..4)];
-    (prop::bool::weighted(0.3), event, bends).prop_map(|(egress, event, bends)| Act { egress, event, bends })
+    (prop::bool::weighted(0.3), prop::bool::weighted(0.3), event, bends)
+        .prop_map(|(egress, forwarded, event, bends)| Act { egress, forwarded, event, bends })
 }
 
 /// What no made-up story meets, or hardly one: reasons of sockets, of full tables, of helpers that fail, and
-/// of tuples that meet.
-const ELSEWHERE: [Reason; 7] = [
+/// of tuples that meet; and of what happens only after many packets or much time (see the stories of pressure).
+const ELSEWHERE: [Reason; 11] = [
     Reason::SocketChosen,
     Reason::SocketStorage,
     Reason::FlowTableFull,
@@ -257,6 +270,10 @@ const ELSEWHERE: [Reason; 7] = [
     Reason::AnswerFailed,
     Reason::CollisionUnresolved,
     Reason::FlowCollision,
+    Reason::Displaced,
+    Reason::Mended,
+    Reason::FlowBusy,
+    Reason::SentBack,
 ];
 
 const SYN: u8 = TcpFlags::SYN.0;
@@ -268,7 +285,8 @@ impl World {
     fn build(&self) -> Node {
         let mut node = Node::new().config(|config| {
             config.flags = self.flags;
-            config.snat_count = self.snat_count;
+            let ports = PortRange { first: 1024, count: self.snat_count };
+            *config = config.with_snat_ports(&[ports]);
             config.seed = self.seed;
             if self.has_ranges {
                 config.service_range_count = 2;
@@ -312,8 +330,16 @@ impl World {
                 }
             }
         }
+        // Some know a route with a source of its own.
+        if self.seed.is_multiple_of(3) {
+            for of in ADDRESSES {
+                let route = RouteKey::exact(IFACE, addr(of[ENDPOINTS[0]]));
+                node.tables.masquerade.insert(route, addr(of[VIPS[2]]));
+            }
+        }
         if !self.has_iface {
             node.tables.ifaces.clear();
+            node.tables.masquerade.clear();
         }
         if !self.has_config {
             node.tables.config = None;
@@ -449,7 +475,21 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
                 });
                 None
             }
+            Event::LoseLeg(n) => {
+                stage.lose_leg(None, *n);
+                None
+            }
+            Event::EndFlow(n) => {
+                stage.end_flow(*n);
+                None
+            }
+            Event::Rest(milliseconds) => {
+                stage.rest(*milliseconds);
+                stage.sweep();
+                None
+            }
         };
+        stage.came_by = if act.forwarded { IFACE } else { 0 };
         let Some(frame) = frame.filter(|frame| frame.len() >= 14 + 20) else { continue };
         let mut bytes = stage.reform(&frame);
         act.bends.iter().for_each(|one| bend(&mut bytes, one, form != Form::Plain));
@@ -470,6 +510,7 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
     for (reason, count) in stage.met() {
         *met.borrow_mut().entry(reason).or_default() += count;
     }
+    stage.end();
     Ok(())
 }
 

@@ -305,7 +305,7 @@ fn a_redirect_is_left_alone() {
 }
 
 #[test]
-fn an_error_opens_refreshes_and_promotes_no_flow() {
+fn an_error_opens_refreshes_and_establishes_no_flow() {
     for cast in FAMILIES {
         let (pod, vip, endpoint) = (at(cast.pod, 40_000), at(cast.vip, 80), at(cast.remote, 8080));
         let sent = packet(Proto::UDP, pod, endpoint, SYN);
@@ -318,8 +318,7 @@ fn an_error_opens_refreshes_and_promotes_no_flow() {
                 let bytes = stage.bytes(&error);
                 stage.frame(Hook::EGRESS, bytes).becomes_some_error();
                 stage.counted(ICMP);
-                assert_eq!(stage.legs(proxy_common::lb::FlowTable::HalfOpen), 2);
-                assert_eq!(stage.legs(proxy_common::lb::FlowTable::Established), 0);
+                assert_eq!((stage.flows(), stage.legs()), ((1, 0), 2));
             },
         );
     }

@@ -92,6 +92,7 @@ fn every_sort_of_packet_cut_anywhere_and_with_any_bit_wrong_means_one_thing() {
                         Err(report) => panic!("{report}"),
                     }
                 }
+                stage.end();
             }
             assert!(rewritten > 50 && others > 50, "{packet:?}: {rewritten} {others}");
         }
@@ -267,5 +268,22 @@ fn a_packet_longer_than_it_says_keeps_its_tail() {
                 stage.counted(NEW);
             },
         );
+    }
+}
+
+#[test]
+fn a_frame_for_another_machine_passes_untouched() {
+    // A bridge may forward it; and the stack forwards nothing that came to a group of machines.
+    for cast in FAMILIES {
+        let mut stage = Stage::new(Form::Ethernet, cluster_ip(cast).tables);
+        let (pod, vip, endpoint) = ((cast.pod, 40_000), (cast.vip, 80), (cast.remote, 8080));
+        let to = |machine, packet: Packet| packet.ethernet(machine, [2, 0, 0, 0, 0, 2]);
+        for other in [[2, 0, 0, 0, 0, 9], [0xff; 6], [1, 0, 0x5e, 0, 0, 1]] {
+            stage.ingress(&to(other, tcp(pod, vip, SYN))).passes();
+        }
+        assert_eq!((stage.flows(), stage.legs()), ((0, 0), 0));
+        stage.ingress(&to([0; 6], tcp(pod, vip, SYN))).becomes(&to([0; 6], tcp(pod, endpoint, SYN)));
+        stage.counted(NEW);
+        stage.end();
     }
 }

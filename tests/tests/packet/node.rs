@@ -3,7 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use proxy_common::abi::{
-    Backend, Config, Frontend, FrontendKey, Iface, Reason, Run, SourceKey, address, backend, config, frontend,
+    Backend, Config, Frontend, FrontendKey, Iface, PortRange, Reason, RouteKey, Run, SourceKey, address,
+    backend, config, frontend,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::testing::MemoryTables;
@@ -115,20 +116,25 @@ impl Node {
                 node_v4: addr(V4.node),
                 node_v6: addr(V6.node),
                 flags: config::POD_RANGE_V4 | config::POD_RANGE_V6,
-                snat_first: 1024,
-                snat_count: 28_976,
                 seed: 7,
-                ..Config::EMPTY
+                ..Config::EMPTY.with_snat_ports(&[PortRange { first: 1024, count: 28_976 }])
             }),
             ..MemoryTables::default()
         };
         for cast in FAMILIES {
             tables.addresses.insert(addr(cast.node), address::NODE | address::NODE_PORT);
         }
-        tables
-            .ifaces
-            .insert(IFACE, Iface { snat_v4: addr(V4.node), snat_v6: addr(V6.node), flags: 0, pad: 0 });
+        tables.ifaces.insert(IFACE, Iface::new(0, 0));
+        for cast in FAMILIES {
+            tables.masquerade.insert(RouteKey::range(IFACE, addr(cast.any), 0), addr(cast.node));
+        }
         Self { tables, next: 1 }
+    }
+
+    /// Masquerades with these ports and no others.
+    pub(crate) fn ports(&mut self, first: u16, count: u16) {
+        let config = self.tables.config.as_mut().unwrap();
+        *config = config.with_snat_ports(&[PortRange { first, count }]);
     }
 
     pub(crate) fn config(mut self, change: impl FnOnce(&mut Config)) -> Self {

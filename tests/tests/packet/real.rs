@@ -3,25 +3,34 @@
 //! The bpffs they are pinned in lives in a mount namespace that ends with the loading: what is left are file
 //! descriptors, so nothing outlives the process, however it ends.
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use crate::stage::NOBODY;
+use aya::maps::{Array, HashMap, MapData, PerCpuArray, Queue};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use proxy_agent::datapath::load::Capacities;
 use proxy_agent::plan::Step;
 use proxy_common::abi::{
-    Affinity, AffinityKey, Config, Flow, FlowKey, Fragment, FragmentKey, Hook, Reason, ServiceStats, maps,
+    Affinity, AffinityKey, Config, Flow, FlowId, Fragment, FragmentKey, Hook, Leg, Pair, Reason, Role,
+    ServiceStats, frontend, maps,
 };
 use proxy_common::addr::Addr;
-use proxy_common::lb::FlowTable;
+use proxy_common::lb::Ring;
 use proxy_common::testing::{MemoryTables, Outcome};
 use proxy_tests::programs::{Programs, clear, entries, with_own_mounts};
 
 /// Ids of Services that are counted.
 pub(crate) const SERVICES: u32 = 32;
-/// Legs that fit into FLOWS.
-pub(crate) const FLOWS: usize = 512;
+/// Records there are; the first is never used.
+pub(crate) const RECORDS: usize = 256;
+/// Legs that fit into FLOWS: three a record.
+pub(crate) const LEGS: usize = 3 * RECORDS;
+/// Places in a ring of young flows.
+pub(crate) const PLACES: usize = 128;
 /// The interface of every test run: loopback.
 pub(crate) const IFACE: u32 = 1;
 
@@ -34,18 +43,21 @@ const CAPACITIES: Capacities = Capacities {
     sources: 256,
     ifaces: 16,
     services: SERVICES,
-    flows: FLOWS as u32,
-    half_open: 2_048,
+    flows: RECORDS as u32,
+    young_flows: (PLACES * Ring::COUNT as usize) as u32,
     fragments: 1_024,
     affinity: 1_024,
 };
 
-/// What packets leave behind: the same of host and kernel, without the times.
+/// What packets leave behind: the same of host and kernel, without the times and the ids.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Traces {
     pub(crate) reasons: BTreeMap<Reason, u64>,
     pub(crate) stats: BTreeMap<u32, [u64; 3]>,
-    pub(crate) flows: BTreeMap<(FlowTable, FlowKey), Flow>,
+    /// Living flows.
+    pub(crate) flows: BTreeMap<Name, Flow>,
+    /// Legs, and whose they are: a living flow's, or nobody's.
+    pub(crate) legs: BTreeMap<Pair, (Role, u8, Option<Name>)>,
     pub(crate) fragments: BTreeMap<FragmentKey, Fragment>,
     pub(crate) affinity: BTreeMap<AffinityKey, Affinity>,
 }
@@ -55,27 +67,76 @@ impl Traces {
         let mut traces = Self {
             reasons: tables.reasons.borrow().iter().map(|(k, v)| (*k, *v)).collect(),
             stats: tables.stats.borrow().iter().map(|(k, v)| (*k, *v)).collect(),
-            flows: tables.flows.borrow().iter().map(|(k, v)| (*k, *v)).collect(),
             fragments: tables.fragments.borrow().iter().map(|(k, v)| (*k, *v)).collect(),
             affinity: tables.affinity.borrow().iter().map(|(k, v)| (*k, *v)).collect(),
+            ..Self::default()
         };
+        traces.see_flows(&tables.live(), tables.flows.borrow().iter().map(|(pair, leg)| (*pair, *leg)));
         traces.forget_times();
         traces
     }
 
-    /// The clock of the kernel is real, the host's stands still.
+    fn see_flows(&mut self, flows: &[Flow], legs: impl Iterator<Item = (Pair, Leg)>) {
+        let legs: Vec<(Pair, Leg)> = legs.collect();
+        // A flow all of whose legs somebody has deleted is nobody's, until the sweep finds it; another one may have its
+        // name by then.
+        let known: BTreeSet<FlowId> = legs.iter().map(|(_, leg)| leg.id).collect();
+        let flows: Vec<&Flow> = flows.iter().filter(|flow| known.contains(&flow.id)).collect();
+        let owners: BTreeMap<FlowId, Name> = flows.iter().map(|flow| (flow.id, name(flow))).collect();
+        self.flows = flows.iter().map(|flow| (name(flow), shown(flow))).collect();
+        assert_eq!(self.flows.len(), flows.len(), "two flows are one: {flows:#?}");
+        let shown = |(pair, leg): (Pair, Leg)| (pair, (leg.role, leg.near, owners.get(&leg.id).copied()));
+        self.legs = legs.into_iter().map(shown).collect();
+    }
+
+    /// The clocks of both are not quite the same.
     fn forget_times(&mut self) {
-        self.flows.values_mut().for_each(|flow| flow.last_seen = 0);
         self.affinity.values_mut().for_each(|affinity| affinity.last_seen = 0);
         self.fragments.values_mut().for_each(|fragment| fragment.since = 0);
     }
 }
 
+/// What tells a flow from others: the ends of its outer and middle leg. Either alone may be another flow's as well, once
+/// somebody has deleted the leg.
+pub(crate) type Name = [Pair; 2];
+
+/// A flow's name.
+pub(crate) fn name(flow: &Flow) -> Name {
+    let [outer, middle, _] = shown(flow).pairs;
+    [outer, middle]
+}
+
+/// What host and kernel must have in common of a flow: of times whether there is one, and nothing of what is left of the
+/// flow that had the record before.
+fn shown(flow: &Flow) -> Flow {
+    let mut shown = Flow {
+        id: FlowId::NONE,
+        claims: 0,
+        seen: flow.seen.map(|time| u64::from(time != 0)),
+        rst: flow.rst.map(|time| u64::from(time != 0)),
+        born: 0,
+        checked: 0,
+        source: u32::from(flow.has_source()),
+        ..*flow
+    };
+    for (role, there) in [(Role::MIDDLE, !flow.is_own()), (Role::INNER, flow.has_source())] {
+        if !there {
+            shown.pairs[role.index()] = Pair::NONE;
+            shown.near[role.index()] = 0;
+        }
+    }
+    shown
+}
+
 /// Programs and maps.
 pub(crate) struct Real {
     programs: Programs,
-    established: HashMap<MapData, FlowKey, Flow>,
-    half_open: HashMap<MapData, FlowKey, Flow>,
+    legs: HashMap<MapData, Pair, Leg>,
+    records: Array<MapData, Flow>,
+    free: Queue<MapData, u32>,
+    targets: Array<MapData, u64>,
+    /// Whether there may be a bit in TARGETS.
+    pub(crate) aimed: Cell<bool>,
     fragments: HashMap<MapData, FragmentKey, Fragment>,
     affinity: HashMap<MapData, AffinityKey, Affinity>,
     reasons: PerCpuArray<MapData, u64>,
@@ -91,6 +152,7 @@ pub(crate) struct Real {
 #[track_caller]
 pub(crate) fn real() -> MutexGuard<'static, Real> {
     static REAL: OnceLock<Result<Mutex<Real>, String>> = OnceLock::new();
+    stay_on_one_cpu();
     match REAL.get_or_init(|| load().map(Mutex::new).map_err(|error| format!("{error:#}"))) {
         // A story that failed has left nothing that the next does not clear.
         Ok(real) => real.lock().unwrap_or_else(PoisonError::into_inner),
@@ -98,12 +160,25 @@ pub(crate) fn real() -> MutexGuard<'static, Real> {
     }
 }
 
+/// Young flows stand in a ring of the CPU that they are opened on: all of a story's in one.
+fn stay_on_one_cpu() {
+    let this_thread = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this_thread).unwrap();
+    let first = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu) == Ok(true)).unwrap();
+    let mut one = CpuSet::new();
+    one.set(first).unwrap();
+    sched_setaffinity(this_thread, &one).unwrap();
+}
+
 fn load() -> anyhow::Result<Real> {
     with_own_mounts(|directory| {
         let programs = Programs::load(directory, &CAPACITIES)?;
         Ok(Real {
-            established: programs.hash(maps::FLOWS)?,
-            half_open: programs.hash(maps::HALF_OPEN)?,
+            legs: programs.hash(maps::FLOWS)?,
+            records: programs.array(maps::RECORDS)?,
+            free: programs.queue(maps::FREE)?,
+            targets: programs.array(maps::TARGETS)?,
+            aimed: Cell::new(true),
             fragments: programs.hash(maps::FRAGMENTS)?,
             affinity: programs.hash(maps::AFFINITY)?,
             reasons: programs.counters(maps::REASONS)?,
@@ -128,21 +203,105 @@ fn since<K: Ord + Copy, V: PartialEq>(
 }
 
 impl Real {
-    /// Forgets every story and writes `tables`, flows included.
+    /// Forgets every story and writes `tables`, which have no flows yet.
     pub(crate) fn begin(&mut self, tables: &MemoryTables) {
-        clear(&mut self.established).unwrap();
-        clear(&mut self.half_open).unwrap();
+        assert!(
+            tables.flows.borrow().is_empty() && tables.records.borrow().is_empty(),
+            "flows begin with packets"
+        );
         clear(&mut self.fragments).unwrap();
         clear(&mut self.affinity).unwrap();
-        self.configure(tables);
-        for ((table, key), flow) in tables.flows.borrow().iter() {
-            let map = match table {
-                FlowTable::Established => &mut self.established,
-                FlowTable::HalfOpen => &mut self.half_open,
-            };
-            map.insert(key, flow, 0).unwrap();
+        // A story that failed may have left anything.
+        if self.programs.end_flows(|_| true).is_err() || !self.broken_flows().is_empty() {
+            self.mend_flows();
         }
+        if self.aimed.take() {
+            for word in 0..self.targets.len() {
+                self.targets.set(word, 0, 0).unwrap();
+            }
+        }
+        self.configure(tables);
         self.before = (self.reasons(), self.stats());
+    }
+
+    /// Makes all flow tables as they are at the beginning, except that the ids go on.
+    fn mend_flows(&mut self) {
+        clear(&mut self.legs).unwrap();
+        while self.free.pop(0).is_ok() {}
+        for index in 0..RECORDS as u32 {
+            let id = self.records.get(&index, 0).unwrap().id;
+            self.records.set(index, Flow { id, ..Flow::EMPTY }, 0).unwrap();
+        }
+        self.programs.sweep().unwrap();
+        assert_eq!(self.broken_flows(), Vec::<String>::new(), "flow tables made anew");
+    }
+
+    /// What [`MemoryTables::broken_flows`] would say of the maps.
+    pub(crate) fn broken_flows(&mut self) -> Vec<String> {
+        let copy = MemoryTables::default();
+        *copy.flows.borrow_mut() = entries(&self.legs).unwrap().into_iter().collect();
+        *copy.records.borrow_mut() =
+            (0..RECORDS as u32).map(|index| self.records.get(&index, 0).unwrap()).collect();
+        // A queue can only be read by emptying it.
+        let free: Vec<u32> = std::iter::from_fn(|| self.free.pop(0).ok()).collect();
+        free.iter().for_each(|index| self.free.push(*index, 0).unwrap());
+        *copy.free.borrow_mut() = free.into();
+        copy.broken_flows()
+    }
+
+    /// Ends a flow.
+    pub(crate) fn end(&self, ended: &Name) {
+        self.programs.end_flows(|flow| name(flow) == *ended).unwrap();
+    }
+
+    /// The port of a node or client that one of the legs which are not `known` begins with.
+    pub(crate) fn new_source_port(&self, known: &std::collections::HashMap<Pair, Leg>) -> Option<u16> {
+        let flows = self.programs.flows().unwrap();
+        let source = |flow: &Flow| {
+            let roles = [Role::INNER, Role::MIDDLE].into_iter();
+            let new = roles
+                .filter(|role| flow.has(*role))
+                .find(|role| !known.contains_key(&flow.pairs[role.index()]))?;
+            Some(flow.end(new.index(), true).1.number())
+        };
+        flows.iter().find_map(source)
+    }
+
+    /// Ends all flows.
+    pub(crate) fn end_all(&self) {
+        self.programs.end_flows(|_| true).unwrap();
+    }
+
+    /// Looks through all records; how many flows were over.
+    pub(crate) fn sweep(&self) -> u32 {
+        self.programs.sweep().unwrap()
+    }
+
+    /// Deletes a leg.
+    pub(crate) fn lose(&mut self, pair: &Pair) {
+        self.legs.remove(pair).unwrap();
+    }
+
+    /// Inserts a leg.
+    pub(crate) fn plant(&mut self, pair: &Pair, leg: &Leg) {
+        self.legs.insert(pair, leg, 0).unwrap();
+    }
+
+    /// Removes all legs of nobody.
+    pub(crate) fn weed(&mut self) {
+        for (pair, leg) in entries(&self.legs).unwrap() {
+            if leg.id == NOBODY {
+                self.legs.remove(&pair).unwrap();
+            }
+        }
+    }
+
+    /// Changes every living flow.
+    pub(crate) fn change_flows(&mut self, change: impl Fn(&mut Flow)) {
+        for mut flow in self.programs.flows().unwrap() {
+            change(&mut flow);
+            self.records.set(flow.id.index(), flow, 0).unwrap();
+        }
     }
 
     /// Writes the configuration of `tables` in place of the last.
@@ -153,6 +312,8 @@ impl Real {
         steps.extend(tables.slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)));
         steps.extend(tables.sources.iter().map(|source| Step::PutSource(*source)));
         steps.extend(tables.ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)));
+        steps.extend(tables.masquerade.iter().map(|(key, source)| Step::PutRoute(*key, *source)));
+        steps.extend(service_ports(tables));
         steps.extend(tables.addresses.iter().map(|(addr, bits)| Step::PutAddress(*addr, *bits)));
         steps.extend(tables.frontends.iter().map(|(key, frontend)| Step::PutFrontend(*key, *frontend)));
         // An array of one is never absent: it is all zeros before it is written.
@@ -164,17 +325,14 @@ impl Real {
     /// What packets have left behind since [`Self::begin`].
     pub(crate) fn traces(&self) -> Traces {
         let (reasons, stats) = &self.before;
-        let established =
-            entries(&self.established).unwrap().into_iter().map(|(k, v)| ((FlowTable::Established, k), v));
-        let half_open =
-            entries(&self.half_open).unwrap().into_iter().map(|(k, v)| ((FlowTable::HalfOpen, k), v));
         let mut traces = Traces {
             reasons: since(self.reasons(), reasons, |a, b| a - b, &0),
             stats: since(self.stats(), stats, |a, b| [a[0] - b[0], a[1] - b[1], a[2] - b[2]], &[0; 3]),
-            flows: established.chain(half_open).collect(),
             fragments: entries(&self.fragments).unwrap(),
             affinity: entries(&self.affinity).unwrap(),
+            ..Traces::default()
         };
+        traces.see_flows(&self.programs.flows().unwrap(), entries(&self.legs).unwrap().into_iter());
         traces.forget_times();
         traces
     }
@@ -194,9 +352,10 @@ impl Real {
         (0..SERVICES).map(|id| (id, count(id))).collect()
     }
 
-    /// Runs the program of a hook on a packet. `None` when the kernel does not take so short a packet.
-    pub(crate) fn run(&self, bytes: &[u8], hook: Hook, ethernet: bool) -> Option<Outcome> {
-        self.programs.run(bytes, hook, ethernet, IFACE).unwrap()
+    /// Runs the program of a hook on a packet that has come in by the interface `from`, if not 0. `None` when the kernel
+    /// does not take so short a packet.
+    pub(crate) fn run(&self, from: u32, bytes: &[u8], hook: Hook, ethernet: bool) -> Option<Outcome> {
+        self.programs.run_from(from, bytes, hook, ethernet, IFACE).unwrap()
     }
 }
 
@@ -216,4 +375,15 @@ pub(crate) fn differences<K: Ord + Debug, V: PartialEq + Debug>(
         text.push_str(&format!("{what} {key:?}: host has none, kernel {value:?}\n"));
     }
     text
+}
+
+/// SERVICE_PORTS as the agent would write them.
+fn service_ports(tables: &MemoryTables) -> impl Iterator<Item = Step> {
+    let external = tables.frontends.iter().filter(|(_, value)| value.flags & frontend::INTERNAL == 0);
+    let mut words = BTreeMap::new();
+    for (key, _) in external {
+        let port = u32::from(key.port.number());
+        *words.entry(port / 64).or_insert(0) |= 1 << (port % 64);
+    }
+    words.into_iter().map(|(word, bits)| Step::PutServicePorts(word, bits))
 }

@@ -10,7 +10,7 @@ use crate::stage::{Stage, story};
 
 /// Ethernet addresses turned round.
 fn back(packet: Packet) -> Packet {
-    packet.ethernet([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1]).identification(0)
+    packet.ethernet([2, 0, 0, 0, 0, 2], [0; 6]).identification(0)
 }
 
 /// The RST that answers a segment of the builder's (RFC 9293 §3.5.2), built from scratch.
@@ -58,12 +58,12 @@ fn a_service_without_endpoints_resets_tcp() {
                 let syn = tcp(pod, vip, SYN);
                 stage.ingress(&syn).answered_with(&reset(&syn, 0, 1001, reset_ack));
                 let ack = tcp(pod, vip, ACK).payload(b"data");
-                stage.ingress(&ack).answered_with(&reset(&ack, 2000, 0, RST));
+                stage.ingress(&ack).answered_with(&reset(&ack, 1001, 0, RST));
                 let fin = tcp(pod, vip, FIN_ACK);
-                stage.ingress(&fin).answered_with(&reset(&fin, 2000, 0, RST));
+                stage.ingress(&fin).answered_with(&reset(&fin, 1001, 0, RST));
                 // Data and FIN count (RFC 9293 §3.4).
                 let late = tcp(pod, vip, TcpFlags::FIN).payload(b"bytes");
-                stage.ingress(&late).answered_with(&reset(&late, 0, 1006, reset_ack));
+                stage.ingress(&late).answered_with(&reset(&late, 0, 1007, reset_ack));
                 stage.counted(&[(Reason::Refused, 4)]);
                 // An RST is never answered.
                 stage.ingress(&tcp(pod, vip, RST)).passes();

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::sync::MutexGuard;
 
-use proxy_common::abi::{Hook, Reason};
-use proxy_common::lb::FlowTable;
-use proxy_common::testing::{ByteFrame, MemoryTables, Outcome, run_on};
+use nix::time::{ClockId, clock_gettime};
+use proxy_common::abi::{Config, Flow, FlowId, Hook, Leg, Pair, PortRange, Reason, Role, Timeouts, Tuple};
+use proxy_common::addr::{Port, Proto};
+use proxy_common::lb::Tables as _;
+use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, run_on};
 use proxy_tests::packet::{Packet, View, check, describe, protocol};
 
-use crate::node::Node;
-use crate::real::{FLOWS, IFACE, Real, Traces, differences, real};
+use crate::node::{Node, addr};
+use crate::real::{IFACE, LEGS, PLACES, RECORDS, Real, Traces, differences, name, real};
 
 /// How packets are told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -22,6 +24,9 @@ pub(crate) enum Form {
     Partial,
 }
 
+/// Whose legs [`Stage::leave_room_for`] makes: no flow has this id, since every record counts from one.
+pub(crate) const NOBODY: FlowId = FlowId(1);
+
 /// Tells a story in every form, each time on a node made anew.
 #[track_caller]
 pub(crate) fn story(node: impl Fn() -> Node, tell: impl Fn(&mut Stage)) {
@@ -29,6 +34,7 @@ pub(crate) fn story(node: impl Fn() -> Node, tell: impl Fn(&mut Stage)) {
         let mut stage = Stage::new(form, node().tables);
         tell(&mut stage);
         assert_eq!(stage.uncounted, [].into(), "{form:?}: reasons that the story does not mention");
+        stage.end();
     }
 }
 
@@ -37,6 +43,12 @@ pub(crate) struct Stage {
     form: Form,
     host: MemoryTables,
     kernel: Option<MutexGuard<'static, Real>>,
+    /// The interface by which what leaves the node has come in; 0 for none.
+    pub(crate) came_by: u32,
+    /// Whether host and kernel are compared only when the story asks.
+    hurries: bool,
+    /// Whether somebody has been at the flow tables.
+    tampered: bool,
     /// Reasons counted since the story last asked.
     uncounted: BTreeMap<Reason, u64>,
 }
@@ -52,19 +64,40 @@ pub(crate) struct Seen<'a> {
 impl Stage {
     #[track_caller]
     pub(crate) fn new(form: Form, mut tables: MemoryTables) -> Self {
-        tables.max_flows = Some(FLOWS);
-        tables.now.set(1_000_000_000_000);
+        tables.max_flows = Some(LEGS);
+        tables.max_records = Some(RECORDS);
+        tables.places = Some(PLACES);
         let mut kernel = (form != Form::Partial).then(real);
         if let Some(kernel) = &mut kernel {
             kernel.begin(&tables);
         }
-        Self { form, host: tables, kernel, uncounted: BTreeMap::new() }
+        Self {
+            form,
+            host: tables,
+            kernel,
+            came_by: 0,
+            hurries: false,
+            tampered: false,
+            uncounted: BTreeMap::new(),
+        }
     }
 
     /// A packet that comes to the node.
     #[track_caller]
     pub(crate) fn ingress(&mut self, packet: &Packet) -> Seen<'_> {
         self.frame(Hook::INGRESS, self.bytes(packet))
+    }
+
+    /// A packet that comes to the node, and comes again from the end of the queue as long as it is put there.
+    #[track_caller]
+    pub(crate) fn ingress_at_last(&mut self, packet: &Packet) -> Seen<'_> {
+        let bytes = self.bytes(packet);
+        for _ in 0..3 {
+            if self.frame(Hook::INGRESS, bytes.clone()).outcome != Outcome::Waits {
+                break;
+            }
+        }
+        self.frame(Hook::INGRESS, bytes)
     }
 
     /// A packet that leaves it.
@@ -113,9 +146,27 @@ impl Stage {
         let partial = self.form == Form::Partial && is_finished_by_hardware(sent);
         let frame = ByteFrame { bytes: sent.to_vec(), partial };
         let before = self.host.reasons.borrow().clone();
-        let outcome = match ethernet {
-            true => run_on::<true>(&self.host, &frame, hook, IFACE),
-            false => run_on::<false>(&self.host, &frame, hook, IFACE),
+        let from = if hook == Hook::EGRESS { self.came_by } else { 0 };
+        // The kernel first: it looks for source ports at random, and the host is to find the one that it has found.
+        let seen = self.kernel.as_ref().and_then(|kernel| kernel.run(from, sent, hook, ethernet));
+        self.host.now.set(now());
+        self.host.forwarded.set(from != 0);
+        let outcome = if ethernet && hook == Hook::INGRESS && is_for_another_host(sent) {
+            Outcome::Passed
+        } else {
+            let moved = seen.as_ref().and_then(|seen| self.new_source_port(sent, seen));
+            let config = self.host.config;
+            if let (Some(port), Some(config)) = (moved, &mut self.host.config)
+                && is_for_masquerading(config, port)
+            {
+                *config = config.with_snat_ports(&[PortRange { first: port, count: 1 }]);
+            }
+            let outcome = match ethernet {
+                true => run_on::<true>(&self.host, &frame, hook, IFACE),
+                false => run_on::<false>(&self.host, &frame, hook, IFACE),
+            };
+            self.host.config = config;
+            outcome
         };
         // A packet may be rewritten to itself.
         let outcome = if outcome == Outcome::Rewritten(frame) { Outcome::Passed } else { outcome };
@@ -125,13 +176,13 @@ impl Stage {
                 *self.uncounted.entry(*reason).or_default() += new;
             }
         }
-        if let Some(kernel) = &self.kernel {
-            match kernel.run(sent, hook, ethernet) {
-                Some(seen) if seen != outcome => {
-                    return Err(self.report(hook, sent, &outcome, &format!("kernel: {}", self.tell(&seen))));
-                }
-                Some(_) => self.compare(kernel, hook, sent, &outcome)?,
-                None => {}
+        if let (Some(kernel), Some(seen)) = (&self.kernel, seen) {
+            kernel.aimed.set(kernel.aimed.get() || !self.host.targets.borrow().is_empty());
+            if seen != outcome {
+                return Err(self.report(hook, sent, &outcome, &format!("kernel: {}", self.tell(&seen))));
+            }
+            if !self.hurries {
+                self.compare(kernel, hook, sent, &outcome)?;
             }
         }
         if let Some(wrong) = self.wrong_checksum(sent, &outcome) {
@@ -140,17 +191,39 @@ impl Stage {
         Ok(outcome)
     }
 
+    /// The source port that the kernel has given a packet, or that packet's flow before it was dropped.
+    fn new_source_port(&self, sent: &[u8], seen: &Outcome) -> Option<u16> {
+        let Outcome::Rewritten(frame) = seen else {
+            let dropped = self.kernel.as_ref().filter(|_| *seen == Outcome::Dropped)?;
+            return dropped.new_source_port(&self.host.flows.borrow());
+        };
+        // As the programs see it, who ask for no checksums.
+        let source = |bytes: &[u8]| {
+            let frame = ByteFrame { bytes: self.framed(bytes), partial: false };
+            let tuple = testing::tuple(&frame, Hook::EGRESS)?.tuple;
+            Some((tuple.src, tuple.sport.number()))
+        };
+        // A new address may come with the port that the packet had.
+        source(&frame.bytes).filter(|new| source(sent) != Some(*new)).map(|(_, port)| port)
+    }
+
     fn compare(&self, kernel: &Real, hook: Hook, sent: &[u8], outcome: &Outcome) -> Result<(), String> {
+        self.disagreement(kernel).map_or(Ok(()), |text| Err(self.report(hook, sent, outcome, &text)))
+    }
+
+    /// What host and kernel do not agree about.
+    fn disagreement(&self, kernel: &Real) -> Option<String> {
         let (here, there) = (Traces::of_host(&self.host), kernel.traces());
         if here == there {
-            return Ok(());
+            return None;
         }
         let mut text = differences("reason", &here.reasons, &there.reasons);
         text.push_str(&differences("service", &here.stats, &there.stats));
         text.push_str(&differences("flow", &here.flows, &there.flows));
+        text.push_str(&differences("leg", &here.legs, &there.legs));
         text.push_str(&differences("fragment", &here.fragments, &there.fragments));
         text.push_str(&differences("affinity", &here.affinity, &there.affinity));
-        Err(self.report(hook, sent, outcome, &text))
+        Some(text)
     }
 
     /// A right packet must not become a wrong one, and what we say ourselves is right in any case.
@@ -227,10 +300,142 @@ impl Stage {
         self.host.reasons.borrow().iter().map(|(reason, count)| (*reason, *count)).collect()
     }
 
-    /// Legs in a table.
-    pub(crate) fn legs(&self, table: FlowTable) -> usize {
-        self.host.flows.borrow().keys().filter(|(t, _)| *t == table).count()
+    /// How many young flows there are, and how many old ones.
+    pub(crate) fn flows(&self) -> (usize, usize) {
+        let flows = self.host.live();
+        let young = flows.iter().filter(|flow| flow.old == 0).count();
+        (young, flows.len() - young)
     }
+
+    /// Legs of all flows.
+    pub(crate) fn legs(&self) -> usize {
+        self.host.flows.borrow().len()
+    }
+
+    /// Lets time pass, as far as flows are concerned. The clock of the kernel cannot be set: they become older instead.
+    pub(crate) fn rest(&mut self, milliseconds: u64) {
+        let past = milliseconds * 1_000_000;
+        let age = |flow: &mut Flow| {
+            let times = flow.seen.iter_mut().chain(&mut flow.rst).chain([&mut flow.born, &mut flow.checked]);
+            times.filter(|time| **time != 0).for_each(|time| *time = time.saturating_sub(past).max(1));
+        };
+        self.host.records.borrow_mut().iter_mut().for_each(age);
+        if let Some(kernel) = &mut self.kernel {
+            kernel.change_flows(age);
+        }
+    }
+
+    /// The agent looks through all flows once. How many were over.
+    pub(crate) fn sweep(&mut self) -> u32 {
+        self.host.now.set(now());
+        let records = self.host.records.borrow().len() as u32;
+        let swept = (0..records).map(|index| self.host.sweep(index, &Timeouts::CONNTRACK)).sum();
+        if let Some(kernel) = &self.kernel {
+            assert_eq!(swept, kernel.sweep(), "{:?}", self.form);
+        }
+        self.agrees();
+        swept
+    }
+
+    /// The agent ends the n-th flow.
+    pub(crate) fn end_flow(&mut self, n: usize) {
+        let mut flows = self.host.live();
+        flows.sort_by_key(name);
+        if !flows.is_empty() {
+            let flow = flows[n % flows.len()];
+            assert_eq!(self.host.take_apart(flow.id), 1);
+            if let Some(kernel) = &self.kernel {
+                kernel.end(&name(&flow));
+            }
+        }
+    }
+
+    /// Somebody deletes the n-th entry of FLOWS, or the n-th of this role.
+    pub(crate) fn lose_leg(&mut self, role: Option<Role>, n: usize) {
+        let is_meant = |leg: &Leg| role.is_none_or(|role| leg.role == role);
+        let mut pairs: Vec<Pair> =
+            self.host.flows.borrow().iter().filter(|(_, leg)| is_meant(leg)).map(|(pair, _)| *pair).collect();
+        pairs.sort();
+        if !pairs.is_empty() {
+            let pair = pairs[n % pairs.len()];
+            self.tampered = true;
+            self.host.delete_leg(&pair);
+            if let Some(kernel) = &mut self.kernel {
+                kernel.lose(&pair);
+            }
+        }
+    }
+
+    /// FLOWS holds legs of flows that are gone, until there is room for so many.
+    pub(crate) fn leave_room_for(&mut self, legs: usize) {
+        self.tampered = true;
+        for n in 0..(LEGS - legs - self.legs()) as u16 {
+            let (one, other) = (addr("172.16.0.1"), addr("172.16.0.2"));
+            let pair = Tuple::new(one, Port::new(n), other, Port::new(80), Proto::TCP).pair();
+            let leg = Flow { id: NOBODY, pairs: [pair; 3], ..Flow::EMPTY }.leg(Role::OUTER);
+            self.host.flows.borrow_mut().insert(pair, leg);
+            if let Some(kernel) = &mut self.kernel {
+                kernel.plant(&pair, &leg);
+            }
+        }
+    }
+
+    /// Does something with many packets; host and kernel are compared in full only before and after.
+    #[track_caller]
+    pub(crate) fn hurry(&mut self, much: impl FnOnce(&mut Self)) {
+        self.hurries = true;
+        much(self);
+        self.hurries = false;
+        self.agrees();
+    }
+
+    #[track_caller]
+    fn agrees(&self) {
+        if let Some(text) = self.kernel.as_ref().and_then(|kernel| self.disagreement(kernel)) {
+            panic!("{:?}: {text}", self.form);
+        }
+    }
+
+    /// The story is over: no flow has half of anything, and when all have ended nothing of them is left.
+    #[track_caller]
+    pub(crate) fn end(mut self) {
+        self.agrees();
+        // What somebody has spoiled need not be whole; it must end all the same.
+        let rounds = if self.tampered { &[true][..] } else { &[false, true] };
+        for all_ended in rounds {
+            if *all_ended {
+                self.host.live().iter().for_each(|flow| assert_eq!(self.host.take_apart(flow.id), 1));
+                self.host.flows.borrow_mut().retain(|_, leg| leg.id != NOBODY);
+                assert_eq!((self.flows(), self.legs()), ((0, 0), 0), "{:?}", self.form);
+            }
+            assert_eq!(self.host.broken_flows(), Vec::<String>::new(), "{:?}, ended: {all_ended}", self.form);
+            if let Some(kernel) = &mut self.kernel {
+                if *all_ended {
+                    kernel.end_all();
+                    kernel.weed();
+                }
+                let broken = kernel.broken_flows();
+                assert_eq!(broken, Vec::<String>::new(), "{:?} in the kernel, ended: {all_ended}", self.form);
+            }
+        }
+    }
+}
+
+/// Now, as the programs see it.
+fn now() -> u64 {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).unwrap();
+    time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64
+}
+
+/// Whether a source port is one of those to masquerade with.
+fn is_for_masquerading(config: &Config, port: u16) -> bool {
+    let holds = |range: &PortRange| (range.first..range.first.saturating_add(range.count)).contains(&port);
+    config.snat_ports.iter().any(holds)
+}
+
+/// Whether a frame at loopback is addressed to somebody else than this host alone.
+fn is_for_another_host(frame: &[u8]) -> bool {
+    frame.get(..6).is_some_and(|to| to != [0; 6])
 }
 
 /// Whether hardware could be left to finish the packet's checksum: a whole TCP segment or UDP datagram.

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
 use proxy_agent::datapath::load::Capacities;
 use proxy_agent::plan::{Actual, Capacity, Step};
-use proxy_common::abi::{Affinity, AffinityKey, Flow, FlowKey, Hook, maps};
+use proxy_common::abi::{Affinity, AffinityKey, Hook, REPLY, capacity, maps};
 use proxy_common::addr::Proto;
 use proxy_common::testing::{ByteFrame, Outcome};
 use proxy_tests::programs::{self, clear, entries, with_own_mounts};
@@ -25,8 +25,8 @@ const CAPACITIES: Capacities = Capacities {
     sources: 256,
     ifaces: 16,
     services: 256,
-    flows: 16_384,
-    half_open: 65_536,
+    flows: 32_768,
+    young_flows: 131_072,
     fragments: 1_024,
     affinity: 16_384,
 };
@@ -34,8 +34,6 @@ const CAPACITIES: Capacities = Capacities {
 /// Programs, maps, and sockets to call from.
 pub(crate) struct Kernel {
     programs: programs::Programs,
-    established: HashMap<MapData, FlowKey, Flow>,
-    half_open: HashMap<MapData, FlowKey, Flow>,
     affinity: HashMap<MapData, AffinityKey, Affinity>,
     sockets: Sockets,
 }
@@ -52,13 +50,7 @@ pub(crate) fn with_kernel<T: Send>(test: impl FnOnce(Kernel) -> T + Send) -> T {
         proxy_tests::require::world()?;
         let mut programs = programs::Programs::load(directory, &CAPACITIES)?;
         let sockets = Sockets::new(programs.loaded())?;
-        Ok(test(Kernel {
-            established: programs.hash(maps::FLOWS)?,
-            half_open: programs.hash(maps::HALF_OPEN)?,
-            affinity: programs.hash(maps::AFFINITY)?,
-            programs,
-            sockets,
-        }))
+        Ok(test(Kernel { affinity: programs.hash(maps::AFFINITY)?, programs, sockets }))
     };
     with_own_mounts(work).context("making the node").unwrap_or_else(|error| panic!("{error:#}"))
 }
@@ -66,15 +58,15 @@ pub(crate) fn with_kernel<T: Send>(test: impl FnOnce(Kernel) -> T + Send) -> T {
 impl Programs for Kernel {
     fn empty(&mut self) {
         self.programs.empty().expect("tables to empty");
-        clear(&mut self.established).expect("flows to forget");
-        clear(&mut self.half_open).expect("half-open flows to forget");
+        self.programs.end_flows(|_| true).expect("flows to forget");
         clear(&mut self.affinity).expect("clients to forget");
         self.sockets.close();
     }
 
     fn capacity(&self) -> Capacity {
         let Capacities { frontends, slots, backends, addresses, sources, services, ifaces, .. } = CAPACITIES;
-        Capacity { frontends, slots, backends, addresses, sources, services, ifaces }
+        let routes = capacity::MASQUERADE as u32;
+        Capacity { frontends, slots, backends, addresses, sources, services, ifaces, routes }
     }
 
     fn host_netns(&self) -> u64 {
@@ -106,7 +98,7 @@ impl Programs for Kernel {
     }
 
     fn forget_half_open(&mut self) {
-        clear(&mut self.half_open).expect("half-open flows to forget");
+        self.programs.end_flows(|flow| flow.seen[REPLY] == 0).expect("unanswered flows to forget");
     }
 
     /// The clock of the kernel cannot be set: records become older instead.

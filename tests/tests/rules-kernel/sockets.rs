@@ -25,8 +25,8 @@ use super::system::{Caller, Observed};
 /// forwards. Without ARP its frames are addressed to no machine.
 const EVERYTHING_LEAVES: &str = "\
 addr flush dev lo
-link add name eth0 index UPLINK type veth peer name nowhere
-link add name cni0 index BRIDGE type veth peer name nothing
+link add name eth0 index UPLINK address MACHINE type veth peer name nowhere
+link add name cni0 index BRIDGE address MACHINE type veth peer name nothing
 link set eth0 arp off
 link set nowhere up
 addr add 192.0.2.1/32 dev eth0
@@ -35,6 +35,9 @@ link set eth0 up
 route add default dev eth0
 route add ::/0 dev eth0
 ";
+
+/// Whom the frames of `proxy_common::testing` are addressed to.
+const MACHINE: &str = "02:00:00:00:00:01";
 
 /// The addresses of that interface.
 const ADDRESSES: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
@@ -90,9 +93,12 @@ impl Side {
         let netns = Netns::new(label)?;
         let cookie = netns.run_in(|| ThisHost.netns_cookie())?;
         let numbers = [("UPLINK", UPLINK), ("BRIDGE", BRIDGE)];
-        netns.ip(&numbers.iter().fold(EVERYTHING_LEAVES.to_owned(), |batch, (name, index)| {
-            batch.replace(name, &index.to_string())
-        }))?;
+        netns.ip(&numbers
+            .iter()
+            .fold(EVERYTHING_LEAVES.to_owned(), |batch, (name, index)| {
+                batch.replace(name, &index.to_string())
+            })
+            .replace("MACHINE", MACHINE))?;
         let all = i32::from((libc::ETH_P_ALL as u16).to_be());
         let open = || Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(all)));
         let tap = netns.run_in(open)?.context("opening a packet socket")?;

@@ -3,9 +3,8 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
-use proxy_common::abi::{Flow, FlowKey, Hook, Leg};
-use proxy_common::addr::{Port, Proto};
-use proxy_common::lb::FlowTable;
+use proxy_common::abi::{Flow, FlowId, Leg, Pair, Role, State, Tuple};
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::host::Host;
 use super::lasting::{A, B, endpoints, four, reconciled, sticky};
@@ -15,32 +14,27 @@ use super::scene::{Column, OUTSIDE, Open, Scene, ip};
 /// Flows of others.
 const MANY: u32 = 1_000_000;
 
-/// Leg `n` of a flow to a Service that nobody has told us of.
-fn other(n: u32) -> ((FlowTable, FlowKey), Flow) {
-    let addr = |text: &str| ip(text).into();
-    let key = FlowKey {
-        src: IpAddr::from(Ipv4Addr::from_bits(0x0b00_0000 + n)).into(),
-        dst: addr("203.0.113.200"),
-        sport: Port::new(4_000),
-        dport: Port::new(53),
-        proto: Proto::UDP,
-        hook: Hook::INGRESS,
-        pad: 0,
-    };
+/// Flow `n` to a Service that nobody has told us of, in record `index`; the leg of its client.
+fn other(n: u32, index: usize) -> (Flow, Pair, Leg) {
+    let addr = |text: &str| Addr::from(ip(text));
+    let port = Port::new(53);
+    let client = IpAddr::from(Ipv4Addr::from_bits(0x0b00_0000 + n)).into();
+    let asks = |to: Addr| Tuple::new(client, Port::new(4_000), to, port, Proto::UDP);
+    let (outer, middle) = (asks(addr("203.0.113.200")).pair(), asks(addr("10.244.9.9")).pair());
+    let id = FlowId(index as u64).next();
     let flow = Flow {
-        addr: addr("10.244.9.9"),
-        port: Port::new(53),
-        other_port: Port(0),
-        leg: Leg::DNAT,
-        seen: 0,
-        pad: 0,
+        id,
+        service: 9,
         backend: 1 + n % 1_000,
         generation: n,
-        service: 9,
-        pad2: 0,
-        last_seen: 0,
+        state: State::LIVE,
+        old: 1,
+        legs: 2,
+        seen: [1, 1],
+        pairs: [outer, middle, Pair::NONE],
+        ..Flow::EMPTY
     };
-    ((FlowTable::Established, key), flow)
+    (flow, outer, flow.leg(Role::OUTER))
 }
 
 /// T-92, C-9, C-12: among a million flows of others the stale one is found, by its next packet, and no other is touched.
@@ -56,11 +50,19 @@ fn one_stale_flow_among_a_million() {
         }
     };
     scene.system.hear(endpoints(9090, &[(A, true)]));
-    scene.system.programs.flows().borrow_mut().extend((0..MANY).map(other));
+    let first = scene.system.programs.tables().records.borrow().len();
+    let others = || (0..MANY).zip(first..).map(|(n, index)| other(n, index));
+    let tables = scene.system.programs.tables();
+    tables.records.borrow_mut().extend(others().map(|(flow, ..)| flow));
+    tables.flows.borrow_mut().extend(others().map(|(_, pair, leg)| (pair, leg)));
     assert_eq!(scene.next(&stale), Some((ip(A), 9090)));
-    let flows = scene.system.programs.flows().borrow();
-    assert!((0..MANY).map(other).all(|(key, flow)| flows.get(&key) == Some(&flow)));
-    assert!(!flows.values().any(|flow| flow.addr == ip(B).into()), "a leg of the stale flow is left");
+    let tables = scene.system.programs.tables();
+    let (records, flows) = (tables.records.borrow(), tables.flows.borrow());
+    for (index, (flow, pair, leg)) in (first..).zip(others()) {
+        assert!(records[index] == flow && flows.get(&pair) == Some(&leg), "{flow:?}");
+    }
+    let has_gone = |end: &Addr| *end == ip(B).into();
+    assert!(!flows.keys().any(|pair| pair.ends.iter().any(has_gone)), "a leg of the stale flow is left");
 }
 
 /// what one node remembers of a client is nothing to another.

@@ -17,7 +17,7 @@ use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, Settings, SocketL
 use proxy_agent::plan::{Capacity, Planner, lint};
 use proxy_agent::source::directory::Shelf;
 use proxy_agent::source::{Change, Kind};
-use proxy_common::abi::untext;
+use proxy_common::abi::{PortRange, untext};
 use serde_json::{Value, json};
 
 const NODE: &str = "n1";
@@ -290,7 +290,8 @@ impl Agent {
             localhost_node_ports: true,
             socket_lb: SocketLb::All,
             host_netns: 1,
-            snat_ports: (20_000, 10_000),
+            snat_ports: vec![PortRange { first: 20_000, count: 10_000 }],
+            own_ports: Vec::new(),
             seed: 7,
         };
         let mut world = World::new(settings);
@@ -300,8 +301,8 @@ impl Agent {
             loopback: false,
             up: true,
             layer3: false,
-            master: None,
             addresses: vec!["192.168.10.1/24".parse().expect("an interface address")],
+            ..Link::default()
         };
         world.hear(Change::Links(vec![uplink]));
         for kind in [Kind::Service, Kind::Slice, Kind::Node] {

@@ -1,16 +1,13 @@
 //! The proxy without its kernel: the functions that the programs are made of, over tables in memory.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-
 use proxy_agent::datapath::Datapath as _;
 use proxy_agent::datapath::memory::Memory;
 use proxy_agent::plan::{Actual, Capacity, Step};
-use proxy_common::abi::{Flow, FlowKey, Hook, SocketState};
-use proxy_common::addr::{Port, Proto};
-use proxy_common::lb::FlowTable;
-use proxy_common::lb::socket::{self, Answer, Call};
-use proxy_common::testing::{ByteFrame, MemoryTables, Outcome, run};
+use proxy_common::abi::{Hook, REPLY, SocketEntry};
+use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::lb::Tables as _;
+use proxy_common::lb::socket::{Answer, Call};
+use proxy_common::testing::{ByteFrame, MemorySocket, MemoryTables, Outcome, run};
 
 use super::oracle::Target;
 use super::system::{Caller, Observed, Programs, target};
@@ -20,23 +17,48 @@ const HOST_NETNS: u64 = 1;
 const POD_NETNS: u64 = 4_711;
 
 /// Tables in memory.
-#[derive(Default)]
 pub(crate) struct Host {
     memory: Memory,
     tables: MemoryTables,
-    sockets: Vec<(Caller, SocketState)>,
+    sockets: Vec<(Caller, MemorySocket)>,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        let tables = MemoryTables::default();
+        // Nothing has ever happened at 0.
+        tables.now.set(1_000_000_000_000);
+        Self { memory: Memory::default(), tables, sockets: Vec::new() }
+    }
 }
 
 impl Host {
-    /// The flows there are.
-    pub(crate) fn flows(&self) -> &RefCell<HashMap<(FlowTable, FlowKey), Flow>> {
-        &self.tables.flows
+    /// The tables with the flows.
+    pub(crate) const fn tables(&self) -> &MemoryTables {
+        &self.tables
     }
 }
 
 fn call(to: Target, proto: Proto, who: Caller, connect: bool) -> Call {
     let netns = if who == Caller::Host { HOST_NETNS } else { POD_NETNS };
-    Call { dst: to.0.into(), dport: Port::new(to.1), proto, netns, connect }
+    Call {
+        dst: to.0.into(),
+        dport: Port::new(to.1),
+        proto,
+        netns,
+        connect,
+        peer: Addr::ANY_V6,
+        peer_port: Port(0),
+    }
+}
+
+fn observed((answer, entry): (Answer, SocketEntry)) -> Observed {
+    match answer {
+        Answer::Leave => Observed::Pass,
+        Answer::Refuse => Observed::Refuse,
+        Answer::Deny => Observed::Drop,
+        Answer::Use => Observed::Forward(target(entry.addr, entry.port), None),
+    }
 }
 
 impl Programs for Host {
@@ -66,6 +88,7 @@ impl Programs for Host {
         self.tables.backends = actual.backends.clone().into_iter().collect();
         self.tables.sources = actual.sources.iter().copied().collect();
         self.tables.ifaces = actual.ifaces.clone().into_iter().collect();
+        self.tables.masquerade = actual.routes.clone().into_iter().collect();
     }
 
     fn run(&mut self, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
@@ -73,39 +96,25 @@ impl Programs for Host {
     }
 
     fn call(&mut self, to: Target, proto: Proto, who: Caller, connect: bool) -> Option<Observed> {
-        Some(match socket::decide(&self.tables, &call(to, proto, who, connect)) {
-            Answer::Leave => Observed::Pass,
-            Answer::Refuse => Observed::Refuse,
-            Answer::Deny => Observed::Drop,
-            Answer::Use(entry) => Observed::Forward(target(entry.addr, entry.port), None),
-        })
+        let answer = MemorySocket::default().call(&self.tables, &call(to, proto, who, connect));
+        Some(observed(answer))
     }
 
     fn keep_socket(&mut self, who: Caller, _: bool) -> usize {
-        self.sockets.push((who, SocketState::EMPTY));
+        self.sockets.push((who, MemorySocket::default()));
         self.sockets.len() - 1
     }
 
     fn send(&mut self, socket: usize, to: Target) -> Observed {
-        let (who, state) = &mut self.sockets[socket];
-        let call = call(to, Proto::UDP, *who, false);
-        let known = state.translation(&self.tables, &call);
-        match known.map_or_else(|| socket::decide(&self.tables, &call), Answer::Use) {
-            Answer::Leave => Observed::Pass,
-            Answer::Refuse => Observed::Refuse,
-            Answer::Deny => Observed::Drop,
-            Answer::Use(entry) => {
-                assert!(
-                    state.remember(&entry, socket::passes_ingress(&self.tables, &call)),
-                    "one destination"
-                );
-                Observed::Forward(target(entry.addr, entry.port), None)
-            }
-        }
+        let (who, memory) = &mut self.sockets[socket];
+        observed(memory.call(&self.tables, &call(to, Proto::UDP, *who, false)))
     }
 
     fn forget_half_open(&mut self) {
-        self.tables.flows.borrow_mut().retain(|(table, _), _| *table == FlowTable::Established);
+        for flow in self.tables.live().iter().filter(|flow| flow.seen[REPLY] == 0) {
+            assert_eq!(self.tables.take_apart(flow.id), 1, "nobody else is at work");
+        }
+        assert_eq!(self.tables.broken_flows(), [""; 0]);
     }
 
     fn rest(&mut self, secs: u32) {

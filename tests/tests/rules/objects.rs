@@ -4,6 +4,7 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings};
 use proxy_agent::source::{Change, convert};
+use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};
 
@@ -164,7 +165,6 @@ pub(crate) fn links(has: [bool; 3]) -> Change {
         loopback: false,
         up: true,
         layer3: false,
-        master: None,
         addresses: FAMILIES
             .into_iter()
             .flat_map(|six| {
@@ -173,6 +173,7 @@ pub(crate) fn links(has: [bool; 3]) -> Change {
             })
             .map(|text| text.parse().expect("an interface address"))
             .collect(),
+        ..Link::default()
     };
     Change::Links(vec![link(UPLINK, "eth0", &[0, 1]), link(BRIDGE, "cni0", &[2])])
 }
@@ -212,7 +213,8 @@ pub(crate) fn settings(facts: &Facts, host_netns: u64) -> Settings {
         localhost_node_ports: operator.localhost_node_ports,
         socket_lb: operator.socket_lb,
         host_netns,
-        snat_ports: (20_000, 10_000),
+        snat_ports: vec![PortRange { first: 20_000, count: 10_000 }],
+        own_ports: Vec::new(),
         seed: 7,
     }
 }

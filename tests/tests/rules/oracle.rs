@@ -249,7 +249,7 @@ impl Facts {
 
     /// P-22, Y-16: inside a ServiceCIDR, and neither the ClusterIP nor another address of a Service that is
     /// proxied, nor the node's own.
-    fn unallocated(&self, dst: IpAddr) -> bool {
+    pub(crate) fn unallocated(&self, dst: IpAddr) -> bool {
         let six = dst.is_ipv6();
         let used = self.services.values().filter(|service| proxied(service, six)).any(|service| {
             cluster_address(service, six) == Some(dst)
@@ -404,8 +404,10 @@ impl Facts {
             SocketLb::Host => class == Class::Host,
             SocketLb::Off => false,
         };
+        // What a pod sends to a port of the node may be a server's answer to a process there: only packets tell.
+        let answer = class != Class::Host && proto == Proto::UDP && self.own(to.0.is_ipv6()).contains(&to.0);
         let mut ruling = self.ruling(source, class, to.0, proto, to.1);
-        if !translated {
+        if !translated || answer {
             ruling = Ruling::PASS;
         }
         ruling

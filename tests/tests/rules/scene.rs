@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use proxy_agent::model::{DetectLocal, NodePortAddresses, ObjectName, Settings, SocketLb};
 use proxy_agent::source::{Change, convert};
+use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};
 
@@ -66,7 +67,8 @@ pub(crate) fn settings(column: Column, host_netns: u64) -> Settings {
         localhost_node_ports: true,
         socket_lb: SocketLb::All,
         host_netns,
-        snat_ports: (20_000, 10_000),
+        snat_ports: vec![PortRange { first: 20_000, count: 10_000 }],
+        own_ports: Vec::new(),
         seed: 7,
     }
 }
@@ -188,6 +190,7 @@ impl<'a, P: Programs> Scene<'a, P> {
             Open { client, service: (ip(to.0), to.1), proto, endpoint, seen: source.unwrap_or(client) };
         let said = self.system.answer(open.endpoint, open.seen, (open.client, open.service), proto, SYN_ACK);
         said.unwrap_or_else(|fault| panic!("{open:?}: {fault}"));
+        assert_eq!(self.next(&open), Some(endpoint), "{open:?}");
         open
     }
 

@@ -7,9 +7,9 @@ use std::net::IpAddr;
 use proxy_agent::model::{Settings, World};
 use proxy_agent::plan::{Actual, Capacity, Planner, Step, lint};
 use proxy_agent::source::{Change, Kind};
-use proxy_common::abi::{FlowKey, Hook};
+use proxy_common::abi::{Hook, Tuple};
 use proxy_common::addr::{Addr, Port, Proto};
-use proxy_common::testing::{ByteFrame, Outcome, frame, tuple, verify};
+use proxy_common::testing::{ByteFrame, Outcome, segment, tuple, verify};
 
 use super::facts::{FAMILIES, Facts, OWN_NODE, endpoint_ip, endpoint_node, own_addresses};
 use super::objects::{
@@ -64,7 +64,7 @@ pub(crate) trait Programs {
     fn keep_socket(&mut self, who: Caller, six: bool) -> usize;
     /// A datagram of a kept socket.
     fn send(&mut self, socket: usize, to: Target) -> Observed;
-    /// Forgets flows that nobody has answered.
+    /// Ends flows that nobody has answered.
     fn forget_half_open(&mut self);
     /// Lets time pass, as far as affinity is concerned.
     fn rest(&mut self, secs: u32);
@@ -188,7 +188,7 @@ impl<'a, P: Programs> System<'a, P> {
         proto: Proto,
         flags: u8,
     ) -> Result<Observed, String> {
-        let sent = packet(from, to, proto, flags);
+        let sent = packet(from, to, proto, flags, if flags == SYN { [1_000, 0] } else { [1_001, 5_001] });
         let mut frame = sent.clone();
         match self.programs.run(&sent, Hook::INGRESS, self.way_to(from.0)) {
             Outcome::Passed => {}
@@ -227,7 +227,8 @@ impl<'a, P: Programs> System<'a, P> {
         proto: Proto,
         flags: u8,
     ) -> Result<(), String> {
-        let mut frame = packet(endpoint, seen, proto, flags);
+        let numbers = if flags == SYN_ACK { [5_000, 1_001] } else { [5_001, 1_001] };
+        let mut frame = packet(endpoint, seen, proto, flags, numbers);
         // A process of the node answers from inside.
         if !self.node.contains(&endpoint.0) || seen != client {
             match self.programs.run(&frame, Hook::INGRESS, self.way_to(endpoint.0)) {
@@ -265,17 +266,10 @@ impl<'a, P: Programs> System<'a, P> {
     }
 }
 
-fn packet(from: Target, to: Target, proto: Proto, flags: u8) -> ByteFrame {
-    let key = FlowKey {
-        src: from.0.into(),
-        dst: to.0.into(),
-        sport: Port::new(from.1),
-        dport: Port::new(to.1),
-        proto,
-        hook: Hook::INGRESS,
-        pad: 0,
-    };
-    frame(&key, flags, b"hello", false)
+/// `numbers` are what the sender says it sends and has got (TCP).
+fn packet(from: Target, to: Target, proto: Proto, flags: u8, numbers: [u32; 2]) -> ByteFrame {
+    let tuple = Tuple::new(from.0.into(), Port::new(from.1), to.0.into(), Port::new(to.1), proto);
+    segment(&tuple, flags, numbers, b"hello", false)
 }
 
 /// As tests name it.
@@ -287,7 +281,7 @@ pub(crate) fn target(addr: Addr, port: Port) -> Target {
 fn read(frame: &ByteFrame) -> Result<(Target, Target), String> {
     verify(frame).map_err(|what| format!("wrong {what}"))?;
     let packet = tuple(frame, Hook::INGRESS).ok_or("does not parse")?;
-    Ok((target(packet.key.src, packet.key.sport), target(packet.key.dst, packet.key.dport)))
+    Ok((target(packet.tuple.src, packet.tuple.sport), target(packet.tuple.dst, packet.tuple.dport)))
 }
 
 /// A refusal goes back to the client from the address it named (D-18).

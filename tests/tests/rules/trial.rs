@@ -181,9 +181,29 @@ impl<P: Programs> Trial<'_, P> {
         for source in sources(to.0.is_ipv6()).into_iter().filter(|source| *source != to.0) {
             let ruling = self.facts.ruling(source, self.facts.class(source), to.0, proto, to.1);
             self.probe(Prober::Packet(source), to, proto, &ruling)?;
+            if proto == Proto::TCP {
+                self.probe_strays(source, to, &ruling)?;
+            }
             if ruling.port.is_none() {
                 break; // Nobody's destination: all sources are alike.
             }
+        }
+        Ok(())
+    }
+
+    /// TCP segments that belong to no flow. An answer is no question; at an address of the node neither is what goes on:
+    /// both are the node's own affair. Elsewhere it finds an endpoint like a new flow (D-8).
+    fn probe_strays(&mut self, source: IpAddr, to: Target, ruling: &Ruling) -> Result<(), String> {
+        let who = Prober::Packet(source);
+        for flags in [SYN_ACK, ACK] {
+            let mut ruling = ruling.clone();
+            let opens = flags == ACK && !self.facts.own(to.0.is_ipv6()).contains(&to.0);
+            if !opens && !self.facts.unallocated(to.0) {
+                (ruling.expected, ruling.affinity) = (Expected::Pass, None);
+            }
+            self.next_port = if self.next_port == u16::MAX { PROBES + 1 } else { self.next_port + 1 };
+            let observed = self.system.packet((source, self.next_port), to, Proto::TCP, flags);
+            self.check(who, to, Proto::TCP, &ruling, observed)?;
         }
         Ok(())
     }
@@ -293,6 +313,10 @@ impl<P: Programs> Trial<'_, P> {
         if let Ok(Observed::Forward(endpoint, new)) = observed {
             let flow = Flow { client, service: to, proto, port, endpoint, seen: new.unwrap_or(client) };
             self.converse(&flow, SYN_ACK)?;
+            let next = self.system.packet(client, to, proto, ACK);
+            if next != observed {
+                return Err(self.describe(&flow, &format!("the next packet: {next:?}")));
+            }
             self.flows.push(flow);
         }
         Ok(())

@@ -1,6 +1,6 @@
 //! What the kernel and its settings offer.
 
-use super::{Check, Node};
+use super::{Check, Node, Trial};
 
 /// The oldest kernel the programs are made for.
 const OLDEST: (u32, u32) = (5, 10);
@@ -25,7 +25,25 @@ pub(super) fn checks(node: &Node<'_>) -> Vec<Check> {
         memlock(node, version, caps),
         forwarding(node),
         reverse_path(node),
+        host_processes(),
     ]
+}
+
+/// Whether the kernel takes the programs: only trying tells.
+pub(super) fn programs(trial: &Trial) -> [Check; 2] {
+    const NAME: &str = "programs";
+    let outcome = match &trial.outcome {
+        Ok(count) => Check::ok(NAME, format!("{count} load")),
+        Err(lines) => match lines.rsplit_once('\n') {
+            Some((found, last)) => Check::fail(NAME, found, last.trim_start_matches("what to do: ")),
+            None => Check::fail(NAME, lines, "run doctor as root, on the node itself"),
+        },
+    };
+    let fall_backs = match trial.fall_backs.as_slice() {
+        [] => "none: the kernel has everything".to_owned(),
+        lines => lines.join("\n"),
+    };
+    [outcome, Check::ok("fall-backs", fall_backs)]
 }
 
 /// The first two numbers of a release such as `6.1.0-18-amd64`.
@@ -145,6 +163,14 @@ fn memlock(node: &Node<'_>, version: Option<(u32, u32)>, caps: u64) -> Check {
             "give CAP_SYS_RESOURCE, or start with `ulimit -l unlimited`",
         ),
     }
+}
+
+/// A limit of every kernel: what the node itself sends passes no program that could translate it.
+fn host_processes() -> Check {
+    Check::ok(
+        "host processes",
+        "reach Services with TCP and UDP sockets; not with SCTP or raw ones, nor with --socket-lb=off",
+    )
 }
 
 fn forwarding(node: &Node<'_>) -> Check {

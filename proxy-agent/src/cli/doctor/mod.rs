@@ -1,6 +1,7 @@
 //! `doctor`: is this node ready? Each check has a verdict, and a remedy when it is not good.
 //!
-//! Everything is read, nothing is changed. Files are read under a root that tests replace.
+//! Everything is read, nothing is changed; the programs are loaded, and let go again. Files are read under a root that
+//! tests replace.
 
 mod conflict;
 mod kernel;
@@ -60,6 +61,15 @@ pub struct Report {
     pub checks: Vec<Check>,
 }
 
+/// What became of loading the programs.
+#[derive(Clone, Debug)]
+pub struct Trial {
+    /// How many were loaded, or why one was not: two or three lines, the last of them what to do.
+    pub outcome: Result<usize, String>,
+    /// What the kernel lacks and is done without, a line each.
+    pub fall_backs: Vec<String>,
+}
+
 /// The node as the checks see it.
 #[derive(Clone, Copy)]
 pub struct Node<'a> {
@@ -67,6 +77,8 @@ pub struct Node<'a> {
     pub root: &'a Path,
     /// What a kube-proxy has left, a line each.
     pub leftovers: &'a dyn Fn() -> Vec<String>,
+    /// Loads the programs without pinning or attaching them.
+    pub trial: &'a dyn Fn() -> Trial,
     /// Where pins live or will live.
     pub bpf_root: &'a Path,
 }
@@ -102,6 +114,9 @@ impl Node<'_> {
 pub fn examine(node: &Node<'_>, object: &[u8], agent: Result<&Status, String>) -> Report {
     let mut checks = vec![embedded(object)];
     checks.extend(kernel::checks(node));
+    if !object.is_empty() {
+        checks.extend(kernel::programs(&(node.trial)()));
+    }
     checks.extend(conflict::checks(node));
     checks.push(running(agent));
     Report { ready: checks.iter().all(|check| check.verdict != Verdict::Fail), checks }

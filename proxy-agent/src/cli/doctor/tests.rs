@@ -6,12 +6,18 @@ use super::*;
 struct Fake {
     dir: tempfile::TempDir,
     leftovers: Vec<String>,
+    trial: Trial,
+}
+
+/// Everything loads, and nothing is lacking.
+fn good_trial() -> Trial {
+    Trial { outcome: Ok(12), fall_backs: vec![] }
 }
 
 impl Fake {
     /// A node that has everything.
     fn ready() -> Self {
-        let fake = Self { dir: tempfile::tempdir().unwrap(), leftovers: vec![] };
+        let fake = Self { dir: tempfile::tempdir().unwrap(), leftovers: vec![], trial: good_trial() };
         for (path, text) in [
             ("proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n"),
             ("proc/sys/kernel/osrelease", "6.12.38+deb13-amd64\n"),
@@ -46,7 +52,8 @@ impl Fake {
     fn report(&self, object: &[u8]) -> Report {
         let leftovers = || self.leftovers.clone();
         let bpf_root = Path::new(crate::config::DEFAULT_BPF_ROOT);
-        let node = Node { root: self.dir.path(), leftovers: &leftovers, bpf_root };
+        let trial = || self.trial.clone();
+        let node = Node { root: self.dir.path(), leftovers: &leftovers, trial: &trial, bpf_root };
         let status = Status::read(&small_cluster(), "6.12.0", NOW).unwrap();
         examine(&node, object, Ok(&status))
     }
@@ -82,7 +89,7 @@ fn a_node_that_has_everything_is_ready() {
 
 #[test]
 fn a_bare_node_is_told_what_it_lacks() {
-    let fake = Fake { dir: tempfile::tempdir().unwrap(), leftovers: vec![] };
+    let fake = Fake { dir: tempfile::tempdir().unwrap(), leftovers: vec![], trial: good_trial() };
     let report = fake.report(b"");
     assert!(!report.ready);
     super::super::memory::golden("doctor_bare", &text(&report));
@@ -104,6 +111,23 @@ fn each_lack_has_its_verdict() {
     assert_eq!(after(|f| f.remove("proc/sys/net/ipv6/conf/all/forwarding")), []);
     assert_eq!(after(|f| f.put("proc/sys/net/ipv4/conf/eth0/rp_filter", "1\n")), [("rp_filter", Warn)]);
     assert_eq!(after(|f| f.put("proc/sys/net/ipv4/conf/all/rp_filter", "1\n")), []);
+}
+
+#[test]
+fn a_kernel_that_refuses_a_program_is_not_ready_and_says_why_where_and_what_to_do() {
+    let mut fake = Fake::ready();
+    fake.trial.outcome = Err("kernel 5.10.0 refused program x: R2 !read_ok (Permission denied)\n\
+                              the verifier's log: /run/x\nwhat to do: use another"
+        .to_owned());
+    let found =
+        "kernel 5.10.0 refused program x: R2 !read_ok (Permission denied)\nthe verifier's log: /run/x";
+    assert_eq!(fake.unwell(), [("programs", Fail, found.to_owned())]);
+    let remedy =
+        fake.report(b"\x7fELF").checks.into_iter().find(|check| check.name == "programs").unwrap().remedy;
+    assert_eq!(remedy.as_deref(), Some("use another"));
+    assert_eq!(after(|f| f.trial.outcome = Err("no memory".to_owned())), [("programs", Fail)]);
+    // What something else stands in for is told, and is no fault.
+    assert_eq!(after(|f| f.trial.fall_backs = vec!["TCX links: clsact".to_owned()]), []);
 }
 
 #[test]

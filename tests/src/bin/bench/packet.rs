@@ -2,10 +2,12 @@
 //!
 //! A run finds the packet as the one before has left it, so what rewrites a packet is measured on a ring: the address
 //! that is written makes the packet one of the next flow, the last flow leads back to the first. Every run is a
-//! hit with a real rewrite, and over many flows every look-up meets another entry.
+//! hit with a real rewrite, and over many flows every look-up meets another entry. First packets are made by a program
+//! before the one that is measured, whose own time is taken off.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, MapData};
@@ -14,7 +16,8 @@ use aya::{Ebpf, EbpfLoader, Pod};
 use proxy_agent::datapath::load::OBJECT;
 use proxy_agent::datapath::probe::Features;
 use proxy_common::abi::{
-    Backend, Config, Flow, FlowKey, Frontend, FrontendKey, Hook, Leg, Run, address, backend, frontend, maps,
+    Backend, Config, Flow, FlowId, Frontend, FrontendKey, Leg, PortRange, Role, Run, State, Timeouts, Tuple,
+    address, ask, backend, capacity, frontend, maps,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_tests::packet::{Packet, TcpFlags};
@@ -33,6 +36,9 @@ const TWICE_FLOOR_ONE: f64 = 2.0 * 43.0;
 const TWICE_FLOOR_MANY: f64 = 2.0 * 69.0;
 const TWICE_FLOOR_NEW: f64 = 2.0 * 1075.0;
 
+/// Records for first packets; those of the rings stand behind them.
+const FRESH: u32 = 20 * ask::MOST * 2;
+
 /// What a program returns that lets the packet go on (TCX_NEXT).
 const NEXT: u32 = u32::MAX;
 
@@ -41,7 +47,7 @@ struct Case {
     egress: bool,
     packet: Vec<u8>,
     repeat: u32,
-    /// Each round is run from a client port of its own: for flows that must be new.
+    /// Each packet is another one's first.
     fresh: bool,
     limit: Option<f64>,
     /// How the packet has to come out: same or changed.
@@ -53,6 +59,10 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     let mut ebpf = load()?;
     fill_tables(&mut ebpf)?;
     let empty = raw::load_empty().context("loading an empty program")?;
+    let [feeder, feeder_alone, _array] =
+        raw::load_feeders(program(&ebpf, "tc_ingress")?).context("loading a program that makes packets")?;
+    let [wiper, wiper_alone, _other_array] =
+        raw::load_wipers(program(&ebpf, "tc_egress")?).context("loading a program that wipes marks")?;
     let cases = cases();
     let mut all = vec![Vec::new(); cases.len()];
     // Two rounds more than counted: the first ones meet cold caches.
@@ -60,13 +70,24 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
         let nothing =
             raw::test_run(empty.as_fd(), &cases[0].packet, REPEAT).context("running an empty program")?;
         for (case, times) in cases.iter().zip(&mut all) {
-            let name = if case.egress { "tc_egress" } else { "tc_ingress" };
-            let time = run(program(&ebpf, name)?, case, round).with_context(|| case.name)?;
+            let (measured, nothing) = if case.fresh {
+                sweep(&ebpf)?;
+                let alone = raw::test_run(feeder_alone.as_fd(), &case.packet, case.repeat)?;
+                (feeder.as_fd(), alone.nanoseconds)
+            } else if case.egress {
+                let alone = raw::test_run(wiper_alone.as_fd(), &case.packet, case.repeat)?;
+                (wiper.as_fd(), alone.nanoseconds)
+            } else {
+                (program(&ebpf, "tc_ingress")?, nothing.nanoseconds)
+            };
+            let time = run(measured, case).with_context(|| case.name)?;
             if round >= 2 {
-                times.push((time - nothing.nanoseconds).max(0.0));
+                times.push((time - nothing).max(0.0));
             }
         }
     }
+    let opened = sweep(&ebpf)?;
+    ensure!(opened == MANY, "{opened} of {MANY} first packets have opened a flow");
     for (case, times) in cases.iter().zip(&all) {
         match case.limit {
             Some(limit) => {
@@ -78,20 +99,31 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-fn run(program: BorrowedFd<'_>, case: &Case, round: usize) -> Result<f64> {
-    let mut packet = case.packet.clone();
-    if case.fresh {
-        packet = syn(u16::try_from(10_000 + round).context("too many rounds")?);
+/// Ends all flows that first packets have opened, and makes records free; how many flows there were.
+fn sweep(ebpf: &Ebpf) -> Result<u32> {
+    let mut ended = 0;
+    // The clock of the programs goes in steps.
+    std::thread::sleep(Duration::from_millis(20));
+    for from in (0..FRESH).step_by(ask::MOST as usize) {
+        // Whoever has been silent for more than no time is over.
+        let mut question = vec![0; ask::BODY + size_of::<Timeouts>()];
+        let words = [ask::SWEEP, from, ask::MOST].map(u32::to_ne_bytes).concat();
+        question[ask::OFFSET..][..words.len()].copy_from_slice(&words);
+        ended += raw::test_run(program(ebpf, "flows")?, &question, 1).context("ending flows")?.returned;
     }
+    Ok(ended)
+}
+
+fn run(program: BorrowedFd<'_>, case: &Case) -> Result<f64> {
     // An odd number of steps round a ring never ends where it began.
-    let run = raw::test_run(program, &packet, case.repeat - 1)?;
+    let run = raw::test_run(program, &case.packet, if case.fresh { case.repeat } else { case.repeat - 1 })?;
     ensure!(
         run.returned == NEXT,
         "the program returned {} instead of letting the packet go on",
         run.returned
     );
     ensure!(
-        (run.packet != packet) == case.changes,
+        (run.packet != case.packet) == case.changes,
         "the packet was{} rewritten",
         if case.changes { " not" } else { "" }
     );
@@ -100,8 +132,11 @@ fn run(program: BorrowedFd<'_>, case: &Case, round: usize) -> Result<f64> {
 
 fn cases() -> Vec<Case> {
     let established = |name, ring, egress, limit| {
-        let packet =
-            if egress { tcp(ring_addr(ring, 0), client()) } else { tcp(client(), ring_addr(ring, 0)) };
+        let packet = if egress {
+            tcp(ring_addr(ring, 0), client(true))
+        } else {
+            tcp(client(false), ring_addr(ring, 0))
+        };
         Case { name, egress, packet, repeat: REPEAT, fresh: false, limit: Some(limit), changes: true }
     };
     let other = |name, egress| {
@@ -121,7 +156,7 @@ fn cases() -> Vec<Case> {
         established("established TCP flow, endpoint to client, 1 flow", Ring::Two, true, TWICE_FLOOR_ONE),
         // Its checksum covers no addresses: what is missing here is what mending one costs.
         Case {
-            packet: Packet::sctp(client(), ring_addr(Ring::Two, 0)).payload(&[0; 64]).build(),
+            packet: Packet::sctp(client(false), ring_addr(Ring::Two, 0)).payload(&[0; 64]).build(),
             limit: None,
             ..established("established SCTP flow, no checksum to mend, 1 flow", Ring::Two, false, 0.0)
         },
@@ -142,7 +177,7 @@ fn cases() -> Vec<Case> {
         Case {
             name: "new TCP flow, 10,000 Services",
             egress: false,
-            packet: syn(9_999),
+            packet: syn(),
             repeat: MANY,
             fresh: true,
             limit: Some(TWICE_FLOOR_NEW),
@@ -151,7 +186,7 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// The rings of flows. Two entries are one flow and its way back, so that there is something to rewrite each time.
+/// The rings of flows. Each leads to the next station, whose own flow begins there.
 #[derive(Clone, Copy)]
 enum Ring {
     Two,
@@ -177,14 +212,15 @@ fn ring_addr(ring: Ring, n: u32) -> SocketAddr {
     }
 }
 
-/// Service `n`, whose only endpoint is Service `n + 1`.
-fn service_addr(n: u32) -> SocketAddr {
-    let [_, _, high, low] = ((n % MANY) * 7919 % MANY).to_be_bytes();
-    socket([10, 3, high, low], 80)
+/// Service `n`, and its only endpoint.
+fn service_addr(n: u32) -> [SocketAddr; 2] {
+    let [_, _, high, low] = n.to_be_bytes();
+    [socket([10, 3, high, low], 80), socket([10, 4, high, low], 80)]
 }
 
-fn client() -> SocketAddr {
-    socket([10, 244, 1, 11], 40_000)
+/// Those who ask, and those who are answered.
+fn client(answered: bool) -> SocketAddr {
+    socket([10, 244, 1, 11], 40_000 + u16::from(answered))
 }
 
 fn socket(address: [u8; 4], port: u16) -> SocketAddr {
@@ -195,20 +231,24 @@ fn tcp(from: SocketAddr, to: SocketAddr) -> Vec<u8> {
     Packet::tcp(from, to, TcpFlags::ACK).payload(&[0; 64]).build()
 }
 
-fn syn(port: u16) -> Vec<u8> {
-    Packet::tcp(socket([10, 244, 1, 12], port), service_addr(0), TcpFlags::SYN).build()
+fn syn() -> Vec<u8> {
+    let [service, _] = service_addr(0);
+    Packet::tcp(socket([10, 244, 1, 12], 40_000), service, TcpFlags::SYN).identification(0).build()
 }
 
 /// The embedded programs and maps of their default sizes, not pinned.
 fn load() -> Result<Ebpf> {
     ensure!(!OBJECT.is_empty(), "no BPF object inside: run `cargo xtask build-ebpf`, then build again");
     let (bits, quiet) = (Features::probe().bits(), 0u8);
+    let cpus = u32::try_from(aya::util::nr_cpus().map_or(1, |n| n))?;
     let mut ebpf = EbpfLoader::new()
         .override_global("FEATURES", &bits, false)
+        .override_global("CPUS", &cpus, false)
+        .map_max_entries(maps::RING, capacity::RING as u32 * cpus)
         .override_global("AYA_LOG_LEVEL", &quiet, false)
         .load(OBJECT)
         .context("loading the BPF object")?;
-    for name in ["tc_ingress", "tc_egress"] {
+    for name in ["tc_ingress", "tc_egress", "flows"] {
         let program =
             ebpf.program_mut(name).with_context(|| format!("the BPF object has no program {name}"))?;
         let program: &mut SchedClassifier = program.try_into()?;
@@ -234,28 +274,30 @@ fn array<'e, V: Pod>(ebpf: &'e mut Ebpf, name: &str) -> Result<Array<&'e mut Map
 }
 
 fn fill_tables(ebpf: &mut Ebpf) -> Result<()> {
-    let config = Config { seed: 7, snat_first: 61_000, snat_count: 1_000, ..Config::EMPTY };
+    let config =
+        Config { seed: 7, ..Config::EMPTY }.with_snat_ports(&[PortRange { first: 61_000, count: 1_000 }]);
     array(ebpf, maps::CONFIG)?.set(0, config, 0)?;
-    let mut flows = hash(ebpf, maps::FLOWS)?;
+    let mut index = FRESH;
     for ring in [Ring::Two, Ring::Many] {
         for n in 0..ring.len() {
-            let (here, next) = (ring_addr(ring, n), ring_addr(ring, n + 1));
-            let there = flow_key(client(), here, Hook::INGRESS);
-            let back = flow_key(here, client(), Hook::EGRESS);
-            flows.insert(there, flow(next, Leg::DNAT), 0)?;
-            flows.insert(back, flow(next, Leg::UNDNAT), 0)?;
-            if matches!(ring, Ring::Two) {
-                flows.insert(FlowKey { proto: Proto::SCTP, ..there }, flow(next, Leg::DNAT), 0)?;
+            for (role, proto) in
+                [(Role::OUTER, Proto::TCP), (Role::MIDDLE, Proto::TCP), (Role::OUTER, Proto::SCTP)]
+            {
+                index += 1;
+                let id = FlowId(index.into()).next();
+                let (flow, leg) = flow(id, role, proto, ring_addr(ring, n), ring_addr(ring, n + 1));
+                hash(ebpf, maps::FLOWS)?.insert(flow.pairs[role.index()], leg, 0)?;
+                array(ebpf, maps::RECORDS)?.set(index, flow, 0)?;
             }
         }
     }
     fill_services(ebpf)
 }
 
-/// Each Service leads to the next one: what opens a flow to one is at once the first packet to another.
 fn fill_services(ebpf: &mut Ebpf) -> Result<()> {
-    for n in 0..MANY {
-        let (here, next, id) = (service_addr(n), service_addr(n + 1), n + 1);
+    // Packets are counted from one.
+    for id in 1..=MANY {
+        let [here, next] = service_addr(id);
         let key = FrontendKey::new(here.ip().into(), Port::new(here.port()), Proto::TCP);
         let run = Run { first: id, count: 1 };
         let value = Frontend {
@@ -282,30 +324,17 @@ fn fill_services(ebpf: &mut Ebpf) -> Result<()> {
     Ok(())
 }
 
-fn flow_key(from: SocketAddr, to: SocketAddr, hook: Hook) -> FlowKey {
-    FlowKey {
-        src: from.ip().into(),
-        dst: to.ip().into(),
-        sport: Port::new(from.port()),
-        dport: Port::new(to.port()),
-        proto: Proto::TCP,
-        hook,
-        pad: 0,
+/// An established flow of which only one leg is there: from `here` it leads to `next`, where another one begins.
+fn flow(id: FlowId, role: Role, proto: Proto, here: SocketAddr, next: SocketAddr) -> (Flow, Leg) {
+    let client = client(role == Role::MIDDLE);
+    let tuple = |to: SocketAddr| {
+        let port = |end: SocketAddr| Port::new(end.port());
+        Tuple::new(client.ip().into(), port(client), to.ip().into(), port(to), proto)
+    };
+    // Nobody ever looks after its legs.
+    let mut flow = Flow { id, state: State::LIVE, old: 1, legs: 2, checked: u64::MAX, ..Flow::EMPTY };
+    for (end, place) in [(here, role), (next, Role(role.0 ^ 1))] {
+        flow.near[place.index()] = tuple(end).write_pair(&mut flow.pairs[place.index()]) as u8;
     }
-}
-
-fn flow(to: SocketAddr, leg: Leg) -> Flow {
-    Flow {
-        addr: to.ip().into(),
-        port: Port::new(to.port()),
-        other_port: Port::new(0),
-        leg,
-        seen: 0,
-        pad: 0,
-        backend: 1,
-        generation: 1,
-        service: 1,
-        pad2: 0,
-        last_seen: 0,
-    }
+    (flow, flow.leg(role))
 }

@@ -15,6 +15,7 @@ use proxy_agent::model::{
 };
 use proxy_agent::plan::{Actual, Capacity, Pass, Planner, Step};
 use proxy_agent::source::{Change, Kind};
+use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use tempfile::TempDir;
 
@@ -162,7 +163,7 @@ impl Drop for Tables {
 fn world(services: u32) -> World {
     let mut world = World::new(Settings {
         host_netns: 0,
-        snat_ports: (61_000, 1_000),
+        snat_ports: vec![PortRange { first: 61_000, count: 1_000 }],
         seed: 7,
         ..Settings::of_node("node1")
     });

@@ -8,11 +8,11 @@ use anyhow::Result;
 use proxy_tests::agent::Agent;
 use proxy_tests::answer::Load;
 use proxy_tests::probe::{Ask, Runner};
+use proxy_tests::stop::pause;
 use proxy_tests::town::Town;
 
 use crate::promise::Promises;
 use crate::screen::Screen;
-use crate::stop::pause;
 
 /// Requests a second of one client.
 pub(crate) const RATE: u32 = 150;

@@ -67,7 +67,7 @@ impl Cluster {
         let manifests = ManifestDir::copy_of(examples)?;
         let mut town = Plan::default().node("node1", &[]).node("node2", &[]).client("outside").raise()?;
         for (pod, node, host) in PODS {
-            crate::stop::pause(std::time::Duration::ZERO)?;
+            proxy_tests::stop::pause(std::time::Duration::ZERO)?;
             town.add_pod_at(node, pod, host)?;
         }
         Ok(Self { manifests, town })

@@ -6,12 +6,12 @@ use anyhow::Result;
 use proxy_tests::agent::Agent;
 use proxy_tests::answer::Load;
 use proxy_tests::probe::{Ask, Runner};
+use proxy_tests::stop::pause;
 use proxy_tests::town::Town;
 
 use crate::answers::{node_port, webui};
 use crate::promise::Promises;
 use crate::screen::Screen;
-use crate::stop::pause;
 use crate::updates::Clients;
 
 pub(crate) fn show(screen: &Screen, town: &Town, agent: &mut Agent, promises: &mut Promises) -> Result<()> {

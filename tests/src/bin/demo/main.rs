@@ -9,7 +9,6 @@ mod cluster;
 mod crash;
 mod promise;
 mod screen;
-mod stop;
 mod updates;
 
 use std::path::PathBuf;
@@ -17,6 +16,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use proxy_tests::stop;
 
 use crate::cluster::{Cluster, Files};
 use crate::promise::Promises;

@@ -7,13 +7,13 @@ use anyhow::{Result, bail};
 use proxy_tests::answer::Load;
 use proxy_tests::probe::{Ask, Runner};
 use proxy_tests::rollout::{Deployment, Event};
+use proxy_tests::stop::pause;
 use proxy_tests::town::Town;
 
 use crate::answers::{RATE, at, node_port, webui};
 use crate::cluster::places;
 use crate::promise::Promises;
 use crate::screen::Screen;
-use crate::stop::pause;
 
 /// Nobody asks for longer.
 const LIMIT: Duration = Duration::from_secs(60);

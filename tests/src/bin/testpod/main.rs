@@ -12,6 +12,7 @@ mod load;
 mod measure;
 mod roam;
 mod serve;
+mod socket;
 mod stdin;
 mod transfer;
 
@@ -43,6 +44,8 @@ enum Command {
     Rate(measure::RateArguments),
     /// Ask several servers in turn over one UDP socket.
     Roam(roam::Arguments),
+    /// Do with one socket what standard input says: connect, disconnect, send, send-to, receive, peer.
+    Socket(socket::Arguments),
     /// Send many bytes over one TCP connection and check that all come back.
     Transfer(transfer::Arguments),
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Answer(arguments) => measure::answer(&arguments),
         Command::Rate(arguments) => measure::rate(&arguments),
         Command::Roam(arguments) => roam::run(&arguments),
+        Command::Socket(arguments) => socket::run(&arguments),
         Command::Transfer(arguments) => transfer::run(&arguments),
     };
     match outcome {

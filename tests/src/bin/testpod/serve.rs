@@ -14,6 +14,8 @@ use proxy_tests::answer::Answer;
 
 use crate::stdin::{Order, Orders};
 
+/// Bytes of datagrams that may wait.
+const QUEUE: usize = 8 << 20;
 /// A line longer than this is not a test's.
 const LONGEST_LINE: u64 = 1 << 20;
 
@@ -46,6 +48,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     for address in at(&arguments.bind, &arguments.udp) {
         let socket = UdpSocket::bind(address).with_context(|| format!("listening on udp {address}"))?;
+        // What waits while this process has to wait for a processor is not lost. Only root may; others get what is usual.
+        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &QUEUE);
         let name = name.clone();
         std::thread::spawn(move || answer_datagrams(&socket, &name));
     }

@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 static WANTED: AtomicBool = AtomicBool::new(false);
 
 /// Turns SIGINT, SIGTERM and SIGHUP into [`wanted`], for as long as the program runs.
-pub(crate) fn listen() {
+pub fn listen() {
     std::thread::spawn(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         // Without it Ctrl-C ends the program at once, and the next run sweeps up.
@@ -30,12 +30,12 @@ pub(crate) fn listen() {
 }
 
 /// Whether the reader wants it to end.
-pub(crate) fn wanted() -> bool {
+pub fn wanted() -> bool {
     WANTED.load(Ordering::Relaxed)
 }
 
 /// Lets traffic flow for a while.
-pub(crate) fn pause(time: Duration) -> Result<()> {
+pub fn pause(time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
         if wanted() {

@@ -1,0 +1,134 @@
+//! What belongs to the node and its pods already: a Service that claims it does not get it.
+//!
+//! A ClusterIP is the cluster's to give: one that equals an address of the node or of a pod is a mistake of somebody's,
+//! and serving it would cut the node or the pod off. External and load-balancer IPs may well be the node's own (V-7);
+//! pods' they may not be. An address bound on a device for local services (NodeLocal DNSCache) is taken on purpose.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use proxy_common::abi::{FrontendKey, frontend};
+use proxy_common::addr::Proto;
+
+use super::tables::is_global;
+use super::{Link, Node, Slice};
+
+/// Whose it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// A service of this node alone, by its device.
+    LocalService(Arc<str>),
+    /// The node, by the interface.
+    Interface(Arc<str>),
+    /// The node, by its object.
+    Node,
+    /// A pod.
+    Pod,
+    /// A pod of the node has or will have it.
+    PodRange(IpNet),
+    /// The agent listens there.
+    Agent,
+}
+
+impl Owner {
+    /// Whether it is meant to be so.
+    pub(super) fn is_meant(&self) -> bool {
+        matches!(self, Self::LocalService(_))
+    }
+}
+
+/// All that is known of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Local {
+    /// Of the node.
+    own: BTreeMap<IpAddr, Owner>,
+    /// Endpoints that run on a node, with the number of slices that have them.
+    pods: HashMap<IpAddr, u32>,
+    pod_cidrs: Vec<IpNet>,
+    /// Ports that the agent serves.
+    ports: Vec<u16>,
+}
+
+impl Local {
+    pub(super) fn new(ports: &[u16]) -> Self {
+        Self { ports: ports.to_vec(), ..Self::default() }
+    }
+
+    /// Takes in what the node has; gives the addresses that changed hands.
+    pub(super) fn hear(&mut self, node: &Node, links: &[Link]) -> Vec<IpAddr> {
+        let mut own: BTreeMap<IpAddr, Owner> = node.ips.iter().map(|ip| (*ip, Owner::Node)).collect();
+        for link in links.iter().filter(|link| !link.holds_cluster_ips()) {
+            for ip in link.addresses.iter().map(IpNet::addr).filter(is_global) {
+                let name = link.name.clone();
+                let service = link.holds_local_services();
+                own.insert(ip, if service { Owner::LocalService(name) } else { Owner::Interface(name) });
+            }
+        }
+        let changed = self.own.keys().chain(own.keys()).filter(|ip| self.own.get(ip) != own.get(ip));
+        let changed = changed.copied().collect();
+        self.own = own;
+        changed
+    }
+
+    /// Takes in the node's pod ranges; tells whether they changed.
+    pub(super) fn hear_pod_cidrs(&mut self, ranges: &[IpNet]) -> bool {
+        let changed = self.pod_cidrs != ranges;
+        ranges.clone_into(&mut self.pod_cidrs);
+        changed
+    }
+
+    /// Takes a slice in, or out; gives the addresses that became or ceased to be pods'.
+    pub(super) fn hear_slice(&mut self, slice: &Slice, comes: bool) -> Vec<IpAddr> {
+        let mut changed = Vec::new();
+        // Endpoints without a node are written by hand, and may be anything.
+        for ip in
+            slice.endpoints.iter().filter(|endpoint| endpoint.node.is_some()).map(|endpoint| endpoint.ip)
+        {
+            let count = self.pods.entry(ip).or_default();
+            *count = if comes { count.saturating_add(1) } else { count.saturating_sub(1) };
+            match (*count, comes) {
+                (0, _) => {
+                    self.pods.remove(&ip);
+                    changed.push(ip);
+                }
+                (1, true) => changed.push(ip),
+                _ => {}
+            }
+        }
+        changed
+    }
+
+    /// Every pod that is known.
+    pub(super) fn pods(&self) -> impl Iterator<Item = &IpAddr> {
+        self.pods.keys()
+    }
+
+    /// Who has a destination already; nobody has most.
+    pub(super) fn owner(&self, key: &FrontendKey, flags: u32) -> Option<Owner> {
+        if flags & frontend::NODE_PORT != 0 {
+            let taken = key.proto == Proto::TCP && self.ports.contains(&key.port.number());
+            return taken.then_some(Owner::Agent);
+        }
+        let ip = IpAddr::from(key.addr);
+        let own = self.own.get(&ip);
+        let in_range =
+            || self.pod_cidrs.iter().find(|range| range.contains(&ip)).copied().map(Owner::PodRange);
+        if flags & frontend::INTERNAL == 0 {
+            return if own.is_some() { None } else { in_range() };
+        }
+        own.cloned().or_else(|| self.pods.contains_key(&ip).then_some(Owner::Pod)).or_else(in_range)
+    }
+
+    /// What of the node or its pods lies inside a range of ClusterIPs, in words.
+    pub(super) fn inside(&self, range: &IpNet) -> Option<String> {
+        // What holds ClusterIPs on purpose is none of it.
+        let mut own = self.own.iter().filter(|(_, owner)| !owner.is_meant());
+        let pods = |range: &IpNet, pods: &&IpNet| range.contains(*pods) || pods.contains(range);
+        let cidr = self.pod_cidrs.iter().find(|cidr| pods(range, cidr));
+        cidr.map(|cidr| format!("the node's pod range {cidr}")).or_else(|| {
+            own.find(|(ip, _)| range.contains(*ip)).map(|(ip, _)| format!("the node's address {ip}"))
+        })
+    }
+}

@@ -1,0 +1,679 @@
+//! How flows begin, live and end.
+
+use std::vec::Vec;
+
+use super::tests::{ETH, Node, Talk, addr, answer, key, shown};
+use super::{Tables as _, flow};
+use crate::abi::{
+    FORWARD, Flow, FlowId, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, frontend,
+};
+use crate::addr::{Port, Proto};
+use crate::testing::{ByteFrame, Outcome, frame, run, segment, tuple};
+use crate::wire::Packet;
+
+const VIP: (&str, u16) = ("203.0.113.1", 80);
+const OTHER_VIP: (&str, u16) = ("203.0.113.2", 80);
+const ENDPOINT: (&str, u16) = ("10.244.2.7", 8080);
+const CLIENT: (&str, u16) = ("198.51.100.9", 40_000);
+const NODE: &str = "192.168.10.1";
+const ACK: u8 = Packet::ACK;
+const SYN: u8 = Packet::SYN;
+const RST: u8 = Packet::RST;
+const FIN_ACK: u8 = Packet::FIN | Packet::ACK;
+
+/// A node with one external Service port of each protocol, whose endpoint is elsewhere: flows are masqueraded.
+fn masquerading() -> Node {
+    let mut node = Node::new();
+    for vip in [VIP, OTHER_VIP] {
+        for proto in [Proto::TCP, Proto::UDP, Proto::SCTP] {
+            node.service(vip, proto, 0, &[ENDPOINT]);
+        }
+    }
+    node
+}
+
+/// The same with so many masquerade ports from 2000 on.
+fn with_ports(count: u16) -> Node {
+    let mut node = masquerading();
+    let config = node.tables.config.take().unwrap();
+    node.tables.config = Some(config.with_snat_ports(&[PortRange { first: 2000, count }]));
+    node
+}
+
+fn the_flow(node: &Node) -> Flow {
+    let live = node.tables.live();
+    assert_eq!(live.len(), 1, "{live:?}");
+    live[0]
+}
+
+fn sweep(node: &Node) -> u32 {
+    let records = node.tables.records.borrow().len() as u32;
+    (0..records).map(|index| node.tables.sweep(index, &Timeouts::CONNTRACK)).sum()
+}
+
+/// A datagram of a client, as it leaves.
+#[track_caller]
+fn ask(node: &Node, from: (&str, u16), to: (&str, u16), proto: Proto) -> ByteFrame {
+    node.leave(&node.enter(&frame(&key(from, to, proto), 0, b"?", false)))
+}
+
+/// What becomes of a client's packet on its whole way.
+fn asks(node: &Node, tuple: &Tuple, flags: u8, numbers: [u32; 2]) -> Outcome {
+    match run(&node.tables, &segment(tuple, flags, numbers, b"", false), Hook::INGRESS, ETH) {
+        Outcome::Rewritten(entered) => run(&node.tables, &entered, Hook::EGRESS, ETH),
+        other => other,
+    }
+}
+
+#[test]
+fn a_blind_acknowledgement_makes_no_connection() {
+    // Of a flood nobody hears the SYN-ACK.
+    let node = masquerading();
+    let talk = Talk::begin(&node, CLIENT, VIP);
+    let next = Talk::CLIENT.wrapping_add(1);
+    talk.asks(ACK, next, Talk::ENDPOINT + 1);
+    assert_eq!(node.flows(), [1, 0], "nothing has been answered");
+    talk.answered();
+    for wrong in [0, Talk::ENDPOINT, Talk::ENDPOINT + 2, Talk::ENDPOINT.wrapping_add(1 << 31), u32::MAX] {
+        talk.asks(ACK, next, wrong);
+        assert_eq!(node.flows(), [1, 0], "{wrong}");
+    }
+    talk.asks(RST | ACK, next, Talk::ENDPOINT + 1);
+    assert_eq!(node.flows(), [1, 0], "who resets means no connection");
+    talk.goes_on();
+    assert_eq!(node.flows(), [0, 1]);
+}
+
+#[test]
+fn a_syn_ack_that_is_sent_again_may_have_another_number() {
+    // With SYN cookies it has.
+    let node = masquerading();
+    let talk = Talk::begin(&node, CLIENT, VIP);
+    talk.answered();
+    talk.answers(SYN | ACK, 77_000, Talk::CLIENT.wrapping_add(1));
+    talk.goes_on();
+    assert_eq!(node.flows(), [1, 0], "the first number counts no more");
+    talk.asks(ACK, Talk::CLIENT.wrapping_add(1), 77_001);
+    assert_eq!(node.flows(), [0, 1]);
+}
+
+#[test]
+fn what_the_endpoint_has_sent_since_may_be_acknowledged_too() {
+    let node = masquerading();
+    let talk = Talk::begin(&node, CLIENT, VIP);
+    talk.answered();
+    // The client's third packet was lost, and the endpoint sends 6 bytes.
+    let data = segment(&talk.heard.reversed(), ACK, [Talk::ENDPOINT + 1, 0], b"banner", false);
+    node.leave(&node.enter(&data));
+    talk.asks(ACK, Talk::CLIENT.wrapping_add(1), Talk::ENDPOINT + 8);
+    assert_eq!(node.flows(), [1, 0]);
+    talk.asks(ACK, Talk::CLIENT.wrapping_add(1), Talk::ENDPOINT + 7);
+    assert_eq!(node.flows(), [0, 1]);
+}
+
+#[test]
+fn a_connection_that_is_met_in_its_middle_becomes_old_like_others() {
+    // D-8: its record was lost. The numbers of the endpoint are learned from its next segment, across the end of all.
+    let mut node = Node::new();
+    node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[ENDPOINT]);
+    let ask = key(("10.244.1.5", 40_000), ("10.96.0.1", 80), Proto::TCP);
+    let left = node.leave(&node.enter(&segment(&ask, ACK, [5, 0xffff_fff0], b"", false)));
+    let talk = Talk { node: &node, ask, heard: tuple(&left, Hook::EGRESS).unwrap().tuple };
+    assert_eq!(talk.heard.dst, addr(ENDPOINT.0));
+    node.leave(&segment(&talk.heard.reversed(), ACK, [0xffff_fff8, 6], &[0; 16], false));
+    assert_eq!(node.flows(), [1, 0]);
+    talk.asks(ACK, 6, 8);
+    assert_eq!(node.flows(), [0, 1]);
+}
+
+#[test]
+fn answers_and_the_middle_of_connections_open_nothing_at_an_address_of_the_node() {
+    // They are the node's own affair.
+    let mut node = Node::new();
+    node.service(("0.0.0.0", 30_200), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
+    node.service((NODE, 80), Proto::TCP, 0, &[ENDPOINT]);
+    node.service(VIP, Proto::TCP, 0, &[ENDPOINT]);
+    let opens = |to, flags| {
+        let sent = frame(&key(CLIENT, to, Proto::TCP), flags, b"", false);
+        let opened = run(&node.tables, &sent, Hook::INGRESS, ETH) != Outcome::Passed;
+        node.tables.live().iter().for_each(|flow| assert_eq!(node.tables.take_apart(flow.id), 1));
+        opened
+    };
+    for to in [(NODE, 30_200), (NODE, 80)] {
+        for flags in [SYN | ACK, ACK, FIN_ACK, RST, RST | ACK] {
+            assert!(!opens(to, flags), "{to:?} {flags:#x}");
+        }
+        assert!(opens(to, SYN), "{to:?}");
+    }
+    assert_eq!([SYN | ACK, RST, RST | ACK].map(|flags| opens(VIP, flags)), [false; 3]);
+    assert_eq!([SYN, ACK, FIN_ACK].map(|flags| opens(VIP, flags)), [true; 3]);
+}
+
+#[test]
+fn a_forged_end_does_not_end_an_old_flow() {
+    for flags in [FIN_ACK, RST, RST | ACK] {
+        for client in [true, false] {
+            let node = masquerading();
+            let talk = Talk::open(&node, CLIENT, VIP);
+            // Both ends have acknowledged something now.
+            let right = if client { Talk::CLIENT.wrapping_add(1) } else { Talk::ENDPOINT + 1 };
+            for far in [1 << 20, 1 << 31, 0_u32.wrapping_sub(1)] {
+                let seq = right.wrapping_add(far);
+                if client {
+                    talk.asks(flags, seq, 1)
+                } else {
+                    talk.answers(flags, seq, right)
+                };
+            }
+            let flow = the_flow(&node);
+            assert_eq!((flow.fin, flow.rst), ([0; 2], [0; 2]), "{flags:#x} {client}");
+        }
+    }
+}
+
+#[test]
+fn a_connection_that_goes_on_after_a_rst_has_not_been_reset() {
+    // RFC 5961 §3.2: the RST did not fit exactly, and was challenged.
+    let node = masquerading();
+    let talk = Talk::open(&node, CLIENT, VIP);
+    talk.says(RST, false);
+    assert!(the_flow(&node).is_reset());
+    talk.goes_on();
+    assert!(the_flow(&node).is_reset(), "that was under way");
+    node.wait(1_100);
+    assert!(the_flow(&node).is_over(node.tables.now()));
+    talk.goes_on();
+    assert!(!the_flow(&node).is_reset());
+    node.wait(80_000_000);
+    assert_eq!(sweep(&node), 0);
+    assert_eq!(node.flows(), [0, 1]);
+}
+
+#[test]
+fn a_client_begins_anew_from_the_port_of_a_connection_that_it_or_its_peer_has_ended() {
+    // P-26.
+    for (flags, client, anew) in
+        [(FIN_ACK, true, true), (RST, true, true), (RST | ACK, false, true), (FIN_ACK, false, false)]
+    {
+        let node = masquerading();
+        let talk = Talk::open(&node, CLIENT, VIP);
+        let before = the_flow(&node).id;
+        talk.says(flags, client);
+        let again = Talk::begin(&node, CLIENT, VIP);
+        let flow = the_flow(&node);
+        assert_eq!(flow.id != before, anew, "{flags:#x} {client}");
+        assert_eq!(flow.old == 0, anew);
+        again.answered();
+        again.goes_on();
+        assert_eq!(node.flows(), [0, 1]);
+    }
+}
+
+#[test]
+fn a_refused_connection_is_over_after_a_second() {
+    // The endpoint's port is closed; the numbers of a RST in answer to a SYN are its own.
+    let node = with_ports(1);
+    let talk = Talk::begin(&node, CLIENT, VIP);
+    let back = talk.answers(RST | ACK, 0, Talk::CLIENT.wrapping_add(1));
+    assert_eq!(tuple(&back, Hook::EGRESS).unwrap().tuple, talk.ask.reversed());
+    let first = the_flow(&node);
+    assert!(first.is_reset() && !first.is_over(node.tables.now()));
+    // Once more from the same port: a new flow.
+    Talk::begin(&node, CLIENT, VIP).answers(RST | ACK, 0, Talk::CLIENT.wrapping_add(1));
+    assert_ne!(the_flow(&node).id, first.id);
+    // The port is to be had.
+    node.wait(1_100);
+    Talk::open(&node, ("198.51.100.10", 40_000), OTHER_VIP);
+    assert_eq!(node.flows(), [0, 1]);
+    assert_eq!(node.tables.counted(Reason::Displaced), 0);
+}
+
+#[test]
+fn a_reset_flow_is_swept_soon() {
+    let node = masquerading();
+    Talk::open(&node, CLIENT, VIP).says(RST, true);
+    node.wait(10_000);
+    assert_eq!(sweep(&node), 0);
+    node.wait(1_000);
+    assert_eq!(sweep(&node), 1);
+    assert_eq!(node.flows(), [0, 0]);
+}
+
+#[test]
+fn flows_without_handshake_become_old_when_both_have_spoken_for_two_seconds() {
+    for proto in [Proto::UDP, Proto::SCTP] {
+        let node = masquerading();
+        let wire = ask(&node, CLIENT, VIP, proto);
+        node.wait(3_000);
+        ask(&node, CLIENT, VIP, proto);
+        assert_eq!(node.flows(), [1, 0], "no answer yet");
+        node.leave(&node.enter(&answer(&wire, 0)));
+        assert_eq!(node.flows(), [1, 0], "the client does not go on yet");
+        ask(&node, CLIENT, VIP, proto);
+        assert_eq!(node.flows(), [0, 1]);
+        let other = ask(&node, CLIENT, OTHER_VIP, proto);
+        node.leave(&node.enter(&answer(&other, 0)));
+        node.wait(1_900);
+        ask(&node, CLIENT, OTHER_VIP, proto);
+        assert_eq!(node.flows(), [1, 1], "within two seconds");
+        let idle = |old| {
+            let of_age = |flow: &&Flow| flow.old == old;
+            Timeouts::CONNTRACK.idle(node.tables.live().iter().find(of_age).unwrap())
+        };
+        assert_eq!([idle(0), idle(1)], if proto == Proto::UDP { [30, 120] } else { [60, 86_400] });
+    }
+}
+
+#[test]
+fn a_flow_is_swept_when_it_has_been_silent_for_its_time() {
+    // D-6, C-16: seconds for young, old, half-closed and closed TCP, and UDP.
+    type Life = (u64, fn(&Node));
+    let lives: [Life; 6] = [
+        (60, |node| Talk::begin(node, CLIENT, VIP).answered()),
+        (86_400, |node| Talk::open(node, CLIENT, VIP).goes_on()),
+        (3_600, |node| drop(Talk::open(node, CLIENT, VIP).says(FIN_ACK, false))),
+        (120, |node| {
+            let talk = Talk::open(node, CLIENT, VIP);
+            talk.says(FIN_ACK, false);
+            talk.says(FIN_ACK, true);
+        }),
+        (30, |node| drop(ask(node, CLIENT, VIP, Proto::UDP))),
+        (120, |node| {
+            let wire = ask(node, CLIENT, VIP, Proto::UDP);
+            node.leave(&node.enter(&answer(&wire, 0)));
+            node.wait(2_000);
+            ask(node, CLIENT, VIP, Proto::UDP);
+        }),
+    ];
+    for (secs, life) in lives {
+        let node = masquerading();
+        life(&node);
+        node.wait(secs * 1_000);
+        assert_eq!(sweep(&node), 0, "{secs}");
+        node.wait(100);
+        assert_eq!(sweep(&node), 1, "{secs}");
+        assert_eq!(node.flows(), [0, 0], "{secs}");
+        assert!(node.tables.flows.borrow().is_empty(), "{secs}");
+    }
+}
+
+#[test]
+fn the_sweep_frees_what_has_never_been_used_and_what_was_left_in_the_middle() {
+    let node = Node::new();
+    node.tables.records.borrow_mut().extend([Flow::EMPTY; 5]);
+    // One that has been used and could not be given back.
+    node.tables.records.borrow_mut()[4].id = FlowId(7 << 32 | 4);
+    assert_eq!(sweep(&node), 0);
+    assert_eq!(sweep(&node), 0);
+    let mut free: Vec<u32> = node.tables.free.borrow().iter().copied().collect();
+    free.sort_unstable();
+    assert_eq!(free, [1, 2, 3, 4]);
+    let ids: Vec<u64> = node.tables.records.borrow().iter().map(|flow| flow.id.0 >> 32).collect();
+    assert_eq!(ids, [0, 1, 1, 1, 8]);
+    assert_eq!(node.tables.records.borrow()[0].state, State::NEW, "the first is never used");
+}
+
+#[test]
+fn young_flows_are_displaced_in_order_and_old_ones_never() {
+    // A flood costs only its own kind.
+    let mut node = masquerading();
+    node.tables.places = Some(4);
+    let old = Talk::open(&node, CLIENT, VIP);
+    let dns = ask(&node, CLIENT, VIP, Proto::UDP);
+    let flood = |n| Talk::begin(&node, ("198.51.100.66", n), VIP);
+    let floods: Vec<Talk<'_>> = (1..=20).map(flood).collect();
+    assert_eq!(node.flows(), [4 + 1, 1]);
+    assert_eq!(node.tables.counted(Reason::Displaced), 20 - 4);
+    old.goes_on();
+    assert_eq!(ask(&node, CLIENT, VIP, Proto::UDP), dns);
+    // The last ones are still there.
+    floods[16..].iter().for_each(Talk::answered);
+    assert_eq!(node.tables.flows.borrow().len(), 6 * 3);
+}
+
+#[test]
+fn without_free_records_the_oldest_young_flow_makes_room() {
+    let mut node = masquerading();
+    node.tables.places = Some(4);
+    node.tables.max_records = Some(1 + 3);
+    let old = Talk::open(&node, CLIENT, VIP);
+    for n in 1..20 {
+        Talk::begin(&node, ("198.51.100.66", n), VIP).answered();
+        assert!(node.tables.live().len() <= 3);
+    }
+    old.goes_on();
+    for n in 1..3 {
+        Talk::open(&node, ("198.51.100.67", n), VIP);
+    }
+    // Nobody young is left.
+    let ask = key(("198.51.100.68", 1), VIP, Proto::TCP);
+    assert_eq!(asks(&node, &ask, SYN, [1, 0]), Outcome::Dropped);
+    assert_eq!(node.flows(), [0, 3]);
+    assert!(node.tables.counted(Reason::FlowTableFull) > 0);
+}
+
+#[test]
+fn the_whole_range_of_masquerade_ports_can_be_used_to_the_last_one() {
+    let node = with_ports(40);
+    let mut ports: Vec<u16> =
+        (1..=40).map(|n| Talk::open(&node, ("198.51.100.9", n), VIP).heard.sport.number()).collect();
+    ports.sort_unstable();
+    assert_eq!(ports, (2000..2040).collect::<Vec<_>>());
+    let one_more = key(("198.51.100.9", 41), VIP, Proto::TCP);
+    assert_eq!(asks(&node, &one_more, SYN, [1, 0]), Outcome::Dropped);
+    assert_eq!(node.tables.counted(Reason::NoSourcePort), 1);
+    // That one holds no port; to another protocol's endpoint all are free.
+    ask(&node, CLIENT, VIP, Proto::UDP);
+    assert_eq!(node.flows(), [2, 40]);
+}
+
+#[test]
+fn the_port_of_a_flow_that_is_over_is_taken_over_and_then_that_of_the_oldest_young_one() {
+    let node = with_ports(4);
+    let talks: Vec<Talk<'_>> = (1..=2).map(|n| Talk::open(&node, ("198.51.100.9", n), VIP)).collect();
+    let young: Vec<Talk<'_>> = (3..=4)
+        .map(|n| {
+            node.wait(10);
+            Talk::begin(&node, ("198.51.100.9", n), VIP)
+        })
+        .collect();
+    for client in [false, true] {
+        talks[0].says(FIN_ACK, client);
+    }
+    // The closed one first, though others are younger.
+    let fifth = Talk::open(&node, ("198.51.100.9", 5), VIP);
+    assert_eq!(fifth.heard.sport, talks[0].heard.sport);
+    let sixth = Talk::open(&node, ("198.51.100.9", 6), VIP);
+    assert_eq!(sixth.heard.sport, young[0].heard.sport);
+    assert_eq!(node.tables.counted(Reason::Displaced), 1);
+    for talk in [&talks[1], &young[1], &fifth, &sixth] {
+        talk.answered();
+        talk.goes_on();
+    }
+    // What the endpoint has still to say to one that is gone is for nobody else.
+    let late = segment(&young[0].heard.reversed(), SYN | ACK, [1, 1], b"", false);
+    assert_eq!(shown(&node.leave(&node.enter(&late))), "203.0.113.1|80 > 198.51.100.9|6");
+}
+
+#[test]
+fn ports_that_sockets_or_conversations_of_the_node_hold_are_left_to_them() {
+    let mut node = with_ports(3);
+    let held = key((NODE, 2000), ENDPOINT, Proto::TCP);
+    node.tables.sockets.insert(held);
+    // A port of a Service is none for masquerading.
+    node.service(("0.0.0.0", 2001), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
+    let talk = Talk::open(&node, CLIENT, VIP);
+    assert_eq!(talk.heard.sport.number(), 2002);
+    let other = key(("198.51.100.10", 1), VIP, Proto::TCP);
+    assert_eq!(asks(&node, &other, SYN, [1, 0]), Outcome::Dropped);
+    assert_eq!(node.tables.counted(Reason::NoSourcePort), 1);
+}
+
+#[test]
+fn somebody_else_s_masquerade_to_our_endpoint_keeps_its_port_and_its_answers() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let node = with_ports(2);
+        // Only where we masquerade to ourselves it is noted.
+        let guest = key((NODE, 2000), ENDPOINT, proto);
+        node.tables.forwarded.set(true);
+        node.leave(&frame(&guest, SYN, b"", false));
+        assert_eq!(node.flows(), [0, 0]);
+        node.tables.set_target(&guest);
+        node.leave(&frame(&guest, SYN, b"", false));
+        assert_eq!(node.flows(), [1, 0]);
+        node.tables.forwarded.set(false);
+        for n in 1..3 {
+            let left = asks(&node, &key(("198.51.100.9", n), VIP, proto), SYN, [1, 0]);
+            let Outcome::Rewritten(left) = left else { panic!("{left:?}") };
+            assert_eq!(tuple(&left, Hook::EGRESS).unwrap().tuple.sport.number(), 2001);
+        }
+        let back = frame(&guest.reversed(), SYN | ACK, b"", false);
+        assert_eq!(run(&node.tables, &back, Hook::INGRESS, ETH), Outcome::Passed);
+        // It never becomes old: what we note for others may go when there is no room.
+        node.wait(2_500);
+        node.leave(&segment(&guest, ACK, [1001, 1001], b"", false));
+        let own: Vec<Flow> = node.tables.live().into_iter().filter(Flow::is_own).collect();
+        assert_eq!(own.iter().map(|flow| flow.old).collect::<Vec<_>>(), [0]);
+    }
+}
+
+#[test]
+fn a_conversation_that_the_node_begins_from_a_service_s_port_is_left_alone() {
+    for (proto, node_ip, server) in [
+        (Proto::TCP, NODE, "198.51.100.50"),
+        (Proto::UDP, NODE, "198.51.100.50"),
+        (Proto::TCP, "fd00:10::1", "2001:db8::50"),
+        (Proto::UDP, "fd00:10::1", "2001:db8::50"),
+    ] {
+        let mut node = Node::new();
+        let v4 = node_ip == NODE;
+        let (any, endpoint) = if v4 { ("0.0.0.0", "10.244.2.7") } else { ("::", "fd00:244::2:7") };
+        node.service((any, 30_200), proto, frontend::NODE_PORT, &[(endpoint, 8080)]);
+        let asks = key((node_ip, 30_200), (server, 443), proto);
+        let out = |flags, numbers| {
+            let sent = segment(&asks, flags, numbers, b"", false);
+            assert_eq!(run(&node.tables, &sent, Hook::EGRESS, ETH), Outcome::Passed);
+        };
+        let back = |flags, numbers| {
+            let sent = segment(&asks.reversed(), flags, numbers, b"", false);
+            assert_eq!(run(&node.tables, &sent, Hook::INGRESS, ETH), Outcome::Passed, "{proto}");
+        };
+        out(SYN, [100, 0]);
+        assert_eq!(node.flows(), [1, 0]);
+        back(SYN | ACK, [500, 101]);
+        node.wait(2_000);
+        out(ACK, [101, 501]);
+        assert_eq!(node.flows(), [0, 1]);
+        for _ in 0..3 {
+            back(ACK, [501, 101]);
+            out(ACK, [101, 501]);
+        }
+        assert_eq!(node.tables.counted(Reason::OwnConversation), 1);
+        // Others reach the Service as before.
+        let other = if v4 { CLIENT } else { ("2001:db8::9", 40_000) };
+        let question = frame(&key(other, (node_ip, 30_200), proto), SYN, b"", false);
+        assert_ne!(node.enter(&question), question);
+        // It ends like other flows, and then the other end may ask.
+        node.wait(if proto == Proto::TCP { 86_401_000 } else { 121_000 });
+        assert_eq!(sweep(&node), 2);
+        let question = frame(&asks.reversed(), SYN, b"", false);
+        assert_ne!(node.enter(&question), question, "{proto}");
+    }
+}
+
+#[test]
+fn who_was_asked_may_ask_when_that_is_over() {
+    let mut node = Node::new();
+    node.service(("0.0.0.0", 30_200), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
+    let asks = key((NODE, 30_200), ("198.51.100.50", 443), Proto::TCP);
+    let syn = frame(&asks.reversed(), SYN, b"", false);
+    // Only tried: nobody has answered.
+    node.leave(&segment(&asks, SYN, [100, 0], b"", false));
+    assert_ne!(node.enter(&syn), syn);
+    assert!(!the_flow(&node).is_own());
+    node.tables.take_apart(the_flow(&node).id);
+    // A connection is one until it ends.
+    node.leave(&segment(&asks, SYN, [100, 0], b"", false));
+    node.enter(&segment(&asks.reversed(), SYN | ACK, [500, 101], b"", false));
+    node.leave(&segment(&asks, ACK, [101, 501], b"", false));
+    assert_eq!(run(&node.tables, &syn, Hook::INGRESS, ETH), Outcome::Passed);
+    node.leave(&segment(&asks, FIN_ACK, [101, 501], b"", false));
+    node.enter(&segment(&asks.reversed(), FIN_ACK, [501, 102], b"", false));
+    assert_ne!(node.enter(&syn), syn);
+}
+
+#[test]
+fn the_node_may_ask_over_udp_whom_it_has_taken_for_a_client() {
+    // Its question left before anybody looked, and the answer was taken for a question.
+    let mut node = Node::new();
+    node.service(("0.0.0.0", 30_200), Proto::UDP, frontend::NODE_PORT, &[ENDPOINT]);
+    let asks = key((NODE, 30_200), ("198.51.100.50", 443), Proto::UDP);
+    let back = frame(&asks.reversed(), 0, b"", false);
+    assert_ne!(node.enter(&back), back);
+    assert!(!the_flow(&node).is_own());
+    assert_eq!(run(&node.tables, &frame(&asks, 0, b"", false), Hook::EGRESS, ETH), Outcome::Passed);
+    assert!(the_flow(&node).is_own());
+    assert_eq!(run(&node.tables, &back, Hook::INGRESS, ETH), Outcome::Passed);
+}
+
+#[test]
+fn own_conversations_displace_only_each_other() {
+    let mut node = Node::new();
+    node.tables.places = Some(3);
+    node.service(("0.0.0.0", 30_200), Proto::UDP, frontend::NODE_PORT, &[ENDPOINT]);
+    let question = frame(&key(CLIENT, (NODE, 30_200), Proto::UDP), 0, b"", false);
+    let entered = node.enter(&question);
+    for n in 1..20 {
+        node.leave(&frame(&key((NODE, 30_200), ("198.51.100.50", n), Proto::UDP), 0, b"", false));
+    }
+    assert_eq!(node.tables.live().iter().filter(|flow| flow.is_own()).count(), 3);
+    assert_eq!(node.enter(&question), entered);
+    assert_eq!(node.tables.live().len(), 4);
+}
+
+#[test]
+fn a_service_that_is_its_own_endpoint_is_followed_and_not_translated() {
+    let mut node = Node::new();
+    let here = ("192.168.10.1", 8080);
+    node.service(here, Proto::TCP, 0, &[("+192.168.10.1", 8080)]);
+    let talk = Talk::open(&node, CLIENT, here);
+    assert_eq!(talk.heard, talk.ask);
+    let flow = the_flow(&node);
+    assert!(flow.is_identity() && flow.old == 1);
+    assert_eq!(node.tables.flows.borrow().len(), 1);
+    talk.says(FIN_ACK, true);
+    talk.says(FIN_ACK, false);
+    assert!(the_flow(&node).is_over(node.tables.now()));
+}
+
+#[test]
+fn a_service_that_is_its_own_endpoint_elsewhere_is_masqueraded_all_the_same() {
+    // M-8: its answers would not come back this way.
+    for proto in [Proto::TCP, Proto::UDP] {
+        let mut node = Node::new();
+        let there = ("192.168.10.2", 8080);
+        node.service(there, proto, 0, &[there]);
+        let left = node.leave(&node.enter(&frame(&key(CLIENT, there, proto), SYN, b"", false)));
+        let heard = tuple(&left, Hook::EGRESS).unwrap().tuple;
+        assert_eq!((heard.src, heard.dst), (addr(NODE), addr(there.0)));
+        let back = node.leave(&node.enter(&answer(&left, SYN | ACK)));
+        assert_eq!(shown(&back), "192.168.10.2|8080 > 198.51.100.9|40000");
+        assert_eq!(node.tables.flows.borrow().len(), 2);
+    }
+}
+
+/// Deletes the leg of the only flow that has this role.
+fn cut(node: &Node, role: Role) {
+    let flow = the_flow(node);
+    assert!(node.tables.flows.borrow_mut().remove(&flow.pairs[role.index()]).is_some());
+}
+
+#[test]
+fn a_leg_that_somebody_deletes_is_written_again_when_its_client_goes_on() {
+    for role in [Role::OUTER, Role::MIDDLE, Role::INNER] {
+        for proto in [Proto::TCP, Proto::UDP] {
+            let node = masquerading();
+            let sent = key(CLIENT, VIP, proto);
+            let heard = if proto == Proto::TCP {
+                Talk::open(&node, CLIENT, VIP).heard
+            } else {
+                tuple(&ask(&node, CLIENT, VIP, proto), Hook::EGRESS).unwrap().tuple
+            };
+            let before = the_flow(&node).id;
+            cut(&node, role);
+            assert_ne!(node.tables.broken_flows(), [""; 0]);
+            node.wait(1_100);
+            let next = [Talk::CLIENT.wrapping_add(1), Talk::ENDPOINT + 1];
+            // Without its first leg it is found by its second, and the packet comes round once more.
+            if role == Role::OUTER {
+                assert_eq!(asks(&node, &sent, ACK, next), Outcome::Waits, "{proto}");
+            }
+            let left = asks(&node, &sent, ACK, next);
+            let Outcome::Rewritten(left) = left else { panic!("{role:?} {proto} {left:?}") };
+            assert_eq!(tuple(&left, Hook::EGRESS).unwrap().tuple, heard, "{role:?} {proto}");
+            assert_eq!(the_flow(&node).id, before);
+            assert_eq!(node.tables.broken_flows(), [""; 0], "{role:?} {proto}");
+        }
+    }
+}
+
+#[test]
+fn the_sweep_ends_flows_whose_packets_cannot_find_them() {
+    let mut node = Node::new();
+    node.service((NODE, 8080), Proto::TCP, 0, &[("+192.168.10.1", 8080)]);
+    node.service(("0.0.0.0", 30_200), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
+    node.leave(&frame(&key((NODE, 30_200), ("198.51.100.50", 443), Proto::TCP), SYN, b"", false));
+    cut(&node, Role::OWN);
+    assert_eq!(sweep(&node), 1);
+    assert_eq!(node.tables.broken_flows(), [""; 0]);
+    assert_eq!(node.tables.live(), []);
+    Talk::open(&node, CLIENT, (NODE, 8080));
+    cut(&node, Role::OUTER);
+    assert_eq!(sweep(&node), 1);
+    assert_eq!(node.tables.broken_flows(), [""; 0]);
+    assert_eq!(node.tables.live(), []);
+}
+
+#[test]
+fn a_flow_ends_when_another_one_has_taken_the_place_of_its_leg() {
+    for role in [Role::MIDDLE, Role::INNER] {
+        let node = with_ports(1);
+        let talk = Talk::open(&node, CLIENT, VIP);
+        cut(&node, role);
+        if role == Role::MIDDLE {
+            // The same client port through the other address: the same way to the endpoint.
+            node.enter(&frame(&key(CLIENT, OTHER_VIP, Proto::TCP), SYN, b"", false));
+        } else {
+            Talk::open(&node, ("198.51.100.10", 1), OTHER_VIP);
+        }
+        node.wait(1_100);
+        node.enter(&segment(&talk.ask, ACK, [Talk::CLIENT.wrapping_add(1), Talk::ENDPOINT + 1], b"", false));
+        let flow = the_flow(&node);
+        assert_eq!(flow.vip().0, &addr(OTHER_VIP.0), "{role:?}");
+        assert_eq!(node.tables.broken_flows(), [""; 0], "{role:?}");
+    }
+}
+
+#[test]
+fn a_flow_that_is_claimed_is_left_alone() {
+    let node = masquerading();
+    Talk::open(&node, CLIENT, VIP).says(FIN_ACK, true);
+    let flow = the_flow(&node);
+    assert!(node.tables.claim(flow.id.index()));
+    assert_eq!(node.tables.take_apart(flow.id), 0);
+    assert_eq!(flow::look_after(&node.tables, flow.id), 0);
+    // Its client begins anew, and has to wait until it has been dealt with.
+    assert_eq!(asks(&node, &key(CLIENT, VIP, Proto::TCP), SYN, [9, 0]), Outcome::Dropped);
+    node.tables.unclaim(flow.id.index());
+    assert!(matches!(asks(&node, &key(CLIENT, VIP, Proto::TCP), SYN, [9, 0]), Outcome::Rewritten(_)));
+    assert_ne!(the_flow(&node).id, flow.id);
+}
+
+#[test]
+fn a_flow_that_has_gone_is_no_longer_there_under_its_id() {
+    let node = masquerading();
+    Talk::open(&node, CLIENT, VIP);
+    let flow = the_flow(&node);
+    assert_eq!(node.tables.take_apart(flow.id), 1);
+    assert_eq!(node.tables.take_apart(flow.id), 1, "it is gone");
+    Talk::open(&node, CLIENT, VIP);
+    assert_eq!(node.tables.take_apart(flow.id), 1);
+    let next = the_flow(&node);
+    assert_eq!((next.id.index(), next.id != flow.id), (flow.id.index(), true));
+    assert!(next.seen[FORWARD] != 0 && next.seen[REPLY] != 0 && Port(0) != next.node().1);
+}
+
+#[test]
+fn a_leg_that_is_left_behind_is_in_nobody_s_way() {
+    let node = with_ports(1);
+    let first = Talk::open(&node, CLIENT, VIP);
+    let legs = node.tables.flows.borrow().clone();
+    assert_eq!(node.tables.take_apart(the_flow(&node).id), 1);
+    // The kernel could not delete them.
+    *node.tables.flows.borrow_mut() = legs;
+    let answer = segment(&first.heard.reversed(), ACK, [1, 1], b"", false);
+    assert_eq!(run(&node.tables, &answer, Hook::INGRESS, ETH), Outcome::Passed, "they lead nowhere");
+    let second = Talk::open(&node, CLIENT, VIP);
+    assert_eq!(second.heard, first.heard);
+    assert_eq!(node.tables.flows.borrow().len(), 3);
+}

@@ -1,0 +1,58 @@
+//! The program that no hook carries: the agent runs it to have flows looked through and ended.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use proxy_common::abi::{FlowId, Timeouts, ask};
+use proxy_common::wire::Frame as _;
+
+use crate::cut::{cut_sweep, cut_take_apart, scratch};
+use crate::skb::Skb;
+
+/// What it is asked is in [`ask`].
+#[classifier]
+pub fn flows(ctx: TcContext) -> i32 {
+    answer(&Skb(ctx.as_ptr().cast())).unwrap_or(-1)
+}
+
+#[inline(always)]
+fn answer(skb: &Skb) -> Option<i32> {
+    let [work, first, count] = skb.load::<[u32; 3]>(ask::OFFSET)?;
+    let mut done = 0;
+    match work {
+        ask::SWEEP => {
+            let told = skb.load::<[u32; 10]>(ask::BODY)?;
+            let [tcp_established, tcp_half_closed, tcp_closed, tcp_reset, tcp_syn, ..] = told;
+            let [.., udp, udp_stream, sctp_established, sctp_init, pad] = told;
+            scratch()?.timeouts = Timeouts {
+                tcp_established,
+                tcp_half_closed,
+                tcp_closed,
+                tcp_reset,
+                tcp_syn,
+                udp,
+                udp_stream,
+                sctp_established,
+                sctp_init,
+                pad,
+            };
+            for n in 0..ask::MOST {
+                if n >= count {
+                    break;
+                }
+                done += cut_sweep(first.wrapping_add(n));
+            }
+        }
+        ask::END => {
+            for n in 0..ask::MOST_IDS {
+                if n >= first {
+                    break;
+                }
+                let [low, high] = skb.load::<[u32; 2]>(ask::BODY + n as usize * 8)?;
+                done += cut_take_apart(FlowId(u64::from(high) << 32 | u64::from(low)).0);
+            }
+        }
+        _ => return None,
+    }
+    Some(done as i32)
+}

@@ -1,0 +1,20 @@
+//! Situations that have broken service proxies, in numbers: a flood of spoofed SYNs, many short connections to one
+//! endpoint, many questions that are answered once.
+//!
+//! Each is played twice in namespaces of the same build: with the agent on `node1`, and with nftables rules of the
+//! shape that kube-proxy makes. What is counted is what clients see. Everything is bounded in number and in time, and
+//! ends early when [`crate::stop`] says so.
+
+pub mod dns;
+pub mod flood;
+pub mod load;
+pub mod ports;
+pub mod report;
+mod rules;
+pub mod scene;
+pub mod spoof;
+
+/// Tells a person who waits what is going on.
+fn progress(line: &str) {
+    crate::say(&format!("chaos: {line}"));
+}

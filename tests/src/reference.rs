@@ -1,0 +1,70 @@
+//! What netfilter makes of the same Services: rules of the shape of kube-proxy's nftables mode.
+//!
+//! A scene in which these rules serve a client and the agent does not is a fault of the agent and not of the scene.
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+
+use anyhow::Result;
+
+use crate::netns::Netns;
+use crate::town::Town;
+
+/// Where clients knock: TCP and UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// A cluster, external or load balancer's address with its port.
+    Address(SocketAddr),
+    /// A port of every address of the node.
+    NodePort(u16),
+}
+
+/// Has the node translate what comes to these doors to their endpoints. Strangers at an address, everybody at a
+/// NodePort, and an endpoint that asks for itself are masqueraded.
+pub fn load(node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
+    let families = [("ip", true, Town::CLUSTER_CIDRS[0]), ("ip6", false, Town::CLUSTER_CIDRS[1])];
+    families.into_iter().try_for_each(|(family, v4, pods)| {
+        let own = doors.iter().filter(|(_, endpoint)| endpoint.is_ipv4() == v4);
+        node.nft(&table(family, pods, own))
+    })
+}
+
+fn table<'a>(family: &str, pods: &str, doors: impl Iterator<Item = &'a (Door, SocketAddr)>) -> String {
+    let mut rules = String::new();
+    for (door, endpoint) in doors {
+        for protocol in ["tcp", "udp"] {
+            let (knock, masqueraded) = match door {
+                Door::Address(at) => (
+                    format!("{family} daddr {} {protocol} dport {}", at.ip(), at.port()),
+                    format!("{family} saddr != {pods}"),
+                ),
+                Door::NodePort(port) => {
+                    (format!("fib daddr type local {protocol} dport {port}"), String::new())
+                }
+            };
+            let mark = "meta mark set meta mark | 0x4000";
+            // Writing to a string does not fail.
+            let _ = writeln!(
+                rules,
+                "{knock} {masqueraded} {mark}\n{knock} {family} saddr {} {mark}\n{knock} dnat to {endpoint}",
+                endpoint.ip()
+            );
+        }
+    }
+    format!(
+        "table {family} services {{
+            chain services {{
+                {rules}
+            }}
+            chain prerouting {{ type nat hook prerouting priority dstnat; jump services; }}
+            chain output {{ type nat hook output priority -100; jump services; }}
+            chain postrouting {{
+                type nat hook postrouting priority srcnat;
+                meta mark & 0x4000 == 0 return
+                meta mark set meta mark ^ 0x4000
+                masquerade fully-random
+            }}
+        }}
+"
+    )
+}
