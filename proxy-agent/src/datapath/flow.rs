@@ -56,30 +56,7 @@ impl Flows {
     /// Looks through some records and ends the flows that are over, or silent for too long; how many there were. At
     /// most [`ask::MOST`] records at once.
     pub fn sweep(&self, from: u32, count: u32, timeouts: &Timeouts) -> Result<u32, TableError> {
-        let Timeouts {
-            tcp_established,
-            tcp_half_closed,
-            tcp_closed,
-            tcp_reset,
-            tcp_syn,
-            udp,
-            udp_stream,
-            sctp_established,
-            sctp_init,
-            pad,
-        } = *timeouts;
-        let told = [
-            tcp_established,
-            tcp_half_closed,
-            tcp_closed,
-            tcp_reset,
-            tcp_syn,
-            udp,
-            udp_stream,
-            sctp_established,
-            sctp_init,
-            pad,
-        ];
+        let told = timeouts.words();
         self.ask("sweep", [ask::SWEEP, from, count], told.into_iter().flat_map(u32::to_ne_bytes).collect())
     }
 

@@ -584,6 +584,43 @@ table_type! {
 }
 
 impl Timeouts {
+    /// As the numbers that the agent tells the program which sweeps, in the order of the fields.
+    #[must_use]
+    pub const fn words(&self) -> [u32; 10] {
+        [
+            self.tcp_established,
+            self.tcp_half_closed,
+            self.tcp_closed,
+            self.tcp_reset,
+            self.tcp_syn,
+            self.udp,
+            self.udp_stream,
+            self.sctp_established,
+            self.sctp_init,
+            self.pad,
+        ]
+    }
+
+    /// What [`Self::words`] tells.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 10]) -> Self {
+        let [tcp_established, tcp_half_closed, tcp_closed, tcp_reset, tcp_syn, ..] = words;
+        let [.., udp, udp_stream, sctp_established, sctp_init, pad] = words;
+        Self {
+            tcp_established,
+            tcp_half_closed,
+            tcp_closed,
+            tcp_reset,
+            tcp_syn,
+            udp,
+            udp_stream,
+            sctp_established,
+            sctp_init,
+            pad,
+        }
+    }
+
     /// The defaults of the kernel's connection tracking, except that an open TCP connection is kept for a day.
     pub const CONNTRACK: Self = Self {
         tcp_established: 86_400,

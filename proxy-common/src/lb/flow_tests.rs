@@ -265,6 +265,13 @@ fn flows_without_handshake_become_old_when_both_have_spoken_for_two_seconds() {
 }
 
 #[test]
+fn time_outs_arrive_as_they_were_told() {
+    let words: [u32; 10] = std::array::from_fn(|n| n as u32 + 1);
+    let told = Timeouts::from_words(words);
+    assert_eq!((told.words(), told.tcp_established, told.udp, told.sctp_init), (words, 1, 6, 9));
+}
+
+#[test]
 fn a_flow_is_swept_when_it_has_been_silent_for_its_time() {
     // D-6, C-16: seconds for young, old, half-closed and closed TCP, and UDP.
     type Life = (u64, fn(&Node));

@@ -21,21 +21,7 @@ fn answer(skb: &Skb) -> Option<i32> {
     let mut done = 0;
     match work {
         ask::SWEEP => {
-            let told = skb.load::<[u32; 10]>(ask::BODY)?;
-            let [tcp_established, tcp_half_closed, tcp_closed, tcp_reset, tcp_syn, ..] = told;
-            let [.., udp, udp_stream, sctp_established, sctp_init, pad] = told;
-            scratch()?.timeouts = Timeouts {
-                tcp_established,
-                tcp_half_closed,
-                tcp_closed,
-                tcp_reset,
-                tcp_syn,
-                udp,
-                udp_stream,
-                sctp_established,
-                sctp_init,
-                pad,
-            };
+            scratch()?.timeouts = Timeouts::from_words(skb.load::<[u32; 10]>(ask::BODY)?);
             for n in 0..ask::MOST {
                 if n >= count {
                     break;
