@@ -34,27 +34,64 @@ fn plan() -> ServicePlan {
     web_node_port("lb", 1, NODE_PORT).load_balancer(&ingress())
 }
 
-/// The load balancer sends to these nodes, every connection to one of them.
-fn balance(cluster: &Cluster, nodes: &[&str]) -> Result<()> {
+/// The load balancer, played by the client's own rules: it picks a node for each connection and keeps to it, whatever
+/// becomes of the choice meanwhile.
+struct Balancer<'a> {
+    cluster: &'a Cluster,
+}
+
+/// Makes the balancer, which sends to these nodes.
+fn balance<'a>(cluster: &'a Cluster, nodes: &[&str]) -> Result<Balancer<'a>> {
     let outside = &cluster.place("outside").netns;
     outside.sysctls(&[
-        ("ipv4/fib_multipath_hash_policy", "1"),
-        ("ipv6/fib_multipath_hash_policy", "1"),
         // It knows its nodes, and does not let one of them send it elsewhere.
         ("ipv4/conf/all/accept_redirects", "0"),
         ("ipv4/conf/eth0/accept_redirects", "0"),
         ("ipv6/conf/eth0/accept_redirects", "0"),
     ])?;
-    let hops = |pick: fn(&Place) -> IpAddr| -> String {
-        nodes.iter().map(|node| format!(" nexthop via {} dev eth0", pick(cluster.place(node)))).collect()
-    };
-    outside.ip(&format!(
-        "route replace {}/32{}\nroute replace {}/128{}\n",
-        ingress()[0],
-        hops(|node| node.v4.into()),
-        ingress()[1],
-        hops(|node| node.v6.into())
-    ))
+    // A connection's mark is the number of its node, and of the table that leads there. Before it has one, it is looked
+    // up in the main table.
+    for (number, node) in (1..).zip(NODES) {
+        let place = cluster.place(node);
+        let number = number.to_string();
+        for (door, hop) in ingress().into_iter().zip([IpAddr::from(place.v4), place.v6.into()]) {
+            outside.ip(&format!(
+                "route add {door} via {hop} dev eth0 table {number}\nroute replace {door} via {hop} dev eth0\n"
+            ))?;
+            let family = if door.is_ipv4() { "-4" } else { "-6" };
+            outside.output("ip", &[family, "rule", "add", "fwmark", &number, "table", &number])?;
+        }
+    }
+    let balancer = Balancer { cluster };
+    balancer.send_to(nodes)?;
+    Ok(balancer)
+}
+
+impl Balancer<'_> {
+    /// New connections go to these nodes from now on.
+    fn send_to(&self, nodes: &[&str]) -> Result<()> {
+        let numbers = (1..).zip(NODES).filter(|(_, node)| nodes.contains(node)).map(|(number, _)| number);
+        let picks: Vec<String> =
+            numbers.enumerate().map(|(n, number): (_, u32)| format!("{n} : {number}")).collect();
+        let [v4, v6] = ingress();
+        self.cluster.place("outside").netns.nft(&format!(
+            "table inet balancer\n\
+             delete table inet balancer\n\
+             table inet balancer {{\n\
+                chain pick {{\n\
+                    ct mark 0 ct mark set numgen random mod {} map {{ {} }}\n\
+                    meta mark set ct mark\n\
+                }}\n\
+                chain output {{\n\
+                    type route hook output priority mangle\n\
+                    ip daddr {v4} jump pick\n\
+                    ip6 daddr {v6} jump pick\n\
+                }}\n\
+             }}\n",
+            picks.len(),
+            picks.join(", ")
+        ))
+    }
 }
 
 /// What the health check of a node says to who asks at its internal address: whether to send traffic there.
@@ -207,11 +244,13 @@ fn rolling_update(network: PodNetwork, plan: &ServicePlan, local: bool) -> Resul
     let (old, new) = (["a", "c", "e"], ["b", "d", "f"]);
     let mut servers: Vec<Option<Server>> = cluster.serve(&old)?.into_iter().map(Some).collect();
     let mut endpoints = cluster.expose(plan, &old)?;
+    let balancer = balance(&cluster, &NODES)?;
     let rebalance = |wanted: &[&str]| -> Result<()> {
         if local {
             until_healthy(&cluster, wanted)?;
+            balancer.send_to(wanted)?;
         }
-        balance(&cluster, if local { wanted } else { &NODES })
+        Ok(())
     };
     rebalance(&NODES)?;
     let outside = cluster.place("outside");
@@ -320,12 +359,13 @@ fn should_only_target_nodes_with_endpoints() -> Result<()> {
     let mut endpoints = cluster.expose(&plan().external_local(Some(HEALTH)), &[])?;
     let outside = cluster.place("outside");
     until_healthy(&cluster, &[])?;
+    let balancer = balance(&cluster, &NODES)?;
     for (n, pod) in pods.into_iter().enumerate() {
         endpoints.replace(&[cluster.place(pod)])?;
         until_healthy(&cluster, &[NODES[n]])?;
-        balance(&cluster, &[NODES[n]])?;
+        balancer.send_to(&[NODES[n]])?;
         soon(|| dial_all(outside, door(), &[pod]))?;
-        balance(&cluster, &[NODES[(n + 1) % 3]])?;
+        balancer.send_to(&[NODES[(n + 1) % 3]])?;
         down([outside], door())?;
     }
     Ok(())
