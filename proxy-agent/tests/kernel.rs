@@ -28,9 +28,9 @@ use proxy_agent::netlink::{self, Devices};
 use proxy_agent::plan::{Actual, Step};
 use proxy_agent::source::Change;
 use proxy_common::abi::{
-    ABI_VERSION, AgentState, Backend, Config, Flow, FlowId, Frontend, FrontendKey, Iface, Leg, Pair,
-    PortRange, Role, RouteKey, Run, ServiceName, SocketEntry, SocketState, SourceKey, State, Tuple, maps,
-    text,
+    ABI_VERSION, AgentState, Backend, Config, Flow, FlowId, Frontend, FrontendKey, Iface, Key, Leg,
+    PortRange, Role, RouteKey, Run, Secret, ServiceName, SocketEntry, SocketState, SourceKey, State, Tuple,
+    maps, text,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::Tables as _;
@@ -536,8 +536,9 @@ fn a_socket_that_came_through_a_service_is_found_led_on_or_destroyed_and_no_othe
 
 /// The flow tables, to be written by hand before the first sweep: after it every other record is free.
 struct FlowTables {
-    legs: aya::maps::HashMap<aya::maps::MapData, Pair, Leg>,
+    legs: aya::maps::HashMap<aya::maps::MapData, Key, Leg>,
     records: aya::maps::Array<aya::maps::MapData, Flow>,
+    secret: Secret,
     used: u32,
 }
 
@@ -546,7 +547,9 @@ impl FlowTables {
         let map = |name| aya::maps::MapData::from_pin(room.root.map(name)).unwrap();
         let legs = aya::maps::Map::HashMap(map(maps::FLOWS)).try_into().unwrap();
         let records = aya::maps::Map::Array(map(maps::RECORDS)).try_into().unwrap();
-        Self { legs, records, used: 0 }
+        let secret: aya::maps::Array<_, Secret> =
+            aya::maps::Map::Array(map(maps::SECRET)).try_into().unwrap();
+        Self { legs, records, secret: secret.get(&0, 0).unwrap(), used: 0 }
     }
 
     /// A UDP flow from this port that was last seen at this time.
@@ -569,10 +572,15 @@ impl FlowTables {
             flow.near[at] = tuple.write_pair(&mut flow.pairs[at]) as u8;
         }
         for role in [Role::OUTER, Role::MIDDLE] {
-            self.legs.insert(flow.pairs[role.index()], flow.leg(role), 0).unwrap();
+            self.enter(&flow, role);
         }
         self.records.set(self.used, flow, 0).unwrap();
         flow
+    }
+
+    fn enter(&mut self, flow: &Flow, role: Role) {
+        let key = flow.pairs[role.index()].key(&self.secret);
+        self.legs.insert(key, flow.leg(role).sealed(&key), 0).unwrap();
     }
 
     fn legs(&self) -> usize {
@@ -580,7 +588,8 @@ impl FlowTables {
     }
 
     fn leads(&self, flow: &Flow) -> bool {
-        let there: Vec<bool> = flow.pairs[..2].iter().map(|pair| self.legs.get(pair, 0).is_ok()).collect();
+        let there: Vec<bool> =
+            flow.pairs[..2].iter().map(|pair| self.legs.get(&pair.key(&self.secret), 0).is_ok()).collect();
         assert_eq!(there[0], there[1], "a flow goes with all its legs");
         there[0]
     }
@@ -612,7 +621,7 @@ fn among_as_many_flows_as_there_may_be_one_has_ended() {
         let client = std::net::Ipv4Addr::from(0x0b00_0000 + tables.used).into();
         let at = Role::OUTER.index();
         flow.near[at] = Tuple { src: client, ..vip }.write_pair(&mut flow.pairs[at]) as u8;
-        tables.legs.insert(flow.pairs[at], flow.leg(Role::OUTER), 0).unwrap();
+        tables.enter(&flow, Role::OUTER);
         tables.records.set(tables.used, flow, 0).unwrap();
     }
     let ended = tables.add(7, true, LONG_AGO);
@@ -636,7 +645,7 @@ fn flows_that_are_silent_too_long_go_with_all_their_legs_and_others_stay() {
     let silent_young = tables.add(1000, false, LONG_AGO);
     let talking_young = tables.add(1001, false, NEVER);
     let orphan = tables.add(2000, false, LONG_AGO);
-    tables.legs.remove(&orphan.pairs[0]).unwrap();
+    tables.legs.remove(&orphan.pairs[0].key(&tables.secret)).unwrap();
     assert_eq!((flows(&room), tables.legs()), (203, 405));
 
     // Old flows have more time than young ones.

@@ -8,15 +8,15 @@ use std::vec::Vec;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
-    Iface, Leg, Pair, PeerKey, Reason, Role, RouteKey, SocketEntry, SocketState, SourceKey, State, Tuple,
-    frontend,
+    Iface, Key, Leg, Pair, PeerKey, Reason, Role, RouteKey, Secret, SocketEntry, SocketState, SourceKey,
+    State, Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::lb::socket::{self, Call, Memory};
 use crate::lb::{Inserted, Ring, Stat, Tables, Verdict, egress, ingress};
 use crate::wire::answer::{self, Answer};
 use crate::wire::{
-    Edit, Frame, Kind, MAX_OFFSET, Packet, Words, checksum, mend, parse, rewrite, rewrite_error,
+    Edit, End, Frame, Kind, MAX_OFFSET, Packet, Words, checksum, mend, parse, rewrite, rewrite_error,
 };
 
 /// [`Tables`] over hash maps.
@@ -44,8 +44,8 @@ pub struct MemoryTables {
     pub masquerade: HashMap<RouteKey, Addr>,
     /// AFFINITY.
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
-    /// FLOWS.
-    pub flows: RefCell<HashMap<Pair, Leg>>,
+    /// FLOWS; the keys are made with [`SECRET`].
+    pub flows: RefCell<HashMap<Key, Leg>>,
     /// Entries FLOWS may hold; `None` is no limit.
     pub max_flows: Option<usize>,
     /// RECORDS; grows when a record is taken and none is free. The first is never used.
@@ -71,6 +71,18 @@ pub struct MemoryTables {
     /// SERVICE_STATS: chosen, refused, dropped.
     pub stats: RefCell<HashMap<u32, [u64; 3]>>,
 }
+
+/// What the keys of flows are made with here: numbers as good as any.
+pub const SECRET: Secret = {
+    let mut secret = Secret::NONE;
+    let mut n = 0;
+    while n < 18 {
+        secret.factors[n / 9][n % 9] =
+            0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(n as u64 * 2 + 0x1_0001) ^ 0x5bf0_3635 << n;
+        n += 1;
+    }
+    secret
+};
 
 impl MemoryTables {
     /// Every living flow.
@@ -100,8 +112,8 @@ impl MemoryTables {
                 continue;
             }
             for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {
-                let pair = &flow.pairs[role.index()];
-                if flow.has(role) && legs.remove(pair) != Some(flow.leg(role)) {
+                let key = flow.pairs[role.index()].key(&SECRET);
+                if flow.has(role) && legs.remove(&key) != Some(flow.leg(role).sealed(&key)) {
                     wrong.push(std::format!("leg {role:?} of {flow:?} is missing"));
                 }
             }
@@ -193,24 +205,30 @@ impl Tables for MemoryTables {
     }
 
     fn leg(&self, pair: &Pair) -> Option<Leg> {
-        self.flows.borrow().get(pair).copied()
+        self.flows.borrow().get(&pair.key(&SECRET)).copied()
+    }
+
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>) {
+        let mut key = Key::NONE;
+        let source = packet.tuple.write_key(packet.v4, &mut key, || Some(&SECRET));
+        (source, self.flows.borrow().get(&key).copied())
     }
 
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
-        let (pair, leg) = (&flow.pairs[role.index()], &flow.leg(role));
+        let key = flow.pairs[role.index()].key(&SECRET);
         let mut flows = self.flows.borrow_mut();
-        if flows.contains_key(pair) {
+        if flows.contains_key(&key) {
             return Inserted::Exists;
         }
         if self.max_flows.is_some_and(|max| flows.len() >= max) {
             return Inserted::Full;
         }
-        flows.insert(*pair, *leg);
+        flows.insert(key, flow.leg(role).sealed(&key));
         Inserted::Done
     }
 
     fn delete_leg(&self, pair: &Pair) {
-        self.flows.borrow_mut().remove(pair);
+        self.flows.borrow_mut().remove(&pair.key(&SECRET));
     }
 
     fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
@@ -320,6 +338,12 @@ pub struct ByteFrame {
 }
 
 impl Frame for ByteFrame {
+    fn update<T: Words>(&mut self, off: usize, f: impl FnOnce(&mut T)) -> bool {
+        let Some(mut value) = self.load::<T>(off) else { return false };
+        f(&mut value);
+        self.store(off, value)
+    }
+
     fn load<T: Words>(&self, off: usize) -> Option<T> {
         if off > MAX_OFFSET {
             return None;
@@ -500,7 +524,7 @@ pub fn icmp_error(from: Addr, to: Addr, about: &ByteFrame) -> ByteFrame {
 
 /// Checks every checksum of a frame from scratch; says what is wrong.
 pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
-    let mut packet = Packet::at(Hook::INGRESS, 0);
+    let mut packet = Packet::at(0);
     parse::<_, true>(frame, &mut packet).ok_or("does not parse")?;
     let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
     let (src, dst, proto, end) = if frame.bytes[l3] >> 4 == 4 {
@@ -538,8 +562,8 @@ pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
 }
 
 /// The tuple of a frame.
-pub fn tuple(frame: &ByteFrame, hook: Hook) -> Option<Packet> {
-    let mut packet = Packet::at(hook, 0);
+pub fn tuple(frame: &ByteFrame) -> Option<Packet> {
+    let mut packet = Packet::at(0);
     parse::<_, true>(frame, &mut packet)?;
     Some(packet)
 }
@@ -571,23 +595,23 @@ pub fn run_on<const ETHERNET: bool>(
     hook: Hook,
     ifindex: u32,
 ) -> Outcome {
-    let mut packet = Packet::at(hook, ifindex);
+    let mut packet = Packet::at(ifindex);
     if parse::<_, ETHERNET>(frame, &mut packet).is_none() {
         return Outcome::Passed;
     }
     let mut edit = Edit::NONE;
-    let verdict = if hook == Hook::INGRESS {
-        ingress::ingress(tables, &mut packet, &mut edit)
+    let (verdict, end) = if hook == Hook::INGRESS {
+        (ingress::ingress(tables, &mut packet, &mut edit), End::Dst)
     } else {
-        egress::egress(tables, &mut packet, &mut edit)
+        (egress::egress(tables, &mut packet, &mut edit), End::Src)
     };
     match verdict {
         Verdict::Pass => Outcome::Passed,
         Verdict::Rewrite => {
             let mut out = frame.clone();
             let done = match packet.kind {
-                Kind::IcmpError => rewrite_error(&mut out, &packet, &edit),
-                _ => rewrite(&mut out, &packet, &edit),
+                Kind::IcmpError => rewrite_error(&mut out, &packet, end, &edit),
+                _ => rewrite(&mut out, &packet, end, &edit),
             };
             if done {
                 return Outcome::Rewritten(out);

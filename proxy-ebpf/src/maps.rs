@@ -7,7 +7,7 @@ use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
     Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowId, Fragment, FragmentKey,
-    Frontend, FrontendKey, Iface, Leg, Pair, PeerKey, Reason, ServiceName, ServiceStats, SocketEntry,
+    Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
     SocketState, capacity,
 };
 use proxy_common::addr::Addr;
@@ -44,10 +44,12 @@ pub static AGENT: Array<AgentState, 1> = Array::new();
 pub static COMPLAINTS: Array<Complaint, { capacity::COMPLAINTS }> = Array::new();
 /// Preallocated: a packet must not wait for memory.
 #[btf_map]
-pub static FLOWS: HashMap<Pair, Leg, { capacity::FLOWS }> = HashMap::new();
+pub static FLOWS: HashMap<Key, Leg, { capacity::FLOWS }> = HashMap::new();
 /// Such a map begins at a page, so that each record begins at a cache line.
 #[btf_map]
 pub static RECORDS: Array<Flow, { capacity::RECORDS }, { BPF_F_MMAPABLE as usize }> = Array::new();
+#[btf_map]
+pub static SECRET: Array<Secret, 1> = Array::new();
 #[btf_map]
 pub static FREE: Queue<u32, { capacity::RECORDS }> = Queue::new();
 #[btf_map]

@@ -223,6 +223,19 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
+    fn update<T: Words>(&mut self, off: usize, f: impl FnOnce(&mut T)) -> bool {
+        match self.at::<T>(off) {
+            Some(p) => {
+                // SAFETY: `at` has checked the bounds; nobody else has the packet, and words in it are aligned as its
+                // headers are.
+                f(unsafe { &mut *p });
+                true
+            }
+            None => false,
+        }
+    }
+
+    #[inline(always)]
     fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool {
         // A size of zero in the low bits: `to` is a difference.
         let mut mode = 0;

@@ -11,7 +11,7 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Leg, Pair, Reason, Role, RouteKey, SourceKey, Timeouts, Tuple, feature,
+    Iface, Key, Leg, Pair, Reason, Role, RouteKey, Secret, SourceKey, Timeouts, Tuple, feature,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::{Choice, Entered, Inserted, Recalled, Ring, Stat, Tables, Verdict};
@@ -242,15 +242,26 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn leg(&self, pair: &Pair) -> Option<Leg> {
-        // SAFETY: the memory may be given to another key while it is copied: the seal tells.
-        unsafe { maps::FLOWS.get(pair) }.copied()
+        let mut key = Key::NONE;
+        pair.write_key(&mut key, secret);
+        leg_at(&key)
+    }
+
+    #[inline(always)]
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>) {
+        let mut key = Key::NONE;
+        let source = packet.tuple.write_key(packet.v4, &mut key, secret);
+        (source, leg_at(&key))
     }
 
     #[inline(always)]
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
         let Some(scratch) = cut::scratch() else { return Inserted::Full };
+        let mut key = Key::NONE;
+        flow.pairs[role.index()].write_key(&mut key, secret);
         flow.write_leg(role, &mut scratch.leg);
-        match maps::FLOWS.insert(&flow.pairs[role.index()], &scratch.leg, BPF_NOEXIST.into()) {
+        scratch.leg.seal(&key);
+        match maps::FLOWS.insert(&key, &scratch.leg, BPF_NOEXIST.into()) {
             Ok(()) => Inserted::Done,
             Err(EEXIST) => Inserted::Exists,
             Err(_) => Inserted::Full,
@@ -260,7 +271,9 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn delete_leg(&self, pair: &Pair) {
         // An absent key is what was wanted; one that stays behind counts no more, and its place is taken when needed.
-        let _ = maps::FLOWS.remove(pair);
+        let mut key = Key::NONE;
+        pair.write_key(&mut key, secret);
+        let _ = maps::FLOWS.remove(&key);
     }
 
     #[inline(always)]
@@ -472,6 +485,18 @@ fn keep<'a, const PACKET: bool, K: Copy + 'static>(
         return place;
     }
     key
+}
+
+/// What keys are made with.
+#[inline(always)]
+fn secret() -> Option<&'static Secret> {
+    maps::SECRET.get(0)
+}
+
+#[inline(always)]
+fn leg_at(key: &Key) -> Option<Leg> {
+    // SAFETY: the memory may be given to another key while it is copied: the seal tells.
+    unsafe { maps::FLOWS.get(key) }.copied().filter(|leg| leg.is_of(key))
 }
 
 /// The bit of `TARGETS` that an endpoint has.

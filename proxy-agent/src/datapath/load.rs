@@ -2,17 +2,18 @@
 //! but not yet attached, so that a failure leaves the data path as it was.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use aya::maps::{Array, MapError};
 use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
 use aya_obj::btf::BtfError;
 use aya_obj::generated::bpf_map_type as Kind;
 use aya_obj::{Object, ParseError};
-use proxy_common::abi::maps;
+use proxy_common::abi::{Secret, maps};
 use proxy_common::lb::Ring;
 
 pub use super::capacity::Capacities;
@@ -30,6 +31,8 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 
 /// Global of the object: bits of `abi::feature`.
 const FEATURES: &str = "FEATURES";
+/// Where random numbers come from.
+const RANDOM: &str = "/dev/urandom";
 /// Globals of the object: places in one ring of young flows, and how many CPUs have rings.
 const PLACES: &str = "PLACES";
 /// See above.
@@ -109,6 +112,14 @@ pub enum LoadError {
         /// Why.
         source: io::Error,
     },
+    /// There are no random numbers.
+    #[error(
+        "cannot read random numbers from {RANDOM}: the agent needs the host's or the container's usual /dev"
+    )]
+    Random(#[source] io::Error),
+    /// The map of random numbers cannot be used.
+    #[error("cannot read or write the map {}", maps::SECRET)]
+    Secret(#[source] Box<MapError>),
     /// The log of the programs cannot be read.
     #[error("cannot read the log of the BPF programs")]
     Log(#[source] Box<aya_log::Error>),
@@ -188,6 +199,7 @@ impl Loaded {
     ) -> Result<Self, LoadError> {
         let maps = Maps::Pinned(root, capacities);
         let mut ebpf = open_maps(object, &maps, features, log, VerifierLogLevel::STATS)?;
+        draw_secret(&mut ebpf)?;
         let logger = match log {
             ProgramLog::Off => None,
             _ if ebpf.map(LOG_MAP).is_none() => None,
@@ -407,6 +419,26 @@ fn open_maps(
         }
         error => LoadError::Maps(Box::new(error)),
     })
+}
+
+/// Draws the random numbers that keys of flows are made with, unless an agent before this one has: its flows are found by
+/// them.
+fn draw_secret(ebpf: &mut Ebpf) -> Result<(), LoadError> {
+    let missing = || LoadError::Missing { what: "map", name: maps::SECRET.into() };
+    let failed = |error: MapError| LoadError::Secret(Box::new(error));
+    let map = ebpf.map_mut(maps::SECRET).ok_or_else(missing)?;
+    let mut map: Array<_, Secret> = map.try_into().map_err(failed)?;
+    if map.get(&0, 0).map_err(failed)? != Secret::NONE {
+        return Ok(());
+    }
+    let mut random = std::fs::File::open(RANDOM).map_err(LoadError::Random)?;
+    let mut bytes = [0; size_of::<Secret>()];
+    random.read_exact(&mut bytes).map_err(LoadError::Random)?;
+    let mut words =
+        bytes.chunks_exact(8).map(|word| word.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte)));
+    let mut secret = Secret::NONE;
+    secret.factors.as_flattened_mut().fill_with(|| words.next().unwrap_or_default());
+    map.set(0, secret, 0).map_err(failed)
 }
 
 /// Loads every program of the embedded object beside tiny maps, and lets go of everything: whether this kernel takes

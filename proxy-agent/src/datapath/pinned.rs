@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use aya::Pod;
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Leg, Pair, Reason,
+    Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Key, Leg, Reason,
     ServiceName, ServiceStats, maps, text, untext,
 };
 
@@ -100,7 +100,7 @@ pub struct Pinned {
     reasons: Table<u32, u64>,
     stats: Table<u32, ServiceStats>,
     flows: Flows,
-    legs: Table<Pair, Leg>,
+    legs: Table<Key, Leg>,
 }
 
 impl Pinned {

@@ -1,4 +1,4 @@
-//! Flows: [`Pair`] → [`Leg`] → [`Flow`].
+//! Flows: [`Key`] of a [`Pair`] → [`Leg`] → [`Flow`].
 //!
 //! A translated packet is seen under up to three pairs of ends, and netfilter sees only the middle one:
 //!
@@ -120,6 +120,32 @@ impl Tuple {
         s
     }
 
+    /// Writes the key of the two ends, which are of IPv4 or not, to `key`; says at which place of their pair the source is.
+    #[inline(always)]
+    pub fn write_key<'s>(
+        &self,
+        v4: bool,
+        key: &mut Key,
+        secret: impl FnOnce() -> Option<&'s Secret>,
+    ) -> usize {
+        if v4 {
+            let (src, dst) = (end(self.src.word_v4(), self.sport), end(self.dst.word_v4(), self.dport));
+            // Without a branch, which would be guessed wrong for every other packet: neither word has its highest bit set,
+            // so the difference has it if the source is lower.
+            let falls = (src.wrapping_sub(dst) >> 63) ^ 1;
+            let exchange = (src ^ dst) & 0_u64.wrapping_sub(falls);
+            key.write(src ^ exchange, dst ^ exchange, self.proto, 0);
+            falls as usize
+        } else {
+            let rises = self.is_rising();
+            let (low, high) = if rises { (&self.src, &self.dst) } else { (&self.dst, &self.src) };
+            let (low_port, high_port) =
+                if rises { (self.sport, self.dport) } else { (self.dport, self.sport) };
+            key.write_v6([low, high], [low_port, high_port], self.proto, secret);
+            !rises as usize
+        }
+    }
+
     /// The two ends without direction.
     #[must_use]
     pub const fn pair(&self) -> Pair {
@@ -156,8 +182,7 @@ impl Pair {
         Tuple::new(self.ends[from], self.ports[from], self.ends[to], self.ports[to], self.proto)
     }
 
-    /// A sum over the whole key in which each word counts by its place: shifted, because the kernel's instructions have no
-    /// rotation.
+    /// A sum in which each word counts by its place: shifted, because the kernel's instructions have no rotation.
     #[inline(always)]
     #[must_use]
     pub const fn seal(&self) -> u32 {
@@ -166,6 +191,106 @@ impl Pair {
         let low = l[3] ^ l[2] << 1 ^ l[1] << 2 ^ l[0] << 3;
         let high = h[3] << 4 ^ h[2] << 5 ^ h[1] << 6 ^ h[0] << 7;
         low ^ high ^ ports ^ (self.proto.0 as u32) << 24
+    }
+
+    /// Writes what the pair is looked up by.
+    #[inline(always)]
+    pub fn write_key<'s>(&self, key: &mut Key, secret: impl FnOnce() -> Option<&'s Secret>) {
+        let ([low, high], [low_port, high_port]) = (&self.ends, self.ports);
+        if low.is_v4() {
+            key.write(end(low.word_v4(), low_port), end(high.word_v4(), high_port), self.proto, 0);
+        } else {
+            key.write_v6([low, high], [low_port, high_port], self.proto, secret);
+        }
+    }
+
+    /// What the pair is looked up by.
+    #[must_use]
+    pub fn key(&self, secret: &Secret) -> Key {
+        let mut key = Key::NONE;
+        self.write_key(&mut key, || Some(secret));
+        key
+    }
+}
+
+table_type! {
+    /// What a [`Pair`] is looked up by: short, because hashing it is most of what a look-up costs. Of IPv4 it is the pair
+    /// itself; of IPv6 the addresses are replaced by two sums over both of them, which nobody can foretell who does not
+    /// know the node's [`Secret`].
+    ///
+    /// In words of 64 bits because a key is written right before it is read: a processor passes on what it has just
+    /// written only if it is not read in larger pieces.
+    ///
+    /// In words of 64 bits because a key is written right before it is read: a processor passes on what it has just
+    /// written only if it is not read in larger pieces.
+    pub struct Key {
+        /// The lower end: its port; from the 16th bit its address, or a sum; from the 48th the transport protocol.
+        pub low: u64,
+        /// The higher end: likewise; from the 48th bit 1 for IPv6.
+        pub high: u64,
+    }
+}
+
+/// An end as a key has it. Ends of IPv4 are in the order of these words (see [`Tuple::is_rising`]).
+#[inline(always)]
+const fn end(word: u32, port: Port) -> u64 {
+    (word as u64) << 16 | port.0 as u64
+}
+
+table_type! {
+    /// Random numbers of the node's own, drawn when its tables are made. With such numbers two given pairs have the same
+    /// two sums in one of 2^64 cases, whoever has chosen the pairs: a multilinear sum is strongly universal (Lemire and
+    /// Kaser, "Strongly universal string hashing is fast", 2014, section 3).
+    pub struct Secret {
+        /// For each sum a start and a factor for each word of both addresses.
+        pub factors: [[u64; 9]; 2],
+    }
+}
+
+impl Secret {
+    /// Not drawn yet.
+    pub const NONE: Self = Self { factors: [[0; 9]; 2] };
+
+    /// One of the two sums.
+    #[inline(always)]
+    const fn sum(&self, which: usize, low: &Addr, high: &Addr) -> u32 {
+        let (f, l, h) = (&self.factors[which], &low.0, &high.0);
+        let low = (l[0] as u64)
+            .wrapping_mul(f[1])
+            .wrapping_add((l[1] as u64).wrapping_mul(f[2]))
+            .wrapping_add((l[2] as u64).wrapping_mul(f[3]))
+            .wrapping_add((l[3] as u64).wrapping_mul(f[4]));
+        let high = (h[0] as u64)
+            .wrapping_mul(f[5])
+            .wrapping_add((h[1] as u64).wrapping_mul(f[6]))
+            .wrapping_add((h[2] as u64).wrapping_mul(f[7]))
+            .wrapping_add((h[3] as u64).wrapping_mul(f[8]));
+        (f[0].wrapping_add(low).wrapping_add(high) >> 32) as u32
+    }
+}
+
+impl Key {
+    /// Nobody's.
+    pub const NONE: Self = Self { low: 0, high: 0 };
+
+    #[inline(always)]
+    const fn write(&mut self, low: u64, high: u64, proto: Proto, v6: u64) {
+        self.low = low | (proto.0 as u64) << 48;
+        self.high = high | v6 << 48;
+    }
+
+    #[inline(always)]
+    fn write_v6<'s>(
+        &mut self,
+        [low, high]: [&Addr; 2],
+        [low_port, high_port]: [Port; 2],
+        proto: Proto,
+        secret: impl FnOnce() -> Option<&'s Secret>,
+    ) {
+        // The element is always there; a key without sums finds nothing.
+        let (one, other) =
+            secret().map_or((0, 0), |secret| (secret.sum(0, low, high), secret.sum(1, low, high)));
+        self.write(end(one, low_port), end(other, high_port), proto, 1);
     }
 }
 
@@ -200,56 +325,99 @@ table_type! {
     pub struct Leg {
         /// The flow.
         pub id: FlowId,
-        /// The address that is written over the destination (ingress) or the source (egress).
-        pub addr: Addr,
-        /// The port that goes with it.
-        pub port: Port,
-        /// Written over the port of the other end; zero leaves it alone.
-        pub other_port: Port,
-        /// The uplink that answers leave by; 0 where the routes say it.
-        pub uplink: u32,
-        /// Which of its pairs this is.
-        pub role: Role,
-        /// At which place of the pair the end on the client's side (client or node) stands.
-        pub near: u8,
-        /// Zero.
-        pub pad: [u8; 2],
-        /// See [`Leg::is_of`].
-        pub seal: u32,
+        /// The address that is written over the destination (ingress) or the source (egress): its words in pairs.
+        pub addr: [u64; 2],
+        /// The port that goes with it; from the 16th bit the port that is written over that of the other end (zero leaves
+        /// it alone); from the 32nd which of its pairs this is; from the 40th at which place of the pair the end on the
+        /// client's side (client or node) stands; from the 48th the seal, see [`Leg::is_of`].
+        pub rest: u64,
     }
 }
 
 impl Leg {
     /// Nothing.
-    pub const NONE: Self = Self {
-        id: FlowId::NONE,
-        addr: Addr::ANY_V6,
-        port: Port(0),
-        other_port: Port(0),
-        uplink: 0,
-        role: Role::OUTER,
-        near: 0,
-        pad: [0; 2],
-        seal: 0,
-    };
+    pub const NONE: Self = Self { id: FlowId::NONE, addr: [0; 2], rest: 0 };
 
-    /// Whether the leg was read whole and is one of `pair`. A hash map may hand the memory of a deleted value to another
+    /// The address that is written.
+    #[inline(always)]
+    #[must_use]
+    pub const fn addr(&self) -> Addr {
+        let [a, b] = self.addr;
+        Addr([a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32])
+    }
+
+    /// The port that goes with it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn port(&self) -> Port {
+        Port(self.rest as u16)
+    }
+
+    /// Written over the port of the other end; zero leaves it alone.
+    #[inline(always)]
+    #[must_use]
+    pub const fn other_port(&self) -> Port {
+        Port((self.rest >> 16) as u16)
+    }
+
+    /// Which of its pairs this is.
+    #[inline(always)]
+    #[must_use]
+    pub const fn role(&self) -> Role {
+        Role((self.rest >> 32) as u8)
+    }
+
+    /// At which place of the pair the end on the client's side (client or node) stands.
+    #[inline(always)]
+    #[must_use]
+    pub const fn near(&self) -> usize {
+        (self.rest >> 40) as u8 as usize
+    }
+
+    /// Whether the leg was read whole and stands at `key`. A hash map may hand the memory of a deleted value to another
     /// key while a program still reads it, so the value carries a sum over itself and its key.
     #[inline(always)]
     #[must_use]
-    pub const fn is_of(&self, pair: &Pair) -> bool {
-        self.seal == self.seal_for(pair)
+    pub const fn is_of(&self, key: &Key) -> bool {
+        self.rest >> SEAL_AT == self.seal_at(key)
     }
 
+    /// The leg as it stands at `key`.
     #[inline(always)]
-    const fn seal_for(&self, pair: &Pair) -> u32 {
-        let (a, id) = (&self.addr.0, self.id.0);
-        let ports = (self.port.0 as u32) << 16 | self.other_port.0 as u32;
-        let kind = (self.role.0 as u32) << 8 | self.near as u32;
-        let addr = a[3] << 8 ^ a[2] << 9 ^ a[1] << 10 ^ a[0] << 11;
-        pair.seal() ^ id as u32 ^ (id >> 32) as u32 ^ addr ^ ports << 2 ^ self.uplink << 16 ^ kind << 12
+    #[must_use]
+    pub const fn sealed(mut self, key: &Key) -> Self {
+        self.seal(key);
+        self
+    }
+
+    /// The same in its place.
+    #[inline(always)]
+    pub const fn seal(&mut self, key: &Key) {
+        self.rest = self.rest & UNSEALED | self.seal_at(key) << SEAL_AT;
+    }
+
+    /// A sum in which each word counts by its place, folded: its low bits know nothing of the high bits of the words, nor
+    /// the high ones of the low ones.
+    #[inline(always)]
+    const fn seal_at(&self, key: &Key) -> u64 {
+        let own = self
+            .id
+            .0
+            .wrapping_mul(0x51ed_270b)
+            .wrapping_add(self.addr[0].wrapping_mul(0x2c1b_3c6d))
+            .wrapping_add(self.addr[1].wrapping_mul(0x7feb_352d))
+            .wrapping_add((self.rest & UNSEALED).wrapping_mul(0x68e3_1da5));
+        let keys = key.low.wrapping_mul(0x297a_2d39).wrapping_add(key.high.wrapping_mul(0x3c6e_f373));
+        let sum = own.wrapping_add(keys);
+        let half = sum ^ sum >> 32;
+        (half ^ half >> 16) & 0xffff
     }
 }
+
+/// Where the seal begins in [`Leg::rest`].
+const SEAL_AT: u32 = 48;
+/// The rest of it.
+const UNSEALED: u64 = (1 << SEAL_AT) - 1;
 
 /// Where a flow is in its life.
 #[repr(transparent)]
@@ -467,7 +635,7 @@ impl Flow {
         self.source != 0 && self.source == self.pairs[INNER].seal() | 1
     }
 
-    /// The leg of a role, which its pair in this record leads to.
+    /// The leg of a role, which its pair in this record leads to; not sealed yet.
     #[inline(always)]
     #[must_use]
     pub const fn leg(&self, role: Role) -> Leg {
@@ -486,7 +654,8 @@ impl Flow {
         // index and no choice of references, which would take the kernel's stack.
         let pair = matches!(role, Role::OUTER) as usize & !self.is_identity() as usize;
         let (addr, mut port) = self.end(pair & 1, matches!(role, Role::INNER));
-        leg.addr = *addr;
+        let [a, b, c, d] = addr.0;
+        leg.addr = [a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32];
         let mut other_port = Port(0);
         match role {
             Role::INNER => port = behind,
@@ -495,13 +664,10 @@ impl Flow {
             _ => {}
         }
         leg.id = self.id;
-        leg.port = port;
-        leg.other_port = other_port;
-        leg.uplink = if matches!(role, Role::MIDDLE) { self.uplink } else { 0 };
-        leg.role = role;
-        leg.near = self.near[index];
-        leg.pad = [0; 2];
-        leg.seal = leg.seal_for(&self.pairs[index]);
+        leg.rest = port.0 as u64
+            | (other_port.0 as u64) << 16
+            | (role.0 as u64) << 32
+            | (self.near[index] as u64) << 40;
     }
 
     /// Whether the flow has a leg of this role (yet).
@@ -685,6 +851,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
+    use crate::testing::SECRET;
 
     fn addr(text: &str) -> Addr {
         text.parse::<IpAddr>().unwrap().into()
@@ -703,6 +870,68 @@ mod tests {
                 assert_eq!(there.pair().tuple(from), there);
             }
         }
+    }
+
+    fn some_tuples() -> Vec<Tuple> {
+        let ends = ["10.0.0.1", "10.0.0.2", "10.1.0.1", "192.168.0.1", "255.255.255.255"];
+        let ends6 = ["::1:0:0:1", "fd00::1", "fd00::2", "fd00:0:0:1::1", "fd00:1::1", "2001:db8::ffff:a00:1"];
+        let ports = [0, 1, 80, 256, 65_535];
+        let mut tuples = Vec::new();
+        for family in [&ends[..], &ends6[..]] {
+            for (a, b) in family.iter().flat_map(|a| family.iter().map(move |b| (a, b))) {
+                for (p, q) in ports.iter().flat_map(|p| ports.iter().map(move |q| (p, q))) {
+                    for proto in [Proto::TCP, Proto::UDP] {
+                        tuples.push(Tuple::new(addr(a), Port::new(*p), addr(b), Port::new(*q), proto));
+                    }
+                }
+            }
+        }
+        tuples
+    }
+
+    #[test]
+    fn a_packet_finds_the_key_of_its_pair_and_no_other() {
+        let mut keys = std::collections::HashMap::new();
+        for tuple in some_tuples() {
+            let (pair, mut key) = (tuple.pair(), Key::NONE);
+            let source = tuple.write_key(tuple.src.is_v4(), &mut key, || Some(&SECRET));
+            assert_eq!(key, pair.key(&SECRET), "{tuple:?}");
+            assert_eq!(pair.tuple(source), tuple);
+            assert_eq!(*keys.entry(key).or_insert(pair), pair, "two pairs have one key");
+        }
+        // Another node's keys of IPv6 are others.
+        let mut other = SECRET;
+        other.factors[1][0] ^= 1 << 40;
+        let pair = some_tuples().pop().unwrap().pair();
+        assert_ne!(pair.key(&SECRET), pair.key(&other));
+    }
+
+    #[test]
+    fn a_leg_that_is_half_another_one_is_none() {
+        let words = |leg: &Leg| [leg.id.0, leg.addr[0], leg.addr[1], leg.rest];
+        let tuples = some_tuples();
+        let (mut mixed, mut taken) = (0, 0);
+        // Legs as alike as they come: of neighbouring records, that differ in an address or a port.
+        for (n, pair) in tuples.windows(2).enumerate() {
+            let leg = |n: usize, tuple: &Tuple| {
+                let [a, b, c, d] = tuple.dst.0.map(u64::from);
+                let (addr, rest) = ([a | b << 32, c | d << 32], u64::from(tuple.dport.0));
+                let key = tuple.pair().key(&SECRET);
+                (Leg { id: FlowId(n as u64).next(), addr, rest }.sealed(&key), key)
+            };
+            let ((one, key), (other, other_key)) = (leg(n, &pair[0]), leg(n + 1, &pair[1]));
+            assert!(one.is_of(&key) && other.is_of(&other_key));
+            for mask in 1..16 {
+                let mut mix = words(&one);
+                (0..4).filter(|bit| mask >> bit & 1 != 0).for_each(|bit| mix[bit] = words(&other)[bit]);
+                let mix = Leg { id: FlowId(mix[0]), addr: [mix[1], mix[2]], rest: mix[3] };
+                if mix != one && key != other_key {
+                    mixed += 1;
+                    taken += usize::from(mix.is_of(&key));
+                }
+            }
+        }
+        assert!(mixed > 10_000 && taken < mixed / 10_000, "{taken} of {mixed} were taken for whole ones");
     }
 
     #[test]

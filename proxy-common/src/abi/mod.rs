@@ -14,8 +14,9 @@
 //! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
 //! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
 //! | [`maps::COMPLAINTS`] | array | n → [`Complaint`] | agent | command line | the newest are kept |
-//! | [`maps::FLOWS`] | hash | [`Pair`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
+//! | [`maps::FLOWS`] | hash | [`Key`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
 //! | [`maps::RECORDS`] | array | index → [`Flow`] | TC, `flows` | TC, agent, command line | as FLOWS |
+//! | [`maps::SECRET`] | array of 1 | → [`Secret`] | agent, once | TC, `flows` | – |
 //! | [`maps::FREE`] | queue | index | TC, `flows` | TC, `flows` | holds every index |
 //! | [`maps::RING`] | array | place → [`FlowId`] | TC, each CPU its own part | TC | goes round: the oldest young flow is taken apart |
 //! | [`maps::TARGETS`] | array | hash of an endpoint → bits | TC | TC | bits are shared: a conversation more is noted |
@@ -47,7 +48,8 @@ pub use agent::{AgentState, Complaint, NOTE, ServiceName, ServiceStats, TEXT_LEN
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
 pub use flow::{
-    FORWARD, Flow, FlowId, Hook, Leg, Pair, REPLY, Role, SILENCE, State, Timeouts, Tuple, ask, flow_flags,
+    FORWARD, Flow, FlowId, Hook, Key, Leg, Pair, REPLY, Role, SILENCE, Secret, State, Timeouts, Tuple, ask,
+    flow_flags,
 };
 pub use fragment::{Fragment, FragmentKey};
 pub use frontend::{Frontend, FrontendKey, Run};
@@ -60,7 +62,7 @@ pub use source::SourceKey;
 use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number; pins live under it.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Map names as `bpftool map` shows them: at most 15 bytes.
 pub mod maps {
@@ -93,6 +95,8 @@ pub mod maps {
     /// See the table of [`super`].
     pub const RECORDS: &str = "RECORDS";
     /// See the table of [`super`].
+    pub const SECRET: &str = "SECRET";
+    /// See the table of [`super`].
     pub const FREE: &str = "FREE";
     /// See the table of [`super`].
     pub const RING: &str = "RING";
@@ -114,7 +118,7 @@ pub mod maps {
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
 
     /// Every map that is pinned, in the order of the table.
-    pub const ALL: [&str; 23] = [
+    pub const ALL: [&str; 24] = [
         FRONTENDS,
         SLOTS,
         BACKENDS,
@@ -129,6 +133,7 @@ pub mod maps {
         COMPLAINTS,
         FLOWS,
         RECORDS,
+        SECRET,
         FREE,
         RING,
         TARGETS,
@@ -223,6 +228,8 @@ mod tests {
             ("RouteKey", size_of::<RouteKey>(), align_of::<RouteKey>()),
             ("Config", size_of::<Config>(), align_of::<Config>()),
             ("Pair", size_of::<Pair>(), align_of::<Pair>()),
+            ("Key", size_of::<Key>(), align_of::<Key>()),
+            ("Secret", size_of::<Secret>(), align_of::<Secret>()),
             ("Leg", size_of::<Leg>(), align_of::<Leg>()),
             ("Flow", size_of::<Flow>(), align_of::<Flow>()),
             ("FragmentKey", size_of::<FragmentKey>(), align_of::<FragmentKey>()),
@@ -235,7 +242,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 3);
+        assert_eq!(ABI_VERSION, 4);
         assert_eq!(
             sizes,
             [
@@ -247,7 +254,9 @@ mod tests {
                 ("RouteKey", 24, 4),
                 ("Config", 400, 8),
                 ("Pair", 40, 4),
-                ("Leg", 40, 8),
+                ("Key", 16, 8),
+                ("Secret", 144, 8),
+                ("Leg", 32, 8),
                 ("Flow", 256, 8),
                 ("FragmentKey", 40, 4),
                 ("Fragment", 16, 8),

@@ -7,8 +7,6 @@ use crate::wire::{Edit, Kind, Packet};
 /// Decides about a packet that leaves the node.
 #[inline(always)]
 pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
-    debug_assert_eq!(packet.hook, Hook::EGRESS);
-    edit.at(Hook::EGRESS);
     match packet.kind {
         Kind::Whole | Kind::FirstFragment | Kind::IcmpError => {}
         Kind::LaterFragment => {
@@ -19,7 +17,7 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Ve
         }
         Kind::Other => return Verdict::Pass,
     }
-    let found = flow::touch(tables, packet, edit);
+    let found = flow::touch(tables, Hook::EGRESS, packet, edit);
     if found.care {
         flow::care_for(tables, packet, &found);
     }

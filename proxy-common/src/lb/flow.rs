@@ -6,13 +6,13 @@ use crate::abi::{
     frontend,
 };
 use crate::addr::{Port, Proto};
-use crate::wire::{Edit, End, Kind, Packet};
+use crate::wire::{Edit, Kind, Packet};
 
 /// How long a flow must have lasted, in nanoseconds, before traffic both ways makes it old where there is no handshake
 /// (as the kernel's connection tracking does for UDP).
 const STREAM: u64 = 2_000_000_000;
 /// How often the legs of a flow are looked after, in nanoseconds.
-const CHECK: u64 = 1_000_000_000;
+const CHECK: i64 = 1_000_000_000;
 /// Longer than a packet takes from one hook to the other, in nanoseconds.
 const MOMENT: u64 = SILENCE / 10;
 /// How many young flows are displaced for one new one when there is no free record.
@@ -32,35 +32,29 @@ enum Look {
     Superseded,
 }
 
-/// Which of a flow's pairs a packet has.
+/// Which of a flow's pairs a packet has, and whether it goes towards the endpoint.
 struct Way {
     id: FlowId,
     role: Role,
-    near: u8,
+    forward: bool,
 }
 
 /// Finds a packet's flow, refreshes it and fills in the edit that it asks for.
 #[inline(always)]
-pub(super) fn touch<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Touched {
-    let source = packet.tuple.write_pair(&mut packet.pair);
-    let Some(leg) = tables.leg(&packet.pair) else {
+pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &mut Edit) -> Touched {
+    let (source, Some(leg)) = tables.leg_of(packet) else {
         return Touched::NONE;
     };
     // What it says is taken over at once, whether it will be wanted or not: the kernel's stack need not keep it.
-    edit.addr = leg.addr;
-    edit.port = leg.port;
-    edit.other_port = leg.other_port;
-    edit.out = leg.uplink;
-    if !leg.is_of(&packet.pair) {
-        return Touched::NONE;
-    }
-    let packet: &Packet = packet;
-    let leg = Way { id: leg.id, role: leg.role, near: leg.near };
-    let forward = source == usize::from(leg.near);
+    edit.addr = leg.addr();
+    edit.port = leg.port();
+    edit.other_port = leg.other_port();
+    edit.out = 0;
+    let leg = Way { id: leg.id, role: leg.role(), forward: source == leg.near() };
     let now = tables.now();
-    let found = Touched { touch: Touch::None, id: leg.id, forward, care: false };
-    let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, forward, packet, now) {
-        Look::Go => Ok(pass(flow, &leg, forward, packet, now, edit)),
+    let found = Touched { touch: Touch::None, id: leg.id, forward: leg.forward, care: false };
+    let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now) {
+        Look::Go => Ok(pass(flow, &leg, hook, packet, now, edit)),
         Look::None => Ok((Touch::None, false)),
         Look::Over => Ok((Touch::Over, false)),
         Look::Superseded => Ok((Touch::Superseded, false)),
@@ -71,7 +65,7 @@ pub(super) fn touch<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit)
             if tables.backend(index).is_none_or(|b| b.generation != generation) {
                 return Touched { touch: Touch::Stale, ..found };
             }
-            tables.record(leg.id.index(), |flow| pass(flow, &leg, forward, packet, now, edit))
+            tables.record(leg.id.index(), |flow| pass(flow, &leg, hook, packet, now, edit))
         }
         Some(Ok(passed)) => Some(passed),
         None => None,
@@ -83,7 +77,8 @@ pub(super) fn touch<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit)
 }
 
 #[inline(always)]
-fn look(flow: &Flow, leg: &Way, forward: bool, packet: &Packet, now: u64) -> Look {
+fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
+    let forward = leg.forward;
     if !flow.is(leg.id) {
         return Look::None;
     }
@@ -96,17 +91,16 @@ fn look(flow: &Flow, leg: &Way, forward: bool, packet: &Packet, now: u64) -> Loo
     // comes, too, but that has been seen as such a moment before.
     if forward && leg.role == Role::MIDDLE {
         let silent = now.saturating_sub(flow.seen[FORWARD]);
-        let over = fresh
-            && (flow.is_reset() || flow.fin[REPLY] != 0)
-            && (packet.hook == Hook::INGRESS || silent > MOMENT);
+        let over =
+            fresh && (flow.is_reset() || flow.fin[REPLY] != 0) && (hook == Hook::INGRESS || silent > MOMENT);
         let gone = packet.tuple.proto == Proto::UDP && silent > SILENCE;
         return if over || gone { Look::Superseded } else { Look::Go };
     }
-    if packet.hook == Hook::EGRESS || !forward {
+    if hook == Hook::EGRESS || !forward {
         // Who is asked by somebody that it once asked, or only tried to ask, is asked anew.
-        let asked = packet.hook == Hook::INGRESS && leg.role == Role::OWN && fresh;
+        let asked = hook == Hook::INGRESS && leg.role == Role::OWN && fresh;
         // The node itself speaks from a Service's port: it has spoken first, and its answers were taken for questions.
-        let own = packet.hook == Hook::EGRESS
+        let own = hook == Hook::EGRESS
             && leg.role == Role::OUTER
             && !forward
             && packet.tuple.proto == Proto::UDP
@@ -133,20 +127,17 @@ fn look(flow: &Flow, leg: &Way, forward: bool, packet: &Packet, now: u64) -> Loo
 
 /// What the flow wants done with the packet, and whether it wants to be looked after.
 #[inline(always)]
-fn pass(
-    flow: &mut Flow,
-    leg: &Way,
-    forward: bool,
-    packet: &Packet,
-    now: u64,
-    edit: &mut Edit,
-) -> (Touch, bool) {
+fn pass(flow: &mut Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64, edit: &mut Edit) -> (Touch, bool) {
+    let forward = leg.forward;
     let error = matches!(packet.kind, Kind::IcmpError);
-    let enters = packet.hook == Hook::INGRESS;
+    let enters = hook == Hook::INGRESS;
     let mut counts = true;
     let touch = match leg.role {
         Role::OUTER if enters && forward => Touch::Rewrite,
-        Role::MIDDLE if !enters && !forward => Touch::Rewrite,
+        Role::MIDDLE if !enters && !forward => {
+            edit.out = flow.uplink;
+            Touch::Rewrite
+        }
         Role::MIDDLE | Role::OUTER
             if !enters && forward && flow.is_masqueraded() && leg.role == flow.innermost() =>
         {
@@ -157,7 +148,6 @@ fn pass(
                     edit.addr = *addr;
                     edit.port = port;
                     edit.other_port = Port(0);
-                    edit.out = 0;
                     Touch::Rewrite
                 }
                 false if error => Touch::Pass,
@@ -187,10 +177,17 @@ fn pass(
         if packet.tcp_flags & Packet::ACK != 0 {
             flow.acked[direction] = packet.ack;
         }
-        care = flow.old == 0 || forward && now.saturating_sub(flow.checked) > CHECK;
+        care = flow.old == 0 || forward && is_due(flow, now);
     }
     // The record may have been given to another flow while it was read.
     if flow.id == leg.id { (touch, care) } else { (Touch::None, false) }
+}
+
+/// Whether the flow's legs are to be looked after. The clock of another CPU may be a little ahead, so the difference has
+/// a sign; and a subtraction that stops at zero would cost a packet more.
+#[inline(always)]
+const fn is_due(flow: &Flow, now: u64) -> bool {
+    now.wrapping_sub(flow.checked) as i64 > CHECK
 }
 
 /// How far from what the other end has acknowledged a FIN or RST may stand to be believed: a forged one does not know
@@ -210,14 +207,6 @@ fn end_of(flow: &mut Flow, packet: &Packet, direction: usize, now: u64) {
         }
     } else if believed {
         flow.rst[direction] = now;
-    }
-}
-
-impl Edit {
-    /// Sets the end that is rewritten at a hook.
-    #[inline(always)]
-    pub(super) const fn at(&mut self, hook: Hook) {
-        self.end = if hook.0 == Hook::INGRESS.0 { End::Dst } else { End::Src };
     }
 }
 
@@ -246,7 +235,7 @@ pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: boo
                 (_, false) => {}
             }
         }
-        let due = forward && now.saturating_sub(flow.checked) > CHECK;
+        let due = forward && is_due(flow, now);
         if due {
             flow.checked = now;
         }
@@ -262,7 +251,7 @@ fn note_window(flow: &mut Flow, packet: &Packet) {
     if packet.tcp_flags & Packet::RST != 0 {
         return;
     }
-    let end = packet.seq.wrapping_add(packet.seq_len);
+    let end = packet.seq.wrapping_add(packet.seq_len());
     if packet.tcp_flags & Packet::SYN != 0 || flow.flags & flow_flags::WINDOW == 0 {
         // A SYN takes one number, which is acknowledged by the next. With SYN cookies a resent one has another number.
         flow.first = packet.seq.wrapping_add(u32::from(packet.tcp_flags & Packet::SYN != 0));

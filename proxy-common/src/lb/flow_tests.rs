@@ -8,7 +8,7 @@ use crate::abi::{
     FORWARD, Flow, FlowId, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, frontend,
 };
 use crate::addr::{Port, Proto};
-use crate::testing::{ByteFrame, Outcome, frame, run, segment, tuple};
+use crate::testing::{ByteFrame, Outcome, SECRET, frame, run, segment, tuple};
 use crate::wire::Packet;
 
 const VIP: (&str, u16) = ("203.0.113.1", 80);
@@ -118,7 +118,7 @@ fn a_connection_that_is_met_in_its_middle_becomes_old_like_others() {
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[ENDPOINT]);
     let ask = key(("10.244.1.5", 40_000), ("10.96.0.1", 80), Proto::TCP);
     let left = node.leave(&node.enter(&segment(&ask, ACK, [5, 0xffff_fff0], b"", false)));
-    let talk = Talk { node: &node, ask, heard: tuple(&left, Hook::EGRESS).unwrap().tuple };
+    let talk = Talk { node: &node, ask, heard: tuple(&left).unwrap().tuple };
     assert_eq!(talk.heard.dst, addr(ENDPOINT.0));
     node.leave(&segment(&talk.heard.reversed(), ACK, [0xffff_fff8, 6], &[0; 16], false));
     assert_eq!(node.flows(), [1, 0]);
@@ -215,7 +215,7 @@ fn a_refused_connection_is_over_after_a_second() {
     let node = with_ports(1);
     let talk = Talk::begin(&node, CLIENT, VIP);
     let back = talk.answers(RST | ACK, 0, Talk::CLIENT.wrapping_add(1));
-    assert_eq!(tuple(&back, Hook::EGRESS).unwrap().tuple, talk.ask.reversed());
+    assert_eq!(tuple(&back).unwrap().tuple, talk.ask.reversed());
     let first = the_flow(&node);
     assert!(first.is_reset() && !first.is_over(node.tables.now()));
     // Once more from the same port: a new flow.
@@ -432,7 +432,7 @@ fn somebody_else_s_masquerade_to_our_endpoint_keeps_its_port_and_its_answers() {
         for n in 1..3 {
             let left = asks(&node, &key(("198.51.100.9", n), VIP, proto), SYN, [1, 0]);
             let Outcome::Rewritten(left) = left else { panic!("{left:?}") };
-            assert_eq!(tuple(&left, Hook::EGRESS).unwrap().tuple.sport.number(), 2001);
+            assert_eq!(tuple(&left).unwrap().tuple.sport.number(), 2001);
         }
         let back = frame(&guest.reversed(), SYN | ACK, b"", false);
         assert_eq!(run(&node.tables, &back, Hook::INGRESS, ETH), Outcome::Passed);
@@ -561,7 +561,7 @@ fn a_service_that_is_its_own_endpoint_elsewhere_is_masqueraded_all_the_same() {
         let there = ("192.168.10.2", 8080);
         node.service(there, proto, 0, &[there]);
         let left = node.leave(&node.enter(&frame(&key(CLIENT, there, proto), SYN, b"", false)));
-        let heard = tuple(&left, Hook::EGRESS).unwrap().tuple;
+        let heard = tuple(&left).unwrap().tuple;
         assert_eq!((heard.src, heard.dst), (addr(NODE), addr(there.0)));
         let back = node.leave(&node.enter(&answer(&left, SYN | ACK)));
         assert_eq!(shown(&back), "192.168.10.2|8080 > 198.51.100.9|40000");
@@ -572,7 +572,7 @@ fn a_service_that_is_its_own_endpoint_elsewhere_is_masqueraded_all_the_same() {
 /// Deletes the leg of the only flow that has this role.
 fn cut(node: &Node, role: Role) {
     let flow = the_flow(node);
-    assert!(node.tables.flows.borrow_mut().remove(&flow.pairs[role.index()]).is_some());
+    assert!(node.tables.flows.borrow_mut().remove(&flow.pairs[role.index()].key(&SECRET)).is_some());
 }
 
 #[test]
@@ -584,7 +584,7 @@ fn a_leg_that_somebody_deletes_is_written_again_when_its_client_goes_on() {
             let heard = if proto == Proto::TCP {
                 Talk::open(&node, CLIENT, VIP).heard
             } else {
-                tuple(&ask(&node, CLIENT, VIP, proto), Hook::EGRESS).unwrap().tuple
+                tuple(&ask(&node, CLIENT, VIP, proto)).unwrap().tuple
             };
             let before = the_flow(&node).id;
             cut(&node, role);
@@ -597,7 +597,7 @@ fn a_leg_that_somebody_deletes_is_written_again_when_its_client_goes_on() {
             }
             let left = asks(&node, &sent, ACK, next);
             let Outcome::Rewritten(left) = left else { panic!("{role:?} {proto} {left:?}") };
-            assert_eq!(tuple(&left, Hook::EGRESS).unwrap().tuple, heard, "{role:?} {proto}");
+            assert_eq!(tuple(&left).unwrap().tuple, heard, "{role:?} {proto}");
             assert_eq!(the_flow(&node).id, before);
             assert_eq!(node.tables.broken_flows(), [""; 0], "{role:?} {proto}");
         }

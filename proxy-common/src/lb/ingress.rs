@@ -9,8 +9,6 @@ use crate::wire::{Edit, Kind, Packet};
 /// Decides about a packet that enters the node, whatever the interface.
 #[inline(always)]
 pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
-    debug_assert_eq!(packet.hook, Hook::INGRESS);
-    edit.at(Hook::INGRESS);
     match packet.kind {
         Kind::Whole => {}
         Kind::FirstFragment => drop(tables.remember_fragment(packet)),
@@ -23,7 +21,7 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
         },
         Kind::Other => return other(tables, packet),
     }
-    let found = flow::touch(tables, packet, edit);
+    let found = flow::touch(tables, Hook::INGRESS, packet, edit);
     match found.touch {
         Touch::Rewrite | Touch::Pass => {
             if found.care {
@@ -87,8 +85,8 @@ pub fn slow<T: Tables>(
 
 /// An ICMP error about a flow goes where the flow's answers go (D-2).
 #[inline(always)]
-fn error<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
-    if flow::touch(tables, packet, edit).touch == Touch::Rewrite {
+fn error<T: Tables>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
+    if flow::touch(tables, Hook::INGRESS, packet, edit).touch == Touch::Rewrite {
         tables.count(Reason::IcmpTranslated);
         Verdict::Rewrite
     } else {

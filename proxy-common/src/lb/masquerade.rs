@@ -152,8 +152,7 @@ pub fn find_port<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
         if packet.tuple.sport.0 == 0 || tables.is_service_port(packet.tuple.sport) {
             continue;
         }
-        packet.tuple.write_pair(&mut packet.pair);
-        let cost = match tables.leg(&packet.pair) {
+        let cost = match tables.leg_of(packet).1 {
             Some(leg) => cost(tables, &leg, now),
             None if tables.is_socket(&packet.tuple) => u64::MAX,
             None => return 1,
@@ -177,7 +176,7 @@ fn cost<T: Tables>(tables: &T, leg: &Leg, now: u64) -> u64 {
     let cost = tables.record(leg.id.index(), |flow| {
         if !flow.is(leg.id) || flow.is_over(now) {
             flow.last_seen()
-        } else if flow.old == 0 && leg.role == Role::INNER {
+        } else if flow.old == 0 && leg.role() == Role::INNER {
             YOUNG | flow.born
         } else {
             u64::MAX

@@ -155,8 +155,10 @@ pub trait Tables {
     fn is_target(&self, tuple: &Tuple) -> bool;
     /// Remembers that flows are.
     fn set_target(&self, tuple: &Tuple);
-    /// The leg of a pair; its seal has not been checked.
+    /// The leg of a pair.
     fn leg(&self, pair: &Pair) -> Option<Leg>;
+    /// At which place of the pair of a packet's ends its source is, and the leg of that pair.
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>);
     /// Inserts a leg of a flow where there is none.
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted;
     /// Deletes a leg if it is there.

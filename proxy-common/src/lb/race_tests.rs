@@ -9,7 +9,7 @@ use super::tests::{ETH, Node, addr, key};
 use super::{Inserted, Ring, Stat, Tables};
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
-    Iface, Leg, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
+    Iface, Key, Leg, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::testing::{ByteFrame, MemoryTables, Outcome, run, segment, tuple, verify};
@@ -151,8 +151,8 @@ impl World {
 
     /// Somebody deletes a leg.
     fn cut(&self) {
-        let mut legs: Vec<Pair> = self.tables.flows.borrow().keys().copied().collect();
-        legs.sort_unstable_by_key(|pair| (pair.ends, pair.ports, pair.proto.0));
+        let mut legs: Vec<Key> = self.tables.flows.borrow().keys().copied().collect();
+        legs.sort_unstable();
         if !legs.is_empty() {
             self.tables.flows.borrow_mut().remove(&self.any(&legs));
         }
@@ -369,7 +369,7 @@ impl World {
 #[track_caller]
 fn read(frame: &ByteFrame) -> Tuple {
     assert_eq!(verify(frame), Ok(()));
-    tuple(frame, Hook::INGRESS).expect("a packet").tuple
+    tuple(frame).expect("a packet").tuple
 }
 
 /// Each question to the tables is a moment in which another processor may come first.
@@ -432,6 +432,10 @@ impl Tables for World {
     fn leg(&self, pair: &Pair) -> Option<Leg> {
         self.meet();
         self.tables.leg(pair)
+    }
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>) {
+        self.meet();
+        self.tables.leg_of(packet)
     }
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
         self.meet();

@@ -174,7 +174,7 @@ impl<'a> Talk<'a> {
         let ask = key(client, vip, Proto::TCP);
         let mut talk = Self { node, ask, heard: ask };
         let left = talk.asks(Packet::SYN, Self::CLIENT, 0);
-        talk.heard = tuple(&left, Hook::EGRESS).expect("a packet").tuple;
+        talk.heard = tuple(&left).expect("a packet").tuple;
         talk
     }
 
@@ -203,14 +203,14 @@ impl<'a> Talk<'a> {
     #[track_caller]
     pub(super) fn answered(&self) {
         let back = self.answers(Packet::SYN | Packet::ACK, Self::ENDPOINT, Self::CLIENT.wrapping_add(1));
-        assert_eq!(tuple(&back, Hook::EGRESS).unwrap().tuple, self.ask.reversed());
+        assert_eq!(tuple(&back).unwrap().tuple, self.ask.reversed());
     }
 
     /// The client acknowledges all it has got, which reaches the endpoint.
     #[track_caller]
     pub(super) fn goes_on(&self) {
         let left = self.asks(Packet::ACK, Self::CLIENT.wrapping_add(1), Self::ENDPOINT + 1);
-        assert_eq!(tuple(&left, Hook::EGRESS).unwrap().tuple, self.heard);
+        assert_eq!(tuple(&left).unwrap().tuple, self.heard);
     }
 
     /// An end says something that fits: the client or the endpoint.
@@ -222,13 +222,13 @@ impl<'a> Talk<'a> {
 
 #[track_caller]
 pub(super) fn shown(frame: &ByteFrame) -> String {
-    let key = tuple(frame, Hook::INGRESS).expect("a packet").tuple;
+    let key = tuple(frame).expect("a packet").tuple;
     std::format!("{}|{} > {}|{}", key.src, key.sport, key.dst, key.dport)
 }
 
 /// The answer of whoever got `frame`, with TCP flags.
 pub(super) fn answer(frame: &ByteFrame, flags: u8) -> ByteFrame {
-    let got = tuple(frame, Hook::INGRESS).expect("a packet").tuple;
+    let got = tuple(frame).expect("a packet").tuple;
     crate::testing::frame(&got.reversed(), flags, b"answer", frame.partial)
 }
 
@@ -278,7 +278,7 @@ fn outside_traffic_to_a_remote_endpoint_is_masqueraded_and_comes_back() {
     let entered = node.enter(&sent);
     assert_eq!(shown(&entered), "203.0.113.9|5555 > 10.244.2.7|8080");
     let left = node.leave(&entered);
-    let snat = tuple(&left, Hook::EGRESS).unwrap().tuple;
+    let snat = tuple(&left).unwrap().tuple;
     assert_eq!((snat.src, snat.dst), (addr("192.168.10.1"), addr("10.244.2.7")));
     assert!((1024..30_000).contains(&snat.sport.number()), "{}", snat.sport);
     let back = node.enter(&answer(&left, Packet::SYN | Packet::ACK));
@@ -287,7 +287,7 @@ fn outside_traffic_to_a_remote_endpoint_is_masqueraded_and_comes_back() {
     // The second packet takes the same way.
     let data =
         frame(&key(("203.0.113.9", 5555), ("192.168.10.1", 30200), Proto::TCP), Packet::ACK, b"x", false);
-    let again = tuple(&node.leave(&node.enter(&data)), Hook::EGRESS).unwrap().tuple;
+    let again = tuple(&node.leave(&node.enter(&data))).unwrap().tuple;
     assert_eq!((again.src, again.sport), (snat.src, snat.sport));
 }
 
@@ -331,7 +331,7 @@ fn a_service_without_endpoints_refuses_at_once() {
                 panic!("not refused");
             };
             assert_eq!(verify(&back), Ok(()));
-            let packet = tuple(&back, Hook::INGRESS).unwrap();
+            let packet = tuple(&back).unwrap();
             if proto == Proto::TCP {
                 assert_eq!(shown(&back), std::format!("{vip}|80 > {client}|40000"));
                 assert_eq!(packet.tcp_flags, Packet::RST | Packet::ACK);
@@ -423,12 +423,12 @@ fn a_retransmitted_syn_stays_unless_its_endpoint_has_gone() {
     let syn = frame(&key(("10.244.1.5", 40000), ("10.96.0.1", 80), Proto::TCP), Packet::SYN, b"", false);
     let first = node.enter(&syn);
     assert_eq!(node.enter(&syn), first);
-    let dst = tuple(&first, Hook::INGRESS).unwrap().tuple.dst;
+    let dst = tuple(&first).unwrap().tuple.dst;
     let index = ends.iter().position(|(ip, _)| addr(ip).same(&dst)).unwrap() as u32;
     node.retire(service * 100 + index);
     let rest: Vec<_> = ends.iter().enumerate().filter(|(n, _)| *n as u32 != index).map(|(_, e)| *e).collect();
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &rest);
-    assert_ne!(tuple(&node.enter(&syn), Hook::INGRESS).unwrap().tuple.dst, dst);
+    assert_ne!(tuple(&node.enter(&syn)).unwrap().tuple.dst, dst);
 }
 
 #[test]
@@ -481,7 +481,7 @@ fn icmp_errors_reach_whoever_the_flow_s_packets_came_from() {
         let wire = node.leave(&node.enter(&syn));
         let back = node.leave(&node.enter(&answer(&wire, Packet::SYN | Packet::ACK)));
         // A router beyond the node cannot pass a packet on to the endpoint: the client must hear of it.
-        let to = tuple(&wire, Hook::EGRESS).unwrap().tuple.src;
+        let to = tuple(&wire).unwrap().tuple.src;
         let error = icmp_error(addr(router), to, &wire);
         let heard = node.leave(&node.enter(&error));
         assert_eq!(verify(&heard), Ok(()));
@@ -492,7 +492,7 @@ fn icmp_errors_reach_whoever_the_flow_s_packets_came_from() {
         let error = icmp_error(addr(router), addr(vip), &back);
         let heard = node.leave(&node.enter(&error));
         assert_eq!(verify(&heard), Ok(()));
-        let snat = tuple(&wire, Hook::EGRESS).unwrap().tuple;
+        let snat = tuple(&wire).unwrap().tuple;
         assert_eq!(shown(&heard), std::format!("{}|{} > {endpoint}|8080", snat.src, snat.sport));
         assert_outer(&heard, router, endpoint);
 
@@ -655,7 +655,7 @@ fn affinity_holds_until_it_is_idle_or_its_backend_goes() {
     let service = node.service(("10.96.0.1", 80), Proto::TCP, flags, &ends);
     let dst = |node: &Node, port: u16| {
         let syn = frame(&key(("10.244.1.5", port), ("10.96.0.1", 80), Proto::TCP), Packet::SYN, b"", false);
-        tuple(&node.enter(&syn), Hook::INGRESS).unwrap().tuple.dst
+        tuple(&node.enter(&syn)).unwrap().tuple.dst
     };
     let first = dst(&node, 40000);
     assert!((40001..40040).all(|port| dst(&node, port) == first));
@@ -683,7 +683,7 @@ fn new_flows_spread_over_all_endpoints() {
     let mut counts = std::collections::HashMap::new();
     for port in 32768..35768 {
         let syn = frame(&key(("10.244.1.5", port), ("10.96.0.1", 80), Proto::TCP), Packet::SYN, b"", false);
-        *counts.entry(tuple(&node.enter(&syn), Hook::INGRESS).unwrap().tuple.dst).or_insert(0) += 1;
+        *counts.entry(tuple(&node.enter(&syn)).unwrap().tuple.dst).or_insert(0) += 1;
     }
     assert_eq!(counts.len(), 3);
     assert!(counts.values().all(|n| (900..1100).contains(n)), "{counts:?}");
@@ -710,7 +710,7 @@ fn an_ipv6_packet_with_mapped_addresses_is_nobody_s() {
     let IpAddr::V4(vip) = IpAddr::from(addr("10.96.0.1")) else { panic!("IPv4") };
     for at in [14 + 8, 14 + 24] {
         sent.bytes[at..at + 16].copy_from_slice(&vip.to_ipv6_mapped().octets());
-        assert!(tuple(&sent, Hook::INGRESS).is_none());
+        assert!(tuple(&sent).is_none());
         assert_eq!(run(&node.tables, &sent, Hook::INGRESS, ETH), Outcome::Passed);
     }
 }
@@ -726,7 +726,7 @@ fn four_extension_headers_are_walked_and_five_are_not() {
             let next = std::mem::replace(&mut bytes[14 + 6], 60);
             bytes.splice(14 + 40..14 + 40, [next, 0, 1, 4, 0, 0, 0, 0]);
         }
-        let packet = tuple(&ByteFrame { bytes, partial: false }, Hook::INGRESS);
+        let packet = tuple(&ByteFrame { bytes, partial: false });
         assert_eq!(packet.map(|packet| packet.tuple.dport.number()), (count <= 4).then_some(80), "{count}");
     }
 }

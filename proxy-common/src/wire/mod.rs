@@ -30,6 +30,10 @@ pub trait Frame {
     #[must_use]
     fn store<T: Words>(&mut self, off: usize, value: T) -> bool;
 
+    /// Lets `f` change the value at `off` in place; false past the same bounds.
+    #[must_use]
+    fn update<T: Words>(&mut self, off: usize, f: impl FnOnce(&mut T)) -> bool;
+
     /// Mends the transport checksum at `off` after changes whose one's complement differences are `pseudo`
     /// (in the pseudo header) and `body` (in the segment itself). The frame knows whether the checksum is
     /// complete or still to be finished by the hardware, in which case it holds the pseudo header only.

@@ -6,7 +6,7 @@ use network_types::eth::EthHdr;
 use network_types::ip::Ipv4Hdr;
 
 use super::Frame;
-use crate::abi::{Hook, Pair, Tuple};
+use crate::abi::Tuple;
 use crate::addr::{Addr, Port, Proto};
 
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
@@ -37,10 +37,8 @@ pub enum Kind {
 pub struct Packet {
     /// The tuple at this hook.
     pub tuple: Tuple,
-    /// The same without direction, once it has been looked for.
-    pub pair: Pair,
-    /// Where the packet is.
-    pub hook: Hook,
+    /// Whether its addresses are IPv4 ones: they have one family.
+    pub v4: bool,
     /// What kind of packet it is.
     pub kind: Kind,
     /// TCP flags (RFC 9293 §3.1); zero for other protocols.
@@ -59,12 +57,14 @@ pub struct Packet {
     pub fragment_id: u32,
     /// Index of the interface it is seen at.
     pub ifindex: u32,
-    /// TCP sequence number; these three only of a [`Kind::Whole`] TCP packet or first fragment.
+    /// TCP sequence number; these four only of a [`Kind::Whole`] TCP packet or first fragment.
     pub seq: u32,
     /// TCP acknowledgement number.
     pub ack: u32,
-    /// How many sequence numbers the segment takes: its payload, SYN and FIN.
-    pub seq_len: u32,
+    /// Bytes of the segment with its header, as the IP header says, which may be wrong and even negative.
+    pub segment: i32,
+    /// The first byte of TCP flags: its upper half is the length of the TCP header in words.
+    pub data_offset: u8,
 }
 
 impl Packet {
@@ -83,6 +83,14 @@ impl Packet {
         self.tcp_flags & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
     }
 
+    /// How many sequence numbers the segment takes: its payload, SYN and FIN.
+    #[inline(always)]
+    pub const fn seq_len(&self) -> u32 {
+        let ends = (self.tcp_flags & Self::SYN != 0) as u32 + (self.tcp_flags & Self::FIN != 0) as u32;
+        let payload = self.segment - (self.data_offset >> 4) as i32 * 4;
+        if payload > 0 { payload as u32 + ends } else { ends }
+    }
+
     /// Whether this is a TCP packet that does not open a connection.
     #[inline(always)]
     pub const fn is_answer(&self) -> bool {
@@ -97,13 +105,12 @@ impl Packet {
 }
 
 impl Packet {
-    /// Nothing parsed yet, at a hook of an interface.
+    /// Nothing parsed yet, at an interface.
     #[inline(always)]
-    pub const fn at(hook: Hook, ifindex: u32) -> Self {
+    pub const fn at(ifindex: u32) -> Self {
         Self {
             tuple: Tuple::new(Addr::ANY_V6, Port(0), Addr::ANY_V6, Port(0), Proto(0)),
-            pair: Pair::NONE,
-            hook,
+            v4: false,
             kind: Kind::Whole,
             tcp_flags: 0,
             icmp_type: 0,
@@ -115,25 +122,23 @@ impl Packet {
             ifindex,
             seq: 0,
             ack: 0,
-            seq_len: 0,
+            segment: 0,
+            data_offset: 0,
         }
     }
 }
 
 impl Packet {
-    /// Begins anew, at a hook of an interface. What [`parse`] writes in any case, or nobody reads before it is written,
-    /// stays as it is: the kernel's programs do this for each packet.
+    /// Begins anew, at an interface. What [`parse`] writes in any case, or nobody reads before it is written, stays as it
+    /// is: the kernel's programs do this for each packet.
     #[inline(always)]
-    pub const fn begin(&mut self, hook: Hook, ifindex: u32) {
+    pub const fn begin(&mut self, ifindex: u32) {
         self.tuple.sport = Port(0);
         self.tuple.dport = Port(0);
-        self.tuple.pad = [0; 3];
-        self.hook = hook;
         self.kind = Kind::Whole;
         self.tcp_flags = 0;
         self.icmp_type = 0;
         self.l3 = 0;
-        self.fragment_id = 0;
         self.ifindex = ifindex;
     }
 }
@@ -169,17 +174,17 @@ fn parse_v4<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     }
     let l4 = l3 + usize::from(vihl & 0xf) * 4;
     packet.l4 = l4 as u16;
+    packet.v4 = true;
     packet.tuple.src = Addr::v4(ip[3]);
     packet.tuple.dst = Addr::v4(ip[4]);
     packet.tuple.proto = proto_v4(&ip);
     // RFC 791 §3.1: identification, then 3 flag bits (the last is "more fragments") and the offset.
-    let fragment = u32::from_be(ip[1]);
-    packet.fragment_id = fragment >> 16;
-    if fragment & 0x1fff != 0 {
-        packet.kind = Kind::LaterFragment;
-        return Some(());
-    }
-    if fragment & 0x2000 != 0 {
+    if ip[1] & 0x3fff_u32.to_be() != 0 {
+        packet.fragment_id = u32::from_be(ip[1]) >> 16;
+        if ip[1] & 0x1fff_u32.to_be() != 0 {
+            packet.kind = Kind::LaterFragment;
+            return Some(());
+        }
         packet.kind = Kind::FirstFragment;
     }
     if packet.tuple.proto == Proto::ICMP {
@@ -201,6 +206,7 @@ fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     if ip[0].to_ne_bytes()[0] >> 4 != 6 {
         return None;
     }
+    packet.v4 = false;
     packet.tuple.src = Addr([ip[2], ip[3], ip[4], ip[5]]);
     packet.tuple.dst = Addr([ip[6], ip[7], ip[8], ip[9]]);
     // Mapped addresses have no place on the wire, and would read as IPv4 from here on.
@@ -272,13 +278,10 @@ fn transport<F: Frame>(frame: &F, l4: usize, end: usize, packet: &mut Packet) ->
         Proto::TCP => {
             let head: [u32; 5] = frame.load(l4)?;
             (packet.tuple.sport, packet.tuple.dport) = ports(head[0]);
-            packet.tcp_flags = head[3].to_ne_bytes()[1];
+            [packet.data_offset, packet.tcp_flags, ..] = head[3].to_ne_bytes();
             packet.seq = u32::from_be(head[1]);
             packet.ack = u32::from_be(head[2]);
-            let header = usize::from(head[3].to_ne_bytes()[0] >> 4) * 4;
-            let ends =
-                (packet.tcp_flags & Packet::SYN != 0) as u32 + (packet.tcp_flags & Packet::FIN != 0) as u32;
-            packet.seq_len = (end as u32).saturating_sub((l4 + header) as u32) + ends;
+            packet.segment = end as i32 - l4 as i32;
         }
         Proto::UDP => {
             let head: [u32; 2] = frame.load(l4)?;

@@ -13,12 +13,10 @@ pub enum End {
     Dst,
 }
 
-/// A change of one end of a packet's tuple, and perhaps of the other end's port.
+/// A change of one end of a packet's tuple, and perhaps of the other end's port. Which end it is, the hook says.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Edit {
-    /// Which end.
-    pub end: End,
     /// The new address; of the packet's family.
     pub addr: Addr,
     /// The new port.
@@ -31,59 +29,66 @@ pub struct Edit {
 
 impl Edit {
     /// Changes nothing yet.
-    pub const NONE: Self =
-        Self { end: End::Dst, addr: Addr::ANY_V6, port: Port(0), other_port: Port(0), out: 0 };
+    pub const NONE: Self = Self { addr: Addr::ANY_V6, port: Port(0), other_port: Port(0), out: 0 };
 }
 
 /// Applies `edit` to a packet that is no ICMP error. False when a write fails: the packet may be half written and must be dropped.
 #[inline(always)]
 #[must_use]
-pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
-    let old = match edit.end {
-        End::Src => packet.tuple.src,
-        End::Dst => packet.tuple.dst,
+pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &Edit) -> bool {
+    let old = match end {
+        End::Src => &packet.tuple.src,
+        End::Dst => &packet.tuple.dst,
     };
-    if !replace_addr(frame, packet.l3.into(), edit.end, &old, &edit.addr) {
+    let diff = addr_diff(packet, old, &edit.addr);
+    if !replace_addr(frame, packet.l3.into(), end, packet.v4, diff, &edit.addr) {
         return false;
     }
     if !packet.has_ports() {
         return true;
     }
-    let Some(ports) = replace_ports(frame, packet.l4.into(), packet.tuple.sport, packet.tuple.dport, edit)
+    let Some(ports) =
+        replace_ports(frame, packet.l4.into(), packet.tuple.sport, packet.tuple.dport, end, edit)
     else {
         return false;
     };
     let (field, flags) = match packet.tuple.proto {
         Proto::TCP => (16, 0),
         Proto::UDP => (6, mend::UDP),
-        Proto::SCTP => return ports == 0 || patch_sctp(frame, packet, edit),
+        Proto::SCTP => return ports == 0 || patch_sctp(frame, packet, end, edit),
         _ => return true,
     };
-    let v6 = if old.is_v4() { 0 } else { mend::IPV6 };
-    frame.mend(usize::from(packet.l4) + field, checksum::addr_diff(&old, &edit.addr), ports, flags | v6)
+    let v6 = if packet.v4 { 0 } else { mend::IPV6 };
+    frame.mend(usize::from(packet.l4) + field, diff, ports, flags | v6)
+}
+
+/// The difference that replacing an address of the packet's makes.
+#[inline(always)]
+fn addr_diff(packet: &Packet, old: &Addr, new: &Addr) -> u32 {
+    if packet.v4 { checksum::diff(old.word_v4(), new.word_v4()) } else { checksum::addr_diff(old, new) }
 }
 
 /// The CRC of SCTP covers ports but no addresses (RFC 9260 §6.8). In the first fragment of a datagram it
 /// covers what has not been seen: false.
 #[inline(always)]
-fn patch_sctp<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
+fn patch_sctp<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &Edit) -> bool {
     if !matches!(packet.kind, Kind::Whole) {
         return false;
     }
     let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
-    let end = if packet.tuple.src.is_v4() {
+    let length = if packet.v4 {
         frame.load::<u16>(l3 + 2).map(|len| l3 + usize::from(u16::from_be(len)))
     } else {
         frame.load::<u16>(l3 + 4).map(|len| l3 + 40 + usize::from(u16::from_be(len)))
     };
-    let (Some(end), Some(field)) = (end, frame.load::<u32>(l4 + 8)) else {
+    let (Some(length), Some(field)) = (length, frame.load::<u32>(l4 + 8)) else {
         return false;
     };
     // Ports are the first four bytes of the message.
-    let Some(following) = end.checked_sub(l4 + 4) else {
+    let Some(following) = length.checked_sub(l4 + 4) else {
         return false;
     };
-    let (new_src, new_dst) = match edit.end {
+    let (new_src, new_dst) = match end {
         End::Src => (edit.port, replaced(packet.tuple.dport, edit.other_port)),
         End::Dst => (replaced(packet.tuple.sport, edit.other_port), edit.port),
     };
@@ -109,33 +114,32 @@ fn word(first: Port, second: Port) -> u32 {
 /// at the source when the error comes from the endpoint itself and not from a router in between (RFC 5508 §4).
 #[inline(always)]
 #[must_use]
-pub fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, edit: &Edit) -> bool {
-    let (inner_end, old) = match edit.end {
+pub fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &Edit) -> bool {
+    let (inner_end, old) = match end {
         End::Src => (End::Dst, packet.tuple.src),
         End::Dst => (End::Src, packet.tuple.dst),
     };
-    let diff = checksum::addr_diff(&old, &edit.addr);
+    let v4 = packet.v4;
+    let diff = addr_diff(packet, &old, &edit.addr);
     // In IPv4 the embedded header's own checksum balances the address in the ICMP checksum.
-    let mut body = if old.is_v4() { 0 } else { diff };
-    if !replace_addr(frame, packet.inner_l3.into(), inner_end, &old, &edit.addr) {
+    let mut body = if v4 { 0 } else { diff };
+    if !replace_addr(frame, packet.inner_l3.into(), inner_end, v4, diff, &edit.addr) {
         return false;
     }
     // The embedded packet is the tuple reversed: its source port is the tuple's destination port.
-    let inner = Edit { end: inner_end, ..*edit };
     let Some(ports) =
-        replace_ports(frame, packet.inner_l4.into(), packet.tuple.dport, packet.tuple.sport, &inner)
+        replace_ports(frame, packet.inner_l4.into(), packet.tuple.dport, packet.tuple.sport, inner_end, edit)
     else {
         return false;
     };
     body = checksum::add(body, ports);
 
-    let v4 = old.is_v4();
-    let Some(outer) = load_addr(frame, packet.l3.into(), edit.end, v4) else {
+    let Some(outer) = load_addr(frame, packet.l3.into(), end, v4) else {
         return false;
     };
     let mut pseudo = 0;
     if outer.same(&old) {
-        if !replace_addr(frame, packet.l3.into(), edit.end, &old, &edit.addr) {
+        if !replace_addr(frame, packet.l3.into(), end, v4, diff, &edit.addr) {
             return false;
         }
         if !v4 {
@@ -154,16 +158,18 @@ fn load_addr<F: Frame>(frame: &F, l3: usize, end: End, v4: bool) -> Option<Addr>
     }
 }
 
-/// Writes one address of an IP header and, in IPv4, the header's checksum.
+/// Writes one address of an IP header and, in IPv4, the header's checksum, for which the change makes the difference
+/// `diff`.
 #[inline(always)]
-fn replace_addr<F: Frame>(frame: &mut F, l3: usize, end: End, old: &Addr, new: &Addr) -> bool {
-    if old.is_v4() {
-        let Some(sum) = frame.load::<u16>(l3 + 10) else {
-            return false;
-        };
-        let at = l3 + if matches!(end, End::Src) { 12 } else { 16 };
-        frame.store(l3 + 10, checksum::apply(sum, checksum::addr_diff(old, new)))
-            && frame.store(at, new.word_v4())
+fn replace_addr<F: Frame>(frame: &mut F, l3: usize, end: End, v4: bool, diff: u32, new: &Addr) -> bool {
+    if v4 {
+        frame.update(l3, |ip: &mut [u32; 5]| {
+            // Time to live, protocol, checksum (RFC 791 §3.1).
+            let [ttl, proto, a, b] = ip[2].to_ne_bytes();
+            let [a, b] = checksum::apply(u16::from_ne_bytes([a, b]), diff).to_ne_bytes();
+            ip[2] = u32::from_ne_bytes([ttl, proto, a, b]);
+            ip[if matches!(end, End::Src) { 3 } else { 4 }] = new.word_v4();
+        })
     } else {
         frame.store(l3 + if matches!(end, End::Src) { 8 } else { 24 }, new.0)
     }
@@ -171,8 +177,15 @@ fn replace_addr<F: Frame>(frame: &mut F, l3: usize, end: End, old: &Addr, new: &
 
 /// Writes the ports of a transport header; the difference they make, or `None` when a write fails.
 #[inline(always)]
-fn replace_ports<F: Frame>(frame: &mut F, l4: usize, sport: Port, dport: Port, edit: &Edit) -> Option<u32> {
-    let (old, at, other_old, other_at) = match edit.end {
+fn replace_ports<F: Frame>(
+    frame: &mut F,
+    l4: usize,
+    sport: Port,
+    dport: Port,
+    end: End,
+    edit: &Edit,
+) -> Option<u32> {
+    let (old, at, other_old, other_at) = match end {
         End::Src => (sport, l4, dport, l4 + 2),
         End::Dst => (dport, l4 + 2, sport, l4),
     };

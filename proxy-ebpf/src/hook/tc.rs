@@ -6,10 +6,10 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
-use proxy_common::abi::{Hook, Reason};
+use proxy_common::abi::Reason;
 use proxy_common::addr::Proto;
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
-use proxy_common::wire::{Edit, Kind, Packet, answer, parse, rewrite};
+use proxy_common::wire::{Edit, End, Kind, Packet, answer, parse, rewrite};
 
 use crate::cut::{cut_parse, cut_rewrite, scratch};
 use crate::skb::Skb;
@@ -55,7 +55,7 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     skb.pull();
     let Some(scratch) = scratch() else { return NEXT };
     let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
-    packet.begin(Hook::INGRESS, skb.ifindex());
+    packet.begin(skb.ifindex());
     if parse::<_, ETHERNET>(&skb, packet).is_none()
         && !(skb.has_more() && cut_parse(skb.0, ETHERNET.into()) != 0)
     {
@@ -63,7 +63,7 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     }
     match ingress::ingress(&Kernel::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
-        Verdict::Rewrite => apply(&mut skb, packet, edit),
+        Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
         Verdict::Refuse => cut_refuse(skb.0, ETHERNET.into()),
         Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
@@ -79,7 +79,7 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     skb.pull();
     let Some(scratch) = scratch() else { return NEXT };
     let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
-    packet.begin(Hook::EGRESS, skb.ifindex());
+    packet.begin(skb.ifindex());
     if parse::<_, ETHERNET>(&skb, packet).is_none()
         && !(skb.has_more() && cut_parse(skb.0, ETHERNET.into()) != 0)
     {
@@ -88,7 +88,7 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     match egress::egress(&Kernel::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => {
-            let done = apply(&mut skb, packet, edit);
+            let done = apply(&mut skb, packet, End::Src, edit);
             skb.set_mark(LEFT);
             if edit.out != 0 && done == NEXT { send_back(edit.out) } else { done }
         }
@@ -99,10 +99,14 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 
 /// In place, not a function of its own: a call and reading everything back costs an established flow 15 ns.
 #[inline(always)]
-fn apply(skb: &mut Skb, packet: &Packet, edit: &Edit) -> i32 {
+fn apply(skb: &mut Skb, packet: &Packet, end: End, edit: &Edit) -> i32 {
     let common =
         matches!(packet.tuple.proto, Proto::TCP | Proto::UDP) && !matches!(packet.kind, Kind::IcmpError);
-    let done = if common { rewrite(skb, packet, edit) } else { cut_rewrite(skb.0) != 0 };
+    let done = if common {
+        rewrite(skb, packet, end, edit)
+    } else {
+        cut_rewrite(skb.0, matches!(end, End::Dst).into()) != 0
+    };
     if done {
         NEXT
     } else {

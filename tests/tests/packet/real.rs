@@ -15,12 +15,12 @@ use nix::unistd::Pid;
 use proxy_agent::datapath::load::Capacities;
 use proxy_agent::plan::Step;
 use proxy_common::abi::{
-    Affinity, AffinityKey, Config, Flow, FlowId, Fragment, FragmentKey, Hook, Leg, Pair, Reason, Role,
+    Affinity, AffinityKey, Config, Flow, FlowId, Fragment, FragmentKey, Hook, Key, Leg, Pair, Reason, Role,
     ServiceStats, frontend, maps,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb::Ring;
-use proxy_common::testing::{MemoryTables, Outcome};
+use proxy_common::testing::{MemoryTables, Outcome, SECRET};
 use proxy_tests::programs::{Programs, clear, entries, with_own_mounts};
 
 /// Ids of Services that are counted.
@@ -57,7 +57,7 @@ pub(crate) struct Traces {
     /// Living flows.
     pub(crate) flows: BTreeMap<Name, Flow>,
     /// Legs, and whose they are: a living flow's, or nobody's.
-    pub(crate) legs: BTreeMap<Pair, (Role, u8, Option<Name>)>,
+    pub(crate) legs: BTreeMap<Key, (Role, usize, Option<Name>)>,
     pub(crate) fragments: BTreeMap<FragmentKey, Fragment>,
     pub(crate) affinity: BTreeMap<AffinityKey, Affinity>,
 }
@@ -71,13 +71,13 @@ impl Traces {
             affinity: tables.affinity.borrow().iter().map(|(k, v)| (*k, *v)).collect(),
             ..Self::default()
         };
-        traces.see_flows(&tables.live(), tables.flows.borrow().iter().map(|(pair, leg)| (*pair, *leg)));
+        traces.see_flows(&tables.live(), tables.flows.borrow().iter().map(|(key, leg)| (*key, *leg)));
         traces.forget_times();
         traces
     }
 
-    fn see_flows(&mut self, flows: &[Flow], legs: impl Iterator<Item = (Pair, Leg)>) {
-        let legs: Vec<(Pair, Leg)> = legs.collect();
+    fn see_flows(&mut self, flows: &[Flow], legs: impl Iterator<Item = (Key, Leg)>) {
+        let legs: Vec<(Key, Leg)> = legs.collect();
         // A flow all of whose legs somebody has deleted is nobody's, until the sweep finds it; another one may have its
         // name by then.
         let known: BTreeSet<FlowId> = legs.iter().map(|(_, leg)| leg.id).collect();
@@ -85,7 +85,7 @@ impl Traces {
         let owners: BTreeMap<FlowId, Name> = flows.iter().map(|flow| (flow.id, name(flow))).collect();
         self.flows = flows.iter().map(|flow| (name(flow), shown(flow))).collect();
         assert_eq!(self.flows.len(), flows.len(), "two flows are one: {flows:#?}");
-        let shown = |(pair, leg): (Pair, Leg)| (pair, (leg.role, leg.near, owners.get(&leg.id).copied()));
+        let shown = |(key, leg): (Key, Leg)| (key, (leg.role(), leg.near(), owners.get(&leg.id).copied()));
         self.legs = legs.into_iter().map(shown).collect();
     }
 
@@ -131,7 +131,7 @@ fn shown(flow: &Flow) -> Flow {
 /// Programs and maps.
 pub(crate) struct Real {
     programs: Programs,
-    legs: HashMap<MapData, Pair, Leg>,
+    legs: HashMap<MapData, Key, Leg>,
     records: Array<MapData, Flow>,
     free: Queue<MapData, u32>,
     targets: Array<MapData, u64>,
@@ -173,6 +173,8 @@ fn stay_on_one_cpu() {
 fn load() -> anyhow::Result<Real> {
     with_own_mounts(|directory| {
         let programs = Programs::load(directory, &CAPACITIES)?;
+        // The host's, so that the keys are the same.
+        programs.array(maps::SECRET)?.set(0, SECRET, 0)?;
         Ok(Real {
             legs: programs.hash(maps::FLOWS)?,
             records: programs.array(maps::RECORDS)?,
@@ -255,13 +257,13 @@ impl Real {
     }
 
     /// The port of a node or client that one of the legs which are not `known` begins with.
-    pub(crate) fn new_source_port(&self, known: &std::collections::HashMap<Pair, Leg>) -> Option<u16> {
+    pub(crate) fn new_source_port(&self, known: &std::collections::HashMap<Key, Leg>) -> Option<u16> {
         let flows = self.programs.flows().unwrap();
         let source = |flow: &Flow| {
             let roles = [Role::INNER, Role::MIDDLE].into_iter();
             let new = roles
                 .filter(|role| flow.has(*role))
-                .find(|role| !known.contains_key(&flow.pairs[role.index()]))?;
+                .find(|role| !known.contains_key(&flow.pairs[role.index()].key(&SECRET)))?;
             Some(flow.end(new.index(), true).1.number())
         };
         flows.iter().find_map(source)
@@ -278,20 +280,20 @@ impl Real {
     }
 
     /// Deletes a leg.
-    pub(crate) fn lose(&mut self, pair: &Pair) {
-        self.legs.remove(pair).unwrap();
+    pub(crate) fn lose(&mut self, key: &Key) {
+        self.legs.remove(key).unwrap();
     }
 
     /// Inserts a leg.
-    pub(crate) fn plant(&mut self, pair: &Pair, leg: &Leg) {
-        self.legs.insert(pair, leg, 0).unwrap();
+    pub(crate) fn plant(&mut self, key: &Key, leg: &Leg) {
+        self.legs.insert(key, leg, 0).unwrap();
     }
 
     /// Removes all legs of nobody.
     pub(crate) fn weed(&mut self) {
-        for (pair, leg) in entries(&self.legs).unwrap() {
+        for (key, leg) in entries(&self.legs).unwrap() {
             if leg.id == NOBODY {
-                self.legs.remove(&pair).unwrap();
+                self.legs.remove(&key).unwrap();
             }
         }
     }

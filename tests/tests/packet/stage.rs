@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::MutexGuard;
 
 use nix::time::{ClockId, clock_gettime};
-use proxy_common::abi::{Config, Flow, FlowId, Hook, Leg, Pair, PortRange, Reason, Role, Timeouts, Tuple};
+use proxy_common::abi::{Config, Flow, FlowId, Hook, Key, Leg, PortRange, Reason, Role, Timeouts, Tuple};
 use proxy_common::addr::{Port, Proto};
 use proxy_common::lb::Tables as _;
-use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, run_on};
+use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, SECRET, run_on};
 use proxy_tests::packet::{Packet, View, check, describe, protocol};
 
 use crate::node::{Node, addr};
@@ -200,7 +200,7 @@ impl Stage {
         // As the programs see it, who ask for no checksums.
         let source = |bytes: &[u8]| {
             let frame = ByteFrame { bytes: self.framed(bytes), partial: false };
-            let tuple = testing::tuple(&frame, Hook::EGRESS)?.tuple;
+            let tuple = testing::tuple(&frame)?.tuple;
             Some((tuple.src, tuple.sport.number()))
         };
         // A new address may come with the port that the packet had.
@@ -352,16 +352,16 @@ impl Stage {
 
     /// Somebody deletes the n-th entry of FLOWS, or the n-th of this role.
     pub(crate) fn lose_leg(&mut self, role: Option<Role>, n: usize) {
-        let is_meant = |leg: &Leg| role.is_none_or(|role| leg.role == role);
-        let mut pairs: Vec<Pair> =
-            self.host.flows.borrow().iter().filter(|(_, leg)| is_meant(leg)).map(|(pair, _)| *pair).collect();
-        pairs.sort();
-        if !pairs.is_empty() {
-            let pair = pairs[n % pairs.len()];
+        let is_meant = |leg: &Leg| role.is_none_or(|role| leg.role() == role);
+        let mut keys: Vec<Key> =
+            self.host.flows.borrow().iter().filter(|(_, leg)| is_meant(leg)).map(|(key, _)| *key).collect();
+        keys.sort();
+        if !keys.is_empty() {
+            let key = keys[n % keys.len()];
             self.tampered = true;
-            self.host.delete_leg(&pair);
+            self.host.flows.borrow_mut().remove(&key);
             if let Some(kernel) = &mut self.kernel {
-                kernel.lose(&pair);
+                kernel.lose(&key);
             }
         }
     }
@@ -372,10 +372,11 @@ impl Stage {
         for n in 0..(LEGS - legs - self.legs()) as u16 {
             let (one, other) = (addr("172.16.0.1"), addr("172.16.0.2"));
             let pair = Tuple::new(one, Port::new(n), other, Port::new(80), Proto::TCP).pair();
-            let leg = Flow { id: NOBODY, pairs: [pair; 3], ..Flow::EMPTY }.leg(Role::OUTER);
-            self.host.flows.borrow_mut().insert(pair, leg);
+            let key = pair.key(&SECRET);
+            let leg = Flow { id: NOBODY, pairs: [pair; 3], ..Flow::EMPTY }.leg(Role::OUTER).sealed(&key);
+            self.host.flows.borrow_mut().insert(key, leg);
             if let Some(kernel) = &mut self.kernel {
-                kernel.plant(&pair, &leg);
+                kernel.plant(&key, &leg);
             }
         }
     }

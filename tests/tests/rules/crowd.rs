@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
-use proxy_common::abi::{Flow, FlowId, Leg, Pair, Role, State, Tuple};
+use proxy_common::abi::{Flow, FlowId, Key, Leg, Pair, Role, State, Tuple};
 use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::testing::SECRET;
 
 use super::host::Host;
 use super::lasting::{A, B, endpoints, four, reconciled, sticky};
@@ -15,7 +16,7 @@ use super::scene::{Column, OUTSIDE, Open, Scene, ip};
 const MANY: u32 = 1_000_000;
 
 /// Flow `n` to a Service that nobody has told us of, in record `index`; the leg of its client.
-fn other(n: u32, index: usize) -> (Flow, Pair, Leg) {
+fn other(n: u32, index: usize) -> (Flow, Key, Leg) {
     let addr = |text: &str| Addr::from(ip(text));
     let port = Port::new(53);
     let client = IpAddr::from(Ipv4Addr::from_bits(0x0b00_0000 + n)).into();
@@ -34,7 +35,8 @@ fn other(n: u32, index: usize) -> (Flow, Pair, Leg) {
         pairs: [outer, middle, Pair::NONE],
         ..Flow::EMPTY
     };
-    (flow, outer, flow.leg(Role::OUTER))
+    let key = outer.key(&SECRET);
+    (flow, key, flow.leg(Role::OUTER).sealed(&key))
 }
 
 /// T-92, C-9, C-12: among a million flows of others the stale one is found, by its next packet, and no other is touched.
@@ -54,15 +56,18 @@ fn one_stale_flow_among_a_million() {
     let others = || (0..MANY).zip(first..).map(|(n, index)| other(n, index));
     let tables = scene.system.programs.tables();
     tables.records.borrow_mut().extend(others().map(|(flow, ..)| flow));
-    tables.flows.borrow_mut().extend(others().map(|(_, pair, leg)| (pair, leg)));
+    tables.flows.borrow_mut().extend(others().map(|(_, key, leg)| (key, leg)));
     assert_eq!(scene.next(&stale), Some((ip(A), 9090)));
     let tables = scene.system.programs.tables();
     let (records, flows) = (tables.records.borrow(), tables.flows.borrow());
-    for (index, (flow, pair, leg)) in (first..).zip(others()) {
-        assert!(records[index] == flow && flows.get(&pair) == Some(&leg), "{flow:?}");
+    for (index, (flow, key, leg)) in (first..).zip(others()) {
+        assert!(records[index] == flow && flows.get(&key) == Some(&leg), "{flow:?}");
     }
-    let has_gone = |end: &Addr| *end == ip(B).into();
-    assert!(!flows.keys().any(|pair| pair.ends.iter().any(has_gone)), "a leg of the stale flow is left");
+    let leads = |leg: &Leg| {
+        let flow = records[leg.id.index() as usize];
+        flow.is(leg.id) && *flow.endpoint().0 != ip(B).into()
+    };
+    assert!(flows.values().all(leads), "a leg of the stale flow is left");
 }
 
 /// what one node remembers of a client is nothing to another.

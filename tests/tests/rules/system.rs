@@ -280,7 +280,7 @@ pub(crate) fn target(addr: Addr, port: Port) -> Target {
 /// Source and destination of a packet whose checksums are right.
 fn read(frame: &ByteFrame) -> Result<(Target, Target), String> {
     verify(frame).map_err(|what| format!("wrong {what}"))?;
-    let packet = tuple(frame, Hook::INGRESS).ok_or("does not parse")?;
+    let packet = tuple(frame).ok_or("does not parse")?;
     Ok((target(packet.tuple.src, packet.tuple.sport), target(packet.tuple.dst, packet.tuple.dport)))
 }
 

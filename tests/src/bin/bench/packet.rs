@@ -16,8 +16,8 @@ use aya::{Ebpf, EbpfLoader, Pod};
 use proxy_agent::datapath::load::OBJECT;
 use proxy_agent::datapath::probe::Features;
 use proxy_common::abi::{
-    Backend, Config, Flow, FlowId, Frontend, FrontendKey, Leg, PortRange, Role, Run, State, Timeouts, Tuple,
-    address, ask, backend, capacity, frontend, maps,
+    Backend, Config, Flow, FlowId, Frontend, FrontendKey, Leg, PortRange, Role, Run, Secret, State, Timeouts,
+    Tuple, address, ask, backend, capacity, frontend, maps,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_tests::packet::{Packet, TcpFlags};
@@ -277,19 +277,25 @@ fn fill_tables(ebpf: &mut Ebpf) -> Result<()> {
     let config =
         Config { seed: 7, ..Config::EMPTY }.with_snat_ports(&[PortRange { first: 61_000, count: 1_000 }]);
     array(ebpf, maps::CONFIG)?.set(0, config, 0)?;
-    let mut index = FRESH;
+    let mut first = FRESH;
     for ring in [Ring::Two, Ring::Many] {
+        let kinds: &[_] = match ring {
+            Ring::Two => &[(Role::OUTER, Proto::TCP), (Role::MIDDLE, Proto::TCP), (Role::OUTER, Proto::SCTP)],
+            Ring::Many => &[(Role::OUTER, Proto::TCP), (Role::MIDDLE, Proto::TCP)],
+        };
         for n in 0..ring.len() {
-            for (role, proto) in
-                [(Role::OUTER, Proto::TCP), (Role::MIDDLE, Proto::TCP), (Role::OUTER, Proto::SCTP)]
-            {
-                index += 1;
+            for (kind, (role, proto)) in (0..).zip(kinds) {
+                // The records of a ring stand together, as those of flows do that began one after the other.
+                let index = first + kind * ring.len() + n;
                 let id = FlowId(index.into()).next();
-                let (flow, leg) = flow(id, role, proto, ring_addr(ring, n), ring_addr(ring, n + 1));
-                hash(ebpf, maps::FLOWS)?.insert(flow.pairs[role.index()], leg, 0)?;
+                let (flow, leg) = flow(id, *role, *proto, ring_addr(ring, n), ring_addr(ring, n + 1));
+                // The keys of IPv4 know no secret.
+                let key = flow.pairs[role.index()].key(&Secret::NONE);
+                hash(ebpf, maps::FLOWS)?.insert(key, leg.sealed(&key), 0)?;
                 array(ebpf, maps::RECORDS)?.set(index, flow, 0)?;
             }
         }
+        first += kinds.len() as u32 * ring.len();
     }
     fill_services(ebpf)
 }
@@ -332,7 +338,8 @@ fn flow(id: FlowId, role: Role, proto: Proto, here: SocketAddr, next: SocketAddr
         Tuple::new(client.ip().into(), port(client), to.ip().into(), port(to), proto)
     };
     // Nobody ever looks after its legs.
-    let mut flow = Flow { id, state: State::LIVE, old: 1, legs: 2, checked: u64::MAX, ..Flow::EMPTY };
+    let (seen, checked) = ([1; 2], i64::MAX as u64);
+    let mut flow = Flow { id, state: State::LIVE, old: 1, legs: 2, seen, checked, ..Flow::EMPTY };
     for (end, place) in [(here, role), (next, Role(role.0 ^ 1))] {
         flow.near[place.index()] = tuple(end).write_pair(&mut flow.pairs[place.index()]) as u8;
     }
