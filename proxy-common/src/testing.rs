@@ -8,8 +8,8 @@ use std::vec::Vec;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
-    Iface, Key, Leg, Pair, PeerKey, Reason, Role, RouteKey, Secret, SocketEntry, SocketState, SourceKey,
-    State, Tuple, frontend,
+    Iface, Key, Leg, Notes, Pair, PeerKey, Reason, Role, RouteKey, Secret, SocketEntry, SocketState,
+    SourceKey, State, Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::lb::socket::{self, Call, Memory};
@@ -112,8 +112,12 @@ impl MemoryTables {
                 continue;
             }
             for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {
-                let key = flow.pairs[role.index()].key(&SECRET);
-                if flow.has(role) && legs.remove(&key) != Some(flow.leg(role).sealed(&key)) {
+                let pair = flow.pairs[role.index()];
+                let key = pair.key(|| Some(&SECRET));
+                let leg = flow.leg(role).sealed(&key);
+                let without_notes =
+                    |there: Leg| if pair.ends[0].is_v4() { Leg { upper: leg.upper, ..there } } else { there };
+                if flow.has(role) && legs.remove(&key).map(without_notes) != Some(leg) {
                     wrong.push(std::format!("leg {role:?} of {flow:?} is missing"));
                 }
             }
@@ -129,6 +133,8 @@ impl MemoryTables {
 }
 
 impl Tables for MemoryTables {
+    type Place = Key;
+
     fn config(&self) -> Option<&Config> {
         self.config.as_ref()
     }
@@ -205,17 +211,23 @@ impl Tables for MemoryTables {
     }
 
     fn leg(&self, pair: &Pair) -> Option<Leg> {
-        self.flows.borrow().get(&pair.key(&SECRET)).copied()
+        let key = pair.key(|| Some(&SECRET));
+        self.flows.borrow().get(&key).copied().filter(|leg| leg.is_of(&key))
     }
 
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>) {
-        let mut key = Key::NONE;
-        let source = packet.tuple.write_key(packet.v4, &mut key, || Some(&SECRET));
-        (source, self.flows.borrow().get(&key).copied())
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Key)>) {
+        let (key, source) = packet.tuple.key(packet.v4, || Some(&SECRET));
+        (source, self.flows.borrow().get(&key).filter(|leg| leg.is_of(&key)).map(|leg| (*leg, key)))
+    }
+
+    fn note(&self, place: Key, notes: Notes) {
+        if let Some(leg) = self.flows.borrow_mut().get_mut(&place) {
+            leg.upper = notes.word();
+        }
     }
 
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
-        let key = flow.pairs[role.index()].key(&SECRET);
+        let key = flow.pairs[role.index()].key(|| Some(&SECRET));
         let mut flows = self.flows.borrow_mut();
         if flows.contains_key(&key) {
             return Inserted::Exists;
@@ -228,7 +240,7 @@ impl Tables for MemoryTables {
     }
 
     fn delete_leg(&self, pair: &Pair) {
-        self.flows.borrow_mut().remove(&pair.key(&SECRET));
+        self.flows.borrow_mut().remove(&pair.key(|| Some(&SECRET)));
     }
 
     fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {

@@ -11,7 +11,7 @@ use proxy_common::lb::{
     self, Choice, Entered, Inserted, Tables as _, Verdict, flow, ingress, masquerade, open,
 };
 use proxy_common::wire::answer::Answer;
-use proxy_common::wire::{Edit, End, Kind, Packet, crc32c, parse, rewrite, rewrite_error};
+use proxy_common::wire::{Edit, End, Packet, crc32c, parse, rewrite_error};
 
 use crate::maps;
 use crate::skb::Skb;
@@ -87,19 +87,14 @@ pub extern "C" fn cut_parse(ctx: *mut __sk_buff, ethernet: u32) -> u32 {
     parsed.is_some().into()
 }
 
-/// Applies the edit to the destination or the source of a packet that is neither TCP nor UDP; 0 when that fails.
+/// Applies the edit to an ICMP error, to its destination or its source; 0 when that fails.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_rewrite(ctx: *mut __sk_buff, dst: u32) -> u32 {
+pub extern "C" fn cut_rewrite_error(ctx: *mut __sk_buff, dst: u32) -> u32 {
     let Some(s) = scratch() else { return 0 };
     let mut skb = Skb(ctx);
-    let end = if dst != 0 { End::Dst } else { End::Src };
-    if matches!(s.packet.kind, Kind::IcmpError) {
-        skb.pull_more();
-        rewrite_error(&mut skb, &s.packet, end, &s.edit).into()
-    } else {
-        rewrite(&mut skb, &s.packet, end, &s.edit).into()
-    }
+    skb.pull_more();
+    rewrite_error(&mut skb, &s.packet, if dst != 0 { End::Dst } else { End::Src }, &s.edit).into()
 }
 
 #[unsafe(no_mangle)]

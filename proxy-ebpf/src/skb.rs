@@ -211,6 +211,13 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
+    fn load_at<T: Words, const OFF: usize>(&self) -> Option<T> {
+        let from = self.data() + OFF;
+        // SAFETY: in bounds, and as above.
+        if from + size_of::<T>() > self.data_end() { None } else { Some(unsafe { (from as *mut T).read() }) }
+    }
+
+    #[inline(always)]
     fn store<T: Words>(&mut self, off: usize, value: T) -> bool {
         match self.at::<T>(off) {
             Some(p) => {

@@ -11,7 +11,7 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Pair, Reason, Role, RouteKey, Secret, SourceKey, Timeouts, Tuple, feature,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, Timeouts, Tuple, feature,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::{Choice, Entered, Inserted, Recalled, Ring, Stat, Tables, Verdict};
@@ -80,6 +80,8 @@ impl<const PACKET: bool> Over<PACKET> {
 }
 
 impl<const PACKET: bool> Tables for Over<PACKET> {
+    type Place = *mut Leg;
+
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         // Rewritten in place: a packet may see a mixture of two settings, never a torn word.
@@ -242,23 +244,27 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn leg(&self, pair: &Pair) -> Option<Leg> {
-        let mut key = Key::NONE;
-        pair.write_key(&mut key, secret);
-        leg_at(&key)
+        leg_at(&pair.key(secret)).map(|(leg, _)| leg)
     }
 
     #[inline(always)]
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>) {
-        let mut key = Key::NONE;
-        let source = packet.tuple.write_key(packet.v4, &mut key, secret);
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, *mut Leg)>) {
+        let (key, source) = packet.tuple.key(packet.v4, secret);
         (source, leg_at(&key))
+    }
+
+    #[inline(always)]
+    fn note(&self, place: *mut Leg, notes: Notes) {
+        // SAFETY: a value of FLOWS, which stays memory of that map. If it has become another pair's meanwhile, that one's
+        // record is not asked for the rest of a window, and a FIN of its may not be believed; if it has become one of
+        // IPv6, its seal does not fit any more, and looking after it writes it anew.
+        unsafe { (&raw mut (*place).upper).write(notes.word()) };
     }
 
     #[inline(always)]
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
         let Some(scratch) = cut::scratch() else { return Inserted::Full };
-        let mut key = Key::NONE;
-        flow.pairs[role.index()].write_key(&mut key, secret);
+        let key = flow.pairs[role.index()].key(secret);
         flow.write_leg(role, &mut scratch.leg);
         scratch.leg.seal(&key);
         match maps::FLOWS.insert(&key, &scratch.leg, BPF_NOEXIST.into()) {
@@ -271,9 +277,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn delete_leg(&self, pair: &Pair) {
         // An absent key is what was wanted; one that stays behind counts no more, and its place is taken when needed.
-        let mut key = Key::NONE;
-        pair.write_key(&mut key, secret);
-        let _ = maps::FLOWS.remove(&key);
+        let _ = maps::FLOWS.remove(&pair.key(secret));
     }
 
     #[inline(always)]
@@ -494,9 +498,11 @@ fn secret() -> Option<&'static Secret> {
 }
 
 #[inline(always)]
-fn leg_at(key: &Key) -> Option<Leg> {
+fn leg_at(key: &Key) -> Option<(Leg, *mut Leg)> {
+    let place = maps::FLOWS.get_ptr_mut(key)?;
     // SAFETY: the memory may be given to another key while it is copied: the seal tells.
-    unsafe { maps::FLOWS.get(key) }.copied().filter(|leg| leg.is_of(key))
+    let leg = unsafe { place.read() };
+    leg.is_of(key).then_some((leg, place))
 }
 
 /// The bit of `TARGETS` that an endpoint has.

@@ -120,29 +120,23 @@ impl Tuple {
         s
     }
 
-    /// Writes the key of the two ends, which are of IPv4 or not, to `key`; says at which place of their pair the source is.
+    /// The key of the two ends, which are of IPv4 or not, and at which place of their pair the source is.
     #[inline(always)]
-    pub fn write_key<'s>(
-        &self,
-        v4: bool,
-        key: &mut Key,
-        secret: impl FnOnce() -> Option<&'s Secret>,
-    ) -> usize {
+    #[must_use]
+    pub fn key<'s>(&self, v4: bool, secret: impl FnOnce() -> Option<&'s Secret>) -> (Key, usize) {
         if v4 {
             let (src, dst) = (end(self.src.word_v4(), self.sport), end(self.dst.word_v4(), self.dport));
             // Without a branch, which would be guessed wrong for every other packet: neither word has its highest bit set,
             // so the difference has it if the source is lower.
             let falls = (src.wrapping_sub(dst) >> 63) ^ 1;
             let exchange = (src ^ dst) & 0_u64.wrapping_sub(falls);
-            key.write(src ^ exchange, dst ^ exchange, self.proto, 0);
-            falls as usize
+            (Key::v4(src ^ exchange, dst ^ exchange, self.proto), falls as usize)
         } else {
             let rises = self.is_rising();
             let (low, high) = if rises { (&self.src, &self.dst) } else { (&self.dst, &self.src) };
             let (low_port, high_port) =
                 if rises { (self.sport, self.dport) } else { (self.dport, self.sport) };
-            key.write_v6([low, high], [low_port, high_port], self.proto, secret);
-            !rises as usize
+            (Key::v6([low, high], [low_port, high_port], self.proto, secret), !rises as usize)
         }
     }
 
@@ -193,23 +187,16 @@ impl Pair {
         low ^ high ^ ports ^ (self.proto.0 as u32) << 24
     }
 
-    /// Writes what the pair is looked up by.
+    /// What the pair is looked up by.
     #[inline(always)]
-    pub fn write_key<'s>(&self, key: &mut Key, secret: impl FnOnce() -> Option<&'s Secret>) {
+    #[must_use]
+    pub fn key<'s>(&self, secret: impl FnOnce() -> Option<&'s Secret>) -> Key {
         let ([low, high], [low_port, high_port]) = (&self.ends, self.ports);
         if low.is_v4() {
-            key.write(end(low.word_v4(), low_port), end(high.word_v4(), high_port), self.proto, 0);
+            Key::v4(end(low.word_v4(), low_port), end(high.word_v4(), high_port), self.proto)
         } else {
-            key.write_v6([low, high], [low_port, high_port], self.proto, secret);
+            Key::v6([low, high], [low_port, high_port], self.proto, secret)
         }
-    }
-
-    /// What the pair is looked up by.
-    #[must_use]
-    pub fn key(&self, secret: &Secret) -> Key {
-        let mut key = Key::NONE;
-        self.write_key(&mut key, || Some(secret));
-        key
     }
 }
 
@@ -273,24 +260,36 @@ impl Key {
     /// Nobody's.
     pub const NONE: Self = Self { low: 0, high: 0 };
 
+    /// Whether it is of IPv4.
     #[inline(always)]
-    const fn write(&mut self, low: u64, high: u64, proto: Proto, v6: u64) {
-        self.low = low | (proto.0 as u64) << 48;
-        self.high = high | v6 << 48;
+    #[must_use]
+    pub const fn is_v4(&self) -> bool {
+        self.high >> 48 == 0
+    }
+
+    /// All bits, or none of IPv4.
+    #[inline(always)]
+    const fn if_v6(&self) -> u64 {
+        0_u64.wrapping_sub(self.high >> 48)
     }
 
     #[inline(always)]
-    fn write_v6<'s>(
-        &mut self,
+    const fn v4(low: u64, high: u64, proto: Proto) -> Self {
+        Self { low: low | (proto.0 as u64) << 48, high }
+    }
+
+    #[inline(always)]
+    fn v6<'s>(
         [low, high]: [&Addr; 2],
         [low_port, high_port]: [Port; 2],
         proto: Proto,
         secret: impl FnOnce() -> Option<&'s Secret>,
-    ) {
+    ) -> Self {
         // The element is always there; a key without sums finds nothing.
         let (one, other) =
             secret().map_or((0, 0), |secret| (secret.sum(0, low, high), secret.sum(1, low, high)));
-        self.write(end(one, low_port), end(other, high_port), proto, 1);
+        let key = Self::v4(end(one, low_port), end(other, high_port), proto);
+        Self { high: key.high | 1 << 48, ..key }
     }
 }
 
@@ -325,8 +324,11 @@ table_type! {
     pub struct Leg {
         /// The flow.
         pub id: FlowId,
-        /// The address that is written over the destination (ingress) or the source (egress): its words in pairs.
-        pub addr: [u64; 2],
+        /// Of IPv6 the first half of the address that is written over the destination (ingress) or the source (egress). Of
+        /// IPv4, whose addresses do without, [`Notes`]: the leg has to fit into few cache lines.
+        pub upper: u64,
+        /// The second half.
+        pub lower: u64,
         /// The port that goes with it; from the 16th bit the port that is written over that of the other end (zero leaves
         /// it alone); from the 32nd which of its pairs this is; from the 40th at which place of the pair the end on the
         /// client's side (client or node) stands; from the 48th the seal, see [`Leg::is_of`].
@@ -334,16 +336,52 @@ table_type! {
     }
 }
 
-impl Leg {
-    /// Nothing.
-    pub const NONE: Self = Self { id: FlowId::NONE, addr: [0; 2], rest: 0 };
+/// What packets write in place at a leg of IPv4.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Notes {
+    /// In which [`window`] the record has said that an old flow goes on here.
+    pub asked: u32,
+    /// What the direction that counts at this leg has last acknowledged; only of TCP.
+    pub acked: u32,
+}
 
-    /// The address that is written.
+impl Notes {
+    /// As they stand in the leg.
     #[inline(always)]
     #[must_use]
-    pub const fn addr(&self) -> Addr {
-        let [a, b] = self.addr;
-        Addr([a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32])
+    pub const fn word(self) -> u64 {
+        self.asked as u64 | (self.acked as u64) << 32
+    }
+}
+
+/// The clock in steps of 2^26 ns (67 ms): for the rest of one of them a leg speaks for its record (see [`Notes::asked`]).
+#[inline(always)]
+#[must_use]
+pub const fn window(now: u64) -> u32 {
+    (now >> 26) as u32
+}
+
+impl Leg {
+    /// Nothing.
+    pub const NONE: Self = Self { id: FlowId::NONE, upper: 0, lower: 0, rest: 0 };
+
+    /// The address that is written, of a leg of IPv4 or not.
+    #[inline(always)]
+    #[must_use]
+    pub const fn addr(&self, v4: bool) -> Addr {
+        let (upper, lower) = (self.upper, self.lower);
+        if v4 {
+            Addr::v4((lower >> 32) as u32)
+        } else {
+            Addr([upper as u32, (upper >> 32) as u32, lower as u32, (lower >> 32) as u32])
+        }
+    }
+
+    /// What packets have written, of a leg of IPv4.
+    #[inline(always)]
+    #[must_use]
+    pub const fn notes(&self) -> Notes {
+        Notes { asked: self.upper as u32, acked: (self.upper >> 32) as u32 }
     }
 
     /// The port that goes with it.
@@ -375,7 +413,7 @@ impl Leg {
     }
 
     /// Whether the leg was read whole and stands at `key`. A hash map may hand the memory of a deleted value to another
-    /// key while a program still reads it, so the value carries a sum over itself and its key.
+    /// key while a program still reads it, so the value carries a sum over its key and what never changes in it.
     #[inline(always)]
     #[must_use]
     pub const fn is_of(&self, key: &Key) -> bool {
@@ -404,8 +442,8 @@ impl Leg {
             .id
             .0
             .wrapping_mul(0x51ed_270b)
-            .wrapping_add(self.addr[0].wrapping_mul(0x2c1b_3c6d))
-            .wrapping_add(self.addr[1].wrapping_mul(0x7feb_352d))
+            .wrapping_add((self.upper & key.if_v6()).wrapping_mul(0x2c1b_3c6d))
+            .wrapping_add(self.lower.wrapping_mul(0x7feb_352d))
             .wrapping_add((self.rest & UNSEALED).wrapping_mul(0x68e3_1da5));
         let keys = key.low.wrapping_mul(0x297a_2d39).wrapping_add(key.high.wrapping_mul(0x3c6e_f373));
         let sum = own.wrapping_add(keys);
@@ -485,7 +523,8 @@ table_type! {
         pub pad: [u8; 3],
         /// The uplink that the question came in by; 0 if it was none.
         pub uplink: u32,
-        /// What each direction has last acknowledged. Each direction its own.
+        /// What each direction has last acknowledged; where it has a leg of its own, that one knows better. Each direction
+        /// its own.
         pub acked: [u32; 2],
         /// The ends of the outer, middle and inner leg. The inner one: who claims it.
         pub pairs: [Pair; 3],
@@ -655,7 +694,10 @@ impl Flow {
         let pair = matches!(role, Role::OUTER) as usize & !self.is_identity() as usize;
         let (addr, mut port) = self.end(pair & 1, matches!(role, Role::INNER));
         let [a, b, c, d] = addr.0;
-        leg.addr = [a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32];
+        let acked = self.acked[if matches!(role, Role::MIDDLE) { REPLY } else { FORWARD }];
+        let notes = Notes { asked: 0, acked };
+        leg.upper = if addr.is_v4() { notes.word() } else { a as u64 | (b as u64) << 32 };
+        leg.lower = c as u64 | (d as u64) << 32;
         let mut other_port = Port(0);
         match role {
             Role::INNER => port = behind,
@@ -893,9 +935,9 @@ mod tests {
     fn a_packet_finds_the_key_of_its_pair_and_no_other() {
         let mut keys = std::collections::HashMap::new();
         for tuple in some_tuples() {
-            let (pair, mut key) = (tuple.pair(), Key::NONE);
-            let source = tuple.write_key(tuple.src.is_v4(), &mut key, || Some(&SECRET));
-            assert_eq!(key, pair.key(&SECRET), "{tuple:?}");
+            let pair = tuple.pair();
+            let (key, source) = tuple.key(tuple.src.is_v4(), || Some(&SECRET));
+            assert_eq!(key, pair.key(|| Some(&SECRET)), "{tuple:?}");
             assert_eq!(pair.tuple(source), tuple);
             assert_eq!(*keys.entry(key).or_insert(pair), pair, "two pairs have one key");
         }
@@ -903,28 +945,30 @@ mod tests {
         let mut other = SECRET;
         other.factors[1][0] ^= 1 << 40;
         let pair = some_tuples().pop().unwrap().pair();
-        assert_ne!(pair.key(&SECRET), pair.key(&other));
+        assert_ne!(pair.key(|| Some(&SECRET)), pair.key(|| Some(&other)));
     }
 
     #[test]
     fn a_leg_that_is_half_another_one_is_none() {
-        let words = |leg: &Leg| [leg.id.0, leg.addr[0], leg.addr[1], leg.rest];
+        let words = |leg: &Leg| [leg.id.0, leg.upper, leg.lower, leg.rest];
         let tuples = some_tuples();
         let (mut mixed, mut taken) = (0, 0);
         // Legs as alike as they come: of neighbouring records, that differ in an address or a port.
         for (n, pair) in tuples.windows(2).enumerate() {
             let leg = |n: usize, tuple: &Tuple| {
                 let [a, b, c, d] = tuple.dst.0.map(u64::from);
-                let (addr, rest) = ([a | b << 32, c | d << 32], u64::from(tuple.dport.0));
-                let key = tuple.pair().key(&SECRET);
-                (Leg { id: FlowId(n as u64).next(), addr, rest }.sealed(&key), key)
+                // What packets have noted is theirs.
+                let upper = if tuple.dst.is_v4() { 0 } else { a | b << 32 };
+                let (id, lower, rest) = (FlowId(n as u64).next(), c | d << 32, u64::from(tuple.dport.0));
+                let key = tuple.pair().key(|| Some(&SECRET));
+                (Leg { id, upper, lower, rest }.sealed(&key), key)
             };
             let ((one, key), (other, other_key)) = (leg(n, &pair[0]), leg(n + 1, &pair[1]));
             assert!(one.is_of(&key) && other.is_of(&other_key));
             for mask in 1..16 {
                 let mut mix = words(&one);
                 (0..4).filter(|bit| mask >> bit & 1 != 0).for_each(|bit| mix[bit] = words(&other)[bit]);
-                let mix = Leg { id: FlowId(mix[0]), addr: [mix[1], mix[2]], rest: mix[3] };
+                let mix = Leg { id: FlowId(mix[0]), upper: mix[1], lower: mix[2], rest: mix[3] };
                 if mix != one && key != other_key {
                     mixed += 1;
                     taken += usize::from(mix.is_of(&key));

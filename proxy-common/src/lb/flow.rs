@@ -2,8 +2,8 @@
 
 use super::{Entered, Inserted, Ring, Tables, Touch, Touched, select::Choice};
 use crate::abi::{
-    FORWARD, Flow, FlowId, Hook, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple, flow_flags,
-    frontend,
+    FORWARD, Flow, FlowId, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
+    flow_flags, frontend, window,
 };
 use crate::addr::{Port, Proto};
 use crate::wire::{Edit, Kind, Packet};
@@ -42,22 +42,32 @@ struct Way {
 /// Finds a packet's flow, refreshes it and fills in the edit that it asks for.
 #[inline(always)]
 pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &mut Edit) -> Touched {
-    let (source, Some(leg)) = tables.leg_of(packet) else {
+    let (source, Some((leg, place))) = tables.leg_of(packet) else {
         return Touched::NONE;
     };
     // What it says is taken over at once, whether it will be wanted or not: the kernel's stack need not keep it.
-    edit.addr = leg.addr();
+    edit.addr = leg.addr(packet.v4);
     edit.port = leg.port();
     edit.other_port = leg.other_port();
     edit.out = 0;
+    let (notes, now) = (leg.notes(), tables.now());
     let leg = Way { id: leg.id, role: leg.role(), forward: source == leg.near() };
-    let now = tables.now();
     let found = Touched { touch: Touch::None, id: leg.id, forward: leg.forward, care: false };
+    let noted = packet.v4 && leg.leads(hook);
+    // UDP towards its endpoint asks each time whether that is still there.
+    let goes_on = noted && packet.goes_on() && !(packet.tuple.proto == Proto::UDP && leg.role == Role::OUTER);
+    let acked = if packet.tcp_flags & Packet::ACK != 0 { packet.ack } else { notes.acked };
+    if goes_on && notes.asked == window(now) {
+        if notes.acked != acked {
+            tables.note(place, Notes { acked, ..notes });
+        }
+        return Touched { touch: Touch::Rewrite, ..found };
+    }
     let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now) {
-        Look::Go => Ok(pass(flow, &leg, hook, packet, now, edit)),
-        Look::None => Ok((Touch::None, false)),
-        Look::Over => Ok((Touch::Over, false)),
-        Look::Superseded => Ok((Touch::Superseded, false)),
+        Look::Go => Ok(pass(tables, flow, &leg, hook, packet, now, edit)),
+        Look::None => Ok((Touch::None, false, false)),
+        Look::Over => Ok((Touch::Over, false, false)),
+        Look::Superseded => Ok((Touch::Superseded, false, false)),
         Look::Bound(index, generation) => Err((index, generation)),
     });
     let passed = match looked {
@@ -65,14 +75,34 @@ pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
             if tables.backend(index).is_none_or(|b| b.generation != generation) {
                 return Touched { touch: Touch::Stale, ..found };
             }
-            tables.record(leg.id.index(), |flow| pass(flow, &leg, hook, packet, now, edit))
+            tables.record(leg.id.index(), |flow| pass(tables, flow, &leg, hook, packet, now, edit))
         }
         Some(Ok(passed)) => Some(passed),
         None => None,
     };
-    match passed {
-        Some((touch, care)) => Touched { touch, care, ..found },
-        None => found,
+    let Some((touch, care, old)) = passed else {
+        return found;
+    };
+    // A RST acknowledges nothing that need be believed.
+    if noted && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
+        // Of a flow that may have to leave by another interface the record is asked each time.
+        let stays = edit.out == 0 || edit.out == packet.ifindex;
+        let asked = if goes_on && old && stays { window(now) } else { 0 };
+        tables.note(place, Notes { asked, acked });
+    }
+    Touched { touch, care, ..found }
+}
+
+impl Way {
+    /// Whether the leg itself says what is written over a packet that goes this way.
+    #[inline(always)]
+    fn leads(&self, hook: Hook) -> bool {
+        match self.role {
+            Role::OUTER => hook == Hook::INGRESS && self.forward,
+            Role::MIDDLE => hook == Hook::EGRESS && !self.forward,
+            Role::INNER => hook == Hook::INGRESS && !self.forward,
+            _ => false,
+        }
     }
 }
 
@@ -125,9 +155,17 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     }
 }
 
-/// What the flow wants done with the packet, and whether it wants to be looked after.
+/// What the flow wants done with the packet, whether it wants to be looked after, and whether it is old.
 #[inline(always)]
-fn pass(flow: &mut Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64, edit: &mut Edit) -> (Touch, bool) {
+fn pass<T: Tables>(
+    tables: &T,
+    flow: &mut Flow,
+    leg: &Way,
+    hook: Hook,
+    packet: &Packet,
+    now: u64,
+    edit: &mut Edit,
+) -> (Touch, bool, bool) {
     let forward = leg.forward;
     let error = matches!(packet.kind, Kind::IcmpError);
     let enters = hook == Hook::INGRESS;
@@ -170,7 +208,7 @@ fn pass(flow: &mut Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64, edit:
     if counts && !error {
         let direction = if forward { FORWARD } else { REPLY };
         if packet.tcp_flags & (Packet::FIN | Packet::RST) != 0 {
-            end_of(flow, packet, direction, now);
+            end_of(tables, flow, packet, direction, now);
         } else {
             flow.seen[direction] = now;
         }
@@ -180,7 +218,7 @@ fn pass(flow: &mut Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64, edit:
         care = flow.old == 0 || forward && is_due(flow, now);
     }
     // The record may have been given to another flow while it was read.
-    if flow.id == leg.id { (touch, care) } else { (Touch::None, false) }
+    if flow.id == leg.id { (touch, care, flow.old != 0) } else { (Touch::None, false, false) }
 }
 
 /// Whether the flow's legs are to be looked after. The clock of another CPU may be a little ahead, so the difference has
@@ -194,12 +232,30 @@ const fn is_due(flow: &Flow, now: u64) -> bool {
 /// where that is.
 const BELIEVED: u32 = 1 << 20;
 
+/// What a direction has last acknowledged: the leg at which it counts has seen packets that the record has not.
+#[inline(always)]
+fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -> u32 {
+    let (known, role) = if direction == FORWARD {
+        (flow.acked[FORWARD], Role::OUTER)
+    } else {
+        (flow.acked[REPLY], Role::MIDDLE)
+    };
+    let pair = &flow.pairs[role.index()];
+    if flow.legs < 2 || !pair.ends[0].is_v4() {
+        return known;
+    }
+    match tables.leg(pair) {
+        Some(leg) if leg.id == flow.id => leg.notes().acked,
+        _ => known,
+    }
+}
+
 /// A FIN or RST passes.
 #[inline(always)]
-fn end_of(flow: &mut Flow, packet: &Packet, direction: usize, now: u64) {
-    let acked = if direction == FORWARD { flow.acked[REPLY] } else { flow.acked[FORWARD] };
+fn end_of<T: Tables>(tables: &T, flow: &mut Flow, packet: &Packet, direction: usize, now: u64) {
     // Before a handshake is complete there is nothing to compare with, and little to lose.
-    let believed = flow.old == 0 || packet.seq.wrapping_sub(acked) < BELIEVED;
+    let believed =
+        flow.old == 0 || packet.seq.wrapping_sub(last_acked(tables, flow, direction ^ 1)) < BELIEVED;
     if packet.tcp_flags & Packet::RST == 0 {
         flow.seen[direction] = now;
         if believed {
@@ -399,19 +455,27 @@ pub(super) fn displace<T: Tables>(tables: &T, id: FlowId) -> bool {
 #[inline(always)]
 pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
     *holder = FlowId::NONE;
-    for _ in 0..2 {
+    for attempt in 0..3 {
         let tried = tables.record(id.index(), |flow| {
             let pair = &flow.pairs[role.index()];
             match tables.insert_leg(flow, role) {
                 Inserted::Done => Ok(Entered::Done),
                 Inserted::Full | Inserted::Raced => Ok(Entered::Full),
-                Inserted::Exists => Err(tables.leg(pair).map(|found| found.id)),
+                Inserted::Exists => {
+                    let found = tables.leg(pair).map(|found| found.id);
+                    // Gone again, or written at this moment; if that lasts, it is no whole leg and nobody's.
+                    if found.is_none() && attempt != 0 {
+                        tables.delete_leg(pair);
+                    }
+                    Err(found)
+                }
             }
         });
         let found = match tried {
             Some(Ok(entered)) => return entered,
             Some(Err(Some(found))) => found,
-            Some(Err(None)) | None => return Entered::Taken,
+            Some(Err(None)) => continue,
+            None => return Entered::Taken,
         };
         if found == id {
             return Entered::Kept;

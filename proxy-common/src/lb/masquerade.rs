@@ -153,7 +153,7 @@ pub fn find_port<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
             continue;
         }
         let cost = match tables.leg_of(packet).1 {
-            Some(leg) => cost(tables, &leg, now),
+            Some((leg, _)) => cost(tables, &leg, now),
             None if tables.is_socket(&packet.tuple) => u64::MAX,
             None => return 1,
         };

@@ -23,7 +23,7 @@ pub use select::Choice;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Leg, Pair, Reason, Role, SourceKey, Timeouts, Tuple,
+    Iface, Leg, Notes, Pair, Reason, Role, SourceKey, Timeouts, Tuple,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::wire::{Edit, Packet};
@@ -120,6 +120,8 @@ pub enum Stat {
 
 /// All that a decision may ask and remember. Implemented over BPF maps and over hash maps.
 pub trait Tables {
+    /// Where a leg stands.
+    type Place: Copy;
     /// The node's settings; `None` before the agent has written them.
     fn config(&self) -> Option<&Config>;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC_COARSE`.
@@ -158,7 +160,9 @@ pub trait Tables {
     /// The leg of a pair.
     fn leg(&self, pair: &Pair) -> Option<Leg>;
     /// At which place of the pair of a packet's ends its source is, and the leg of that pair.
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>);
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Self::Place)>);
+    /// Writes the notes of a leg of IPv4.
+    fn note(&self, place: Self::Place, notes: Notes);
     /// Inserts a leg of a flow where there is none.
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted;
     /// Deletes a leg if it is there.

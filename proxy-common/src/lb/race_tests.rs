@@ -9,7 +9,7 @@ use super::tests::{ETH, Node, addr, key};
 use super::{Inserted, Ring, Stat, Tables};
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
-    Iface, Key, Leg, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
+    Iface, Key, Leg, Notes, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::testing::{ByteFrame, MemoryTables, Outcome, run, segment, tuple, verify};
@@ -374,6 +374,7 @@ fn read(frame: &ByteFrame) -> Tuple {
 
 /// Each question to the tables is a moment in which another processor may come first.
 impl Tables for World {
+    type Place = Key;
     fn config(&self) -> Option<&Config> {
         self.tables.config()
     }
@@ -433,9 +434,13 @@ impl Tables for World {
         self.meet();
         self.tables.leg(pair)
     }
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<Leg>) {
+    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Key)>) {
         self.meet();
         self.tables.leg_of(packet)
+    }
+    fn note(&self, place: Key, notes: Notes) {
+        self.meet();
+        self.tables.note(place, notes);
     }
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
         self.meet();

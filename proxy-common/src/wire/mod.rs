@@ -26,6 +26,11 @@ pub trait Frame {
     /// past [`MAX_OFFSET`].
     fn load<T: Words>(&self, off: usize) -> Option<T>;
 
+    /// [`Frame::load`] at an offset that is known beforehand.
+    fn load_at<T: Words, const OFF: usize>(&self) -> Option<T> {
+        self.load(OFF)
+    }
+
     /// Writes `value` at `off`; false past the same bounds.
     #[must_use]
     fn store<T: Words>(&mut self, off: usize, value: T) -> bool;

@@ -83,6 +83,12 @@ impl Packet {
         self.tcp_flags & (Self::SYN | Self::ACK | Self::RST) == Self::SYN
     }
 
+    /// Whether it is whole, and of TCP neither opens nor ends a connection.
+    #[inline(always)]
+    pub const fn goes_on(&self) -> bool {
+        matches!(self.kind, Kind::Whole) && self.tcp_flags & (Self::SYN | Self::FIN | Self::RST) == 0
+    }
+
     /// How many sequence numbers the segment takes: its payload, SYN and FIN.
     #[inline(always)]
     pub const fn seq_len(&self) -> u32 {
@@ -149,30 +155,30 @@ impl Packet {
 pub fn parse<F: Frame, const ETHERNET: bool>(frame: &F, packet: &mut Packet) -> Option<()> {
     if ETHERNET {
         packet.l3 = EthHdr::LEN as u16;
-        match frame.load::<u16>(offset_of!(EthHdr, ether_type))? {
-            ETHERTYPE_IPV4 => parse_v4(frame, EthHdr::LEN, packet),
-            ETHERTYPE_IPV6 => parse_v6(frame, EthHdr::LEN, packet),
+        match frame.load_at::<u16, { offset_of!(EthHdr, ether_type) }>()? {
+            ETHERTYPE_IPV4 => parse_v4::<_, { EthHdr::LEN }>(frame, packet),
+            ETHERTYPE_IPV6 => parse_v6::<_, { EthHdr::LEN }>(frame, packet),
             _ => None,
         }
     } else {
         // Two bytes and not one: a one-byte read at the very start of a packet confuses old verifiers.
         let first = frame.load::<u16>(0)?.to_ne_bytes()[0];
         match first >> 4 {
-            4 => parse_v4(frame, 0, packet),
-            6 => parse_v6(frame, 0, packet),
+            4 => parse_v4::<_, 0>(frame, packet),
+            6 => parse_v6::<_, 0>(frame, packet),
             _ => None,
         }
     }
 }
 
 #[inline(always)]
-fn parse_v4<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
-    let ip: [u32; 5] = frame.load(l3)?;
+fn parse_v4<F: Frame, const L3: usize>(frame: &F, packet: &mut Packet) -> Option<()> {
+    let ip: [u32; 5] = frame.load_at::<_, L3>()?;
     let vihl = ip[0].to_ne_bytes()[0];
     if vihl >> 4 != 4 || vihl & 0xf < 5 {
         return None;
     }
-    let l4 = l3 + usize::from(vihl & 0xf) * 4;
+    let l4 = L3 + usize::from(vihl & 0xf) * 4;
     packet.l4 = l4 as u16;
     packet.v4 = true;
     packet.tuple.src = Addr::v4(ip[3]);
@@ -191,7 +197,7 @@ fn parse_v4<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
         icmp_v4(frame, l4, packet)
     } else {
         let total = u16::from_be_bytes([ip[0].to_ne_bytes()[2], ip[0].to_ne_bytes()[3]]);
-        transport(frame, l4, l3 + usize::from(total), packet)
+        transport(frame, l4, L3 + usize::from(total), packet)
     }
 }
 
@@ -201,8 +207,8 @@ fn proto_v4(ip: &[u32; 5]) -> Proto {
 }
 
 #[inline(always)]
-fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
-    let ip: [u32; 10] = frame.load(l3)?;
+fn parse_v6<F: Frame, const L3: usize>(frame: &F, packet: &mut Packet) -> Option<()> {
+    let ip: [u32; 10] = frame.load_at::<_, L3>()?;
     if ip[0].to_ne_bytes()[0] >> 4 != 6 {
         return None;
     }
@@ -213,7 +219,7 @@ fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
     if packet.tuple.src.is_v4() || packet.tuple.dst.is_v4() {
         return None;
     }
-    let next = extensions(frame, ip[1].to_ne_bytes()[2], l3 + 40)?;
+    let next = extensions(frame, ip[1].to_ne_bytes()[2], L3 + 40)?;
     packet.l4 = next.off as u16;
     packet.tuple.proto = Proto(next.proto);
     packet.kind = next.kind;
@@ -223,7 +229,7 @@ fn parse_v6<F: Frame>(frame: &F, l3: usize, packet: &mut Packet) -> Option<()> {
         _ if packet.tuple.proto == Proto::ICMPV6 => icmp_v6(frame, next.off, packet),
         _ => {
             let payload = u16::from_be_bytes([ip[1].to_ne_bytes()[0], ip[1].to_ne_bytes()[1]]);
-            transport(frame, next.off, l3 + 40 + usize::from(payload), packet)
+            transport(frame, next.off, L3 + 40 + usize::from(payload), packet)
         }
     }
 }

@@ -7,11 +7,10 @@ use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::abi::Reason;
-use proxy_common::addr::Proto;
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
 use proxy_common::wire::{Edit, End, Kind, Packet, answer, parse, rewrite};
 
-use crate::cut::{cut_parse, cut_rewrite, scratch};
+use crate::cut::{cut_parse, cut_rewrite_error, scratch};
 use crate::skb::Skb;
 use crate::tables::Kernel;
 
@@ -100,12 +99,10 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
 /// In place, not a function of its own: a call and reading everything back costs an established flow 15 ns.
 #[inline(always)]
 fn apply(skb: &mut Skb, packet: &Packet, end: End, edit: &Edit) -> i32 {
-    let common =
-        matches!(packet.tuple.proto, Proto::TCP | Proto::UDP) && !matches!(packet.kind, Kind::IcmpError);
-    let done = if common {
+    let done = if !matches!(packet.kind, Kind::IcmpError) {
         rewrite(skb, packet, end, edit)
     } else {
-        cut_rewrite(skb.0, matches!(end, End::Dst).into()) != 0
+        cut_rewrite_error(skb.0, matches!(end, End::Dst).into()) != 0
     };
     if done {
         NEXT

@@ -56,8 +56,8 @@ pub(crate) struct Traces {
     pub(crate) stats: BTreeMap<u32, [u64; 3]>,
     /// Living flows.
     pub(crate) flows: BTreeMap<Name, Flow>,
-    /// Legs, and whose they are: a living flow's, or nobody's.
-    pub(crate) legs: BTreeMap<Key, (Role, usize, Option<Name>)>,
+    /// Legs, what has been acknowledged there, and whose they are: a living flow's, or nobody's.
+    pub(crate) legs: BTreeMap<Key, (Role, usize, Option<u32>, Option<Name>)>,
     pub(crate) fragments: BTreeMap<FragmentKey, Fragment>,
     pub(crate) affinity: BTreeMap<AffinityKey, Affinity>,
 }
@@ -85,7 +85,10 @@ impl Traces {
         let owners: BTreeMap<FlowId, Name> = flows.iter().map(|flow| (flow.id, name(flow))).collect();
         self.flows = flows.iter().map(|flow| (name(flow), shown(flow))).collect();
         assert_eq!(self.flows.len(), flows.len(), "two flows are one: {flows:#?}");
-        let shown = |(key, leg): (Key, Leg)| (key, (leg.role(), leg.near(), owners.get(&leg.id).copied()));
+        let shown = |(key, leg): (Key, Leg)| {
+            let acked = key.is_v4().then(|| leg.notes().acked);
+            (key, (leg.role(), leg.near(), acked, owners.get(&leg.id).copied()))
+        };
         self.legs = legs.into_iter().map(shown).collect();
     }
 
@@ -117,6 +120,8 @@ fn shown(flow: &Flow) -> Flow {
         born: 0,
         checked: 0,
         source: u32::from(flow.has_source()),
+        // Legs of IPv4 know better, and when they tell the record is a matter of the clock.
+        acked: if flow.legs > 1 && flow.pairs[0].ends[0].is_v4() { [0; 2] } else { flow.acked },
         ..*flow
     };
     for (role, there) in [(Role::MIDDLE, !flow.is_own()), (Role::INNER, flow.has_source())] {
@@ -263,7 +268,7 @@ impl Real {
             let roles = [Role::INNER, Role::MIDDLE].into_iter();
             let new = roles
                 .filter(|role| flow.has(*role))
-                .find(|role| !known.contains_key(&flow.pairs[role.index()].key(&SECRET)))?;
+                .find(|role| !known.contains_key(&flow.pairs[role.index()].key(|| Some(&SECRET))))?;
             Some(flow.end(new.index(), true).1.number())
         };
         flows.iter().find_map(source)
@@ -303,6 +308,14 @@ impl Real {
         for mut flow in self.programs.flows().unwrap() {
             change(&mut flow);
             self.records.set(flow.id.index(), flow, 0).unwrap();
+        }
+    }
+
+    /// Changes every leg.
+    pub(crate) fn change_legs(&mut self, change: impl Fn(&Key, &mut Leg)) {
+        for (key, mut leg) in entries(&self.legs).unwrap() {
+            change(&key, &mut leg);
+            self.legs.insert(key, leg, 0).unwrap();
         }
     }
 

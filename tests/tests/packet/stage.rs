@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::MutexGuard;
 
 use nix::time::{ClockId, clock_gettime};
-use proxy_common::abi::{Config, Flow, FlowId, Hook, Key, Leg, PortRange, Reason, Role, Timeouts, Tuple};
+use proxy_common::abi::{
+    Config, Flow, FlowId, Hook, Key, Leg, Notes, PortRange, Reason, Role, Timeouts, Tuple,
+};
 use proxy_common::addr::{Port, Proto};
 use proxy_common::lb::Tables as _;
 use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, SECRET, run_on};
@@ -319,9 +321,17 @@ impl Stage {
             let times = flow.seen.iter_mut().chain(&mut flow.rst).chain([&mut flow.born, &mut flow.checked]);
             times.filter(|time| **time != 0).for_each(|time| *time = time.saturating_sub(past).max(1));
         };
+        // In another window legs ask their records again.
+        let forget = |key: &Key, leg: &mut Leg| {
+            if key.is_v4() {
+                leg.upper = Notes { asked: 0, ..leg.notes() }.word();
+            }
+        };
         self.host.records.borrow_mut().iter_mut().for_each(age);
+        self.host.flows.borrow_mut().iter_mut().for_each(|(key, leg)| forget(key, leg));
         if let Some(kernel) = &mut self.kernel {
             kernel.change_flows(age);
+            kernel.change_legs(forget);
         }
     }
 
@@ -372,7 +382,7 @@ impl Stage {
         for n in 0..(LEGS - legs - self.legs()) as u16 {
             let (one, other) = (addr("172.16.0.1"), addr("172.16.0.2"));
             let pair = Tuple::new(one, Port::new(n), other, Port::new(80), Proto::TCP).pair();
-            let key = pair.key(&SECRET);
+            let key = pair.key(|| Some(&SECRET));
             let leg = Flow { id: NOBODY, pairs: [pair; 3], ..Flow::EMPTY }.leg(Role::OUTER).sealed(&key);
             self.host.flows.borrow_mut().insert(key, leg);
             if let Some(kernel) = &mut self.kernel {

@@ -35,7 +35,7 @@ fn other(n: u32, index: usize) -> (Flow, Key, Leg) {
         pairs: [outer, middle, Pair::NONE],
         ..Flow::EMPTY
     };
-    let key = outer.key(&SECRET);
+    let key = outer.key(|| Some(&SECRET));
     (flow, key, flow.leg(Role::OUTER).sealed(&key))
 }
 

@@ -290,7 +290,7 @@ fn fill_tables(ebpf: &mut Ebpf) -> Result<()> {
                 let id = FlowId(index.into()).next();
                 let (flow, leg) = flow(id, *role, *proto, ring_addr(ring, n), ring_addr(ring, n + 1));
                 // The keys of IPv4 know no secret.
-                let key = flow.pairs[role.index()].key(&Secret::NONE);
+                let key = flow.pairs[role.index()].key(|| Some(&Secret::NONE));
                 hash(ebpf, maps::FLOWS)?.insert(key, leg.sealed(&key), 0)?;
                 array(ebpf, maps::RECORDS)?.set(index, flow, 0)?;
             }
