@@ -220,10 +220,15 @@ impl Tables for MemoryTables {
         (source, self.flows.borrow().get(&key).filter(|leg| leg.is_of(&key)).map(|leg| (*leg, key)))
     }
 
-    fn note(&self, place: Key, notes: Notes) {
-        if let Some(leg) = self.flows.borrow_mut().get_mut(&place) {
+    fn note(&self, place: Key, id: FlowId, notes: Notes) {
+        if let Some(leg) = self.flows.borrow_mut().get_mut(&place).filter(|leg| leg.id == id) {
             leg.upper = notes.word();
         }
+    }
+
+    fn is_broken(&self, pair: &Pair) -> bool {
+        let key = pair.key(|| Some(&SECRET));
+        self.flows.borrow().get(&key).is_some_and(|leg| !leg.is_of(&key))
     }
 
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {

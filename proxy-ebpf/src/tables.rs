@@ -254,11 +254,22 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn note(&self, place: *mut Leg, notes: Notes) {
-        // SAFETY: a value of FLOWS, which stays memory of that map. If it has become another pair's meanwhile, that one's
-        // record is not asked for the rest of a window, and a FIN of its may not be believed; if it has become one of
-        // IPv6, its seal does not fit any more, and looking after it writes it anew.
-        unsafe { (&raw mut (*place).upper).write(notes.word()) };
+    fn note(&self, place: *mut Leg, id: FlowId, notes: Notes) {
+        // SAFETY: a value of FLOWS, which stays memory of that map. If it becomes another pair's between look and write,
+        // that one's record is not asked for the rest of a window, and a FIN of its may not be believed; if it becomes one
+        // of IPv6, its seal does not fit any more: its flow loses a leg, as if somebody had deleted it.
+        unsafe {
+            if (&raw const (*place).id).read_volatile() == id {
+                (&raw mut (*place).upper).write_volatile(notes.word());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn is_broken(&self, pair: &Pair) -> bool {
+        let key = pair.key(secret);
+        // SAFETY: as in `leg_at`.
+        unsafe { maps::FLOWS.get(&key) }.copied().is_some_and(|leg| !leg.is_of(&key))
     }
 
     #[inline(always)]
@@ -276,7 +287,8 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn delete_leg(&self, pair: &Pair) {
-        // An absent key is what was wanted; one that stays behind counts no more, and its place is taken when needed.
+        // An absent key is what was wanted; one that stays behind counts no more after its window, and its place is taken
+        // when needed.
         let _ = maps::FLOWS.remove(&pair.key(secret));
     }
 

@@ -11,7 +11,7 @@
 //! A fourth role stands alone: [`Role::OWN`] marks a conversation of the node's own, in which nothing is translated.
 //!
 //! The legs only point at the flow's record, which says everything about it. A leg counts while the record carries the
-//! leg's id and is alive: a flow is there as a whole or not at all.
+//! leg's id and is alive, or was in the running [`window`]: a flow is there as a whole or not at all.
 
 use super::table_type;
 use crate::addr::{Addr, Port, Proto};
@@ -207,9 +207,6 @@ table_type! {
     ///
     /// In words of 64 bits because a key is written right before it is read: a processor passes on what it has just
     /// written only if it is not read in larger pieces.
-    ///
-    /// In words of 64 bits because a key is written right before it is read: a processor passes on what it has just
-    /// written only if it is not read in larger pieces.
     pub struct Key {
         /// The lower end: its port; from the 16th bit its address, or a sum; from the 48th the transport protocol.
         pub low: u64,
@@ -341,7 +338,7 @@ table_type! {
 pub struct Notes {
     /// In which [`window`] the record has said that an old flow goes on here.
     pub asked: u32,
-    /// What the direction that counts at this leg has last acknowledged; only of TCP.
+    /// What the direction that counts at this leg has last acknowledged; only of TCP, and nothing at an inner leg.
     pub acked: u32,
 }
 
@@ -503,7 +500,8 @@ table_type! {
         pub claims: u64,
         /// When its legs were last looked after. The forward direction.
         pub checked: u64,
-        /// When a packet of each direction that was no RST last passed; 0 for never. Each direction its own.
+        /// When a packet of each direction that was no RST last passed, or up to a [`window`] before that; 0 for never. Each
+        /// direction its own.
         pub seen: [u64; 2],
         /// Where it is in its life: who claims it.
         pub state: State,

@@ -58,8 +58,9 @@ pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     let goes_on = noted && packet.goes_on() && !(packet.tuple.proto == Proto::UDP && leg.role == Role::OUTER);
     let acked = if packet.tcp_flags & Packet::ACK != 0 { packet.ack } else { notes.acked };
     if goes_on && notes.asked == window(now) {
-        if notes.acked != acked {
-            tables.note(place, Notes { acked, ..notes });
+        // Nothing counts at an inner leg.
+        if notes.acked != acked && leg.role != Role::INNER {
+            tables.note(place, leg.id, Notes { acked, ..notes });
         }
         return Touched { touch: Touch::Rewrite, ..found };
     }
@@ -80,15 +81,15 @@ pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
         Some(Ok(passed)) => Some(passed),
         None => None,
     };
-    let Some((touch, care, old)) = passed else {
+    let Some((touch, care, settled)) = passed else {
         return found;
     };
     // A RST acknowledges nothing that need be believed.
     if noted && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
         // Of a flow that may have to leave by another interface the record is asked each time.
         let stays = edit.out == 0 || edit.out == packet.ifindex;
-        let asked = if goes_on && old && stays { window(now) } else { 0 };
-        tables.note(place, Notes { asked, acked });
+        let asked = if goes_on && settled && stays { window(now) } else { 0 };
+        tables.note(place, leg.id, Notes { asked, acked });
     }
     Touched { touch, care, ..found }
 }
@@ -155,7 +156,8 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     }
 }
 
-/// What the flow wants done with the packet, whether it wants to be looked after, and whether it is old.
+/// What the flow wants done with the packet, whether it wants to be looked after, and whether its legs may speak for it: one
+/// that has been reset is watched closely.
 #[inline(always)]
 fn pass<T: Tables>(
     tables: &T,
@@ -218,7 +220,8 @@ fn pass<T: Tables>(
         care = flow.old == 0 || forward && is_due(flow, now);
     }
     // The record may have been given to another flow while it was read.
-    if flow.id == leg.id { (touch, care, flow.old != 0) } else { (Touch::None, false, false) }
+    let settled = flow.old != 0 && flow.last_reset() == 0;
+    if flow.id == leg.id { (touch, care, settled) } else { (Touch::None, false, false) }
 }
 
 /// Whether the flow's legs are to be looked after. The clock of another CPU may be a little ahead, so the difference has
@@ -241,7 +244,7 @@ fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -> u32 {
         (flow.acked[REPLY], Role::MIDDLE)
     };
     let pair = &flow.pairs[role.index()];
-    if flow.legs < 2 || !pair.ends[0].is_v4() {
+    if !flow.has(role) || !pair.ends[0].is_v4() {
         return known;
     }
     match tables.leg(pair) {
@@ -464,7 +467,7 @@ pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId)
                 Inserted::Exists => {
                     let found = tables.leg(pair).map(|found| found.id);
                     // Gone again, or written at this moment; if that lasts, it is no whole leg and nobody's.
-                    if found.is_none() && attempt != 0 {
+                    if found.is_none() && attempt != 0 && tables.is_broken(pair) {
                         tables.delete_leg(pair);
                     }
                     Err(found)

@@ -204,6 +204,23 @@ fn a_record_is_asked_once_in_a_window() {
 }
 
 #[test]
+fn a_flow_that_has_been_reset_and_goes_on_is_watched_closely() {
+    let node = masquerading();
+    let talk = settled(&node, CLIENT, VIP);
+    talk.says(RST, false);
+    // A while later both ends go on, in all parts of a window.
+    node.wait(70);
+    for _ in 0..150 {
+        node.wait(7);
+        talk.goes_on();
+        talk.says(ACK, false);
+        assert_eq!(the_flow(&node).seen, [node.tables.now(); 2]);
+        assert!(!the_flow(&node).is_over(node.tables.now()));
+    }
+    assert!(!the_flow(&node).is_reset());
+}
+
+#[test]
 fn a_flow_that_is_taken_apart_in_a_window_leads_nobody_any_more() {
     let node = masquerading();
     let talk = settled(&node, CLIENT, VIP);
@@ -215,9 +232,12 @@ fn a_flow_that_is_taken_apart_in_a_window_leads_nobody_any_more() {
 #[test]
 fn an_end_is_judged_by_all_that_has_been_acknowledged_in_a_window() {
     const FAR: u32 = 500_000_000;
-    for client in [true, false] {
-        let node = masquerading();
-        let talk = settled(&node, CLIENT, VIP);
+    // A Service that is its own endpoint has one leg for both directions.
+    let own = ("192.0.2.7", 8080);
+    for (client, vip) in [(true, VIP), (false, VIP), (true, own), (false, own)] {
+        let mut node = masquerading();
+        node.service(own, Proto::TCP, 0, &[own]);
+        let talk = settled(&node, CLIENT, vip);
         // One end receives a lot.
         for part in 1..=10 {
             let far = FAR / 10 * part;

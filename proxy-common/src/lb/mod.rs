@@ -161,8 +161,10 @@ pub trait Tables {
     fn leg(&self, pair: &Pair) -> Option<Leg>;
     /// At which place of the pair of a packet's ends its source is, and the leg of that pair.
     fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Self::Place)>);
-    /// Writes the notes of a leg of IPv4.
-    fn note(&self, place: Self::Place, notes: Notes);
+    /// Writes the notes of a leg of IPv4, if it is still this flow's.
+    fn note(&self, place: Self::Place, id: FlowId, notes: Notes);
+    /// Whether there is something at a pair that is no whole leg.
+    fn is_broken(&self, pair: &Pair) -> bool;
     /// Inserts a leg of a flow where there is none.
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted;
     /// Deletes a leg if it is there.

@@ -438,9 +438,13 @@ impl Tables for World {
         self.meet();
         self.tables.leg_of(packet)
     }
-    fn note(&self, place: Key, notes: Notes) {
+    fn note(&self, place: Key, id: FlowId, notes: Notes) {
         self.meet();
-        self.tables.note(place, notes);
+        self.tables.note(place, id, notes);
+    }
+    fn is_broken(&self, pair: &Pair) -> bool {
+        self.meet();
+        self.tables.is_broken(pair)
     }
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
         self.meet();

@@ -15,8 +15,8 @@ use nix::unistd::Pid;
 use proxy_agent::datapath::load::Capacities;
 use proxy_agent::plan::Step;
 use proxy_common::abi::{
-    Affinity, AffinityKey, Config, Flow, FlowId, Fragment, FragmentKey, Hook, Key, Leg, Pair, Reason, Role,
-    ServiceStats, frontend, maps,
+    Affinity, AffinityKey, Config, FORWARD, Flow, FlowId, Fragment, FragmentKey, Hook, Key, Leg, Pair, REPLY,
+    Reason, Role, ServiceStats, frontend, maps,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb::Ring;
@@ -120,10 +120,14 @@ fn shown(flow: &Flow) -> Flow {
         born: 0,
         checked: 0,
         source: u32::from(flow.has_source()),
-        // Legs of IPv4 know better, and when they tell the record is a matter of the clock.
-        acked: if flow.legs > 1 && flow.pairs[0].ends[0].is_v4() { [0; 2] } else { flow.acked },
         ..*flow
     };
+    // Legs of IPv4 know better, and when they tell the record is a matter of the clock.
+    for (direction, role) in [(FORWARD, Role::OUTER), (REPLY, Role::MIDDLE)] {
+        if flow.has(role) && flow.pairs[role.index()].ends[0].is_v4() {
+            shown.acked[direction] = 0;
+        }
+    }
     for (role, there) in [(Role::MIDDLE, !flow.is_own()), (Role::INNER, flow.has_source())] {
         if !there {
             shown.pairs[role.index()] = Pair::NONE;
