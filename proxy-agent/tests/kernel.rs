@@ -232,6 +232,46 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     assert_eq!(rest, want);
 }
 
+/// The words of ADDRESS_BITS.
+fn address_bits(room: &Room) -> Vec<u64> {
+    let map = aya::maps::MapData::from_pin(room.root.map(maps::ADDRESS_BITS)).unwrap();
+    let words: aya::maps::Array<_, u64> = aya::maps::Map::Array(map).try_into().unwrap();
+    words.iter().map(Result::unwrap).collect()
+}
+
+#[test]
+fn the_bit_of_an_address_stands_as_long_as_the_address_and_is_taken_away_when_many_have_gone() {
+    let room = Room::new();
+    drop(room.load());
+    let mut kernel = Kernel::open(&room.root).unwrap();
+    let one = |n: u32| Addr::from(std::net::Ipv4Addr::from(0x0a60_0000 + n));
+    let stays = [addr("192.168.0.1"), addr("fd00::1"), one(0)];
+    let bits = |addrs: &[Addr]| {
+        let mut words = vec![0_u64; 4_096];
+        addrs.iter().for_each(|addr| words[addr.place() as usize / 64] |= 1 << (addr.place() % 64));
+        words
+    };
+    kernel.apply(&stays.map(|addr| Step::PutAddress(addr, 1))).unwrap();
+    assert_eq!(address_bits(&room), bits(&stays));
+    // As many as the table holds, one after the other.
+    for n in 1..=1_023 {
+        kernel.apply(&[Step::PutAddress(one(n), 1)]).unwrap();
+        assert_ne!(address_bits(&room)[one(n).place() as usize / 64] >> (one(n).place() % 64) & 1, 0);
+        kernel.apply(&[Step::DeleteAddress(one(n))]).unwrap();
+    }
+    let left = address_bits(&room);
+    assert!(left != bits(&stays) && left.iter().zip(bits(&stays)).all(|(left, stays)| left & stays == stays));
+    // Another agent counts when it begins.
+    assert_eq!(Kernel::open(&room.root).unwrap().read().unwrap().addresses.len(), 3);
+    assert_eq!(address_bits(&room), bits(&stays));
+    let mut kernel = Kernel::open(&room.root).unwrap();
+    for n in 1..=1_024 {
+        kernel.apply(&[Step::PutAddress(one(n), 1)]).unwrap();
+        kernel.apply(&[Step::DeleteAddress(one(n))]).unwrap();
+    }
+    assert_eq!(address_bits(&room), bits(&stays), "and this one by itself");
+}
+
 #[test]
 fn a_full_table_names_the_object_and_the_flag_and_keeps_what_was_done() {
     let room = Room::new();

@@ -54,6 +54,16 @@ impl Addr {
             == 0
     }
 
+    /// A number below 262,144 that goes with the address: the place of its bit in ADDRESS_BITS.
+    #[inline(always)]
+    pub const fn place(&self) -> u32 {
+        let a = &self.0;
+        // Multiplicative hashing (Knuth, TAOCP 6.4), by 2^32 over the golden ratio and another odd number.
+        let upper = (a[0] ^ a[1].wrapping_shl(7) ^ a[2].wrapping_shl(13)).wrapping_mul(0x85eb_ca6b);
+        let folded = a[3] ^ upper ^ upper >> 15;
+        (folded ^ folded >> 16).wrapping_mul(0x9e37_79b1) >> 14
+    }
+
     /// Whether no address is set (`::` or `0.0.0.0`).
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {

@@ -27,6 +27,8 @@ pub static BACKENDS: Array<Backend, { capacity::BACKENDS }> = Array::new();
 #[btf_map]
 pub static ADDRESSES: HashMap<Addr, u32, { capacity::ADDRESSES }, SPARSE> = HashMap::new();
 #[btf_map]
+pub static ADDRESS_BITS: Array<u64, { capacity::ADDRESS_BITS }> = Array::new();
+#[btf_map]
 pub static SOURCES: LpmTrie<[u32; 5], u32, { capacity::SOURCES }> = LpmTrie::new();
 #[btf_map]
 pub static IFACES: HashMap<u32, Iface, { capacity::IFACES }, SPARSE> = HashMap::new();

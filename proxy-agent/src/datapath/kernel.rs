@@ -8,6 +8,7 @@ use proxy_common::abi::{
 use proxy_common::addr::Addr;
 
 use super::Datapath;
+use super::address_bits::AddressBits;
 use super::pin::BpfRoot;
 use super::sys;
 use super::table::{Table, TableError};
@@ -23,6 +24,7 @@ pub struct Kernel {
     slots: Table<u32, u32>,
     backends: Table<u32, Backend>,
     addresses: Table<Addr, u32>,
+    address_bits: AddressBits,
     sources: Table<SourceKey, u32>,
     ifaces: Table<u32, Iface>,
     routes: Table<RouteKey, Addr>,
@@ -42,6 +44,7 @@ impl Kernel {
             slots: Table::open(root, maps::SLOTS)?,
             backends: Table::open(root, maps::BACKENDS)?,
             addresses: Table::open(root, maps::ADDRESSES)?,
+            address_bits: AddressBits::open(root)?,
             sources: Table::open(root, maps::SOURCES)?,
             ifaces: Table::open(root, maps::IFACES)?,
             routes: Table::open(root, maps::MASQUERADE)?,
@@ -112,7 +115,7 @@ impl Kernel {
 
     /// Does steps of one kind, which the caller has found to stand together. How many of them were done
     /// comes with an error.
-    fn apply_run(&self, run: &[Step]) -> Result<(), (usize, KernelError)> {
+    fn apply_run(&mut self, run: &[Step]) -> Result<(), (usize, KernelError)> {
         let Some(first) = run.first() else { return Ok(()) };
         match first {
             Step::PutConfig(_) => put(&self.config, run, |step| match step {
@@ -171,15 +174,34 @@ impl Kernel {
                 Step::DeleteFrontend(key) => Some(*key),
                 _ => None,
             }),
-            Step::PutAddress(..) => put(&self.addresses, run, |step| match step {
-                Step::PutAddress(addr, flags) => Some((*addr, *flags)),
-                _ => None,
-            }),
-            Step::DeleteAddress(_) => delete(&self.addresses, run, |step| match step {
-                Step::DeleteAddress(addr) => Some(*addr),
-                _ => None,
-            }),
+            Step::PutAddress(..) => {
+                let part = |step: &Step| match step {
+                    Step::PutAddress(addr, flags) => Some((*addr, *flags)),
+                    _ => None,
+                };
+                let added = self.address_bits.add(run.iter().filter_map(part).map(|(addr, _)| addr));
+                added.map_err(|error| (0, error))?;
+                put(&self.addresses, run, part)
+            }
+            Step::DeleteAddress(_) => {
+                delete(&self.addresses, run, |step| match step {
+                    Step::DeleteAddress(addr) => Some(*addr),
+                    _ => None,
+                })?;
+                let due = self.address_bits.lose(run.len());
+                // Bits too many do no harm, so an error only means that they are counted another time.
+                if due && let Err(error) = self.count_addresses() {
+                    tracing::warn!("bits of addresses that have gone stay for now: {error}");
+                }
+                Ok(())
+            }
         }
+    }
+
+    fn count_addresses(&mut self) -> Result<(), KernelError> {
+        let mut addresses = Vec::new();
+        self.addresses.scan(|addr, _| addresses.push(addr))?;
+        self.address_bits.count(addresses.iter())
     }
 }
 
@@ -192,7 +214,9 @@ impl Datapath for Kernel {
     type Error = KernelError;
 
     fn read(&mut self) -> Result<Actual, KernelError> {
-        self.actual()
+        let actual = self.actual()?;
+        self.address_bits.count(actual.addresses.keys())?;
+        Ok(actual)
     }
 
     fn apply(&mut self, steps: &[Step]) -> Result<(), (usize, KernelError)> {

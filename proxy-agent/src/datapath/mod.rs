@@ -1,5 +1,6 @@
 //! See and write: the only room that talks to BPF.
 
+mod address_bits;
 pub mod attach;
 mod capacity;
 pub mod exclude;

@@ -6,6 +6,7 @@
 //! | [`maps::SLOTS`] | array | slot → backend index | agent | all hooks | as above |
 //! | [`maps::BACKENDS`] | array | backend index → [`Backend`] | agent | all hooks | as above |
 //! | [`maps::ADDRESSES`] | hash | [`Addr`] → [`address`] flags | agent | TC, socket hooks | as above |
+//! | [`maps::ADDRESS_BITS`] | array | [`Addr::place`] / 64 → bits of the addresses that may be in ADDRESSES | agent | all hooks | bits are shared: a look more |
 //! | [`maps::SOURCES`] | LPM trie | [`SourceKey`] → 1 | agent | all hooks | as above |
 //! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC | the agent says so; answers leave as the routes say, pods of that interface are strangers |
 //! | [`maps::MASQUERADE`] | LPM trie | [`RouteKey`] → [`Addr`] | agent | TC | the agent says so; single routes leave under the address of the shorter ones, a new interface masquerades nothing (counted) |
@@ -75,6 +76,8 @@ pub mod maps {
     /// See the table of [`super`].
     pub const ADDRESSES: &str = "ADDRESSES";
     /// See the table of [`super`].
+    pub const ADDRESS_BITS: &str = "ADDRESS_BITS";
+    /// See the table of [`super`].
     pub const SOURCES: &str = "SOURCES";
     /// See the table of [`super`].
     pub const IFACES: &str = "IFACES";
@@ -118,11 +121,12 @@ pub mod maps {
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
 
     /// Every map that is pinned, in the order of the table.
-    pub const ALL: [&str; 24] = [
+    pub const ALL: [&str; 25] = [
         FRONTENDS,
         SLOTS,
         BACKENDS,
         ADDRESSES,
+        ADDRESS_BITS,
         SOURCES,
         IFACES,
         MASQUERADE,
@@ -156,6 +160,8 @@ pub mod capacity {
     pub const BACKENDS: usize = 262_144;
     /// Service and node addresses.
     pub const ADDRESSES: usize = 65_536;
+    /// Words of 64 bits: one bit for each [`Addr::place`](crate::addr::Addr::place).
+    pub const ADDRESS_BITS: usize = 4_096;
     /// Source ranges of all Services.
     pub const SOURCES: usize = 65_536;
     /// Interfaces of the node.

@@ -301,6 +301,7 @@ fn fill_tables(ebpf: &mut Ebpf) -> Result<()> {
 }
 
 fn fill_services(ebpf: &mut Ebpf) -> Result<()> {
+    let mut bits = vec![0_u64; capacity::ADDRESS_BITS];
     // Packets are counted from one.
     for id in 1..=MANY {
         let [here, next] = service_addr(id);
@@ -325,7 +326,12 @@ fn fill_services(ebpf: &mut Ebpf) -> Result<()> {
         array(ebpf, maps::BACKENDS)?.set(id, endpoint, 0)?;
         array(ebpf, maps::SLOTS)?.set(id, id, 0)?;
         hash(ebpf, maps::FRONTENDS)?.insert(key, value.sealed(&key), 0)?;
-        hash(ebpf, maps::ADDRESSES)?.insert(Addr::from(here.ip()), address::CLUSTER_IP, 0)?;
+        let addr = Addr::from(here.ip());
+        hash(ebpf, maps::ADDRESSES)?.insert(addr, address::CLUSTER_IP, 0)?;
+        bits[addr.place() as usize / 64] |= 1 << (addr.place() % 64);
+    }
+    for (word, bits) in (0..).zip(bits) {
+        array(ebpf, maps::ADDRESS_BITS)?.set(word, bits, 0)?;
     }
     Ok(())
 }

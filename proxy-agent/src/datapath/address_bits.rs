@@ -1,0 +1,96 @@
+//! ADDRESS_BITS: for most addresses a bit that is not set tells a packet that ADDRESSES need not be asked.
+//!
+//! A bit may be set for nobody, never the other way round: it is set before its address is written, and taken away only
+//! when all addresses have been counted again.
+
+use std::collections::BTreeMap;
+
+use proxy_common::abi::{capacity, maps};
+use proxy_common::addr::Addr;
+
+use super::pin::BpfRoot;
+use super::table::{Table, TableError};
+
+/// After so many addresses have gone their bits are worth a count.
+const MANY: usize = 1_024;
+
+/// The table, and what is known of it.
+#[derive(Debug)]
+pub(super) struct AddressBits {
+    table: Table<u32, u64>,
+    /// The words as they stand; empty before they have been read.
+    words: Vec<u64>,
+    /// Addresses that have gone since they were counted.
+    gone: usize,
+}
+
+impl AddressBits {
+    /// Opens what is pinned under `root`.
+    pub(super) fn open(root: &BpfRoot) -> Result<Self, TableError> {
+        Ok(Self { table: Table::open(root, maps::ADDRESS_BITS)?, words: Vec::new(), gone: 0 })
+    }
+
+    /// Sets the bits of addresses that are about to be written.
+    pub(super) fn add(&mut self, addresses: impl Iterator<Item = Addr>) -> Result<(), TableError> {
+        self.know()?;
+        let mut wanted = BTreeMap::new();
+        for (word, bit) in addresses.map(|addr| place(&addr)) {
+            let known = self.words.get(word).copied().unwrap_or(0);
+            if known & bit == 0 {
+                *wanted.entry(word).or_insert(known) |= bit;
+            }
+        }
+        self.write(wanted)
+    }
+
+    /// So many addresses have gone; whether the bits ought to be counted again.
+    pub(super) fn lose(&mut self, count: usize) -> bool {
+        self.gone += count;
+        self.gone >= MANY
+    }
+
+    /// Sets the bits of these addresses and no others: there are no others.
+    pub(super) fn count<'a>(&mut self, addresses: impl Iterator<Item = &'a Addr>) -> Result<(), TableError> {
+        self.know()?;
+        let mut words = vec![0; capacity::ADDRESS_BITS];
+        for (word, bit) in addresses.map(place) {
+            if let Some(word) = words.get_mut(word) {
+                *word |= bit;
+            }
+        }
+        let changed = words.into_iter().enumerate().filter(|(n, word)| self.words.get(*n) != Some(word));
+        let changed = changed.collect();
+        self.write(changed)?;
+        self.gone = 0;
+        Ok(())
+    }
+
+    fn know(&mut self) -> Result<(), TableError> {
+        if self.words.is_empty() {
+            let mut words = vec![0; capacity::ADDRESS_BITS];
+            self.table.scan(|n, word| {
+                if let Some(known) = words.get_mut(n as usize) {
+                    *known = word;
+                }
+            })?;
+            self.words = words;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, wanted: BTreeMap<usize, u64>) -> Result<(), TableError> {
+        for (n, word) in wanted {
+            self.table.put(&(n as u32), &word)?;
+            if let Some(known) = self.words.get_mut(n) {
+                *known = word;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The word and the bit of an address.
+fn place(addr: &Addr) -> (usize, u64) {
+    let place = addr.place();
+    (place as usize / 64, 1 << (place % 64))
+}
