@@ -368,6 +368,36 @@ fn a_cluster_ip_is_served_again_when_its_pod_or_address_has_gone() {
 }
 
 #[test]
+fn an_endpoint_slice_takes_no_cluster_ip_from_its_service() {
+    let links = vec![link(2, "eth0", "192.168.10.11/24")];
+    let ranges = |texts: &[&str]| Some(texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>());
+    let heard = |texts: &[&str]| Change::ServiceRanges("kubernetes".to_owned(), ranges(texts));
+    let mut world = world(node(&[], &["10.244.1.0/24"]), links.clone(), &[]);
+    world.hear(Change::Service(name("web"), Some(service("10.96.0.8"))));
+    // Somebody's slice says that a pod has the address.
+    world.hear(Change::Slice(name("others-1"), Some(slice("others", &["10.96.0.8"], Some("n2")))));
+    let served = |world: &mut World| !frontends(world, "web").is_empty();
+    assert!(!served(&mut world), "nothing says otherwise");
+    for (range, wanted) in [
+        (heard(&["10.96.0.0/16"]), true),
+        (heard(&["10.97.0.0/16"]), false),
+        // The range holds pods as well: a mistake, and pods are real.
+        (heard(&["10.0.0.0/8"]), false),
+        (heard(&["10.96.0.0/16"]), true),
+    ] {
+        world.hear(range);
+        assert_eq!(served(&mut world), wanted);
+    }
+    // So it is with an address of the node's in it.
+    world.hear(Change::Links(vec![link(2, "eth0", "192.168.10.11/24 10.96.0.77/16")]));
+    assert!(!served(&mut world));
+    world.hear(Change::Links(links));
+    assert!(served(&mut world));
+    world.hear(Change::ServiceRanges("kubernetes".to_owned(), None));
+    assert!(!served(&mut world));
+}
+
+#[test]
 fn pods_of_the_node_win_over_external_addresses_and_the_nodes_own_do_not() {
     let mut world = world(node(&[], &["10.244.1.0/24"]), vec![link(2, "cni0", "10.244.1.1/24")], &[]);
     let mut web = service("10.96.0.1");

@@ -1,8 +1,9 @@
 //! What belongs to the node and its pods already: a Service that claims it does not get it.
 //!
 //! A ClusterIP is the cluster's to give: one that equals an address of the node or of a pod is a mistake of somebody's,
-//! and serving it would cut the node or the pod off. External and load-balancer IPs may well be the node's own (V-7);
-//! pods' they may not be. An address bound on a device for local services (NodeLocal DNSCache) is taken on purpose.
+//! and serving it would cut the node or the pod off. That an address is a pod's is the word of an EndpointSlice, which
+//! many may write; inside a range that the API server gives ClusterIPs from, its word for the Service counts more.
+//! External and load-balancer IPs may well be the node's own (V-7); pods' they may not be. An address bound on a device for local services (NodeLocal DNSCache) is taken on purpose.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -47,6 +48,8 @@ pub(super) struct Local {
     /// Endpoints that run on a node, with the number of slices that have them.
     pods: HashMap<IpAddr, u32>,
     pod_cidrs: Vec<IpNet>,
+    /// Ranges of ClusterIPs and nothing else.
+    service_ranges: Vec<IpNet>,
     /// Ports that the agent serves.
     ports: Vec<u16>,
 }
@@ -77,6 +80,18 @@ impl Local {
         let changed = self.pod_cidrs != ranges;
         ranges.clone_into(&mut self.pod_cidrs);
         changed
+    }
+
+    /// Takes in the ranges that ClusterIPs, and nothing else that is known, come from; gives the addresses that became or
+    /// ceased to be pods'.
+    pub(super) fn hear_service_ranges(&mut self, ranges: Vec<IpNet>) -> Vec<IpAddr> {
+        if self.service_ranges == ranges {
+            return Vec::new();
+        }
+        let was = std::mem::replace(&mut self.service_ranges, ranges);
+        let inside = |ranges: &[IpNet], ip: &IpAddr| ranges.iter().any(|range| range.contains(ip));
+        let changed = self.pods().filter(|ip| inside(&was, ip) != inside(&self.service_ranges, ip));
+        changed.copied().collect()
     }
 
     /// Takes a slice in, or out; gives the addresses that became or ceased to be pods'.
@@ -118,7 +133,9 @@ impl Local {
         if flags & frontend::INTERNAL == 0 {
             return if own.is_some() { None } else { in_range() };
         }
-        own.cloned().or_else(|| self.pods.contains_key(&ip).then_some(Owner::Pod)).or_else(in_range)
+        let is_pod =
+            || self.pods.contains_key(&ip) && !self.service_ranges.iter().any(|range| range.contains(&ip));
+        own.cloned().or_else(|| is_pod().then_some(Owner::Pod)).or_else(in_range)
     }
 
     /// What of the node or its pods lies inside a range of ClusterIPs, in words.

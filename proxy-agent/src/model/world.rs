@@ -419,6 +419,18 @@ impl World {
         self.stale.extend(claimants.map(|(name, _)| name.clone()));
     }
 
+    /// Which ranges of ClusterIPs hold nothing of the node's or the cluster's pods.
+    fn trust_ranges(&mut self) {
+        let covers = |range: &IpNet| {
+            let pods = self.settings.cluster_cidrs.iter().any(|pods| range.contains(pods));
+            pods || self.here.local.inside(range).is_some()
+        };
+        let trusted = self.service_ranges.values().flatten().filter(|range| !covers(range)).copied();
+        let trusted = trusted.collect();
+        let moved = self.here.local.hear_service_ranges(trusted);
+        self.changed_hands(&moved);
+    }
+
     fn hear_routes(&mut self, routes: Vec<Route>) -> bool {
         if self.routes == routes {
             return false;
@@ -506,6 +518,7 @@ impl World {
             if self.here.local.hear_pod_cidrs(&node.pod_cidrs) {
                 self.stale.extend(self.services.keys().cloned());
             }
+            self.trust_ranges();
             self.look_around();
         }
         self.node = node;
@@ -522,6 +535,7 @@ impl World {
             let inside =
                 |ip: &&IpAddr| self.service_ranges.values().flatten().any(|range| range.contains(*ip));
             self.pods_in_ranges = self.here.local.pods().filter(inside).copied().collect();
+            self.trust_ranges();
         }
         changed
     }
@@ -544,6 +558,7 @@ impl World {
         self.links_known = true;
         let moved = self.here.local.hear(&self.last_node, &self.links);
         self.changed_hands(&moved);
+        self.trust_ranges();
         self.look_around();
         true
     }
