@@ -132,6 +132,12 @@ impl Apt {
         Ok(found.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect())
     }
 
+    fn has(&self, package: &str) -> bool {
+        // Of a package that others only name it says nothing, and calls that a success.
+        let about = cmd::output(self.command("apt-cache").args(["show", "--no-all-versions", package]));
+        about.is_ok_and(|about| field(&about, "Version").is_some())
+    }
+
     /// Downloads an image with the packages that it is made of, and unpacks them.
     fn kernel(&self, image: &str) -> Result<Kernel> {
         let release = image.trim_start_matches("linux-image-").to_owned();
@@ -148,7 +154,12 @@ impl Apt {
         let downloads = new.join("packages");
         fs::create_dir_all(&downloads)
             .with_context(|| format!("could not create {}", downloads.display()))?;
-        let packages = parts(&about, image, &kernel.release);
+        let (packages, gone): (Vec<_>, Vec<_>) =
+            parts(&about, image, &kernel.release).into_iter().partition(|package| self.has(package));
+        if !gone.is_empty() {
+            // The archive keeps some images longer than their smaller parts; whether it matters is seen right away.
+            println!("without {}, which Debian has no more", gone.join(" "));
+        }
         println!("$ apt-get download {}", packages.join(" "));
         cmd::output(self.command("apt-get").arg("download").args(&packages).current_dir(&downloads))
             .with_context(|| format!("Debian's kernel {} cannot be had", kernel.release))?;
