@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use proxy_tests::answer::Hold;
 use proxy_tests::manifests::{EndpointController, Phase, ServicePlan};
 use proxy_tests::object::{Object, Publish};
-use proxy_tests::probe::{Ask, Runner, Server, eventually, get, request, roam};
+use proxy_tests::probe::{Ask, Runner, Server, eventually, get, request, roam, transfer};
 
 use proxy_tests::town::{PodNetwork, Town};
 
@@ -47,6 +47,46 @@ fn with_socket_translation_for_the_host_alone_pods_go_by_packet_and_keep_their_a
         }
         ensure!(counted(&agent, "socket_chosen")? > 0, "no host socket was translated");
         Ok(())
+    })
+}
+
+#[test]
+fn however_much_a_connection_has_carried_its_end_is_noticed() -> Result<()> {
+    // D-6: what is over is kept for two minutes, not for a day. Ends are judged by what has been acknowledged, which
+    // goes on far more quickly than flows are looked at.
+    const BULK: u64 = 48 << 20;
+    in_network(PodNetwork::Routed, |town| {
+        let dir = manifests()?;
+        let _servers = servers(&town, &["b", "c", "h1"])?;
+        service(&dir, &town, ("near", 1, 30_001), &["b"], |plan| plan)?;
+        service(&dir, &town, ("far", 2, 30_002), &["c"], |plan| plan)?;
+        let node1 = town.place("node1");
+        // A Service that is its own endpoint.
+        let own =
+            ServicePlan::new("own", &vips(3)).external_ips(&node1.addresses()).port("", "TCP", 8080, 8080);
+        dir.publish(&Object::from(&own.build()))?;
+        let mut host = EndpointController::new(&dir, "own", &[("", "TCP", 8080)])?;
+        host.set(town.place("h1"), Phase::Ready)?;
+        let agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        let doors = [
+            ("a", at(vips(1), 80)),
+            ("a", at(vips(2), 80)),
+            ("outside", node1.at(30_001)),
+            ("outside", node1.at(30_002)),
+            ("outside", node1.at(8080)),
+        ];
+        for (client, door) in doors {
+            for to in door {
+                transfer(town.place(client), &Ask::tcp(to), BULK)?;
+            }
+        }
+        eventually(SOON, || {
+            let flows = agent.json(&["conntrack", "list", "--output", "json"])?;
+            let flows = flows.as_array().cloned().unwrap_or_default();
+            let states: Vec<&str> = flows.iter().filter_map(|flow| flow["state"].as_str()).collect();
+            ensure!(states == vec!["closed"; doors.len() * 2], "{states:?}: {flows:#?}");
+            Ok(())
+        })
     })
 }
 
