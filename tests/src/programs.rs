@@ -84,6 +84,11 @@ impl Programs {
         Ok(())
     }
 
+    /// Ends the flows with these ids, if they are there; how many were.
+    pub fn end_ids(&self, ids: &[FlowId]) -> Result<u32> {
+        Ok(self.flows.end(ids)?)
+    }
+
     /// Looks through all records once, as the agent does; how many flows were over.
     pub fn sweep(&self) -> Result<u32> {
         let starts = (0..self.flows.max()).step_by(ask::MOST as usize);

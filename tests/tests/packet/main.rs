@@ -20,3 +20,4 @@ mod real;
 mod refusal;
 mod reply;
 mod stage;
+mod two_cpus;

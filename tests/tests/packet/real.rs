@@ -200,6 +200,16 @@ fn load() -> anyhow::Result<Real> {
     })
 }
 
+/// FLOWS.
+pub(crate) struct Legs<'a>(&'a mut HashMap<MapData, Key, Leg>);
+
+impl Legs<'_> {
+    /// Deletes the leg of a pair if it is there; whether it was.
+    pub(crate) fn lose(&mut self, pair: &Pair) -> bool {
+        self.0.remove(&pair.key(|| Some(&SECRET))).is_ok()
+    }
+}
+
 /// Differences of counters that are not zero.
 fn since<K: Ord + Copy, V: PartialEq>(
     now: BTreeMap<K, V>,
@@ -286,6 +296,11 @@ impl Real {
     /// Looks through all records; how many flows were over.
     pub(crate) fn sweep(&self) -> u32 {
         self.programs.sweep().unwrap()
+    }
+
+    /// The programs, and apart from them what deletes legs: for those who use both at once.
+    pub(crate) fn split(&mut self) -> (&Programs, Legs<'_>) {
+        (&self.programs, Legs(&mut self.legs))
     }
 
     /// Deletes a leg.
