@@ -105,6 +105,10 @@ impl Drop for Room {
     fn drop(&mut self) {
         let _ = remove_all(&self.root);
         let _ = nix::mount::umount(self.root.path());
+        // Those that a test has made inside stand in the way if it failed before it took them away.
+        for inner in fs::read_dir(&self.cgroup).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(inner.path());
+        }
         let _ = fs::remove_dir(&self.cgroup);
         assert!(thread::panicking() || !self.cgroup.exists(), "the cgroup of {} is left behind", self.name);
     }
