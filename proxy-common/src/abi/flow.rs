@@ -254,9 +254,6 @@ impl Secret {
 }
 
 impl Key {
-    /// Nobody's.
-    pub const NONE: Self = Self { low: 0, high: 0 };
-
     /// Whether it is of IPv4.
     #[inline(always)]
     #[must_use]
