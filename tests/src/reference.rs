@@ -10,6 +10,36 @@ use anyhow::Result;
 use crate::netns::Netns;
 use crate::town::Town;
 
+/// Fails where there is no nft to play the reference with.
+pub fn needs_nft() -> Result<()> {
+    let found = std::process::Command::new("nft").arg("--version").output();
+    anyhow::ensure!(
+        found.is_ok_and(|output| output.status.success()),
+        "there is no nft here to compare with: install the package nftables, or leave it out with --only agent"
+    );
+    Ok(())
+}
+
+/// What leads to the chains `services` and `endpoints-check` of a table of kube-proxy's shape, and masquerades what they
+/// have marked with 0x4000.
+pub const HOOKS: &str = "
+    chain masquerading {
+        meta mark & 0x4000 == 0 return
+        meta mark set meta mark ^ 0x4000
+        masquerade fully-random
+    }
+    chain nat-prerouting { type nat hook prerouting priority dstnat; policy accept; jump services; }
+    chain nat-output { type nat hook output priority -100; policy accept; jump services; }
+    chain nat-postrouting { type nat hook postrouting priority srcnat; policy accept; jump masquerading; }
+    chain filter-prerouting {
+        type filter hook prerouting priority -110; policy accept;
+        ct state new jump endpoints-check
+    }
+    chain filter-output {
+        type filter hook output priority -110; policy accept;
+        ct state new jump endpoints-check
+    }";
+
 /// Where clients knock: TCP and UDP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Door {

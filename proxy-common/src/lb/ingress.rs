@@ -56,19 +56,13 @@ fn past<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     Verdict::Pass
 }
 
-/// A fragment whose first one has not come: for the node itself it is the stack's; to a Service it would leave
-/// untranslated.
+/// A fragment whose first one has not come.
 #[inline(always)]
 fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
-    let known = tables.address(&packet.tuple.dst);
-    if known == 0 {
-        return past(tables, packet);
+    match tables.address(&packet.tuple.dst) {
+        0 => past(tables, packet),
+        known => open::fragment_of_nothing(tables, known),
     }
-    if known & address::NODE != 0 {
-        return Verdict::Pass;
-    }
-    tables.count(Reason::FragmentUnknown);
-    Verdict::Drop
 }
 
 /// A packet to an address of a Service or of the node that belongs to no living flow.

@@ -26,14 +26,9 @@ pub(super) fn open<T: Tables>(
     edit: &mut Edit,
     choice: &mut Choice,
 ) -> Verdict {
-    // A later fragment opens nothing: the first one has opened the flow or been refused, and then the rest has no
-    // business at a Service's address.
+    // A later fragment opens nothing: the first one has opened the flow or been refused.
     if matches!(packet.kind, Kind::LaterFragment) {
-        if known & address::NODE != 0 {
-            return Verdict::Pass;
-        }
-        tables.count(Reason::FragmentUnknown);
-        return Verdict::Drop;
+        return fragment_of_nothing(tables, known);
     }
     if opens_nothing(packet, known) {
         return Verdict::Pass;
@@ -66,6 +61,16 @@ pub(super) fn open<T: Tables>(
         }
     }
     tables.count(Reason::CollisionUnresolved);
+    Verdict::Drop
+}
+
+/// A later fragment of no living flow: for the node itself it is the stack's; to a Service it would leave untranslated.
+#[inline(always)]
+pub(super) fn fragment_of_nothing<T: Tables>(tables: &T, known: u32) -> Verdict {
+    if known & address::NODE != 0 {
+        return Verdict::Pass;
+    }
+    tables.count(Reason::FragmentUnknown);
     Verdict::Drop
 }
 

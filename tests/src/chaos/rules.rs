@@ -5,31 +5,21 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 
 use super::scene::{NODE_PORT, PORT, TARGET};
 use crate::pod::Place;
+use crate::reference::{self, HOOKS};
 
 /// Loads them into a node: TCP and UDP, both families, one endpoint.
 pub(super) fn load(node: &Place, vips: [IpAddr; 2], pod: &Place) -> Result<()> {
-    let found = std::process::Command::new("nft").arg("--version").output();
-    ensure!(
-        found.is_ok_and(|output| output.status.success()),
-        "there is no nft here to compare with: install the package nftables, or leave it out with --only agent"
-    );
+    reference::needs_nft()?;
     let text: String = vips
         .iter()
         .zip(node.addresses().iter().zip(pod.addresses()))
         .map(|(vip, (node, pod))| table(*vip, *node, pod))
         .collect();
-    let directory = tempfile::Builder::new()
-        .prefix(&format!("{}-rules-", crate::unique()))
-        .tempdir()
-        .context("making a directory for the nftables rules")?;
-    let path = directory.path().join("rules.nft");
-    std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-    let path = path.to_str().context("the path of the nftables rules is not UTF-8")?;
-    node.netns.output("nft", &["-f", path]).context("loading the nftables rules").map(drop)
+    node.netns.nft(&text)
 }
 
 /// The rules of one family.
@@ -83,23 +73,7 @@ fn table(vip: IpAddr, node: IpAddr, pod: IpAddr) -> String {
     chain endpoints-check {{
         {family} daddr . meta l4proto . th dport vmap @no-endpoint-services
         {family} daddr @nodeport-ips meta l4proto . th dport vmap @no-endpoint-nodeports
-    }}
-    chain masquerading {{
-        meta mark & 0x4000 == 0 return
-        meta mark set meta mark ^ 0x4000
-        masquerade fully-random
-    }}
-    chain nat-prerouting {{ type nat hook prerouting priority dstnat; policy accept; jump services; }}
-    chain nat-output {{ type nat hook output priority -100; policy accept; jump services; }}
-    chain nat-postrouting {{ type nat hook postrouting priority srcnat; policy accept; jump masquerading; }}
-    chain filter-prerouting {{
-        type filter hook prerouting priority -110; policy accept;
-        ct state new jump endpoints-check
-    }}
-    chain filter-output {{
-        type filter hook output priority -110; policy accept;
-        ct state new jump endpoints-check
-    }}
+    }}{HOOKS}
 }}
 "
     )

@@ -6,27 +6,15 @@
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
-use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
+use proxy_tests::reference::{self, HOOKS};
 use proxy_tests::town::Town;
 
 /// Loads rules for a Service whose one endpoint is the town's server pod, and as many more as make up `services`.
 pub(crate) fn load(town: &Town, vip: Ipv4Addr, port: u16, services: u32) -> Result<()> {
-    let found = Command::new("nft").arg("--version").output();
-    ensure!(
-        found.is_ok_and(|output| output.status.success()),
-        "there is no nft here to compare with: install the package nftables"
-    );
-    let directory = tempfile::Builder::new()
-        .prefix(&format!("{}-rules-", proxy_tests::unique()))
-        .tempdir()
-        .context("making a directory for the rules")?;
-    let path = directory.path().join("rules.nft");
-    std::fs::write(&path, text(vip, town.place("server").v4, port, services))
-        .with_context(|| format!("writing {}", path.display()))?;
-    let path = path.to_str().context("the path of the rules is not UTF-8")?;
-    town.place("node1").netns.output("nft", &["-f", path]).context("loading the nftables rules").map(drop)
+    reference::needs_nft()?;
+    town.place("node1").netns.nft(&text(vip, town.place("server").v4, port, services))
 }
 
 fn text(vip: Ipv4Addr, pod: Ipv4Addr, port: u16, services: u32) -> String {
@@ -58,23 +46,7 @@ table ip services {{
     }}
     map no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
     chain services {{ ip daddr . meta l4proto . th dport vmap @service-ips; }}
-    chain endpoint-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}
-    chain masquerading {{
-        meta mark & 0x4000 == 0 return
-        meta mark set meta mark ^ 0x4000
-        masquerade fully-random
-    }}
-    chain nat-prerouting {{ type nat hook prerouting priority dstnat; policy accept; jump services; }}
-    chain nat-output {{ type nat hook output priority -100; policy accept; jump services; }}
-    chain nat-postrouting {{ type nat hook postrouting priority srcnat; policy accept; jump masquerading; }}
-    chain filter-prerouting {{
-        type filter hook prerouting priority -110; policy accept;
-        ct state new jump endpoint-check
-    }}
-    chain filter-output {{
-        type filter hook output priority -110; policy accept;
-        ct state new jump endpoint-check
-    }}
+    chain endpoints-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}{HOOKS}
 }}
 "
     )
