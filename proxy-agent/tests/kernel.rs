@@ -22,6 +22,7 @@ use proxy_agent::datapath::pinned::{Pinned, PinnedError, Place};
 use proxy_agent::datapath::probe::{Features, cgroup2_mount};
 use proxy_agent::datapath::remove::{Removed, remove_all};
 use proxy_agent::datapath::sockets::{LedOn, Storage, lead_on};
+use proxy_agent::datapath::taken::Taken;
 use proxy_agent::datapath::{Datapath, TableError};
 use proxy_agent::model::{Link, Route, Settings, World};
 use proxy_agent::netlink::{self, Devices};
@@ -236,11 +237,179 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     assert_eq!(rest, want);
 }
 
-/// The words of ADDRESS_BITS.
-fn address_bits(room: &Room) -> Vec<u64> {
-    let map = aya::maps::MapData::from_pin(room.root.map(maps::ADDRESS_BITS)).unwrap();
+/// The words of one of the tables of bits.
+fn words(room: &Room, map: &str) -> Vec<u64> {
+    let map = aya::maps::MapData::from_pin(room.root.map(map)).unwrap();
     let words: aya::maps::Array<_, u64> = aya::maps::Map::Array(map).try_into().unwrap();
     words.iter().map(Result::unwrap).collect()
+}
+
+/// Has connection tracking know connections of the first tuple that are answered by the second one, or forget them.
+fn track(connections: &[(Tuple, Tuple)], known: bool) {
+    use netlink_packet_netfilter::conntrack::{
+        ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Tuple as Part,
+    };
+    use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
+    use rtnetlink::packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage};
+
+    let parts = |tuple: &Tuple| {
+        let ends = [IPTuple::SourceAddress(tuple.src.into()), IPTuple::DestinationAddress(tuple.dst.into())];
+        let ports = [
+            ProtoTuple::Protocol(tuple.proto.0.into()),
+            ProtoTuple::SourcePort(tuple.sport.number()),
+            ProtoTuple::DestinationPort(tuple.dport.number()),
+        ];
+        vec![Part::Ip(ends.to_vec()), Part::Proto(ports.to_vec())]
+    };
+    let socket = netlink_sys::Socket::new(netlink_sys::protocols::NETLINK_NETFILTER).unwrap();
+    socket.connect(&netlink_sys::SocketAddr::new(0, 0)).unwrap();
+    for (asked, answered) in connections {
+        let mut attributes = vec![ConntrackAttribute::CtaTupleOrig(parts(asked))];
+        if known {
+            attributes.push(ConntrackAttribute::CtaTupleReply(parts(answered)));
+            attributes.push(ConntrackAttribute::CtaTimeout(600));
+        }
+        let family = if asked.src.is_v4() { NetfilterProtoFamily::IPv4 } else { NetfilterProtoFamily::IPv6 };
+        let act =
+            if known { ConntrackMessage::New(attributes) } else { ConntrackMessage::Delete(attributes) };
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_ACK | if known { NLM_F_CREATE } else { 0 };
+        let message = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), act);
+        let mut message = NetlinkMessage::new(header, message.into());
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        socket.send(&bytes, 0).unwrap();
+        let mut answer = [0; 1024];
+        socket.recv(&mut &mut answer[..], 0).unwrap();
+        assert_eq!(answer[16..20], [0; 4], "{asked:?} {answered:?}");
+    }
+}
+
+/// A connection of a pod that somebody has given another source: as it is asked, as it is answered.
+fn masqueraded(pod: &str, from: (&str, u16), to: (&str, u16), proto: Proto) -> (Tuple, Tuple) {
+    let (to, port) = (addr(to.0), Port::new(to.1));
+    let seen = Tuple::new(addr(from.0), Port::new(from.1), to, port, proto);
+    (Tuple::new(addr(pod), Port::new(7777), to, port, proto), seen.reversed())
+}
+
+#[test]
+fn what_connection_tracking_has_between_endpoints_and_our_addresses_is_taken_while_it_has_it() {
+    let room = Room::new();
+    drop(room.load());
+    let mut kernel = Kernel::open(&room.root).unwrap();
+    let route = |text: &str| {
+        let source = addr(text);
+        Step::PutRoute(RouteKey::exact(7, source), source)
+    };
+    let at = |text: &str| Backend { addr: addr(text), ..backend(1) };
+    let steps = [
+        Step::PutBackend(1, at("203.0.113.7")),
+        Step::PutBackend(2, at("2001:db8::7")),
+        route("192.168.10.1"),
+        route("fd00::1"),
+    ];
+    kernel.apply(&steps).unwrap();
+    let (node, endpoint) = ("192.168.10.1", "203.0.113.7");
+    let taken = [
+        masqueraded("10.244.1.5", (node, 2000), (endpoint, 8080), Proto::TCP),
+        masqueraded("10.244.1.5", (node, 2000), (endpoint, 8080), Proto::UDP),
+        // Whatever its port is: it may become an endpoint's.
+        masqueraded("10.244.1.6", (node, 2001), (endpoint, 9), Proto::SCTP),
+        masqueraded("fd00:244::5", ("fd00::1", 2000), ("2001:db8::7", 8080), Proto::TCP),
+        // The node itself.
+        masqueraded(node, (node, 7777), (endpoint, 8080), Proto::UDP),
+    ];
+    let others = [
+        masqueraded("10.244.1.5", (node, 2000), ("203.0.113.8", 8080), Proto::UDP),
+        masqueraded("10.244.1.5", ("192.168.11.1", 2000), (endpoint, 8080), Proto::UDP),
+        masqueraded("10.244.1.7", ("10.244.1.7", 7777), (endpoint, 8080), Proto::UDP),
+    ];
+    let map = aya::maps::MapData::from_pin(room.root.map(maps::TAKEN)).unwrap();
+    let map: aya::maps::HashMap<_, Tuple, u32> = aya::maps::Map::HashMap(map).try_into().unwrap();
+    let is_taken = |expected: &[(Tuple, Tuple)]| {
+        let mut expected: Vec<_> = expected.iter().map(|(_, answered)| answered.reversed()).collect();
+        let mut found: Vec<_> = map.keys().map(Result::unwrap).collect();
+        expected.sort_unstable();
+        found.sort_unstable();
+        assert_eq!(found, expected);
+    };
+    let mut agent = Taken::open(&room.root).unwrap();
+    assert_eq!(agent.follow().unwrap(), 0);
+    track(&taken, true);
+    track(&others, true);
+    assert_eq!(agent.follow().unwrap(), 5);
+    is_taken(&taken);
+    track(&taken[1..3], false);
+    assert_eq!(agent.follow().unwrap(), 3);
+    is_taken(&[taken[0], taken[3], taken[4]]);
+    // The next agent finds what is there.
+    track(&taken[3..], false);
+    track(&taken[1..2], true);
+    assert_eq!(Taken::open(&room.root).unwrap().follow().unwrap(), 2);
+    is_taken(&taken[..2]);
+    // With the endpoint goes the interest in it.
+    kernel.apply(&[Step::PutBackend(1, Backend::retired(2))]).unwrap();
+    Kernel::open(&room.root).unwrap().read().unwrap();
+    assert_eq!(Taken::open(&room.root).unwrap().follow().unwrap(), 0);
+    is_taken(&[]);
+}
+
+#[test]
+fn of_more_connections_than_there_is_room_for_as_many_as_fit_are_taken_and_the_rest_is_named() {
+    let room = Room::new();
+    drop(room.load());
+    let mut kernel = Kernel::open(&room.root).unwrap();
+    let (node, endpoint) = (addr("192.168.10.1"), addr("203.0.113.7"));
+    let route = Step::PutRoute(RouteKey::exact(7, node), node);
+    kernel.apply(&[Step::PutBackend(1, Backend { addr: endpoint, ..backend(1) }), route]).unwrap();
+    let connection = |n: u16| {
+        let seen = Tuple::new(node, Port::new(n), endpoint, Port::new(8080), Proto::UDP);
+        (seen, seen.reversed())
+    };
+    let other = |n: u16| {
+        let seen = Tuple::new(node, Port::new(n), endpoint, Port::new(8081), Proto::UDP);
+        (seen, seen.reversed())
+    };
+    let all: Vec<_> = (1..=u16::MAX).map(connection).chain((1..=100).map(other)).collect();
+    track(&all, true);
+    let mut agent = Taken::open(&room.root).unwrap();
+    for _ in 0..2 {
+        let error = agent.follow().unwrap_err().to_string();
+        assert!(error.contains("TAKEN is full (65536 entries): no room for 99 more"), "{error}");
+    }
+    track(&all[..200], false);
+    assert_eq!(agent.follow().unwrap(), all.len() - 200);
+}
+
+fn address_bits(room: &Room) -> Vec<u64> {
+    words(room, maps::ADDRESS_BITS)
+}
+
+/// What the words are when these addresses have their bits.
+fn bits(addrs: &[Addr]) -> Vec<u64> {
+    let mut words = vec![0_u64; 4_096];
+    addrs.iter().for_each(|addr| words[addr.place() as usize / 64] |= 1 << (addr.place() % 64));
+    words
+}
+
+#[test]
+fn the_bit_of_an_endpoint_is_there_before_it_and_counted_again_by_the_next_agent() {
+    let room = Room::new();
+    drop(room.load());
+    let mut kernel = Kernel::open(&room.root).unwrap();
+    let [one, two, other] = [addr("10.244.1.5"), addr("fd00:244::5"), addr("10.244.1.6")];
+    let at = |addr| Backend { addr, ..backend(1) };
+    kernel.apply(&[Step::PutBackend(1, at(one)), Step::PutBackend(2, at(two))]).unwrap();
+    assert_eq!(words(&room, maps::ENDPOINT_BITS), bits(&[one, two]));
+    kernel.apply(&[Step::PutBackend(1, Backend::retired(2)), Step::PutBackend(3, at(other))]).unwrap();
+    assert_eq!(words(&room, maps::ENDPOINT_BITS), bits(&[one, two, other]), "what was there may be there");
+    Kernel::open(&room.root).unwrap().read().unwrap();
+    assert_eq!(words(&room, maps::ENDPOINT_BITS), bits(&[two, other]));
+    // One that cannot be written has its bit already.
+    let last = addr("10.244.9.9");
+    kernel.apply(&[Step::PutBackend(u32::MAX, at(last))]).unwrap_err();
+    assert_eq!(words(&room, maps::ENDPOINT_BITS), bits(&[two, other, last]));
 }
 
 #[test]
@@ -250,11 +419,6 @@ fn the_bit_of_an_address_stands_as_long_as_the_address_and_is_taken_away_when_ma
     let mut kernel = Kernel::open(&room.root).unwrap();
     let one = |n: u32| Addr::from(std::net::Ipv4Addr::from(0x0a60_0000 + n));
     let stays = [addr("192.168.0.1"), addr("fd00::1"), one(0)];
-    let bits = |addrs: &[Addr]| {
-        let mut words = vec![0_u64; 4_096];
-        addrs.iter().for_each(|addr| words[addr.place() as usize / 64] |= 1 << (addr.place() % 64));
-        words
-    };
     kernel.apply(&stays.map(|addr| Step::PutAddress(addr, 1))).unwrap();
     assert_eq!(address_bits(&room), bits(&stays));
     // As many as the table holds, one after the other.

@@ -54,7 +54,8 @@ impl Addr {
             == 0
     }
 
-    /// A number below 262,144 that goes with the address: the place of its bit in ADDRESS_BITS.
+    /// A number below 262,144 that goes with the address: the place of its bit in ADDRESS_BITS and
+    /// ENDPOINT_BITS.
     #[inline(always)]
     pub const fn place(&self) -> u32 {
         let a = &self.0;

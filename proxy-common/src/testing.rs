@@ -12,6 +12,7 @@ use crate::abi::{
     SourceKey, State, Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
+use crate::lb::masquerade::Allowance;
 use crate::lb::socket::{self, Call, Memory};
 use crate::lb::{Inserted, Ring, Stat, Tables, Verdict, egress, ingress};
 use crate::wire::answer::{self, Answer};
@@ -58,12 +59,16 @@ pub struct MemoryTables {
     pub rings: RefCell<[(usize, Vec<FlowId>); Ring::COUNT as usize]>,
     /// Places in a ring; `None` stands for so many that nobody is displaced.
     pub places: Option<usize>,
-    /// TARGETS: exactly, where the kernel knows only a hash.
-    pub targets: RefCell<HashSet<(Addr, Port, Proto)>>,
     /// Tuples that sockets of the node hold, as they send.
     pub sockets: HashSet<Tuple>,
+    /// TAKEN.
+    pub taken: HashSet<Tuple>,
     /// Whether packets at egress have come in by an interface.
     pub forwarded: Cell<bool>,
+    /// How far searches for source ports may still go.
+    pub allowance: Cell<Allowance>,
+    /// How often TAKEN was asked.
+    pub looked: Cell<u32>,
     /// FRAGMENTS.
     pub fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     /// REASONS.
@@ -198,16 +203,25 @@ impl Tables for MemoryTables {
         self.sockets.contains(tuple)
     }
 
-    fn is_forwarded(&self) -> bool {
+    fn is_of_others(&self, _tuple: &Tuple) -> bool {
         self.forwarded.get()
     }
 
-    fn is_target(&self, tuple: &Tuple) -> bool {
-        self.targets.borrow().contains(&(tuple.dst, tuple.dport, tuple.proto))
+    /// What the agent keeps in ENDPOINT_BITS follows from BACKENDS.
+    fn is_endpoint(&self, addr: &Addr) -> bool {
+        self.backends.values().any(|backend| backend.is_live() && backend.addr.same(addr))
     }
 
-    fn set_target(&self, tuple: &Tuple) {
-        self.targets.borrow_mut().insert((tuple.dst, tuple.dport, tuple.proto));
+    fn is_taken(&self, tuple: &Tuple) -> bool {
+        self.looked.set(self.looked.get() + 1);
+        self.taken.contains(tuple)
+    }
+
+    fn may_search_on(&self) -> bool {
+        let mut allowance = self.allowance.get();
+        let may = allowance.take(self.now());
+        self.allowance.set(allowance);
+        may
     }
 
     fn leg(&self, pair: &Pair) -> Option<Leg> {

@@ -7,6 +7,7 @@ use proxy_common::abi::{
     AffinityKey, FlowId, FragmentKey, FrontendKey, Leg, Role, RouteKey, SourceKey, Timeouts, capacity,
 };
 use proxy_common::addr::Port;
+use proxy_common::lb::masquerade::Allowance;
 use proxy_common::lb::{
     self, Choice, Entered, Inserted, Tables as _, Verdict, flow, ingress, masquerade, open,
 };
@@ -50,6 +51,8 @@ pub struct Scratch {
     pub tick: u64,
     /// The next place in each ring.
     pub places: [u32; lb::Ring::COUNT as usize],
+    /// How far searches for source ports may still go.
+    pub allowance: Allowance,
     /// What `flows` was told.
     pub timeouts: Timeouts,
 }
@@ -179,9 +182,23 @@ pub extern "C" fn cut_snat_port(n: u32) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_port(ctx: *mut __sk_buff) -> u32 {
+pub extern "C" fn cut_find_source(ctx: *mut __sk_buff) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    masquerade::find_port(&Kernel::new(ctx), &mut s.packet)
+    masquerade::find_source(&Kernel::new(ctx), &mut s.packet)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_port(ctx: *mut __sk_buff, at: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    masquerade::find_port(&Kernel::new(ctx), &mut s.packet, at)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_price(ctx: *mut __sk_buff) -> u64 {
+    let Some(s) = scratch() else { return u64::MAX };
+    masquerade::price(&Kernel::new(ctx), &s.packet)
 }
 
 #[unsafe(no_mangle)]

@@ -8,7 +8,7 @@ use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
     Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowId, Fragment, FragmentKey,
     Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
-    SocketState, capacity,
+    SocketState, Tuple, capacity,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb;
@@ -24,6 +24,10 @@ pub static FRONTENDS: HashMap<FrontendKey, Frontend, { capacity::FRONTENDS }, SP
 pub static SLOTS: Array<u32, { capacity::SLOTS }> = Array::new();
 #[btf_map]
 pub static BACKENDS: Array<Backend, { capacity::BACKENDS }> = Array::new();
+#[btf_map]
+pub static ENDPOINT_BITS: Array<u64, { capacity::ENDPOINT_BITS }> = Array::new();
+#[btf_map]
+pub static TAKEN: HashMap<Tuple, u32, { capacity::TAKEN }, SPARSE> = HashMap::new();
 #[btf_map]
 pub static ADDRESSES: HashMap<Addr, u32, { capacity::ADDRESSES }, SPARSE> = HashMap::new();
 #[btf_map]
@@ -56,8 +60,6 @@ pub static SECRET: Array<Secret, 1> = Array::new();
 pub static FREE: Queue<u32, { capacity::RECORDS }> = Queue::new();
 #[btf_map]
 pub static RING: Array<FlowId, { capacity::RING }> = Array::new();
-#[btf_map]
-pub static TARGETS: Array<u64, { capacity::TARGETS }> = Array::new();
 #[btf_map]
 pub static SCRATCH: PerCpuArray<[u64; cut::WORDS], 1> = PerCpuArray::new();
 #[btf_map]

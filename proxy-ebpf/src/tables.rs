@@ -4,6 +4,7 @@ use core::arch::asm;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST, bpf_sock_tuple};
+use aya_ebpf::btf_maps::Array;
 use aya_ebpf::helpers::generated::{
     bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
     bpf_map_lookup_elem, bpf_map_pop_elem, bpf_map_push_elem, bpf_sk_lookup_udp, bpf_sk_release,
@@ -11,7 +12,8 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, Timeouts, Tuple, feature,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, Timeouts, Tuple, capacity,
+    feature,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::{Choice, Entered, Inserted, Recalled, Ring, Stat, Tables, Verdict};
@@ -113,8 +115,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn address(&self, addr: &Addr) -> u32 {
         // Most packets are for nobody that is known, and a bit is cheaper to look at than a hash table.
-        let place = addr.place();
-        if maps::ADDRESS_BITS.get(place / 64).is_none_or(|word| word >> (place % 64) & 1 == 0) {
+        if !is_set(&maps::ADDRESS_BITS, addr) {
             return 0;
         }
         // SAFETY: a word, replaced whole; a stale one is as good as a look a moment earlier.
@@ -226,25 +227,44 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn is_forwarded(&self) -> bool {
+    fn is_of_others(&self, tuple: &Tuple) -> bool {
         // SAFETY: the context is the one the program was called with.
-        unsafe { (&raw const (*self.0).ingress_ifindex).read_volatile() != 0 }
-    }
-
-    #[inline(always)]
-    fn is_target(&self, tuple: &Tuple) -> bool {
-        let bit = target(tuple);
-        maps::TARGETS.get(bit / 64).is_some_and(|word| word >> (bit % 64) & 1 != 0)
-    }
-
-    #[inline(always)]
-    fn set_target(&self, tuple: &Tuple) {
-        let bit = target(tuple);
-        if let Some(word) = maps::TARGETS.get_ptr_mut(bit / 64) {
-            // SAFETY: the element stays mapped. Two CPUs may set two bits of one word, and one be lost: it is set again
-            // with the next flow.
-            unsafe { *word |= 1 << (bit % 64) };
+        if unsafe { (&raw const (*self.0).ingress_ifindex).read_volatile() } != 0 {
+            return true;
         }
+        // SAFETY: as above; the pointer is read once, and the verifier sees that it is compared with null.
+        let sock = unsafe { (&raw const (*self.0).__bindgen_anon_2.sk).read_volatile() };
+        if sock.is_null() {
+            return false;
+        }
+        // SAFETY: the packet holds its socket while it is looked at. Of the addresses one is meant; both are read, because the
+        // verifier knows no place that is one or the other.
+        let (port, v4, v6) = unsafe {
+            (
+                (&raw const (*sock).src_port).read_volatile(),
+                (&raw const (*sock).src_ip4).read_volatile(),
+                (&raw const (*sock).src_ip6[3]).read_volatile(),
+            )
+        };
+        let addr = if tuple.src.is_v4() { v4 } else { v6 };
+        // A socket without a port sends whole packets (a packet socket); one that sends from any address has none.
+        port != 0 && (port != u32::from(tuple.sport.number()) || addr != 0 && addr != tuple.src.0[3])
+    }
+
+    #[inline(always)]
+    fn is_endpoint(&self, addr: &Addr) -> bool {
+        is_set(&maps::ENDPOINT_BITS, addr)
+    }
+
+    #[inline(always)]
+    fn is_taken(&self, tuple: &Tuple) -> bool {
+        // SAFETY: only its being there counts.
+        unsafe { maps::TAKEN.get(tuple) }.is_some()
+    }
+
+    #[inline(always)]
+    fn may_search_on(&self) -> bool {
+        cut::scratch().is_some_and(|scratch| scratch.allowance.take(self.now()))
     }
 
     #[inline(always)]
@@ -474,8 +494,18 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn find_port(&self, _packet: &mut Packet) -> u32 {
-        cut::cut_port(self.0)
+    fn find_source(&self, _packet: &mut Packet) -> u32 {
+        cut::cut_find_source(self.0)
+    }
+
+    #[inline(always)]
+    fn find_port(&self, _packet: &mut Packet, at: u32) -> u32 {
+        cut::cut_port(self.0, at)
+    }
+
+    #[inline(always)]
+    fn price(&self, _packet: &Packet) -> u64 {
+        cut::cut_price(self.0)
     }
 
     #[inline(always)]
@@ -508,6 +538,13 @@ fn keep<'a, const PACKET: bool, K: Copy + 'static>(
     key
 }
 
+/// Whether the bit of an address is set.
+#[inline(always)]
+fn is_set(bits: &Array<u64, { capacity::ADDRESS_BITS }>, addr: &Addr) -> bool {
+    let place = addr.place();
+    bits.get(place / 64).is_some_and(|word| word >> (place % 64) & 1 != 0)
+}
+
 /// What keys are made with.
 #[inline(always)]
 fn secret() -> Option<&'static Secret> {
@@ -520,15 +557,6 @@ fn leg_at(key: &Key) -> Option<(Leg, *mut Leg)> {
     // SAFETY: the memory may be given to another key while it is copied: the seal tells.
     let leg = unsafe { place.read() };
     leg.is_of(key).then_some((leg, place))
-}
-
-/// The bit of `TARGETS` that an endpoint has.
-#[inline(always)]
-fn target(tuple: &Tuple) -> u32 {
-    let a = &tuple.dst.0;
-    let mut hash = a[0].rotate_left(5) ^ a[1].rotate_left(11) ^ a[2].rotate_left(17) ^ a[3];
-    hash ^= u32::from(tuple.dport.0) << 8 ^ u32::from(tuple.proto.0);
-    hash.wrapping_mul(0x9e37_79b1) >> 16
 }
 
 /// The cookie of the network namespace that a socket call is made in; 0 when the kernel does not tell it.

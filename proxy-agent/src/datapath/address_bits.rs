@@ -1,23 +1,23 @@
-//! ADDRESS_BITS: for most addresses a bit that is not set tells a packet that ADDRESSES need not be asked.
+//! ADDRESS_BITS and ENDPOINT_BITS: for most addresses a bit that is not set tells a packet that ADDRESSES need not be asked,
+//! or that there is no endpoint.
 //!
 //! A bit may be set for nobody, never the other way round: it is set before its address is written, and taken away only
 //! when all addresses have been counted again.
 
 use std::collections::BTreeMap;
 
-use proxy_common::abi::{capacity, maps};
+use proxy_common::abi::capacity;
 use proxy_common::addr::Addr;
 
 use super::pin::BpfRoot;
 use super::table::{Table, TableError};
 
-/// After so many addresses have gone their bits are worth a count.
-const MANY: usize = 1_024;
-
-/// The table, and what is known of it.
+/// One of the tables, and what is known of it.
 #[derive(Debug)]
 pub(super) struct AddressBits {
     table: Table<u32, u64>,
+    /// After so many addresses have gone their bits are worth a count.
+    many: usize,
     /// The words as they stand; empty before they have been read.
     words: Vec<u64>,
     /// Addresses that have gone since they were counted.
@@ -25,9 +25,9 @@ pub(super) struct AddressBits {
 }
 
 impl AddressBits {
-    /// Opens what is pinned under `root`.
-    pub(super) fn open(root: &BpfRoot) -> Result<Self, TableError> {
-        Ok(Self { table: Table::open(root, maps::ADDRESS_BITS)?, words: Vec::new(), gone: 0 })
+    /// Opens the map of this name that is pinned under `root`.
+    pub(super) fn open(root: &BpfRoot, map: &'static str, many: usize) -> Result<Self, TableError> {
+        Ok(Self { table: Table::open(root, map)?, many, words: Vec::new(), gone: 0 })
     }
 
     /// Sets the bits of addresses that are about to be written.
@@ -46,13 +46,13 @@ impl AddressBits {
     /// So many addresses have gone; whether the bits ought to be counted again.
     pub(super) fn lose(&mut self, count: usize) -> bool {
         self.gone += count;
-        self.gone >= MANY
+        self.gone >= self.many
     }
 
     /// Sets the bits of these addresses and no others: there are no others.
     pub(super) fn count<'a>(&mut self, addresses: impl Iterator<Item = &'a Addr>) -> Result<(), TableError> {
         self.know()?;
-        let mut words = vec![0; capacity::ADDRESS_BITS];
+        let mut words = vec![0; WORDS];
         for (word, bit) in addresses.map(place) {
             if let Some(word) = words.get_mut(word) {
                 *word |= bit;
@@ -67,7 +67,7 @@ impl AddressBits {
 
     fn know(&mut self) -> Result<(), TableError> {
         if self.words.is_empty() {
-            let mut words = vec![0; capacity::ADDRESS_BITS];
+            let mut words = vec![0; WORDS];
             self.table.scan(|n, word| {
                 if let Some(known) = words.get_mut(n as usize) {
                     *known = word;
@@ -89,8 +89,12 @@ impl AddressBits {
     }
 }
 
+/// Both tables have as many.
+const WORDS: usize = capacity::ADDRESS_BITS;
+const _: () = assert!(WORDS == capacity::ENDPOINT_BITS);
+
 /// The word and the bit of an address.
-fn place(addr: &Addr) -> (usize, u64) {
+pub(super) fn place(addr: &Addr) -> (usize, u64) {
     let place = addr.place();
     (place as usize / 64, 1 << (place % 64))
 }

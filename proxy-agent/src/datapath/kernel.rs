@@ -25,6 +25,7 @@ pub struct Kernel {
     backends: Table<u32, Backend>,
     addresses: Table<Addr, u32>,
     address_bits: AddressBits,
+    endpoint_bits: AddressBits,
     sources: Table<SourceKey, u32>,
     ifaces: Table<u32, Iface>,
     routes: Table<RouteKey, Addr>,
@@ -44,7 +45,9 @@ impl Kernel {
             slots: Table::open(root, maps::SLOTS)?,
             backends: Table::open(root, maps::BACKENDS)?,
             addresses: Table::open(root, maps::ADDRESSES)?,
-            address_bits: AddressBits::open(root)?,
+            address_bits: AddressBits::open(root, maps::ADDRESS_BITS, 1_024)?,
+            // To count them takes a walk through BACKENDS, and bits too many cost less.
+            endpoint_bits: AddressBits::open(root, maps::ENDPOINT_BITS, 16_384)?,
             sources: Table::open(root, maps::SOURCES)?,
             ifaces: Table::open(root, maps::IFACES)?,
             routes: Table::open(root, maps::MASQUERADE)?,
@@ -150,10 +153,21 @@ impl Kernel {
                 Step::DeleteService(id) => Some(*id),
                 _ => None,
             }),
-            Step::PutBackend(..) => put(&self.backends, run, |step| match step {
-                Step::PutBackend(index, backend) => Some((*index, *backend)),
-                _ => None,
-            }),
+            Step::PutBackend(..) => {
+                let part = |step: &Step| match step {
+                    Step::PutBackend(index, backend) => Some((*index, *backend)),
+                    _ => None,
+                };
+                let backends = || run.iter().filter_map(part).map(|(_, backend)| backend);
+                let added = self.endpoint_bits.add(backends().filter(Backend::is_live).map(|live| live.addr));
+                added.map_err(|error| (0, error))?;
+                put(&self.backends, run, part)?;
+                let due = self.endpoint_bits.lose(backends().filter(|backend| !backend.is_live()).count());
+                if due && let Err(error) = self.count_endpoints() {
+                    tracing::warn!("bits of endpoints that have gone stay for now: {error}");
+                }
+                Ok(())
+            }
             Step::PutSlot(..) => put(&self.slots, run, |step| match step {
                 Step::PutSlot(slot, backend) => Some((*slot, *backend)),
                 _ => None,
@@ -198,6 +212,16 @@ impl Kernel {
         }
     }
 
+    fn count_endpoints(&mut self) -> Result<(), KernelError> {
+        let mut endpoints = Vec::new();
+        self.backends.scan(|_, backend| {
+            if backend.is_live() {
+                endpoints.push(backend.addr);
+            }
+        })?;
+        self.endpoint_bits.count(endpoints.iter())
+    }
+
     fn count_addresses(&mut self) -> Result<(), KernelError> {
         let mut addresses = Vec::new();
         self.addresses.scan(|addr, _| addresses.push(addr))?;
@@ -216,6 +240,8 @@ impl Datapath for Kernel {
     fn read(&mut self) -> Result<Actual, KernelError> {
         let actual = self.actual()?;
         self.address_bits.count(actual.addresses.keys())?;
+        let live = actual.backends.values().filter(|backend| backend.is_live());
+        self.endpoint_bits.count(live.map(|backend| &backend.addr))?;
         Ok(actual)
     }
 

@@ -20,6 +20,7 @@ pub mod remove;
 pub mod sockets;
 mod sys;
 mod table;
+pub mod taken;
 pub mod xtables;
 
 pub use table::{TableError, size_flag};

@@ -5,6 +5,7 @@
 //! noticed at once (D-17), so a burst is waited out for milliseconds, not seconds.
 
 mod choose;
+pub(crate) mod conntrack;
 pub(crate) mod ipvs;
 mod kinds;
 pub(crate) mod nf_tables;

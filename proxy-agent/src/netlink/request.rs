@@ -51,6 +51,13 @@ pub(crate) fn exchange(protocol: Protocol, kind: u16, flags: Flags, body: &[u8])
 
 /// Sends messages as one datagram; the last of them that asks for an acknowledgement ends the answers.
 pub(crate) fn ask(protocol: Protocol, messages: &[u8]) -> io::Result<Vec<Vec<u8>>> {
+    let mut answers = Vec::new();
+    each(protocol, messages, |message| answers.extend(message.get(HEADER..).map(<[u8]>::to_vec)))?;
+    Ok(answers)
+}
+
+/// The same; the answers, with their headers, are shown to `see` as they come.
+pub(crate) fn each(protocol: Protocol, messages: &[u8], mut see: impl FnMut(&[u8])) -> io::Result<()> {
     let number = match protocol {
         Protocol::Route => netlink_sys::protocols::NETLINK_ROUTE,
         Protocol::SockDiag => netlink_sys::protocols::NETLINK_SOCK_DIAG,
@@ -65,13 +72,12 @@ pub(crate) fn ask(protocol: Protocol, messages: &[u8]) -> io::Result<Vec<Vec<u8>
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     socket.send(messages, 0)?;
-    let mut answers = Vec::new();
     let mut room = vec![0; ROOM];
     loop {
         let length = socket.recv(&mut &mut room[..], 0)?;
         let datagram = room.get(..length).unwrap_or(&room);
-        if read(datagram, &mut answers)? {
-            return Ok(answers);
+        if read(datagram, &mut see)? {
+            return Ok(());
         }
     }
 }
@@ -121,12 +127,12 @@ pub(crate) fn text_of(value: &[u8]) -> String {
     String::from_utf8_lossy(value.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
-/// Adds the answers in a datagram; true when it holds the last one.
-fn read(mut datagram: &[u8], answers: &mut Vec<Vec<u8>>) -> io::Result<bool> {
-    while let Some((header, rest)) = datagram.split_at_checked(HEADER) {
-        let length = u32_at(header, 0) as usize;
-        let kind = u32_at(header, 4) as u16;
-        let Some(body) = length.checked_sub(HEADER).and_then(|length| rest.get(..length)) else {
+/// Shows the answers in a datagram; true when it holds the last one.
+fn read(mut datagram: &[u8], see: &mut impl FnMut(&[u8])) -> io::Result<bool> {
+    while datagram.len() >= HEADER {
+        let length = u32_at(datagram, 0) as usize;
+        let kind = u32_at(datagram, 4) as u16;
+        let (Some(message), Some(body)) = (datagram.get(..length), datagram.get(HEADER..length)) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
         match kind {
@@ -135,7 +141,7 @@ fn read(mut datagram: &[u8], answers: &mut Vec<Vec<u8>>) -> io::Result<bool> {
                 code => return Err(io::Error::from_raw_os_error(-code)),
             },
             DONE => return Ok(true),
-            _ => answers.push(body.to_vec()),
+            _ => see(message),
         }
         datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or(&[]);
     }
@@ -157,18 +163,20 @@ mod tests {
         let mut datagram = message(20, 0, &[1, 2, 3]);
         datagram.extend(message(20, 0, &[4, 5, 6, 7]));
         let mut answers = Vec::new();
-        assert!(!read(&datagram, &mut answers).unwrap());
-        assert_eq!(answers, [vec![1, 2, 3], vec![4, 5, 6, 7]]);
+        let mut see = |message: &[u8]| answers.push(message[HEADER..].to_vec());
+        assert!(!read(&datagram, &mut see).unwrap());
         datagram.extend(message(DONE, 0, &0_i32.to_ne_bytes()));
-        assert!(read(&datagram, &mut answers).unwrap());
+        assert!(read(&datagram, &mut see).unwrap());
+        assert_eq!(answers, [vec![1, 2, 3], vec![4, 5, 6, 7], vec![1, 2, 3], vec![4, 5, 6, 7]]);
     }
 
     #[test]
     fn a_refusal_is_its_errno_and_an_acknowledgement_is_none() {
         let refusal = message(ERROR, 0, &(-libc::ENOENT).to_ne_bytes());
-        let error = read(&refusal, &mut Vec::new()).unwrap_err();
+        let mut see = |_: &[u8]| panic!("no answer");
+        let error = read(&refusal, &mut see).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
-        assert!(read(&message(ERROR, 0, &[0; 4]), &mut Vec::new()).unwrap());
+        assert!(read(&message(ERROR, 0, &[0; 4]), &mut see).unwrap());
     }
 
     #[test]
@@ -188,6 +196,6 @@ mod tests {
     fn a_length_beyond_the_datagram_is_an_error() {
         let mut datagram = message(20, 0, &[0; 8]);
         datagram.truncate(20);
-        assert!(read(&datagram, &mut Vec::new()).is_err());
+        assert!(read(&datagram, &mut |_: &[u8]| panic!("no answer")).is_err());
     }
 }

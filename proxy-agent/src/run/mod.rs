@@ -9,6 +9,7 @@ mod report;
 mod require;
 mod sockets;
 mod sysctl;
+mod taken;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -129,6 +130,7 @@ struct Agent {
     loaded: Loaded,
     sweeper: Sweeper,
     sockets: sockets::Sockets,
+    taken: taken::Follower,
     excluded: Excluded,
     /// Whether all pods have been listed that say that they are to be left to their packets.
     pods_known: bool,
@@ -176,6 +178,7 @@ impl Agent {
             loaded,
             sweeper,
             sockets,
+            taken: taken::Follower::open(root)?,
             excluded,
             pods_known,
             report,
@@ -299,6 +302,7 @@ impl Agent {
         if beat {
             self.set_conntrack();
             self.count();
+            self.report.untracked(self.taken.complaint());
             self.report.write(&self.world, self.pace.queued_ms().is_some());
         }
     }
@@ -356,6 +360,7 @@ impl Agent {
                 if full {
                     self.full_at_ms = now;
                 }
+                self.taken.wrote(&plan.steps);
                 if !self.ready {
                     self.attach()?;
                 }

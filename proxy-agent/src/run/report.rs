@@ -50,6 +50,8 @@ pub(super) struct Report {
     refused: Vec<String>,
     /// Interfaces that refused a program.
     refusing: Vec<String>,
+    /// What connection tracking does not tell.
+    untracked: Option<String>,
     /// Complaints that have been logged: each is logged once.
     logged: std::collections::BTreeSet<String>,
     /// Why the last pass failed.
@@ -140,6 +142,7 @@ impl Report {
             warnings: all,
             refused: Vec::new(),
             refusing: Vec::new(),
+            untracked: None,
             logged: std::collections::BTreeSet::new(),
             failure: None,
             started,
@@ -327,6 +330,11 @@ impl Report {
         }
     }
 
+    /// What connection tracking does not tell; it has been logged.
+    pub(super) fn untracked(&mut self, complaint: Option<String>) {
+        self.untracked = complaint;
+    }
+
     pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
         for family in self.families {
             self.health.synced(*family);
@@ -397,6 +405,7 @@ impl Report {
         let mut lines: Vec<String> = self.failure.iter().cloned().collect();
         lines.extend(self.refusing.iter().cloned());
         lines.extend(self.refused.iter().cloned());
+        lines.extend(self.untracked.iter().cloned());
         let not_served = self.service_health.complaints();
         lines.extend(not_served.iter().cloned());
         let complaints = world.complaints();

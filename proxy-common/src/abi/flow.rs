@@ -55,22 +55,22 @@ impl Role {
     }
 }
 
-/// A packet's tuple: who sends to whom.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Tuple {
-    /// Source address.
-    pub src: Addr,
-    /// Destination address.
-    pub dst: Addr,
-    /// Source port; ICMP echo identifiers are never tracked.
-    pub sport: Port,
-    /// Destination port.
-    pub dport: Port,
-    /// Transport protocol.
-    pub proto: Proto,
-    /// Zero.
-    pub pad: [u8; 3],
+table_type! {
+    /// A packet's tuple: who sends to whom.
+    pub struct Tuple {
+        /// Source address.
+        pub src: Addr,
+        /// Destination address.
+        pub dst: Addr,
+        /// Source port; ICMP echo identifiers are never tracked.
+        pub sport: Port,
+        /// Destination port.
+        pub dport: Port,
+        /// Transport protocol.
+        pub proto: Proto,
+        /// Zero.
+        pub pad: [u8; 3],
+    }
 }
 
 impl Tuple {

@@ -5,6 +5,8 @@
 //! | [`maps::FRONTENDS`] | hash | [`FrontendKey`] → [`Frontend`] | agent | all hooks | the agent reports the Service and goes on without it |
 //! | [`maps::SLOTS`] | array | slot → backend index | agent | all hooks | as above |
 //! | [`maps::BACKENDS`] | array | backend index → [`Backend`] | agent | all hooks | as above |
+//! | [`maps::ENDPOINT_BITS`] | array | [`Addr::place`] / 64 → bits of the endpoints' addresses | agent | TC, agent | bits are shared: a conversation more is noted |
+//! | [`maps::TAKEN`] | hash | [`Tuple`] → 1 | agent | TC | the agent says so; what finds no room may lose its source port to a masqueraded flow |
 //! | [`maps::ADDRESSES`] | hash | [`Addr`] → [`address`] flags | agent | TC, socket hooks | as above |
 //! | [`maps::ADDRESS_BITS`] | array | [`Addr::place`] / 64 → bits of the addresses that may be in ADDRESSES | agent | all hooks | bits are shared: a look more |
 //! | [`maps::SOURCES`] | LPM trie | [`SourceKey`] → 1 | agent | all hooks | as above |
@@ -20,7 +22,6 @@
 //! | [`maps::SECRET`] | array of 1 | → [`Secret`] | agent, once | TC, `flows` | – |
 //! | [`maps::FREE`] | queue | index | TC, `flows` | TC, `flows` | holds every index |
 //! | [`maps::RING`] | array | place → [`FlowId`] | TC, each CPU its own part | TC | goes round: the oldest young flow is taken apart |
-//! | [`maps::TARGETS`] | array | hash of an endpoint → bits | TC | TC | bits are shared: a conversation more is noted |
 //! | [`maps::SCRATCH`] | per-CPU array of 1 | working storage of the TC programs | TC | TC | – |
 //! | [`maps::FRAGMENTS`] | LRU hash | [`FragmentKey`] → [`Fragment`] | TC | TC | the oldest goes |
 //! | [`maps::AFFINITY`] | LRU hash | [`AffinityKey`] → [`Affinity`] | all hooks | all hooks | the oldest client may move |
@@ -63,7 +64,7 @@ pub use source::SourceKey;
 use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number; pins live under it.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Map names as `bpftool map` shows them: at most 15 bytes.
 pub mod maps {
@@ -73,6 +74,10 @@ pub mod maps {
     pub const SLOTS: &str = "SLOTS";
     /// See the table of [`super`].
     pub const BACKENDS: &str = "BACKENDS";
+    /// See the table of [`super`].
+    pub const ENDPOINT_BITS: &str = "ENDPOINT_BITS";
+    /// See the table of [`super`].
+    pub const TAKEN: &str = "TAKEN";
     /// See the table of [`super`].
     pub const ADDRESSES: &str = "ADDRESSES";
     /// See the table of [`super`].
@@ -104,8 +109,6 @@ pub mod maps {
     /// See the table of [`super`].
     pub const RING: &str = "RING";
     /// See the table of [`super`].
-    pub const TARGETS: &str = "TARGETS";
-    /// See the table of [`super`].
     pub const SCRATCH: &str = "SCRATCH";
     /// See the table of [`super`].
     pub const FRAGMENTS: &str = "FRAGMENTS";
@@ -121,10 +124,12 @@ pub mod maps {
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
 
     /// Every map that is pinned, in the order of the table.
-    pub const ALL: [&str; 25] = [
+    pub const ALL: [&str; 26] = [
         FRONTENDS,
         SLOTS,
         BACKENDS,
+        ENDPOINT_BITS,
+        TAKEN,
         ADDRESSES,
         ADDRESS_BITS,
         SOURCES,
@@ -140,7 +145,6 @@ pub mod maps {
         SECRET,
         FREE,
         RING,
-        TARGETS,
         FRAGMENTS,
         AFFINITY,
         SOCKETS,
@@ -158,9 +162,13 @@ pub mod capacity {
     pub const SLOTS: usize = 1_048_576;
     /// Backends: endpoints counted once per Service port.
     pub const BACKENDS: usize = 262_144;
+    /// Words of 64 bits: one bit for each [`Addr::place`](crate::addr::Addr::place).
+    pub const ENDPOINT_BITS: usize = 4_096;
+    /// Connections to endpoints that the kernel's connection tracking knows under an address of this node.
+    pub const TAKEN: usize = 65_536;
     /// Service and node addresses.
     pub const ADDRESSES: usize = 65_536;
-    /// Words of 64 bits: one bit for each [`Addr::place`](crate::addr::Addr::place).
+    /// Words of 64 bits, likewise.
     pub const ADDRESS_BITS: usize = 4_096;
     /// Source ranges of all Services.
     pub const SOURCES: usize = 65_536;
@@ -182,8 +190,6 @@ pub mod capacity {
     /// conversations (see `lb::Ring`). At 300,000 new flows a second on one CPU each has more than 100 ms to show that it
     /// is meant. The agent makes the map as large as there are CPUs.
     pub const RING: usize = 131_072;
-    /// Words of 64 bits.
-    pub const TARGETS: usize = 1_024;
     /// Datagrams in fragments under way.
     pub const FRAGMENTS: usize = 16_384;
     /// Clients with an affinity.
@@ -233,6 +239,7 @@ mod tests {
             ("Iface", size_of::<Iface>(), align_of::<Iface>()),
             ("RouteKey", size_of::<RouteKey>(), align_of::<RouteKey>()),
             ("Config", size_of::<Config>(), align_of::<Config>()),
+            ("Tuple", size_of::<Tuple>(), align_of::<Tuple>()),
             ("Pair", size_of::<Pair>(), align_of::<Pair>()),
             ("Key", size_of::<Key>(), align_of::<Key>()),
             ("Secret", size_of::<Secret>(), align_of::<Secret>()),
@@ -248,7 +255,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 4);
+        assert_eq!(ABI_VERSION, 5);
         assert_eq!(
             sizes,
             [
@@ -259,6 +266,7 @@ mod tests {
                 ("Iface", 16, 4),
                 ("RouteKey", 24, 4),
                 ("Config", 400, 8),
+                ("Tuple", 40, 4),
                 ("Pair", 40, 4),
                 ("Key", 16, 8),
                 ("Secret", 144, 8),

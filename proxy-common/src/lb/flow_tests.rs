@@ -488,6 +488,41 @@ fn the_whole_range_of_masquerade_ports_can_be_used_to_the_last_one() {
 }
 
 #[test]
+fn a_large_range_is_used_to_the_last_port_and_a_flood_may_not_look_for_it_all_the_time() {
+    // As many as there are when nobody else needs one.
+    const ALL: u16 = 40_000;
+    let mut node = with_ports(ALL);
+    let others = (0..ALL).filter(|n| *n != 31_234).map(|n| key((NODE, 2000 + n), ENDPOINT, Proto::TCP));
+    node.tables.taken = others.collect();
+    let calls = |node: &Node| node.tables.looked.replace(0).div_ceil(128);
+    for n in 0..12 {
+        let talk = Talk::open(&node, CLIENT, VIP);
+        assert_eq!(talk.heard.sport.number(), 2000 + 31_234, "{n}");
+        assert!(calls(&node) <= 313);
+        for client in [false, true] {
+            talk.says(FIN_ACK, client);
+        }
+        // Each search may begin anew.
+        node.wait(1_100);
+    }
+    let held = Talk::open(&node, CLIENT, VIP);
+    node.wait(1_100);
+    calls(&node);
+    let mut looked = Vec::new();
+    for n in 1..=20 {
+        let syn = key(("198.51.100.9", n), VIP, Proto::TCP);
+        assert_eq!(asks(&node, &syn, SYN, [1, 0]), Outcome::Dropped);
+        looked.push(calls(&node));
+    }
+    assert_eq!(looked[0], 313, "all ports");
+    // What is left of 512, and then one call each.
+    assert_eq!(looked[1], 1 + 512 - 312);
+    assert_eq!(looked[2..], [1; 18]);
+    assert_eq!(node.tables.counted(Reason::NoSourcePort), 20);
+    held.goes_on();
+}
+
+#[test]
 fn the_port_of_a_flow_that_is_over_is_taken_over_and_then_that_of_the_oldest_young_one() {
     let node = with_ports(4);
     let talks: Vec<Talk<'_>> = (1..=2).map(|n| Talk::open(&node, ("198.51.100.9", n), VIP)).collect();
@@ -517,9 +552,11 @@ fn the_port_of_a_flow_that_is_over_is_taken_over_and_then_that_of_the_oldest_you
 
 #[test]
 fn ports_that_sockets_or_conversations_of_the_node_hold_are_left_to_them() {
-    let mut node = with_ports(3);
-    let held = key((NODE, 2000), ENDPOINT, Proto::TCP);
+    let mut node = with_ports(4);
+    let [held, tracked] = [2000, 2003].map(|port| key((NODE, port), ENDPOINT, Proto::TCP));
     node.tables.sockets.insert(held);
+    // What a CNI has masqueraded and the agent has read of.
+    node.tables.taken.insert(tracked);
     // A port of a Service is none for masquerading.
     node.service(("0.0.0.0", 2001), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
     let talk = Talk::open(&node, CLIENT, VIP);
@@ -527,18 +564,36 @@ fn ports_that_sockets_or_conversations_of_the_node_hold_are_left_to_them() {
     let other = key(("198.51.100.10", 1), VIP, Proto::TCP);
     assert_eq!(asks(&node, &other, SYN, [1, 0]), Outcome::Dropped);
     assert_eq!(node.tables.counted(Reason::NoSourcePort), 1);
+    // Nor are they to be had while flows have them that are over, or young.
+    for over in [false, true] {
+        for by_socket in [false, true] {
+            let mut node = with_ports(1);
+            let talk = Talk::begin(&node, CLIENT, VIP);
+            if over {
+                talk.answered();
+                talk.goes_on();
+                talk.says(FIN_ACK, true);
+                talk.says(FIN_ACK, false);
+            }
+            let tuple = talk.heard;
+            let theirs = if by_socket { &mut node.tables.sockets } else { &mut node.tables.taken };
+            theirs.insert(tuple);
+            assert_eq!(asks(&node, &other, SYN, [1, 0]), Outcome::Dropped);
+            if by_socket { &mut node.tables.sockets } else { &mut node.tables.taken }.clear();
+            Talk::open(&node, ("198.51.100.10", 1), VIP);
+        }
+    }
 }
 
 #[test]
 fn somebody_else_s_masquerade_to_our_endpoint_keeps_its_port_and_its_answers() {
     for proto in [Proto::TCP, Proto::UDP] {
         let node = with_ports(2);
-        // Only where we masquerade to ourselves it is noted.
         let guest = key((NODE, 2000), ENDPOINT, proto);
         node.tables.forwarded.set(true);
-        node.leave(&frame(&guest, SYN, b"", false));
+        // To nobody's endpoint it is nobody's business.
+        node.leave(&frame(&key((NODE, 2000), ("10.244.2.8", 8080), proto), SYN, b"", false));
         assert_eq!(node.flows(), [0, 0]);
-        node.tables.set_target(&guest);
         node.leave(&frame(&guest, SYN, b"", false));
         assert_eq!(node.flows(), [1, 0]);
         node.tables.forwarded.set(false);

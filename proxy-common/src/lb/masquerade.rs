@@ -1,16 +1,17 @@
 //! When a source must be rewritten, and to what.
 
 use super::{Entered, Tables, Verdict, flow, select};
-use crate::abi::{Backend, Config, FlowId, Leg, Reason, Role, config, frontend};
+use crate::abi::{Backend, Config, FlowId, Reason, Role, config, frontend};
 use crate::addr::{Addr, Port};
 use crate::lb::select::Source;
 use crate::wire::{Edit, Packet};
 
-/// Source ports that are looked at for one flow: of a range that is full but for one in a hundred, three of four
-/// searches find one.
+/// Source ports that one call of [`find_port`] looks at.
 const TRIES: u32 = 128;
 /// After so many of them the best one that is not free is taken, if there is any.
 const ENOUGH: u32 = 12;
+/// So many calls look at every port there is.
+const CALLS: u32 = 65_536 / TRIES;
 /// From one port that is looked at to the next. A prime larger than any range, so that every port has its turn.
 const STEP: u32 = 65_537;
 /// How often a port that was found is lost to somebody else before the flow is given up.
@@ -56,7 +57,7 @@ pub(super) fn choose_source<T: Tables>(
     let (client, client_port) = (packet.tuple.src, packet.tuple.sport);
     let mut entered = Entered::Taken;
     for _ in 0..FINDS {
-        if tables.find_port(packet) == 0 {
+        if tables.find_source(packet) == 0 {
             // Counted already.
             return Verdict::Drop;
         }
@@ -108,7 +109,6 @@ pub fn enter_source<T: Tables>(tables: &T, packet: &Packet, id: FlowId) -> Enter
     };
     if entered == Entered::Done {
         let _ = tables.record(id.index(), |flow| flow.source = flow.pairs[Role::INNER.index()].seal() | 1);
-        tables.set_target(&packet.tuple);
     }
     tables.unclaim(id.index());
     entered
@@ -127,12 +127,37 @@ fn enter_inner<T: Tables>(tables: &T, id: FlowId) -> Entered {
     Entered::Taken
 }
 
+/// How far the searches for a source port of one CPU may go beyond their first call: through all ports once a second. A
+/// search finds nothing in its first call only where nearly all ports have living flows to the endpoint; there a flood of
+/// new flows is not to cost the node more than about a hundredth of the CPU.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowance {
+    /// In which 2^30 ns (1.07 s) of the clock.
+    period: u32,
+    /// Calls in it.
+    used: u32,
+}
+
+impl Allowance {
+    /// Whether there may be one call more.
+    #[inline(always)]
+    pub const fn take(&mut self, now: u64) -> bool {
+        let period = (now >> 30) as u32;
+        if self.period != period {
+            *self = Self { period, used: 0 };
+        }
+        let left = self.used < CALLS;
+        self.used += left as u32;
+        left
+    }
+}
+
 /// Looks for a source towards the destination of `packet`, which becomes its source: an address of the node, and a port
-/// that is free, or of a flow that is over, the longest ago, or of the oldest of the young ones; these make room when the
-/// leg is entered. 0 if there is none; counted. The search begins anywhere, so that a packet that is sent again looks
-/// elsewhere.
+/// that is to be had (see [`find_port`]), of all there are. 0 if there is none; counted. The search begins anywhere, so
+/// that a packet that is sent again looks elsewhere.
 #[inline(always)]
-pub fn find_port<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
+pub fn find_source<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
     let addr = tables.masquerade_address(packet.ifindex, &packet.tuple.dst);
     let Some(addr) = addr.filter(|addr| !addr.is_unspecified()) else {
         tables.count(Reason::NoSourceAddress);
@@ -140,47 +165,79 @@ pub fn find_port<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
     };
     packet.tuple.src = addr;
     let total = tables.config().map_or(0, |config| config.snat_total);
-    let start = select::scramble(tables.random()) >> 1;
-    let now = tables.now();
+    let mut at = ((u64::from(select::scramble(tables.random())) * u64::from(total)) >> 32) as u32;
+    let stride = STEP.checked_rem(total).unwrap_or(0).wrapping_mul(TRIES).checked_rem(total).unwrap_or(0);
+    for call in 0..CALLS {
+        if call * TRIES >= total || call != 0 && !tables.may_search_on() {
+            break;
+        }
+        if tables.find_port(packet, at) != 0 {
+            return 1;
+        }
+        at = further(at, stride, total);
+    }
+    tables.count(Reason::NoSourcePort);
+    0
+}
+
+/// Looks for a port towards the destination of `packet`, from its source address: one that is free, or of a flow that is
+/// over, the longest ago, or of the oldest of the young ones; these make room when the leg is entered. What anybody else
+/// on this node uses towards that destination is not to be had. Of all ports, which are numbered, those from the one with
+/// the number `at` on are looked at. 0 if there is none.
+#[inline(always)]
+pub fn find_port<T: Tables>(tables: &T, packet: &mut Packet, mut at: u32) -> u32 {
+    let total = tables.config().map_or(0, |config| config.snat_total);
+    let step = STEP.checked_rem(total).unwrap_or(0);
     // The lowest cost so far, and the port that it buys.
     let (mut best, mut least) = (0_u32, u64::MAX);
     for n in 0..TRIES {
         if n >= total || n > ENOUGH && best != 0 {
             break;
         }
-        packet.tuple.sport = tables.snat_port(start.wrapping_add(n.wrapping_mul(STEP)));
+        packet.tuple.sport = tables.snat_port(at);
+        at = further(at, step, total);
         if packet.tuple.sport.0 == 0 || tables.is_service_port(packet.tuple.sport) {
             continue;
         }
-        let cost = match tables.leg_of(packet).1 {
-            Some((leg, _)) => cost(tables, &leg, now),
-            None if tables.is_socket(&packet.tuple) => u64::MAX,
-            None => return 1,
-        };
-        if cost < least {
-            (best, least) = (packet.tuple.sport.0.into(), cost);
+        let price = tables.price(packet);
+        if price < least {
+            (best, least) = (packet.tuple.sport.0.into(), price);
+            if price == 0 {
+                break;
+            }
         }
     }
     packet.tuple.sport = Port(best as u16);
-    if best == 0 {
-        tables.count(Reason::NoSourcePort);
-    }
     best
 }
 
-/// What it would cost to take a port from its flow: the age of one that is over counts before that of a young one;
-/// others are not to be had.
+/// So many ports further on, from the last one to the first.
 #[inline(always)]
-fn cost<T: Tables>(tables: &T, leg: &Leg, now: u64) -> u64 {
+const fn further(at: u32, step: u32, total: u32) -> u32 {
+    let next = at + step;
+    if next < total { next } else { next - total }
+}
+
+/// What the source of `packet` costs: nothing if it is free; if it has a flow that is over, the time of that flow's last
+/// packet; if that flow is young, when it began, which is always more. `u64::MAX` if it is not to be had.
+#[inline(always)]
+pub fn price<T: Tables>(tables: &T, packet: &Packet) -> u64 {
     const YOUNG: u64 = 1 << 63;
-    let cost = tables.record(leg.id.index(), |flow| {
-        if !flow.is(leg.id) || flow.is_over(now) {
-            flow.last_seen()
-        } else if flow.old == 0 && leg.role() == Role::INNER {
-            YOUNG | flow.born
-        } else {
-            u64::MAX
-        }
-    });
-    cost.unwrap_or(u64::MAX)
+    let now = tables.now();
+    let price = match tables.leg_of(packet).1 {
+        None => Some(0),
+        Some((leg, _)) => tables.record(leg.id.index(), |flow| {
+            if !flow.is(leg.id) || flow.is_over(now) {
+                flow.last_seen() | 1
+            } else if flow.old == 0 && leg.role() == Role::INNER {
+                YOUNG | flow.born
+            } else {
+                u64::MAX
+            }
+        }),
+    };
+    match price {
+        Some(price) if !tables.is_socket(&packet.tuple) && !tables.is_taken(&packet.tuple) => price,
+        _ => u64::MAX,
+    }
 }

@@ -151,12 +151,15 @@ pub trait Tables {
     fn is_service_port(&self, port: Port) -> bool;
     /// Whether a socket of this node holds the tuple that the node would send; one that listens at its source counts.
     fn is_socket(&self, tuple: &Tuple) -> bool;
-    /// Whether the packet in hand has come in by an interface, and was not sent by this node itself.
-    fn is_forwarded(&self) -> bool;
-    /// Whether flows are masqueraded towards the destination of `tuple`; true for a few others, too.
-    fn is_target(&self, tuple: &Tuple) -> bool;
-    /// Remembers that flows are.
-    fn set_target(&self, tuple: &Tuple);
+    /// Whether the source of the packet in hand, which is that of `tuple`, is none of a socket of this node that sends it:
+    /// it has come in by an interface, or somebody has rewritten it.
+    fn is_of_others(&self, tuple: &Tuple) -> bool;
+    /// Whether an address is that of an endpoint; true for a few others, too.
+    fn is_endpoint(&self, addr: &Addr) -> bool;
+    /// Whether the kernel's connection tracking had this tuple when the agent last looked, of a connection to an endpoint.
+    fn is_taken(&self, tuple: &Tuple) -> bool;
+    /// [`masquerade::Allowance::take`] of this CPU's.
+    fn may_search_on(&self) -> bool;
     /// The leg of a pair.
     fn leg(&self, pair: &Pair) -> Option<Leg>;
     /// At which place of the pair of a packet's ends its source is, and the leg of that pair.
@@ -303,12 +306,26 @@ pub trait Tables {
     {
         remember_fragment(self, packet)
     }
-    /// [`masquerade::find_port`].
-    fn find_port(&self, packet: &mut Packet) -> u32
+    /// [`masquerade::find_source`].
+    fn find_source(&self, packet: &mut Packet) -> u32
     where
         Self: Sized,
     {
-        masquerade::find_port(self, packet)
+        masquerade::find_source(self, packet)
+    }
+    /// [`masquerade::find_port`].
+    fn find_port(&self, packet: &mut Packet, at: u32) -> u32
+    where
+        Self: Sized,
+    {
+        masquerade::find_port(self, packet, at)
+    }
+    /// [`masquerade::price`].
+    fn price(&self, packet: &Packet) -> u64
+    where
+        Self: Sized,
+    {
+        masquerade::price(self, packet)
     }
     /// [`masquerade::enter_source`].
     fn enter_source(&self, packet: &Packet, id: FlowId) -> Entered

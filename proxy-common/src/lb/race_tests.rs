@@ -420,15 +420,17 @@ impl Tables for World {
         self.meet();
         self.tables.is_socket(tuple)
     }
-    fn is_forwarded(&self) -> bool {
-        self.tables.is_forwarded()
+    fn is_of_others(&self, tuple: &Tuple) -> bool {
+        self.tables.is_of_others(tuple)
     }
-    fn is_target(&self, tuple: &Tuple) -> bool {
-        self.tables.is_target(tuple)
+    fn is_endpoint(&self, addr: &Addr) -> bool {
+        self.tables.is_endpoint(addr)
     }
-    fn set_target(&self, tuple: &Tuple) {
-        self.meet();
-        self.tables.set_target(tuple);
+    fn is_taken(&self, tuple: &Tuple) -> bool {
+        self.tables.is_taken(tuple)
+    }
+    fn may_search_on(&self) -> bool {
+        self.tables.may_search_on()
     }
     fn leg(&self, pair: &Pair) -> Option<Leg> {
         self.meet();

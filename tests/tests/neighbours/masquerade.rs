@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use proxy_tests::netns::Netns;
 use proxy_tests::packet::{Packet, TcpFlags, View};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::Server;
@@ -143,6 +144,59 @@ fn after_a_long_silence_a_server_speaks_first_through_the_masquerade_of_the_cni(
         std::thread::sleep(Duration::from_secs(6));
         talks.iter().try_for_each(Talk::push)?;
         talks.iter().try_for_each(Talk::exchange)
+    })
+}
+
+#[test]
+fn a_port_that_somebody_else_has_given_a_connection_is_not_given_to_another() -> Result<()> {
+    with_either(|proxy| {
+        for later in [false, true] {
+            // Rules are written once.
+            if later && proxy == Proxy::Rules {
+                continue;
+            }
+            let town = town(PodNetwork::Routed)?;
+            let [node1, a, outside, server] =
+                ["node1", "a", "outside", "server"].map(|name| town.place(name));
+            // Four ports are left for masquerading, of which others have two.
+            node1.netns.sysctls(&[("ipv4/ip_local_reserved_ports", "1024-1999,2004-65535")])?;
+            node1.netns.nft(
+                "table inet cni {
+                    chain postrouting {
+                        type nat hook postrouting priority srcnat;
+                        meta l4proto { tcp, udp } th sport 7777 th dport 8080 masquerade to :2000
+                        meta l4proto { tcp, udp } th sport 7778 th dport 8080 masquerade to :2001
+                    }
+                }\n",
+            )?;
+            let talk_all = |from: (&Netns, u16), to: [SocketAddr; 2]| {
+                let mut talks = Vec::new();
+                for way in [Way::Tcp, Way::Udp] {
+                    for (to, at) in to.into_iter().zip(server.at(PORT)) {
+                        talks.push(Talk::begin(way, from, to, (&server.netns, at))?);
+                    }
+                }
+                anyhow::Ok(talks)
+            };
+            // Silent from here on.
+            let mut theirs = talk_all((&a.netns, 7777), server.at(PORT))?;
+            let serving = proxy.serve(&town, "node1", if later { &[FAR] } else { &[BEYOND] }, &[])?;
+            if later {
+                serving.add(&town, &BEYOND, |plan| plan)?;
+                serving.knows(&server.addresses().map(|addr| addr.to_string()).each_ref().map(|s| &**s))?;
+                // Connection tracking is read again soon after.
+                std::thread::sleep(Duration::from_secs(2));
+            }
+            theirs.extend(talk_all((&node1.netns, 7778), server.at(PORT))?);
+            let mut ours = Vec::new();
+            for _ in 0..2 {
+                ours.extend(talk_all((&outside.netns, 0), node1.at(BEYOND.node_port))?);
+            }
+            for talk in theirs.iter().chain(&ours) {
+                talk.exchange().with_context(|| format!("endpoint later: {later}"))?;
+            }
+        }
+        Ok(())
     })
 }
 

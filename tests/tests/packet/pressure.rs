@@ -3,11 +3,13 @@
 use std::net::SocketAddr;
 
 use proxy_common::abi::frontend::INTERNAL;
-use proxy_common::abi::{Reason, Role, config};
-use proxy_common::addr::Proto;
+use proxy_common::abi::{Reason, Role, Tuple, config};
+use proxy_common::addr::{Port, Proto};
 use proxy_tests::packet::{Packet, Transport};
 
-use crate::node::{ACK, Cast, FAMILIES, FIN_ACK, NEW, Node, SYN, SYN_ACK, V4, V6, at, packet, tcp, udp};
+use crate::node::{
+    ACK, Cast, FAMILIES, FIN_ACK, NEW, Node, SYN, SYN_ACK, V4, V6, addr, at, packet, tcp, udp,
+};
 use crate::nodeport::{node_port, one_port};
 use crate::real::{PLACES, RECORDS};
 use crate::stage::{Stage, story};
@@ -41,6 +43,47 @@ fn a_flow_that_finds_no_free_source_port_is_dropped_and_the_others_live() {
                 stage.egress(&tcp(second, endpoint, SYN)).dropped();
                 stage.counted(&[(Reason::NoSourcePort, 1)]);
                 stage.egress(&tcp(first, endpoint, ACK)).becomes(&tcp((cast.node, 2000), endpoint, ACK));
+            },
+        );
+    }
+}
+
+#[test]
+fn of_many_source_ports_the_last_one_is_found_and_none_that_connection_tracking_uses() {
+    const ALL: u16 = 5_000;
+    for cast in FAMILIES {
+        let (node, endpoint) = ((cast.node, 30_200), (cast.remote, 8080));
+        let last = 2000 + 4_321;
+        story(
+            || {
+                let mut made = node_port(cast, Proto::TCP, cast.remote);
+                made.ports(2000, ALL);
+                let used = (2000..2000 + ALL).filter(|port| *port != last);
+                let tuple = |port| {
+                    let (from, to) = (addr(cast.node), addr(cast.remote));
+                    Tuple::new(from, Port::new(port), to, Port::new(8080), Proto::TCP)
+                };
+                made.tables.taken = used.map(tuple).collect();
+                made
+            },
+            |stage| {
+                let [first, second] = [5555, 5556].map(|port| (cast.client, port));
+                let masqueraded = (cast.node, last);
+                stage.ingress(&tcp(first, node, SYN)).becomes(&tcp(first, endpoint, SYN));
+                stage.egress(&tcp(first, endpoint, SYN)).becomes(&tcp(masqueraded, endpoint, SYN));
+                stage.ingress(&tcp(endpoint, masqueraded, SYN_ACK)).becomes(&tcp(endpoint, first, SYN_ACK));
+                stage.egress(&tcp(endpoint, first, SYN_ACK)).becomes(&tcp(node, first, SYN_ACK));
+                stage.ingress(&tcp(first, node, ACK)).becomes(&tcp(first, endpoint, ACK));
+                stage.ingress(&tcp(second, node, SYN)).becomes(&tcp(second, endpoint, SYN));
+                stage.counted(&[(Reason::NewFlow, 2)]);
+                stage.egress(&tcp(second, endpoint, SYN)).dropped();
+                stage.counted(&[(Reason::NoSourcePort, 1)]);
+                // When that is over, its port is to be had again.
+                stage.ingress(&tcp(first, node, FIN_ACK)).becomes(&tcp(first, endpoint, FIN_ACK));
+                stage.egress(&tcp(first, endpoint, FIN_ACK)).becomes(&tcp(masqueraded, endpoint, FIN_ACK));
+                stage.ingress(&tcp(endpoint, masqueraded, FIN_ACK)).becomes(&tcp(endpoint, first, FIN_ACK));
+                stage.egress(&tcp(endpoint, first, FIN_ACK)).becomes(&tcp(node, first, FIN_ACK));
+                stage.egress(&tcp(second, endpoint, SYN)).becomes(&tcp(masqueraded, endpoint, SYN));
             },
         );
     }

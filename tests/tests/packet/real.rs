@@ -3,7 +3,6 @@
 //! The bpffs they are pinned in lives in a mount namespace that ends with the loading: what is left are file
 //! descriptors, so nothing outlives the process, however it ends.
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -16,7 +15,7 @@ use proxy_agent::datapath::load::Capacities;
 use proxy_agent::plan::Step;
 use proxy_common::abi::{
     Affinity, AffinityKey, Config, FORWARD, Flow, FlowId, Fragment, FragmentKey, Hook, Key, Leg, Pair, REPLY,
-    Reason, Role, ServiceStats, frontend, maps,
+    Reason, Role, ServiceStats, Tuple, frontend, maps,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb::Ring;
@@ -143,9 +142,10 @@ pub(crate) struct Real {
     legs: HashMap<MapData, Key, Leg>,
     records: Array<MapData, Flow>,
     free: Queue<MapData, u32>,
-    targets: Array<MapData, u64>,
-    /// Whether there may be a bit in TARGETS.
-    pub(crate) aimed: Cell<bool>,
+    endpoint_bits: Array<MapData, u64>,
+    /// The words of it that may not be 0.
+    used_bits: BTreeSet<u32>,
+    taken: HashMap<MapData, Tuple, u32>,
     fragments: HashMap<MapData, FragmentKey, Fragment>,
     affinity: HashMap<MapData, AffinityKey, Affinity>,
     reasons: PerCpuArray<MapData, u64>,
@@ -188,8 +188,9 @@ fn load() -> anyhow::Result<Real> {
             legs: programs.hash(maps::FLOWS)?,
             records: programs.array(maps::RECORDS)?,
             free: programs.queue(maps::FREE)?,
-            targets: programs.array(maps::TARGETS)?,
-            aimed: Cell::new(true),
+            endpoint_bits: programs.array(maps::ENDPOINT_BITS)?,
+            used_bits: BTreeSet::new(),
+            taken: programs.hash(maps::TAKEN)?,
             fragments: programs.hash(maps::FRAGMENTS)?,
             affinity: programs.hash(maps::AFFINITY)?,
             reasons: programs.counters(maps::REASONS)?,
@@ -235,11 +236,6 @@ impl Real {
         // A story that failed may have left anything.
         if self.programs.end_flows(|_| true).is_err() || !self.broken_flows().is_empty() {
             self.mend_flows();
-        }
-        if self.aimed.take() {
-            for word in 0..self.targets.len() {
-                self.targets.set(word, 0, 0).unwrap();
-            }
         }
         self.configure(tables);
         self.before = (self.reasons(), self.stats());
@@ -354,6 +350,26 @@ impl Real {
         let unwritten = Config { pod_v4: Addr::ANY_V6, node_v4: Addr::ANY_V6, ..Config::EMPTY };
         steps.push(Step::PutConfig(tables.config.unwrap_or(unwritten)));
         self.programs.apply(&steps).unwrap();
+        self.follow(tables);
+    }
+
+    /// Makes exactly what the agent lets follow from other tables, or reads elsewhere.
+    fn follow(&mut self, tables: &MemoryTables) {
+        let mut bits = BTreeMap::new();
+        for endpoint in tables.backends.values().filter(|backend| backend.is_live()) {
+            let place = endpoint.addr.place();
+            *bits.entry(place / 64).or_insert(0_u64) |= 1 << (place % 64);
+        }
+        let used = bits.keys().copied().collect();
+        for word in std::mem::replace(&mut self.used_bits, used).iter().chain(bits.keys()) {
+            self.endpoint_bits.set(*word, bits.get(word).copied().unwrap_or(0), 0).unwrap();
+        }
+        if !tables.taken.is_empty() || self.taken.keys().next().is_some() {
+            clear(&mut self.taken).unwrap();
+        }
+        for tuple in &tables.taken {
+            self.taken.insert(tuple, 1, 0).unwrap();
+        }
     }
 
     /// What packets have left behind since [`Self::begin`].

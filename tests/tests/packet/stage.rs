@@ -179,7 +179,6 @@ impl Stage {
             }
         }
         if let (Some(kernel), Some(seen)) = (&self.kernel, seen) {
-            kernel.aimed.set(kernel.aimed.get() || !self.host.targets.borrow().is_empty());
             if seen != outcome {
                 return Err(self.report(hook, sent, &outcome, &format!("kernel: {}", self.tell(&seen))));
             }

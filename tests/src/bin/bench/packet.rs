@@ -302,6 +302,7 @@ fn fill_tables(ebpf: &mut Ebpf) -> Result<()> {
 
 fn fill_services(ebpf: &mut Ebpf) -> Result<()> {
     let mut bits = vec![0_u64; capacity::ADDRESS_BITS];
+    let mut endpoint_bits = vec![0_u64; capacity::ENDPOINT_BITS];
     // Packets are counted from one.
     for id in 1..=MANY {
         let [here, next] = service_addr(id);
@@ -328,10 +329,14 @@ fn fill_services(ebpf: &mut Ebpf) -> Result<()> {
         hash(ebpf, maps::FRONTENDS)?.insert(key, value.sealed(&key), 0)?;
         let addr = Addr::from(here.ip());
         hash(ebpf, maps::ADDRESSES)?.insert(addr, address::CLUSTER_IP, 0)?;
-        bits[addr.place() as usize / 64] |= 1 << (addr.place() % 64);
+        for (bits, addr) in [(&mut bits, addr), (&mut endpoint_bits, endpoint.addr)] {
+            bits[addr.place() as usize / 64] |= 1 << (addr.place() % 64);
+        }
     }
-    for (word, bits) in (0..).zip(bits) {
-        array(ebpf, maps::ADDRESS_BITS)?.set(word, bits, 0)?;
+    for (map, bits) in [(maps::ADDRESS_BITS, bits), (maps::ENDPOINT_BITS, endpoint_bits)] {
+        for (word, bits) in (0..).zip(bits) {
+            array(ebpf, map)?.set(word, bits, 0)?;
+        }
     }
     Ok(())
 }

@@ -1,0 +1,117 @@
+//! TAKEN: the source ports that others on this node use towards endpoints, as the kernel's connection tracking knows them.
+//!
+//! What a CNI masquerades to an endpoint under an address that we masquerade with, too, is noted by its first packet
+//! (`lb::egress`). This table is for what began before its endpoint was one, or has been silent for longer than such a note
+//! lasts: the agent reads connection tracking again and again, and writes what has changed.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::Path;
+
+use proxy_common::abi::{RouteKey, Tuple, maps};
+use proxy_common::addr::{Addr, Proto};
+
+use super::address_bits::place;
+use super::pin::BpfRoot;
+use super::table::{Table, TableError};
+use crate::netlink::conntrack;
+
+/// There while connection tracking is.
+const THERE: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
+/// The value of every entry: only its being there counts.
+const LISTED: u32 = 1;
+
+/// Why the table is not as connection tracking is.
+#[derive(Debug, thiserror::Error)]
+pub enum TakenError {
+    /// It cannot be read.
+    #[error("cannot read the kernel's connection tracking (CAP_NET_ADMIN, module nf_conntrack_netlink)")]
+    Read(#[from] io::Error),
+    /// Some of it could not be understood.
+    #[error("{0} entries of the kernel's connection tracking cannot be read")]
+    Unread(usize),
+    /// There are more than the table holds.
+    #[error("map {} is full ({max} entries): no room for {left} more", maps::TAKEN)]
+    Full {
+        /// Its size.
+        max: u32,
+        /// What found no room.
+        left: usize,
+    },
+    /// A table cannot be used.
+    #[error(transparent)]
+    Table(#[from] TableError),
+}
+
+/// The table, and what it follows from.
+#[derive(Debug)]
+pub struct Taken {
+    table: Table<Tuple, u32>,
+    endpoints: Table<u32, u64>,
+    sources: Table<RouteKey, Addr>,
+    /// What is in it; `None` before it has been read.
+    known: Option<HashSet<Tuple>>,
+}
+
+impl Taken {
+    /// Opens what is pinned under `root`.
+    pub fn open(root: &BpfRoot) -> Result<Self, TableError> {
+        Ok(Self {
+            table: Table::open(root, maps::TAKEN)?,
+            endpoints: Table::open(root, maps::ENDPOINT_BITS)?,
+            sources: Table::open(root, maps::MASQUERADE)?,
+            known: None,
+        })
+    }
+
+    /// Brings the table in line with connection tracking; how many entries it has. After an error it is as true as could be.
+    pub fn follow(&mut self) -> Result<usize, TakenError> {
+        let mut wanted = HashSet::new();
+        let unread = if Path::new(THERE).exists() { self.read(&mut wanted)? } else { 0 };
+        let known = match self.known.take() {
+            Some(known) => known,
+            None => self.table.keys()?.into_iter().collect(),
+        };
+        let gone: Vec<Tuple> = known.difference(&wanted).copied().collect();
+        self.table.delete_many(&gone).map_err(|(_, error)| error)?;
+        let mut new: Vec<Tuple> = wanted.difference(&known).copied().collect();
+        let max = self.table.max();
+        let left = wanted.len().saturating_sub(max as usize);
+        new.truncate(new.len() - left.min(new.len()));
+        self.table.put_many(&new, &vec![LISTED; new.len()]).map_err(|(_, error)| error)?;
+        let mut there = known;
+        gone.iter().for_each(|tuple| {
+            there.remove(tuple);
+        });
+        there.extend(new);
+        let count = there.len();
+        self.known = Some(there);
+        match (left, unread) {
+            (0, 0) => Ok(count),
+            (0, unread) => Err(TakenError::Unread(unread)),
+            (left, _) => Err(TakenError::Full { max, left }),
+        }
+    }
+
+    /// Adds what connection tracking has between an address that is masqueraded with and an endpoint; how many entries could
+    /// not be read.
+    fn read(&self, taken: &mut HashSet<Tuple>) -> Result<usize, TakenError> {
+        let mut endpoints = Vec::new();
+        self.endpoints.scan(|_, word| endpoints.push(word))?;
+        let mut sources = HashSet::new();
+        self.sources.scan(|_, source| {
+            sources.insert(source);
+        })?;
+        let is_endpoint = |addr: &Addr| {
+            let (word, bit) = place(addr);
+            endpoints.get(word).is_some_and(|word| word & bit != 0)
+        };
+        let unread = conntrack::answers(|answer| {
+            let ours = matches!(answer.proto, Proto::TCP | Proto::UDP | Proto::SCTP);
+            if ours && sources.contains(&answer.dst) && is_endpoint(&answer.src) {
+                taken.insert(answer.reversed());
+            }
+        })?;
+        Ok(unread)
+    }
+}
