@@ -303,7 +303,9 @@ fn what_connection_tracking_has_between_endpoints_and_our_addresses_is_taken_whi
         Step::PutRoute(RouteKey::exact(7, source), source)
     };
     let at = |text: &str| Backend { addr: addr(text), ..backend(1) };
+    let ports = [PortRange { first: 2000, count: 2 }, PortRange { first: 7777, count: 1 }];
     let steps = [
+        Step::PutConfig(Config::EMPTY.with_snat_ports(&ports)),
         Step::PutBackend(1, at("203.0.113.7")),
         Step::PutBackend(2, at("2001:db8::7")),
         route("192.168.10.1"),
@@ -320,10 +322,16 @@ fn what_connection_tracking_has_between_endpoints_and_our_addresses_is_taken_whi
         // The node itself.
         masqueraded(node, (node, 7777), (endpoint, 8080), Proto::UDP),
     ];
+    // The endpoint has begun it: what it sends to a port of the node goes to a pod.
+    let sent = Tuple::new(addr(endpoint), Port::new(5060), addr(node), Port::new(2001), Proto::UDP);
+    let pod = Tuple::new(addr("10.244.1.5"), Port::new(8888), sent.src, sent.sport, Proto::UDP);
+    let begun = [(sent, pod)];
     let others = [
         masqueraded("10.244.1.5", (node, 2000), ("203.0.113.8", 8080), Proto::UDP),
         masqueraded("10.244.1.5", ("192.168.11.1", 2000), (endpoint, 8080), Proto::UDP),
         masqueraded("10.244.1.7", ("10.244.1.7", 7777), (endpoint, 8080), Proto::UDP),
+        // No port that we masquerade with.
+        masqueraded("10.244.1.5", (node, 2002), (endpoint, 8081), Proto::UDP),
     ];
     let map = aya::maps::MapData::from_pin(room.root.map(maps::TAKEN)).unwrap();
     let map: aya::maps::HashMap<_, Tuple, u32> = aya::maps::Map::HashMap(map).try_into().unwrap();
@@ -340,6 +348,10 @@ fn what_connection_tracking_has_between_endpoints_and_our_addresses_is_taken_whi
     track(&others, true);
     assert_eq!(agent.follow().unwrap(), 5);
     is_taken(&taken);
+    track(&begun, true);
+    assert_eq!(agent.follow().unwrap(), 6);
+    is_taken(&[&taken[..], &[(pod, sent)]].concat());
+    track(&begun, false);
     track(&taken[1..3], false);
     assert_eq!(agent.follow().unwrap(), 3);
     is_taken(&[taken[0], taken[3], taken[4]]);
@@ -362,7 +374,9 @@ fn of_more_connections_than_there_is_room_for_as_many_as_fit_are_taken_and_the_r
     let mut kernel = Kernel::open(&room.root).unwrap();
     let (node, endpoint) = (addr("192.168.10.1"), addr("203.0.113.7"));
     let route = Step::PutRoute(RouteKey::exact(7, node), node);
-    kernel.apply(&[Step::PutBackend(1, Backend { addr: endpoint, ..backend(1) }), route]).unwrap();
+    let config = Config::EMPTY.with_snat_ports(&[PortRange { first: 1, count: u16::MAX }]);
+    let endpoint_step = Step::PutBackend(1, Backend { addr: endpoint, ..backend(1) });
+    kernel.apply(&[Step::PutConfig(config), endpoint_step, route]).unwrap();
     let connection = |n: u16| {
         let seen = Tuple::new(node, Port::new(n), endpoint, Port::new(8080), Proto::UDP);
         (seen, seen.reversed())

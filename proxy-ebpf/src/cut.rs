@@ -182,6 +182,12 @@ pub extern "C" fn cut_snat_port(n: u32) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
+pub extern "C" fn cut_is_snat_port(port: u32) -> u32 {
+    Kernel::NOWHERE.config().is_some_and(|config| config.is_snat_port(Port(port as u16))).into()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
 pub extern "C" fn cut_find_source(ctx: *mut __sk_buff) -> u32 {
     let Some(s) = scratch() else { return 0 };
     masquerade::find_source(&Kernel::new(ctx), &mut s.packet)

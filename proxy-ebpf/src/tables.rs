@@ -237,18 +237,27 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
         if sock.is_null() {
             return false;
         }
-        // SAFETY: the packet holds its socket while it is looked at. Of the addresses one is meant; both are read, because the
+        // SAFETY: the packet holds its socket while it is looked at. Of the addresses one is meant; all are read, because the
         // verifier knows no place that is one or the other.
-        let (port, v4, v6) = unsafe {
+        let (port, other_port, v4, v6) = unsafe {
+            let word = |n: usize| (&raw const (*sock).src_ip6[n]).read_volatile();
             (
                 (&raw const (*sock).src_port).read_volatile(),
+                (&raw const (*sock).dst_port).read_volatile(),
                 (&raw const (*sock).src_ip4).read_volatile(),
-                (&raw const (*sock).src_ip6[3]).read_volatile(),
+                [word(0), word(1), word(2), word(3)],
             )
         };
-        let addr = if tuple.src.is_v4() { v4 } else { v6 };
-        // A socket without a port sends whole packets (a packet socket); one that sends from any address has none.
-        port != 0 && (port != u32::from(tuple.sport.number()) || addr != 0 && addr != tuple.src.0[3])
+        // A packet of a tunnel has the socket of what it carries, which has another destination, too.
+        if port == 0 || other_port != 0 && other_port != tuple.dport.0 {
+            return false;
+        }
+        let [a, b, c, d] =
+            if tuple.src.is_v4() { [tuple.src.0[0], tuple.src.0[1], tuple.src.0[2], v4] } else { v6 };
+        let own = &tuple.src.0;
+        let differs = (a ^ own[0]) | (b ^ own[1]) | (c ^ own[2]) | (d ^ own[3]) != 0;
+        // A socket that sends from any address has none.
+        port != u32::from(tuple.sport.number()) || differs && d != 0
     }
 
     #[inline(always)]
@@ -427,6 +436,11 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn snat_port(&self, n: u32) -> Port {
         Port(cut::cut_snat_port(n) as u16)
+    }
+
+    #[inline(always)]
+    fn is_snat_port(&self, port: Port) -> bool {
+        cut::cut_is_snat_port(port.0.into()) != 0
     }
 
     #[inline(always)]

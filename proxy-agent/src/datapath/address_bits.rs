@@ -30,8 +30,8 @@ impl AddressBits {
         Ok(Self { table: Table::open(root, map)?, many, words: Vec::new(), gone: 0 })
     }
 
-    /// Sets the bits of addresses that are about to be written.
-    pub(super) fn add(&mut self, addresses: impl Iterator<Item = Addr>) -> Result<(), TableError> {
+    /// Sets the bits of addresses that are about to be written; whether there are new ones.
+    pub(super) fn add(&mut self, addresses: impl Iterator<Item = Addr>) -> Result<bool, TableError> {
         self.know()?;
         let mut wanted = BTreeMap::new();
         for (word, bit) in addresses.map(|addr| place(&addr)) {
@@ -40,7 +40,9 @@ impl AddressBits {
                 *wanted.entry(word).or_insert(known) |= bit;
             }
         }
-        self.write(wanted)
+        let new = !wanted.is_empty();
+        self.write(wanted)?;
+        Ok(new)
     }
 
     /// So many addresses have gone; whether the bits ought to be counted again.

@@ -32,6 +32,8 @@ pub struct Kernel {
     service_ports: Table<u32, u64>,
     config: Table<u32, Config>,
     services: Table<u32, ServiceName>,
+    /// Endpoints or masquerade addresses have come that were not there before.
+    news: bool,
 }
 
 /// The value of every source range: only its being there counts.
@@ -54,6 +56,7 @@ impl Kernel {
             service_ports: Table::open(root, maps::SERVICE_PORTS)?,
             config: Table::open(root, maps::CONFIG)?,
             services: Table::open(root, maps::SERVICES)?,
+            news: false,
         })
     }
 
@@ -116,6 +119,11 @@ impl Kernel {
         ]
     }
 
+    /// Whether endpoints or masquerade addresses have come since this was last asked.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
+    }
+
     /// Does steps of one kind, which the caller has found to stand together. How many of them were done
     /// comes with an error.
     fn apply_run(&mut self, run: &[Step]) -> Result<(), (usize, KernelError)> {
@@ -133,10 +141,13 @@ impl Kernel {
                 Step::DeleteIface(index) => Some(*index),
                 _ => None,
             }),
-            Step::PutRoute(..) => put(&self.routes, run, |step| match step {
-                Step::PutRoute(key, source) => Some((*key, *source)),
-                _ => None,
-            }),
+            Step::PutRoute(..) => {
+                self.news = true;
+                put(&self.routes, run, |step| match step {
+                    Step::PutRoute(key, source) => Some((*key, *source)),
+                    _ => None,
+                })
+            }
             Step::DeleteRoute(_) => delete(&self.routes, run, |step| match step {
                 Step::DeleteRoute(key) => Some(*key),
                 _ => None,
@@ -160,7 +171,7 @@ impl Kernel {
                 };
                 let backends = || run.iter().filter_map(part).map(|(_, backend)| backend);
                 let added = self.endpoint_bits.add(backends().filter(Backend::is_live).map(|live| live.addr));
-                added.map_err(|error| (0, error))?;
+                self.news |= added.map_err(|error| (0, error))?;
                 put(&self.backends, run, part)?;
                 let due = self.endpoint_bits.lose(backends().filter(|backend| !backend.is_live()).count());
                 if due && let Err(error) = self.count_endpoints() {

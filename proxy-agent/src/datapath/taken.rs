@@ -1,4 +1,5 @@
-//! TAKEN: the source ports that others on this node use towards endpoints, as the kernel's connection tracking knows them.
+//! TAKEN: the source ports that others on this node use towards endpoints, as the kernel's connection tracking knows them, as
+//! far as they are ports that flows are masqueraded with.
 //!
 //! What a CNI masquerades to an endpoint under an address that we masquerade with, too, is noted by its first packet
 //! (`lb::egress`). This table is for what began before its endpoint was one, or has been silent for longer than such a note
@@ -7,9 +8,10 @@
 use std::collections::HashSet;
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use proxy_common::abi::{RouteKey, Tuple, maps};
-use proxy_common::addr::{Addr, Proto};
+use proxy_common::abi::{Config, RouteKey, Tuple, maps};
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::address_bits::place;
 use super::pin::BpfRoot;
@@ -20,6 +22,8 @@ use crate::netlink::conntrack;
 const THERE: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 /// The value of every entry: only its being there counts.
 const LISTED: u32 = 1;
+/// How long what was written is believed to be still there, whatever anybody else has done to the table.
+const BELIEVED: Duration = Duration::from_secs(3600);
 
 /// Why the table is not as connection tracking is.
 #[derive(Debug, thiserror::Error)]
@@ -49,8 +53,9 @@ pub struct Taken {
     table: Table<Tuple, u32>,
     endpoints: Table<u32, u64>,
     sources: Table<RouteKey, Addr>,
-    /// What is in it; `None` before it has been read.
-    known: Option<HashSet<Tuple>>,
+    config: Table<u32, Config>,
+    /// What is in it, and when that was read.
+    known: Option<(HashSet<Tuple>, Instant)>,
 }
 
 impl Taken {
@@ -60,6 +65,7 @@ impl Taken {
             table: Table::open(root, maps::TAKEN)?,
             endpoints: Table::open(root, maps::ENDPOINT_BITS)?,
             sources: Table::open(root, maps::MASQUERADE)?,
+            config: Table::open(root, maps::CONFIG)?,
             known: None,
         })
     }
@@ -68,9 +74,9 @@ impl Taken {
     pub fn follow(&mut self) -> Result<usize, TakenError> {
         let mut wanted = HashSet::new();
         let unread = if Path::new(THERE).exists() { self.read(&mut wanted)? } else { 0 };
-        let known = match self.known.take() {
-            Some(known) => known,
-            None => self.table.keys()?.into_iter().collect(),
+        let (known, since) = match self.known.take() {
+            Some((known, since)) if since.elapsed() < BELIEVED => (known, since),
+            _ => (self.table.keys()?.into_iter().collect(), Instant::now()),
         };
         let gone: Vec<Tuple> = known.difference(&wanted).copied().collect();
         self.table.delete_many(&gone).map_err(|(_, error)| error)?;
@@ -85,7 +91,7 @@ impl Taken {
         });
         there.extend(new);
         let count = there.len();
-        self.known = Some(there);
+        self.known = Some((there, since));
         match (left, unread) {
             (0, 0) => Ok(count),
             (0, unread) => Err(TakenError::Unread(unread)),
@@ -93,8 +99,8 @@ impl Taken {
         }
     }
 
-    /// Adds what connection tracking has between an address that is masqueraded with and an endpoint; how many entries could
-    /// not be read.
+    /// Adds what connection tracking has between an end that flows are masqueraded with and an endpoint, whoever of them has
+    /// begun it; how many entries could not be read.
     fn read(&self, taken: &mut HashSet<Tuple>) -> Result<usize, TakenError> {
         let mut endpoints = Vec::new();
         self.endpoints.scan(|_, word| endpoints.push(word))?;
@@ -106,10 +112,15 @@ impl Taken {
             let (word, bit) = place(addr);
             endpoints.get(word).is_some_and(|word| word & bit != 0)
         };
-        let unread = conntrack::answers(|answer| {
-            let ours = matches!(answer.proto, Proto::TCP | Proto::UDP | Proto::SCTP);
-            if ours && sources.contains(&answer.dst) && is_endpoint(&answer.src) {
-                taken.insert(answer.reversed());
+        let config = self.config.get(&0)?.unwrap_or(Config::EMPTY);
+        let is_ours = |addr: &Addr, port: Port| config.is_snat_port(port) && sources.contains(addr);
+        let unread = conntrack::connections(|asked, answered| {
+            // As the endpoint sends: answers, or what it has begun itself.
+            for sent in [answered, asked] {
+                let ports = matches!(sent.proto, Proto::TCP | Proto::UDP | Proto::SCTP);
+                if ports && is_ours(&sent.dst, sent.dport) && is_endpoint(&sent.src) {
+                    taken.insert(sent.reversed());
+                }
             }
         })?;
         Ok(unread)

@@ -13,10 +13,9 @@ use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMe
 
 use super::request::{Protocol, each};
 
-/// Shows to `see` what each connection's other end is to answer with: its address and port come first, and then those that
-/// the connection has towards it, after all rewriting. Connections of other protocols than those with ports are left out. How
-/// many entries could not be read.
-pub(crate) fn answers(mut see: impl FnMut(abi::Tuple)) -> io::Result<usize> {
+/// Shows to `see` as what the packets of each connection are known in both directions: as whoever has begun it sends them,
+/// and as they are answered, after all rewriting. Protocols without ports are left out. How many entries could not be read.
+pub(crate) fn connections(mut see: impl FnMut(abi::Tuple, abi::Tuple)) -> io::Result<usize> {
     let mut unread = 0;
     each(Protocol::Netfilter, &question(), |message| match NetlinkMessage::<NetfilterMessage>::deserialize(
         message,
@@ -27,8 +26,16 @@ pub(crate) fn answers(mut see: impl FnMut(abi::Tuple)) -> io::Result<usize> {
             inner: NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)),
             ..
         })) => {
-            if let Some(tuple) = answer(&attributes) {
-                see(tuple);
+            let mut both = (None, None);
+            for attribute in &attributes {
+                match attribute {
+                    ConntrackAttribute::CtaTupleOrig(parts) => both.0 = tuple(parts),
+                    ConntrackAttribute::CtaTupleReply(parts) => both.1 = tuple(parts),
+                    _ => {}
+                }
+            }
+            if let (Some(asked), Some(answered)) = both {
+                see(asked, answered);
             }
         }
         _ => unread += 1,
@@ -51,12 +58,8 @@ fn question() -> Vec<u8> {
     bytes
 }
 
-/// The tuple of the answers; `None` without ports.
-fn answer(attributes: &[ConntrackAttribute]) -> Option<abi::Tuple> {
-    let parts = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleReply(parts) => Some(parts),
-        _ => None,
-    })?;
+/// `None` without ports.
+fn tuple(parts: &[Tuple]) -> Option<abi::Tuple> {
     let (mut src, mut dst, mut sport, mut dport, mut proto) = (None, None, None, None, None);
     for part in parts {
         match part {

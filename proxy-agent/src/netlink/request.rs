@@ -140,7 +140,11 @@ fn read(mut datagram: &[u8], see: &mut impl FnMut(&[u8])) -> io::Result<bool> {
                 0 => return Ok(true),
                 code => return Err(io::Error::from_raw_os_error(-code)),
             },
-            DONE => return Ok(true),
+            DONE => match u32_at(body, 0) as i32 {
+                // What was listed before is not all there is.
+                code @ ..0 => return Err(io::Error::from_raw_os_error(-code)),
+                _ => return Ok(true),
+            },
             _ => see(message),
         }
         datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or(&[]);
@@ -174,6 +178,8 @@ mod tests {
     fn a_refusal_is_its_errno_and_an_acknowledgement_is_none() {
         let refusal = message(ERROR, 0, &(-libc::ENOENT).to_ne_bytes());
         let mut see = |_: &[u8]| panic!("no answer");
+        let cut = read(&message(DONE, 0, &(-libc::ENOMEM).to_ne_bytes()), &mut see).unwrap_err();
+        assert_eq!(cut.raw_os_error(), Some(libc::ENOMEM));
         let error = read(&refusal, &mut see).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
         assert!(read(&message(ERROR, 0, &[0; 4]), &mut see).unwrap());

@@ -167,6 +167,7 @@ impl Agent {
         sweeper.all().context("looking through the flows")?;
         let (excluded, pods_known) = (config.excluded.clone(), !config.pod_annotations);
         let sockets = sockets::Sockets::new(root.clone(), report.counters());
+        let taken = taken::Follower::open(root, &config.flow_timeouts)?;
         Ok(Self {
             world: World::new(config.settings.clone()),
             pace: Pace::new(limits(&config), 0),
@@ -178,7 +179,7 @@ impl Agent {
             loaded,
             sweeper,
             sockets,
-            taken: taken::Follower::open(root)?,
+            taken,
             excluded,
             pods_known,
             report,
@@ -360,7 +361,7 @@ impl Agent {
                 if full {
                     self.full_at_ms = now;
                 }
-                self.taken.wrote(&plan.steps);
+                self.taken.wrote(self.kernel.take_news());
                 if !self.ready {
                     self.attach()?;
                 }

@@ -203,6 +203,20 @@ impl Config {
         self
     }
 
+    /// Whether flows are masqueraded with this port.
+    #[inline(always)]
+    pub const fn is_snat_port(&self, port: Port) -> bool {
+        let mut at = 0;
+        while at < PORT_RANGES {
+            let PortRange { first, count } = self.snat_ports[at];
+            if port.number().wrapping_sub(first) < count {
+                return true;
+            }
+            at += 1;
+        }
+        false
+    }
+
     /// The `n`th masquerade port, wrapping round; zero when there are none (or, for the moment in which the settings
     /// are changed, when number and ranges do not fit).
     #[inline(always)]
@@ -256,6 +270,10 @@ mod tests {
         assert_eq!(ports, [1024, 1025, 40_000, 65_534, 65_535, 1024, 1025]);
         assert_eq!(config.snat_port(u32::MAX).number(), 1024, "4294967295 is 5 times 858993459");
         assert_eq!(Config::EMPTY.snat_port(7), Port(0));
+        let all: Vec<u16> = (0..=u16::MAX).filter(|n| config.is_snat_port(Port::new(*n))).collect();
+        let mut given: Vec<u16> = (0..config.snat_total).map(|n| config.snat_port(n).number()).collect();
+        given.sort_unstable();
+        assert_eq!(all, given);
         let torn = Config { snat_total: 100, ..config };
         assert_eq!(torn.snat_port(50), Port(0));
         let many = [PortRange { first: 2000, count: 1 }; PORT_RANGES + 1];

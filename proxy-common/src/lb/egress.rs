@@ -63,7 +63,7 @@ fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
 }
 
 /// A packet that belongs to no flow. If the node speaks from a port of a Service, or somebody else's masquerade to an
-/// endpoint, the conversation is noted, so that its answers are not taken for ours.
+/// endpoint from a port that we masquerade with, too, the conversation is noted, so that its answers are not taken for ours.
 #[inline(always)]
 fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
     let matters = !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0;
@@ -72,7 +72,11 @@ fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
     }
     let service = tables.is_service_port(packet.tuple.sport) && !packet.is_answer();
     let guest = !service && tables.is_endpoint(&packet.tuple.dst) && tables.is_of_others(&packet.tuple);
-    if (service || guest) && tables.address(&packet.tuple.src) & address::NODE != 0 {
+    if (service || guest)
+        && tables.address(&packet.tuple.src) & address::NODE != 0
+        // From any other port it is nothing to us.
+        && (service || tables.is_snat_port(packet.tuple.sport))
+    {
         if found.touch == Touch::Over {
             tables.take_apart(found.id);
         }

@@ -208,6 +208,10 @@ pub trait Tables {
     fn snat_port(&self, n: u32) -> Port {
         self.config().map_or(Port(0), |config| config.snat_port(n))
     }
+    /// [`Config::is_snat_port`] of the node's settings.
+    fn is_snat_port(&self, port: Port) -> bool {
+        self.config().is_some_and(|config| config.is_snat_port(port))
+    }
     /// [`ingress::slow`].
     fn ingress_slow(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict
     where

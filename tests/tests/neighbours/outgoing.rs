@@ -295,3 +295,32 @@ fn what_begins_no_connection_is_the_node_s_own_and_no_service_s() -> Result<()> 
     }
     Ok(())
 }
+
+#[test]
+fn what_carries_pods_packets_to_another_node_is_nobody_s_masquerade() -> Result<()> {
+    // The packets of a tunnel to a node that is an endpoint's, too, belong to the sockets of what they carry.
+    let town = town(PodNetwork::Overlay)?;
+    let node1 = town.place("node1");
+    // Every port may be one to masquerade with.
+    node1.netns.sysctls(&[("ipv4/ip_local_port_range", "1024 65535")])?;
+    let serving = Proxy::Agent.serve(&town, "node1", &[Web::new(3, 30202, "h2")], &[])?;
+    let agent = serving.agent.as_ref().context("an agent")?;
+    let c = town.place("c");
+    let mut talks = Vec::new();
+    for way in [Way::Tcp, Way::Udp] {
+        for to in c.at(PORT) {
+            for _ in 0..8 {
+                talks.push(Talk::begin(way, (&node1.netns, 0), to, (&c.netns, to))?);
+            }
+        }
+    }
+    talks.iter().try_for_each(Talk::exchange)?;
+    let status = agent.status_json()?;
+    let noted = status["reasons"]
+        .as_array()
+        .context("reasons")?
+        .iter()
+        .find(|one| one["reason"] == "own_conversation");
+    ensure!(noted.is_none(), "{noted:?}");
+    Ok(())
+}
