@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use proxy_agent::cli::doctor::Trial;
 use proxy_agent::cli::{self, Opened, Rooms};
 use proxy_agent::datapath::load::{self, OBJECT};
@@ -25,7 +25,12 @@ fn open(root: &Path) -> Opened {
 fn remove(root: &Path) -> Result<Vec<String>> {
     let removed = remove_all(&BpfRoot::new(root))?;
     let lines = [(removed.links, "attached programs"), (removed.maps, "maps")];
-    Ok(lines.into_iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("{n} {what}")).collect())
+    let mut lines: Vec<_> =
+        lines.into_iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("{n} {what}")).collect();
+    if kube_proxy::stop_rewriting().context("removing the nftables tables ebpf-proxy-nat")? {
+        lines.push("nftables tables ebpf-proxy-nat".to_owned());
+    }
+    Ok(lines)
 }
 
 fn trial() -> Trial {

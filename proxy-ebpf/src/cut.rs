@@ -9,14 +9,14 @@ use proxy_common::abi::{
 use proxy_common::addr::Port;
 use proxy_common::lb::masquerade::Allowance;
 use proxy_common::lb::{
-    self, Choice, Entered, Inserted, Tables as _, Verdict, flow, ingress, masquerade, open,
+    self, Choice, Entered, Inserted, Tables as _, Verdict, adopt, flow, ingress, masquerade, open,
 };
 use proxy_common::wire::answer::Answer;
 use proxy_common::wire::{Edit, End, Packet, crc32c, parse, rewrite_error};
 
 use crate::maps;
 use crate::skb::Skb;
-use crate::tables::Kernel;
+use crate::tables::{Kernel, Socket};
 
 /// Working storage of one CPU. TC programs are not interrupted by their like, so each has it for itself while it runs.
 /// The program `flows` may be interrupted by them and touches only `timeouts`, and the time, which is off by a tick at most
@@ -219,6 +219,27 @@ pub extern "C" fn cut_source(id: u64) -> u32 {
 pub extern "C" fn cut_sweep(index: u32) -> u32 {
     let Some(s) = scratch() else { return 0 };
     flow::sweep(&Kernel::NOWHERE, index, &s.timeouts)
+}
+
+/// Makes a flow of the record that lies in the packet from `at` on. Like all of `flows` it has no working storage.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_adopt(ctx: *mut __sk_buff, at: u32) -> u32 {
+    adopt::adopt(&Socket::NOWHERE, |flow| Skb(ctx).copy_record(at, flow))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_enter_adopted(id: u64, role: u32) -> u64 {
+    let mut holder = FlowId::NONE;
+    let entered = flow::enter(&Socket::NOWHERE, FlowId(id), Role(role as u8), &mut holder);
+    holder.0 & !ENTERED | (entered as u64) << ENTERED_AT
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_release(index: u32) -> u32 {
+    adopt::release(&Socket::NOWHERE, index)
 }
 
 #[unsafe(no_mangle)]

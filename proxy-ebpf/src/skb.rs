@@ -7,9 +7,10 @@ use aya_ebpf::bindings::{
     __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_store_bytes,
+    bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_pull_data,
+    bpf_skb_store_bytes,
 };
-use proxy_common::abi::feature;
+use proxy_common::abi::{Flow, ask, feature};
 use proxy_common::lb::Tables as _;
 use proxy_common::wire::answer::Answer;
 use proxy_common::wire::{Frame, MAX_OFFSET, Words, mend};
@@ -120,6 +121,18 @@ impl Skb {
         // SAFETY: `at` has checked the bounds; frames begin at an even address.
         let [x, y, z] = unsafe { to.read() }.map(u16::from_be);
         (x | y | z) != 0 && (x ^ (a << 8 | b)) | (y ^ (c << 8 | d)) | (z ^ (e << 8 | f)) == 0
+    }
+
+    /// Copies the record of a flow that lies in the packet from `at` on over one of RECORDS, but for what is the record's own;
+    /// false if it is not all there.
+    #[inline(always)]
+    pub fn copy_record(&self, at: u32, record: &mut Flow) -> bool {
+        const LENGTH: u32 = (size_of::<Flow>() - ask::RECORD_AT) as u32;
+        // SAFETY: the bytes behind `RECORD_AT` are the record's, any bytes are a record, and the caller has claimed it.
+        unsafe {
+            let to = (&raw mut *record).cast::<u8>().add(ask::RECORD_AT);
+            bpf_skb_load_bytes(self.0.cast(), at + ask::RECORD_AT as u32, to.cast(), LENGTH) == 0
+        }
     }
 
     /// What was left at the packet on its way through this node.

@@ -308,14 +308,12 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
-        let Some(scratch) = cut::scratch() else { return Inserted::Full };
         let key = flow.pairs[role.index()].key(secret);
-        flow.write_leg(role, &mut scratch.leg);
-        scratch.leg.seal(&key);
-        match maps::FLOWS.insert(&key, &scratch.leg, BPF_NOEXIST.into()) {
-            Ok(()) => Inserted::Done,
-            Err(EEXIST) => Inserted::Exists,
-            Err(_) => Inserted::Full,
+        if PACKET {
+            let Some(scratch) = cut::scratch() else { return Inserted::Full };
+            insert_leg(&key, flow, role, &mut scratch.leg)
+        } else {
+            insert_leg(&key, flow, role, &mut Leg { ..Leg::NONE })
         }
     }
 
@@ -476,7 +474,10 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn enter(&self, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
-        let answer = cut::cut_enter(id.0, role.0.into());
+        let answer = match PACKET {
+            true => cut::cut_enter(id.0, role.0.into()),
+            false => cut::cut_enter_adopted(id.0, role.0.into()),
+        };
         *holder = FlowId(answer & !cut::ENTERED);
         Entered::from_number(((answer & cut::ENTERED) >> cut::ENTERED_AT) as u32)
     }
@@ -505,6 +506,11 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn sweep(&self, index: u32, _timeouts: &Timeouts) -> u32 {
         cut::cut_sweep(index)
+    }
+
+    #[inline(always)]
+    fn release(&self, index: u32) -> u32 {
+        cut::cut_release(index)
     }
 
     #[inline(always)]
@@ -557,6 +563,18 @@ fn keep<'a, const PACKET: bool, K: Copy + 'static>(
 fn is_set(bits: &Array<u64, { capacity::ADDRESS_BITS }>, addr: &Addr) -> bool {
     let place = addr.place();
     bits.get(place / 64).is_some_and(|word| word >> (place % 64) & 1 != 0)
+}
+
+/// Inserts a leg that is made up in its place.
+#[inline(always)]
+fn insert_leg(key: &Key, flow: &Flow, role: Role, leg: &mut Leg) -> Inserted {
+    flow.write_leg(role, leg);
+    leg.seal(key);
+    match maps::FLOWS.insert(key, &*leg, BPF_NOEXIST.into()) {
+        Ok(()) => Inserted::Done,
+        Err(EEXIST) => Inserted::Exists,
+        Err(_) => Inserted::Full,
+    }
 }
 
 /// What keys are made with.

@@ -52,14 +52,24 @@ pub enum Door {
 /// Has the node translate what comes to these doors to their endpoints. Strangers at an address, everybody at a
 /// NodePort, and an endpoint that asks for itself are masqueraded.
 pub fn load(node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
+    load_as("services", node, doors)
+}
+
+/// The same in a table of this name.
+pub fn load_as(name: &str, node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
     let families = [("ip", true, Town::CLUSTER_CIDRS[0]), ("ip6", false, Town::CLUSTER_CIDRS[1])];
     families.into_iter().try_for_each(|(family, v4, pods)| {
         let own = doors.iter().filter(|(_, endpoint)| endpoint.is_ipv4() == v4);
-        node.nft(&table(family, pods, own))
+        node.nft(&table(name, family, pods, own))
     })
 }
 
-fn table<'a>(family: &str, pods: &str, doors: impl Iterator<Item = &'a (Door, SocketAddr)>) -> String {
+fn table<'a>(
+    name: &str,
+    family: &str,
+    pods: &str,
+    doors: impl Iterator<Item = &'a (Door, SocketAddr)>,
+) -> String {
     let mut rules = String::new();
     for (door, endpoint) in doors {
         for protocol in ["tcp", "udp"] {
@@ -82,7 +92,7 @@ fn table<'a>(family: &str, pods: &str, doors: impl Iterator<Item = &'a (Door, So
         }
     }
     format!(
-        "table {family} services {{
+        "table {family} {name} {{
             chain services {{
                 {rules}
             }}

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 pub use proxy_common::abi::Timeouts;
 use proxy_common::abi::{Flow, FlowId, State, ask, maps};
@@ -70,6 +71,26 @@ impl Flows {
         Ok(ended)
     }
 
+    /// Makes a flow of a connection that another proxy has begun (see [`Flow::adopted`]); one that is held is until
+    /// [`Self::release`].
+    pub fn adopt(&self, flow: &Flow) -> Result<Adopted, TableError> {
+        Ok(match self.ask("adopt", [ask::ADOPT, 0, 0], sys::bytes(flow).to_vec())? {
+            0 => Adopted::Replaced,
+            ask::NO_ROOM => Adopted::NoRoom,
+            index => Adopted::Done(index),
+        })
+    }
+
+    /// Has the packets of flows translated that have been adopted; how many there were.
+    pub fn release(&self, indices: &[u32]) -> Result<u32, TableError> {
+        let mut released = 0;
+        for some in indices.chunks(ask::MOST_IDS as usize) {
+            let bytes = some.iter().flat_map(|index| index.to_ne_bytes()).collect();
+            released += self.ask("release", [ask::RELEASE, some.len() as u32, 0], bytes)?;
+        }
+        Ok(released)
+    }
+
     fn ask(&self, act: &'static str, question: [u32; 3], body: Vec<u8>) -> Result<u32, TableError> {
         let failed = |source| TableError::Call { act, object: "flows".into(), map: maps::RECORDS, source };
         let mut bytes = vec![0; ask::OFFSET];
@@ -81,6 +102,27 @@ impl Flows {
             return Err(failed(io::ErrorKind::InvalidInput.into()));
         }
         Ok(answer)
+    }
+}
+
+/// What has become of a connection that was to be adopted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adopted {
+    /// It is a flow, and held unless it is masqueraded; the index of its record.
+    Done(u32),
+    /// A flow of ours has taken its place.
+    Replaced,
+    /// The tables are full.
+    NoRoom,
+}
+
+/// Waits until every packet that has passed a program is through the stack, as far as it goes without a queue.
+pub fn wait_for_packets() {
+    /// Longer than that takes, by far.
+    const LONG: Duration = Duration::from_millis(20);
+    // It fails with `nohz_full`.
+    if sys::wait_for_grace().is_err() {
+        std::thread::sleep(LONG);
     }
 }
 

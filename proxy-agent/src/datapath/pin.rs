@@ -188,6 +188,16 @@ impl BpfRoot {
         names(&self.links())
     }
 
+    /// Whether programs of any layout version are pinned at hooks.
+    pub fn has_hooks(&self) -> Result<bool, PinError> {
+        for version in self.versions()? {
+            if names(&version.join("links"))?.iter().any(|name| name != super::flow::PROGRAM) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// The directories of every layout version that is there.
     pub(crate) fn versions(&self) -> Result<Vec<PathBuf>, PinError> {
         let is_version = |name: &String| {

@@ -354,6 +354,23 @@ pub(crate) fn zeros<T: Pod>(n: usize) -> Vec<T> {
     vec![unsafe { zeroed() }; n]
 }
 
+/// Waits for a grace period of the kernel: whatever runs between two of them now, as all that receives packets does, has
+/// ended when this returns (membarrier(2), `MEMBARRIER_CMD_GLOBAL`).
+pub(crate) fn wait_for_grace() -> io::Result<()> {
+    const GLOBAL: libc::c_int = 1;
+    #[expect(unsafe_code, reason = "the C library has no function for this call")]
+    // SAFETY: takes numbers only.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The bytes of a value.
+#[expect(unsafe_code, reason = "Pod types have no padding that would be read uninitialised")]
+pub(crate) fn bytes<T: Pod>(value: &T) -> &[u8] {
+    // SAFETY: a reference to so many bytes, all of them written, which live as long.
+    unsafe { std::slice::from_raw_parts((&raw const *value).cast(), size_of::<T>()) }
+}
+
 /// Reads an element; `None` when there is none. `value` must have room for the map's value (per-CPU maps:
 /// one for each possible CPU), which the caller has checked against the kernel's word.
 pub(crate) fn lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, values: &mut [V]) -> io::Result<bool> {

@@ -7,7 +7,6 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proxy_common::abi::{Config, RouteKey, Tuple, maps};
@@ -18,8 +17,6 @@ use super::pin::BpfRoot;
 use super::table::{Table, TableError};
 use crate::netlink::conntrack;
 
-/// There while connection tracking is.
-const THERE: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 /// The value of every entry: only its being there counts.
 const LISTED: u32 = 1;
 /// How long what was written is believed to be still there, whatever anybody else has done to the table.
@@ -73,7 +70,7 @@ impl Taken {
     /// Brings the table in line with connection tracking; how many entries it has. After an error it is as true as could be.
     pub fn follow(&mut self) -> Result<usize, TakenError> {
         let mut wanted = HashSet::new();
-        let unread = if Path::new(THERE).exists() { self.read(&mut wanted)? } else { 0 };
+        let unread = self.read(&mut wanted)?;
         let (known, since) = match self.known.take() {
             Some((known, since)) if since.elapsed() < BELIEVED => (known, since),
             _ => (self.table.keys()?.into_iter().collect(), Instant::now()),
@@ -114,9 +111,9 @@ impl Taken {
         };
         let config = self.config.get(&0)?.unwrap_or(Config::EMPTY);
         let is_ours = |addr: &Addr, port: Port| config.is_snat_port(port) && sources.contains(addr);
-        let unread = conntrack::connections(|asked, answered| {
+        let unread = conntrack::connections(|connection| {
             // As the endpoint sends: answers, or what it has begun itself.
-            for sent in [answered, asked] {
+            for sent in [connection.answered, connection.asked] {
                 let ports = matches!(sent.proto, Proto::TCP | Proto::UDP | Proto::SCTP);
                 if ports && is_ours(&sent.dst, sent.dport) && is_endpoint(&sent.src) {
                     taken.insert(sent.reversed());

@@ -6,8 +6,10 @@
 //! netlink; only iptables of old (`iptables-legacy`) needs programs of that name.
 
 mod choose;
+mod connections;
 mod legacy;
 mod names;
+mod rewriting;
 mod running;
 mod take_over;
 
@@ -19,6 +21,8 @@ use crate::netlink::{ipvs, nf_tables};
 use choose::Removal;
 use nf_tables::Delete;
 
+pub(crate) use connections::{Fate, Known, fate};
+pub use rewriting::remove as stop_rewriting;
 pub use running::{process, running};
 pub use take_over::TakeOver;
 

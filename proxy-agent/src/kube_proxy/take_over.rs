@@ -4,7 +4,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{clean, leftovers, running};
+use super::{clean, leftovers, rewriting, running};
 
 /// How often it is looked whether kube-proxy has gone.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -52,6 +52,7 @@ impl TakeOver {
 
     fn run(&self, remove: bool) {
         let mut told = false;
+        let mut kept = 0;
         loop {
             let pause = match running() {
                 Some(why) if remove => {
@@ -64,14 +65,38 @@ impl TakeOver {
                     AGAIN
                 }
                 _ => {
+                    // Before the rules go, and as long as there is need.
+                    kept = keep(kept);
                     self.tell(if remove { what_stays() } else { there_are(KEPT) });
                     LATER
                 }
             };
-            if self.complaints().is_empty() && pause == LATER {
+            if self.complaints().is_empty() && pause == LATER && kept == 0 {
                 return;
             }
             std::thread::sleep(pause);
+        }
+    }
+}
+
+/// Has netfilter go on with connections of the node's own; how many there are, when there were `before`.
+fn keep(before: usize) -> usize {
+    match rewriting::keep() {
+        Ok(count) => {
+            if before == 0 && count != 0 {
+                tracing::info!(
+                    "netfilter goes on rewriting {count} connections of this node's own processes (nftables tables \
+                     ebpf-proxy-nat, which go with the last of them)"
+                );
+            }
+            count
+        }
+        Err(error) => {
+            tracing::warn!(
+                "connections of this node's own processes that kube-proxy's rules have begun may end with the rules: \
+                 {error}"
+            );
+            before
         }
     }
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use proxy_common::abi::FrontendKey;
+use proxy_common::abi::{FrontendKey, config};
 
 use super::claims::Claims;
 use super::compile::{Here, compile, objections};
@@ -32,6 +32,8 @@ const MAX_CONTESTED: usize = 1_000;
 #[derive(Debug)]
 pub struct World {
     settings: Settings,
+    /// What is left to another proxy.
+    leave: u32,
     services: BTreeMap<ObjectName, Service>,
     slices: HashMap<ObjectName, Slice>,
     /// Names of the slices of a Service, in order.
@@ -88,6 +90,7 @@ impl World {
         };
         Self {
             settings,
+            leave: 0,
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
@@ -182,8 +185,18 @@ impl World {
     #[must_use]
     pub fn node(&self) -> NodeTables {
         let ranges = self.service_ranges.values().flatten().copied();
-        let ranges = ranges.filter(|range| self.lies_inside(range).is_none()).collect();
-        node_tables(&self.settings, &self.last_node, &self.links, &self.around, &self.claims, &ranges)
+        // Another proxy may serve addresses there that we do not know yet.
+        let drops = self.leave & config::LEAVE_NEW == 0;
+        let ranges = ranges.filter(|range| drops && self.lies_inside(range).is_none()).collect();
+        let mut tables =
+            node_tables(&self.settings, &self.last_node, &self.links, &self.around, &self.claims, &ranges);
+        tables.config.flags |= self.leave;
+        tables
+    }
+
+    /// What is left to another proxy on this node: bits of [`config`].
+    pub fn set_leave(&mut self, bits: u32) {
+        self.leave = bits;
     }
 
     /// What of the node or of pods lies inside a range of ClusterIPs: to drop what goes to addresses of no Service

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use proxy_common::abi::{
-    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, Run, ServiceName, SourceKey,
+    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, Run, ServiceName, SourceKey, address,
 };
-use proxy_common::addr::{Addr, Port};
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::Step;
 
@@ -53,6 +53,19 @@ impl Default for Actual {
 }
 
 impl Actual {
+    /// The frontend that a packet to this address and port is for: its own, or a NodePort's at an address of this node.
+    #[must_use]
+    pub fn frontend_at(&self, addr: Addr, port: Port, proto: Proto) -> Option<&Frontend> {
+        let mut key = FrontendKey::new(addr, port, proto);
+        let own = self.frontends.get(&key);
+        let known = self.addresses.get(&addr).copied().unwrap_or(0);
+        if own.is_some() || known & address::NODE_PORT == 0 && !addr.is_loopback() {
+            return own;
+        }
+        key.addr = addr.wildcard();
+        self.frontends.get(&key)
+    }
+
     /// Does one step.
     pub fn apply(&mut self, step: &Step) {
         match *step {

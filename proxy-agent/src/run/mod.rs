@@ -3,6 +3,7 @@
 //! One thread owns everything; sources, netlink and the HTTP servers only send or read. The kernel works on
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
 
+mod adopt;
 mod follow;
 mod latency;
 mod report;
@@ -131,6 +132,12 @@ struct Agent {
     sweeper: Sweeper,
     sockets: sockets::Sockets,
     taken: taken::Follower,
+    /// Whether programs of ours have served this node before this agent.
+    served: bool,
+    /// `None` before the first pass.
+    adoption: Option<adopt::Adoption>,
+    /// Whether kube-proxy's rules are looked after.
+    taken_over: bool,
     excluded: Excluded,
     /// Whether all pods have been listed that say that they are to be left to their packets.
     pods_known: bool,
@@ -153,6 +160,7 @@ impl Agent {
     fn open(config: Config, cgroup_root: Option<PathBuf>, root: &BpfRoot) -> Result<Self> {
         let started = Instant::now();
         let features = Features::probe();
+        let served = root.has_hooks()?;
         let log = if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
         let loaded = Loaded::open(root, &features, &config.capacities.of_maps(), log)?;
         for warning in loaded.warnings() {
@@ -180,6 +188,9 @@ impl Agent {
             sweeper,
             sockets,
             taken,
+            served,
+            adoption: None,
+            taken_over: false,
             excluded,
             pods_known,
             report,
@@ -300,6 +311,9 @@ impl Agent {
         if self.ready && !self.excluded.is_empty() {
             self.exclude();
         }
+        if self.adoption.as_ref().is_some_and(|adoption| self.ready && adoption.leave() != 0) {
+            self.adopt();
+        }
         if beat {
             self.set_conntrack();
             self.count();
@@ -372,8 +386,8 @@ impl Agent {
                 if first {
                     self.count();
                     self.report.ready(&self.world, &plan);
-                    self.report.take_over(&self.config);
                 }
+                self.adopt();
             }
             Err(error) => {
                 self.pace.failed(self.now_ms());
@@ -384,10 +398,35 @@ impl Agent {
         Ok(())
     }
 
+    /// Goes on with taking over connections from a kube-proxy; when that is done its rules may go.
+    fn adopt(&mut self) {
+        let (Some(adoption), Some(planner)) = (&mut self.adoption, &self.planner) else { return };
+        match adoption.go_on(self.sweeper.flows(), planner.actual(), self.report.is_attached()) {
+            Ok(false) => {}
+            Ok(true) => {
+                self.world.set_leave(adoption.leave());
+                let now = self.now_ms();
+                self.pace.request(now);
+            }
+            Err(error) => {
+                tracing::warn!("connections of kube-proxy's rules are not taken over yet: {error:#}")
+            }
+        }
+        let done = self.adoption.as_ref().is_some_and(|adoption| adoption.leave() == 0);
+        if done && !std::mem::replace(&mut self.taken_over, true) {
+            self.report.take_over(&self.config);
+        }
+    }
+
     /// Plans and writes. After an error the kernel must be read again.
     fn write(&mut self, now: u64) -> Result<Written> {
         let pass = if self.full || self.planner.is_none() {
             let actual = self.kernel.read().context("reading the tables")?;
+            if self.adoption.is_none() {
+                let adoption = adopt::Adoption::plan(self.served, &actual);
+                self.world.set_leave(adoption.leave());
+                self.adoption = Some(adoption);
+            }
             let planner = Planner::new(&actual, self.capacity, now);
             let desired = self.world.take_desired();
             if self.world.whole() { planner.full(&desired, now) } else { planner.full_keeping(&desired, now) }

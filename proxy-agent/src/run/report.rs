@@ -257,6 +257,11 @@ impl Report {
         }
     }
 
+    /// Whether no interface refuses its programs.
+    pub(super) fn is_attached(&self) -> bool {
+        self.refusing.is_empty()
+    }
+
     /// Counts what is in the tables, for metrics.
     pub(super) fn count(&self, actual: &Actual) {
         let tables = self.pinned.fill_by_agent(actual);

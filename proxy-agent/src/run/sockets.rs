@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use proxy_common::abi::{FrontendKey, SocketEntry, address};
+use proxy_common::abi::SocketEntry;
 use proxy_common::addr::{Addr, Port, Proto};
 
 use crate::datapath::pin::BpfRoot;
@@ -173,14 +173,10 @@ enum Fate {
 }
 
 fn fate(actual: &Actual, endpoints: &BTreeMap<u32, Vec<(Addr, Port)>>, entry: &SocketEntry) -> Fate {
-    let mut key = FrontendKey::new(entry.vip, entry.vport, Proto::UDP);
-    let mut frontend = actual.frontends.get(&key);
-    let known = actual.addresses.get(&entry.vip).copied().unwrap_or(0);
-    if frontend.is_none() && (known & address::NODE_PORT != 0 || entry.vip.is_loopback()) {
-        key.addr = entry.vip.wildcard();
-        frontend = actual.frontends.get(&key);
-    }
-    match frontend.and_then(|frontend| endpoints.get(&frontend.service)) {
+    match actual
+        .frontend_at(entry.vip, entry.vport, Proto::UDP)
+        .and_then(|frontend| endpoints.get(&frontend.service))
+    {
         None => Fate::Waits,
         Some(ends) if ends.contains(&(entry.addr, entry.port)) => Fate::Stays,
         Some(_) => Fate::Moves,
@@ -191,7 +187,7 @@ fn fate(actual: &Actual, endpoints: &BTreeMap<u32, Vec<(Addr, Port)>>, entry: &S
 mod tests {
     use std::net::IpAddr;
 
-    use proxy_common::abi::{Backend, Frontend, Run};
+    use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address};
 
     use super::*;
 

@@ -19,6 +19,10 @@ pub const POD_RANGE_V6: u32 = 1 << 5;
 pub const LOCALHOST_NODE_PORTS: u32 = 1 << 6;
 /// Pods are told by the interface they send through ([`iface::POD`]), not by their address (M-1).
 pub const POD_INTERFACES: u32 = 1 << 7;
+/// What is new is left to another proxy on this node: flows that are there go on, none begins, and nothing is refused.
+pub const LEAVE_NEW: u32 = 1 << 8;
+/// The middle of a TCP connection that has no flow is left to the kernel's connection tracking: it may be another proxy's.
+pub const LEAVE_MIDDLE: u32 = 1 << 9;
 
 /// Ranges of ClusterIPs that the programs look at, both families together.
 pub const SERVICE_RANGES: usize = 8;

@@ -465,6 +465,9 @@ impl State {
     pub const LIVE: Self = Self(2);
     /// Over: its legs count no more and are about to be deleted.
     pub const ENDED: Self = Self(3);
+    /// A connection that another proxy has begun, about to be translated by us: its packets wait where they enter until the
+    /// kernel's connection tracking has let go of it, at most for [`SILENCE`].
+    pub const HELD: Self = Self(4);
 }
 
 /// Bits of [`Flow::flags`].
@@ -477,6 +480,8 @@ pub mod flow_flags {
     pub const GUEST: u8 = 1 << 1;
     /// The endpoint's sequence numbers have been seen: `first` and `last` count.
     pub const WINDOW: u8 = 1 << 2;
+    /// Another proxy has begun it: what its ends had acknowledged before is not known.
+    pub const ADOPTED: u8 = 1 << 4;
 }
 
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
@@ -576,6 +581,51 @@ impl Flow {
         last: 0,
         room: [0; 3],
     };
+
+    /// A connection from `client` to a Service (`asked`) that another proxy has led to `endpoint`, under the address and port
+    /// `source` if it has masqueraded it; else it is held. `meant` says that both ends have shown that they mean it.
+    #[must_use]
+    pub const fn adopted(
+        asked: &Tuple,
+        endpoint: (Addr, Port),
+        source: Option<(Addr, Port)>,
+        [service, backend, generation]: [u32; 3],
+        (answered, meant): (bool, bool),
+        now: u64,
+    ) -> Self {
+        let mut flow = Self::EMPTY;
+        let ((client, port), (to, to_port)) = ((asked.src, asked.sport), endpoint);
+        let middle = Tuple::new(client, port, to, to_port, asked.proto);
+        flow.near[OUTER] = asked.write_pair(&mut flow.pairs[OUTER]) as u8;
+        flow.near[MIDDLE] = middle.write_pair(&mut flow.pairs[MIDDLE]) as u8;
+        flow.flags = flow_flags::ADOPTED;
+        if let Some((addr, port)) = source {
+            let inner = Tuple::new(addr, port, to, to_port, asked.proto);
+            flow.near[INNER] = inner.write_pair(&mut flow.pairs[INNER]) as u8;
+            flow.flags |= flow_flags::MASQUERADE;
+            flow.source = flow.pairs[INNER].seal() | 1;
+        }
+        (flow.service, flow.backend, flow.generation) = (service, backend, generation);
+        // Behind a masquerade connection tracking knows another tuple, which is in nobody's way.
+        flow.state = if source.is_some() { State::LIVE } else { State::HELD };
+        (flow.old, flow.legs) = (meant as u8, 2);
+        (flow.seen, flow.born, flow.checked) = ([now, if answered { now } else { 0 }], now, now);
+        flow
+    }
+
+    /// Whether this is the flow `id`, and it is held.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_held(&self, id: FlowId) -> bool {
+        self.id.0 == id.0 && self.state.0 == State::HELD.0
+    }
+
+    /// The same, and its packets wait where they enter.
+    #[inline(always)]
+    #[must_use]
+    pub const fn waits(&self, id: FlowId, now: u64) -> bool {
+        self.is_held(id) && now.saturating_sub(self.checked) < SILENCE
+    }
 
     /// Whether this is the flow `id`, and its packets are translated.
     #[inline(always)]
@@ -864,8 +914,8 @@ impl Default for Timeouts {
     }
 }
 
-/// What the agent asks of the program `flows`, as bytes behind an Ethernet header: which work, its two numbers, and
-/// with [`ask::SWEEP`] the [`Timeouts`], with [`ask::END`] the ids. All words are in host order.
+/// What the agent asks of the program `flows`, as bytes behind an Ethernet header: which work, its two numbers, and what goes
+/// with it: the [`Timeouts`], ids, a record, or indices. All words are in host order.
 pub mod ask {
     /// Look through the records from the first number on, as many as the second says (at most [`MOST`]): free those that
     /// are new, take apart those that are over. The answer is how many were taken apart.
@@ -873,9 +923,19 @@ pub mod ask {
     /// Take apart the flows whose ids follow; the first number says how many (at most [`MOST_IDS`]). The answer is how
     /// many there were.
     pub const END: u32 = 2;
+    /// Make a flow of the record that follows, but for its first [`RECORD_AT`] bytes, which are the record's own. The answer is
+    /// its index; 0 if a flow of ours has one of its pairs and is as good, or [`NO_ROOM`].
+    pub const ADOPT: u32 = 3;
+    /// See [`ADOPT`].
+    pub const NO_ROOM: u32 = u32::MAX - 1;
+    /// Those that have been adopted are held no longer: the first number says how many (at most [`MOST_IDS`]); their indices
+    /// follow. The answer is how many there were.
+    pub const RELEASE: u32 = 4;
+    /// Where the record's own part ends: identity and claims.
+    pub const RECORD_AT: usize = 16;
     /// Where the question begins.
     pub const OFFSET: usize = 16;
-    /// Where the timeouts or ids begin.
+    /// Where that begins.
     pub const BODY: usize = 32;
     /// Records one sweep looks at.
     pub const MOST: u32 = 512;

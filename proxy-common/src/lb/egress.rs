@@ -1,6 +1,6 @@
 //! Behind the stack: answers get the VIP as source, masqueraded packets get an address of the node.
 
-use super::{Recalled, Tables, Touch, Touched, Verdict, flow, masquerade};
+use super::{Recalled, Tables, Touch, Touched, Verdict, adopt, flow, masquerade};
 use crate::abi::{FlowId, Hook, Reason, address};
 use crate::wire::{Edit, Kind, Packet};
 
@@ -64,6 +64,7 @@ fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
 
 /// A packet that belongs to no flow. If the node speaks from a port of a Service, or somebody else's masquerade to an
 /// endpoint from a port that we masquerade with, too, the conversation is noted, so that its answers are not taken for ours.
+/// While connections of another proxy are adopted it may be one of these.
 #[inline(always)]
 fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
     let matters = !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0;
@@ -76,6 +77,7 @@ fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
         && tables.address(&packet.tuple.src) & address::NODE != 0
         // From any other port it is nothing to us.
         && (service || tables.is_snat_port(packet.tuple.sport))
+        && !adopt::goes_on(tables)
     {
         if found.touch == Touch::Over {
             tables.take_apart(found.id);

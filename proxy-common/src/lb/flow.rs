@@ -111,7 +111,9 @@ impl Way {
 fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     let forward = leg.forward;
     if !flow.is(leg.id) {
-        return Look::None;
+        // An answer of the node itself has not waited: whether connection tracking still has it or not, here it is ours.
+        let held = hook == Hook::EGRESS && flow.is_held(leg.id);
+        return if held { Look::Go } else { Look::None };
     }
     if matches!(packet.kind, Kind::IcmpError) {
         return Look::Go;
@@ -256,9 +258,11 @@ fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -> u32 {
 /// A FIN or RST passes.
 #[inline(always)]
 fn end_of<T: Tables>(tables: &T, flow: &mut Flow, packet: &Packet, direction: usize, now: u64) {
-    // Before a handshake is complete there is nothing to compare with, and little to lose.
-    let believed =
-        flow.old == 0 || packet.seq.wrapping_sub(last_acked(tables, flow, direction ^ 1)) < BELIEVED;
+    let acked = last_acked(tables, flow, direction ^ 1);
+    // Before a handshake is complete there is nothing to compare with, and little to lose; nor is there in a flow that has
+    // been adopted, until its other end speaks.
+    let unknown = flow.old == 0 || flow.flags & flow_flags::ADOPTED != 0 && acked == 0;
+    let believed = unknown || packet.seq.wrapping_sub(acked) < BELIEVED;
     if packet.tcp_flags & Packet::RST == 0 {
         flow.seen[direction] = now;
         if believed {
@@ -399,7 +403,7 @@ pub fn dissolve<T: Tables>(tables: &T, id: FlowId) -> u32 {
 
 /// Gives back the record of a flow that has no legs any more; its claim ends.
 #[inline(always)]
-fn give_back<T: Tables>(tables: &T, id: FlowId) {
+pub(super) fn give_back<T: Tables>(tables: &T, id: FlowId) {
     let index = id.index();
     let _ = tables.record(index, |flow| {
         flow.state = State::FREE;
@@ -411,7 +415,7 @@ fn give_back<T: Tables>(tables: &T, id: FlowId) {
 
 /// Enters a record among the free ones.
 #[inline(always)]
-fn enter_free<T: Tables>(tables: &T, index: u32) {
+pub(super) fn enter_free<T: Tables>(tables: &T, index: u32) {
     if !tables.give_record(index) {
         // The sweep enters it again, as if it had never been used.
         let _ = tables.record(index, |flow| flow.state = State::NEW);
@@ -559,7 +563,7 @@ pub fn join<T: Tables>(tables: &T, packet: &Packet, id: FlowId) -> Inserted {
         entered = enter_for(tables, id, Role::MIDDLE, &mut holder);
         if entered == Entered::Taken {
             tables.dissolve(id);
-            return adopt(tables, &packet.tuple, holder);
+            return join_holder(tables, &packet.tuple, holder);
         }
     }
     if entered != Entered::Full {
@@ -588,7 +592,7 @@ pub fn join<T: Tables>(tables: &T, packet: &Packet, id: FlowId) -> Inserted {
 /// The middle pair is held by another flow. If that is this very one, opened by another CPU at this moment or bereft of
 /// its outer leg, the packet joins it.
 #[inline(always)]
-fn adopt<T: Tables>(tables: &T, tuple: &Tuple, holder: FlowId) -> Inserted {
+fn join_holder<T: Tables>(tables: &T, tuple: &Tuple, holder: FlowId) -> Inserted {
     let same = tables.record(holder.index(), |flow| {
         let ((client, sport), (vip, dport)) = (flow.client(), flow.vip());
         flow.is(holder)
@@ -694,6 +698,13 @@ pub fn sweep<T: Tables>(tables: &T, index: u32, timeouts: &Timeouts) -> u32 {
             0
         }
         Some((State::LIVE, id, true)) | Some((State::ENDED, id, _)) => tables.take_apart(id),
+        // Whoever held it has died over it.
+        Some((State::HELD, ..)) => {
+            if tables.record(index, |flow| now.saturating_sub(flow.checked) >= SILENCE) == Some(true) {
+                tables.release(index);
+            }
+            0
+        }
         Some((State::LIVE, id, false)) => {
             let lost =
                 |flow: &mut Flow| tables.leg(&flow.pairs[Role::OUTER.index()]).is_none_or(|leg| leg.id != id);

@@ -1,11 +1,13 @@
 //! How flows begin, live and end.
 
+use std::string::String;
 use std::vec::Vec;
 
 use super::tests::{ETH, Node, Talk, addr, answer, key, shown};
 use super::{Tables as _, flow};
 use crate::abi::{
-    FORWARD, Flow, FlowId, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, frontend,
+    FORWARD, Flow, FlowId, FrontendKey, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, config,
+    frontend,
 };
 use crate::addr::{Port, Proto};
 use crate::testing::{ByteFrame, Outcome, SECRET, frame, run, segment, tuple};
@@ -851,4 +853,156 @@ fn a_leg_that_is_left_behind_is_in_nobody_s_way() {
     let second = Talk::open(&node, CLIENT, VIP);
     assert_eq!(second.heard, first.heard);
     assert_eq!(node.tables.flows.borrow().len(), 3);
+}
+
+/// A connection of another proxy from the client to the Service, as the agent tells of it.
+fn adopted(node: &Node, source: Option<(&str, u16)>, proto: Proto, meant: bool) -> Flow {
+    let asked = key(CLIENT, VIP, proto);
+    let end = |(text, port)| (addr(text), Port::new(port));
+    let service = node.tables.frontends[&FrontendKey::new(asked.dst, asked.dport, proto)].service;
+    let (index, backend) =
+        node.tables.backends.iter().find(|(_, backend)| backend.service == service).unwrap();
+    let backend = [service, *index, backend.generation];
+    Flow::adopted(&asked, end(ENDPOINT), source.map(end), backend, (true, meant), node.tables.now())
+}
+
+/// Has the tables adopt it; the index of its record.
+fn adopt(node: &Node, flow: &Flow) -> u32 {
+    super::adopt::adopt(&node.tables, |record| {
+        *record = Flow { id: record.id, claims: record.claims, ..*flow };
+        true
+    })
+}
+
+#[test]
+fn what_another_proxy_has_begun_waits_until_it_is_released_and_then_is_a_flow_like_others() {
+    let node = masquerading();
+    let (ask, asked) = (key(CLIENT, VIP, Proto::TCP), key(CLIENT, ENDPOINT, Proto::TCP));
+    let flow = adopted(&node, None, Proto::TCP, true);
+    let index = adopt(&node, &flow);
+    assert_ne!(index, 0);
+    let enter =
+        |tuple: &Tuple| run(&node.tables, &segment(tuple, ACK, [7, 9], b"", false), Hook::INGRESS, ETH);
+    let leave =
+        |tuple: &Tuple| run(&node.tables, &segment(tuple, ACK, [9, 7], b"", false), Hook::EGRESS, ETH);
+    // Both directions, where they enter.
+    assert_eq!(enter(&ask), Outcome::Waits);
+    assert_eq!(enter(&asked.reversed()), Outcome::Waits);
+    // What has passed before leaves as it should, whoever has translated it.
+    assert_eq!(leave(&ask.reversed()), Outcome::Passed);
+    let Outcome::Rewritten(back) = leave(&asked.reversed()) else { panic!("not translated") };
+    assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
+    assert_eq!(super::adopt::release(&node.tables, index), 1);
+    assert_eq!(super::adopt::release(&node.tables, index), 0, "once");
+    let Outcome::Rewritten(there) = enter(&ask) else { panic!("not translated") };
+    assert_eq!(tuple(&there).unwrap().tuple, asked);
+    assert_eq!(enter(&asked.reversed()), Outcome::Passed);
+    assert_eq!(node.flows(), [0, 1]);
+}
+
+#[test]
+fn the_last_words_of_an_adopted_connection_are_believed_though_nothing_before_them_is_known() {
+    let node = masquerading();
+    let index = adopt(&node, &adopted(&node, None, Proto::TCP, true));
+    super::adopt::release(&node.tables, index);
+    let (ask, asked) = (key(CLIENT, VIP, Proto::TCP), key(CLIENT, ENDPOINT, Proto::TCP));
+    let says = |hook, tuple: &Tuple, numbers| {
+        run(&node.tables, &segment(tuple, FIN_ACK, numbers, b"", false), hook, ETH);
+    };
+    says(Hook::INGRESS, &ask, [0x7000_0000, 0x3000_0000]);
+    assert_eq!(the_flow(&node).fin, [1, 0]);
+    // By now it is known.
+    says(Hook::EGRESS, &asked.reversed(), [0x1000_0000, 0x7000_0001]);
+    assert_eq!(the_flow(&node).fin, [1, 0]);
+    says(Hook::EGRESS, &asked.reversed(), [0x3000_0000, 0x7000_0001]);
+    assert_eq!(the_flow(&node).fin, [1, 1]);
+}
+
+#[test]
+fn a_masqueraded_one_is_a_flow_at_once_and_keeps_its_port() {
+    let node = masquerading();
+    let (ask, seen) = (key(CLIENT, VIP, Proto::UDP), key((NODE, 61_234), ENDPOINT, Proto::UDP));
+    assert_ne!(adopt(&node, &adopted(&node, Some((NODE, 61_234)), Proto::UDP, true)), 0);
+    let left = node.leave(&node.enter(&frame(&ask, 0, b"?", false)));
+    assert_eq!(tuple(&left).unwrap().tuple, seen);
+    let back = node.leave(&node.enter(&frame(&seen.reversed(), 0, b"!", false)));
+    assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
+    assert_eq!(node.tables.broken_flows(), Vec::<String>::new());
+}
+
+#[test]
+fn who_holds_it_too_long_has_died_over_it() {
+    let node = masquerading();
+    assert_ne!(adopt(&node, &adopted(&node, None, Proto::TCP, true)), 0);
+    let ask = segment(&key(CLIENT, VIP, Proto::TCP), ACK, [7, 9], b"", false);
+    assert_eq!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
+    assert_eq!(sweep(&node), 0);
+    assert_eq!(
+        run(&node.tables, &ask, Hook::INGRESS, ETH),
+        Outcome::Waits,
+        "the sweep leaves it alone for a while"
+    );
+    node.wait(1_100);
+    assert_ne!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
+    sweep(&node);
+    assert!(the_flow(&node).state == State::LIVE);
+}
+
+#[test]
+fn a_connection_of_ours_is_newer_than_one_that_would_have_its_ends() {
+    let node = masquerading();
+    let talk = Talk::open(&node, CLIENT, VIP);
+    assert_eq!(adopt(&node, &adopted(&node, None, Proto::TCP, true)), 0);
+    talk.goes_on();
+    // A datagram tells nothing of the kind: the conversation has begun before it.
+    let first = ask(&node, CLIENT, VIP, Proto::UDP);
+    assert_ne!(tuple(&first).unwrap().tuple.sport.number(), 61_234);
+    assert_ne!(adopt(&node, &adopted(&node, Some((NODE, 61_234)), Proto::UDP, false)), 0);
+    let next = ask(&node, CLIENT, VIP, Proto::UDP);
+    assert_eq!(tuple(&next).unwrap().tuple.sport.number(), 61_234);
+    // Adopted once, it stays as it is.
+    assert_eq!(adopt(&node, &adopted(&node, Some((NODE, 61_235)), Proto::UDP, false)), 0);
+    assert_eq!(ask(&node, CLIENT, VIP, Proto::UDP), next);
+    assert_eq!(node.flows()[1], 1);
+    assert_eq!(node.tables.broken_flows(), Vec::<String>::new());
+}
+
+#[test]
+fn without_room_nothing_is_adopted_and_nothing_left_behind() {
+    let mut node = masquerading();
+    node.tables.max_flows = Some(2);
+    let masqueraded = adopted(&node, Some((NODE, 61_234)), Proto::TCP, true);
+    assert_eq!(adopt(&node, &masqueraded), crate::abi::ask::NO_ROOM);
+    assert_eq!(node.tables.flows.borrow().len(), 0);
+    let mut node = masquerading();
+    node.tables.max_records = Some(1);
+    assert_eq!(adopt(&node, &masqueraded), crate::abi::ask::NO_ROOM);
+    assert_eq!(node.tables.live().len(), 0);
+}
+
+#[test]
+fn what_is_left_to_another_proxy_passes_and_what_is_there_goes_on() {
+    let mut node = masquerading();
+    let talk = Talk::open(&node, CLIENT, VIP);
+    let set = |node: &mut Node, flags| node.tables.config.as_mut().unwrap().flags = flags;
+    let keep = node.tables.config.unwrap().flags;
+    let enters = |node: &Node, proto, flags| {
+        run(
+            &node.tables,
+            &frame(&key(("198.51.100.10", 1), VIP, proto), flags, b"", false),
+            Hook::INGRESS,
+            ETH,
+        )
+    };
+    let heard = talk.heard;
+    set(&mut node, keep | config::LEAVE_NEW);
+    for (proto, flags) in [(Proto::TCP, SYN), (Proto::TCP, ACK), (Proto::UDP, 0), (Proto::SCTP, 0)] {
+        assert_eq!(enters(&node, proto, flags), Outcome::Passed, "{proto} {flags}");
+    }
+    let goes_on = node.leave(&node.enter(&segment(&key(CLIENT, VIP, Proto::TCP), ACK, [7, 9], b"", false)));
+    assert_eq!(tuple(&goes_on).unwrap().tuple, heard);
+    set(&mut node, keep | config::LEAVE_MIDDLE);
+    assert_eq!(enters(&node, Proto::TCP, ACK), Outcome::Passed);
+    assert_ne!(enters(&node, Proto::TCP, SYN), Outcome::Passed);
+    assert_ne!(enters(&node, Proto::UDP, 0), Outcome::Passed);
 }

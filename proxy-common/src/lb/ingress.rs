@@ -1,8 +1,8 @@
 //! Before the stack: the client's packets get the endpoint as destination, answers to a masqueraded flow
 //! get the client.
 
-use super::{Choice, Recalled, Tables, Touch, Verdict, flow, open};
-use crate::abi::{Hook, Reason, address};
+use super::{Choice, Recalled, Tables, Touch, Verdict, adopt, flow, open};
+use crate::abi::{FlowId, Hook, Reason, address};
 use crate::addr::Proto;
 use crate::wire::{Edit, Kind, Packet};
 
@@ -29,6 +29,7 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
             }
             return if found.touch == Touch::Rewrite { Verdict::Rewrite } else { Verdict::Pass };
         }
+        Touch::None if found.id != FlowId::NONE && adopt::waits(tables, found.id) => return Verdict::Wait,
         Touch::None | Touch::Masquerade => {}
         Touch::Stale | Touch::Over | Touch::Superseded => {
             tables.take_apart(found.id);
@@ -101,7 +102,7 @@ fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     if known == 0 {
         return past(tables, packet);
     }
-    if quiet || known & address::CLUSTER_IP == 0 {
+    if quiet || adopt::leaves_new(tables) || known & address::CLUSTER_IP == 0 {
         return Verdict::Pass;
     }
     tables.count(Reason::UndefinedPort);

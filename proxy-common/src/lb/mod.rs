@@ -2,8 +2,10 @@
 //!
 //! The story of a packet: [`ingress`] finds its flow or [`open`]s one and names the new destination;
 //! [`egress`] finds the same flow by its tuple behind the stack and names the new source. [`socket`] is the
-//! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in [`flow`].
+//! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in [`flow`], and
+//! how those of another proxy become ours in [`adopt`].
 
+pub mod adopt;
 pub mod egress;
 pub mod flow;
 pub mod ingress;
@@ -295,6 +297,13 @@ pub trait Tables {
         Self: Sized,
     {
         flow::sweep(self, index, timeouts)
+    }
+    /// [`adopt::release`].
+    fn release(&self, index: u32) -> u32
+    where
+        Self: Sized,
+    {
+        adopt::release(self, index)
     }
     /// [`recall_fragment`].
     fn recall_fragment(&self, packet: &mut Packet) -> Recalled

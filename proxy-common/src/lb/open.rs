@@ -1,7 +1,7 @@
 //! A packet that belongs to no flow: if it is for a Service it opens one.
 
 use super::select::{self, Choice};
-use super::{Inserted, Stat, Tables, Verdict, masquerade};
+use super::{Inserted, Stat, Tables, Verdict, adopt, masquerade};
 use crate::abi::{Backend, FlowId, Reason, SourceKey, address, frontend};
 use crate::addr::{Port, Proto};
 use crate::wire::{Edit, Kind, Packet};
@@ -30,7 +30,7 @@ pub(super) fn open<T: Tables>(
     if matches!(packet.kind, Kind::LaterFragment) {
         return fragment_of_nothing(tables, known);
     }
-    if opens_nothing(packet, known) {
+    if opens_nothing(packet, known) || adopt::leaves(tables, packet) {
         return Verdict::Pass;
     }
     for attempt in 0..BACKENDS {
@@ -67,7 +67,7 @@ pub(super) fn open<T: Tables>(
 /// A later fragment of no living flow: for the node itself it is the stack's; to a Service it would leave untranslated.
 #[inline(always)]
 pub(super) fn fragment_of_nothing<T: Tables>(tables: &T, known: u32) -> Verdict {
-    if known & address::NODE != 0 {
+    if adopt::leaves_new(tables) || known & address::NODE != 0 {
         return Verdict::Pass;
     }
     tables.count(Reason::FragmentUnknown);

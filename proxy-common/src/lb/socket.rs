@@ -154,7 +154,7 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Answer
     let Some(config) = tables.config() else {
         return Answer::Leave;
     };
-    if known == 0 && !config.is_service_range(&call.dst) {
+    if known == 0 && !config.is_service_range(&call.dst) || config.flags & config::LEAVE_NEW != 0 {
         return Answer::Leave;
     }
     // A pod's loopback is its own: there the socket must be known to be the host's.

@@ -155,6 +155,11 @@ fn publish_empty<'a>(
     EndpointController::new(dir, &web.name(), &[("tcp", "TCP", PORT), ("udp", "UDP", PORT)])
 }
 
+/// Rules as a kube-proxy in nftables mode leaves them.
+pub(crate) fn leave_rules(town: &Town, node: &str, webs: &[Web]) -> Result<()> {
+    reference::load_as("kube-proxy", &town.place(node).netns, &doors(town, webs))
+}
+
 fn doors(town: &Town, webs: &[Web]) -> Vec<(Door, SocketAddr)> {
     let families = |web: &Web| {
         let addresses = web.cluster_ips().map(Door::Address).into_iter();

@@ -18,4 +18,6 @@ mod outgoing;
 #[cfg(test)]
 mod routes;
 #[cfg(test)]
+mod takeover;
+#[cfg(test)]
 mod talk;

@@ -1,0 +1,61 @@
+//! Connections of this node's own processes that a kube-proxy's rules have led to an endpoint: no packet of theirs passes a
+//! hook of ours before netfilter has rewritten it, so netfilter goes on with them.
+//!
+//! It does so without rules, as long as somebody has a chain of type `nat`: a table of ours, which has nothing else, sees to that
+//! until the last of these connections has ended.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::IpAddr;
+
+use proxy_common::addr::Addr;
+
+use crate::model::Family;
+use crate::netlink::conntrack::{self, Status};
+use crate::netlink::nf_tables::{self, Delete};
+
+/// The table.
+const TABLE: &str = "ebpf-proxy-nat";
+
+/// Keeps netfilter rewriting if there is such a connection, else no longer; how many there are.
+pub(super) fn keep() -> io::Result<usize> {
+    let own = own_addresses()?;
+    let mut count = 0;
+    conntrack::connections(|connection| {
+        let of_node = connection.asked.src.is_loopback() || own.contains(&connection.asked.src);
+        count += usize::from(of_node && connection.status.contains(Status::DstNat));
+    })?;
+    for family in [Family::V4, Family::V6] {
+        match (count != 0, is_there(family)?) {
+            (true, false) => nf_tables::make_nat(family, TABLE)?,
+            (false, true) => nf_tables::delete(family, &[Delete::Table(TABLE.to_owned())])?,
+            _ => {}
+        }
+    }
+    Ok(count)
+}
+
+/// Takes the tables away: what still relies on them ends. Whether there were any.
+pub fn remove() -> io::Result<bool> {
+    let mut any = false;
+    for family in [Family::V4, Family::V6] {
+        if is_there(family)? {
+            nf_tables::delete(family, &[Delete::Table(TABLE.to_owned())])?;
+            any = true;
+        }
+    }
+    Ok(any)
+}
+
+fn is_there(family: Family) -> io::Result<bool> {
+    Ok(nf_tables::tables(family)?.iter().any(|name| name == TABLE))
+}
+
+fn own_addresses() -> io::Result<HashSet<Addr>> {
+    let addresses = nix::ifaddrs::getifaddrs().map_err(io::Error::from)?.filter_map(|one| {
+        let address = one.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| v6.ip().into()))
+    });
+    Ok(addresses.map(Addr::from).collect())
+}
