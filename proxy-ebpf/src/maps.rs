@@ -45,6 +45,8 @@ pub static CONFIG: Array<Config, 1> = Array::new();
 #[btf_map]
 pub static SERVICES: HashMap<u32, ServiceName, { capacity::SERVICES }, SPARSE> = HashMap::new();
 #[btf_map]
+pub static RETIRED: Array<u32, 1> = Array::new();
+#[btf_map]
 pub static AGENT: Array<AgentState, 1> = Array::new();
 #[btf_map]
 pub static COMPLAINTS: Array<Complaint, { capacity::COMPLAINTS }> = Array::new();
@@ -89,6 +91,8 @@ pub static CPUS: Global<u32> = Global::new(1);
 // Maps that only user space touches would otherwise be dropped from the object.
 #[used]
 static KEEP_SERVICES: &HashMap<u32, ServiceName, { capacity::SERVICES }, SPARSE> = &SERVICES;
+#[used]
+static KEEP_RETIRED: &Array<u32, 1> = &RETIRED;
 #[used]
 static KEEP_AGENT: &Array<AgentState, 1> = &AGENT;
 #[used]

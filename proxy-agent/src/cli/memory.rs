@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
+use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::abi::{
     AgentState, Backend, Flow, FlowId, Frontend, FrontendKey, Reason, Role, Run, ServiceName, ServiceStats,
     State, Tuple, backend, flow_flags, frontend, text,
@@ -63,6 +64,11 @@ impl View for Memory {
     }
     fn links(&self) -> Result<Vec<LinkInfo>> {
         Ok(self.links.clone())
+    }
+    fn retire(&mut self, retired: bool) -> Result<()> {
+        let leave = LEAVE_NEW | LEAVE_MIDDLE;
+        self.actual.config.flags = self.actual.config.flags & !leave | if retired { leave } else { 0 };
+        Ok(())
     }
 }
 

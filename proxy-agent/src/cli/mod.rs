@@ -9,6 +9,7 @@ pub mod doctor;
 #[cfg(test)]
 mod memory;
 mod pinned;
+mod retire;
 pub mod service;
 pub mod status;
 pub mod table;
@@ -25,7 +26,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
-use crate::kube_proxy::Cleaned;
+use crate::kube_proxy::{self, Cleaned};
 use table::Output;
 use view::{Now, View};
 
@@ -91,6 +92,8 @@ pub enum Command {
     Conntrack(ConntrackCommand),
     /// Whether this node is ready, with a remedy for what is not; exit 1 when a check fails.
     Doctor(Format),
+    /// Leave what is new to another proxy on this node, such as kube-proxy; what lives goes on. Start that one first.
+    Retire(retire::RetireArgs),
     /// Remove everything the agent has pinned or attached. Stop the agent first.
     Cleanup {
         /// Also remove what a kube-proxy has left: its rules of any mode, and IPVS. Stop kube-proxy first.
@@ -238,6 +241,12 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
             let report = doctor::examine(&node, rooms.object, agent.as_ref().map_err(|e| format!("{e:#}")));
             show(out, format, &report, doctor::text)?;
             Ok(if report.ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Retire(args) => {
+            let process = kube_proxy::process(Path::new("/proc"));
+            let another = process.is_some() || !(rooms.leftovers)().is_empty();
+            let done = retire::retire(open(rooms, root)?.as_mut(), args, another, out)?;
+            Ok(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Cleanup { kube_proxy } => clean_up(rooms, root, kube_proxy, out),
     }

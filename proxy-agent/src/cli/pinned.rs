@@ -46,6 +46,10 @@ impl View for Pinned {
         Ok(Self::fill(self)?)
     }
 
+    fn retire(&mut self, retired: bool) -> Result<()> {
+        Ok(Self::retire(self, retired)?)
+    }
+
     fn links(&self) -> Result<Vec<LinkInfo>> {
         let links = Self::links(self)?.into_iter();
         Ok(links

@@ -43,6 +43,8 @@ pub trait View {
     fn fill(&self) -> Result<Vec<MapFill>>;
     /// The pinned links.
     fn links(&self) -> Result<Vec<LinkInfo>>;
+    /// Tells the agent to leave what is new to another proxy, or no longer.
+    fn retire(&mut self, retired: bool) -> Result<()>;
 }
 
 /// The moment a command runs at.

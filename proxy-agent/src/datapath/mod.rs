@@ -17,6 +17,7 @@ pub mod probe;
 mod program_log;
 mod refusal;
 pub mod remove;
+pub mod retired;
 pub mod sockets;
 mod sys;
 mod table;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 use aya::Pod;
+use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::abi::{
     Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Key, Leg, Reason,
     ServiceName, ServiceStats, maps, text, untext,
@@ -15,9 +16,11 @@ use super::attach::{Direction, PinName};
 use super::flow::Flows;
 use super::kernel::Kernel;
 use super::pin::{BpfRoot, PinError};
+use super::retired::Retired;
 use super::sys::{self, Target};
 use super::table::{Cursor, Table, TableError};
-use crate::plan::Actual;
+use crate::datapath::Datapath as _;
+use crate::plan::{Actual, Step};
 
 /// Why there is nothing to be seen.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +104,7 @@ pub struct Pinned {
     stats: Table<u32, ServiceStats>,
     flows: Flows,
     legs: Table<Key, Leg>,
+    retired: Retired,
 }
 
 impl Pinned {
@@ -117,6 +121,7 @@ impl Pinned {
                 stats: Table::open(root, maps::SERVICE_STATS)?,
                 flows: Flows::open(root)?,
                 legs: Table::open(root, maps::FLOWS)?,
+                retired: Retired::open(root)?,
             })
         };
         open().map_err(|error| {
@@ -136,6 +141,23 @@ impl Pinned {
     /// Every configuration table.
     pub fn actual(&self) -> Result<Actual, PinnedError> {
         Ok(self.kernel.actual()?)
+    }
+
+    /// Tells the agent to leave what is new to another proxy, or no longer. Where no agent runs, the programs are told
+    /// to leave it; what they did not see meanwhile only an agent can take back.
+    pub fn retire(&mut self, retired: bool) -> Result<(), PinnedError> {
+        self.retired.set(retired)?;
+        if retired && !self.is_running()? {
+            let mut config = self.actual()?.config;
+            config.flags |= LEAVE_NEW | LEAVE_MIDDLE;
+            self.kernel.apply(&[Step::PutConfig(config)]).map_err(|(_, error)| error)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the agent has been told so.
+    pub fn is_retired(&self) -> Result<bool, PinnedError> {
+        Ok(self.retired.get()?)
     }
 
     /// What the agent last said of itself.

@@ -1,6 +1,7 @@
 //! At the start of `run`, once this proxy does the work: kube-proxy's leftovers go as soon as it has gone.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ const KEPT: &str = "they stay because of --remove-kube-proxy-rules=false; once k
 pub struct TakeOver {
     /// `None` before it has begun.
     lines: Arc<Mutex<Option<Vec<String>>>>,
+    /// Rules are left alone for now: they serve the node.
+    keep: Arc<AtomicBool>,
 }
 
 impl TakeOver {
@@ -29,6 +32,11 @@ impl TakeOver {
         }
         let shared = self.clone();
         std::thread::Builder::new().name("take-over".into()).spawn(move || shared.run(remove)).map(drop)
+    }
+
+    /// Leaves rules alone, or no longer.
+    pub fn keep(&self, keep: bool) {
+        self.keep.store(keep, Ordering::Relaxed);
     }
 
     /// What is still there of kube-proxy, and why.
@@ -54,6 +62,11 @@ impl TakeOver {
         let mut told = false;
         let mut kept = 0;
         loop {
+            if self.keep.load(Ordering::Relaxed) {
+                self.tell(Vec::new());
+                std::thread::sleep(AGAIN);
+                continue;
+            }
             let pause = match running() {
                 Some(why) if remove => {
                     if !std::mem::replace(&mut told, true) {
@@ -72,6 +85,8 @@ impl TakeOver {
                 }
             };
             if self.complaints().is_empty() && pause == LATER && kept == 0 {
+                // It may begin once more.
+                *self.lock() = None;
                 return;
             }
             std::thread::sleep(pause);

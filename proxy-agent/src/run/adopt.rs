@@ -30,6 +30,8 @@ const CHANGING: &str = "changing the kernel's connection tracking";
 pub(super) struct Adoption {
     /// Bits of the settings: what is left to kube-proxy.
     leave: u32,
+    /// All of it is, because the operator wants it so.
+    retired: bool,
     begun: Instant,
     done: Done,
 }
@@ -59,7 +61,18 @@ impl Adoption {
             }
             _ => 0,
         };
-        Self { leave, begun: Instant::now(), done: Done::default() }
+        Self { leave, retired: false, begun: Instant::now(), done: Done::default() }
+    }
+
+    /// The operator wants what is new left to kube-proxy, or taken back from it.
+    pub(super) fn retire(&mut self, retired: bool) {
+        let leave = LEAVE_NEW | LEAVE_MIDDLE;
+        *self = Self { leave, retired, begun: Instant::now(), done: Done::default() };
+    }
+
+    /// Whether it is left to kube-proxy until the operator says something else.
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired
     }
 
     /// What is left to kube-proxy now: bits of the settings.
@@ -70,7 +83,7 @@ impl Adoption {
     /// The settings are in the kernel, and the programs attached, to all interfaces that they should be at or not. Adopts what
     /// there is; true when another bit has gone.
     pub(super) fn go_on(&mut self, flows: &Flows, actual: &Actual, attached: bool) -> Result<bool> {
-        if self.leave == 0 || !attached && self.begun.elapsed() < PATIENCE {
+        if self.retired || self.leave == 0 || !attached && self.begun.elapsed() < PATIENCE {
             return Ok(false);
         }
         for _ in 0..ROUNDS {

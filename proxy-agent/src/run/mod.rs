@@ -29,6 +29,7 @@ use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::probe::Features;
+use crate::datapath::retired::Retired;
 use crate::model::World;
 use crate::netlink;
 use crate::pace::{Limits, Pace};
@@ -138,6 +139,7 @@ struct Agent {
     adoption: Option<adopt::Adoption>,
     /// Whether kube-proxy's rules are looked after.
     taken_over: bool,
+    retired: Retired,
     excluded: Excluded,
     /// Whether all pods have been listed that say that they are to be left to their packets.
     pods_known: bool,
@@ -191,6 +193,7 @@ impl Agent {
             served,
             adoption: None,
             taken_over: false,
+            retired: Retired::open(root)?,
             excluded,
             pods_known,
             report,
@@ -311,6 +314,7 @@ impl Agent {
         if self.ready && !self.excluded.is_empty() {
             self.exclude();
         }
+        self.follow_retirement();
         if self.adoption.as_ref().is_some_and(|adoption| self.ready && adoption.leave() != 0) {
             self.adopt();
         }
@@ -398,6 +402,35 @@ impl Agent {
         Ok(())
     }
 
+    /// Does what the operator has said with `proxy-agent retire`.
+    fn follow_retirement(&mut self) {
+        let Some(adoption) = &mut self.adoption else { return };
+        match self.retired.get() {
+            Ok(retired) if retired != adoption.is_retired() => {
+                tracing::info!(
+                    "{}",
+                    if retired {
+                        "retired: what is new is left to another proxy"
+                    } else {
+                        "retired no longer"
+                    }
+                );
+                adoption.retire(retired);
+                self.world.set_leave(adoption.leave());
+                // Rules that are there now are not ours to remove; those that are there then are.
+                self.report.keep_rules(retired);
+                self.taken_over &= retired;
+                let now = self.now_ms();
+                self.pace.request(now);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "cannot see whether to retire")
+            }
+        }
+        self.report.retired(self.adoption.as_ref().is_some_and(adopt::Adoption::is_retired));
+    }
+
     /// Goes on with taking over connections from a kube-proxy; when that is done its rules may go.
     fn adopt(&mut self) {
         let (Some(adoption), Some(planner)) = (&mut self.adoption, &self.planner) else { return };
@@ -423,7 +456,10 @@ impl Agent {
         let pass = if self.full || self.planner.is_none() {
             let actual = self.kernel.read().context("reading the tables")?;
             if self.adoption.is_none() {
-                let adoption = adopt::Adoption::plan(self.served, &actual);
+                let mut adoption = adopt::Adoption::plan(self.served, &actual);
+                if self.retired.get()? {
+                    adoption.retire(true);
+                }
                 self.world.set_leave(adoption.leave());
                 self.adoption = Some(adoption);
             }

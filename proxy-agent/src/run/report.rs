@@ -52,6 +52,8 @@ pub(super) struct Report {
     refusing: Vec<String>,
     /// What connection tracking does not tell.
     untracked: Option<String>,
+    /// Whether what is new is left to another proxy.
+    retired: bool,
     /// Complaints that have been logged: each is logged once.
     logged: std::collections::BTreeSet<String>,
     /// Why the last pass failed.
@@ -143,6 +145,7 @@ impl Report {
             refused: Vec::new(),
             refusing: Vec::new(),
             untracked: None,
+            retired: false,
             logged: std::collections::BTreeSet::new(),
             failure: None,
             started,
@@ -255,6 +258,16 @@ impl Report {
         if let Err(error) = self.take_over.begin(config.remove_kube_proxy_rules) {
             tracing::warn!("nobody looks after what kube-proxy has left: cannot start a thread: {error}");
         }
+    }
+
+    /// Whether what is new is left to another proxy.
+    pub(super) fn retired(&mut self, retired: bool) {
+        self.retired = retired;
+    }
+
+    /// Whether rules of a kube-proxy are to be left alone.
+    pub(super) fn keep_rules(&self, keep: bool) {
+        self.take_over.keep(keep);
     }
 
     /// Whether no interface refuses its programs.
@@ -416,6 +429,8 @@ impl Report {
         let complaints = world.complaints();
         lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
         lines.extend(self.take_over.complaints());
+        let retired = "this node: retired, so what is new is left to another proxy; `proxy-agent retire --undo` takes it back";
+        lines.extend(self.retired.then(|| format!("{NOTE}{retired}")));
         lines.extend(world.notes().iter().map(|note| format!("{NOTE}{}: {}", note.object, note.line)));
         lines.extend(self.warnings.iter().cloned());
         let now = unix_ms();

@@ -15,6 +15,7 @@
 //! | [`maps::SERVICE_PORTS`] | array | port / 64 → bits of the ports that are a frontend's beside ClusterIPs | agent | TC | – |
 //! | [`maps::CONFIG`] | array of 1 | → [`Config`] | agent | all hooks | – |
 //! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
+//! | [`maps::RETIRED`] | array of 1 | → 1 while the agent is to leave what is new to another proxy | command line | agent, command line | – |
 //! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
 //! | [`maps::COMPLAINTS`] | array | n → [`Complaint`] | agent | command line | the newest are kept |
 //! | [`maps::FLOWS`] | hash | [`Key`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
@@ -95,6 +96,8 @@ pub mod maps {
     /// See the table of [`super`].
     pub const SERVICES: &str = "SERVICES";
     /// See the table of [`super`].
+    pub const RETIRED: &str = "RETIRED";
+    /// See the table of [`super`].
     pub const AGENT: &str = "AGENT";
     /// See the table of [`super`].
     pub const COMPLAINTS: &str = "COMPLAINTS";
@@ -124,7 +127,7 @@ pub mod maps {
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
 
     /// Every map that is pinned, in the order of the table.
-    pub const ALL: [&str; 26] = [
+    pub const ALL: [&str; 27] = [
         FRONTENDS,
         SLOTS,
         BACKENDS,
@@ -138,6 +141,7 @@ pub mod maps {
         SERVICE_PORTS,
         CONFIG,
         SERVICES,
+        RETIRED,
         AGENT,
         COMPLAINTS,
         FLOWS,

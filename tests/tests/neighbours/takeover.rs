@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::ScopedJoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use proxy_tests::agent::Agent;
+use proxy_tests::pod::Place;
 use proxy_tests::town::{Plan, PodNetwork, Town};
 
 use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_rules, servers, soon};
@@ -30,19 +32,26 @@ fn town(network: PodNetwork) -> Result<Town> {
     Ok(town)
 }
 
-/// Connections from a pod, the node itself and outside, to both Services, over both families, TCP and UDP.
-fn talk_all(town: &Town) -> Result<Vec<Talk>> {
+/// Connections from a pod and outside, to both Services, over both families, TCP and UDP.
+fn talk_through(town: &Town) -> Result<Vec<Talk>> {
     let [node1, a, outside] = ["node1", "a", "outside"].map(|name| town.place(name));
+    talk(town, |web| {
+        vec![(a, web.cluster_ips()), (a, node1.at(web.node_port)), (outside, node1.at(web.node_port))]
+    })
+}
+
+/// The same and from the node itself, by rules: the sockets of tests are in no cgroup of an agent.
+fn talk_all(town: &Town) -> Result<Vec<Talk>> {
+    let mut talks = talk_through(town)?;
+    talks.extend(talk(town, |web| vec![(town.place("node1"), web.cluster_ips())])?);
+    Ok(talks)
+}
+
+fn talk<'a>(town: &Town, asks: impl Fn(&Web) -> Vec<(&'a Place, [SocketAddr; 2])>) -> Result<Vec<Talk>> {
     let mut talks = Vec::new();
     for web in WEBS {
         let server = town.place(web.endpoint);
-        let asks: [(_, [SocketAddr; 2]); 4] = [
-            (a, web.cluster_ips()),
-            (a, node1.at(web.node_port)),
-            (outside, node1.at(web.node_port)),
-            (node1, web.cluster_ips()),
-        ];
-        for (client, targets) in asks {
+        for (client, targets) in asks(&web) {
             for way in [Way::Tcp, Way::Udp] {
                 for (to, at) in targets.into_iter().zip(server.at(PORT)) {
                     talks.push(Talk::begin(way, (&client.netns, 0), to, (&server.netns, at))?);
@@ -58,11 +67,11 @@ fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) ->
     let stop = AtomicBool::new(false);
     let rounds = |what: &str, round: &dyn Fn() -> Result<()>| {
         let mut rounds = 0;
-        while !stop.load(Ordering::Relaxed) {
+        // Some of them after it is done.
+        while rounds < 4 || !stop.load(Ordering::Relaxed) {
             round().with_context(|| format!("{what}, round {rounds}"))?;
             rounds += 1;
         }
-        ensure!(rounds > 3, "{what}: only {rounds} rounds");
         anyhow::Ok(())
     };
     let joined =
@@ -121,4 +130,94 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
         ask_all(&town, &SHORT)?;
     }
     Ok(())
+}
+
+/// How many flows the agent has.
+fn flows(agent: &Agent) -> Result<usize> {
+    Ok(agent.json(&["conntrack", "list", "-o", "json"])?.as_array().context("a list of flows")?.len())
+}
+
+#[test]
+fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> Result<()> {
+    // Rules that come before, and rules that come when the agent has retired.
+    for before in [true, false] {
+        let town = town(PodNetwork::Routed)?;
+        let webs = [WEBS, SHORT].concat();
+        let flags = ["--conntrack-udp-timeout=2s", "--conntrack-udp-timeout-stream=2s"];
+        let mut serving = Proxy::Agent.serve(&town, "node1", &webs, &flags)?;
+        let _servers = servers(&town, &["d", "e"])?;
+        let (idle, busy) = (talk_through(&town)?, talk_through(&town)?);
+        let agent = serving.agent.as_mut().context("an agent")?;
+        if before {
+            leave_rules(&town, "node1", &webs)?;
+            meanwhile(&town, &busy, || {
+                let (status, said) = agent.ask(&["retire"])?;
+                ensure!(
+                    status.success() && said.contains("flows go on") && !said.contains("warning"),
+                    "{said}"
+                );
+                Ok(())
+            })?;
+        } else {
+            let (status, said) = agent.ask(&["retire"])?;
+            ensure!(status.success() && said.contains("warning: nobody serves"), "{said}");
+            leave_rules(&town, "node1", &webs)?;
+            meanwhile(&town, &busy, || Ok(()))?;
+        }
+        // What is new leaves no flow; rules stay although nobody of that name runs.
+        soon(|| {
+            let (old, new) = (flows(agent)?, talk_all(&town)?);
+            new.iter().try_for_each(Talk::exchange)?;
+            ensure!(flows(agent)? <= old, "flows have begun");
+            Ok(())
+        })?;
+        ensure!(agent.status_json()?["notes"].to_string().contains("retired"), "{}", agent.status_json()?);
+        // Those over TCP: UDP's time-outs are short here.
+        let tcp = |talks: &[Talk]| talks.iter().filter(|talk| talk.is_tcp()).try_for_each(Talk::exchange);
+        tcp(&idle)?;
+        let (status, said) = agent.ask(&["retire", "--wait=1s"])?;
+        ensure!(!status.success() && said.contains("flows are left"), "{said}");
+        // An agent that is started again has not forgotten it.
+        agent.stop()?;
+        agent.spawn()?;
+        agent.wait_ready()?;
+        tcp(&idle)?;
+        tcp(&busy)?;
+        drop((idle, busy));
+        let (status, said) = agent.ask(&["retire", "--wait=20s"])?;
+        ensure!(status.success() && said.contains("no flow is left"), "{said}");
+        meanwhile(&town, &[], || {
+            agent.stop()?;
+            let (status, said) = agent.ask(&["cleanup"])?;
+            ensure!(status.success(), "{said}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_agent_that_is_taken_back_takes_over_what_kube_proxy_has_begun() -> Result<()> {
+    let town = town(PodNetwork::Routed)?;
+    let webs = [WEBS, SHORT].concat();
+    leave_rules(&town, "node1", &webs)?;
+    let _servers = servers(&town, &["d", "e"])?;
+    let serving = Proxy::Agent.serve(&town, "node1", &webs, &["--remove-kube-proxy-rules=false"])?;
+    let agent = serving.agent.as_ref().context("an agent")?;
+    let mut talks = Vec::new();
+    for _ in 0..3 {
+        talks.extend(talk_all(&town)?);
+        meanwhile(&town, &talks, || {
+            let (status, said) = agent.ask(&["retire"])?;
+            ensure!(status.success(), "{said}");
+            Ok(())
+        })?;
+        talks.extend(talk_all(&town)?);
+        meanwhile(&town, &talks, || {
+            let (status, said) = agent.ask(&["retire", "--undo"])?;
+            ensure!(status.success(), "{said}");
+            Ok(())
+        })?;
+    }
+    talks.iter().try_for_each(Talk::exchange)
 }

@@ -1,8 +1,8 @@
 //! One conversation of which the test holds both ends, so that either may speak first.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::netns::Netns;
@@ -23,6 +23,7 @@ pub(crate) enum Way {
 /// A TCP connection, or a connected UDP socket and the one that it has reached.
 pub(crate) struct Talk {
     what: String,
+    way: Way,
     client: Socket,
     server: Socket,
 }
@@ -60,9 +61,14 @@ impl Talk {
         for socket in [&client, &server] {
             socket.set_read_timeout(Some(PATIENCE)).context("setting a time-out")?;
         }
-        let talk = Self { what, client, server };
+        let talk = Self { what, way, client, server };
         talk.push()?;
         Ok(talk)
+    }
+
+    /// Whether it is a TCP connection.
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.way == Way::Tcp
     }
 
     /// The client speaks.
@@ -94,7 +100,14 @@ fn socket(kind: Type, at: SocketAddr) -> std::io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(at), kind, None)?;
     socket.set_reuse_address(true)?;
     socket.set_read_timeout(Some(PATIENCE))?;
-    socket.bind(&at.into())?;
+    // The listener of a moment ago may still be there in a process that is just being started.
+    let begun = Instant::now();
+    while let Err(error) = socket.bind(&at.into()) {
+        if error.kind() != ErrorKind::AddrInUse || begun.elapsed() > PATIENCE {
+            return Err(error);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
     Ok(socket)
 }
 
