@@ -150,6 +150,8 @@ impl Pinned {
         if retired && !self.is_running()? {
             let mut config = self.actual()?.config;
             config.flags |= LEAVE_NEW | LEAVE_MIDDLE;
+            // The other proxy may serve addresses there that are not known here.
+            config.service_range_count = 0;
             self.kernel.apply(&[Step::PutConfig(config)]).map_err(|(_, error)| error)?;
         }
         Ok(())

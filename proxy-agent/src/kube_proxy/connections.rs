@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 
-use proxy_common::abi::{Backend, Flow, Tuple, address};
+use proxy_common::abi::{Backend, Flow, Tuple, address, flow_flags, frontend};
 use proxy_common::addr::{Addr, Port, Proto};
 
-use crate::netlink::conntrack::{Connection, ESTABLISHED, OVER_FROM, OVER_TO, Status};
+use crate::netlink::conntrack::{
+    CLOSE_WAIT, Connection, ESTABLISHED, FIN_WAIT, LAST_ACK, OVER_FROM, OVER_TO, Status,
+};
 use crate::plan::Actual;
 
 /// What is to become of a connection.
@@ -43,7 +45,7 @@ impl<'a> Known<'a> {
 pub(crate) fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate {
     let Known { actual, backends } = known;
     let Connection { asked, answered, status, tcp, .. } = connection;
-    if !status.contains(Status::DstNat) || connection.zoned {
+    if !connection.is_rewritten() || connection.zoned {
         return Fate::None;
     }
     let Some(frontend) = actual.frontend_at(asked.dst, asked.dport, asked.proto) else {
@@ -66,8 +68,17 @@ pub(crate) fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate
     let seen_as = (answered.dst, answered.dport);
     let source = (seen_as != (asked.src, asked.sport)).then_some(seen_as);
     let answered = status.contains(Status::SeenReply);
-    let flow =
+    let mut flow =
         Flow::adopted(asked, endpoint, source, [frontend.service, index, generation], (answered, meant), now);
+    // Which end has closed it is not told, and counts for nothing else.
+    flow.fin = match *tcp {
+        Some(LAST_ACK) => [1, 1],
+        Some(FIN_WAIT | CLOSE_WAIT) => [1, 0],
+        _ => [0, 0],
+    };
+    if frontend.flags & frontend::AFFINITY != 0 && backend.is_some() {
+        flow.flags |= flow_flags::AFFINITY;
+    }
     let between = Tuple::new(asked.src, asked.sport, endpoint.0, endpoint.1, asked.proto);
     Fate::Adopt(Box::new(flow), between)
 }
@@ -152,6 +163,27 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_is_bound_to_its_endpoint_stays_so_while_that_is_there() {
+        let mut actual = tables();
+        actual.frontends.values_mut().for_each(|frontend| frontend.flags = frontend::AFFINITY);
+        let of = |actual: &Actual| match fate(&Known::of(actual), &of_pod(Proto::TCP, Some(ESTABLISHED)), NOW)
+        {
+            Fate::Adopt(flow, _) => flow.flags & flow_flags::AFFINITY,
+            other => panic!("{other:?}"),
+        };
+        assert_ne!(of(&actual), 0);
+        actual.backends.clear();
+        assert_eq!(of(&actual), 0);
+    }
+
+    #[test]
+    fn what_ipvs_leads_is_told_by_its_answers() {
+        let mut connection = of_pod(Proto::TCP, Some(ESTABLISHED));
+        connection.status = Status::SeenReply | Status::Assured;
+        assert_eq!(adopted(&connection).1, tuple(POD, ENDPOINT, Proto::TCP));
+    }
+
+    #[test]
     fn a_masqueraded_one_keeps_its_masquerade_address_and_port() {
         let client = ("198.51.100.9", 50_000);
         let answered = tuple(ENDPOINT, (NODE, 61_234), Proto::TCP);
@@ -170,6 +202,9 @@ mod tests {
         }
         for (state, old) in [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 1), (9, 1)] {
             assert_eq!(adopted(&of_pod(Proto::TCP, Some(state))).0.old, old, "{state}");
+        }
+        for (state, fin) in [(3, [0, 0]), (4, [1, 0]), (5, [1, 0]), (6, [1, 1])] {
+            assert_eq!(adopted(&of_pod(Proto::TCP, Some(state))).0.fin, fin, "{state}");
         }
         let mut young = of_pod(Proto::UDP, None);
         young.status = Status::DstNat;
@@ -202,7 +237,7 @@ mod tests {
         }
         let host_port = tuple(("198.51.100.9", 1), (NODE, 8443), Proto::TCP);
         let mut plain = of_pod(Proto::TCP, Some(ESTABLISHED));
-        plain.status = Status::SeenReply | Status::Assured;
+        plain.answered = plain.asked.reversed();
         let mut zoned = of_pod(Proto::TCP, Some(ESTABLISHED));
         zoned.zoned = true;
         for other in [connection(host_port, answered, Some(ESTABLISHED)), plain, zoned] {

@@ -95,6 +95,11 @@ pub fn leftovers() -> Vec<Leftover> {
     found
 }
 
+/// Whether there are rules of a kube-proxy that may serve this node.
+pub(crate) fn has_rules() -> bool {
+    leftovers().iter().any(|leftover| !matches!(leftover.act, Act::Not(_)))
+}
+
 /// Everything that a kube-proxy has left, a line each.
 #[must_use]
 pub fn leftovers_text() -> Vec<String> {

@@ -11,19 +11,23 @@ use std::net::IpAddr;
 use proxy_common::addr::Addr;
 
 use crate::model::Family;
-use crate::netlink::conntrack::{self, Status};
+use crate::netlink::conntrack;
 use crate::netlink::nf_tables::{self, Delete};
 
 /// The table.
 const TABLE: &str = "ebpf-proxy-nat";
 
-/// Keeps netfilter rewriting if there is such a connection, else no longer; how many there are.
-pub(super) fn keep() -> io::Result<usize> {
+/// Keeps netfilter rewriting if there is such a connection, and `rules` that are about to go or have gone, else no longer; how
+/// many there are.
+pub(super) fn keep(rules: bool) -> io::Result<usize> {
+    if !rules && !is_there(Family::V4)? && !is_there(Family::V6)? {
+        return Ok(0);
+    }
     let own = own_addresses()?;
     let mut count = 0;
     conntrack::connections(|connection| {
         let of_node = connection.asked.src.is_loopback() || own.contains(&connection.asked.src);
-        count += usize::from(of_node && connection.status.contains(Status::DstNat));
+        count += usize::from(of_node && connection.is_rewritten());
     })?;
     for family in [Family::V4, Family::V6] {
         match (count != 0, is_there(family)?) {

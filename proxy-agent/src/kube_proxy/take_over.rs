@@ -79,7 +79,7 @@ impl TakeOver {
                 }
                 _ => {
                     // Before the rules go, and as long as there is need.
-                    kept = keep(kept);
+                    kept = keep(kept, remove && !leftovers().is_empty());
                     self.tell(if remove { what_stays() } else { there_are(KEPT) });
                     LATER
                 }
@@ -94,9 +94,10 @@ impl TakeOver {
     }
 }
 
-/// Has netfilter go on with connections of the node's own; how many there are, when there were `before`.
-fn keep(before: usize) -> usize {
-    match rewriting::keep() {
+/// Has netfilter go on with connections of the node's own; how many there are, when there were `before`, and there are `rules`
+/// to be removed.
+fn keep(before: usize, rules: bool) -> usize {
+    match rewriting::keep(rules) {
         Ok(count) => {
             if before == 0 && count != 0 {
                 tracing::info!(

@@ -29,6 +29,12 @@ const ZONE: u16 = 18;
 
 /// `TCP_CONNTRACK_ESTABLISHED` of `nf_conntrack_tcp.h`, and what follows it.
 pub(crate) const ESTABLISHED: u8 = 3;
+/// `TCP_CONNTRACK_FIN_WAIT`: one end has closed it.
+pub(crate) const FIN_WAIT: u8 = 4;
+/// `TCP_CONNTRACK_CLOSE_WAIT`: that has been acknowledged.
+pub(crate) const CLOSE_WAIT: u8 = 5;
+/// `TCP_CONNTRACK_LAST_ACK`: both ends have.
+pub(crate) const LAST_ACK: u8 = 6;
 /// `TCP_CONNTRACK_TIME_WAIT`: from here on a connection is over, up to [`OVER_TO`].
 pub(crate) const OVER_FROM: u8 = 7;
 /// `TCP_CONNTRACK_CLOSE`.
@@ -56,6 +62,13 @@ pub(crate) struct Connection {
 /// There while this kernel tracks connections.
 const THERE: &str = "/proc/sys/net/netfilter/nf_conntrack_max";
 
+impl Connection {
+    /// Whether somebody leads it to another end than was asked for. IPVS sets no `IPS_DST_NAT`.
+    pub(crate) fn is_rewritten(&self) -> bool {
+        (self.answered.src, self.answered.sport) != (self.asked.dst, self.asked.dport)
+    }
+}
+
 /// Shows every connection of a protocol that has ports; none where none are tracked. How many entries could not be read.
 pub(crate) fn connections(mut see: impl FnMut(&Connection)) -> io::Result<usize> {
     if !Path::new(THERE).exists() {
@@ -80,10 +93,10 @@ pub(crate) fn connections(mut see: impl FnMut(&Connection)) -> io::Result<usize>
     Ok(unread)
 }
 
-/// Has connection tracking forget connections.
-pub(crate) fn forget<'a>(connections: impl Iterator<Item = &'a Connection>) -> io::Result<()> {
-    change(connections.map(|gone| {
-        (0, ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(parts(&gone.asked))]), &gone.asked)
+/// Has connection tracking forget connections that were begun so.
+pub(crate) fn forget<'a>(asked: impl Iterator<Item = &'a abi::Tuple>) -> io::Result<()> {
+    change(asked.map(|tuple| {
+        (0, ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(parts(tuple))]), tuple)
     }))
 }
 

@@ -12,8 +12,8 @@ use proxy_common::abi::Tuple;
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 
 use crate::datapath::flow::{Adopted, Flows, now, wait_for_packets};
-use crate::kube_proxy::{Fate, Known, fate, leftovers};
-use crate::netlink::conntrack::{self, Connection, Status};
+use crate::kube_proxy::{Fate, Known, fate, has_rules};
+use crate::netlink::conntrack::{self, Connection};
 use crate::plan::Actual;
 
 /// Connections whose packets wait at the same time.
@@ -50,9 +50,11 @@ impl Adoption {
     pub(super) fn plan(served: bool, actual: &Actual) -> Self {
         let known = Known::of(actual);
         let leave = match served {
-            false if !leftovers().is_empty() => LEAVE_NEW | LEAVE_MIDDLE,
+            // Another agent has died over it.
+            _ if actual.config.flags & LEAVE_NEW != 0 => LEAVE_NEW | LEAVE_MIDDLE,
+            false if has_rules() => LEAVE_NEW | LEAVE_MIDDLE,
             // Rules have gone, and connections may have stayed.
-            false if any(|connection| connection.status.contains(Status::DstNat)) => LEAVE_MIDDLE,
+            false if any(Connection::is_rewritten) => LEAVE_MIDDLE,
             true if any(|connection| {
                 matches!(fate(&known, connection, 0), Fate::Adopt(..) | Fate::Forget)
             }) =>
@@ -83,12 +85,22 @@ impl Adoption {
     /// The settings are in the kernel, and the programs attached, to all interfaces that they should be at or not. Adopts what
     /// there is; true when another bit has gone.
     pub(super) fn go_on(&mut self, flows: &Flows, actual: &Actual, attached: bool) -> Result<bool> {
-        if self.retired || self.leave == 0 || !attached && self.begun.elapsed() < PATIENCE {
+        // What was decided before has to be in the kernel.
+        let written = actual.config.flags & (LEAVE_NEW | LEAVE_MIDDLE) == self.leave;
+        let late = self.begun.elapsed() >= PATIENCE;
+        if self.retired || self.leave == 0 || !written || !attached && !late {
             return Ok(false);
         }
         for _ in 0..ROUNDS {
-            if self.round(flows, actual)? == 0 {
-                break;
+            match self.round(flows, actual) {
+                Ok(0) => break,
+                Ok(_) => {}
+                // The node must not go unserved for it.
+                Err(error) if late => {
+                    tracing::error!("connections of kube-proxy's rules are not all taken over: {error:#}");
+                    break;
+                }
+                Err(error) => return Err(error),
             }
         }
         self.leave &= if self.leave & LEAVE_NEW != 0 { !LEAVE_NEW } else { 0 };
@@ -136,7 +148,7 @@ impl Adoption {
         self.done.no_room = no_room;
         self.done.forgotten += forget.len();
         for some in forget.chunks(BATCH) {
-            conntrack::forget(some.iter()).context(CHANGING)?;
+            conntrack::forget(some.iter().map(|connection| &connection.asked)).context(CHANGING)?;
         }
         Ok(adopted + forget.len())
     }
@@ -166,8 +178,10 @@ impl<'a> Batch<'a> {
             return Ok(0);
         }
         wait_for_packets();
-        let forgotten =
-            conntrack::forget(gone.iter().copied().chain(waiting.iter().map(|(connection, _)| connection)));
+        // A packet that had passed before may have made an entry under another port.
+        let between = waiting.iter().map(|(_, between)| between);
+        let rewritten = gone.iter().copied().chain(waiting.iter().map(|(connection, _)| connection));
+        let forgotten = conntrack::forget(rewritten.map(|connection| &connection.asked).chain(between));
         let added = conntrack::add_plain(waiting.iter().copied());
         // Whatever has become of that: their packets must not wait longer.
         flows.release(&held)?;
@@ -199,8 +213,8 @@ impl Done {
         }
         if *no_room != 0 {
             tracing::warn!(
-                "{no_room} connections of kube-proxy's rules found no room among the flows, and stay with connection \
-                 tracking: start the agent with a larger --max-flows"
+                "{no_room} connections of kube-proxy's rules found no room among the flows, and may break: start the agent \
+                 with a larger --max-flows"
             );
         }
     }

@@ -417,9 +417,9 @@ impl Agent {
                 );
                 adoption.retire(retired);
                 self.world.set_leave(adoption.leave());
-                // Rules that are there now are not ours to remove; those that are there then are.
-                self.report.keep_rules(retired);
-                self.taken_over &= retired;
+                // Rules serve the node from now on, or until what they have begun has been taken over.
+                self.report.keep_rules(true);
+                self.taken_over = false;
                 let now = self.now_ms();
                 self.pace.request(now);
             }
@@ -445,8 +445,10 @@ impl Agent {
                 tracing::warn!("connections of kube-proxy's rules are not taken over yet: {error:#}")
             }
         }
-        let done = self.adoption.as_ref().is_some_and(|adoption| adoption.leave() == 0);
+        let left = planner_flags(self.planner.as_ref());
+        let done = left == 0 && self.adoption.as_ref().is_some_and(|adoption| adoption.leave() == 0);
         if done && !std::mem::replace(&mut self.taken_over, true) {
+            self.report.keep_rules(false);
             self.report.take_over(&self.config);
         }
     }
@@ -532,6 +534,12 @@ impl Agent {
             self.sockets.follow(planner.actual(), retired, changed);
         }
     }
+}
+
+/// What is left to another proxy, as it stands in the kernel.
+fn planner_flags(planner: Option<&Planner>) -> u32 {
+    use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
+    planner.map_or(0, |planner| planner.actual().config.flags & (LEAVE_NEW | LEAVE_MIDDLE))
 }
 
 struct Written {

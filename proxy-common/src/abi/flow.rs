@@ -482,6 +482,8 @@ pub mod flow_flags {
     pub const WINDOW: u8 = 1 << 2;
     /// Another proxy has begun it: what its ends had acknowledged before is not known.
     pub const ADOPTED: u8 = 1 << 4;
+    /// With that: its client is bound to its endpoint.
+    pub const AFFINITY: u8 = 1 << 5;
 }
 
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.

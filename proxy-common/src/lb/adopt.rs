@@ -4,7 +4,7 @@
 //! and from then on its packets wait where they enter; the agent has the kernel's connection tracking let go of it, which would
 //! otherwise have the tuple that we lead it to already, and give it another port; [`release`] has its packets translated.
 
-use super::{Entered, Tables, flow};
+use super::{Entered, Tables, flow, select};
 use crate::abi::{Flow, FlowId, Role, State, ask, config, flow_flags};
 use crate::addr::Proto;
 use crate::wire::Packet;
@@ -68,6 +68,13 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
             tables.dissolve(id);
             return if entered == Entered::Full { ask::NO_ROOM } else { 0 };
         }
+    }
+    let bound = tables.record(index, |flow| {
+        let bound = flow.flags & flow_flags::AFFINITY != 0;
+        (bound, flow.service, flow.backend, flow.generation, *flow.client().0)
+    });
+    if let Some((true, service, backend, generation, client)) = bound {
+        select::remember(tables, service, backend, generation, client);
     }
     tables.unclaim(index);
     index

@@ -1,6 +1,6 @@
 //! The life of a flow: found by its packets, begun whole, taken apart whole.
 
-use super::{Entered, Inserted, Ring, Tables, Touch, Touched, select::Choice};
+use super::{Entered, Inserted, Ring, Tables, Touch, Touched, adopt, select::Choice};
 use crate::abi::{
     FORWARD, Flow, FlowId, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
     flow_flags, frontend, window,
@@ -698,8 +698,8 @@ pub fn sweep<T: Tables>(tables: &T, index: u32, timeouts: &Timeouts) -> u32 {
             0
         }
         Some((State::LIVE, id, true)) | Some((State::ENDED, id, _)) => tables.take_apart(id),
-        // Whoever held it has died over it.
-        Some((State::HELD, ..)) => {
+        // Whoever held it has died over it. While connections are adopted it comes to it again.
+        Some((State::HELD, ..)) if !adopt::goes_on(tables) => {
             if tables.record(index, |flow| now.saturating_sub(flow.checked) >= SILENCE) == Some(true) {
                 tables.release(index);
             }

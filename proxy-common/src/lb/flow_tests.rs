@@ -931,8 +931,21 @@ fn a_masqueraded_one_is_a_flow_at_once_and_keeps_its_port() {
 }
 
 #[test]
-fn who_holds_it_too_long_has_died_over_it() {
+fn a_client_that_was_bound_to_its_endpoint_stays_so() {
     let node = masquerading();
+    let mut flow = adopted(&node, None, Proto::TCP, true);
+    flow.flags |= crate::abi::flow_flags::AFFINITY;
+    let index = adopt(&node, &flow);
+    let found: Vec<u32> = node.tables.affinity.borrow().values().map(|bound| bound.backend).collect();
+    assert_eq!(found, [flow.backend]);
+    super::adopt::release(&node.tables, index);
+}
+
+#[test]
+fn who_holds_it_too_long_has_died_over_it() {
+    let mut node = masquerading();
+    // While connections are adopted somebody comes to it once more.
+    node.tables.config.as_mut().unwrap().flags |= config::LEAVE_MIDDLE;
     assert_ne!(adopt(&node, &adopted(&node, None, Proto::TCP, true)), 0);
     let ask = segment(&key(CLIENT, VIP, Proto::TCP), ACK, [7, 9], b"", false);
     assert_eq!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
@@ -944,6 +957,9 @@ fn who_holds_it_too_long_has_died_over_it() {
     );
     node.wait(1_100);
     assert_ne!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
+    sweep(&node);
+    assert_eq!(node.tables.live().len(), 0);
+    node.tables.config.as_mut().unwrap().flags &= !config::LEAVE_MIDDLE;
     sweep(&node);
     assert!(the_flow(&node).state == State::LIVE);
 }
