@@ -466,7 +466,7 @@ impl State {
     /// Over: its legs count no more and are about to be deleted.
     pub const ENDED: Self = Self(3);
     /// A connection that another proxy has begun, about to be translated by us: its packets wait where they enter until the
-    /// kernel's connection tracking has let go of it, at most for [`SILENCE`].
+    /// kernel's connection tracking has let go of it, at most for [`HOLD`].
     pub const HELD: Self = Self(4);
 }
 
@@ -488,6 +488,10 @@ pub mod flow_flags {
 
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
 pub const SILENCE: u64 = 1_000_000_000;
+
+/// How long packets wait at most for somebody who adopts their connection, in nanoseconds: a busy node may take a second where
+/// an idle one takes milliseconds.
+pub const HOLD: u64 = 5_000_000_000;
 
 /// Towards the endpoint: an index of [`Flow::seen`] and its like.
 pub const FORWARD: usize = 0;
@@ -626,7 +630,7 @@ impl Flow {
     #[inline(always)]
     #[must_use]
     pub const fn waits(&self, id: FlowId, now: u64) -> bool {
-        self.is_held(id) && now.saturating_sub(self.checked) < SILENCE
+        self.is_held(id) && now.saturating_sub(self.checked) < HOLD
     }
 
     /// Whether this is the flow `id`, and its packets are translated.

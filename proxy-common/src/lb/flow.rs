@@ -2,7 +2,7 @@
 
 use super::{Entered, Inserted, Ring, Tables, Touch, Touched, adopt, select::Choice};
 use crate::abi::{
-    FORWARD, Flow, FlowId, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
+    FORWARD, Flow, FlowId, HOLD, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
     flow_flags, frontend, window,
 };
 use crate::addr::{Port, Proto};
@@ -700,7 +700,7 @@ pub fn sweep<T: Tables>(tables: &T, index: u32, timeouts: &Timeouts) -> u32 {
         Some((State::LIVE, id, true)) | Some((State::ENDED, id, _)) => tables.take_apart(id),
         // Whoever held it has died over it. While connections are adopted it comes to it again.
         Some((State::HELD, ..)) if !adopt::goes_on(tables) => {
-            if tables.record(index, |flow| now.saturating_sub(flow.checked) >= SILENCE) == Some(true) {
+            if tables.record(index, |flow| now.saturating_sub(flow.checked) >= HOLD) == Some(true) {
                 tables.release(index);
             }
             0

@@ -955,7 +955,7 @@ fn who_holds_it_too_long_has_died_over_it() {
         Outcome::Waits,
         "the sweep leaves it alone for a while"
     );
-    node.wait(1_100);
+    node.wait(5_100);
     assert_ne!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
     sweep(&node);
     assert_eq!(node.tables.live().len(), 0);

