@@ -36,9 +36,10 @@ pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
     flags & config::LEAVE_NEW != 0 || middle && flags & config::LEAVE_MIDDLE != 0
 }
 
-/// Makes a flow of what another proxy has begun, which `fill` writes to a record: everything but its id and claims. It is held.
-/// A flow of ours that has one of its pairs makes room if it is held itself (somebody died over it), if it notes that the node
-/// speaks (for the other proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer connection, and stays. The record's index, or 0.
+/// Makes a flow of what another proxy has begun, which `fill` writes to a record: everything but its id and claims. A flow of
+/// ours that has one of its pairs makes room if it is held itself (somebody died over it), if it notes that the node speaks (for
+/// the other proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer
+/// connection, and stays. The answer is that of [`ask::ADOPT`].
 #[inline(always)]
 pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
     let Some(index) = tables.take_record() else {
