@@ -541,3 +541,27 @@ fn host_and_kernel_agree_on_stories_made_up() {
         Err(TestError::Abort(report)) => panic!("{report}"),
     }
 }
+
+#[test]
+fn a_flow_that_has_lost_legs_is_told_from_the_next_with_its_ends() {
+    let service =
+        Service { v6: false, vip: 0, port: 0, proto: 0, flags: 0, endpoints: vec![(0, 2)], torn: false };
+    let world = World {
+        services: vec![service],
+        flags: config::POD_RANGE_V4 | config::MASQUERADE_ALL,
+        snat_count: 28_976,
+        seed: 0,
+        has_iface: true,
+        has_config: true,
+        has_ranges: false,
+    };
+    let act = |event| Act { egress: false, forwarded: true, event, bends: vec![] };
+    let call =
+        || act(Event::Call { service: 0, from: 1, port: 1, flags: TcpFlags::SYN.0, dress: Dress::Plain });
+    let met = RefCell::default();
+    for (first, second) in [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] {
+        let lost = [Event::LoseLeg(first), Event::LoseLeg(second)].map(act);
+        let acts = [vec![call(), act(Event::Onward)], lost.into(), vec![call(), act(Event::Onward)]].concat();
+        tell(&world, Form::Ethernet, &acts, &met).unwrap();
+    }
+}

@@ -81,12 +81,13 @@ impl Traces {
         // name by then.
         let known: BTreeSet<FlowId> = legs.iter().map(|(_, leg)| leg.id).collect();
         let flows: Vec<&Flow> = flows.iter().filter(|flow| known.contains(&flow.id)).collect();
-        let owners: BTreeMap<FlowId, Name> = flows.iter().map(|flow| (flow.id, name(flow))).collect();
-        self.flows = flows.iter().map(|flow| (name(flow), shown(flow))).collect();
+        let owners: BTreeMap<FlowId, Name> =
+            flows.iter().map(|flow| (flow.id, name(flow.id, &legs))).collect();
+        self.flows = flows.iter().map(|flow| (owners[&flow.id].clone(), shown(flow))).collect();
         assert_eq!(self.flows.len(), flows.len(), "two flows are one: {flows:#?}");
         let shown = |(key, leg): (Key, Leg)| {
             let acked = key.is_v4().then(|| leg.notes().acked);
-            (key, (leg.role(), leg.near(), acked, owners.get(&leg.id).copied()))
+            (key, (leg.role(), leg.near(), acked, owners.get(&leg.id).cloned()))
         };
         self.legs = legs.into_iter().map(shown).collect();
     }
@@ -98,14 +99,15 @@ impl Traces {
     }
 }
 
-/// What tells a flow from others: the ends of its outer and middle leg. Either alone may be another flow's as well, once
-/// somebody has deleted the leg.
-pub(crate) type Name = [Pair; 2];
+/// What tells a flow from others: the keys of those of its legs that are there. The ends that its record names may be
+/// another flow's as well, once somebody has deleted a leg.
+pub(crate) type Name = Vec<Key>;
 
-/// A flow's name.
-pub(crate) fn name(flow: &Flow) -> Name {
-    let [outer, middle, _] = shown(flow).pairs;
-    [outer, middle]
+/// A flow's name among these legs.
+pub(crate) fn name(flow: FlowId, legs: &[(Key, Leg)]) -> Name {
+    let mut name: Name = legs.iter().filter(|(_, leg)| leg.id == flow).map(|(key, _)| *key).collect();
+    name.sort();
+    name
 }
 
 /// What host and kernel must have in common of a flow: of times whether there is one, and nothing of what is left of the
@@ -268,7 +270,8 @@ impl Real {
 
     /// Ends a flow.
     pub(crate) fn end(&self, ended: &Name) {
-        self.programs.end_flows(|flow| name(flow) == *ended).unwrap();
+        let legs = entries(&self.legs).unwrap().into_iter().collect::<Vec<(Key, Leg)>>();
+        self.programs.end_flows(|flow| name(flow.id, &legs) == *ended).unwrap();
     }
 
     /// The port of a node or client that one of the legs which are not `known` begins with.

@@ -13,7 +13,7 @@ use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, SECRET, run_
 use proxy_tests::packet::{Packet, View, check, describe, protocol};
 
 use crate::node::{Node, addr};
-use crate::real::{IFACE, LEGS, PLACES, RECORDS, Real, Traces, differences, name, real};
+use crate::real::{IFACE, LEGS, Name, PLACES, RECORDS, Real, Traces, differences, name, real};
 
 /// How packets are told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -348,13 +348,17 @@ impl Stage {
 
     /// The agent ends the n-th flow.
     pub(crate) fn end_flow(&mut self, n: usize) {
-        let mut flows = self.host.live();
-        flows.sort_by_key(name);
+        let legs: Vec<(Key, Leg)> = self.host.flows.borrow().iter().map(|(key, leg)| (*key, *leg)).collect();
+        let mut flows: Vec<(Name, FlowId)> =
+            self.host.live().iter().map(|flow| (name(flow.id, &legs), flow.id)).collect();
+        // One without a leg is nobody's: the kernel may have several.
+        flows.retain(|(name, _)| !name.is_empty());
+        flows.sort();
         if !flows.is_empty() {
-            let flow = flows[n % flows.len()];
-            assert_eq!(self.host.take_apart(flow.id), 1);
+            let (name, flow) = &flows[n % flows.len()];
+            assert_eq!(self.host.take_apart(*flow), 1);
             if let Some(kernel) = &self.kernel {
-                kernel.end(&name(&flow));
+                kernel.end(name);
             }
         }
     }
