@@ -27,8 +27,10 @@ fn remove(root: &Path) -> Result<Vec<String>> {
     let lines = [(removed.links, "attached programs"), (removed.maps, "maps")];
     let mut lines: Vec<_> =
         lines.into_iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("{n} {what}")).collect();
-    if kube_proxy::stop_rewriting().context("removing the nftables tables ebpf-proxy-nat")? {
-        lines.push("nftables tables ebpf-proxy-nat".to_owned());
+    if kube_proxy::stop_rewriting()
+        .context("removing the nftables tables ebpf-proxy-nat and ebpf-proxy-takeover")?
+    {
+        lines.push("nftables tables of a takeover".to_owned());
     }
     Ok(lines)
 }

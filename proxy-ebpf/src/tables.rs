@@ -509,11 +509,6 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn release(&self, index: u32) -> u32 {
-        cut::cut_release(index)
-    }
-
-    #[inline(always)]
     fn find_source(&self, _packet: &mut Packet) -> u32 {
         cut::cut_find_source(self.0)
     }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use clap::Args;
-use proxy_common::abi::{FORWARD, Flow, FlowId, REPLY, Role, untext};
+use proxy_common::abi::{FORWARD, Flow, FlowId, REPLY, Role, State, untext};
 use proxy_common::addr::{Addr, Port};
 use serde::Serialize;
 
@@ -95,11 +95,16 @@ pub struct FlowRow {
     pub idle_ms: u64,
     /// `namespace/name:port`.
     pub service: String,
+    /// Who translates its packets: `ebpf-proxy`, or `netfilter` for what a kube-proxy has begun and we have not taken yet.
+    pub translated_by: &'static str,
     /// Entries it has in the tables.
     pub entries: usize,
     #[serde(skip)]
     id: FlowId,
 }
+
+/// Who translates the packets of what a kube-proxy has begun, until we do.
+const NETFILTER: &str = "netfilter";
 
 /// The flows that pass `filter`, by client. Conversations of the node's own are none: nothing is translated in them.
 pub fn rows(view: &dyn View, filter: &Filter, now: Now) -> Result<Vec<FlowRow>> {
@@ -146,6 +151,7 @@ fn row(flow: &Flow, actual: &Actual, now: Now) -> FlowRow {
         state: state(flow),
         idle_ms: now.mono_ns.saturating_sub(last) / 1_000_000,
         service: service_text(flow.service, &actual.services),
+        translated_by: if flow.state == State::LEFT { NETFILTER } else { "ebpf-proxy" },
         entries: [Role::OUTER, Role::MIDDLE, Role::INNER].iter().filter(|role| flow.has(**role)).count(),
         id: flow.id,
     }
@@ -199,7 +205,10 @@ pub fn text(rows: &[FlowRow]) -> String {
             row.destination.clone(),
             row.endpoint.clone(),
             row.masquerade.clone().unwrap_or_else(|| "-".to_owned()),
-            row.state.to_owned(),
+            match row.translated_by {
+                NETFILTER => format!("{} ({NETFILTER})", row.state),
+                _ => row.state.to_owned(),
+            },
             span(row.idle_ms),
             row.service.clone(),
         ]
@@ -237,7 +246,7 @@ mod tests {
             serde_json::json!({
                 "protocol": "TCP", "client": "192.0.2.9:40000", "destination": "10.0.0.1:30200",
                 "endpoint": "10.244.2.7:8080", "masquerade": "10.0.0.1:1024", "state": "established",
-                "idle_ms": 5000, "service": "default/web:http", "entries": 3,
+                "idle_ms": 5000, "service": "default/web:http", "translated_by": "ebpf-proxy", "entries": 3,
             })
         );
     }

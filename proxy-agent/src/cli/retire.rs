@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use proxy_common::abi::config::LEAVE_NEW;
+use proxy_common::abi::{Flow, State};
 
 use super::table;
 use super::view::{Now, View};
@@ -91,7 +92,9 @@ fn follows(view: &dyn View, retired: bool) -> Result<()> {
 fn left(view: &dyn View) -> Result<usize> {
     let now = Now::read()?.mono_ns;
     let mut count = 0;
-    view.flows(&mut |flow| count += usize::from(!flow.is_own() && !flow.is_over(now)))?;
+    // Those that are left to netfilter need nothing of this proxy.
+    let needs = |flow: &Flow| !flow.is_own() && !flow.is_over(now) && flow.state == State::LIVE;
+    view.flows(&mut |flow| count += usize::from(needs(flow)))?;
     Ok(count)
 }
 

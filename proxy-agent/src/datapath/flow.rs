@@ -42,11 +42,11 @@ impl Flows {
         self.records.max()
     }
 
-    /// Shows every living flow, a chunk at a time.
+    /// Shows every living flow, those that are left to netfilter too, a chunk at a time.
     pub fn scan(&self, mut see: impl FnMut(&Flow)) -> Result<(), TableError> {
         let mut cursor = Cursor::default();
         let mut see = |_, flow: Flow| {
-            if flow.state == State::LIVE {
+            if matches!(flow.state, State::LIVE | State::LEFT) {
                 see(&flow);
             }
         };
@@ -71,24 +71,27 @@ impl Flows {
         Ok(ended)
     }
 
-    /// Makes a flow of a connection that another proxy has begun (see [`Flow::adopted`]); one that is held is until
-    /// [`Self::release`].
+    /// Makes a flow of a connection that another proxy has begun (see [`Flow::adopted`]), which is left to netfilter until
+    /// [`Self::take`].
     pub fn adopt(&self, flow: &Flow) -> Result<Adopted, TableError> {
-        Ok(match self.ask("adopt", [ask::ADOPT, 0, 0], sys::bytes(flow).to_vec())? {
+        let answer = self.ask("adopt", [ask::ADOPT, 0, 0], sys::bytes(flow).to_vec())?;
+        Ok(match answer {
             0 => Adopted::Replaced,
             ask::NO_ROOM => Adopted::NoRoom,
+            index if index & ask::KNOWN != 0 => Adopted::Known(index & !ask::KNOWN),
+            index if index & ask::ALONE != 0 => Adopted::Alone(index & !ask::ALONE),
             index => Adopted::Done(index),
         })
     }
 
-    /// Has the packets of flows translated that have been adopted; how many there were.
-    pub fn release(&self, indices: &[u32]) -> Result<u32, TableError> {
-        let mut released = 0;
-        for some in indices.chunks(ask::MOST_IDS as usize) {
-            let bytes = some.iter().flat_map(|index| index.to_ne_bytes()).collect();
-            released += self.ask("release", [ask::RELEASE, some.len() as u32, 0], bytes)?;
-        }
-        Ok(released)
+    /// Has the packets of a flow translated by us that has been adopted; whether they are.
+    pub fn take(&self, index: u32) -> Result<bool, TableError> {
+        Ok(self.ask("take", [ask::TAKE, index, 0], Vec::new())? != 0)
+    }
+
+    /// Whether the flow in a record is left to netfilter.
+    pub fn is_left(&self, index: u32) -> Result<bool, TableError> {
+        Ok(self.records.get(&index)?.is_some_and(|flow| flow.state == State::LEFT))
     }
 
     fn ask(&self, act: &'static str, question: [u32; 3], body: Vec<u8>) -> Result<u32, TableError> {
@@ -108,8 +111,12 @@ impl Flows {
 /// What has become of a connection that was to be adopted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Adopted {
-    /// It is a flow, and held unless it is masqueraded; the index of its record.
+    /// It is a flow in the record with this index.
     Done(u32),
+    /// It has been before.
+    Known(u32),
+    /// It is one that can only stay with netfilter.
+    Alone(u32),
     /// A flow of ours has taken its place.
     Replaced,
     /// The tables are full.

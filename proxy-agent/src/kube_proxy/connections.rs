@@ -156,7 +156,7 @@ mod tests {
                 ((&addr(POD.0), Port::new(POD.1)), (&addr(VIP.0), Port::new(VIP.1)))
             );
             assert_eq!(flow.endpoint(), (&addr(ENDPOINT.0), Port::new(ENDPOINT.1)));
-            assert_eq!((flow.state, flow.old, flow.has_source()), (State::HELD, 1, false));
+            assert_eq!((flow.state, flow.old, flow.has_source()), (State::LEFT, 1, false));
             assert_eq!((flow.service, flow.backend, flow.generation), (service, service * 10, 7));
             assert!(flow.has(Role::OUTER) && flow.has(Role::MIDDLE) && !flow.has(Role::INNER));
         }
@@ -190,7 +190,7 @@ mod tests {
         let (flow, between) =
             adopted(&connection(tuple(client, (NODE, 30_200), Proto::TCP), answered, Some(ESTABLISHED)));
         assert_eq!(between, tuple(client, ENDPOINT, Proto::TCP));
-        assert!(flow.has_source() && flow.is_masqueraded() && flow.state == State::LIVE);
+        assert!(flow.has_source() && flow.is_masqueraded() && flow.state == State::LEFT);
         assert_eq!(flow.node(), (&addr(NODE), Port::new(61_234)));
     }
 

@@ -9,6 +9,7 @@ mod choose;
 mod connections;
 mod legacy;
 mod names;
+pub(crate) mod passing;
 mod rewriting;
 mod running;
 mod take_over;

@@ -1,5 +1,6 @@
-//! Connections of this node's own processes that a kube-proxy's rules have led to an endpoint: no packet of theirs passes a
-//! hook of ours before netfilter has rewritten it, so netfilter goes on with them.
+//! Connections that a kube-proxy's rules have led to an endpoint, and that netfilter goes on with: those of this node's own
+//! processes, no packet of which passes a hook of ours before netfilter has rewritten it, and those of others that have not become
+//! ours yet.
 //!
 //! It does so without rules, as long as somebody has a chain of type `nat`: a table of ours, which has nothing else, sees to that
 //! until the last of these connections has ended.
@@ -12,26 +13,29 @@ use proxy_common::addr::Addr;
 
 use crate::model::Family;
 use crate::netlink::conntrack;
+use crate::netlink::nf_make::make_nat;
 use crate::netlink::nf_tables::{self, Delete};
+
+use super::passing;
 
 /// The table.
 const TABLE: &str = "ebpf-proxy-nat";
 
 /// Keeps netfilter rewriting if there is such a connection, and `rules` that are about to go or have gone, else no longer; how
-/// many there are.
-pub(super) fn keep(rules: bool) -> io::Result<usize> {
+/// many there are. Of those that are not the node's own there are `others`.
+pub(super) fn keep(rules: bool, others: usize) -> io::Result<usize> {
     if !rules && !is_there(Family::V4)? && !is_there(Family::V6)? {
         return Ok(0);
     }
     let own = own_addresses()?;
-    let mut count = 0;
+    let mut count = others;
     conntrack::connections(|connection| {
         let of_node = connection.asked.src.is_loopback() || own.contains(&connection.asked.src);
         count += usize::from(of_node && connection.is_rewritten());
     })?;
     for family in [Family::V4, Family::V6] {
         match (count != 0, is_there(family)?) {
-            (true, false) => nf_tables::make_nat(family, TABLE)?,
+            (true, false) => make_nat(family, TABLE)?,
             (false, true) => nf_tables::delete(family, &[Delete::Table(TABLE.to_owned())])?,
             _ => {}
         }
@@ -39,9 +43,9 @@ pub(super) fn keep(rules: bool) -> io::Result<usize> {
     Ok(count)
 }
 
-/// Takes the tables away: what still relies on them ends. Whether there were any.
+/// Takes the tables away, and that of connections that are just being taken over: what still relies on them ends. Whether there were any.
 pub fn remove() -> io::Result<bool> {
-    let mut any = false;
+    let mut any = passing::end_all()?;
     for family in [Family::V4, Family::V6] {
         if is_there(family)? {
             nf_tables::delete(family, &[Delete::Table(TABLE.to_owned())])?;

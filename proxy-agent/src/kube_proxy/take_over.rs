@@ -1,7 +1,7 @@
 //! At the start of `run`, once this proxy does the work: kube-proxy's leftovers go as soon as it has gone.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -22,6 +22,8 @@ pub struct TakeOver {
     lines: Arc<Mutex<Option<Vec<String>>>>,
     /// Rules are left alone for now: they serve the node.
     keep: Arc<AtomicBool>,
+    /// Connections of others than the node itself that netfilter still goes on with.
+    left: Arc<AtomicUsize>,
 }
 
 impl TakeOver {
@@ -37,6 +39,11 @@ impl TakeOver {
     /// Leaves rules alone, or no longer.
     pub fn keep(&self, keep: bool) {
         self.keep.store(keep, Ordering::Relaxed);
+    }
+
+    /// So many connections of others than the node itself are still netfilter's.
+    pub fn left(&self, count: usize) {
+        self.left.store(count, Ordering::Relaxed);
     }
 
     /// What is still there of kube-proxy, and why.
@@ -79,7 +86,7 @@ impl TakeOver {
                 }
                 _ => {
                     // Before the rules go, and as long as there is need.
-                    kept = keep(kept, remove && !leftovers().is_empty());
+                    kept = keep(kept, remove && !leftovers().is_empty(), self.left.load(Ordering::Relaxed));
                     self.tell(if remove { what_stays() } else { there_are(KEPT) });
                     LATER
                 }
@@ -94,14 +101,14 @@ impl TakeOver {
     }
 }
 
-/// Has netfilter go on with connections of the node's own; how many there are, when there were `before`, and there are `rules`
-/// to be removed.
-fn keep(before: usize, rules: bool) -> usize {
-    match rewriting::keep(rules) {
+/// Has netfilter go on with connections of the node's own and `others`; how many there are, when there were `before`, and there
+/// are `rules` to be removed.
+fn keep(before: usize, rules: bool, others: usize) -> usize {
+    match rewriting::keep(rules, others) {
         Ok(count) => {
             if before == 0 && count != 0 {
                 tracing::info!(
-                    "netfilter goes on rewriting {count} connections of this node's own processes (nftables tables \
+                    "netfilter goes on rewriting {count} connections that kube-proxy has begun (nftables tables \
                      ebpf-proxy-nat, which go with the last of them)"
                 );
             }
@@ -109,8 +116,7 @@ fn keep(before: usize, rules: bool) -> usize {
         }
         Err(error) => {
             tracing::warn!(
-                "connections of this node's own processes that kube-proxy's rules have begun may end with the rules: \
-                 {error}"
+                "connections that kube-proxy's rules have begun and netfilter still rewrites may end with the rules: {error}"
             );
             before
         }

@@ -8,6 +8,7 @@ mod choose;
 pub(crate) mod conntrack;
 pub(crate) mod ipvs;
 mod kinds;
+pub(crate) mod nf_make;
 pub(crate) mod nf_tables;
 pub(crate) mod request;
 mod routes;

@@ -1,5 +1,5 @@
 //! nf_tables as far as taking things away goes: tables, chains, where rules lead to, and deletions that happen
-//! all at once or not at all; and a table that only has to be there. `iptables` of today (`iptables-nft`) keeps its tables there, too.
+//! all at once or not at all. `iptables` of today (`iptables-nft`) keeps its tables there, too.
 
 use std::io;
 
@@ -7,14 +7,7 @@ use super::request::{self, ACK, Flags, Protocol, attributes, message, put, put_t
 use crate::model::Family;
 
 /// `NFNL_SUBSYS_NFTABLES`, in the upper byte of every kind of message.
-const SUBSYSTEM: u16 = 10;
-const MAKE_TABLE: u16 = SUBSYSTEM << 8;
-const MAKE_CHAIN: u16 = SUBSYSTEM << 8 | 3;
-const MAKE_RULE: u16 = SUBSYSTEM << 8 | 6;
-/// `NF_INET_LOCAL_OUT`.
-const OUTPUT: u32 = 3;
-/// `NF_IP_PRI_NAT_DST`.
-const DESTINATION: i32 = -100;
+pub(super) const SUBSYSTEM: u16 = 10;
 const DELETE_TABLE: u16 = SUBSYSTEM << 8 | 2;
 const GET_TABLE: u16 = SUBSYSTEM << 8 | 1;
 const GET_CHAIN: u16 = SUBSYSTEM << 8 | 4;
@@ -91,50 +84,8 @@ pub(crate) fn delete(family: Family, what: &[Delete]) -> io::Result<()> {
     }))
 }
 
-/// Makes a table whose only chain, of type `nat`, does nothing: it looks at the state of a connection, so that connections are
-/// tracked. While it is there the kernel goes on rewriting those that it has begun to rewrite.
-pub(crate) fn make_nat(family: Family, table: &str) -> io::Result<()> {
-    /// `NLM_F_CREATE`.
-    const CREATE: u16 = 0x400;
-    /// What holds other attributes.
-    const NESTED: u16 = 0x8000;
-    /// `NFTA_CHAIN_HOOK`.
-    const HOOK: u16 = 4 | NESTED;
-    /// `NFTA_RULE_EXPRESSIONS`.
-    const EXPRESSIONS: u16 = 4 | NESTED;
-    /// `NFT_REG32_00`, and `NFT_CT_STATE`.
-    const STATE: [u32; 2] = [8, 0];
-    let mut made = header(family).to_vec();
-    put_text(&mut made, 1, table);
-    let mut hook = Vec::new();
-    put(&mut hook, 1, &OUTPUT.to_be_bytes());
-    put(&mut hook, 2, &DESTINATION.to_be_bytes());
-    let mut chain = header(family).to_vec();
-    put_text(&mut chain, 1, table);
-    put_text(&mut chain, 3, "output");
-    put(&mut chain, HOOK, &hook);
-    put_text(&mut chain, 7, "nat");
-    let [mut load, mut expression, mut list] = [Vec::new(), Vec::new(), Vec::new()];
-    for (kind, number) in (1..).zip(STATE) {
-        put(&mut load, kind, &number.to_be_bytes());
-    }
-    put_text(&mut expression, 1, "ct");
-    put(&mut expression, 2 | NESTED, &load);
-    put(&mut list, 1 | NESTED, &expression);
-    let mut rule = header(family).to_vec();
-    put_text(&mut rule, 1, table);
-    put_text(&mut rule, 2, "output");
-    put(&mut rule, EXPRESSIONS, &list);
-    let messages = [
-        message(MAKE_TABLE, CREATE, &made),
-        message(MAKE_CHAIN, CREATE, &chain),
-        message(MAKE_RULE, CREATE | ACK, &rule),
-    ];
-    transact(messages.into_iter())
-}
-
 /// Sends messages that are done all at once or not at all; the last of them asks for an acknowledgement.
-fn transact(messages: impl Iterator<Item = Vec<u8>>) -> io::Result<()> {
+pub(super) fn transact(messages: impl Iterator<Item = Vec<u8>>) -> io::Result<()> {
     let [begin, end] = BATCH;
     // Netlink's own family, version 0, and whose batch it is.
     let of_batch = [&[0, 0][..], &SUBSYSTEM.to_be_bytes()].concat();
@@ -181,7 +132,7 @@ pub(super) fn header(family: Family) -> [u8; HEADER] {
 }
 
 /// Whether an error says that the kernel knows nothing of the kind.
-pub(super) fn is_absent(error: &io::Error) -> bool {
+pub(crate) fn is_absent(error: &io::Error) -> bool {
     let absent = [libc::EINVAL, libc::EOPNOTSUPP, libc::EPROTONOSUPPORT, libc::ENOPROTOOPT];
     error.raw_os_error().is_some_and(|code| absent.contains(&code))
 }

@@ -2,22 +2,28 @@
 //!
 //! At first everything new is left to its rules, so that both are at work and nothing begins between two looks. What connection
 //! tracking has is adopted, then what is new becomes ours, then what has begun until then is adopted, too; and last the middle of
-//! connections that nobody knows is a Service's again.
+//! connections that nobody knows is a Service's again. Connections that have been adopted are translated by netfilter as before,
+//! whether there are rules or not. They are taken from it after that, some at a time: see [`Adoption::take`].
 
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use proxy_common::abi::Tuple;
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
+use proxy_common::addr::Proto;
 
 use crate::datapath::flow::{Adopted, Flows, now, wait_for_packets};
-use crate::kube_proxy::{Fate, Known, fate, has_rules};
-use crate::netlink::conntrack::{self, Connection};
+use crate::kube_proxy::{Fate, Known, fate, has_rules, passing};
+use crate::netlink::conntrack::{self, Connection, Status};
+use crate::netlink::nf_tables::is_absent;
 use crate::plan::Actual;
 
-/// Connections whose packets wait at the same time.
-const BATCH: usize = 64;
+/// Connections that are taken from netfilter at the same time.
+const BATCH: usize = 256;
+/// How long the loop may be kept from other work by that.
+const BUDGET: Duration = Duration::from_millis(100);
 /// How often connection tracking is read until nothing is new.
 const ROUNDS: usize = 4;
 /// How long is waited for interfaces that refuse their programs.
@@ -34,6 +40,20 @@ pub(super) struct Adoption {
     retired: bool,
     begun: Instant,
     done: Done,
+    /// Connections that have been adopted and are to be taken from netfilter, by the index of their record.
+    waiting: BTreeMap<u32, Waiting>,
+    /// Indices of those that stay with netfilter until they end.
+    staying: Vec<u32>,
+    /// Why none are taken.
+    complaint: String,
+}
+
+/// A connection, and its ends between client and endpoint.
+#[derive(Debug)]
+struct Waiting {
+    connection: Connection,
+    between: Tuple,
+    masqueraded: bool,
 }
 
 /// What has been done.
@@ -43,6 +63,7 @@ struct Done {
     forgotten: usize,
     of_node: usize,
     no_room: usize,
+    taken: usize,
 }
 
 impl Adoption {
@@ -61,15 +82,27 @@ impl Adoption {
             {
                 LEAVE_MIDDLE
             }
+            _ if passing::is_begun().unwrap_or(false) => LEAVE_MIDDLE,
             _ => 0,
         };
-        Self { leave, retired: false, begun: Instant::now(), done: Done::default() }
+        Self::begin(leave, false)
+    }
+
+    fn begin(leave: u32, retired: bool) -> Self {
+        Self {
+            leave,
+            retired,
+            begun: Instant::now(),
+            done: Done::default(),
+            waiting: BTreeMap::new(),
+            staying: Vec::new(),
+            complaint: String::new(),
+        }
     }
 
     /// The operator wants what is new left to kube-proxy, or taken back from it.
     pub(super) fn retire(&mut self, retired: bool) {
-        let leave = LEAVE_NEW | LEAVE_MIDDLE;
-        *self = Self { leave, retired, begun: Instant::now(), done: Done::default() };
+        *self = Self::begin(LEAVE_NEW | LEAVE_MIDDLE, retired);
     }
 
     /// Whether it is left to kube-proxy until the operator says something else.
@@ -110,84 +143,154 @@ impl Adoption {
         Ok(true)
     }
 
-    /// Reads connection tracking once; how many connections have changed hands.
+    /// Reads connection tracking once; how many connections were new, or are gone.
     fn round(&mut self, flows: &Flows, actual: &Actual) -> Result<usize> {
         let (mut adopt, mut forget, mut of_node) = (Vec::new(), Vec::new(), 0);
         let (known, now) = (Known::of(actual), now()?);
         conntrack::connections(|connection| match fate(&known, connection, now) {
             Fate::None => {}
             Fate::OfNode => of_node += 1,
-            Fate::Adopt(flow, between) => adopt.push(((connection.clone(), between), flow)),
-            Fate::Forget => forget.push(connection.clone()),
+            Fate::Adopt(flow, between) => adopt.push((connection.clone(), between, flow)),
+            Fate::Forget => forget.push(connection.asked),
         })
         .context("reading the kernel's connection tracking (CAP_NET_ADMIN, module nf_conntrack_netlink)")?;
         self.done.of_node = of_node;
-        let (mut adopted, mut no_room) = (0, 0);
-        for some in adopt.chunks(BATCH) {
-            let (begun, mut batch) = (Instant::now(), Batch::default());
-            // Those that are masqueraded have two entries for a while: these have no tuple in common.
-            let masqueraded =
-                some.iter().filter(|(_, flow)| flow.has_source()).map(|(connection, _)| connection);
-            conntrack::add_plain(masqueraded).context(CHANGING)?;
-            for (connection, flow) in some {
-                match flows.adopt(flow)? {
-                    Adopted::Done(_) if flow.has_source() => batch.gone.push(&connection.0),
-                    Adopted::Done(index) => batch.hold(index, connection),
-                    Adopted::Replaced => batch.gone.push(&connection.0),
-                    Adopted::NoRoom => no_room += 1,
+        self.done.no_room = 0;
+        let mut adopted = 0;
+        for (connection, between, flow) in adopt {
+            // Verification tags are what the kernel knows of SCTP, and an entry cannot be made with them; nor can one be taken
+            // away that a flow table of netfilter's has.
+            let stays = connection.status.contains(Status::Offload) || between.proto == Proto::SCTP;
+            match flows.adopt(&flow)? {
+                Adopted::Done(index) | Adopted::Alone(index) if stays => {
+                    self.staying.push(index);
+                    adopted += 1;
                 }
+                Adopted::Alone(index) => {
+                    self.staying.push(index);
+                    adopted += 1;
+                }
+                Adopted::Done(index) => {
+                    self.wait(index, connection, between, flow.has_source());
+                    adopted += 1;
+                }
+                Adopted::Known(index) if !stays => self.wait(index, connection, between, flow.has_source()),
+                Adopted::Known(_) => {}
+                Adopted::Replaced => forget.push(connection.asked),
+                Adopted::NoRoom => self.done.no_room += 1,
             }
-            let count = batch.finish(flows)?;
-            tracing::debug!(
-                "{count} connections changed hands in {:.1} ms",
-                begun.elapsed().as_secs_f64() * 1000.0
-            );
-            adopted += count;
         }
         self.done.adopted += adopted;
-        self.done.no_room = no_room;
         self.done.forgotten += forget.len();
         for some in forget.chunks(BATCH) {
-            conntrack::forget(some.iter().map(|connection| &connection.asked)).context(CHANGING)?;
+            conntrack::forget(some.iter()).context(CHANGING)?;
         }
         Ok(adopted + forget.len())
     }
-}
 
-/// Connections that change hands at the same time.
-#[derive(Default)]
-struct Batch<'a> {
-    /// Records of those whose packets wait.
-    held: Vec<u32>,
-    /// The same connections.
-    waiting: Vec<&'a (Connection, Tuple)>,
-    /// Others that connection tracking is to let go of.
-    gone: Vec<&'a Connection>,
-}
-
-impl<'a> Batch<'a> {
-    fn hold(&mut self, index: u32, connection: &'a (Connection, Tuple)) {
-        self.held.push(index);
-        self.waiting.push(connection);
-    }
-
-    /// How many there were.
-    fn finish(self, flows: &Flows) -> Result<usize> {
-        let Self { held, waiting, gone } = self;
-        if held.is_empty() && gone.is_empty() {
-            return Ok(0);
+    fn wait(&mut self, index: u32, connection: Connection, between: Tuple, masqueraded: bool) {
+        if !self.staying.contains(&index) {
+            self.waiting.insert(index, Waiting { connection, between, masqueraded });
         }
-        wait_for_packets();
-        // A packet that had passed before may have made an entry under another port.
-        let between = waiting.iter().map(|(_, between)| between);
-        let rewritten = gone.iter().copied().chain(waiting.iter().map(|(connection, _)| connection));
-        let forgotten = conntrack::forget(rewritten.map(|connection| &connection.asked).chain(between));
-        let added = conntrack::add_plain(waiting.iter().copied());
-        // Whatever has become of that: their packets must not wait longer.
-        flows.release(&held)?;
-        forgotten.and(added).context(CHANGING)?;
-        Ok(held.len() + gone.len())
     }
+
+    /// How many connections are netfilter's still, of those that have been adopted.
+    pub(super) fn left(&self) -> usize {
+        self.waiting.len() + self.staying.len()
+    }
+
+    /// Takes connections from netfilter, for some time. In this order no packet is ever without somebody who translates it, and
+    /// an agent that ends anywhere leaves something that works, and that the next one goes on from:
+    ///
+    /// 1. Packets between client and endpoint are tracked no longer. The client's go on to the Service, and netfilter translates
+    ///    them; answers pass netfilter as they are, and a program translates them where they leave.
+    /// 2. The flow is ours: the client's packets are translated where they enter, and are not tracked either.
+    /// 3. When no packet is on its way to netfilter any more, its entry is replaced by one from client to endpoint, so that rules
+    ///    of others that look at the state of a connection know it.
+    /// 4. They are tracked again.
+    ///
+    /// Behind a masquerade connection tracking has another tuple before and after, so the second entry is made first, and
+    /// steps 1 and 4 are not needed.
+    ///
+    /// What fails is tried again the next time; until then netfilter goes on with them.
+    pub(super) fn take(&mut self, flows: &Flows) {
+        if self.retired || self.leave != 0 || self.waiting.is_empty() {
+            return;
+        }
+        if let Err(error) = self.take_some(flows) {
+            let complaint = format!("{error:#}");
+            if self.complaint != complaint {
+                tracing::warn!("connections of kube-proxy's rules stay with netfilter for now: {complaint}");
+                self.complaint = complaint;
+            }
+        }
+    }
+
+    fn take_some(&mut self, flows: &Flows) -> Result<()> {
+        let begun = Instant::now();
+        while begun.elapsed() < BUDGET && !self.waiting.is_empty() {
+            let rest = match self.waiting.keys().nth(BATCH).copied() {
+                Some(next) => self.waiting.split_off(&next),
+                None => BTreeMap::new(),
+            };
+            let batch = std::mem::replace(&mut self.waiting, rest);
+            match take(flows, &batch) {
+                Ok(stay) => {
+                    self.done.taken += batch.len() - stay.len();
+                    self.staying.extend(stay);
+                }
+                Err(error) => {
+                    self.waiting.extend(batch);
+                    return Err(error);
+                }
+            }
+        }
+        if self.waiting.is_empty() {
+            passing::end_all().context("removing the nftables table ebpf-proxy-takeover")?;
+            tracing::info!(
+                "{} connections of kube-proxy's rules are translated by this proxy now; {} stay with netfilter until they end",
+                self.done.taken,
+                self.staying.len()
+            );
+        }
+        Ok(())
+    }
+
+    /// Those that had to stay with netfilter and have ended are forgotten.
+    pub(super) fn tidy(&mut self, flows: &Flows) {
+        self.staying.retain(|index| flows.is_left(*index).unwrap_or(true));
+    }
+}
+
+/// Takes all of these from netfilter; the indices of those that stay.
+fn take(flows: &Flows, batch: &BTreeMap<u32, Waiting>) -> Result<Vec<u32>> {
+    let untracked = batch.values().filter(|waiting| !waiting.masqueraded).map(|waiting| &waiting.between);
+    let of = |waiting: &Waiting| (waiting.connection.clone(), waiting.between);
+    let masqueraded: Vec<_> = batch.values().filter(|waiting| waiting.masqueraded).map(of).collect();
+    conntrack::add_plain(masqueraded.iter()).context(CHANGING)?;
+    let untrackable = match passing::begin(untracked.clone()) {
+        Err(error) if is_absent(&error) => false,
+        done => done
+            .context("keeping packets out of connection tracking (nftables table ebpf-proxy-takeover)")
+            .map(|()| true)?,
+    };
+    let (mut taken, mut stay) = (Vec::new(), Vec::new());
+    for (index, waiting) in batch {
+        if (waiting.masqueraded || untrackable) && flows.take(*index)? {
+            taken.push(waiting);
+        } else {
+            stay.push(*index);
+        }
+    }
+    wait_for_packets();
+    conntrack::forget(taken.iter().map(|waiting| &waiting.connection.asked)).context(CHANGING)?;
+    let plain: Vec<_> =
+        taken.iter().filter(|waiting| !waiting.masqueraded).map(|waiting| of(waiting)).collect();
+    conntrack::add_plain(plain.iter()).context(CHANGING)?;
+    if untrackable {
+        passing::end(untracked).context("tracking packets again (nftables table ebpf-proxy-takeover)")?;
+    }
+    Ok(stay)
 }
 
 /// Whether there is such a connection; what cannot be read has none.
@@ -204,7 +307,7 @@ fn any(is_one: impl Fn(&Connection) -> bool) -> bool {
 
 impl Done {
     fn tell(&self) {
-        let Self { adopted, forgotten, of_node, no_room } = self;
+        let Self { adopted, forgotten, of_node, no_room, .. } = self;
         if adopted + forgotten + of_node != 0 {
             tracing::info!(
                 "took over {adopted} connections from kube-proxy's rules; {forgotten} that had ended were removed from \

@@ -8,6 +8,7 @@ mod follow;
 mod latency;
 mod report;
 mod require;
+mod reserve;
 mod sockets;
 mod sysctl;
 mod taken;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
@@ -137,6 +139,8 @@ struct Agent {
     served: bool,
     /// `None` before the first pass.
     adoption: Option<adopt::Adoption>,
+    /// Source ports of ours that another proxy is told of.
+    reserve: reserve::Reserve,
     /// Whether kube-proxy's rules are looked after.
     taken_over: bool,
     retired: Retired,
@@ -192,6 +196,7 @@ impl Agent {
             taken,
             served,
             adoption: None,
+            reserve: reserve::Reserve::default(),
             taken_over: false,
             retired: Retired::open(root)?,
             excluded,
@@ -315,8 +320,16 @@ impl Agent {
             self.exclude();
         }
         self.follow_retirement();
+        self.reserve_ports();
         if self.adoption.as_ref().is_some_and(|adoption| self.ready && adoption.leave() != 0) {
             self.adopt();
+        }
+        if let Some(adoption) = &mut self.adoption {
+            adoption.take(self.sweeper.flows());
+            if beat {
+                adoption.tidy(self.sweeper.flows());
+            }
+            self.report.left_to_netfilter(adoption.left());
         }
         if beat {
             self.set_conntrack();
@@ -416,7 +429,10 @@ impl Agent {
                     }
                 );
                 adoption.retire(retired);
-                self.world.set_leave(adoption.leave());
+                let leave = adoption.leave();
+                // Before anybody else begins something, and again when that is in the kernel.
+                self.reserve_ports();
+                self.world.set_leave(leave);
                 // Rules serve the node from now on, or until what they have begun has been taken over.
                 self.report.keep_rules(true);
                 self.taken_over = false;
@@ -429,6 +445,21 @@ impl Agent {
             }
         }
         self.report.retired(self.adoption.as_ref().is_some_and(adopt::Adoption::is_retired));
+    }
+
+    /// While another proxy serves what is new, it is told which source ports are ours.
+    fn reserve_ports(&mut self) {
+        if self.adoption.as_ref().is_some_and(|adoption| adoption.leave() & LEAVE_NEW != 0) {
+            let written = planner_flags(self.planner.as_ref()) & LEAVE_NEW != 0;
+            match self.reserve.keep_up(self.sweeper.flows(), written) {
+                Ok(0) => {}
+                Ok(count) => tracing::debug!("{count} source ports are held in connection tracking"),
+                Err(error) => tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "another proxy may masquerade with source ports of flows that go on"
+                ),
+            }
+        }
     }
 
     /// Goes on with taking over connections from a kube-proxy; when that is done its rules may go.
@@ -448,6 +479,7 @@ impl Agent {
         let left = planner_flags(self.planner.as_ref());
         let done = left == 0 && self.adoption.as_ref().is_some_and(|adoption| adoption.leave() == 0);
         if done && !std::mem::replace(&mut self.taken_over, true) {
+            self.report.left_to_netfilter(self.adoption.as_ref().map_or(0, adopt::Adoption::left));
             self.report.keep_rules(false);
             self.report.take_over(&self.config);
         }
@@ -538,7 +570,6 @@ impl Agent {
 
 /// What is left to another proxy, as it stands in the kernel.
 fn planner_flags(planner: Option<&Planner>) -> u32 {
-    use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
     planner.map_or(0, |planner| planner.actual().config.flags & (LEAVE_NEW | LEAVE_MIDDLE))
 }
 

@@ -265,6 +265,11 @@ impl Report {
         self.retired = retired;
     }
 
+    /// So many connections of a kube-proxy's are netfilter's still.
+    pub(super) fn left_to_netfilter(&self, count: usize) {
+        self.take_over.left(count);
+    }
+
     /// Whether rules of a kube-proxy are to be left alone.
     pub(super) fn keep_rules(&self, keep: bool) {
         self.take_over.keep(keep);

@@ -465,9 +465,9 @@ impl State {
     pub const LIVE: Self = Self(2);
     /// Over: its legs count no more and are about to be deleted.
     pub const ENDED: Self = Self(3);
-    /// A connection that another proxy has begun, about to be translated by us: its packets wait where they enter until the
-    /// kernel's connection tracking has let go of it, at most for [`HOLD`].
-    pub const HELD: Self = Self(4);
+    /// A connection that another proxy has begun, and that is still translated by netfilter: its packets pass. An answer that
+    /// netfilter has not translated is.
+    pub const LEFT: Self = Self(4);
 }
 
 /// Bits of [`Flow::flags`].
@@ -488,10 +488,6 @@ pub mod flow_flags {
 
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
 pub const SILENCE: u64 = 1_000_000_000;
-
-/// How long packets wait at most for somebody who adopts their connection, in nanoseconds: a busy node may take a second where
-/// an idle one takes milliseconds.
-pub const HOLD: u64 = 5_000_000_000;
 
 /// Towards the endpoint: an index of [`Flow::seen`] and its like.
 pub const FORWARD: usize = 0;
@@ -589,7 +585,7 @@ impl Flow {
     };
 
     /// A connection from `client` to a Service (`asked`) that another proxy has led to `endpoint`, under the address and port
-    /// `source` if it has masqueraded it; else it is held. `meant` says that both ends have shown that they mean it.
+    /// `source` if it has masqueraded it: left to netfilter for now. `meant` says that both ends have shown that they mean it.
     #[must_use]
     pub const fn adopted(
         asked: &Tuple,
@@ -612,25 +608,24 @@ impl Flow {
             flow.source = flow.pairs[INNER].seal() | 1;
         }
         (flow.service, flow.backend, flow.generation) = (service, backend, generation);
-        // Behind a masquerade connection tracking knows another tuple, which is in nobody's way.
-        flow.state = if source.is_some() { State::LIVE } else { State::HELD };
+        flow.state = State::LEFT;
         (flow.old, flow.legs) = (meant as u8, 2);
         (flow.seen, flow.born, flow.checked) = ([now, if answered { now } else { 0 }], now, now);
         flow
     }
 
-    /// Whether this is the flow `id`, and it is held.
+    /// Whether this is the flow `id`, and netfilter translates its packets.
     #[inline(always)]
     #[must_use]
-    pub const fn is_held(&self, id: FlowId) -> bool {
-        self.id.0 == id.0 && self.state.0 == State::HELD.0
+    pub const fn is_left(&self, id: FlowId) -> bool {
+        self.id.0 == id.0 && self.state.0 == State::LEFT.0
     }
 
-    /// The same, and its packets wait where they enter.
+    /// Whether this is the flow `id`, and somebody translates its packets.
     #[inline(always)]
     #[must_use]
-    pub const fn waits(&self, id: FlowId, now: u64) -> bool {
-        self.is_held(id) && now.saturating_sub(self.checked) < HOLD
+    pub fn lives(&self, id: FlowId) -> bool {
+        self.is(id) || self.is_left(id)
     }
 
     /// Whether this is the flow `id`, and its packets are translated.
@@ -921,7 +916,7 @@ impl Default for Timeouts {
 }
 
 /// What the agent asks of the program `flows`, as bytes behind an Ethernet header: which work, its two numbers, and what goes
-/// with it: the [`Timeouts`], ids, a record, or indices. All words are in host order.
+/// with it: the [`Timeouts`], ids, or a record. All words are in host order.
 pub mod ask {
     /// Look through the records from the first number on, as many as the second says (at most [`MOST`]): free those that
     /// are new, take apart those that are over. The answer is how many were taken apart.
@@ -930,13 +925,17 @@ pub mod ask {
     /// many there were.
     pub const END: u32 = 2;
     /// Make a flow of the record that follows, but for its first [`RECORD_AT`] bytes, which are the record's own. The answer is
-    /// its index; 0 if a flow of ours has one of its pairs and is as good, or [`NO_ROOM`].
+    /// its index; 0 if a flow of ours has its outer pair and is newer, or [`NO_ROOM`].
     pub const ADOPT: u32 = 3;
     /// See [`ADOPT`].
     pub const NO_ROOM: u32 = u32::MAX - 1;
-    /// Those that have been adopted are held no longer: the first number says how many (at most [`MOST_IDS`]); their indices
-    /// follow. The answer is how many there were.
-    pub const RELEASE: u32 = 4;
+    /// With an index: it had been adopted before.
+    pub const KNOWN: u32 = 1 << 30;
+    /// With an index: another flow has its middle pair, so it can only stay with netfilter.
+    pub const ALONE: u32 = 1 << 29;
+    /// The flow that has been adopted in the record of the first number is translated by us from now on. The answer is 1 if
+    /// it is.
+    pub const TAKE: u32 = 4;
     /// Where the record's own part ends: identity and claims.
     pub const RECORD_AT: usize = 16;
     /// Where the question begins.

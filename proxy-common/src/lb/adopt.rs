@@ -1,8 +1,8 @@
 //! Another proxy on this node: what is left to it, and how the connections that it has begun become flows.
 //!
-//! A connection that was masqueraded becomes a flow at once. Another one is adopted in three steps: [`adopt`] enters its legs,
-//! and from then on its packets wait where they enter; the agent has the kernel's connection tracking let go of it, which would
-//! otherwise have the tuple that we lead it to already, and give it another port; [`release`] has its packets translated.
+//! A connection is first noted as a flow that is left to netfilter ([`adopt`]): its packets pass, and nothing changes for them.
+//! Then the agent sees to it that neither the kernel's connection tracking is in the way of the same packets translated by us,
+//! nor anybody misses an entry there, and [`take`] has them translated.
 
 use super::{Entered, Tables, flow, select};
 use crate::abi::{Flow, FlowId, Role, State, ask, config, flow_flags};
@@ -21,13 +21,6 @@ pub fn goes_on<T: Tables>(tables: &T) -> bool {
     tables.config().is_some_and(|config| config.flags & config::LEAVE_MIDDLE != 0)
 }
 
-/// Whether a packet of this flow waits.
-#[inline(always)]
-pub fn waits<T: Tables>(tables: &T, id: FlowId) -> bool {
-    let now = tables.now();
-    tables.record(id.index(), |flow| flow.waits(id, now)) == Some(true)
-}
-
 /// Whether a packet to a Service that belongs to no flow of ours is left to another proxy.
 #[inline(always)]
 pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
@@ -36,10 +29,8 @@ pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
     flags & config::LEAVE_NEW != 0 || middle && flags & config::LEAVE_MIDDLE != 0
 }
 
-/// Makes a flow of what another proxy has begun, which `fill` writes to a record: everything but its id and claims. A flow of
-/// ours that has one of its pairs makes room if it is held itself (somebody died over it), if it notes that the node speaks (for
-/// the other proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer
-/// connection, and stays. The answer is that of [`ask::ADOPT`].
+/// Makes a flow of what another proxy has begun, which `fill` writes to a record: everything but its id and claims. It is left to
+/// netfilter until [`take`]. The answer is that of [`ask::ADOPT`].
 #[inline(always)]
 pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
     let Some(index) = tables.take_record() else {
@@ -52,7 +43,7 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
     }
     let now = tables.now();
     let filled = tables.record(index, |flow| {
-        let filled = fill(flow) && matches!(flow.state, State::HELD | State::LIVE);
+        let filled = fill(flow) && flow.state == State::LEFT;
         flow.checked = now;
         (flow.id, filled)
     });
@@ -60,16 +51,20 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
         dissolve_at(tables, index);
         return 0;
     };
-    for role in [Role::MIDDLE, Role::OUTER, Role::INNER] {
-        if tables.record(index, |flow| flow.has(role)) != Some(true) {
-            continue;
-        }
-        let entered = enter_adopted(tables, id, role);
-        if entered != Entered::Done {
-            tables.dissolve(id);
-            return if entered == Entered::Full { ask::NO_ROOM } else { 0 };
-        }
+    let mut holder = FlowId::NONE;
+    let entered = enter(tables, id, Role::OUTER, &mut holder);
+    if entered != Entered::Done {
+        let known = entered == Entered::Taken && is_the_same(tables, id, holder);
+        tables.dissolve(id);
+        return match entered {
+            Entered::Full => ask::NO_ROOM,
+            _ if known => holder.index() | ask::KNOWN,
+            _ => 0,
+        };
     }
+    // Behind a masquerade the answers are for the node until they have been translated.
+    let plain = tables.record(index, |flow| !flow.has_source()) == Some(true);
+    let alone = plain && enter(tables, id, Role::MIDDLE, &mut holder) != Entered::Done;
     let bound = tables.record(index, |flow| {
         let bound = flow.flags & flow_flags::AFFINITY != 0;
         (bound, flow.service, flow.backend, flow.generation, *flow.client().0)
@@ -78,33 +73,48 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
         select::remember(tables, service, backend, generation, client);
     }
     tables.unclaim(index);
-    index
+    if alone { index | ask::ALONE } else { index }
 }
 
+/// Whether two flows lead to the same endpoint under the same address.
 #[inline(always)]
-fn enter_adopted<T: Tables>(tables: &T, id: FlowId, role: Role) -> Entered {
+fn is_the_same<T: Tables>(tables: &T, id: FlowId, other: FlowId) -> bool {
+    let leads = |flow: &mut Flow| {
+        let (addr, port) = flow.endpoint();
+        (addr.0, port, if flow.has_source() { flow.source } else { 0 })
+    };
+    let one = tables.record(id.index(), leads);
+    one.is_some() && one == tables.record(other.index(), leads)
+}
+
+/// Enters a leg of a flow that is being adopted. A flow of ours that has its pair makes room if it notes that the node speaks
+/// (for the other proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer
+/// connection, and stays; one that has been adopted before is this one, or over since (connection tracking has each tuple once).
+#[inline(always)]
+fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
     for _ in 0..2 {
-        let mut holder = FlowId::NONE;
-        match tables.enter(id, role, &mut holder) {
+        match tables.enter(id, role, holder) {
             Entered::Done | Entered::Kept => return Entered::Done,
             Entered::Over => {}
             Entered::Taken => {
+                let held = *holder;
+                if held == FlowId::NONE || role == Role::OUTER && is_the_same(tables, id, held) {
+                    return Entered::Taken;
+                }
                 let yields = |flow: &mut Flow| {
-                    flow.id == holder
-                        && (flow.state == State::HELD
-                            || flow.is_own()
-                            || flow.old == 0
-                                && flow.proto() == Proto::UDP
-                                && flow.flags & flow_flags::ADOPTED == 0)
+                    let fresh = flow.old == 0 && flow.proto() == Proto::UDP;
+                    let adopted = flow.flags & flow_flags::ADOPTED != 0;
+                    flow.is_left(held) && role == Role::OUTER
+                        || flow.is(held) && (flow.is_own() || fresh && !adopted)
                 };
-                if holder == FlowId::NONE || tables.record(holder.index(), yields) != Some(true) {
+                if tables.record(held.index(), yields) != Some(true) {
                     return Entered::Taken;
                 }
             }
             Entered::Full => return Entered::Full,
         }
-        if tables.take_apart(holder) == 0 {
-            return Entered::Taken;
+        if tables.take_apart(*holder) == 0 {
+            break;
         }
     }
     Entered::Taken
@@ -118,19 +128,26 @@ fn dissolve_at<T: Tables>(tables: &T, index: u32) {
     }
 }
 
-/// A flow that has been adopted is held no longer; 1 if there is one.
+/// A flow that has been adopted is translated by us from now on, if all its pairs can be had; 1 if it is.
 #[inline(always)]
-pub fn release<T: Tables>(tables: &T, index: u32) -> u32 {
+pub fn take<T: Tables>(tables: &T, index: u32) -> u32 {
     if !tables.claim(index) {
         return 0;
     }
-    let held = tables.record(index, |flow| {
-        let held = flow.state == State::HELD;
-        if held {
-            flow.state = State::LIVE;
+    let found = tables.record(index, |flow| (flow.id, flow.state, flow.has_source()));
+    let taken = match found {
+        Some((_, State::LIVE, _)) => true,
+        Some((id, State::LEFT, masqueraded)) => {
+            let mut holder = FlowId::NONE;
+            let taken = enter(tables, id, Role::MIDDLE, &mut holder) == Entered::Done
+                && (!masqueraded || enter(tables, id, Role::INNER, &mut holder) == Entered::Done);
+            if taken {
+                let _ = tables.record(index, |flow| flow.state = State::LIVE);
+            }
+            taken
         }
-        held
-    });
+        _ => false,
+    };
     tables.unclaim(index);
-    u32::from(held == Some(true))
+    u32::from(taken)
 }

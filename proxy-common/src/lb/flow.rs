@@ -1,8 +1,8 @@
 //! The life of a flow: found by its packets, begun whole, taken apart whole.
 
-use super::{Entered, Inserted, Ring, Tables, Touch, Touched, adopt, select::Choice};
+use super::{Entered, Inserted, Ring, Tables, Touch, Touched, select::Choice};
 use crate::abi::{
-    FORWARD, Flow, FlowId, HOLD, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
+    FORWARD, Flow, FlowId, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
     flow_flags, frontend, window,
 };
 use crate::addr::{Port, Proto};
@@ -110,10 +110,9 @@ impl Way {
 #[inline(always)]
 fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     let forward = leg.forward;
-    if !flow.is(leg.id) {
-        // An answer of the node itself has not waited: whether connection tracking still has it or not, here it is ours.
-        let held = hook == Hook::EGRESS && flow.is_held(leg.id);
-        return if held { Look::Go } else { Look::None };
+    let left = flow.is_left(leg.id);
+    if !left && !flow.is(leg.id) {
+        return Look::None;
     }
     if matches!(packet.kind, Kind::IcmpError) {
         return Look::Go;
@@ -121,13 +120,13 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     let fresh = packet.is_syn();
     // Past the Service to its endpoint. If a flow from that port is over, or its client silent, answers must not be
     // translated any more (D-5, D-19). A bridge shows the packet only where it leaves; there a packet of the flow itself
-    // comes, too, but that has been seen as such a moment before.
+    // comes, too, but that has been seen as such a moment before. What netfilter has rewritten looks the same.
     if forward && leg.role == Role::MIDDLE {
         let silent = now.saturating_sub(flow.seen[FORWARD]);
         let over =
             fresh && (flow.is_reset() || flow.fin[REPLY] != 0) && (hook == Hook::INGRESS || silent > MOMENT);
         let gone = packet.tuple.proto == Proto::UDP && silent > SILENCE;
-        return if over || gone { Look::Superseded } else { Look::Go };
+        return if (over || gone) && !left { Look::Superseded } else { Look::Go };
     }
     if hook == Hook::EGRESS || !forward {
         // Who is asked by somebody that it once asked, or only tried to ask, is asked anew.
@@ -137,7 +136,8 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
             && leg.role == Role::OUTER
             && !forward
             && packet.tuple.proto == Proto::UDP
-            && !flow.is_identity();
+            && !flow.is_identity()
+            && !left;
         let over = asked && (flow.is_over(now) || flow.seen[REPLY] == 0) || own;
         return if over { Look::Over } else { Look::Go };
     }
@@ -173,8 +173,10 @@ fn pass<T: Tables>(
     let forward = leg.forward;
     let error = matches!(packet.kind, Kind::IcmpError);
     let enters = hook == Hook::INGRESS;
+    let left = flow.state == State::LEFT;
     let mut counts = true;
     let touch = match leg.role {
+        Role::OUTER if left && enters == forward => Touch::Pass,
         Role::OUTER if enters && forward => Touch::Rewrite,
         Role::MIDDLE if !enters && !forward => {
             edit.out = flow.uplink;
@@ -286,7 +288,7 @@ pub(super) fn care_for<T: Tables>(tables: &T, packet: &Packet, found: &Touched) 
 pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: bool) -> u32 {
     let now = tables.now();
     let due = tables.record(id.index(), |flow| {
-        if !flow.is(id) {
+        if !flow.lives(id) {
             return false;
         }
         if flow.old == 0 {
@@ -489,7 +491,7 @@ pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId)
         }
         let now = tables.now();
         let state =
-            tables.record(found.index(), |flow| (flow.id == found, flow.is(found), flow.is_over(now)));
+            tables.record(found.index(), |flow| (flow.id == found, flow.lives(found), flow.is_over(now)));
         if let Some((true, lives, over)) = state {
             *holder = found;
             return if lives && !over { Entered::Taken } else { Entered::Over };
@@ -697,15 +699,8 @@ pub fn sweep<T: Tables>(tables: &T, index: u32, timeouts: &Timeouts) -> u32 {
             }
             0
         }
-        Some((State::LIVE, id, true)) | Some((State::ENDED, id, _)) => tables.take_apart(id),
-        // Whoever held it has died over it. While connections are adopted it comes to it again.
-        Some((State::HELD, ..)) if !adopt::goes_on(tables) => {
-            if tables.record(index, |flow| now.saturating_sub(flow.checked) >= HOLD) == Some(true) {
-                tables.release(index);
-            }
-            0
-        }
-        Some((State::LIVE, id, false)) => {
+        Some((State::LIVE | State::LEFT, id, true)) | Some((State::ENDED, id, _)) => tables.take_apart(id),
+        Some((State::LIVE | State::LEFT, id, false)) => {
             let lost =
                 |flow: &mut Flow| tables.leg(&flow.pairs[Role::OUTER.index()]).is_none_or(|leg| leg.id != id);
             if tables.record(index, lost) == Some(true) { tables.take_apart(id) } else { 0 }

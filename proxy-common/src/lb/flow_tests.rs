@@ -874,37 +874,113 @@ fn adopt(node: &Node, flow: &Flow) -> u32 {
     })
 }
 
+/// The same, and it is ours from then on.
+fn take(node: &Node, flow: &Flow) -> u32 {
+    let index = adopt(node, flow);
+    assert_eq!(super::adopt::take(&node.tables, index), 1, "{index:#x}");
+    index
+}
+
 #[test]
-fn what_another_proxy_has_begun_waits_until_it_is_released_and_then_is_a_flow_like_others() {
+fn what_another_proxy_has_begun_is_netfilter_s_until_it_is_taken_and_then_a_flow_like_others() {
+    for proto in [Proto::TCP, Proto::UDP] {
+        let node = masquerading();
+        let (ask, asked) = (key(CLIENT, VIP, proto), key(CLIENT, ENDPOINT, proto));
+        let run_at = |hook, tuple: &Tuple| {
+            let packet = match proto {
+                Proto::TCP => segment(tuple, ACK, [7, 9], b"", false),
+                _ => frame(tuple, 0, b"?", false),
+            };
+            run(&node.tables, &packet, hook, ETH)
+        };
+        let index = adopt(&node, &adopted(&node, None, proto, true));
+        assert_ne!(index, 0);
+        // As netfilter has them: the question before and behind it, and the answer.
+        assert_eq!(run_at(Hook::INGRESS, &ask), Outcome::Passed);
+        assert_eq!(run_at(Hook::EGRESS, &asked), Outcome::Passed);
+        assert_eq!(run_at(Hook::INGRESS, &asked.reversed()), Outcome::Passed);
+        let seen = the_flow(&node).seen;
+        node.tables.now.set(node.tables.now.get() + 1_000_000_000);
+        assert_eq!(run_at(Hook::EGRESS, &ask.reversed()), Outcome::Passed);
+        assert_eq!(run_at(Hook::INGRESS, &ask), Outcome::Passed);
+        assert!(
+            the_flow(&node).seen[0] > seen[0] && the_flow(&node).seen[1] > seen[1],
+            "{proto}: it is seen"
+        );
+        // An answer that netfilter has left alone.
+        let Outcome::Rewritten(back) = run_at(Hook::EGRESS, &asked.reversed()) else { panic!("{proto}") };
+        assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
+        assert_eq!(super::adopt::take(&node.tables, index), 1);
+        assert_eq!(super::adopt::take(&node.tables, index), 1, "it is");
+        let Outcome::Rewritten(there) = run_at(Hook::INGRESS, &ask) else { panic!("{proto}") };
+        assert_eq!(tuple(&there).unwrap().tuple, asked);
+        assert_eq!(run_at(Hook::INGRESS, &asked.reversed()), Outcome::Passed);
+        let Outcome::Rewritten(back) = run_at(Hook::EGRESS, &asked.reversed()) else { panic!("{proto}") };
+        assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
+        assert_eq!(node.tables.broken_flows(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn what_is_netfilter_s_ends_like_others() {
     let node = masquerading();
-    let (ask, asked) = (key(CLIENT, VIP, Proto::TCP), key(CLIENT, ENDPOINT, Proto::TCP));
-    let flow = adopted(&node, None, Proto::TCP, true);
+    adopt(&node, &adopted(&node, None, Proto::TCP, true));
+    let ask = key(CLIENT, VIP, Proto::TCP);
+    let says =
+        |hook, tuple: &Tuple, flags| run(&node.tables, &segment(tuple, flags, [7, 9], b"", false), hook, ETH);
+    says(Hook::INGRESS, &ask, FIN_ACK);
+    says(Hook::EGRESS, &ask.reversed(), FIN_ACK);
+    assert_eq!(the_flow(&node).fin, [1, 1]);
+    // A new connection from the same port is ours.
+    assert!(matches!(says(Hook::INGRESS, &ask, SYN), Outcome::Rewritten(_)));
+    assert!(the_flow(&node).state == State::LIVE);
+    // And silence ends it.
+    let node = masquerading();
+    adopt(&node, &adopted(&node, None, Proto::UDP, true));
+    node.tables.now.set(node.tables.now.get() + 121_000_000_000);
+    assert_eq!(sweep(&node), 1);
+    assert_eq!(node.tables.flows.borrow().len(), 0);
+}
+
+#[test]
+fn without_its_endpoint_what_is_netfilter_s_and_over_udp_is_chosen_anew() {
+    let mut node = masquerading();
+    let flow = adopted(&node, None, Proto::UDP, true);
+    adopt(&node, &flow);
+    node.tables.backends.get_mut(&flow.backend).unwrap().generation += 1;
+    let next = run(&node.tables, &frame(&key(CLIENT, VIP, Proto::UDP), 0, b"?", false), Hook::INGRESS, ETH);
+    assert!(matches!(next, Outcome::Rewritten(_)), "{next:?}");
+    assert!(the_flow(&node).state == State::LIVE);
+}
+
+#[test]
+fn one_whose_middle_pair_is_another_s_stays_netfilter_s() {
+    let node = masquerading();
+    let talk = Talk::open(&node, CLIENT, VIP);
+    // To another frontend, with the same endpoint behind it.
+    let mut flow = adopted(&node, None, Proto::TCP, true);
+    let asked = key(CLIENT, (NODE, 30_999), Proto::TCP);
+    flow.near[0] = asked.write_pair(&mut flow.pairs[0]) as u8;
+    let answer = adopt(&node, &flow);
+    assert_ne!(answer & crate::abi::ask::ALONE, 0);
+    assert_eq!(super::adopt::take(&node.tables, answer & !crate::abi::ask::ALONE), 0);
+    let passes = segment(&asked, ACK, [7, 9], b"", false);
+    assert_eq!(run(&node.tables, &passes, Hook::INGRESS, ETH), Outcome::Passed);
+    talk.goes_on();
+    // Behind a masquerade that is found out later.
+    let mut flow = adopted(&node, Some((NODE, 61_234)), Proto::TCP, true);
+    let asked = key(CLIENT, (NODE, 30_998), Proto::TCP);
+    flow.near[0] = asked.write_pair(&mut flow.pairs[0]) as u8;
     let index = adopt(&node, &flow);
-    assert_ne!(index, 0);
-    let enter =
-        |tuple: &Tuple| run(&node.tables, &segment(tuple, ACK, [7, 9], b"", false), Hook::INGRESS, ETH);
-    let leave =
-        |tuple: &Tuple| run(&node.tables, &segment(tuple, ACK, [9, 7], b"", false), Hook::EGRESS, ETH);
-    // Both directions, where they enter.
-    assert_eq!(enter(&ask), Outcome::Waits);
-    assert_eq!(enter(&asked.reversed()), Outcome::Waits);
-    // What has passed before leaves as it should, whoever has translated it.
-    assert_eq!(leave(&ask.reversed()), Outcome::Passed);
-    let Outcome::Rewritten(back) = leave(&asked.reversed()) else { panic!("not translated") };
-    assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
-    assert_eq!(super::adopt::release(&node.tables, index), 1);
-    assert_eq!(super::adopt::release(&node.tables, index), 0, "once");
-    let Outcome::Rewritten(there) = enter(&ask) else { panic!("not translated") };
-    assert_eq!(tuple(&there).unwrap().tuple, asked);
-    assert_eq!(enter(&asked.reversed()), Outcome::Passed);
-    assert_eq!(node.flows(), [0, 1]);
+    assert_eq!(super::adopt::take(&node.tables, index), 0);
+    talk.goes_on();
+    assert_eq!(node.tables.live().len(), 3);
 }
 
 #[test]
 fn the_last_words_of_an_adopted_connection_are_believed_though_nothing_before_them_is_known() {
     let node = masquerading();
-    let index = adopt(&node, &adopted(&node, None, Proto::TCP, true));
-    super::adopt::release(&node.tables, index);
+    take(&node, &adopted(&node, None, Proto::TCP, true));
     let (ask, asked) = (key(CLIENT, VIP, Proto::TCP), key(CLIENT, ENDPOINT, Proto::TCP));
     let says = |hook, tuple: &Tuple, numbers| {
         run(&node.tables, &segment(tuple, FIN_ACK, numbers, b"", false), hook, ETH);
@@ -919,10 +995,21 @@ fn the_last_words_of_an_adopted_connection_are_believed_though_nothing_before_th
 }
 
 #[test]
-fn a_masqueraded_one_is_a_flow_at_once_and_keeps_its_port() {
+fn a_masqueraded_one_keeps_its_port() {
     let node = masquerading();
     let (ask, seen) = (key(CLIENT, VIP, Proto::UDP), key((NODE, 61_234), ENDPOINT, Proto::UDP));
-    assert_ne!(adopt(&node, &adopted(&node, Some((NODE, 61_234)), Proto::UDP, true)), 0);
+    let index = adopt(&node, &adopted(&node, Some((NODE, 61_234)), Proto::UDP, true));
+    // As netfilter has them.
+    let run_at = |hook, tuple: &Tuple| run(&node.tables, &frame(tuple, 0, b"?", false), hook, ETH);
+    for (hook, tuple) in [
+        (Hook::INGRESS, ask),
+        (Hook::EGRESS, seen),
+        (Hook::INGRESS, seen.reversed()),
+        (Hook::EGRESS, ask.reversed()),
+    ] {
+        assert_eq!(run_at(hook, &tuple), Outcome::Passed, "{tuple:?}");
+    }
+    assert_eq!(super::adopt::take(&node.tables, index), 1);
     let left = node.leave(&node.enter(&frame(&ask, 0, b"?", false)));
     assert_eq!(tuple(&left).unwrap().tuple, seen);
     let back = node.leave(&node.enter(&frame(&seen.reversed(), 0, b"!", false)));
@@ -938,30 +1025,7 @@ fn a_client_that_was_bound_to_its_endpoint_stays_so() {
     let index = adopt(&node, &flow);
     let found: Vec<u32> = node.tables.affinity.borrow().values().map(|bound| bound.backend).collect();
     assert_eq!(found, [flow.backend]);
-    super::adopt::release(&node.tables, index);
-}
-
-#[test]
-fn who_holds_it_too_long_has_died_over_it() {
-    let mut node = masquerading();
-    // While connections are adopted somebody comes to it once more.
-    node.tables.config.as_mut().unwrap().flags |= config::LEAVE_MIDDLE;
-    assert_ne!(adopt(&node, &adopted(&node, None, Proto::TCP, true)), 0);
-    let ask = segment(&key(CLIENT, VIP, Proto::TCP), ACK, [7, 9], b"", false);
-    assert_eq!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
-    assert_eq!(sweep(&node), 0);
-    assert_eq!(
-        run(&node.tables, &ask, Hook::INGRESS, ETH),
-        Outcome::Waits,
-        "the sweep leaves it alone for a while"
-    );
-    node.wait(5_100);
-    assert_ne!(run(&node.tables, &ask, Hook::INGRESS, ETH), Outcome::Waits);
-    sweep(&node);
-    assert_eq!(node.tables.live().len(), 0);
-    node.tables.config.as_mut().unwrap().flags &= !config::LEAVE_MIDDLE;
-    sweep(&node);
-    assert!(the_flow(&node).state == State::LIVE);
+    assert_eq!(super::adopt::take(&node.tables, index), 1);
 }
 
 #[test]
@@ -973,10 +1037,12 @@ fn a_connection_of_ours_is_newer_than_one_that_would_have_its_ends() {
     // A datagram tells nothing of the kind: the conversation has begun before it.
     let first = ask(&node, CLIENT, VIP, Proto::UDP);
     assert_ne!(tuple(&first).unwrap().tuple.sport.number(), 61_234);
-    assert_ne!(adopt(&node, &adopted(&node, Some((NODE, 61_234)), Proto::UDP, false)), 0);
+    let index = take(&node, &adopted(&node, Some((NODE, 61_234)), Proto::UDP, false));
     let next = ask(&node, CLIENT, VIP, Proto::UDP);
     assert_eq!(tuple(&next).unwrap().tuple.sport.number(), 61_234);
-    // Adopted once, it stays as it is.
+    // Adopted once, it stays as it is, whatever else connection tracking still has.
+    let again = adopted(&node, Some((NODE, 61_234)), Proto::UDP, false);
+    assert_eq!(adopt(&node, &again), index | crate::abi::ask::KNOWN);
     assert_eq!(adopt(&node, &adopted(&node, Some((NODE, 61_235)), Proto::UDP, false)), 0);
     assert_eq!(ask(&node, CLIENT, VIP, Proto::UDP), next);
     assert_eq!(node.flows()[1], 1);
@@ -988,8 +1054,12 @@ fn without_room_nothing_is_adopted_and_nothing_left_behind() {
     let mut node = masquerading();
     node.tables.max_flows = Some(2);
     let masqueraded = adopted(&node, Some((NODE, 61_234)), Proto::TCP, true);
-    assert_eq!(adopt(&node, &masqueraded), crate::abi::ask::NO_ROOM);
-    assert_eq!(node.tables.flows.borrow().len(), 0);
+    let index = adopt(&node, &masqueraded);
+    assert_eq!(super::adopt::take(&node.tables, index), 0);
+    assert!(the_flow(&node).state == State::LEFT, "it stays netfilter's");
+    node.tables.max_flows = Some(0);
+    assert_eq!(adopt(&node, &adopted(&node, None, Proto::UDP, true)), crate::abi::ask::NO_ROOM);
+    assert_eq!(node.tables.flows.borrow().len(), 2);
     let mut node = masquerading();
     node.tables.max_records = Some(1);
     assert_eq!(adopt(&node, &masqueraded), crate::abi::ask::NO_ROOM);

@@ -2,7 +2,7 @@
 //! get the client.
 
 use super::{Choice, Recalled, Tables, Touch, Verdict, adopt, flow, open};
-use crate::abi::{FlowId, Hook, Reason, address};
+use crate::abi::{Hook, Reason, address};
 use crate::addr::Proto;
 use crate::wire::{Edit, Kind, Packet};
 
@@ -29,7 +29,6 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
             }
             return if found.touch == Touch::Rewrite { Verdict::Rewrite } else { Verdict::Pass };
         }
-        Touch::None if found.id != FlowId::NONE && adopt::waits(tables, found.id) => return Verdict::Wait,
         Touch::None | Touch::Masquerade => {}
         Touch::Stale | Touch::Over | Touch::Superseded => {
             tables.take_apart(found.id);

@@ -298,13 +298,6 @@ pub trait Tables {
     {
         flow::sweep(self, index, timeouts)
     }
-    /// [`adopt::release`].
-    fn release(&self, index: u32) -> u32
-    where
-        Self: Sized,
-    {
-        adopt::release(self, index)
-    }
     /// [`recall_fragment`].
     fn recall_fragment(&self, packet: &mut Packet) -> Recalled
     where

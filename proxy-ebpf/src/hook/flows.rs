@@ -6,7 +6,7 @@ use aya_ebpf::programs::TcContext;
 use proxy_common::abi::{FlowId, Timeouts, ask};
 use proxy_common::wire::Frame as _;
 
-use crate::cut::{cut_adopt, cut_release, cut_sweep, cut_take_apart, scratch};
+use crate::cut::{cut_adopt, cut_sweep, cut_take, cut_take_apart, scratch};
 use crate::skb::Skb;
 
 /// What it is asked is in [`ask`].
@@ -41,15 +41,7 @@ fn answer(skb: &Skb) -> Option<i32> {
         ask::ADOPT => {
             done = cut_adopt(skb.0, ask::BODY as u32);
         }
-        ask::RELEASE => {
-            for n in 0..ask::MOST_IDS {
-                if n >= first {
-                    break;
-                }
-                let [index] = skb.load::<[u32; 1]>(ask::BODY + n as usize * 4)?;
-                done += cut_release(index);
-            }
-        }
+        ask::TAKE => done = cut_take(first),
         _ => return None,
     }
     Some(done as i32)

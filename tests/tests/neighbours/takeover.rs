@@ -4,14 +4,14 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::ScopedJoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::pod::Place;
-use proxy_tests::probe::Ask;
 use proxy_tests::town::{Plan, PodNetwork, Town};
 
-use crate::common::{MOMENT, PORT, Proxy, Web, answer, is_served, leave_rules, servers, soon};
+use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_rules, servers, soon};
 use crate::talk::{Talk, Way};
 
 /// One Service leads to a pod of the node itself, one to a pod of another.
@@ -45,12 +45,6 @@ fn talk_through(town: &Town) -> Result<Vec<Talk>> {
     })
 }
 
-/// From a pod to the ClusterIPs: nobody masquerades these, so that no two proxies can choose the same port, which neither knows
-/// of the other (ARCHITECTURE 3b, what remains).
-fn talk_unmasqueraded(town: &Town) -> Result<Vec<Talk>> {
-    talk(town, |web| vec![(town.place("a"), web.cluster_ips())])
-}
-
 /// As [`talk_through`], and from the node itself, by rules: the sockets of tests are in no cgroup of an agent.
 fn talk_all(town: &Town) -> Result<Vec<Talk>> {
     let mut talks = talk_through(town)?;
@@ -73,10 +67,8 @@ fn talk<'a>(town: &Town, asks: impl Fn(&Web) -> Vec<(&'a Place, [SocketAddr; 2])
     Ok(talks)
 }
 
-/// Does `work` while new TCP connections are made to `SHORT` without a pause. None of them may fail.
-///
-/// Connections that are busy at that moment, and single datagrams, are not asked for: some are lost still.
-fn meanwhile<T>(town: &Town, work: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Does `work` while these connections are used, and new ones are made to `SHORT`, without a pause. None of them may fail.
+fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
     let rounds = |what: &str, round: &dyn Fn() -> Result<()>| {
         let mut rounds = 0;
@@ -90,26 +82,16 @@ fn meanwhile<T>(town: &Town, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let joined =
         |thread: ScopedJoinHandle<'_, Result<()>>| thread.join().map_err(|_| anyhow!("a thread panicked"))?;
     std::thread::scope(|scope| {
-        let asking = scope.spawn(|| rounds("new", &|| connect_all(town, &SHORT)));
+        let speaking = scope.spawn(|| rounds("held", &|| busy.iter().try_for_each(Talk::exchange)));
+        let asking = scope.spawn(|| rounds("new", &|| ask_all(town, &SHORT)));
         let done = work();
         // A little longer than until it is done.
         std::thread::sleep(MOMENT);
         stop.store(true, Ordering::Relaxed);
+        joined(speaking)?;
         joined(asking)?;
         done
     })
-}
-
-/// The same over TCP alone.
-fn connect_all(town: &Town, webs: &[Web]) -> Result<()> {
-    let [node1, a, outside] = ["node1", "a", "outside"].map(|name| town.place(name));
-    for web in webs {
-        let doors = [(a, web.cluster_ips()), (node1, web.cluster_ips()), (outside, node1.at(web.node_port))];
-        for (client, targets) in doors {
-            targets.into_iter().try_for_each(|to| answer(client, &Ask::tcp(to), web.endpoint).map(drop))?;
-        }
-    }
-    Ok(())
 }
 
 /// A pod, the node itself and somebody outside ask these Services.
@@ -132,12 +114,13 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
         leave_rules(&town, "node1", &webs)?;
         let _servers = servers(&town, &["d", "e"])?;
         let (idle, busy) = (talk_all(&town)?, talk_all(&town)?);
-        let serving = meanwhile(&town, || {
+        let serving = meanwhile(&town, &busy, || {
             let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
             let agent = serving.agent.as_ref().context("an agent")?;
             soon(|| {
                 let log = agent.log_text();
                 ensure!(log.contains("removed what kube-proxy had left"), "{log}");
+                ensure!(log.contains("are translated by this proxy now; 0 stay"), "{log}");
                 Ok(())
             })?;
             Ok(serving)
@@ -152,6 +135,44 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
             talk.push().and_then(|()| talk.exchange()).with_context(|| log.clone())?;
         }
         ask_all(&town, &SHORT)?;
+    }
+    Ok(())
+}
+
+/// The agent that follows finishes what it finds.
+#[test]
+fn an_agent_that_is_killed_while_it_takes_over_leaves_no_connection_alone() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let town = town(PodNetwork::Routed)?;
+    let webs = [WEBS, SHORT].concat();
+    let _servers = servers(&town, &["d", "e"])?;
+    // Each time a little later.
+    for moment in 0..6 {
+        leave_rules(&town, "node1", &webs)?;
+        let talks = talk_all(&town)?;
+        let serving = meanwhile(&town, &talks, || {
+            let mut serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+            let agent = serving.agent.as_mut().context("an agent")?;
+            std::thread::sleep(Duration::from_millis(moment * 150));
+            agent.kill()?;
+            agent.spawn()?;
+            agent.wait_ready()?;
+            soon(|| {
+                let conntrack = agent.json(&["conntrack", "list", "-o", "json"])?.to_string();
+                ensure!(!conntrack.contains("netfilter"), "{conntrack}");
+                ensure!(
+                    agent.log_text().contains("removed what kube-proxy had left"),
+                    "{}",
+                    agent.log_text()
+                );
+                let tables = town.place("node1").netns.output("nft", &["list", "tables"])?;
+                ensure!(!tables.contains("ebpf-proxy-takeover"), "{tables}");
+                Ok(())
+            })?;
+            Ok(serving)
+        })?;
+        let agent = serving.agent.as_ref().context("an agent")?;
+        talks.iter().try_for_each(Talk::exchange).with_context(|| agent.log_text())?;
     }
     Ok(())
 }
@@ -175,7 +196,7 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
         let agent = serving.agent.as_mut().context("an agent")?;
         if before {
             leave_rules(&town, "node1", &webs)?;
-            meanwhile(&town, || {
+            meanwhile(&town, &busy, || {
                 let (status, said) = agent.ask(&["retire"])?;
                 ensure!(
                     status.success() && said.contains("flows go on") && !said.contains("warning"),
@@ -187,11 +208,11 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
             let (status, said) = agent.ask(&["retire"])?;
             ensure!(status.success() && said.contains("warning: nobody serves"), "{said}");
             leave_rules(&town, "node1", &webs)?;
-            meanwhile(&town, || Ok(()))?;
+            meanwhile(&town, &busy, || Ok(()))?;
         }
         // What is new leaves no flow; rules stay although nobody of that name runs.
         soon(|| {
-            let (old, new) = (flows(agent)?, talk_unmasqueraded(&town)?);
+            let (old, new) = (flows(agent)?, talk_all(&town)?);
             new.iter().try_for_each(Talk::exchange)?;
             ensure!(flows(agent)? <= old, "flows have begun");
             Ok(())
@@ -211,7 +232,7 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
         drop((idle, busy));
         let (status, said) = agent.ask(&["retire", "--wait=20s"])?;
         ensure!(status.success() && said.contains("no flow is left"), "{said}");
-        meanwhile(&town, || {
+        meanwhile(&town, &[], || {
             agent.stop()?;
             let (status, said) = agent.ask(&["cleanup"])?;
             ensure!(status.success(), "{said}");
@@ -232,18 +253,57 @@ fn an_agent_that_is_taken_back_takes_over_what_kube_proxy_has_begun() -> Result<
     let agent = serving.agent.as_ref().context("an agent")?;
     let mut talks = Vec::new();
     for _ in 0..3 {
-        talks.extend(talk_unmasqueraded(&town)?);
-        meanwhile(&town, || {
+        talks.extend(talk_all(&town)?);
+        meanwhile(&town, &talks, || {
             let (status, said) = agent.ask(&["retire"])?;
             ensure!(status.success(), "{said}");
             Ok(())
         })?;
-        talks.extend(talk_unmasqueraded(&town)?);
-        meanwhile(&town, || {
+        talks.extend(talk_all(&town)?);
+        meanwhile(&town, &talks, || {
             let (status, said) = agent.ask(&["retire", "--undo"])?;
             ensure!(status.success(), "{said}");
             Ok(())
         })?;
     }
     talks.iter().try_for_each(Talk::exchange)
+}
+
+#[test]
+fn another_proxy_masquerades_with_no_port_of_flows_that_go_on() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let town = town(PodNetwork::Routed)?;
+    let node1 = &town.place("node1").netns;
+    // Four ports are left for masquerading, to either.
+    node1.sysctls(&[("ipv4/ip_local_reserved_ports", "1024-1999,2004-65535")])?;
+    let _servers = servers(&town, &["d", "e"])?;
+    let webs = [WEBS, SHORT].concat();
+    let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+    let agent = serving.agent.as_ref().context("an agent")?;
+    let far = || {
+        let (outside, server) = (town.place("outside"), town.place(FAR.endpoint));
+        let mut talks = Vec::new();
+        for way in [Way::Tcp, Way::Udp] {
+            for (to, at) in town.place("node1").at(FAR.node_port).into_iter().zip(server.at(PORT)) {
+                for _ in 0..2 {
+                    talks.push(Talk::begin(way, (&outside.netns, 0), to, (&server.netns, at))?);
+                }
+            }
+        }
+        anyhow::Ok(talks)
+    };
+    let ours = far()?;
+    let (status, said) = agent.ask(&["retire"])?;
+    ensure!(status.success(), "{said}");
+    node1.nft(
+        "table inet few {
+            chain postrouting {
+                type nat hook postrouting priority srcnat - 1;
+                meta mark & 0x4000 != 0 meta l4proto { tcp, udp } masquerade to :2000-2003
+            }
+        }\n",
+    )?;
+    leave_rules(&town, "node1", &webs)?;
+    let theirs = far().context("the other proxy's")?;
+    ours.iter().chain(&theirs).try_for_each(Talk::exchange)
 }
