@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use proxy_agent::cli::doctor::Trial;
 use proxy_agent::cli::{self, Opened, Rooms};
 use proxy_agent::datapath::load::{self, OBJECT};
+use proxy_agent::datapath::others::others;
 use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::pinned::{Pinned, PinnedError};
 use proxy_agent::datapath::probe::Features;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         open,
         remove,
         trial,
+        others: |root| others(&BpfRoot::new(root)),
         object: OBJECT,
         leftovers: kube_proxy::leftovers_text,
         clean: kube_proxy::clean,

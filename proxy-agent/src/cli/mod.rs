@@ -26,6 +26,7 @@ use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
+use crate::datapath::others::Others;
 use crate::kube_proxy::{self, Cleaned};
 use table::Output;
 use view::{Now, View};
@@ -47,6 +48,8 @@ pub struct Rooms {
     pub clean: fn() -> Cleaned,
     /// Loads the embedded programs and lets them go.
     pub trial: fn() -> doctor::Trial,
+    /// Who else is at the hooks of what is pinned under a root.
+    pub others: fn(&Path) -> Others,
     /// The embedded BPF object; empty when this binary was built without one.
     pub object: &'static [u8],
 }
@@ -236,6 +239,7 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
                 root: Path::new("/"),
                 leftovers: &rooms.leftovers,
                 trial: &rooms.trial,
+                others: &|| (rooms.others)(root),
                 bpf_root: root,
             };
             let report = doctor::examine(&node, rooms.object, agent.as_ref().map_err(|e| format!("{e:#}")));

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::Result;
-use proxy_common::abi::{AgentState, NOTE, untext};
+use proxy_common::abi::{AgentState, NOTE, PROBLEM, untext};
 use serde::Serialize;
 
 use super::table;
@@ -157,6 +157,8 @@ impl Status {
         let (notes, complaints): (Vec<String>, Vec<String>) =
             complaints.into_iter().partition(|line| line.starts_with(NOTE));
         let notes = notes.iter().filter_map(|line| line.strip_prefix(NOTE)).map(str::to_owned).collect();
+        let (refusals, complaints): (Vec<String>, Vec<String>) =
+            complaints.into_iter().partition(|line| line.starts_with(PROBLEM));
         let agent = match state.started_ms {
             0 => None,
             _ => Some(agent(&state, view.is_running()?, now)),
@@ -167,7 +169,8 @@ impl Status {
             .map(|link| link.program.clone())
             .filter(|program| SOCKET_PROGRAMS.contains(&program.as_str()))
             .collect();
-        let problems = problems(agent.as_ref(), &tables);
+        let mut problems = problems(agent.as_ref(), &tables);
+        problems.extend(refusals.iter().filter_map(|line| line.strip_prefix(PROBLEM)).map(refusal));
         let frontends = tables.iter().find(|fill| fill.name == proxy_common::abi::maps::FRONTENDS);
         Ok(Self {
             healthy: problems.is_empty(),
@@ -274,6 +277,11 @@ fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
     found
 }
 
+/// A hook that refuses its programs, in the agent's words.
+fn refusal(line: &str) -> Remark {
+    remark(line, "see `proxy-agent doctor` for who else is at the hook; the agent goes on trying")
+}
+
 fn warnings(agent: Option<&Agent>, links: &[LinkInfo], complaints: &[String]) -> Vec<Remark> {
     let mut found = Vec::new();
     let Some(agent) = agent else { return found };
@@ -292,7 +300,7 @@ fn warnings(agent: Option<&Agent>, links: &[LinkInfo], complaints: &[String]) ->
     for link in links.iter().filter(|link| !link.attached) {
         found.push(remark(
             format!("link {} ({}) is attached to nothing", link.name, link.program),
-            "restart the agent: it attaches what is missing",
+            "a running agent attaches it again within seconds: see its log if it does not",
         ));
     }
     if !complaints.is_empty() {

@@ -67,6 +67,20 @@ impl AddressBits {
         Ok(())
     }
 
+    /// Writes words again that somebody else has changed: how many there are, and how many of them were wrong.
+    pub(super) fn restore(&mut self) -> Result<(usize, usize), TableError> {
+        self.know()?;
+        let mut wrong = BTreeMap::new();
+        self.table.scan(|n, word| {
+            if let Some(known) = self.words.get(n as usize).filter(|known| **known != word) {
+                wrong.insert(n as usize, *known);
+            }
+        })?;
+        let count = wrong.len();
+        self.write(wrong)?;
+        Ok((WORDS, count))
+    }
+
     fn know(&mut self) -> Result<(), TableError> {
         if self.words.is_empty() {
             let mut words = vec![0; WORDS];

@@ -6,9 +6,9 @@
 //! remembers it.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,13 +17,15 @@ use std::time::{Duration, Instant};
 use aya_obj::generated::bpf_attach_type as Hook;
 
 use super::filter::{self, FilterError};
+use super::grace::{self, Expedited};
+use super::hooks::{self, Spot, Unit};
 use super::load::{Loaded, LoadedProgram};
 use super::pin::{self, BpfRoot, PinError};
-use super::sys::{self, LinkFacts, Target};
+use super::sys::{self, LinkFacts};
 use crate::model::Link;
 
 /// The programs of the cgroup root.
-const CGROUP: [(&str, Hook); 8] = [
+pub(super) const CGROUP: [(&str, Hook); 8] = [
     ("connect4", Hook::BPF_CGROUP_INET4_CONNECT),
     ("connect6", Hook::BPF_CGROUP_INET6_CONNECT),
     ("sendmsg4", Hook::BPF_CGROUP_UDP4_SENDMSG),
@@ -95,6 +97,23 @@ pub enum AttachError {
     Pins(#[from] PinError),
 }
 
+impl AttachError {
+    /// Whether what it was to be attached to has just gone: it will be heard of.
+    #[must_use]
+    pub fn is_of_something_gone(&self) -> bool {
+        match self {
+            Self::Renamed { .. } => true,
+            Self::Attach { source, .. } => source.raw_os_error() == Some(libc::ENODEV),
+            Self::Filter(error) => error.is_of_something_gone(),
+            Self::Missing { .. }
+            | Self::CgroupRoot { .. }
+            | Self::Replace { .. }
+            | Self::Pin { .. }
+            | Self::Pins(_) => false,
+        }
+    }
+}
+
 /// How often progress is logged while programs are attached.
 const PROGRESS: Duration = Duration::from_secs(1);
 
@@ -119,7 +138,7 @@ impl Direction {
         }
     }
 
-    fn program(self, layer3: bool) -> &'static str {
+    pub(super) fn program(self, layer3: bool) -> &'static str {
         match (self, layer3) {
             (Self::Ingress, false) => "tc_ingress",
             (Self::Egress, false) => "tc_egress",
@@ -130,7 +149,7 @@ impl Direction {
 }
 
 /// What a pin in the links directory stands for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum PinName {
     /// A program of the cgroup root.
     Cgroup(String),
@@ -163,6 +182,18 @@ impl PinName {
             ("clsact", "qdisc") => Self::Qdisc(index),
             _ => return None,
         })
+    }
+
+    /// All that an interface may have, a filter before the qdisc that it hangs on.
+    fn of_interface(index: u32) -> [Self; 5] {
+        let [egress, ingress] = Direction::BOTH;
+        [
+            Self::Tcx(index, egress),
+            Self::Tcx(index, ingress),
+            Self::Filter(index, egress),
+            Self::Filter(index, ingress),
+            Self::Qdisc(index),
+        ]
     }
 
     /// The interface it belongs to.
@@ -199,20 +230,22 @@ pub enum Attached {
 
 impl Loaded {
     /// Attaches every socket program to the cgroup at `cgroup`: all of them or, with an error, none more
-    /// than before.
+    /// than before. After an error [`Self::retry`] tries again.
     pub fn attach_cgroup(&mut self, cgroup: &Path) -> Result<Attached, AttachError> {
+        self.hooks.cgroup = Some(cgroup.to_owned());
+        let result = self.attach_sockets(cgroup);
+        self.hooks.note(Unit::Sockets, &format!("cgroup {}", cgroup.display()), &result);
+        result
+    }
+
+    fn attach_sockets(&mut self, cgroup: &Path) -> Result<Attached, AttachError> {
         let failed = |source| AttachError::CgroupRoot { path: cgroup.to_owned(), source };
-        let directory = File::open(cgroup).map_err(failed)?;
-        let id = directory.metadata().map_err(failed)?.ino();
+        let id = File::open(cgroup).and_then(|directory| directory.metadata()).map_err(failed)?.ino();
         let mut most = Attached::Kept;
         let mut made = Vec::new();
         for (program, hook) in CGROUP {
             let pin = PinName::Cgroup(program.into());
-            let place = cgroup.display().to_string();
-            let done = self.ensure(&pin, program, &place, Target::Cgroup(id), |fd| {
-                sys::link_cgroup(fd, directory.as_fd(), hook)
-            });
-            match done {
+            match self.ensure(&pin, program, Spot::Cgroup { path: cgroup.into(), id, hook }) {
                 Ok(done) => {
                     most = most.max(done);
                     if done == Attached::New {
@@ -221,7 +254,7 @@ impl Loaded {
                 }
                 Err(error) => {
                     for pin in made {
-                        drop_pin(self.root(), &pin)?;
+                        self.detach(&pin)?;
                     }
                     return Err(error);
                 }
@@ -232,53 +265,85 @@ impl Loaded {
 
     /// Takes the socket programs away (`--socket-lb=off`).
     pub fn detach_cgroup(&mut self) -> Result<usize, AttachError> {
+        self.hooks.cgroup = None;
+        self.hooks.forget(Unit::Sockets);
         let mut removed = 0;
         for name in self.root().link_names()? {
             if let Some(pin @ (PinName::Cgroup(_) | PinName::Excluded(_))) = PinName::parse(&name) {
-                removed += usize::from(drop_pin(self.root(), &pin)?);
+                removed += usize::from(self.detach(&pin)?);
             }
         }
         Ok(removed)
     }
 
-    /// Brings the programs on interfaces in line with `links`: attaches to those that lack them, and removes
-    /// the pins of interfaces that are not listed. One result for each of `links`; an interface that refuses
-    /// one direction carries neither. Attaching takes the kernel some milliseconds each, so that a node with very
-    /// many is told how far it is.
+    /// Brings the programs on interfaces in line with `links`: attaches to those that are new, and removes
+    /// the pins of interfaces that are not listed. One result for each that is new or another than before; an interface
+    /// that refuses one direction carries neither, and is tried again by [`Self::retry`]. What others there are costs
+    /// nothing: a new pod's interface does not wait for them.
     pub fn sync_interfaces(&mut self, links: &[Link]) -> Vec<(Arc<str>, Result<Attached, AttachError>)> {
-        let mut told = Instant::now();
-        let wanted: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let mut results = Vec::new();
-        match self.drop_interfaces(|index| !wanted.contains(&index)) {
-            Ok(_) => {}
-            Err(error) => results.push((Arc::from("interfaces that are gone"), Err(error))),
+        if let Err(error) = self.drop_unlisted(links) {
+            results.push((Arc::from("interfaces that are gone"), Err(error)));
         }
-        for (n, link) in links.iter().enumerate() {
+        let new: Vec<&Link> = links.iter().filter(|link| self.hooks.is_new(link)).collect();
+        let _expedited = if new.is_empty() { None } else { Expedited::begin(self.root()) };
+        let mut told = Instant::now();
+        for (n, link) in new.iter().enumerate() {
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
-                tracing::info!("attaching programs: {n} of {} interfaces done", links.len());
+                tracing::info!("attaching programs: {n} of {} interfaces done", new.len());
             }
-            let result = self.attach_interface(link);
-            if result.is_err() {
-                // Half an interface would translate one way only; the error that led here matters more.
-                let _ = self.drop_interfaces(|index| index == link.index);
-            }
-            results.push((link.name.clone(), result));
+            self.hooks.interfaces.insert(link.index, (*link).clone());
+            results.push((link.name.clone(), self.try_interface(link)));
         }
         results
     }
 
-    /// Removes the programs of the interfaces that `gone` names.
-    fn drop_interfaces(&mut self, gone: impl Fn(u32) -> bool) -> Result<usize, AttachError> {
-        let mut removed = 0;
-        for name in self.root().link_names()? {
-            let Some(pin) = PinName::parse(&name) else { continue };
-            if pin.interface().is_some_and(&gone) {
-                removed += usize::from(drop_pin(self.root(), &pin)?);
+    /// Removes the programs of interfaces that are not listed; the first time those of an earlier agent, too.
+    fn drop_unlisted(&mut self, links: &[Link]) -> Result<(), AttachError> {
+        let wanted: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
+        let mut gone: BTreeSet<u32> =
+            self.hooks.interfaces.keys().copied().filter(|index| !wanted.contains(index)).collect();
+        if !std::mem::replace(&mut self.hooks.adopted, true) {
+            if let Err(error) = grace::recover(self.root()) {
+                tracing::warn!("grace periods of the kernel may stay short: {error}");
+            }
+            let pinned = self.root().link_names()?;
+            let pinned = pinned.iter().filter_map(|name| PinName::parse(name)?.interface());
+            gone.extend(pinned.filter(|index| !wanted.contains(index)));
+        }
+        let mut result = Ok(());
+        for index in gone {
+            self.hooks.interfaces.remove(&index);
+            self.hooks.forget(Unit::Interface(index));
+            // The others go all the same.
+            result = result.and(self.drop_interface(index));
+        }
+        result
+    }
+
+    /// Removes the programs of an interface, with what they hang on.
+    fn drop_interface(&mut self, index: u32) -> Result<(), AttachError> {
+        self.hooks.filters.remove(&index);
+        for pin in PinName::of_interface(index) {
+            // A filter may have lost its pin, which is only a note; a link without one is held.
+            let there = self.root().link(&pin.to_string()).symlink_metadata().is_ok();
+            if there || self.hooks.holds(&pin) || !self.tcx {
+                self.detach(&pin)?;
             }
         }
-        self.filters.retain(|index| !gone(*index));
-        Ok(removed)
+        Ok(())
+    }
+
+    /// Attaches to an interface, in both directions or not at all, and notes what came of it.
+    pub(super) fn try_interface(&mut self, link: &Link) -> Result<Attached, AttachError> {
+        let result = self.attach_interface(link);
+        if result.is_err() {
+            // Half an interface would translate one way only; the error that led here matters more.
+            let _ = self.drop_interface(link.index);
+        }
+        self.hooks.note(Unit::Interface(link.index), &format!("interface {}", link.name), &result);
+        result
     }
 
     fn attach_interface(&mut self, link: &Link) -> Result<Attached, AttachError> {
@@ -288,56 +353,10 @@ impl Loaded {
         let mut most = Attached::Kept;
         for direction in Direction::BOTH {
             let pin = PinName::Tcx(link.index, direction);
-            let program = direction.program(link.layer3);
-            let target = Target::Interface(link.index);
-            let egress = direction == Direction::Egress;
-            let place = format!("interface {}", link.name);
-            let attach = |fd: BorrowedFd<'_>| sys::link_tcx(fd, link.index, egress);
-            most = most.max(self.ensure(&pin, program, &place, target, attach)?);
+            let spot = Spot::Interface { index: link.index, name: link.name.clone(), direction };
+            most = most.max(self.ensure(&pin, direction.program(link.layer3), spot)?);
         }
         Ok(most)
-    }
-
-    /// One link: kept, updated, or made with `attach`.
-    pub(super) fn ensure(
-        &self,
-        pin: &PinName,
-        program: &'static str,
-        place: &str,
-        target: Target,
-        attach: impl Fn(BorrowedFd<'_>) -> io::Result<OwnedFd>,
-    ) -> Result<Attached, AttachError> {
-        let loaded = self.program(program)?;
-        let path = self.root().link(&pin.to_string());
-        if let Some((fd, facts)) = open_link(&path)?
-            && facts.target == target
-        {
-            let running = sys::program_by_id(facts.program).ok();
-            if running.as_ref().is_some_and(|running| self.is_same(program, running.as_fd())) {
-                return Ok(Attached::Kept);
-            }
-            // The swap holds only if the link still has the program that was looked at.
-            match sys::link_update(fd.as_fd(), loaded.fd.as_fd(), running.as_ref().map(AsFd::as_fd)) {
-                Ok(()) => return Ok(Attached::Updated),
-                // The cgroup or interface went this moment.
-                Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
-                Err(source) => {
-                    return Err(AttachError::Replace { program, place: place.into(), source });
-                }
-            }
-        }
-        let made = attach(loaded.fd.as_fd()).map_err(|source| AttachError::Attach {
-            program,
-            place: place.into(),
-            source,
-        })?;
-        // An older link goes in the same step as the new one comes.
-        let making = self.root().link_in_making(&pin.to_string());
-        let failed = |source| AttachError::Pin { path: path.clone(), source };
-        pin::remove(&making, false)?;
-        sys::obj_pin(made.as_fd(), &making).map_err(failed)?;
-        fs::rename(&making, &path).map_err(failed)?;
-        Ok(Attached::New)
     }
 
     fn attach_filters(&mut self, link: &Link) -> Result<Attached, AttachError> {
@@ -348,13 +367,6 @@ impl Loaded {
             return Err(gone());
         }
         let pins = Direction::BOTH.map(|direction| PinName::Filter(link.index, direction));
-        let is_same = |direction: Direction| {
-            let path = self.root().link(&PinName::Filter(link.index, direction).to_string());
-            sys::obj_get(&path).is_ok_and(|fd| self.is_same(direction.program(link.layer3), fd.as_fd()))
-        };
-        if self.filters.contains(&link.index) && Direction::BOTH.into_iter().all(is_same) {
-            return Ok(Attached::Kept);
-        }
         let known = pins.iter().all(|pin| self.root().link(&pin.to_string()).exists());
         if filter::add_qdisc(&link.name)? {
             self.remember(&PinName::Qdisc(link.index), Direction::Ingress.program(link.layer3))?;
@@ -367,25 +379,32 @@ impl Loaded {
         if !named(link) {
             return Err(gone());
         }
-        self.filters.insert(link.index);
+        self.hooks.filters.insert(link.index);
         Ok(if known { Attached::Updated } else { Attached::New })
     }
 
     /// Pins a program in place of a link that does not exist.
     fn remember(&self, pin: &PinName, program: &'static str) -> Result<(), AttachError> {
         let path = self.root().link(&pin.to_string());
-        pin::remove(&path, false)?;
-        sys::obj_pin(self.program(program)?.fd.as_fd(), &path)
-            .map_err(|source| AttachError::Pin { path, source })
+        hooks::pin_at(self.root(), self.program(program)?.fd.as_fd(), &path).map(drop)
     }
 
-    fn program(&self, program: &'static str) -> Result<&LoadedProgram, AttachError> {
+    /// Detaches what a pin stands for, and removes it; `false` when there was none.
+    pub(super) fn detach(&mut self, pin: &PinName) -> Result<bool, AttachError> {
+        if let Some(link) = self.hooks.take(pin) {
+            // One that has lost its pin is attached as long as we hold it.
+            let _ = sys::link_detach(link.as_fd());
+        }
+        drop_pin(self.root(), pin)
+    }
+
+    pub(super) fn program(&self, program: &'static str) -> Result<&LoadedProgram, AttachError> {
         self.programs.get(program).ok_or(AttachError::Missing { program })
     }
 }
 
 /// An existing link with what the kernel says of it.
-fn open_link(path: &Path) -> Result<Option<(OwnedFd, LinkFacts)>, AttachError> {
+pub(super) fn open_link(path: &Path) -> Result<Option<(OwnedFd, LinkFacts)>, AttachError> {
     let found = sys::obj_get(path).and_then(|fd| sys::link_facts(fd.as_fd()).map(|facts| (fd, facts)));
     match found {
         Ok(found) => Ok(Some(found)),

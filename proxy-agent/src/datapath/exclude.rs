@@ -6,9 +6,7 @@
 //! inside one that was found, and what has no children, is not looked at.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
-use std::io;
-use std::os::fd::AsFd as _;
+use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,9 +14,9 @@ use std::sync::Arc;
 use aya_obj::generated::bpf_attach_type as Hook;
 use globset::{Glob, GlobBuilder, GlobSet, GlobSetBuilder};
 
-use super::attach::{AttachError, Attached, PinName, drop_pin};
+use super::attach::{AttachError, Attached, PinName};
+use super::hooks::{Spot, Unit};
 use super::load::Loaded;
-use super::sys::{self, Target};
 
 /// The program.
 const PROGRAM: &str = "exclude_socket";
@@ -124,7 +122,7 @@ fn canonical(uid: &str) -> String {
 
 impl Loaded {
     /// Marks the new sockets of the cgroups below `root` that are `wanted`; of others no more, unless not all that is
-    /// wanted is known yet. One result for each.
+    /// wanted is known yet. One result for each that was not marked before.
     pub fn sync_excluded(
         &mut self,
         root: &Path,
@@ -133,28 +131,37 @@ impl Loaded {
     ) -> Result<Vec<Marked>, AttachError> {
         let found = if wanted.is_empty() { Vec::new() } else { wanted.find(root) };
         let ids: BTreeSet<u64> = found.iter().map(|(_, id)| *id).collect();
-        for name in self.root().link_names()? {
-            if let Some(pin @ PinName::Excluded(id)) = PinName::parse(&name)
-                && !ids.contains(&id)
-                && all_known
-            {
-                drop_pin(self.root(), &pin)?;
+        if all_known {
+            for pin in self.excluded()? {
+                if matches!(pin, PinName::Excluded(id) if !ids.contains(&id)) {
+                    self.detach(&pin)?;
+                }
             }
         }
-        Ok(found.into_iter().map(|(path, id)| (path.clone(), self.exclude(&path, id))).collect())
+        let new: Vec<_> = found
+            .into_iter()
+            // What is attached is looked at with everything else.
+            .filter(|(_, id)| {
+                !self.hooks.holds(&PinName::Excluded(*id)) && !self.hooks.rests(Unit::Excluded(*id))
+            })
+            .collect();
+        Ok(new.into_iter().map(|(path, id)| (path.clone(), self.exclude(&path, id))).collect())
     }
 
-    fn exclude(&self, path: &Path, id: u64) -> Result<Attached, AttachError> {
-        let failed = |source: io::Error| AttachError::Attach {
-            program: PROGRAM,
-            place: path.display().to_string(),
-            source,
-        };
-        let directory = File::open(path).map_err(failed)?;
-        let place = path.display().to_string();
-        self.ensure(&PinName::Excluded(id), PROGRAM, &place, Target::Cgroup(id), |program| {
-            sys::link_cgroup(program, directory.as_fd(), Hook::BPF_CGROUP_INET_SOCK_CREATE)
-        })
+    /// Cgroups that are marked, once by an earlier agent, too.
+    fn excluded(&mut self) -> Result<Vec<PinName>, AttachError> {
+        if !std::mem::replace(&mut self.hooks.excluded_adopted, true) {
+            let names = self.root().link_names()?;
+            return Ok(names.iter().filter_map(|name| PinName::parse(name)).collect());
+        }
+        Ok(self.hooks.held().filter(|pin| matches!(pin, PinName::Excluded(_))).cloned().collect())
+    }
+
+    fn exclude(&mut self, path: &Path, id: u64) -> Result<Attached, AttachError> {
+        let spot = Spot::Cgroup { path: path.to_owned(), id, hook: Hook::BPF_CGROUP_INET_SOCK_CREATE };
+        let result = self.ensure(&PinName::Excluded(id), PROGRAM, spot);
+        self.hooks.note(Unit::Excluded(id), &format!("sockets in cgroup {}", path.display()), &result);
+        result
     }
 }
 

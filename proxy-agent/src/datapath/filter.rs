@@ -12,7 +12,7 @@ use aya::programs::{ProgramError, SchedClassifier, TcAttachType, tc};
 use nix::net::if_::if_indextoname;
 
 use super::attach::Direction;
-use crate::netlink::request::{Flags, Protocol, exchange};
+use crate::netlink::request::{Flags, Protocol, attributes, exchange, put_text, text_of, u32_at};
 
 /// `RTM_DELQDISC` of `linux/rtnetlink.h`.
 const DELETE_QDISC: u16 = 37;
@@ -65,6 +65,21 @@ pub enum FilterError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl FilterError {
+    /// Whether the interface has just gone.
+    pub(super) fn is_of_something_gone(&self) -> bool {
+        let number = match self {
+            Self::Qdisc { source, .. } => match &**source {
+                TcError::NetlinkError(error) => error.raw_os_error(),
+                _ => None,
+            },
+            Self::Filter { source, .. } => errno(source),
+            Self::RemoveQdisc { source, .. } => source.raw_os_error(),
+        };
+        number == Some(libc::ENODEV)
+    }
 }
 
 fn place(direction: Direction) -> (TcAttachType, u16) {
@@ -124,6 +139,72 @@ pub(super) fn set(
     // The filter is to outlive this process; a link that is dropped would take it away.
     mem::forget(classifier.take_link(id).map_err(|error| failed("keep", error))?);
     Ok(())
+}
+
+/// The id of the program that our filter runs; `None` where there is no such filter.
+pub(super) fn running(index: u32, direction: Direction) -> io::Result<Option<u32>> {
+    /// `TCA_OPTIONS`, and `TCA_BPF_ID` in it.
+    const OPTIONS: u16 = 2;
+    const PROGRAM: u16 = 11;
+    let (_, priority) = place(direction);
+    let parent = match direction {
+        Direction::Ingress => INGRESS,
+        Direction::Egress => EGRESS,
+    };
+    let mut asked = tc_message(index, HANDLE.into(), parent);
+    let every_protocol = u16::to_be(libc::ETH_P_ALL as u16);
+    asked.truncate(16);
+    asked.extend((u32::from(priority) << 16 | u32::from(every_protocol)).to_ne_bytes());
+    // Without this the kernel does not look among filters of its kind.
+    put_text(&mut asked, 1, "bpf");
+    match exchange(Protocol::Route, GET_FILTER, Flags::Ack, &asked) {
+        Ok(answers) => Ok(answers.iter().find_map(|answer| {
+            let (_, options) = attributes(answer, 20).find(|(kind, _)| *kind == OPTIONS)?;
+            attributes(options, 0).find(|(kind, _)| *kind == PROGRAM).map(|(_, id)| u32_at(id, 0))
+        })),
+        // No filter, no qdisc, no interface.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// All filters of a direction in the order in which they run: the name of each, and its program's id if it is one of BPF.
+pub(super) fn all(index: u32, direction: Direction) -> io::Result<Vec<(String, Option<u32>)>> {
+    /// `TCA_KIND`, `TCA_OPTIONS`; in the latter `TCA_BPF_NAME` and `TCA_BPF_ID`.
+    const KIND: u16 = 1;
+    const OPTIONS: u16 = 2;
+    const NAME: u16 = 7;
+    const PROGRAM: u16 = 11;
+    let parent = match direction {
+        Direction::Ingress => INGRESS,
+        Direction::Egress => EGRESS,
+    };
+    let answers = match exchange(Protocol::Route, GET_FILTER, Flags::Dump, &tc_message(index, 0, parent)) {
+        Ok(answers) => answers,
+        // There is no qdisc.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENODEV)) => {
+            return Ok(Vec::new());
+        }
+        Err(error) => return Err(error),
+    };
+    let mut found: Vec<(u32, (String, Option<u32>))> = Vec::new();
+    for answer in &answers {
+        let value = |wanted| attributes(answer, 20).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+        // A classifier comes before its filters, without options.
+        let (Some(kind), Some(options)) = (value(KIND).map(text_of), value(OPTIONS)) else { continue };
+        let option =
+            |wanted| attributes(options, 0).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+        let is_bpf = kind == "bpf";
+        let name = option(NAME).filter(|_| is_bpf).map(text_of);
+        let id = option(PROGRAM).filter(|_| is_bpf).map(|id| u32_at(id, 0));
+        let priority = u32_at(answer, 16) >> 16;
+        let name = name.unwrap_or(kind);
+        found.push((priority, (format!("{name} (tc filter, priority {priority})"), id)));
+    }
+    found.sort_by_key(|(priority, _)| *priority);
+    Ok(found.into_iter().map(|(_, filter)| filter).collect())
 }
 
 /// Removes our filter, if it and the interface are there.

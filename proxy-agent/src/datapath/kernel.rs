@@ -20,24 +20,26 @@ pub type KernelError = TableError;
 /// The pinned configuration tables.
 #[derive(Debug)]
 pub struct Kernel {
-    frontends: Table<FrontendKey, Frontend>,
-    slots: Table<u32, u32>,
-    backends: Table<u32, Backend>,
-    addresses: Table<Addr, u32>,
-    address_bits: AddressBits,
-    endpoint_bits: AddressBits,
-    sources: Table<SourceKey, u32>,
-    ifaces: Table<u32, Iface>,
-    routes: Table<RouteKey, Addr>,
-    service_ports: Table<u32, u64>,
-    config: Table<u32, Config>,
-    services: Table<u32, ServiceName>,
+    pub(super) frontends: Table<FrontendKey, Frontend>,
+    pub(super) slots: Table<u32, u32>,
+    pub(super) backends: Table<u32, Backend>,
+    pub(super) addresses: Table<Addr, u32>,
+    pub(super) address_bits: AddressBits,
+    pub(super) endpoint_bits: AddressBits,
+    pub(super) sources: Table<SourceKey, u32>,
+    pub(super) ifaces: Table<u32, Iface>,
+    pub(super) routes: Table<RouteKey, Addr>,
+    pub(super) service_ports: Table<u32, u64>,
+    pub(super) config: Table<u32, Config>,
+    pub(super) services: Table<u32, ServiceName>,
+    /// How often the tries have been written to.
+    pub(super) writes: u64,
     /// Endpoints or masquerade addresses have come that were not there before.
     news: bool,
 }
 
 /// The value of every source range: only its being there counts.
-const LISTED: u32 = 1;
+pub(super) const LISTED: u32 = 1;
 
 impl Kernel {
     /// Opens what is pinned under `root`.
@@ -56,6 +58,7 @@ impl Kernel {
             service_ports: Table::open(root, maps::SERVICE_PORTS)?,
             config: Table::open(root, maps::CONFIG)?,
             services: Table::open(root, maps::SERVICES)?,
+            writes: 0,
             news: false,
         })
     }
@@ -128,6 +131,11 @@ impl Kernel {
     /// comes with an error.
     fn apply_run(&mut self, run: &[Step]) -> Result<(), (usize, KernelError)> {
         let Some(first) = run.first() else { return Ok(()) };
+        let of_trie = matches!(
+            first,
+            Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutSource(_) | Step::DeleteSource(_)
+        );
+        self.writes += u64::from(of_trie);
         match first {
             Step::PutConfig(_) => put(&self.config, run, |step| match step {
                 Step::PutConfig(config) => Some((0, *config)),

@@ -19,6 +19,7 @@ use proxy_common::lb::Ring;
 pub use super::capacity::Capacities;
 use super::capacity::cpus;
 use super::flow;
+use super::hooks::Hooks;
 use super::pin::{self, BpfRoot, PinError};
 use super::probe::Features;
 use super::program_log::Bridge;
@@ -147,8 +148,8 @@ pub struct Loaded {
     pub(crate) ebpf: Ebpf,
     pub(crate) programs: BTreeMap<String, LoadedProgram>,
     pub(crate) tcx: bool,
-    /// Interfaces whose filters this process has put in place.
-    pub(crate) filters: BTreeSet<u32>,
+    /// What is attached.
+    pub(crate) hooks: Hooks,
     log: ProgramLog,
     logger: Option<EbpfLogger<Bridge>>,
     warnings: Vec<String>,
@@ -222,7 +223,7 @@ impl Loaded {
             ebpf,
             programs,
             tcx: features.tcx,
-            filters: BTreeSet::new(),
+            hooks: Hooks::default(),
             log,
             logger,
             warnings,

@@ -3,14 +3,18 @@
 mod address_bits;
 pub mod attach;
 mod capacity;
+pub mod compare;
 pub mod exclude;
 mod filter;
 pub mod flow;
+mod grace;
+pub mod hooks;
 mod instruction;
 pub mod kernel;
 pub mod load;
 pub mod memory;
 pub mod netns;
+pub mod others;
 pub mod pin;
 pub mod pinned;
 pub mod probe;

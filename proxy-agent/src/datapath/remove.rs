@@ -15,6 +15,9 @@ pub struct Removed {
 /// Detaches and unpins everything under `root`. Doing it twice is the same as doing it once.
 pub fn remove_all(root: &BpfRoot) -> Result<Removed, AttachError> {
     let mut removed = Removed::default();
+    if let Err(error) = super::grace::recover(root) {
+        tracing::warn!("grace periods of the kernel may stay short: {error}");
+    }
     for version in root.versions()? {
         let (links, maps) = (version.join("links"), version.join("maps"));
         // A filter goes before the qdisc it hangs on.

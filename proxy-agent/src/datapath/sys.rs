@@ -61,6 +61,7 @@ pub(crate) enum Target {
 /// What the kernel knows of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LinkFacts {
+    pub(crate) id: u32,
     pub(crate) program: u32,
     pub(crate) target: Target,
 }
@@ -178,7 +179,7 @@ pub(crate) fn link_facts(fd: BorrowedFd<'_>) -> io::Result<LinkFacts> {
         }
         _ => Target::Other,
     };
-    Ok(LinkFacts { program: found.prog_id, target })
+    Ok(LinkFacts { id: found.id, program: found.prog_id, target })
 }
 
 /// Opens a program by its id.
@@ -222,6 +223,39 @@ pub(crate) fn link_cgroup(
     attr.link_create.__bindgen_anon_2.target_fd = raw(cgroup);
     attr.link_create.attach_type = hook as u32;
     call_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
+/// Where programs may be asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum At<'a> {
+    /// An interface, by its index.
+    Interface(u32),
+    /// A cgroup's directory.
+    Cgroup(BorrowedFd<'a>),
+}
+
+/// The ids of the programs that are attached at a hook itself, in the order in which they run.
+#[expect(unsafe_code, reason = "reads back the member that the call has filled")]
+pub(crate) fn programs_at(at: At<'_>, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
+    /// More than any hook takes.
+    const ROOM: usize = 128;
+    let mut ids = [0_u32; ROOM];
+    let mut attr = attr();
+    match at {
+        At::Interface(index) => attr.query.__bindgen_anon_1.target_ifindex = index,
+        At::Cgroup(directory) => attr.query.__bindgen_anon_1.target_fd = raw(directory),
+    }
+    attr.query.attach_type = hook as u32;
+    attr.query.prog_ids = ids.as_mut_ptr() as u64;
+    attr.query.__bindgen_anon_2.count = ROOM as u32;
+    match call(bpf_cmd::BPF_PROG_QUERY, &mut attr) {
+        Ok(_) => {}
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    }
+    // SAFETY: the call above used this member; any bytes are a value.
+    let count = unsafe { attr.query.__bindgen_anon_2.count } as usize;
+    Ok(ids.into_iter().take(count).collect())
 }
 
 /// Swaps the program behind a link; with `old` only if that is the one it holds (otherwise `EPERM`).

@@ -20,7 +20,7 @@ use crate::netlink::conntrack;
 /// The value of every entry: only its being there counts.
 const LISTED: u32 = 1;
 /// How long what was written is believed to be still there, whatever anybody else has done to the table.
-const BELIEVED: Duration = Duration::from_secs(3600);
+const BELIEVED: Duration = Duration::from_secs(45);
 
 /// Why the table is not as connection tracking is.
 #[derive(Debug, thiserror::Error)]

@@ -89,6 +89,8 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Index of the bridge or bond that it is a port of.
     pub master: Option<u32>,
+    /// How many interfaces of this index have gone since we listen: what was attached to an earlier one is no more.
+    pub born: u32,
     /// Its addresses, in the kernel's order, without deprecated, tentative-duplicate and temporary ones.
     pub addresses: Vec<IpNet>,
 }

@@ -1,11 +1,14 @@
 //! Links and addresses of the node, as rtnetlink tells them.
 //!
-//! A message from the kernel only says that something has changed: each burst of them is answered with one
-//! complete list, so a lost message costs nothing but the next one's time. New pods' interfaces must be
-//! noticed at once (D-17), so a burst is waited out for milliseconds, not seconds.
+//! What messages say of links is taken at its word, so that a new pod's interface is known without asking for all others;
+//! of addresses they only say that something has changed, since their order matters, and all are listed again. Each burst of
+//! messages is answered with one complete list. Everything is listed anew once a minute, and when a connection
+//! breaks, so a lost message costs no more than that. New pods' interfaces must be noticed at once (D-17), so a burst is
+//! waited out for milliseconds, not seconds.
 
 mod choose;
 pub(crate) mod conntrack;
+pub(crate) mod devices;
 pub(crate) mod ipvs;
 mod kinds;
 pub(crate) mod nf_make;
@@ -26,10 +29,10 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
-use rtnetlink::packet_core::NetlinkMessage;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::{Handle, MulticastGroup, new_multicast_connection};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 pub use choose::{Devices, DevicesError};
 
@@ -42,6 +45,8 @@ const QUIET: Duration = Duration::from_millis(3);
 const LONGEST: Duration = Duration::from_millis(50);
 /// Pause before a broken connection is made anew.
 const AGAIN: Duration = Duration::from_millis(500);
+/// After this long everything is listed, whatever has been heard.
+const ANEW: Duration = Duration::from_secs(60);
 
 /// Why interfaces cannot be listed.
 #[derive(Debug, thiserror::Error)]
@@ -76,9 +81,9 @@ pub async fn watch(changes: mpsc::Sender<Change>) {
 }
 
 async fn watch_links(changes: mpsc::Sender<Change>) {
-    let mut last = None;
+    let mut known = Known::default();
     while !changes.is_closed() {
-        if let Err(error) = follow(&changes, &mut last).await {
+        if let Err(error) = follow(&changes, &mut known).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "interfaces cannot be followed");
         }
         sleep(AGAIN).await;
@@ -104,12 +109,12 @@ pub async fn routes() -> Result<Vec<Route>, NetlinkError> {
 }
 
 /// One connection's life: returns when it ends or the receiver has gone.
-async fn follow(changes: &mpsc::Sender<Change>, last: &mut Option<Vec<Link>>) -> Result<(), NetlinkError> {
+async fn follow(changes: &mpsc::Sender<Change>, known: &mut Known) -> Result<(), NetlinkError> {
     let groups = [MulticastGroup::Link, MulticastGroup::Ipv4Ifaddr, MulticastGroup::Ipv6Ifaddr];
     let (connection, handle, mut messages) =
         new_multicast_connection(&groups).map_err(NetlinkError::Connect)?;
     let speaking = tokio::spawn(connection);
-    let result = answer_bursts(&handle, &mut messages, changes, last).await;
+    let result = answer_bursts(&handle, &mut messages, changes, known).await;
     speaking.abort();
     result
 }
@@ -118,13 +123,16 @@ async fn answer_bursts(
     handle: &Handle,
     messages: &mut Messages,
     changes: &mpsc::Sender<Change>,
-    last: &mut Option<Vec<Link>>,
+    known: &mut Known,
 ) -> Result<(), NetlinkError> {
+    let mut listed = Instant::now();
+    // The groups were joined before this list, so nothing falls between the two.
+    known.links = by_index(list_links(handle).await?);
+    known.addresses = list_addresses(handle).await?;
     loop {
-        // The groups were joined before this list, so nothing falls between the two.
-        let found = list(handle).await?;
-        if last.as_ref() != Some(&found) {
-            *last = Some(found.clone());
+        let found = known.assemble();
+        if known.told.as_ref() != Some(&found) {
+            known.told = Some(found.clone());
             if changes.send(Change::Links(found)).await.is_err() {
                 return Ok(());
             }
@@ -132,19 +140,83 @@ async fn answer_bursts(
         let first = tokio::select! {
             message = messages.next() => message,
             () = changes.closed() => None,
+            () = sleep_until(listed + ANEW) => {
+                listed = Instant::now();
+                known.links = by_index(list_links(handle).await?);
+                known.addresses = list_addresses(handle).await?;
+                continue;
+            }
         };
-        if first.is_none() || !wait_out(messages, QUIET, LONGEST).await {
+        let Some((first, _)) = first else { return Ok(()) };
+        known.hear(first);
+        if !wait_out(messages, QUIET, LONGEST, |message| known.hear(message)).await {
             return Ok(());
+        }
+        if std::mem::take(&mut known.moved) {
+            known.addresses = list_addresses(handle).await?;
         }
     }
 }
 
-/// Waits until a burst has ended; false when the connection has.
-async fn wait_out(messages: &mut Messages, quiet: Duration, longest: Duration) -> bool {
+/// What is known of links and addresses.
+#[derive(Debug, Default)]
+struct Known {
+    links: BTreeMap<u32, LinkMessage>,
+    addresses: Vec<AddressMessage>,
+    /// How many links of an index have gone.
+    gone: BTreeMap<u32, u32>,
+    /// Whether addresses have changed since they were listed.
+    moved: bool,
+    /// What was last sent.
+    told: Option<Vec<Link>>,
+}
+
+impl Known {
+    fn hear(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
+        let NetlinkPayload::InnerMessage(message) = message.payload else { return };
+        match message {
+            // Bridges and wireless devices send messages of this kind, too, that tell next to nothing of the link.
+            RouteNetlinkMessage::NewLink(link) if is_whole(&link) => {
+                self.links.insert(link.header.index, link);
+            }
+            RouteNetlinkMessage::DelLink(link) if is_whole(&link) => {
+                self.links.remove(&link.header.index);
+                *self.gone.entry(link.header.index).or_default() += 1;
+            }
+            RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_) => self.moved = true,
+            _ => {}
+        }
+    }
+
+    fn assemble(&self) -> Vec<Link> {
+        let mut found = assemble(self.links.values(), &self.addresses);
+        for link in &mut found {
+            link.born = self.gone.get(&link.index).copied().unwrap_or(0);
+        }
+        found
+    }
+}
+
+fn is_whole(link: &LinkMessage) -> bool {
+    link.header.interface_family == AddressFamily::Unspec
+        && link.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::Mtu(_)))
+}
+
+fn by_index(links: Vec<LinkMessage>) -> BTreeMap<u32, LinkMessage> {
+    links.into_iter().map(|link| (link.header.index, link)).collect()
+}
+
+/// Waits until a burst has ended, and shows each message to `hear`; false when the connection has ended.
+async fn wait_out(
+    messages: &mut Messages,
+    quiet: Duration,
+    longest: Duration,
+    mut hear: impl FnMut(NetlinkMessage<RouteNetlinkMessage>),
+) -> bool {
     let end = Instant::now() + longest;
     while let Ok(next) = timeout_at(end, timeout(quiet, messages.next())).await {
         match next {
-            Ok(Some(_)) => {}
+            Ok(Some((message, _))) => hear(message),
             Ok(None) => return false,
             Err(_) => break,
         }
@@ -153,29 +225,32 @@ async fn wait_out(messages: &mut Messages, quiet: Duration, longest: Duration) -
 }
 
 async fn list(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
-    let links: Vec<LinkMessage> = handle
-        .link()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(|source| NetlinkError::List { what: "links", source })?;
-    let addresses: Vec<AddressMessage> = handle
-        .address()
-        .get()
-        .execute()
-        .try_collect()
-        .await
-        .map_err(|source| NetlinkError::List { what: "addresses", source })?;
+    let (links, addresses) = (list_links(handle).await?, list_addresses(handle).await?);
     Ok(assemble(&links, &addresses))
 }
 
+async fn list_links(handle: &Handle) -> Result<Vec<LinkMessage>, NetlinkError> {
+    let failed = |source| NetlinkError::List { what: "links", source };
+    handle.link().get().execute().try_collect().await.map_err(failed)
+}
+
+async fn list_addresses(handle: &Handle) -> Result<Vec<AddressMessage>, NetlinkError> {
+    let failed = |source| NetlinkError::List { what: "addresses", source };
+    handle.address().get().execute().try_collect().await.map_err(failed)
+}
+
 /// Links by index, each with its addresses in the kernel's order.
-fn assemble(links: &[LinkMessage], addresses: &[AddressMessage]) -> Vec<Link> {
+fn assemble<'a, L>(links: L, addresses: &[AddressMessage]) -> Vec<Link>
+where
+    L: IntoIterator<Item = &'a LinkMessage> + Clone,
+{
     let kinds: BTreeMap<u32, String> =
-        links.iter().map(|message| (message.header.index, kind(message))).collect();
-    let mut found: BTreeMap<u32, Link> =
-        links.iter().filter_map(|message| link(message, &kinds)).map(|link| (link.index, link)).collect();
+        links.clone().into_iter().map(|message| (message.header.index, kind(message))).collect();
+    let mut found: BTreeMap<u32, Link> = links
+        .into_iter()
+        .filter_map(|message| link(message, &kinds))
+        .map(|link| (link.index, link))
+        .collect();
     for message in addresses {
         if let (Some(link), Some(address)) = (found.get_mut(&message.header.index), address(message)) {
             link.addresses.push(address);
@@ -221,6 +296,7 @@ fn link(message: &LinkMessage, kinds: &BTreeMap<u32, String>) -> Option<Link> {
         device: kinds::device(&kind(message), header.link_layer_type, of_master),
         mac: mac.unwrap_or_default(),
         master,
+        born: 0,
         addresses: Vec::new(),
     })
 }

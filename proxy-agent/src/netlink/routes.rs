@@ -94,7 +94,7 @@ async fn answer_bursts(
             message = messages.next() => message,
             () = changes.closed() => None,
         };
-        if next.is_none() || !super::wait_out(messages, QUIET, LONGEST).await {
+        if next.is_none() || !super::wait_out(messages, QUIET, LONGEST, drop).await {
             return Ok(());
         }
     }

@@ -6,6 +6,7 @@
 mod adopt;
 mod follow;
 mod latency;
+mod repair;
 mod report;
 mod require;
 mod reserve;
@@ -25,11 +26,12 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::{Config, ConfigFile, SourceConfig};
 use crate::datapath::Datapath;
+use crate::datapath::attach::AttachError;
 use crate::datapath::exclude::Excluded;
 use crate::datapath::flow::Sweeper;
 use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
-use crate::datapath::pin::BpfRoot;
+use crate::datapath::pin::{BpfRoot, RootLock};
 use crate::datapath::probe::Features;
 use crate::datapath::retired::Retired;
 use crate::model::World;
@@ -66,13 +68,13 @@ pub fn run(config: Config) -> Result<()> {
     lift_memlock();
     let root = BpfRoot::new(&config.bpf_root);
     root.prepare()?;
-    let Some(_lock) = root.lock_within(CLAIM)? else {
+    let Some(lock) = root.lock_within(CLAIM)? else {
         bail!(
             "another agent runs with --bpf-root {}: stop it first, or give this one a root of its own",
             root.path().display()
         );
     };
-    let mut agent = Agent::open(config, cgroup_root, &root)?;
+    let mut agent = Agent::open(config, cgroup_root, &root, lock)?;
     agent.conntrack = conntrack;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -144,6 +146,7 @@ struct Agent {
     /// Whether kube-proxy's rules are looked after.
     taken_over: bool,
     retired: Retired,
+    repairs: repair::Repairs,
     excluded: Excluded,
     /// Whether all pods have been listed that say that they are to be left to their packets.
     pods_known: bool,
@@ -163,7 +166,7 @@ struct Agent {
 }
 
 impl Agent {
-    fn open(config: Config, cgroup_root: Option<PathBuf>, root: &BpfRoot) -> Result<Self> {
+    fn open(config: Config, cgroup_root: Option<PathBuf>, root: &BpfRoot, lock: RootLock) -> Result<Self> {
         let started = Instant::now();
         let features = Features::probe();
         let served = root.has_hooks()?;
@@ -199,6 +202,7 @@ impl Agent {
             reserve: reserve::Reserve::default(),
             taken_over: false,
             retired: Retired::open(root)?,
+            repairs: repair::Repairs::open(root, lock)?,
             excluded,
             pods_known,
             report,
@@ -216,6 +220,7 @@ impl Agent {
         let (tx, mut changes) = mpsc::channel(QUEUE);
         let (events, untold) = Events::new();
         events.tell(Event::Starting); // H-29.
+        self.repairs.events = Some(events.clone());
         let mut source = tokio::spawn(hear(
             self.config.source.clone(),
             self.node_name(),
@@ -318,6 +323,9 @@ impl Agent {
         }
         if self.ready && !self.excluded.is_empty() {
             self.exclude();
+        }
+        if self.ready {
+            self.repair();
         }
         self.follow_retirement();
         self.reserve_ports();
@@ -528,7 +536,13 @@ impl Agent {
         // First: what is to be left must not be translated in between.
         self.exclude();
         match &self.cgroup_root {
-            Some(cgroup) => drop(self.loaded.attach_cgroup(cgroup)?),
+            Some(cgroup) => match self.loaded.attach_cgroup(cgroup) {
+                Err(error @ (AttachError::CgroupRoot { .. } | AttachError::Missing { .. })) => {
+                    return Err(error.into());
+                }
+                // Tried again, and told meanwhile.
+                Ok(_) | Err(_) => {}
+            },
             None => drop(self.loaded.detach_cgroup()?),
         }
         self.attach_interfaces();
@@ -557,6 +571,7 @@ impl Agent {
         let links = self.config.devices.choose(self.world.links());
         let results = self.loaded.sync_interfaces(&links);
         self.report.interfaces(results);
+        self.tell_hooks();
     }
 
     /// Host processes whose connected UDP socket leads to an endpoint that has gone are led on; flows that pass an

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
-use proxy_common::abi::{AgentState, NOTE, text};
+use proxy_common::abi::{AgentState, NOTE, PROBLEM, text};
 use tokio::sync::mpsc;
 
 use crate::config::{Config, SourceConfig};
@@ -48,8 +48,10 @@ pub(super) struct Report {
     warnings: Vec<String>,
     /// What found no room.
     refused: Vec<String>,
-    /// Interfaces that refused a program.
+    /// Hooks that refuse their programs.
     refusing: Vec<String>,
+    /// What somebody else has last removed or changed, and when it was restored; and how often there was something.
+    restored: Option<(u64, String)>,
     /// What connection tracking does not tell.
     untracked: Option<String>,
     /// Whether what is new is left to another proxy.
@@ -144,6 +146,7 @@ impl Report {
             warnings: all,
             refused: Vec::new(),
             refusing: Vec::new(),
+            restored: None,
             untracked: None,
             retired: false,
             logged: std::collections::BTreeSet::new(),
@@ -275,7 +278,7 @@ impl Report {
         self.take_over.keep(keep);
     }
 
-    /// Whether no interface refuses its programs.
+    /// Whether no hook refuses its programs.
     pub(super) fn is_attached(&self) -> bool {
         self.refusing.is_empty()
     }
@@ -311,24 +314,51 @@ impl Report {
         &mut self,
         results: Vec<(Arc<str>, std::result::Result<Attached, AttachError>)>,
     ) {
-        let all = results.len();
-        self.refusing.clear();
-        for (name, result) in results {
+        let results = results.into_iter().map(|(name, result)| (format!("interface {name}"), result));
+        self.retried(results.collect());
+    }
+
+    /// What came of attaching programs, to interfaces and to the cgroup root.
+    pub(super) fn retried(&mut self, results: Vec<(String, std::result::Result<Attached, AttachError>)>) {
+        for (hook, result) in results {
             match result {
                 Ok(Attached::Kept) => {}
-                Ok(Attached::New) => tracing::debug!("interface {name}: programs attached"),
-                Ok(Attached::Updated) => tracing::info!("interface {name}: programs replaced"),
+                Ok(Attached::New) if self.refusing.iter().any(|line| line.starts_with(&hook)) => {
+                    tracing::info!("{hook}: programs attached at last");
+                }
+                Ok(Attached::New) => tracing::debug!("{hook}: programs attached"),
+                Ok(Attached::Updated) => tracing::info!("{hook}: programs replaced"),
+                Err(error) if error.is_of_something_gone() => tracing::debug!("{hook}: it has gone"),
                 Err(error) => {
-                    let line = format!("interface {name}: {:#}", anyhow::Error::from(error));
+                    let line = format!("{hook}: {:#}", anyhow::Error::from(error));
                     if self.logged.insert(line.clone()) {
-                        tracing::error!("{line}");
+                        tracing::error!("{line}; trying again");
                     }
-                    self.refusing.push(line);
                 }
             }
         }
-        self.state.interfaces = u32::try_from(all - self.refusing.len()).unwrap_or(u32::MAX);
-        self.state.interfaces_failed = u32::try_from(self.refusing.len()).unwrap_or(u32::MAX);
+    }
+
+    /// How many interfaces carry programs and how many refuse them; and which hooks refuse, and why.
+    pub(super) fn hooks(&mut self, (carry, refuse): (usize, usize), refusing: &[String]) {
+        self.state.interfaces = u32::try_from(carry).unwrap_or(u32::MAX);
+        self.state.interfaces_failed = u32::try_from(refuse).unwrap_or(u32::MAX);
+        self.health.unserved(!refusing.is_empty());
+        if self.refusing != refusing {
+            self.refusing = refusing.to_vec();
+        }
+    }
+
+    /// So much of a kind that somebody else had removed or changed was restored.
+    pub(super) fn repaired(&self, what: &'static str, number: usize) {
+        self.metrics.repairs().count(what, number);
+    }
+
+    /// What that was, in words.
+    pub(super) fn restored(&mut self, line: &str) {
+        let times = self.restored.take().map_or(0, |(times, _)| times) + 1;
+        let at = Timestamp::now().strftime("%Y-%m-%d %H:%M:%SZ");
+        self.restored = Some((times, format!("{at}: {line}")));
     }
 
     /// Cgroups whose sockets are left to their packets.
@@ -426,7 +456,7 @@ impl Report {
     /// Renews the record that the command line reads, and what metrics show.
     pub(super) fn write(&mut self, world: &World, pending: bool) {
         let mut lines: Vec<String> = self.failure.iter().cloned().collect();
-        lines.extend(self.refusing.iter().cloned());
+        lines.extend(self.refusing.iter().map(|line| format!("{PROBLEM}{line}; trying again")));
         lines.extend(self.refused.iter().cloned());
         lines.extend(self.untracked.iter().cloned());
         let not_served = self.service_health.complaints();
@@ -437,6 +467,9 @@ impl Report {
         let retired = "this node: retired, so what is new is left to another proxy; `proxy-agent retire --undo` takes it back";
         lines.extend(self.retired.then(|| format!("{NOTE}{retired}")));
         lines.extend(world.notes().iter().map(|note| format!("{NOTE}{}: {}", note.object, note.line)));
+        lines.extend(self.restored.iter().map(|(times, line)| {
+            format!("{NOTE}hooks, pins or tables were removed or changed by somebody else and restored, {times} times; last {line}")
+        }));
         lines.extend(self.warnings.iter().cloned());
         let now = unix_ms();
         self.state.beat_ms = now;

@@ -62,6 +62,8 @@ struct Progress {
 struct State {
     families: BTreeMap<Family, Progress>,
     eligible: bool,
+    /// Hooks that should carry programs do not: some traffic is not served.
+    unserved: bool,
 }
 
 /// The answers given so far, by path and code (H-40, H-41).
@@ -150,10 +152,16 @@ impl Health {
         self.lock().eligible = eligible;
     }
 
-    /// Whether every family is in step (H-7).
+    /// Whether hooks lack their programs, so that traffic is not served however the tables are. No restart would help: it
+    /// is nothing for liveness probes.
+    pub fn unserved(&self, unserved: bool) {
+        self.lock().unserved = unserved;
+    }
+
+    /// Whether every family is in step (H-7), and traffic is served.
     #[must_use]
     pub fn is_healthy(&self) -> bool {
-        self.report().healthy
+        self.report().serves()
     }
 
     /// Requests and successes of each family.
@@ -197,6 +205,7 @@ impl Health {
         Report {
             now: now.wall,
             eligible: state.eligible,
+            unserved: state.unserved,
             healthy: status.values().all(|family| family.healthy),
             status,
         }
@@ -218,6 +227,7 @@ impl std::fmt::Debug for Health {
 struct Report {
     now: Timestamp,
     eligible: bool,
+    unserved: bool,
     healthy: bool,
     status: BTreeMap<Family, FamilyStatus>,
 }
@@ -243,14 +253,18 @@ struct Body {
 }
 
 impl Report {
+    fn serves(&self) -> bool {
+        self.healthy && !self.unserved
+    }
+
     /// The body for `code`: with 200 it was updated just now, otherwise with the newest family (H-11).
-    fn body(&self, ok: bool, node_eligible: Option<bool>) -> Body {
+    fn body(&self, ok: bool, healthy: bool, node_eligible: Option<bool>) -> Body {
         let newest = self.status.values().map(|family| family.last_updated).max();
         Body {
             last_updated: if ok { self.now } else { newest.unwrap_or(Timestamp::UNIX_EPOCH) },
             current_time: self.now,
             node_eligible,
-            healthy: self.healthy,
+            healthy,
             status: self.status.iter().map(|(family, status)| (family_name(*family), *status)).collect(),
         }
     }
@@ -264,17 +278,17 @@ pub fn router(health: Arc<Health>) -> Router {
         .route("/livez", any(async move || livez(&of_livez)))
 }
 
-/// For load balancers: in step, and the node wants traffic (H-9).
+/// For load balancers: in step, every hook carries its programs, and the node wants traffic (H-9).
 fn healthz(health: &Health) -> Response {
     let report = health.report();
-    let ok = report.healthy && report.eligible;
-    answer(ok, &report.body(ok, Some(report.eligible)), &health.answers.healthz)
+    let ok = report.serves() && report.eligible;
+    answer(ok, &report.body(ok, report.serves(), Some(report.eligible)), &health.answers.healthz)
 }
 
 /// For liveness probes: in step.
 fn livez(health: &Health) -> Response {
     let report = health.report();
-    answer(report.healthy, &report.body(report.healthy, None), &health.answers.livez)
+    answer(report.healthy, &report.body(report.healthy, report.healthy, None), &health.answers.livez)
 }
 
 fn answer(ok: bool, body: &Body, [fine, ill]: &[AtomicU64; 2]) -> Response {
@@ -457,7 +471,7 @@ mod tests {
     #[test]
     fn without_any_family_there_is_no_status() {
         let health = Health::new(SystemClock);
-        let body = serde_json::to_value(health.report().body(true, None)).unwrap();
+        let body = serde_json::to_value(health.report().body(true, true, None)).unwrap();
         assert!(body.get("status").is_none() && body["healthy"] == true, "{body}");
     }
 }

@@ -23,6 +23,7 @@ use super::health::{Health, family_name};
 use super::pages::{Pages, Slis};
 use super::passes::Passes;
 use super::process::Process;
+use super::repairs::Repairs;
 use crate::cli::view::MapFill;
 use crate::model::{Family, NoLocalByFamily};
 use crate::source::requests::Requests;
@@ -75,6 +76,7 @@ pub struct Metrics {
     registry: Registry,
     slis: Registry,
     passes: Passes,
+    repairs: Repairs,
     pages: Arc<Pages>,
 }
 
@@ -88,21 +90,28 @@ impl Metrics {
     /// Metrics over what `snapshots` and `health` tell.
     #[must_use]
     pub fn new(snapshots: Box<Snapshots>, health: Arc<Health>, requests: &Requests) -> Self {
-        let (passes, pages) = (Passes::default(), Arc::new(Pages::new()));
+        let (passes, repairs, pages) = (Passes::default(), Repairs::default(), Arc::new(Pages::new()));
         let mut registry = Registry::default();
         passes.register(&mut registry);
+        repairs.register(&mut registry);
         requests.register(&mut registry);
         registry.register_collector(Box::new(Scrape { snapshots, health: health.clone() }));
         registry.register_collector(Box::new(Process::this()));
         let mut slis = Registry::default();
         slis.register_collector(Box::new(Slis { health, pages: pages.clone() }));
-        Self { registry, slis, passes, pages }
+        Self { registry, slis, passes, repairs, pages }
     }
 
     /// Where what passes by is counted.
     #[must_use]
     pub fn passes(&self) -> &Passes {
         &self.passes
+    }
+
+    /// Where what was restored is counted.
+    #[must_use]
+    pub fn repairs(&self) -> &Repairs {
+        &self.repairs
     }
 
     /// Everything, as OpenMetrics text.
@@ -381,6 +390,7 @@ mod tests {
         passes.took(Family::V4, false, Duration::from_millis(5));
         passes.programmed(Family::V6, 59.5);
         passes.reconciled(Family::V4, 2, Duration::from_millis(1));
+        metrics.repairs().count("link", 2);
         let text = metrics.text().unwrap();
         for line in [
             "# TYPE kubeproxy_sync_proxy_rules_duration_seconds histogram",
@@ -407,6 +417,8 @@ mod tests {
                 env!("CARGO_PKG_VERSION"),
                 r#"",source="manifests /x"} 1.0"#
             ),
+            r#"proxy_agent_repairs_total{what="link"} 2"#,
+            r#"proxy_agent_repairs_total{what="entry"} 0"#,
             "proxy_agent_connected 1",
             "proxy_agent_services 2",
             "proxy_agent_endpoints 3",

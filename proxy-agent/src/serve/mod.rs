@@ -7,6 +7,7 @@ pub mod metrics;
 mod pages;
 pub mod passes;
 pub mod process;
+mod repairs;
 pub mod service_health;
 
 use std::io;

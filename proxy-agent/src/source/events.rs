@@ -34,6 +34,12 @@ pub enum Event {
     NoHealth(String),
     /// The address for metrics cannot be had, and that ends the agent (H-28).
     NoMetrics(String),
+    /// Hooks refuse their programs, and are tried again.
+    NotAttached(String),
+    /// All hooks carry their programs again.
+    Attached,
+    /// What somebody else had removed or changed has been restored.
+    Restored(String),
     /// A Service's health check port cannot be had (H-16).
     NoServiceHealth(ObjectName, String),
 }
@@ -51,6 +57,11 @@ impl Event {
             Self::NoMetrics(note) => {
                 (EventType::Warning, "FailedToStartMetricServer", "StartKubeProxy", note.clone())
             }
+            Self::NotAttached(note) => (EventType::Warning, "FailedToAttachPrograms", "Attach", note.clone()),
+            Self::Attached => {
+                (EventType::Normal, "AttachedPrograms", "Attach", "all hooks carry their programs".into())
+            }
+            Self::Restored(note) => (EventType::Warning, "RestoredDataPath", "Repair", note.clone()),
             Self::NoServiceHealth(_, note) => {
                 (EventType::Warning, "FailedToStartServiceHealthcheck", "Listen", note.clone())
             }
@@ -67,7 +78,12 @@ impl Event {
                 name: Some(service.name.to_string()),
                 ..ObjectReference::default()
             },
-            Self::Starting | Self::NoHealth(_) | Self::NoMetrics(_) => ObjectReference {
+            Self::Starting
+            | Self::NoHealth(_)
+            | Self::NoMetrics(_)
+            | Self::NotAttached(_)
+            | Self::Attached
+            | Self::Restored(_) => ObjectReference {
                 api_version: Some("v1".into()),
                 kind: Some("Node".into()),
                 name: Some(node.to_owned()),

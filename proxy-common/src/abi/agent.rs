@@ -100,6 +100,9 @@ table_type! {
 /// How the text of a [`Complaint`] begins that is none, but something to be known.
 pub const NOTE: &str = "note: ";
 
+/// How the text of one begins without which traffic is not served.
+pub const PROBLEM: &str = "problem: ";
+
 /// Bits of [`AgentState::absent`]: what a kernel may lack, and what something else stands in for.
 pub mod absent {
     /// The just-in-time compiler.

@@ -47,7 +47,9 @@ pub mod socket;
 mod source;
 
 pub use affinity::{Affinity, AffinityKey};
-pub use agent::{AgentState, Complaint, NOTE, ServiceName, ServiceStats, TEXT_LEN, absent, text, untext};
+pub use agent::{
+    AgentState, Complaint, NOTE, PROBLEM, ServiceName, ServiceStats, TEXT_LEN, absent, text, untext,
+};
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
 pub use flow::{

@@ -5,12 +5,14 @@
 //! shape that kube-proxy makes. What is counted is what clients see. Everything is bounded in number and in time, and
 //! ends early when [`crate::stop`] says so.
 
+pub mod bpf;
 pub mod dns;
 pub mod flood;
 pub mod load;
 pub mod ports;
 pub mod report;
 mod rules;
+pub mod sabotage;
 pub mod scene;
 pub mod spoof;
 

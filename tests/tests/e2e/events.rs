@@ -13,7 +13,7 @@ use crate::common::{manifests, vips, web};
 use crate::life::{FLAGS, SOON, answers, one_node, servers, service};
 
 /// Waits for the event with this reason.
-fn event(server: &ApiServer, reason: &str) -> Result<Value> {
+pub(crate) fn event(server: &ApiServer, reason: &str) -> Result<Value> {
     eventually(SOON, || {
         let events = server.events();
         let found = events.iter().find(|event| event["reason"] == reason).cloned();

@@ -55,6 +55,8 @@ mod packets;
 #[cfg(test)]
 mod refusal;
 #[cfg(test)]
+mod repair;
+#[cfg(test)]
 mod restart;
 #[cfg(test)]
 mod scene;

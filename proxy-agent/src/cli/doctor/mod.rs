@@ -3,6 +3,7 @@
 //! Everything is read, nothing is changed; the programs are loaded, and let go again. Files are read under a root that
 //! tests replace.
 
+mod company;
 mod conflict;
 mod kernel;
 
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 use super::status::Status;
 use super::table;
+use crate::datapath::others::Others;
 
 /// How a check ended, the worst last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -79,6 +81,8 @@ pub struct Node<'a> {
     pub leftovers: &'a dyn Fn() -> Vec<String>,
     /// Loads the programs without pinning or attaching them.
     pub trial: &'a dyn Fn() -> Trial,
+    /// Who else is at our hooks.
+    pub others: &'a dyn Fn() -> Others,
     /// Where pins live or will live.
     pub bpf_root: &'a Path,
 }
@@ -118,6 +122,7 @@ pub fn examine(node: &Node<'_>, object: &[u8], agent: Result<&Status, String>) -
         checks.extend(kernel::programs(&(node.trial)()));
     }
     checks.extend(conflict::checks(node));
+    checks.extend(company::checks(node));
     checks.push(running(agent));
     Report { ready: checks.iter().all(|check| check.verdict != Verdict::Fail), checks }
 }

@@ -7,6 +7,7 @@ struct Fake {
     dir: tempfile::TempDir,
     leftovers: Vec<String>,
     trial: Trial,
+    others: Others,
 }
 
 /// Everything loads, and nothing is lacking.
@@ -17,7 +18,8 @@ fn good_trial() -> Trial {
 impl Fake {
     /// A node that has everything.
     fn ready() -> Self {
-        let fake = Self { dir: tempfile::tempdir().unwrap(), leftovers: vec![], trial: good_trial() };
+        let dir = tempfile::tempdir().unwrap();
+        let fake = Self { dir, leftovers: vec![], trial: good_trial(), others: Others::default() };
         for (path, text) in [
             ("proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n"),
             ("proc/sys/kernel/osrelease", "6.12.38+deb13-amd64\n"),
@@ -53,7 +55,9 @@ impl Fake {
         let leftovers = || self.leftovers.clone();
         let bpf_root = Path::new(crate::config::DEFAULT_BPF_ROOT);
         let trial = || self.trial.clone();
-        let node = Node { root: self.dir.path(), leftovers: &leftovers, trial: &trial, bpf_root };
+        let others = || self.others.clone();
+        let node =
+            Node { root: self.dir.path(), leftovers: &leftovers, trial: &trial, others: &others, bpf_root };
         let status = Status::read(&small_cluster(), "6.12.0", NOW).unwrap();
         examine(&node, object, Ok(&status))
     }
@@ -89,7 +93,8 @@ fn a_node_that_has_everything_is_ready() {
 
 #[test]
 fn a_bare_node_is_told_what_it_lacks() {
-    let fake = Fake { dir: tempfile::tempdir().unwrap(), leftovers: vec![], trial: good_trial() };
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Fake { dir, leftovers: vec![], trial: good_trial(), others: Others::default() };
     let report = fake.report(b"");
     assert!(!report.ready);
     super::super::memory::golden("doctor_bare", &text(&report));

@@ -1,0 +1,522 @@
+//! What is attached where: made once, held, looked at again and again, and restored.
+//!
+//! The agent keeps what it has attached open, so whoever removes a pin takes no program away: only the pin has to come
+//! back. Everything else that a person or another program can do to a link (detach it, put another program behind it)
+//! shows when the link is asked. A look asks one after the other for as long as it is given, and goes on next time; what
+//! cannot be restored at once is tried again after a pause that doubles. Filters (before TCX) are asked for by netlink.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use aya_obj::generated::bpf_attach_type as Hook;
+use nix::sys::resource::{Resource, getrlimit};
+use proxy_common::abi::maps;
+
+use super::attach::{AttachError, Attached, Direction, PinName, open_link};
+use super::filter;
+use super::flow;
+use super::grace::Expedited;
+use super::load::Loaded;
+use super::pin::{self, BpfRoot};
+use super::sys::{self, LinkFacts, Target};
+use crate::model::Link;
+
+/// Pause before a hook that has refused is tried again, the first time.
+const FIRST: Duration = Duration::from_millis(500);
+/// The longest pause.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// Where a link holds its program.
+#[derive(Clone, Debug)]
+pub(super) enum Spot {
+    /// A cgroup, by its path and its id.
+    Cgroup { path: PathBuf, id: u64, hook: Hook },
+    /// An interface.
+    Interface { index: u32, name: Arc<str>, direction: Direction },
+}
+
+impl Spot {
+    fn target(&self) -> Target {
+        match self {
+            Self::Cgroup { id, .. } => Target::Cgroup(*id),
+            Self::Interface { index, .. } => Target::Interface(*index),
+        }
+    }
+
+    fn attach(&self, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+        match self {
+            Self::Cgroup { path, hook, .. } => {
+                let directory = fs::File::open(path)?;
+                sys::link_cgroup(program, directory.as_fd(), *hook)
+            }
+            Self::Interface { index, direction, .. } => {
+                sys::link_tcx(program, *index, *direction == Direction::Egress)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Spot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cgroup { path, .. } => write!(f, "{}", path.display()),
+            Self::Interface { name, .. } => write!(f, "interface {name}"),
+        }
+    }
+}
+
+/// What is attached or refused as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Unit {
+    /// The socket programs.
+    Sockets,
+    /// A cgroup whose sockets are marked, by its id.
+    Excluded(u64),
+    /// An interface, by its index.
+    Interface(u32),
+}
+
+/// A link as it should be.
+#[derive(Debug)]
+struct Held {
+    program: &'static str,
+    spot: Spot,
+    /// Id of the program that was seen to be right: ours, or an earlier one that does the same.
+    runs: u32,
+    /// Open, as long as there are descriptors enough.
+    link: Option<OwnedFd>,
+    pin: PinId,
+}
+
+/// Which file a pin is: device and inode.
+type PinId = (u64, u64);
+
+/// Something else that is pinned and must stay so.
+#[derive(Debug)]
+struct Kept {
+    object: String,
+    path: PathBuf,
+    fd: OwnedFd,
+    pin: PinId,
+}
+
+/// A hook that refuses its program.
+#[derive(Debug)]
+struct Refused {
+    line: String,
+    /// What it was to be attached to went this moment, and will be heard of.
+    passing: bool,
+    again: Instant,
+    pause: Duration,
+}
+
+/// What a look has found amiss.
+#[derive(Debug)]
+pub struct Repair {
+    /// `link`, `program`, `pin`, `map` or `filter`.
+    pub what: &'static str,
+    /// Which.
+    pub object: String,
+    /// Whether it is as it was.
+    pub result: Result<(), AttachError>,
+}
+
+/// How far a look is.
+#[derive(Debug)]
+enum Round {
+    Links(Option<PinName>),
+    Filters(Option<u32>),
+    Pins,
+}
+
+/// What is attached, as this process knows it.
+#[derive(Debug, Default)]
+pub(crate) struct Hooks {
+    links: BTreeMap<PinName, Held>,
+    /// Maps, and the program that no hook carries.
+    kept: Vec<Kept>,
+    pub(super) cgroup: Option<PathBuf>,
+    pub(super) interfaces: BTreeMap<u32, Link>,
+    /// Interfaces whose filters this process has put in place.
+    pub(super) filters: BTreeSet<u32>,
+    refused: BTreeMap<Unit, Refused>,
+    /// Whether pins of an earlier agent have been looked through.
+    pub(super) adopted: bool,
+    /// The same for marked cgroups.
+    pub(super) excluded_adopted: bool,
+    /// Programs by id that were compared with ours since a batch began: many links have the same.
+    same: BTreeMap<(&'static str, u32), bool>,
+    round: Option<Round>,
+}
+
+impl Hooks {
+    /// Whether an interface is not attached to as it is now.
+    pub(super) fn is_new(&self, link: &Link) -> bool {
+        self.interfaces
+            .get(&link.index)
+            .is_none_or(|known| (known.layer3, known.born) != (link.layer3, link.born))
+    }
+
+    pub(super) fn holds(&self, pin: &PinName) -> bool {
+        self.links.contains_key(pin)
+    }
+
+    pub(super) fn held(&self) -> impl Iterator<Item = &PinName> {
+        self.links.keys()
+    }
+
+    /// Forgets a link, and gives it where it is open.
+    pub(super) fn take(&mut self, pin: &PinName) -> Option<OwnedFd> {
+        self.links.remove(pin)?.link
+    }
+
+    /// Notes what came of attaching.
+    pub(super) fn note(&mut self, unit: Unit, name: &str, result: &Result<Attached, AttachError>) {
+        self.same.clear();
+        let Err(error) = result else { return self.forget(unit) };
+        let pause = self.refused.get(&unit).map_or(FIRST, |before| (before.pause * 2).min(LONGEST));
+        let refused = Refused {
+            line: format!("{name}: {}", chain(error)),
+            passing: error.is_of_something_gone(),
+            again: Instant::now() + pause,
+            pause,
+        };
+        self.refused.insert(unit, refused);
+    }
+
+    pub(super) fn forget(&mut self, unit: Unit) {
+        self.refused.remove(&unit);
+    }
+
+    /// Whether a unit has refused, and its pause has not passed.
+    pub(super) fn rests(&self, unit: Unit) -> bool {
+        self.refused.get(&unit).is_some_and(|refused| Instant::now() < refused.again)
+    }
+}
+
+/// An error with what is behind it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        source = error.source();
+    }
+    line
+}
+
+/// A new pin at `path`, in place of what stands there; makes the directories, and mounts a bpffs, where they have gone.
+pub(super) fn pin_at(root: &BpfRoot, fd: BorrowedFd<'_>, path: &Path) -> Result<PinId, AttachError> {
+    let failed = |source| AttachError::Pin { path: path.to_owned(), source };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let making = path.with_file_name(format!("new_{name}"));
+    if !path.parent().is_some_and(Path::exists) {
+        root.prepare()?;
+    }
+    pin::remove(&making, false)?;
+    sys::obj_pin(fd, &making).map_err(failed)?;
+    fs::rename(&making, path).map_err(failed)?;
+    pin_id(path).map_err(failed)
+}
+
+fn pin_id(path: &Path) -> io::Result<PinId> {
+    fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+impl Loaded {
+    /// One link: kept, updated, or made.
+    pub(super) fn ensure(
+        &mut self,
+        pin: &PinName,
+        program: &'static str,
+        spot: Spot,
+    ) -> Result<Attached, AttachError> {
+        let path = self.root().link(&pin.to_string());
+        let place = spot.to_string();
+        let (found, by_pin) = match self.hooks.take(pin) {
+            Some(link) => (sys::link_facts(link.as_fd()).ok().map(|facts| (link, facts)), false),
+            None => (open_link(&path)?, true),
+        };
+        if let Some((link, facts)) = found
+            && facts.target == spot.target()
+            && let Some(done) = self.put_behind(&link, &facts, program, &place)?
+        {
+            let id = if by_pin || is_pinned_at(facts.id, &path) {
+                pin_id(&path).map_err(|source| AttachError::Pin { path, source })?
+            } else {
+                pin_at(self.root(), link.as_fd(), &path)?
+            };
+            self.hold(pin, program, spot, link, id)?;
+            return Ok(done);
+        }
+        let attach = |source| AttachError::Attach { program, place, source };
+        let link = spot.attach(self.program(program)?.fd.as_fd()).map_err(attach)?;
+        // An older link goes in the same step as the new one comes.
+        let id = pin_at(self.root(), link.as_fd(), &path)?;
+        self.hold(pin, program, spot, link, id)?;
+        Ok(Attached::New)
+    }
+
+    /// Sees to it that our program, or one that does the same, is behind a link; `None` if the link has gone meanwhile.
+    fn put_behind(
+        &mut self,
+        link: &OwnedFd,
+        facts: &LinkFacts,
+        program: &'static str,
+        place: &str,
+    ) -> Result<Option<Attached>, AttachError> {
+        let running = sys::program_by_id(facts.program).ok();
+        let same = match self.hooks.same.get(&(program, facts.program)) {
+            Some(same) => *same,
+            None => running.as_ref().is_some_and(|running| self.is_same(program, running.as_fd())),
+        };
+        self.hooks.same.insert((program, facts.program), same);
+        if same {
+            return Ok(Some(Attached::Kept));
+        }
+        // The swap holds only if the link still has the program that was looked at.
+        let ours = self.program(program)?;
+        match sys::link_update(link.as_fd(), ours.fd.as_fd(), running.as_ref().map(AsFd::as_fd)) {
+            Ok(()) => Ok(Some(Attached::Updated)),
+            // The cgroup or interface went this moment.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(None),
+            Err(source) => Err(AttachError::Replace { program, place: place.into(), source }),
+        }
+    }
+
+    fn hold(
+        &mut self,
+        pin: &PinName,
+        program: &'static str,
+        spot: Spot,
+        link: OwnedFd,
+        id: PinId,
+    ) -> Result<(), AttachError> {
+        let facts = sys::link_facts(link.as_fd());
+        let path = self.root().link(&pin.to_string());
+        let runs = facts.map_err(|source| AttachError::Pin { path, source })?.program;
+        let link = has_room(&link).then_some(link);
+        self.hooks.links.insert(pin.clone(), Held { program, spot, runs, link, pin: id });
+        Ok(())
+    }
+
+    /// Attaches again where it was refused and the pause has passed: to what, and what came of it.
+    pub fn retry(&mut self) -> Vec<(String, Result<Attached, AttachError>)> {
+        let due: Vec<Unit> =
+            self.hooks.refused.keys().copied().filter(|unit| !self.hooks.rests(*unit)).collect();
+        let _expedited = if due.is_empty() { None } else { Expedited::begin(self.root()) };
+        let mut results = Vec::new();
+        for unit in due {
+            match unit {
+                Unit::Sockets => {
+                    if let Some(cgroup) = self.hooks.cgroup.clone() {
+                        results.push((format!("cgroup {}", cgroup.display()), self.attach_cgroup(&cgroup)));
+                    }
+                }
+                Unit::Interface(index) => {
+                    if let Some(link) = self.hooks.interfaces.get(&index).cloned() {
+                        results.push((format!("interface {}", link.name), self.try_interface(&link)));
+                    }
+                }
+                // Looked for all the time.
+                Unit::Excluded(_) => {}
+            }
+        }
+        results
+    }
+
+    /// Hooks that refuse their programs, a line each; those whose interface or cgroup has just gone are none.
+    #[must_use]
+    pub fn refusing(&self) -> Vec<String> {
+        self.hooks.refused.values().filter(|refused| !refused.passing).map(|r| r.line.clone()).collect()
+    }
+
+    /// How many interfaces carry programs, and how many refuse them.
+    #[must_use]
+    pub fn interfaces(&self) -> (usize, usize) {
+        let of_interfaces = self.hooks.refused.iter().filter(|(unit, _)| matches!(unit, Unit::Interface(_)));
+        let without = of_interfaces.clone().count();
+        let refusing = of_interfaces.filter(|(_, refused)| !refused.passing).count();
+        (self.hooks.interfaces.len() - without, refusing)
+    }
+
+    /// Looks on until a moment, and restores what is not as it was left; whether everything has been looked at since the
+    /// last time that this was true.
+    pub fn look(&mut self, until: Instant) -> (Vec<Repair>, bool) {
+        let mut repairs = Vec::new();
+        if self.hooks.kept.is_empty() {
+            repairs.extend(self.keep().err().map(|error| Repair {
+                what: "pin",
+                object: "the maps".into(),
+                result: Err(error),
+            }));
+        }
+        loop {
+            let round = self.hooks.round.take().unwrap_or(Round::Links(None));
+            let (repair, next) = match round {
+                Round::Links(last) => self.look_at_next_link(last),
+                Round::Filters(last) => self.look_at_next_filter(last),
+                Round::Pins => {
+                    repairs.extend(self.look_at_pins());
+                    return (repairs, true);
+                }
+            };
+            repairs.extend(repair);
+            self.hooks.round = Some(next);
+            if Instant::now() >= until {
+                return (repairs, false);
+            }
+        }
+    }
+
+    fn look_at_next_link(&mut self, last: Option<PinName>) -> (Option<Repair>, Round) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = last.map_or(Unbounded, Excluded);
+        let Some((pin, held)) = self.hooks.links.range((from, Unbounded)).next() else {
+            return (None, Round::Filters(None));
+        };
+        let path = self.root().link(&pin.to_string());
+        let facts = match &held.link {
+            Some(link) => sys::link_facts(link.as_fd()),
+            None => sys::obj_get(&path).and_then(|link| sys::link_facts(link.as_fd())),
+        };
+        let what = match facts {
+            Ok(facts) if facts.target != held.spot.target() => "link",
+            Ok(facts) if facts.program != held.runs => "program",
+            Ok(_) if pin_id(&path).ok() == Some(held.pin) => return (None, Round::Links(Some(pin.clone()))),
+            Ok(_) => "pin",
+            // The pin was all that was left of it.
+            Err(_) => "link",
+        };
+        let (pin, program, spot) = (pin.clone(), held.program, held.spot.clone());
+        (self.restore(what, &pin, program, spot), Round::Links(Some(pin)))
+    }
+
+    fn restore(
+        &mut self,
+        what: &'static str,
+        pin: &PinName,
+        program: &'static str,
+        spot: Spot,
+    ) -> Option<Repair> {
+        let object = format!("{program} at {spot}");
+        let unit = match pin {
+            PinName::Excluded(id) => Unit::Excluded(*id),
+            _ => match &spot {
+                Spot::Cgroup { .. } => Unit::Sockets,
+                Spot::Interface { index, .. } => Unit::Interface(*index),
+            },
+        };
+        if what == "link"
+            && let Spot::Cgroup { path, id, .. } = &spot
+            && !fs::metadata(path).is_ok_and(|found| found.ino() == *id)
+            && matches!(unit, Unit::Excluded(_))
+        {
+            // A pod's cgroup that has gone takes its link with it.
+            return None;
+        }
+        let _expedited = if what == "link" { Expedited::begin(self.root()) } else { None };
+        let name = spot.to_string();
+        let result = self.ensure(pin, program, spot);
+        self.hooks.same.clear();
+        if let Err(error) = &result {
+            if error.is_of_something_gone() && matches!(unit, Unit::Interface(_)) {
+                // It has gone, and will be heard of; if it comes back before that, it is tried again.
+                self.hooks.note(unit, &name, &result);
+                return None;
+            }
+            self.hooks.note(unit, &name, &result);
+            if let Unit::Interface(index) = unit {
+                // Half an interface would translate one way only.
+                let _ = self.drop_half(index);
+            }
+        }
+        Some(Repair { what, object, result: result.map(drop) })
+    }
+
+    fn drop_half(&mut self, index: u32) -> Result<(), AttachError> {
+        Direction::BOTH
+            .into_iter()
+            .try_for_each(|direction| self.detach(&PinName::Tcx(index, direction)).map(drop))
+    }
+
+    fn look_at_next_filter(&mut self, last: Option<u32>) -> (Option<Repair>, Round) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = last.map_or(Unbounded, Excluded);
+        let next = self.hooks.filters.range((from, Unbounded)).next().copied();
+        let Some(index) = next else { return (None, Round::Pins) };
+        let next = Round::Filters(Some(index));
+        let Some(link) = self.hooks.interfaces.get(&index).cloned() else { return (None, next) };
+        let is_there = |direction: Direction| {
+            let program = self.program(direction.program(link.layer3)).map(|program| program.fd.as_fd());
+            let ours = program.ok().and_then(|fd| sys::program_facts(fd).ok()).map(|facts| facts.id);
+            let pinned = self.root().link(&PinName::Filter(index, direction).to_string()).exists();
+            // What cannot be told is left alone.
+            filter::running(index, direction).map_or(pinned, |running| running == ours && pinned)
+        };
+        if Direction::BOTH.into_iter().all(is_there) {
+            return (None, next);
+        }
+        let result = self.try_interface(&link);
+        let gone = result.as_ref().is_err_and(AttachError::is_of_something_gone);
+        let object = format!("filters of interface {}", link.name);
+        ((!gone).then(|| Repair { what: "filter", object, result: result.map(drop) }), next)
+    }
+
+    /// Keeps open what is pinned besides links.
+    fn keep(&mut self) -> Result<(), AttachError> {
+        let mut kept = Vec::new();
+        for name in maps::ALL {
+            let path = self.root().map(name);
+            let failed = |source| AttachError::Pin { path: path.clone(), source };
+            let fd = sys::obj_get(&path).map_err(failed)?;
+            let pin = pin_id(&path).map_err(failed)?;
+            kept.push(Kept { object: format!("map {name}"), path, fd, pin });
+        }
+        let path = self.root().link(flow::PROGRAM);
+        let failed = |source| AttachError::Pin { path: path.clone(), source };
+        let fd = self.program(flow::PROGRAM)?.fd.try_clone().map_err(failed)?;
+        let pin = pin_id(&path).map_err(failed)?;
+        kept.push(Kept { object: format!("program {}", flow::PROGRAM), path, fd, pin });
+        self.hooks.kept = kept;
+        Ok(())
+    }
+
+    /// To be called when a map has been replaced on purpose: what is pinned now is to stay.
+    pub fn maps_changed(&mut self) {
+        self.hooks.kept.clear();
+    }
+
+    fn look_at_pins(&mut self) -> Vec<Repair> {
+        let mut repairs = Vec::new();
+        let root = self.root().clone();
+        for kept in &mut self.hooks.kept {
+            if pin_id(&kept.path).ok() == Some(kept.pin) {
+                continue;
+            }
+            let result = pin_at(&root, kept.fd.as_fd(), &kept.path).map(|pin| kept.pin = pin);
+            repairs.push(Repair { what: "pin", object: kept.object.clone(), result });
+        }
+        repairs
+    }
+}
+
+/// Whether the link of this id is pinned at `path`.
+fn is_pinned_at(id: u32, path: &Path) -> bool {
+    let pinned = sys::obj_get(path).and_then(|pinned| sys::link_facts(pinned.as_fd()));
+    pinned.is_ok_and(|pinned| pinned.id == id)
+}
+
+/// Whether there are descriptors enough to keep this one: as many as half of what may be open.
+fn has_room(fd: &OwnedFd) -> bool {
+    let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _)| soft);
+    u64::try_from(fd.as_raw_fd()).is_ok_and(|number| number < most / 2)
+}

@@ -1,0 +1,210 @@
+//! What somebody else has done to our hooks, pins and tables is noticed, undone, counted and told.
+//!
+//! Hooks and pins are looked at twice a second, or as often as a small share of the time allows where there are very many;
+//! entries of tables within a minute.
+//! Hooks that refuse their programs are tried again. Meanwhile `/healthz`, `status`, the metrics and an Event say so.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::time::{Duration, Instant};
+
+use super::Agent;
+use crate::datapath::Datapath as _;
+use crate::datapath::compare::{Comparison, entries};
+use crate::datapath::kernel::KernelError;
+use crate::datapath::pin::{BpfRoot, RootLock};
+use crate::plan::Step;
+use crate::source::events::{Event, Events};
+
+/// What one tick may take for a look at hooks: some 1,000 of them. Where there are more the next tick goes on.
+const SLICE: Duration = Duration::from_millis(2);
+/// From the beginning of a comparison of all tables to the next.
+const COMPARE: Duration = Duration::from_secs(30);
+/// Ticks that one is spread over: 20 s. An entry that is hurt just after its turn is found within 50 s.
+const TICKS: usize = 40;
+/// Entries that one slice looks at, if there are fewer.
+const FEWEST: usize = 256;
+/// Objects that one line names.
+const NAMED: usize = 3;
+
+/// Something that is begun every so often and done in slices.
+#[derive(Debug, Default)]
+struct Round {
+    begun: Option<Instant>,
+    under_way: bool,
+}
+
+impl Round {
+    /// Whether a slice is to be done now.
+    fn is_due(&mut self, every: Duration) -> bool {
+        if !self.under_way && self.begun.is_none_or(|begun| begun.elapsed() >= every) {
+            self.begun = Some(Instant::now());
+            self.under_way = true;
+        }
+        self.under_way
+    }
+}
+
+/// How far looking is, and what has been told.
+pub(super) struct Repairs {
+    compare: Round,
+    comparison: Comparison,
+    claim: Claim,
+    /// What was last told of hooks that refuse.
+    refusing: Vec<String>,
+    /// Whether the tables could not be compared, which is told once.
+    blind: bool,
+    /// `None` before the loop runs.
+    pub(super) events: Option<Events>,
+}
+
+/// The claim on the root, and the directory that it is on.
+struct Claim {
+    _lock: RootLock,
+    on: Option<(u64, u64)>,
+}
+
+impl Claim {
+    fn directory(root: &BpfRoot) -> Option<(u64, u64)> {
+        root.path().metadata().ok().map(|found| (found.dev(), found.ino()))
+    }
+
+    /// A root that was removed and made again, or that another file system was mounted over, has to be claimed anew.
+    fn renew(&mut self, root: &BpfRoot) {
+        let now = Self::directory(root);
+        if now.is_none() || now == self.on {
+            return;
+        }
+        match root.lock() {
+            Ok(Some(lock)) => *self = Self { _lock: lock, on: now },
+            Ok(None) => tracing::error!(
+                "another agent has claimed {}, which was made anew: stop one of the two",
+                root.path().display()
+            ),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the root cannot be claimed anew");
+            }
+        }
+    }
+}
+
+impl Repairs {
+    pub(super) fn open(root: &BpfRoot, lock: RootLock) -> Result<Self, KernelError> {
+        Ok(Self {
+            compare: Round::default(),
+            comparison: Comparison::open(root)?,
+            claim: Claim { _lock: lock, on: Claim::directory(root) },
+            refusing: Vec::new(),
+            blind: false,
+            events: None,
+        })
+    }
+
+    fn tell(&self, event: Event) {
+        if let Some(events) = &self.events {
+            events.tell(event);
+        }
+    }
+}
+
+impl Agent {
+    /// A little of everything, with each tick once the programs are attached.
+    pub(super) fn repair(&mut self) {
+        let retried = self.loaded.retry();
+        self.report.retried(retried);
+        self.look();
+        if self.repairs.compare.is_due(COMPARE) {
+            self.compare();
+        }
+        self.tell_hooks();
+    }
+
+    fn look(&mut self) {
+        let (found, ended) = self.loaded.look(Instant::now() + SLICE);
+        let mut done = Vec::new();
+        for repair in found {
+            let object = format!("{} {}", repair.what, repair.object);
+            match repair.result {
+                Ok(()) => {
+                    self.report.repaired(repair.what, 1);
+                    done.push(object);
+                }
+                Err(error) => tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "{object} was removed or replaced by somebody else and cannot be restored yet"
+                ),
+            }
+        }
+        self.tell_repaired(&done);
+        if ended {
+            self.repairs.claim.renew(self.loaded.root());
+        }
+    }
+
+    /// Between two passes the planner's copy is what must stand in the tables; after a failed one there is none.
+    fn compare(&mut self) {
+        let Some(planner) = &self.planner else { return };
+        let room = (entries(planner.actual()) / TICKS).max(FEWEST);
+        let found = self.repairs.comparison.go_on(&mut self.kernel, planner.actual(), room);
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                self.repairs.compare.under_way = false;
+                if !std::mem::replace(&mut self.repairs.blind, true) {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "tables are not compared with what was written to them"
+                    );
+                }
+                return;
+            }
+        };
+        self.repairs.compare.under_way = !found.ended;
+        self.repairs.blind &= !found.ended;
+        let mut done: Vec<String> = found.steps.iter().take(NAMED).map(Step::to_string).collect();
+        if found.words != 0 {
+            done.push(format!("{} words of ADDRESS_BITS, ENDPOINT_BITS or SECRET", found.words));
+        }
+        match self.kernel.apply(&found.steps) {
+            Ok(()) => {
+                self.report.repaired("entry", found.steps.len() + found.words);
+                let more = found.steps.len().saturating_sub(NAMED);
+                done.extend((more != 0).then(|| format!("{more} more entries")));
+                self.tell_repaired(&done);
+            }
+            Err((_, error)) => tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "entries of tables were changed by somebody else and cannot be restored yet"
+            ),
+        }
+    }
+
+    fn tell_repaired(&mut self, objects: &[String]) {
+        if objects.is_empty() {
+            return;
+        }
+        let more = objects.len().saturating_sub(NAMED + 1);
+        let mut line = objects.iter().take(NAMED + 1).cloned().collect::<Vec<_>>().join(", ");
+        if more != 0 {
+            line += &format!(" and {more} more");
+        }
+        tracing::warn!("removed or changed by somebody else, and restored: {line}");
+        self.report.restored(&line);
+        self.repairs
+            .tell(Event::Restored(format!("removed or changed by somebody else, and restored: {line}")));
+    }
+
+    /// Whether all hooks carry their programs, for everybody who asks; an Event when that changes.
+    pub(super) fn tell_hooks(&mut self) {
+        let refusing = self.loaded.refusing();
+        self.report.hooks(self.loaded.interfaces(), &refusing);
+        if refusing == self.repairs.refusing {
+            return;
+        }
+        self.repairs.tell(match refusing.split_first() {
+            None => Event::Attached,
+            Some((first, [])) => Event::NotAttached(first.clone()),
+            Some((first, more)) => Event::NotAttached(format!("{first}; and {} more", more.len())),
+        });
+        self.repairs.refusing = refusing;
+    }
+}
