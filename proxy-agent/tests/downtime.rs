@@ -130,7 +130,7 @@ impl Trial {
         for kind in [Kind::Service, Kind::Slice, Kind::Node] {
             trial.world.hear(Change::Synced(kind));
         }
-        let planner = Planner::new(&trial.actual, Capacity::default(), 0);
+        let planner = Planner::new(&trial.actual, Capacity::default());
         let pass = planner.full(&trial.world.take_desired(), 0);
         pass.plan.steps.iter().for_each(|step| trial.actual.apply(step));
         trial.planner = Some(pass.applied(0));

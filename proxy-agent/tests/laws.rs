@@ -310,6 +310,13 @@ impl Watched {
         planner
     }
 
+    /// Whoever reads the tables has waited until nothing of what was before is followed any more.
+    fn restart(&mut self) {
+        self.shown.clear();
+        self.live.clear();
+        self.named.clear();
+    }
+
     fn note(&mut self, now_ms: u64) {
         let actual = &self.memory.actual;
         for run in actual.frontends.values().flat_map(|value| [value.cluster, value.local]) {
@@ -391,7 +398,7 @@ proptest! {
     fn every_prefix_is_safe_and_every_end_is_what_was_wished(history in history()) {
         let mut tables = Watched::new(Capacity::default());
         let mut now_ms = 10_000;
-        let mut planner = Planner::new(&Actual::default(), Capacity::default(), now_ms);
+        let mut planner = Planner::new(&Actual::default(), Capacity::default());
         for (desired, pause) in &history {
             now_ms += pause;
             let pass = planner.full(desired, now_ms);
@@ -406,7 +413,7 @@ proptest! {
     fn changes_one_by_one_end_where_comparing_everything_ends(history in history()) {
         let mut tables = Watched::new(Capacity::default());
         let mut now_ms = 10_000;
-        let mut planner = Planner::new(&Actual::default(), Capacity::default(), now_ms);
+        let mut planner = Planner::new(&Actual::default(), Capacity::default());
         let mut old = empty_world();
         for (desired, pause) in &history {
             now_ms += pause;
@@ -426,11 +433,10 @@ proptest! {
         let mut now_ms = 10_000;
         for (desired, pause) in &history {
             now_ms += pause;
-            let pass = Planner::new(&tables.memory.actual, Capacity::default(), now_ms).full(desired, now_ms);
-            // Nothing in the tables tells which service ids were used before the start.
-            tables.named.clear();
+            let pass = Planner::new(&tables.memory.actual, Capacity::default()).full(desired, now_ms);
+            tables.restart();
             drop(tables.carry_out(pass, now_ms));
-            let again = Planner::new(&tables.memory.actual, Capacity::default(), now_ms).full(desired, now_ms);
+            let again = Planner::new(&tables.memory.actual, Capacity::default()).full(desired, now_ms);
             prop_assert_eq!(again.plan.steps, []);
         }
     }
@@ -451,7 +457,7 @@ proptest! {
                 prop_assert!(tries < 2_000, "does not converge");
                 let planner = match kept.take() {
                     Some(planner) => planner,
-                    None => Planner::new(&tables.read().unwrap(), Capacity::default(), now_ms),
+                    None => Planner::new(&tables.read().unwrap(), Capacity::default()),
                 };
                 let pass = planner.full(desired, now_ms);
                 let before = tables.inner.writes;
@@ -472,7 +478,7 @@ proptest! {
     fn full_tables_leave_services_whole_and_let_the_others_pass(history in history(), capacity in tight()) {
         let mut tables = Watched::new(capacity);
         let mut now_ms = 10_000;
-        let mut planner = Planner::new(&Actual::default(), capacity, now_ms);
+        let mut planner = Planner::new(&Actual::default(), capacity);
         let mut old = empty_world();
         for (n, (desired, pause)) in history.iter().enumerate() {
             now_ms += pause;
@@ -501,8 +507,8 @@ proptest! {
         let actual = std::mem::take(&mut tables.memory.actual);
         tables.memory = Memory::default();
         tables.memory.actual = actual;
-        tables.named.clear();
-        let pass = Planner::new(&tables.memory.actual, Capacity::default(), now_ms).full(&old, now_ms);
+        tables.restart();
+        let pass = Planner::new(&tables.memory.actual, Capacity::default()).full(&old, now_ms);
         prop_assert_eq!(&pass.plan.complaints, &Vec::<String>::new());
         drop(tables.carry_out(pass, now_ms));
         prop_assert_eq!(observe(&tables.memory.actual), expect(&old));
@@ -531,7 +537,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     // Y-24.
     let mut desired = big_world(10_000, 4);
     let mut memory = Memory::default();
-    let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);
+    let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
     memory.apply(&pass.plan.steps).unwrap();
     let planner = pass.applied(1);
     assert_eq!(lint(&memory.actual), []);
@@ -560,7 +566,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
 fn an_unchanged_service_in_a_change_writes_nothing() {
     // S-22.
     let desired = big_world(10, 3);
-    let planner = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0).applied(0);
+    let planner = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0).applied(0);
     let all: Vec<_> = desired.services.iter().map(|(p, s)| (p.clone(), Some(s.clone()))).collect();
     assert_eq!(planner.dirty(&all, Some(&desired.node), 1).plan, Default::default());
 }
@@ -570,7 +576,7 @@ fn damaged_tables_are_seen_and_repaired() {
     // Y-20.
     let desired = big_world(3, 2);
     let mut memory = Memory::default();
-    let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);
+    let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
     memory.apply(&pass.plan.steps).unwrap();
     let whole = memory.actual;
     let (key, value) = whole.frontends.iter().next().map(|(k, v)| (*k, *v)).unwrap();
@@ -597,7 +603,7 @@ fn damaged_tables_are_seen_and_repaired() {
         memory.actual = whole.clone();
         memory.actual.apply(&damage);
         assert_ne!(lint(&memory.actual), [], "`{damage}` goes unseen");
-        let pass = Planner::new(&memory.actual, Capacity::default(), 9).full(&desired, 9);
+        let pass = Planner::new(&memory.actual, Capacity::default()).full(&desired, 9);
         memory.apply(&pass.plan.steps).unwrap();
         assert_eq!(lint(&memory.actual), [], "after `{damage}`:\n{}", memory.actual.dump());
         assert_eq!(observe(&memory.actual), expect(&desired), "after `{damage}`");
@@ -605,10 +611,35 @@ fn damaged_tables_are_seen_and_repaired() {
 }
 
 #[test]
+fn agents_that_are_started_again_and_again_never_run_out_of_numbers() {
+    // Room for what there is twice over, as replacing takes it, and not a number more.
+    let capacity = Capacity { slots: 13, backends: 13, services: 5, ..Capacity::default() };
+    let mut tables = Watched::new(capacity);
+    for n in 0..300 {
+        // Other endpoints each time, and every third time other Services.
+        let mut desired = Desired { services: BTreeMap::new(), node: node_tables(0, 0) };
+        for (mut name, mut service) in big_world(2, 3).services {
+            let endpoint = |(addr, _): &Endpoint| (*addr, Port::new(8000 + n));
+            service.cluster = service.cluster.iter().map(endpoint).collect();
+            service.backends = service.cluster.iter().map(|endpoint| (*endpoint, 0)).collect();
+            name.port = format!("p{}", n / 3).into();
+            desired.services.insert(name, service);
+        }
+        tables.restart();
+        let pass = Planner::new(&tables.memory.actual, capacity).full(&desired, 0);
+        assert_eq!(pass.plan.complaints, Vec::<String>::new(), "start {n}");
+        let _ = tables.carry_out(pass, 0);
+        let actual = &tables.memory.actual;
+        let live = actual.backends.values().filter(|backend| backend.is_live()).count();
+        assert_eq!((actual.shown_slots(), live, actual.services.len()), (6, 6, 2), "start {n}");
+    }
+}
+
+#[test]
 fn a_full_table_is_named_with_its_remedy_and_tried_again() {
     let capacity = Capacity { backends: 4, ..Capacity::default() };
     let mut desired = big_world(2, 2);
-    let pass = Planner::new(&Actual::default(), capacity, 0).full(&desired, 0);
+    let pass = Planner::new(&Actual::default(), capacity).full(&desired, 0);
     let complaint = "Service default/svc-1 port http (TCP, IPv4): table BACKENDS is full: 2 more needed, 1 free; \
                      raise --max-backends; until then it stays as it is";
     assert_eq!(pass.plan.complaints, [complaint]);
@@ -625,7 +656,7 @@ fn a_full_table_is_named_with_its_remedy_and_tried_again() {
 fn what_may_only_be_unreadable_is_not_taken_away() {
     // Y-22 with a source of which a part could not be read since the start.
     let desired = big_world(3, 2);
-    let pass = Planner::new(&Actual::default(), Capacity::default(), 0).full(&desired, 0);
+    let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
     let mut memory = Memory::new(Capacity::default());
     memory.apply(&pass.plan.steps).unwrap();
     let mut partial = desired.clone();
@@ -633,7 +664,7 @@ fn what_may_only_be_unreadable_is_not_taken_away() {
     let bare = partial.services.values_mut().next().expect("two are left");
     (bare.cluster, bare.backends) = (Vec::new(), BTreeMap::new());
 
-    let again = || Planner::new(&memory.actual, Capacity::default(), 9);
+    let again = || Planner::new(&memory.actual, Capacity::default());
     assert_eq!(again().full_keeping(&partial, 9).plan.steps, []);
     let whole = again().full(&partial, 9).plan.steps;
     let id = memory.actual.services.iter().find(|(_, n)| Some(**n) == service_name(&gone)).map(|(id, _)| *id);

@@ -1,6 +1,7 @@
 //! The configuration tables in the kernel: read whole at start, then written step by step.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use proxy_common::abi::{
     Backend, Config, Frontend, FrontendKey, Iface, RouteKey, ServiceName, SourceKey, maps, untext,
@@ -12,7 +13,7 @@ use super::address_bits::AddressBits;
 use super::pin::BpfRoot;
 use super::sys;
 use super::table::{Table, TableError};
-use crate::plan::{Actual, Step};
+use crate::plan::{Actual, GRACE_MS, Step};
 
 /// Why the tables could not be read or written.
 pub type KernelError = TableError;
@@ -261,6 +262,11 @@ impl Datapath for Kernel {
         self.address_bits.count(actual.addresses.keys())?;
         let live = actual.backends.values().filter(|backend| backend.is_live());
         self.endpoint_bits.count(live.map(|backend| &backend.addr))?;
+        // Where there never was a backend nothing can be followed.
+        if !actual.backends.is_empty() && sys::wait_for_grace().is_err() {
+            // It fails with `nohz_full`.
+            std::thread::sleep(Duration::from_millis(GRACE_MS));
+        }
         Ok(actual)
     }
 

@@ -37,7 +37,8 @@ pub trait Datapath {
     /// Why it could not be done.
     type Error: std::error::Error + Send + Sync + 'static;
 
-    /// Reads every configuration table.
+    /// Reads every configuration table, and returns when no program follows any more what stood there before the last
+    /// write: what nothing in the tables refers to may be used again at once.
     fn read(&mut self) -> Result<Actual, Self::Error>;
 
     /// Does the steps in order; the first that fails ends it, and how many were done is returned with the

@@ -4,13 +4,16 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use aya::Pod;
+use nix::time::{ClockId, clock_gettime};
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::abi::{
     Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Key, Leg, Reason,
     ServiceName, ServiceStats, maps, text, untext,
 };
+use proxy_common::lb::FRAGMENTS_LIVE;
 
 use super::attach::{Direction, PinName};
 use super::flow::Flows;
@@ -42,6 +45,9 @@ pub enum PinnedError {
     /// A table cannot be used.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// The clock that entries are dated by cannot be read.
+    #[error("reading CLOCK_MONOTONIC_COARSE")]
+    Clock(#[source] nix::Error),
     /// The pins cannot be listed.
     #[error(transparent)]
     Pin(#[from] PinError),
@@ -242,8 +248,9 @@ impl Pinned {
 
     /// How full every table is whose entries come and go.
     pub fn fill(&self) -> Result<Vec<MapFill>, PinnedError> {
-        let mut fill = self.fill_by_agent(&self.kernel.actual()?);
-        fill.extend(self.fill_by_traffic()?);
+        let actual = self.kernel.actual()?;
+        let mut fill = self.fill_by_agent(&actual);
+        fill.extend(self.fill_by_traffic(&actual.affinity_secs())?);
         Ok(fill)
     }
 
@@ -253,7 +260,7 @@ impl Pinned {
         let lives = actual.backends.values().filter(|backend| backend.is_live()).count();
         let used: BTreeMap<&str, usize> = BTreeMap::from([
             (maps::FRONTENDS, actual.frontends.len()),
-            (maps::SLOTS, actual.slots.len()),
+            (maps::SLOTS, actual.shown_slots()),
             (maps::BACKENDS, lives),
             (maps::ADDRESSES, actual.addresses.len()),
             (maps::SOURCES, actual.sources.len()),
@@ -271,12 +278,23 @@ impl Pinned {
 
     /// The same for the tables that traffic fills, and no others: the agent knows what it wrote itself, and
     /// reading the large arrays again for each scrape would cost a hundred milliseconds.
-    pub fn fill_by_traffic(&self) -> Result<Vec<MapFill>, PinnedError> {
+    ///
+    /// Clients that are remembered longer than their Service asks for (`affinity_secs` by its id), and fragments of
+    /// datagrams that will never be whole, stay until others need their place: they do not count.
+    pub fn fill_by_traffic(&self, affinity_secs: &BTreeMap<u32, u32>) -> Result<Vec<MapFill>, PinnedError> {
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_err(PinnedError::Clock)?);
+        let age = |since: u64| now.saturating_sub(Duration::from_nanos(since));
+        let remembered = |key: AffinityKey, value: Affinity| {
+            let secs = affinity_secs.get(&key.service).copied().unwrap_or(0);
+            age(value.last_seen) <= Duration::from_secs(secs.into())
+        };
+        let awaited =
+            |_: FragmentKey, fragment: Fragment| age(fragment.since) <= Duration::from_nanos(FRAGMENTS_LIVE);
         Ok(vec![
             self.count_flows()?,
-            count(&self.legs)?,
-            count(&Table::<FragmentKey, Fragment>::open(&self.root, maps::FRAGMENTS)?)?,
-            count(&Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?)?,
+            count(&self.legs, |_, _| true)?,
+            count(&Table::open(&self.root, maps::FRAGMENTS)?, awaited)?,
+            count(&Table::open(&self.root, maps::AFFINITY)?, remembered)?,
         ])
     }
 
@@ -330,10 +348,14 @@ fn sum(each: &[ServiceStats]) -> ServiceStats {
     })
 }
 
-fn count<K: Pod + std::fmt::Debug, V: Pod>(table: &Table<K, V>) -> Result<MapFill, TableError> {
+/// Counts the entries that are in use.
+fn count<K: Pod + std::fmt::Debug, V: Pod>(
+    table: &Table<K, V>,
+    is_used: impl Fn(K, V) -> bool,
+) -> Result<MapFill, TableError> {
     let mut used = 0;
     let mut cursor = Cursor::default();
-    while table.chunk(&mut cursor, |_, _| used += 1)? {}
+    while table.chunk(&mut cursor, |key, value| used += u64::from(is_used(key, value)))? {}
     Ok(MapFill { name: table.name(), used, max: table.max().into() })
 }
 

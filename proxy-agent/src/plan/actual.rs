@@ -96,6 +96,32 @@ impl Actual {
         (run.first..end).map(|slot| self.slots.get(&slot).copied().unwrap_or(0))
     }
 
+    /// Slots that a frontend shows. What else is written in SLOTS is what nobody shows any more: it is overwritten in
+    /// time, never erased.
+    #[must_use]
+    pub fn shown_slots(&self) -> usize {
+        let runs: BTreeSet<Run> =
+            self.frontends.values().flat_map(|value| [value.cluster, value.local]).collect();
+        let (mut shown, mut from) = (0, 0);
+        for run in runs {
+            let end = run.first.saturating_add(run.count);
+            shown += end.saturating_sub(run.first.max(from)) as usize;
+            from = from.max(end);
+        }
+        shown
+    }
+
+    /// For each Service with session affinity, how long its clients are remembered, in seconds.
+    #[must_use]
+    pub fn affinity_secs(&self) -> BTreeMap<u32, u32> {
+        let mut secs: BTreeMap<u32, u32> = BTreeMap::new();
+        for value in self.frontends.values().filter(|value| value.affinity_secs != 0) {
+            let longest = secs.entry(value.service).or_default();
+            *longest = value.affinity_secs.max(*longest);
+        }
+        secs
+    }
+
     /// The live endpoints behind a run, in slot order.
     pub fn endpoints(&self, run: Run) -> impl Iterator<Item = (Addr, Port)> + '_ {
         self.run(run)

@@ -65,23 +65,17 @@ impl Pass {
 }
 
 impl Planner {
-    /// Adopts what is in the tables. Whatever nothing refers to counts as given back just now.
+    /// Adopts what is in the tables. Whatever nothing refers to is free: who reads them waits until no program follows
+    /// it any more ([`crate::datapath::Datapath::read`]).
     #[must_use]
-    pub fn new(actual: &Actual, capacity: Capacity, now_ms: u64) -> Self {
+    pub fn new(actual: &Actual, capacity: Capacity) -> Self {
         let mirror = Mirror::new(actual);
         let (used, tainted) = used_runs(&mirror, capacity.slots);
-        let (mut live, mut retired) = (BTreeSet::new(), BTreeSet::new());
-        for (index, backend) in &actual.backends {
-            if backend.is_live() {
-                live.insert(*index)
-            } else {
-                retired.insert(*index)
-            };
-        }
+        let live = actual.backends.iter().filter(|(_, backend)| backend.is_live()).map(|(index, _)| *index);
         Self {
-            ids: IdPool::new(capacity.services, &mirror.ids(), &BTreeSet::new(), now_ms),
-            indices: IdPool::new(capacity.backends, &live, &retired, now_ms),
-            runs: RunPool::new(capacity.slots, &used, actual.slots.keys().copied(), now_ms),
+            ids: IdPool::new(capacity.services, &mirror.ids()),
+            indices: IdPool::new(capacity.backends, &live.collect()),
+            runs: RunPool::new(capacity.slots, &used),
             mirror,
             capacity,
             tainted,

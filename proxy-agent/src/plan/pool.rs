@@ -1,7 +1,9 @@
 //! Who gets which number: ids one by one, slots in runs.
 //!
 //! A program that read an entry just before it changed may still follow it, so what is given back rests
-//! for [`GRACE_MS`] before it is handed out again.
+//! for [`GRACE_MS`] before it is handed out again. At the start nothing rests: the tables are read only when no program
+//! follows what an earlier agent has changed ([`crate::datapath::Datapath::read`]), so that an agent that is started again
+//! and again has as many numbers to give as one that runs for ever.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -24,14 +26,12 @@ pub(super) struct IdPool {
 }
 
 impl IdPool {
-    /// `used` in ascending order. Ids below the highest known one that are not used count as just given
-    /// back: nobody knows when that was. So does all of `retired`.
-    pub(super) fn new(limit: u32, used: &BTreeSet<u32>, retired: &BTreeSet<u32>, now_ms: u64) -> Self {
+    /// All ids are free but those in use.
+    pub(super) fn new(limit: u32, used: &BTreeSet<u32>) -> Self {
         // What lies past the end is not ours and never handed out.
-        let highest = |ids: &BTreeSet<u32>| ids.range(..limit).next_back().copied().unwrap_or(0);
-        let highest = highest(used).max(highest(retired));
-        let resting = (1..=highest).filter(|id| !used.contains(id)).map(|id| (now_ms, id)).collect();
-        Self { next: highest + 1, limit, free: BTreeSet::new(), resting }
+        let highest = used.range(..limit).next_back().copied().unwrap_or(0);
+        let free = (1..=highest).filter(|id| !used.contains(id)).collect();
+        Self { next: highest + 1, limit, free, resting: VecDeque::new() }
     }
 
     pub(super) fn take(&mut self) -> Option<u32> {
@@ -77,40 +77,16 @@ pub(super) struct RunPool {
 }
 
 impl RunPool {
-    /// `used` may overlap; `written` are the slots that are not zero, and those of them that no run covers
-    /// count as just given back.
-    pub(super) fn new(
-        limit: u32,
-        used: &BTreeSet<Run>,
-        written: impl Iterator<Item = u32>,
-        now_ms: u64,
-    ) -> Self {
+    /// All slots are free but those of `used`, which may overlap.
+    pub(super) fn new(limit: u32, used: &BTreeSet<Run>) -> Self {
         let mut pool =
             Self { free: BTreeMap::new(), available: 0, resting: VecDeque::new(), resting_slots: 0 };
-        let mut written = written.filter(|slot| (1..limit).contains(slot)).peekable();
         let mut from = 1;
         let end = Run { first: limit, count: 0 };
         for run in used.iter().filter(|run| run.count != 0).chain([&end]) {
             let gap_end = run.first.min(limit);
-            while from < gap_end {
-                let rest = written.next_if(|slot| *slot < gap_end);
-                let Some(slot) = rest else {
-                    pool.give(Run { first: from, count: gap_end - from });
-                    from = gap_end;
-                    break;
-                };
-                if slot < from {
-                    continue; // Inside a used run.
-                }
-                if from < slot {
-                    pool.give(Run { first: from, count: slot - from });
-                }
-                let mut last = slot;
-                while written.next_if_eq(&(last + 1)).is_some_and(|next| next < gap_end) {
-                    last += 1;
-                }
-                pool.release(Run { first: slot, count: last + 1 - slot }, now_ms);
-                from = last + 1;
+            if from < gap_end {
+                pool.give(Run { first: from, count: gap_end - from });
             }
             from = from.max(run.first.saturating_add(run.count));
         }
@@ -183,7 +159,7 @@ mod tests {
 
     #[test]
     fn an_id_rests_before_it_is_handed_out_again() {
-        let mut pool = IdPool::new(4, &BTreeSet::new(), &BTreeSet::new(), 0);
+        let mut pool = IdPool::new(4, &BTreeSet::new());
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(1), Some(2), Some(3), None]);
         pool.release(2, 100);
         pool.settle(100 + GRACE_MS - 1);
@@ -193,16 +169,15 @@ mod tests {
     }
 
     #[test]
-    fn adopted_ids_keep_out_of_use_what_was_retired() {
-        let mut pool = IdPool::new(100, &BTreeSet::from([1, 4]), &BTreeSet::from([2, 6]), 0);
-        assert_eq!(pool.take(), Some(7));
-        pool.settle(GRACE_MS);
-        assert_eq!([pool.take(), pool.take(), pool.take()], [Some(2), Some(3), Some(5)]);
+    fn what_nobody_uses_at_the_start_is_free_at_once() {
+        let mut pool = IdPool::new(6, &BTreeSet::from([1, 4, 9]));
+        assert_eq!((pool.available(), pool.resting()), (3, 0));
+        assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(2), Some(3), Some(5), None]);
     }
 
     #[test]
     fn runs_are_first_fit_and_neighbours_join() {
-        let mut pool = RunPool::new(11, &BTreeSet::new(), [].into_iter(), 0);
+        let mut pool = RunPool::new(11, &BTreeSet::new());
         assert_eq!(
             (pool.take(3), pool.take(4), pool.take(3)),
             (Some(run(1, 3)), Some(run(4, 4)), Some(run(8, 3)))
@@ -218,14 +193,11 @@ mod tests {
     }
 
     #[test]
-    fn adopted_runs_leave_gaps_free_and_written_slots_resting() {
-        // 1 free, 2-3 used, 4 free, 5-6 written, 7 free, 8-11 used twice over, 12 written, 13 free.
-        let used = BTreeSet::from([run(2, 2), run(8, 3), run(9, 3)]);
-        let written = [2, 3, 5, 6, 8, 9, 10, 11, 12].into_iter();
-        let mut pool = RunPool::new(14, &used, written, 0);
-        assert_eq!((pool.available(), pool.resting()), (4, 3));
-        assert_eq!(pool.free, BTreeMap::from([(1, 1), (4, 1), (7, 1), (13, 1)]));
-        pool.settle(GRACE_MS);
+    fn runs_in_use_at_the_start_leave_the_gaps_free() {
+        // 2-3 used, 8-11 used twice over, and one that leaves the table.
+        let used = BTreeSet::from([run(2, 2), run(8, 3), run(9, 3), run(20, 3)]);
+        let pool = RunPool::new(14, &used);
+        assert_eq!((pool.available(), pool.resting()), (7, 0));
         assert_eq!(pool.free, BTreeMap::from([(1, 1), (4, 4), (12, 2)]));
     }
 }

@@ -505,7 +505,7 @@ impl Agent {
                 self.world.set_leave(adoption.leave());
                 self.adoption = Some(adoption);
             }
-            let planner = Planner::new(&actual, self.capacity, now);
+            let planner = Planner::new(&actual, self.capacity);
             let desired = self.world.take_desired();
             if self.world.whole() { planner.full(&desired, now) } else { planner.full_keeping(&desired, now) }
         } else {

@@ -118,7 +118,7 @@ impl Report {
         let shared = snapshot.clone();
         let snapshots = move || {
             let mut now = shared.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            match (scraped.reasons(), scraped.fill_by_traffic()) {
+            match (scraped.reasons(), scraped.fill_by_traffic(&now.affinity_secs)) {
                 (Ok(reasons), Ok(fill)) => {
                     now.reasons = reasons;
                     now.tables.extend(fill);
@@ -285,10 +285,11 @@ impl Report {
 
     /// Counts what is in the tables, for metrics.
     pub(super) fn count(&self, actual: &Actual) {
-        let tables = self.pinned.fill_by_agent(actual);
+        let (tables, affinity_secs) = (self.pinned.fill_by_agent(actual), actual.affinity_secs());
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
         snapshot.frontends = actual.frontends.len() as u64;
         snapshot.tables = tables;
+        snapshot.affinity_secs = affinity_secs;
     }
 
     pub(super) fn queued(&self) {

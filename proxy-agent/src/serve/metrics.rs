@@ -2,6 +2,7 @@
 //!
 //! What others know is asked for at each scrape ([`Snapshot`]); what only passes by is kept here.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -63,6 +64,8 @@ pub struct Snapshot {
     pub reasons: Vec<(Reason, u64)>,
     /// How full the tables are.
     pub tables: Vec<MapFill>,
+    /// How long clients are remembered, by Service id: what decides whether an entry of AFFINITY is in use.
+    pub affinity_secs: BTreeMap<u32, u32>,
 }
 
 /// Where snapshots come from. Asked at each scrape, on a thread that may wait for the kernel.
@@ -374,6 +377,7 @@ mod tests {
             },
             reasons: vec![(Reason::NewFlow, 12), (Reason::Refused, 0)],
             tables: vec![MapFill { name: "FLOWS", used: 8, max: 1024 }],
+            affinity_secs: BTreeMap::new(),
         };
         let health = Arc::new(Health::new(SystemClock));
         health.started(Family::V4);

@@ -379,7 +379,7 @@ impl Verdict {
 const WAITS: u32 = 4;
 /// How long what is known of a datagram counts, in nanoseconds: its identification comes round again, and after
 /// this time it is more likely another one's.
-const FRAGMENTS_LIVE: u64 = 5_000_000_000;
+pub const FRAGMENTS_LIVE: u64 = 5_000_000_000;
 
 /// What is known of a later fragment.
 #[repr(u32)]

@@ -309,7 +309,7 @@ impl Agent {
             world.hear(Change::Synced(kind));
         }
         let memory = Memory::new(Capacity::default());
-        let planner = Some(Planner::new(&memory.actual, Capacity::default(), 0));
+        let planner = Some(Planner::new(&memory.actual, Capacity::default()));
         let shelf = Shelf::new(directory.to_owned(), NODE.into());
         Self { shelf, world, planner, memory, told: BTreeMap::new(), now_ms: 0 }
     }

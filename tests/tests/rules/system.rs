@@ -130,7 +130,7 @@ impl<'a, P: Programs> System<'a, P> {
     fn start(&mut self) -> usize {
         let desired = self.world.take_desired();
         let actual = self.programs.read();
-        let pass = Planner::new(&actual, self.programs.capacity(), self.now_ms).full(&desired, self.now_ms);
+        let pass = Planner::new(&actual, self.programs.capacity()).full(&desired, self.now_ms);
         assert_eq!(pass.plan.complaints, [""; 0], "room in the tables");
         self.programs.apply(&pass.plan.steps);
         let writes = pass.plan.steps.len();

@@ -82,7 +82,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
     let mut world = world(services);
     let capacity = Capacity::default();
     let begun = Instant::now();
-    let pass = Planner::new(&Actual::default(), capacity, 0).full(&world.take_desired(), 0);
+    let pass = Planner::new(&Actual::default(), capacity).full(&world.take_desired(), 0);
     times.full_ms.push(begun.elapsed().as_secs_f64() * 1e3);
     ensure!(pass.plan.complaints.is_empty(), "the plan found no room: {:?}", pass.plan.complaints);
     let begun = Instant::now();
@@ -94,7 +94,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
     let found = kernel.read()?;
     times.read_ms.push(begun.elapsed().as_secs_f64() * 1e3);
     let begun = Instant::now();
-    let again = Planner::new(&found, capacity, 0).full(&world.take_desired(), 0);
+    let again = Planner::new(&found, capacity).full(&world.take_desired(), 0);
     times.restart_ms.push(begun.elapsed().as_secs_f64() * 1e3);
     ensure!(again.plan.steps.is_empty(), "a restart would write {} entries again", again.plan.steps.len());
 
