@@ -1,7 +1,7 @@
 //! A directory of manifests as a source: no API server needed.
 //!
-//! Edits, additions and removals are noticed. A file that is broken keeps what it said before; an object in
-//! two files is taken from the first by name, and from the other when that one goes.
+//! Edits, additions and removals are noticed. A file that is broken, or no file at all ([`super::file`]), keeps what it
+//! said before; an object in two files is taken from the first by name, and from the other when that one goes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,6 +18,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
+use super::file::{self, Refusal};
 use super::manifest::{self, Content, Id, Manifest, Object};
 use super::{Change, Kind};
 use crate::model::{Node, ObjectName, Service, Slice};
@@ -26,8 +27,13 @@ use crate::model::{Node, ObjectName, Service, Slice};
 const QUIET: Duration = Duration::from_millis(30);
 /// Reading is not put off longer than this, however busy the directory is.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// How often to look whether the directory itself has been replaced, which inotify does not tell.
+/// How often to look for what inotify does not tell: whether the directory itself has been replaced, and whether what
+/// could not be read can be.
 const LOOK: Duration = Duration::from_secs(5);
+/// The most that is read of one file. Ten thousand Services as `kubectl get` writes them are about as much.
+const MAX_FILE: u64 = 16 << 20;
+/// The most that is read of all files together; what would be more is not read, by the order of names.
+const MAX_TOTAL: u64 = 64 << 20;
 
 /// Why a directory cannot be a source.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +99,9 @@ pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -
                         }
                         break;
                     }
+                    if shelf.lacks() {
+                        break;
+                    }
                 }
             }
         }
@@ -150,6 +159,15 @@ struct File {
     known: bool,
     /// Why the file as it is now could not be read, with its line.
     broken: Option<(u64, String)>,
+    /// It would be too much together with the files before it.
+    over: bool,
+}
+
+impl File {
+    /// Whether what it says now is not known.
+    fn is_unread(&self) -> bool {
+        self.broken.is_some() || self.over
+    }
 }
 
 /// What the source has said, or should.
@@ -172,13 +190,22 @@ pub struct Shelf {
     files: BTreeMap<String, File>,
     said: Said,
     connected: bool,
+    /// [`MAX_TOTAL`].
+    total: u64,
 }
 
 impl Shelf {
     /// Nothing read yet.
     #[must_use]
     pub fn new(path: PathBuf, node_name: Arc<str>) -> Self {
-        Self { path, node_name, files: BTreeMap::new(), said: Said::default(), connected: false }
+        Self {
+            path,
+            node_name,
+            files: BTreeMap::new(),
+            said: Said::default(),
+            connected: false,
+            total: MAX_TOTAL,
+        }
     }
 
     /// Reads what has changed, and says what follows. `Err` when the directory cannot be listed.
@@ -187,13 +214,14 @@ impl Shelf {
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if is_manifest(&name) && fs::metadata(entry.path()).is_ok_and(|metadata| metadata.is_file()) {
+            if is_manifest(&name) {
                 names.insert(name);
             }
         }
         self.files.retain(|name, _| names.contains(name));
+        let mut room = self.total;
         for name in names {
-            self.read_file(name);
+            self.read_file(name, &mut room);
         }
         let mut changes = self.say();
         if !std::mem::replace(&mut self.connected, true) {
@@ -214,17 +242,24 @@ impl Shelf {
         changes
     }
 
-    fn read_file(&mut self, name: String) {
-        let read = fs::read(self.path.join(&name));
+    /// Whether a file could not be read that may be readable later, without an event that tells so.
+    fn lacks(&self) -> bool {
+        self.files.values().any(|file| file.is_unread() && file.hash.is_none())
+    }
+
+    fn read_file(&mut self, name: String, room: &mut u64) {
+        let read = file::read(&self.path.join(&name), MAX_FILE, *room);
         let file = self.files.entry(name.clone()).or_default();
+        file.over = matches!(read, Err(Refusal::NoRoom));
         let bytes = match read {
             Ok(bytes) => bytes,
-            Err(error) => {
+            Err(refusal) => {
                 file.hash = None;
-                file.broken = Some((1, format!("cannot be read: {error}")));
+                file.broken = (!file.over).then(|| (1, refusal.to_string()));
                 return;
             }
         };
+        *room -= bytes.len() as u64;
         let mut hasher = DefaultHasher::new();
         bytes.hash(&mut hasher);
         let hash = Some(hasher.finish());
@@ -291,7 +326,7 @@ impl Shelf {
                 };
                 complain(*line, &format!("{text}; {then}"));
             }
-            said.torn |= file.broken.is_some() && !file.known;
+            said.torn |= file.is_unread() && !file.known;
             for fault in &file.manifest.faults {
                 let kept = file.manifest.objects.iter().any(|object| Some(&object.id) == fault.id.as_ref());
                 let stays = if kept { "; what it said before stays" } else { "" };
@@ -310,6 +345,16 @@ impl Shelf {
                         .push(format!("in {name} is ignored: {first} has it already and comes first")),
                 }
             }
+        }
+        let mut over = self.files.iter().filter(|(_, file)| file.over);
+        if let Some((first, _)) = over.next() {
+            let line = format!(
+                "has more than {} bytes of manifests, the most that is read: {first} and {} files after it are not \
+                 read; what they said before stays",
+                self.total,
+                over.count()
+            );
+            said.complaints.entry(self.path.display().to_string()).or_default().push(line);
         }
         let sliced: BTreeSet<ObjectName> = chosen
             .values()

@@ -131,7 +131,7 @@ fn every_way_to_write_objects_is_read() {
     bench.write("f.yaml", "apiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {name: five}\n");
     bench.write("g.txt", &service("six", "10.96.0.6"));
     bench.write(".h.yaml", &service("seven", "10.96.0.7"));
-    fs::create_dir(bench.dir.path().join("i.yaml")).unwrap();
+    fs::create_dir(bench.dir.path().join("i")).unwrap();
     bench.look();
     let expected = map(&[
         ("default/four", "10.96.0.4"),
@@ -237,6 +237,93 @@ fn complaints_name_the_file_and_the_part() {
     assert_eq!(*lines, ["in web.yaml: spec.externalIPs[0] \"bad\" is not an IP address: skipped"]);
 }
 
+#[test]
+fn what_is_no_file_any_more_keeps_what_it_said_and_holds_up_nobody() {
+    // Y-6.
+    let mut bench = Bench::new();
+    let at = bench.dir.path().join("a.yaml");
+    let other = |bench: &Bench, n: u8| bench.write("b.yaml", &service("other", &format!("10.96.1.{n}")));
+    let kinds: [(&str, fn(&Path)); 7] = [
+        ("leads to nothing", |at| symlink("nowhere", at).unwrap()),
+        ("is a FIFO", |at| nix::unistd::mkfifo(at, nix::sys::stat::Mode::S_IRWXU).unwrap()),
+        ("is a directory", |at| fs::create_dir(at).unwrap()),
+        ("is a device", |at| symlink("/dev/zero", at).unwrap()),
+        ("is a socket", |at| drop(std::os::unix::net::UnixListener::bind(at).unwrap())),
+        ("is a file that the kernel makes up", |at| symlink("/proc/kmsg", at).unwrap()),
+        ("has 2147483648 bytes", |at| fs::File::create(at).unwrap().set_len(2 << 30).unwrap()),
+    ];
+    for (n, (said, make)) in kinds.into_iter().enumerate() {
+        bench.write("a.yaml", &service("web", "10.96.0.1"));
+        bench.look();
+        assert_eq!(bench.heard.complaints, BTreeMap::new());
+        fs::remove_file(&at).unwrap();
+        make(&at);
+        other(&bench, n as u8 + 1);
+        bench.look();
+        let expected = format!("10.96.1.{}", n + 1);
+        assert_eq!(
+            bench.heard.services,
+            map(&[("default/other", &*expected), ("default/web", "10.96.0.1")]),
+            "{said}"
+        );
+        let [line] = &bench.heard.complaints["a.yaml:1"][..] else { panic!("{:?}", bench.heard.complaints) };
+        assert!(line.starts_with(said) && line.ends_with("; what the file said before stays"), "{line}");
+        assert!(bench.heard.connected && !bench.heard.torn);
+        if fs::symlink_metadata(&at).unwrap().is_dir() {
+            fs::remove_dir(&at).unwrap();
+        } else {
+            fs::remove_file(&at).unwrap();
+        }
+    }
+    // What goes altogether takes its objects along.
+    bench.look();
+    assert_eq!(bench.heard.services.keys().collect::<Vec<_>>(), ["default/other"]);
+    // What was never read leaves in doubt what belongs to whom.
+    symlink("nowhere", &at).unwrap();
+    bench.look();
+    assert!(bench.heard.torn);
+}
+
+#[test]
+fn files_that_are_too_much_together_keep_what_they_said() {
+    let mut bench = Bench::new();
+    for (name, ip) in [("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")] {
+        bench.write(&format!("{name}.yaml"), &service(name, ip));
+    }
+    bench.look();
+    bench.shelf.total = 1000;
+    bench.write("b.yaml", &(service("b", "10.96.0.9") + "#" + &" ".repeat(1000)));
+    bench.write("c.yaml", &service("c", "10.96.0.4"));
+    bench.look();
+    let as_before =
+        map(&[("default/a", "10.96.0.1"), ("default/b", "10.96.0.2"), ("default/c", "10.96.0.4")]);
+    assert_eq!(bench.heard.services, as_before);
+    let line = &bench.heard.complaints[&bench.dir.path().display().to_string()][0];
+    assert!(line.contains("more than 1000 bytes") && line.contains("b.yaml and 0 files after it"), "{line}");
+    bench.write("b.yaml", &service("b", "10.96.0.9"));
+    bench.look();
+    assert_eq!(bench.heard.services["default/b"], "10.96.0.9");
+    assert_eq!(bench.heard.complaints, BTreeMap::new());
+}
+
+#[test]
+fn aliases_that_stand_for_more_than_a_file_may_hold_are_refused() {
+    let mut bench = Bench::new();
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for n in 1..10 {
+        let items = vec![format!("*a{}", n - 1); 10].join(", ");
+        bomb += &format!("a{n}: &a{n} [{items}]\n");
+    }
+    bench.write("bomb.yaml", &bomb);
+    let long = format!("a: &a {}\nb: [{}]\n", "x".repeat(1 << 16), ["*a"; 4096].join(", "));
+    bench.write("long.yaml", &long);
+    bench.write("web.yaml", &service("web", "10.96.0.1"));
+    bench.look();
+    assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.1")]));
+    let told: Vec<&String> = bench.heard.complaints.keys().collect();
+    assert_eq!(told.len(), 2, "{:?}", bench.heard.complaints);
+}
+
 /// A running source and what it has said so far.
 struct Running {
     rx: mpsc::Receiver<Change>,
@@ -304,6 +391,17 @@ async fn a_config_map_mount_is_followed() {
     symlink("..2024_2", path("..data_tmp")).unwrap();
     fs::rename(path("..data_tmp"), path("..data")).unwrap();
     running.until("the swap is heard", |heard| heard.services["default/web"] == "10.96.0.2").await;
+}
+
+#[tokio::test]
+async fn what_a_link_leads_to_is_read_when_it_comes() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let target = elsewhere.path().join("web.yaml");
+    symlink(&target, dir.path().join("web.yaml")).unwrap();
+    let mut running = Running::start(dir.path()).await;
+    running.until("it complains", |heard| heard.complaints.contains_key("web.yaml:1")).await;
+    fs::write(&target, service("web", "10.96.0.1")).unwrap();
+    running.until("it is read", |heard| heard.services.len() == 1 && heard.complaints.is_empty()).await;
 }
 
 #[tokio::test]

@@ -9,8 +9,11 @@ use serde_json::Value;
 use super::convert;
 use crate::model::{Node, ObjectName, Service, Slice};
 
-/// Limits on what one file may hold: a guard against "billion laughs", far above any real set of manifests.
-const MAX_YAML_NODES: usize = 50_000_000;
+/// Nodes that one file may have, those that aliases stand for among them: a guard against "billion laughs". A file of the
+/// largest size that is read has half as many when it consists of Services and EndpointSlices.
+const MAX_YAML_NODES: usize = 3_000_000;
+/// The same for the characters of all its scalars together.
+const MAX_YAML_BYTES: usize = 64 << 20;
 
 /// What an object is called: a file can hold each of these once.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,10 +101,10 @@ pub fn read(text: &str, json: bool, node_name: &str) -> Result<Manifest, Fault> 
 fn yaml_documents(text: &str) -> Result<Vec<(u64, Value)>, Fault> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
-            max_events: MAX_YAML_NODES,
+            max_events: 2 * MAX_YAML_NODES,
             max_nodes: MAX_YAML_NODES,
             max_documents: MAX_YAML_NODES,
-            max_total_scalar_bytes: 1 << 30,
+            max_total_scalar_bytes: MAX_YAML_BYTES,
         },
     };
     let documents = serde_saphyr::from_multiple_with_options::<serde_saphyr::Spanned<Value>>(text, options);

@@ -7,6 +7,7 @@ mod connect;
 pub mod convert;
 pub mod directory;
 pub mod events;
+mod file;
 mod heard;
 pub mod kubernetes;
 pub mod manifest;
