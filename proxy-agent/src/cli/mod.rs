@@ -16,18 +16,18 @@ pub mod table;
 pub mod view;
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use serde::Serialize;
-use tracing_subscriber::EnvFilter;
 
 use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
 use crate::datapath::others::Others;
 use crate::kube_proxy::{self, Cleaned};
+use crate::logging;
 use table::Output;
 use view::{Now, View};
 
@@ -156,15 +156,20 @@ pub struct FlushArgs {
 pub fn main(rooms: &Rooms) -> ExitCode {
     let cli = Cli::parse_from(std::env::args_os().map(verbosity));
     let more = if let Command::Run(args) = &cli.command { args.verbosity() } else { 0 };
-    log_to_stderr(cli.verbose.saturating_add(more));
-    match dispatch(cli, rooms, &mut std::io::stdout().lock()) {
+    if let Err(error) = logging::start(cli.verbose.saturating_add(more)) {
+        let _ = writeln!(std::io::stderr(), "error: cannot start a thread for the log: {error}");
+        return ExitCode::FAILURE;
+    }
+    let code = match dispatch(cli, rooms, &mut std::io::stdout().lock()) {
         Ok(code) => code,
         Err(error) => {
             // The log may be filtered; why a command failed may not.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            logging::say(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
-    }
+    };
+    logging::flush();
+    code
 }
 
 /// Go's flags take `-v=2` for `--v=2`; here `-v` is counted.
@@ -173,23 +178,6 @@ fn verbosity(arg: OsString) -> OsString {
         Some(level) => format!("--v={level}").into(),
         None => arg,
     }
-}
-
-fn log_to_stderr(verbose: u8) {
-    // Of requests that fail the source tells itself, with what happens next.
-    let default = match verbose {
-        0 => "info,kube_client=off",
-        1 => "info,kube_client=off,proxy_agent=debug",
-        2 => "debug,proxy_agent=trace",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    // A second call (tests) finds the first one's subscriber in place, which is as good.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .try_init();
 }
 
 /// Does what the command line says.

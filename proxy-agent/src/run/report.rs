@@ -15,6 +15,7 @@ use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
 use crate::datapath::probe::Features;
 use crate::kube_proxy::TakeOver;
+use crate::logging;
 use crate::model::{Family, ObjectName, World};
 use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
@@ -465,6 +466,11 @@ impl Report {
         let complaints = world.complaints();
         lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
         lines.extend(self.take_over.complaints());
+        if let lost @ 1.. = logging::lost() {
+            lines.push(format!(
+                "the log: {lost} lines were lost: is the disk of stderr full, or does nobody read it?"
+            ));
+        }
         let retired = "this node: retired, so what is new is left to another proxy; `proxy-agent retire --undo` takes it back";
         lines.extend(self.retired.then(|| format!("{NOTE}{retired}")));
         lines.extend(world.notes().iter().map(|note| format!("{NOTE}{}: {}", note.object, note.line)));

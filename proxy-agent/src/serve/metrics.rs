@@ -293,6 +293,11 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
     page.gauge("proxy_agent_interfaces_failed", "Interfaces that refused a program", *interfaces_failed)?;
     page.gauge("proxy_agent_generation", "Passes that changed a table", *generation)?;
     page.gauge("proxy_agent_complaints", "Objects left out because they are wrong", *complaints)?;
+    page.counter(
+        "proxy_agent_log_lines_lost",
+        "Lines of the log that stderr did not take",
+        crate::logging::lost(),
+    )?;
     page.counters(
         "proxy_agent_reasons",
         "Ways packets and socket calls left the programs",
@@ -431,6 +436,7 @@ mod tests {
             "proxy_agent_interfaces_failed 1",
             "proxy_agent_generation 17",
             "proxy_agent_complaints 6",
+            "proxy_agent_log_lines_lost_total 0",
             r#"proxy_agent_reasons_total{reason="new_flow"} 12"#,
             r#"proxy_agent_reasons_total{reason="refused"} 0"#,
             r#"proxy_agent_table_entries{table="FLOWS"} 8.0"#,
