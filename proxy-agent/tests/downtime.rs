@@ -120,6 +120,7 @@ impl Trial {
                 internal_local: false,
                 external_local: false,
                 health_check_node_port: 0,
+                reset_on_loss: false,
                 created: 0,
             }),
         ));

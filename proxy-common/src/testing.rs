@@ -114,7 +114,7 @@ impl MemoryTables {
             if times != i32::from(flow.state == State::FREE) || flow.state == State::ENDED {
                 wrong.push(std::format!("record {index} is {times} times free: {flow:?}"));
             }
-            if !flow.lives(flow.id) {
+            if !flow.lives(flow.id) && flow.state != State::LOST {
                 continue;
             }
             for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {

@@ -9,7 +9,7 @@ use proxy_common::abi::{
 use proxy_common::addr::Port;
 use proxy_common::lb::masquerade::Allowance;
 use proxy_common::lb::{
-    self, Choice, Entered, Inserted, Tables as _, Verdict, adopt, flow, ingress, masquerade, open,
+    self, Choice, Entered, Inserted, Tables as _, Verdict, adopt, flow, ingress, lost, masquerade, open,
 };
 use proxy_common::wire::answer::Answer;
 use proxy_common::wire::{Edit, End, Packet, crc32c, parse, rewrite_error};
@@ -240,6 +240,12 @@ pub extern "C" fn cut_enter_adopted(id: u64, role: u32) -> u64 {
 #[inline(never)]
 pub extern "C" fn cut_take(index: u32) -> u32 {
     adopt::take(&Socket::NOWHERE, index)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn cut_lose(id: u64) -> u32 {
+    lost::lose(&Socket::NOWHERE, FlowId(id))
 }
 
 #[unsafe(no_mangle)]

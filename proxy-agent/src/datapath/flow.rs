@@ -94,6 +94,26 @@ impl Flows {
         Ok(self.records.get(&index)?.is_some_and(|flow| flow.state == State::LEFT))
     }
 
+    /// Has flows reset that have lost their endpoint, and notes what their ends have last acknowledged; how many there were.
+    pub fn lose(&self, ids: &[FlowId]) -> Result<u32, TableError> {
+        let mut lost = 0;
+        for some in ids.chunks(ask::MOST_IDS as usize) {
+            let bytes = some.iter().flat_map(|id| id.0.to_ne_bytes()).collect();
+            lost += self.ask("lose", [ask::LOSE, some.len() as u32, 0], bytes)?;
+        }
+        Ok(lost)
+    }
+
+    /// A flow that has lost its endpoint, as long as it is told so.
+    pub fn lost(&self, id: FlowId) -> Result<Option<Flow>, TableError> {
+        Ok(self.records.get(&id.index())?.filter(|flow| flow.is_lost(id)))
+    }
+
+    /// The flow in a record, whatever has become of it.
+    pub fn id_at(&self, index: u32) -> Result<Option<FlowId>, TableError> {
+        Ok(self.records.get(&index)?.map(|flow| flow.id))
+    }
+
     fn ask(&self, act: &'static str, question: [u32; 3], body: Vec<u8>) -> Result<u32, TableError> {
         let failed = |source| TableError::Call { act, object: "flows".into(), map: maps::RECORDS, source };
         let mut bytes = vec![0; ask::OFFSET];

@@ -23,6 +23,7 @@ mod refusal;
 pub mod remove;
 pub mod retired;
 pub mod sockets;
+pub mod streams;
 mod sys;
 mod table;
 pub mod taken;

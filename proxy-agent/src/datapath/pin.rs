@@ -279,8 +279,8 @@ mod tests {
     fn every_path_stands_under_the_version() {
         let root = BpfRoot::new("/sys/fs/bpf/ebpf-proxy");
         assert_eq!(root, BpfRoot::default());
-        assert_eq!(root.map("FLOWS"), Path::new("/sys/fs/bpf/ebpf-proxy/v5/maps/FLOWS"));
-        assert_eq!(root.link("tc_7_ingress"), Path::new("/sys/fs/bpf/ebpf-proxy/v5/links/tc_7_ingress"));
+        assert_eq!(root.map("FLOWS"), Path::new("/sys/fs/bpf/ebpf-proxy/v6/maps/FLOWS"));
+        assert_eq!(root.link("tc_7_ingress"), Path::new("/sys/fs/bpf/ebpf-proxy/v6/links/tc_7_ingress"));
     }
 
     #[test]

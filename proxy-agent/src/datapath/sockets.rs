@@ -7,7 +7,7 @@
 //! socket's port, and goes unseen. Where it cannot be done (the process is not in sight, or its memory is protected
 //! from us) the socket is destroyed: its process gets `ECONNABORTED`, once, and then `EDESTADDRREQ` until it connects
 //! again. Which sockets came through a Service is in their own storage, read by an iterator (`abi::SocketState`).
-//! TCP connections are left alone (C-1).
+//! TCP connections are left alone here (C-1); see `streams`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,22 +27,22 @@ use super::sys;
 use crate::netlink::request::{Flags, Protocol, exchange, u32_at};
 
 /// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
-const BY_FAMILY: u16 = 20;
+pub(super) const BY_FAMILY: u16 = 20;
 /// `SOCK_DESTROY`.
-const DESTROY: u16 = 21;
+pub(super) const DESTROY: u16 = 21;
 /// `TCP_ESTABLISHED` of `net/tcp_states.h`: what a connected UDP socket's state is called.
 const CONNECTED: u32 = 1 << 1;
 /// Length of `struct inet_diag_sockid`.
-const ID: usize = 48;
+pub(super) const ID: usize = 48;
 /// Where it stands in `struct inet_diag_msg`.
-const ID_AT: usize = 4;
+pub(super) const ID_AT: usize = 4;
 /// Where the inode stands there.
 const INODE_AT: usize = ID_AT + ID + 16;
 
 /// The kernel's function that lists socket storage.
 const LISTS_STORAGE: &str = "bpf_iter_bpf_sk_storage_map";
 /// `bpf_seq_write` of `linux/bpf.h`.
-const SEQ_WRITE: u32 = 127;
+pub(super) const SEQ_WRITE: u32 = 127;
 /// Writes to the reader each value whose first word, the cookie, is not zero. The context holds four pointers:
 /// `meta` (of which the first word is the file), the map, the socket, the value.
 const WRITE_VALUES: [u64; 10] = [
@@ -79,7 +79,7 @@ pub enum SocketError {
     List(#[source] io::Error),
     /// A socket refused to go.
     #[error(
-        "cannot destroy a UDP socket connected to {endpoint}, which is gone: restart its process \
+        "cannot destroy a socket connected to {endpoint}, which is gone: restart its process \
          (the kernel needs CONFIG_INET_DIAG_DESTROY, the agent CAP_NET_ADMIN)"
     )]
     Destroy {
@@ -128,21 +128,33 @@ pub struct Storage {
 impl Storage {
     /// Opens the way to what is pinned under `root`.
     pub fn open(root: &BpfRoot) -> Result<Self, SocketError> {
+        Self::open_with(root, &WRITE_VALUES)
+    }
+
+    /// The same with a program that writes something else of each socket.
+    pub(super) fn open_with(root: &BpfRoot, program: &[u64]) -> Result<Self, SocketError> {
         let failed = |act| move |source| SocketError::Storage { act, source };
         let map = sys::obj_get(&root.map(maps::SOCKETS)).map_err(failed("opening the map"))?;
         let function = Btf::from_sys_fs()?.id_by_type_name_kind(LISTS_STORAGE, BtfKind::Func)?;
         let program =
-            sys::iterator_load(function, &WRITE_VALUES).map_err(failed("loading an iterator, Linux 5.9"))?;
+            sys::iterator_load(function, program).map_err(failed("loading an iterator, Linux 5.9"))?;
         let link =
             sys::link_iterator(program.as_fd(), map.as_fd()).map_err(failed("attaching an iterator"))?;
         Ok(Self { link })
     }
 
+    /// What the program has written.
+    pub(super) fn read(&self) -> Result<Vec<u8>, SocketError> {
+        let mut bytes = Vec::new();
+        sys::iterate(self.link.as_fd())
+            .and_then(|mut file| file.read_to_end(&mut bytes))
+            .map_err(|source| SocketError::Storage { act: "reading", source })?;
+        Ok(bytes)
+    }
+
     /// All sockets of the node that are connected over UDP through a Service.
     pub fn connected(&self) -> Result<Vec<Connected>, SocketError> {
-        let failed = |source| SocketError::Storage { act: "reading", source };
-        let mut bytes = Vec::new();
-        sys::iterate(self.link.as_fd()).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(failed)?;
+        let bytes = self.read()?;
         let remembered: BTreeMap<u64, SocketState> =
             sys::values::<SocketState>(&bytes).into_iter().map(|state| (state.cookie, state)).collect();
         if remembered.is_empty() {
@@ -221,7 +233,7 @@ impl Connected {
     }
 
     fn destroy(&self) -> Result<(), SocketError> {
-        let request = request(self.socket.family, &self.socket.id);
+        let request = request(self.socket.family, libc::IPPROTO_UDP, CONNECTED, &self.socket.id);
         match exchange(Protocol::SockDiag, DESTROY, Flags::Ack, &request) {
             Ok(_) => Ok(()),
             // Closed meanwhile.
@@ -260,17 +272,22 @@ fn owners(proc: &Path, wanted: impl Fn(u32) -> bool) -> BTreeMap<u32, Vec<(i32, 
 fn list() -> Result<Vec<Listed>, SocketError> {
     let mut sockets = Vec::new();
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Dump, &request(family, &[0; ID]))
-            .map_err(SocketError::List)?;
+        let answers = exchange(
+            Protocol::SockDiag,
+            BY_FAMILY,
+            Flags::Dump,
+            &request(family, libc::IPPROTO_UDP, CONNECTED, &[0; ID]),
+        )
+        .map_err(SocketError::List)?;
         sockets.extend(answers.iter().filter_map(|answer| read(family, answer)));
     }
     Ok(sockets)
 }
 
 /// `struct inet_diag_req_v2`.
-fn request(family: u8, id: &[u8]) -> Vec<u8> {
-    let mut request = vec![family, libc::IPPROTO_UDP as u8, 0, 0];
-    request.extend(CONNECTED.to_ne_bytes());
+pub(super) fn request(family: u8, proto: i32, states: u32, id: &[u8]) -> Vec<u8> {
+    let mut request = vec![family, proto as u8, 0, 0];
+    request.extend(states.to_ne_bytes());
     request.extend(id);
     request
 }
@@ -313,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_request_has_the_length_the_kernel_asks_for() {
-        assert_eq!(request(2, &[0; ID]).len(), 56);
+        assert_eq!(request(2, libc::IPPROTO_UDP, CONNECTED, &[0; ID]).len(), 56);
     }
 
     #[test]

@@ -77,6 +77,7 @@ fn service(cluster_ip: &str) -> Service {
         external_local: false,
         affinity: Affinity::None,
         health_check_node_port: 0,
+        reset_on_loss: false,
         created: 0,
     }
 }

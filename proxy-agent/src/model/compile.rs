@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use proxy_common::abi::{FrontendKey, backend, frontend};
-use proxy_common::addr::{Addr, Port};
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::claims::Claims;
 use super::frontends::{Wanted, source_ranges, wanted};
@@ -82,6 +82,9 @@ fn compile_port<'a>(
         endpoints.values().map(|endpoint| candidate(endpoint, here)).collect();
     let chosen = choose(&candidates, wanted.uses, &here.node, here.zone.as_deref());
 
+    let resets = |endpoint: &Endpoint| {
+        service.reset_on_loss && wanted.owner.proto == Proto::TCP && !endpoint.terminating
+    };
     let mut backends = BTreeMap::new();
     let members = |set: &[usize]| set.iter().copied().collect::<BTreeSet<usize>>();
     let (cluster, local) = (members(&chosen.cluster), members(&chosen.local));
@@ -90,12 +93,13 @@ fn compile_port<'a>(
         flags |= if cluster.contains(&i) { backend::IN_CLUSTER } else { 0 };
         flags |= if local.contains(&i) { backend::IN_LOCAL } else { 0 };
         if flags & (backend::IN_CLUSTER | backend::IN_LOCAL) == 0 {
-            // C-5: a flow may stay as long as its endpoint serves.
-            if !endpoint.serving {
+            // C-5: a flow may stay as long as its endpoint serves. Who is to be reset when it leaves is known until then.
+            if !endpoint.serving && !resets(endpoint) {
                 continue;
             }
             flags |= backend::DRAINING;
         }
+        flags |= if resets(endpoint) { backend::RESET } else { 0 };
         backends.insert(destinations[i], flags);
     }
 

@@ -93,6 +93,8 @@ pub struct Service {
     pub external_local: bool,
     /// `healthCheckNodePort` where it is active (S-20); 0 for none.
     pub health_check_node_port: u16,
+    /// Connections to an endpoint that leaves without having terminated are reset.
+    pub reset_on_loss: bool,
     /// Creation time in Unix seconds: the older Service wins a contested address.
     pub created: i64,
 }

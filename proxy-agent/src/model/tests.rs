@@ -39,6 +39,7 @@ fn service(cluster_ip: &str) -> Service {
         internal_local: false,
         external_local: false,
         health_check_node_port: 0,
+        reset_on_loss: false,
         created: 0,
     }
 }
@@ -1033,4 +1034,30 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn who_is_to_be_reset_is_known_until_it_leaves_or_terminates() {
+    let wishing = Service { reset_on_loss: true, ..service("10.96.0.1") };
+    let ends = "1 R; 2 NR; 3 ST; 4 T; 5 RT";
+    let world = world([
+        Change::Service(name("web"), Some(wishing)),
+        Change::Slice(name("web-1"), Some(slice("web", ends))),
+    ]);
+    let flags = |last: u8| {
+        let at = (ip(&format!("10.244.0.{last}")).into(), proxy_common::addr::Port::new(8080));
+        only(&world).backends.get(&at).map(|flags| flags & (backend::RESET | backend::DRAINING))
+    };
+    assert_eq!(flags(1), Some(backend::RESET));
+    assert_eq!(flags(2), Some(backend::RESET | backend::DRAINING));
+    assert_eq!(flags(3), Some(backend::DRAINING));
+    assert_eq!([flags(4), flags(5)], [None, Some(0)]);
+
+    let owner = world.desired().services.into_keys().next().unwrap();
+    assert!(
+        world.has_left(&owner, (ip("10.244.0.9"), 8080)) && world.has_left(&owner, (ip("10.244.0.1"), 80))
+    );
+    assert!(!world.has_left(&owner, (ip("10.244.0.4"), 8080)), "it is still named");
+    let other = ServicePort { port: "gone".into(), ..owner };
+    assert!(!world.has_left(&other, (ip("10.244.0.9"), 8080)), "its port has gone, not the endpoint");
 }

@@ -13,7 +13,7 @@ use super::claims::Claims;
 use super::compile::{Here, compile, objections};
 use super::complaints::{Complaint, Complaints};
 use super::local::{Local, Owner};
-use super::merge::sorted;
+use super::merge::{merge, sorted};
 use super::names::Names;
 use super::no_local::NoLocalByFamily;
 use super::tables::{self, Accepted, Around, global_addresses, node_tables};
@@ -371,6 +371,17 @@ impl World {
         count
     }
 
+    /// Whether an endpoint has left a Service port that is still there and wants to know: no slice names it any more.
+    #[must_use]
+    pub fn has_left(&self, owner: &ServicePort, endpoint: (IpAddr, u16)) -> bool {
+        let there = |service: &&Service| {
+            service.reset_on_loss
+                && service.ports.iter().any(|port| port.name == owner.port && port.proto == owner.proto)
+        };
+        self.services.get(&owner.service).is_some_and(|service| there(&service))
+            && !merge(owner, self.slices_of(&owner.service)).contains_key(&endpoint)
+    }
+
     /// A slice, as last heard of.
     #[must_use]
     pub fn slice(&self, name: &ObjectName) -> Option<&Slice> {
@@ -381,7 +392,7 @@ impl World {
         let mut ips: BTreeSet<IpAddr> = BTreeSet::new();
         for wanted in super::frontends::wanted(name, service) {
             if wanted.owner.family == family {
-                let endpoints = super::merge::merge(&wanted.owner, self.slices_of(name));
+                let endpoints = merge(&wanted.owner, self.slices_of(name));
                 let ready = endpoints.values().filter(|e| e.ready && self.here.is_local(e));
                 ips.extend(ready.map(|endpoint| endpoint.ip));
             }

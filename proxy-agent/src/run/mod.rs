@@ -6,10 +6,12 @@
 mod adopt;
 mod follow;
 mod latency;
+mod lost;
 mod repair;
 mod report;
 mod require;
 mod reserve;
+mod segments;
 mod sockets;
 mod sysctl;
 mod taken;
@@ -136,6 +138,7 @@ struct Agent {
     loaded: Loaded,
     sweeper: Sweeper,
     sockets: sockets::Sockets,
+    lost: lost::Lost,
     taken: taken::Follower,
     /// Whether programs of ours have served this node before this agent.
     served: bool,
@@ -184,6 +187,7 @@ impl Agent {
         sweeper.all().context("looking through the flows")?;
         let (excluded, pods_known) = (config.excluded.clone(), !config.pod_annotations);
         let sockets = sockets::Sockets::new(root.clone(), report.counters());
+        let lost = lost::Lost::new(root.clone());
         let taken = taken::Follower::open(root, &config.flow_timeouts)?;
         Ok(Self {
             world: World::new(config.settings.clone()),
@@ -196,6 +200,7 @@ impl Agent {
             loaded,
             sweeper,
             sockets,
+            lost,
             taken,
             served,
             adoption: None,
@@ -517,6 +522,7 @@ impl Agent {
             }
         };
         let retired = sockets::retires_udp(pass.before(), &pass.plan.steps);
+        let lost = lost::lost(&self.world, pass.before(), &pass.plan.steps);
         if let Err((done, error)) = self.kernel.apply(&pass.plan.steps) {
             let failed = pass.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
             return Err(anyhow!(error).context(format!(
@@ -528,6 +534,7 @@ impl Agent {
         let plan = pass.plan.clone();
         self.planner = Some(pass.applied(self.now_ms()));
         self.full = false;
+        self.lost.reset(lost);
         Ok(Written { plan, retired })
     }
 

@@ -18,6 +18,8 @@ use crate::model::{Affinity, Endpoint, Family, Node, ObjectName, Port, Service, 
 
 /// A pod whose sockets are translated at connect, or not.
 const ANNOTATION_SOCKET_LB: &str = "ebpf-proxy/socket-lb";
+/// What becomes of connections to an endpoint that leaves a Service without having terminated: `keep` or `reset`.
+const ANNOTATION_ON_LOSS: &str = "ebpf-proxy/on-endpoint-loss";
 /// On a static pod: what kubelet knows it by.
 const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
 /// A Service with this label is somebody else's, whatever the value (S-1).
@@ -128,6 +130,7 @@ pub fn service(object: &core::Service) -> (Option<Service>, Vec<String>) {
             internal_local: local(&spec.internal_traffic_policy), // S-17
             external_local,
             health_check_node_port: health_check_node_port(spec, kind, external_local, &mut complaints),
+            reset_on_loss: reset_on_loss(&object.metadata, &mut complaints),
             created: object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         }
     });
@@ -257,6 +260,20 @@ fn health_check_node_port(
             0
         }
         Some(port) => complaints.port("spec.healthCheckNodePort", port).unwrap_or(0),
+    }
+}
+
+fn reset_on_loss(metadata: &ObjectMeta, complaints: &mut Complaints) -> bool {
+    match metadata.annotations.as_ref().and_then(|all| all.get(ANNOTATION_ON_LOSS)).map(String::as_str) {
+        None | Some("keep") => false,
+        Some("reset") => true,
+        Some(other) => {
+            complaints.add(
+                format_args!("the annotation {ANNOTATION_ON_LOSS}"),
+                format_args!("{other:?} is neither keep nor reset: taken as keep"),
+            );
+            false
+        }
     }
 }
 

@@ -483,3 +483,21 @@ fn the_node_tells_its_addresses_by_rank() {
         assert_eq!((found.eligible, found.zone), (eligible, None), "{object}");
     }
 }
+
+#[test]
+fn a_service_says_by_annotation_what_becomes_of_connections_to_a_lost_endpoint() {
+    let converted = |annotations: Value| {
+        let (service, complaints) = convert_service(json!({
+            "metadata": { "name": "web", "annotations": annotations },
+            "spec": { "clusterIP": "10.96.0.1", "ports": [{ "port": 80 }] },
+        }));
+        (service.unwrap().reset_on_loss, complaints)
+    };
+    assert_eq!(converted(json!({})), (false, vec![]));
+    assert_eq!(converted(json!({ "ebpf-proxy/on-endpoint-loss": "keep" })), (false, vec![]));
+    assert_eq!(converted(json!({ "ebpf-proxy/on-endpoint-loss": "reset" })), (true, vec![]));
+    let (reset, complaints) = converted(json!({ "ebpf-proxy/on-endpoint-loss": "close" }));
+    let told =
+        "the annotation ebpf-proxy/on-endpoint-loss \"close\" is neither keep nor reset: taken as keep";
+    assert_eq!((reset, complaints), (false, vec![told.to_owned()]));
+}

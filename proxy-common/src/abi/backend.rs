@@ -11,6 +11,8 @@ pub const DRAINING: u16 = 1 << 1;
 pub const IN_CLUSTER: u16 = 1 << 2;
 /// Is among the slots of the Local set: an affinity may lead here under policy Local.
 pub const IN_LOCAL: u16 = 1 << 3;
+/// Is not terminating, and its Service wants connections to be reset when it leaves so.
+pub const RESET: u16 = 1 << 4;
 
 table_type! {
     /// One endpoint of one Service port. Index 0 is never used; a retired index has the zero address.

@@ -468,6 +468,9 @@ impl State {
     /// A connection that another proxy has begun, and that is still translated by netfilter: its packets pass. An answer that
     /// netfilter has not translated is.
     pub const LEFT: Self = Self(4);
+    /// A TCP connection that has lost its endpoint, about which its ends are to be told: who goes on is answered with a RST, for
+    /// [`TELL`].
+    pub const LOST: Self = Self(5);
 }
 
 /// Bits of [`Flow::flags`].
@@ -488,6 +491,9 @@ pub mod flow_flags {
 
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
 pub const SILENCE: u64 = 1_000_000_000;
+
+/// How long the ends of a flow that has lost its endpoint are told so, in nanoseconds.
+pub const TELL: u64 = 10_000_000_000;
 
 /// Towards the endpoint: an index of [`Flow::seen`] and its like.
 pub const FORWARD: usize = 0;
@@ -614,6 +620,25 @@ impl Flow {
         flow
     }
 
+    /// A connection that is translated by nobody, from one end to the other, and has lost the endpoint that it was given when
+    /// its socket connected.
+    #[must_use]
+    pub const fn lost(tuple: &Tuple, [service, backend, generation]: [u32; 3], now: u64) -> Self {
+        let mut flow = Self::EMPTY;
+        flow.near[OUTER] = tuple.write_pair(&mut flow.pairs[OUTER]) as u8;
+        (flow.service, flow.backend, flow.generation) = (service, backend, generation);
+        (flow.state, flow.old, flow.legs) = (State::LOST, 1, 1);
+        (flow.seen, flow.born, flow.checked) = ([now, now], now, now);
+        flow
+    }
+
+    /// Whether this is the flow `id`, and it has lost its endpoint.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_lost(&self, id: FlowId) -> bool {
+        self.id.0 == id.0 && self.state.0 == State::LOST.0
+    }
+
     /// Whether this is the flow `id`, and netfilter translates its packets.
     #[inline(always)]
     #[must_use]
@@ -683,6 +708,14 @@ impl Flow {
     #[must_use]
     pub const fn node(&self) -> (&Addr, Port) {
         self.end(INNER, true)
+    }
+
+    /// What each end of the flow is sent in the name of the other one: the client, and the endpoint.
+    #[must_use]
+    pub const fn between_ends(&self) -> (Tuple, Tuple) {
+        let innermost = if self.has_source() { INNER } else { self.innermost().index() };
+        let outer = self.pairs[OUTER].tuple(self.near[OUTER] as usize);
+        (outer.reversed(), self.pairs[innermost].tuple(self.near[innermost] as usize))
     }
 
     /// Whether the flow is masqueraded.
@@ -936,6 +969,10 @@ pub mod ask {
     /// The flow that has been adopted in the record of the first number is translated by us from now on. The answer is 1 if
     /// it is.
     pub const TAKE: u32 = 4;
+    /// The flows whose ids follow have lost their endpoint, and are to be reset if they are TCP's and have been answered; the
+    /// first number says how many (at most [`MOST_IDS`]). What their ends have last acknowledged is written to their records.
+    /// The answer is how many there were.
+    pub const LOSE: u32 = 5;
     /// Where the record's own part ends: identity and claims.
     pub const RECORD_AT: usize = 16;
     /// Where the question begins.

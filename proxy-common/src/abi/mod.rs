@@ -53,8 +53,8 @@ pub use agent::{
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
 pub use flow::{
-    FORWARD, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State, Timeouts, Tuple,
-    ask, flow_flags, window,
+    FORWARD, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State, TELL,
+    Timeouts, Tuple, ask, flow_flags, window,
 };
 pub use fragment::{Fragment, FragmentKey};
 pub use frontend::{Frontend, FrontendKey, Run};
@@ -67,7 +67,7 @@ pub use source::SourceKey;
 use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number; pins live under it.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Map names as `bpftool map` shows them: at most 15 bytes.
 pub mod maps {
@@ -261,7 +261,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 5);
+        assert_eq!(ABI_VERSION, 6);
         assert_eq!(
             sizes,
             [

@@ -57,6 +57,7 @@ reasons! {
     OwnConversation = "own_conversation", "The node's own traffic from a port of a Service, or through somebody's masquerade, was noted.";
     SentBack = "sent_back", "An answer was sent out of the interface that the question had come in by.";
     CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
+    EndpointLost = "endpoint_lost", "Refused: the endpoint of the connection has left, and its Service wants it reset.";
 }
 
 impl Reason {

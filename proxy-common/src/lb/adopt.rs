@@ -30,7 +30,7 @@ pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
 }
 
 /// Makes a flow of what another proxy has begun, which `fill` writes to a record: everything but its id and claims. It is left to
-/// netfilter until [`take`]. The answer is that of [`ask::ADOPT`].
+/// netfilter until [`take`], or has lost its endpoint already. The answer is that of [`ask::ADOPT`].
 #[inline(always)]
 pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
     let Some(index) = tables.take_record() else {
@@ -43,7 +43,7 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
     }
     let now = tables.now();
     let filled = tables.record(index, |flow| {
-        let filled = fill(flow) && flow.state == State::LEFT;
+        let filled = fill(flow) && matches!(flow.state, State::LEFT | State::LOST);
         flow.checked = now;
         (flow.id, filled)
     });
@@ -63,7 +63,7 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
         };
     }
     // Behind a masquerade the answers are for the node until they have been translated.
-    let plain = tables.record(index, |flow| !flow.has_source()) == Some(true);
+    let plain = tables.record(index, |flow| flow.has(Role::MIDDLE) && !flow.has_source()) == Some(true);
     let alone = plain && enter(tables, id, Role::MIDDLE, &mut holder) != Entered::Done;
     let bound = tables.record(index, |flow| {
         let bound = flow.flags & flow_flags::AFFINITY != 0;

@@ -34,7 +34,8 @@ pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Ve
             tables.take_apart(found.id);
             return Verdict::Pass;
         }
-        Touch::None | Touch::Over | Touch::Stale => return unknown(tables, packet, &found),
+        // The last is for packets that enter.
+        Touch::None | Touch::Over | Touch::Stale | Touch::Lost => return unknown(tables, packet, &found),
     }
     if matches!(packet.kind, Kind::IcmpError) {
         tables.count(Reason::IcmpTranslated);

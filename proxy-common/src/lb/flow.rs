@@ -1,6 +1,6 @@
 //! The life of a flow: found by its packets, begun whole, taken apart whole.
 
-use super::{Entered, Inserted, Ring, Tables, Touch, Touched, select::Choice};
+use super::{Entered, Inserted, Ring, Tables, Touch, Touched, lost, select::Choice};
 use crate::abi::{
     FORWARD, Flow, FlowId, Hook, Notes, Pair, REPLY, Reason, Role, SILENCE, State, Timeouts, Tuple,
     flow_flags, frontend, window,
@@ -19,7 +19,7 @@ const MOMENT: u64 = SILENCE / 10;
 const DISPLACED: usize = 6;
 
 /// What a first look at a packet's flow found.
-enum Look {
+pub(super) enum Look {
     /// No living flow.
     None,
     /// Go on.
@@ -30,13 +30,15 @@ enum Look {
     Over,
     /// Its client speaks past the Service to the endpoint: it is over.
     Superseded,
+    /// It has lost its endpoint, and whoever sends is to be told.
+    Lost,
 }
 
 /// Which of a flow's pairs a packet has, and whether it goes towards the endpoint.
-struct Way {
-    id: FlowId,
-    role: Role,
-    forward: bool,
+pub(super) struct Way {
+    pub(super) id: FlowId,
+    pub(super) role: Role,
+    pub(super) forward: bool,
 }
 
 /// Finds a packet's flow, refreshes it and fills in the edit that it asks for.
@@ -69,6 +71,7 @@ pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
         Look::None => Ok((Touch::None, false, false)),
         Look::Over => Ok((Touch::Over, false, false)),
         Look::Superseded => Ok((Touch::Superseded, false, false)),
+        Look::Lost => Ok((Touch::Lost, false, false)),
         Look::Bound(index, generation) => Err((index, generation)),
     });
     let passed = match looked {
@@ -112,7 +115,7 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     let forward = leg.forward;
     let left = flow.is_left(leg.id);
     if !left && !flow.is(leg.id) {
-        return Look::None;
+        return if flow.is_lost(leg.id) { lost::look(leg, hook, packet) } else { Look::None };
     }
     if matches!(packet.kind, Kind::IcmpError) {
         return Look::Go;
@@ -241,7 +244,7 @@ const BELIEVED: u32 = 1 << 20;
 
 /// What a direction has last acknowledged: the leg at which it counts has seen packets that the record has not.
 #[inline(always)]
-fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -> u32 {
+pub(super) fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -> u32 {
     let (known, role) = if direction == FORWARD {
         (flow.acked[FORWARD], Role::OUTER)
     } else {
@@ -700,6 +703,7 @@ pub fn sweep<T: Tables>(tables: &T, index: u32, timeouts: &Timeouts) -> u32 {
             0
         }
         Some((State::LIVE | State::LEFT, id, true)) | Some((State::ENDED, id, _)) => tables.take_apart(id),
+        Some((State::LOST, id, _)) => lost::sweep(tables, id, now),
         Some((State::LIVE | State::LEFT, id, false)) => {
             let lost =
                 |flow: &mut Flow| tables.leg(&flow.pairs[Role::OUTER.index()]).is_none_or(|leg| leg.id != id);

@@ -30,6 +30,10 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
             return if found.touch == Touch::Rewrite { Verdict::Rewrite } else { Verdict::Pass };
         }
         Touch::None | Touch::Masquerade => {}
+        Touch::Lost => {
+            tables.count(Reason::EndpointLost);
+            return Verdict::Refuse;
+        }
         Touch::Stale | Touch::Over | Touch::Superseded => {
             tables.take_apart(found.id);
             if found.touch == Touch::Stale {

@@ -9,6 +9,7 @@ pub mod adopt;
 pub mod egress;
 pub mod flow;
 pub mod ingress;
+pub mod lost;
 pub mod masquerade;
 pub mod open;
 pub mod select;
@@ -16,6 +17,8 @@ pub mod socket;
 
 #[cfg(test)]
 mod flow_tests;
+#[cfg(test)]
+mod lost_tests;
 #[cfg(test)]
 mod race_tests;
 #[cfg(test)]
@@ -470,6 +473,8 @@ pub(crate) enum Touch {
     Over,
     /// The flow is over, and the packet is none of its.
     Superseded,
+    /// The flow's endpoint has gone: whoever sends is told.
+    Lost,
 }
 
 /// A packet's flow.

@@ -6,7 +6,7 @@ use aya_ebpf::programs::TcContext;
 use proxy_common::abi::{FlowId, Timeouts, ask};
 use proxy_common::wire::Frame as _;
 
-use crate::cut::{cut_adopt, cut_sweep, cut_take, cut_take_apart, scratch};
+use crate::cut::{cut_adopt, cut_lose, cut_sweep, cut_take, cut_take_apart, scratch};
 use crate::skb::Skb;
 
 /// What it is asked is in [`ask`].
@@ -42,6 +42,15 @@ fn answer(skb: &Skb) -> Option<i32> {
             done = cut_adopt(skb.0, ask::BODY as u32);
         }
         ask::TAKE => done = cut_take(first),
+        ask::LOSE => {
+            for n in 0..ask::MOST_IDS {
+                if n >= first {
+                    break;
+                }
+                let [low, high] = skb.load::<[u32; 2]>(ask::BODY + n as usize * 8)?;
+                done += cut_lose(u64::from(high) << 32 | u64::from(low));
+            }
+        }
         _ => return None,
     }
     Some(done as i32)

@@ -21,6 +21,8 @@ mod configuration;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
+mod endpoint_loss;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod events;

@@ -198,6 +198,7 @@ fn service(n: u32) -> Service {
         internal_local: false,
         external_local: false,
         health_check_node_port: 0,
+        reset_on_loss: false,
         created: 0,
     }
 }

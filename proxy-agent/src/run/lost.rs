@@ -1,0 +1,234 @@
+//! Connections whose endpoint has left its Service without terminating are reset, where the Service says so.
+//!
+//! An endpoint has left when no slice of its Service names it any more (one that is not ready may come back, C-2), and the
+//! Service and its port are still there. Of its life the tables know enough: a backend that is not terminating bears a flag
+//! ([`backend::RESET`]), also from one agent to the next. What becomes of packets then is told in `proxy_common::lb::lost`; here
+//! the silent are told, and sockets that were translated at `connect`. All of it happens on a thread, and in rounds: a packet may
+//! be lost, and a connection have begun just before.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use proxy_common::abi::{Flow, FlowId, ServiceName, Tuple, backend, untext};
+use proxy_common::addr::Proto;
+
+use super::segments::Segments;
+use crate::datapath::flow::{Adopted, Flows, now};
+use crate::datapath::pin::BpfRoot;
+use crate::datapath::streams::Streams;
+use crate::model::{Family, ObjectName, ServicePort, World};
+use crate::plan::{Actual, Step};
+
+/// When it is looked for connections, from the moment an endpoint is gone.
+const ROUNDS: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(3)];
+/// A backend's index and generation, and whose it was.
+pub(super) type Endpoints = BTreeMap<(u32, u32), String>;
+
+/// The endpoints that leave with these steps, of Services that want to know.
+pub(super) fn lost(world: &World, before: &Actual, steps: &[Step]) -> Endpoints {
+    let retired = steps.iter().filter_map(|step| match step {
+        Step::PutBackend(index, new) if !new.is_live() => Some(*index),
+        _ => None,
+    });
+    let lost = retired.filter_map(|index| {
+        let old =
+            before.backends.get(&index).filter(|old| old.is_live() && old.flags & backend::RESET != 0)?;
+        let owner = service_port(before.services.get(&old.service)?);
+        let endpoint = (IpAddr::from(old.addr), old.port.number());
+        let text = || format!("{}:{} of Service {}", endpoint.0, endpoint.1, owner.service);
+        world.has_left(&owner, endpoint).then(|| ((index, old.generation), text()))
+    });
+    lost.collect()
+}
+
+fn service_port(name: &ServiceName) -> ServicePort {
+    ServicePort {
+        service: ObjectName::new(untext(&name.namespace), untext(&name.name)),
+        port: untext(&name.port).into(),
+        proto: name.proto,
+        family: if name.family == 4 { Family::V4 } else { Family::V6 },
+    }
+}
+
+/// Who resets them.
+#[derive(Debug)]
+pub(super) struct Lost {
+    root: BpfRoot,
+    /// The thread; there is none before the first endpoint is lost.
+    thread: Option<Sender<Endpoints>>,
+}
+
+impl Lost {
+    pub(super) fn new(root: BpfRoot) -> Self {
+        Self { root, thread: None }
+    }
+
+    /// Resets the connections to these endpoints, now that no new ones are led there.
+    pub(super) fn reset(&mut self, endpoints: Endpoints) {
+        if endpoints.is_empty() {
+            return;
+        }
+        // It ends only in a panic; what it knew then is over.
+        let Err(error) = self.thread().and_then(|thread| Ok(thread.send(endpoints)?)) else { return };
+        self.thread = None;
+        tracing::warn!("connections to an endpoint that has left are not reset: no thread for it: {error}");
+    }
+
+    fn thread(&mut self) -> Result<&Sender<Endpoints>> {
+        if self.thread.is_none() {
+            let (sender, orders) = channel();
+            let worker = Worker { root: self.root.clone(), segments: None, flows: None, streams: None };
+            std::thread::Builder::new().name("resets".into()).spawn(move || worker.run(&orders))?;
+            self.thread = Some(sender);
+        }
+        self.thread.as_ref().context("just started")
+    }
+}
+
+struct Worker {
+    root: BpfRoot,
+    // Opened when they are needed first.
+    segments: Option<Segments>,
+    flows: Option<Flows>,
+    streams: Option<Streams>,
+}
+
+/// Endpoints that were lost at the same time, and what has been found of them.
+struct Batch {
+    endpoints: Endpoints,
+    since: Instant,
+    round: usize,
+    flows: BTreeSet<FlowId>,
+    /// What sockets of pods send to them, once these are among the flows.
+    streams: BTreeSet<Tuple>,
+    closed: usize,
+}
+
+impl Batch {
+    fn due(&self) -> Option<Instant> {
+        ROUNDS.get(self.round).map(|after| self.since + *after)
+    }
+}
+
+impl Worker {
+    fn run(mut self, orders: &Receiver<Endpoints>) {
+        let mut batches: Vec<Batch> = Vec::new();
+        loop {
+            let next = batches.iter().filter_map(Batch::due).min();
+            let wait = next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
+            match orders.recv_timeout(wait) {
+                Ok(endpoints) => batches.push(Batch {
+                    endpoints,
+                    since: Instant::now(),
+                    round: 0,
+                    flows: BTreeSet::new(),
+                    streams: BTreeSet::new(),
+                    closed: 0,
+                }),
+                Err(RecvTimeoutError::Timeout) => {}
+                // The agent leaves.
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            for batch in &mut batches {
+                if batch.due().is_some_and(|due| due <= Instant::now()) {
+                    self.round(batch);
+                    batch.round += 1;
+                }
+            }
+            batches.retain(|batch| {
+                let goes_on = batch.due().is_some();
+                if !goes_on {
+                    batch.tell();
+                }
+                goes_on
+            });
+        }
+    }
+
+    /// One round. What fails does not keep the rest from being done, and is tried again in the next one.
+    fn round(&mut self, batch: &mut Batch) {
+        let done = [
+            self.sockets(batch).context("sockets that were translated at connect are not closed"),
+            self.flows(batch).context("connections that pass this node are not reset"),
+            self.silent(batch).context("who is silent is not told, only who sends (CAP_NET_RAW is needed)"),
+        ];
+        for error in done.into_iter().filter_map(Result::err) {
+            tracing::warn!("an endpoint has left: {error:#}");
+        }
+    }
+
+    /// Flows: from now on whoever sends is reset.
+    fn flows(&mut self, batch: &mut Batch) -> Result<()> {
+        let flows = open(&mut self.flows, || Ok(Flows::open(&self.root)?))?;
+        let of_them = |flow: &Flow| {
+            flow.proto() == Proto::TCP && batch.endpoints.contains_key(&(flow.backend, flow.generation))
+        };
+        let mut found = Vec::new();
+        flows.scan(|flow| found.extend(of_them(flow).then_some(flow.id)))?;
+        batch.flows.extend(found);
+        flows.lose(&batch.flows.iter().copied().collect::<Vec<_>>())?;
+        Ok(())
+    }
+
+    /// Sockets of the node are closed; connections of pods' sockets are marked like flows.
+    fn sockets(&mut self, batch: &mut Batch) -> Result<()> {
+        let streams = open(&mut self.streams, || Ok(Streams::open(&self.root)?))?;
+        let flows = open(&mut self.flows, || Ok(Flows::open(&self.root)?))?;
+        for stream in streams.connected()? {
+            let entry = &stream.entry;
+            let lost = batch.endpoints.contains_key(&(entry.backend, entry.generation));
+            if !lost || batch.streams.contains(&stream.tuple()) {
+                continue;
+            }
+            if stream.close()? {
+                batch.closed += 1;
+                continue;
+            }
+            let flow = Flow::lost(&stream.tuple(), [0, entry.backend, entry.generation], now()?);
+            if let Adopted::Done(index) = flows.adopt(&flow)? {
+                batch.flows.extend(flows.id_at(index)?);
+                batch.streams.insert(stream.tuple());
+            }
+        }
+        Ok(())
+    }
+
+    /// Both ends of each connection are told.
+    fn silent(&mut self, batch: &Batch) -> Result<()> {
+        let flows = open(&mut self.flows, || Ok(Flows::open(&self.root)?))?;
+        for id in &batch.flows {
+            let Some(flow) = flows.lost(*id)? else { continue };
+            let segments = open(&mut self.segments, || Ok(Segments::open()?))?;
+            let [by_client, by_endpoint] = flow.acked;
+            let (to_client, to_endpoint) = flow.between_ends();
+            // One that has no way is no reason to leave out the others.
+            for (tuple, acked, other) in
+                [(to_client, by_client, by_endpoint), (to_endpoint, by_endpoint, by_client)]
+            {
+                if let Err(error) = segments.end(&tuple, acked, other) {
+                    tracing::debug!("no segment from {} to {}: {error}", tuple.src, tuple.dst);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open<T>(place: &mut Option<T>, open: impl FnOnce() -> Result<T>) -> Result<&mut T> {
+    let opened = match place.take() {
+        Some(opened) => opened,
+        None => open()?,
+    };
+    Ok(place.insert(opened))
+}
+
+impl Batch {
+    fn tell(&self) {
+        let count = self.flows.len() + self.closed;
+        let names: Vec<&str> = self.endpoints.values().map(String::as_str).collect();
+        tracing::info!("{} left without terminating: {count} connections reset", names.join(", "));
+    }
+}

@@ -1,0 +1,57 @@
+//! TCP connections whose endpoint has left without terminating, and whose Service wants them reset.
+//!
+//! The agent sees that an endpoint has left, and has its flows marked ([`lose`]). From then on whoever still sends is answered
+//! with a RST, built from the packet, so that its numbers fit. Who is silent is sent one by the agent; if its numbers do not fit
+//! it is answered (RFC 5961 section 3.2), and the answer gets one that does.
+
+use super::Tables;
+use super::flow::{Look, Way, last_acked};
+use crate::abi::{FORWARD, FlowId, Hook, REPLY, Role, State, TELL};
+use crate::addr::Proto;
+use crate::wire::{Kind, Packet};
+
+/// What becomes of a packet of a flow that has lost its endpoint. A RST may reach the other end, and what leaves the node is
+/// from somebody who is told otherwise: the node itself, or an endpoint of its own, whose client answers it.
+#[inline(always)]
+pub(super) fn look(leg: &Way, hook: Hook, packet: &Packet) -> Look {
+    let ends = packet.tcp_flags & Packet::RST != 0 || matches!(packet.kind, Kind::IcmpError);
+    if ends || hook == Hook::EGRESS {
+        Look::Go
+    } else if leg.forward && leg.role == Role::MIDDLE {
+        Look::Superseded
+    } else if leg.forward && packet.is_syn() {
+        Look::Over
+    } else {
+        Look::Lost
+    }
+}
+
+/// Marks a flow if it is TCP's and has been answered: another one finds another endpoint by itself. What its ends have last
+/// acknowledged is taken from its legs, once more if it is marked already. 1 if there is one.
+#[inline(always)]
+pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
+    if !tables.claim(id.index()) {
+        return 0;
+    }
+    let now = tables.now();
+    let lost = tables.record(id.index(), |flow| {
+        if flow.lives(id) && flow.proto() == Proto::TCP && !flow.is_own() && flow.seen[REPLY] != 0 {
+            flow.state = State::LOST;
+            flow.checked = now;
+        }
+        let lost = flow.is_lost(id);
+        if lost {
+            flow.acked = [last_acked(tables, flow, FORWARD), last_acked(tables, flow, REPLY)];
+        }
+        lost
+    });
+    tables.unclaim(id.index());
+    u32::from(lost == Some(true))
+}
+
+/// Takes a flow apart about which all has been told.
+#[inline(always)]
+pub(super) fn sweep<T: Tables>(tables: &T, id: FlowId, now: u64) -> u32 {
+    let told = |flow: &mut crate::abi::Flow| now.saturating_sub(flow.checked) >= TELL;
+    if tables.record(id.index(), told) == Some(true) { tables.take_apart(id) } else { 0 }
+}
