@@ -134,6 +134,12 @@ impl Agent {
     /// Starts it (again) with the same flags; [`Self::wait_ready`] tells when it is ready.
     pub fn spawn(&mut self) -> Result<()> {
         ensure!(self.child.is_none(), "the agent of {} runs already", self.place.name);
+        self.child = Some(self.place.spawn(self.run_command()?)?);
+        Ok(())
+    }
+
+    /// The command that [`Self::spawn`] starts in [`Self::place`], for somebody who looks after the process himself.
+    pub fn run_command(&self) -> Result<Command> {
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -142,8 +148,13 @@ impl Agent {
         let mut command = self.command("run");
         command.args(&self.arguments).stdin(Stdio::null());
         command.stdout(log.try_clone().context("duplicating the agent's log")?).stderr(log);
-        self.child = Some(self.place.spawn(command)?);
-        Ok(())
+        Ok(command)
+    }
+
+    /// Where it runs.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Waits until `status` calls it healthy; what an earlier agent has left behind does not count.
@@ -153,11 +164,7 @@ impl Agent {
                 // No use in waiting any longer.
                 return Ok(Some(status));
             }
-            let (status, output) = self.ask(&["status", "--output", "json"])?;
-            ensure!(status.success(), "the agent of {} is not ready: {status}\n{output}", self.place.name);
-            let said: Value = serde_json::from_str(&output).with_context(|| output.clone())?;
-            ensure!(said["agent"]["pid"].as_u64() == self.pid().map(u64::from), "another agent: {output}");
-            Ok(None)
+            self.is_ready(self.pid()).map(|()| None)
         })
         .with_context(|| self.log_text())?;
         ensure!(
@@ -166,6 +173,15 @@ impl Agent {
             self.place.name,
             self.log_text()
         );
+        Ok(())
+    }
+
+    /// An error as long as `status` does not call the agent with this process id healthy.
+    pub fn is_ready(&self, pid: Option<u32>) -> Result<()> {
+        let (status, output) = self.ask(&["status", "--output", "json"])?;
+        ensure!(status.success(), "the agent of {} is not ready: {status}\n{output}", self.place.name);
+        let said: Value = serde_json::from_str(&output).with_context(|| output.clone())?;
+        ensure!(said["agent"]["pid"].as_u64() == pid.map(u64::from), "another agent: {output}");
         Ok(())
     }
 

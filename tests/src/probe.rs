@@ -131,6 +131,12 @@ impl Process {
         serde_json::from_str(&line).with_context(|| format!("{} printed: {line}", self.what))
     }
 
+    /// The next line, if it has printed one.
+    pub fn printed<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
+        let Ok(line) = self.lines.try_recv() else { return Ok(None) };
+        serde_json::from_str(&line).map(Some).with_context(|| format!("{} printed: {line}", self.what))
+    }
+
     /// Gives it an order.
     pub fn order(&mut self, order: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().with_context(|| format!("{} takes no orders", self.what))?;

@@ -49,7 +49,7 @@ enum Command {
     Test(test::Args),
     /// Measure (root). `--json FILE` also writes every figure to a file.
     Bench(scenario::Args),
-    /// Floods, port exhaustion and DNS-like load, with the proxy and with nftables rules, in counts (root).
+    /// Count what clients lose while faults happen to the agent; `compare`: with nftables rules beside it (root).
     Chaos(scenario::Args),
     /// What CI demands besides the tests: format, lints, docs, licences, invariants.
     Check,

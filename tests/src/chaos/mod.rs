@@ -6,15 +6,20 @@
 //! ends early when [`crate::stop`] says so.
 
 pub mod bpf;
+pub mod clients;
 pub mod dns;
+pub mod fault;
 pub mod flood;
+pub mod ground;
 pub mod load;
 pub mod ports;
 pub mod report;
 mod rules;
 pub mod sabotage;
 pub mod scene;
+pub mod services;
 pub mod spoof;
+pub mod trial;
 
 /// Tells a person who waits what is going on.
 fn progress(line: &str) {

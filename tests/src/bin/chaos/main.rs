@@ -1,183 +1,65 @@
-//! What clients lose in situations that have broken service proxies, with the agent and with nftables rules of
-//! kube-proxy's shape: counts, as a table and as JSON.
+//! What clients lose while everything goes wrong round the agent: it is killed, restarted, flooded, its endpoints come
+//! and go. One line a fault; the exit code says whether anything was lost.
+
+mod compare;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
-use proxy_tests::chaos::report::Report;
-use proxy_tests::chaos::scene::{Forwarder, Stage};
-use proxy_tests::chaos::spoof::Kind;
-use proxy_tests::chaos::{dns, flood, ports};
+use proxy_tests::chaos::fault::{Name, Options};
+use proxy_tests::chaos::trial::{Outcome, play};
 use proxy_tests::stop;
+use serde::Serialize;
 
 #[derive(Parser)]
-#[command(about = "Counts what clients lose under floods, port exhaustion and DNS-like load (root)")]
+#[command(about = "Counts what clients lose while faults happen to the agent (root)")]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    /// Faults, one after the other; all of them unless named.
+    #[arg(value_enum, value_name = "FAULT")]
+    faults: Vec<Name>,
+    /// How often each is done; what it has by itself unless told.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    rounds: Option<u64>,
+    /// What random choices follow from; another one each time unless told.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Also write the report to this file as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// A further flag for the agent, such as --agent-flag=--socket-lb=host; may be given more than once.
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
+    agent_flag: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Spoofed SYNs to a NodePort whose endpoint is on another node, while others connect and stay connected.
-    Flood(FloodArguments),
-    /// Many short connections to a NodePort with one endpoint on another node.
-    Ports(PortsArguments),
-    /// Many questions over UDP, one from each port: to a NodePort, and from pods to a ClusterIP.
-    Dns(DnsArguments),
-}
-
-#[derive(Args)]
-struct Common {
-    /// Also write the report to this file as JSON.
-    #[arg(long, value_name = "FILE")]
-    json: Option<PathBuf>,
-    /// Play it only with this one.
-    #[arg(long, value_enum)]
-    only: Option<Who>,
-    /// IPv6 instead of IPv4.
-    #[arg(long)]
-    ipv6: bool,
-    /// The node's own `ip_local_port_range`; the kernel's default unless told.
-    #[arg(long, value_name = "FIRST-LAST", value_parser = port_range)]
-    local_ports: Option<(u16, u16)>,
-    /// A further flag for the agent, such as --agent-flag=--max-flows=65536; may be given more than once.
-    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
-    agent_flag: Vec<String>,
-    /// How long a client waits before it counts as a failure.
-    #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(10..=60_000))]
-    timeout_ms: u64,
-}
-
-#[derive(Args)]
-struct FloodArguments {
-    #[command(flatten)]
-    common: Common,
-    /// Spoofed sources.
-    #[arg(long, default_value_t = 450_000, value_parser = clap::value_parser!(u32).range(1..=2_000_000))]
-    count: u32,
-    /// Spoofed packets a second.
-    #[arg(long, default_value_t = 30_000.0, value_parser = rate)]
-    rate: f64,
-    /// What each spoofed source sends.
-    #[arg(long, value_enum, default_value_t = Sends::Syn)]
-    kind: Sends,
-    /// Honest new connections a second.
-    #[arg(long, default_value_t = 50.0, value_parser = rate)]
-    clients: f64,
-    /// Seconds for which they go on after the flood.
-    #[arg(long, value_name = "SECONDS", default_value_t = 20.0, value_parser = seconds)]
-    after: f64,
-    /// Honest connections that are open all the time.
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=1000))]
-    held: u16,
-}
-
-#[derive(Args)]
-struct PortsArguments {
-    #[command(flatten)]
-    common: Common,
-    /// New connections a second.
-    #[arg(long, default_value_t = 300.0, value_parser = rate)]
-    rate: f64,
-    /// For how long. Less than two minutes shows little: so long the port of an ended connection may be held.
-    #[arg(long, default_value_t = 120.0, value_parser = seconds)]
-    seconds: f64,
-}
-
-#[derive(Args)]
-struct DnsArguments {
-    #[command(flatten)]
-    common: Common,
-    /// Questions a second.
-    #[arg(long, default_value_t = 2200.0, value_parser = rate)]
-    rate: f64,
-    /// For how long.
-    #[arg(long, default_value_t = 40.0, value_parser = seconds)]
-    seconds: f64,
-    /// Ports after which the first is used again; unless told, each is used once.
-    #[arg(long)]
-    sources: Option<u64>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Who {
-    Agent,
-    Nftables,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Sends {
-    /// A SYN.
-    Syn,
-    /// A SYN, then an acknowledgment with a guessed number.
-    BlindAck,
-    /// A datagram to the same NodePort; who is honest asks over UDP, too.
-    Datagram,
-}
-
-impl Common {
-    fn stage(&self) -> Stage {
-        let forwarders = match self.only {
-            None => Forwarder::ALL.to_vec(),
-            Some(Who::Agent) => vec![Forwarder::Agent],
-            Some(Who::Nftables) => vec![Forwarder::Nftables],
-        };
-        Stage {
-            forwarders,
-            agent_flags: self.agent_flag.clone(),
-            ipv6: self.ipv6,
-            local_ports: self.local_ports,
-        }
-    }
-
-    fn timeout(&self) -> Duration {
-        Duration::from_millis(self.timeout_ms)
-    }
-}
-
-/// How often a second; what is above can be made by no machine.
-fn rate(text: &str) -> Result<f64, String> {
-    number(text, 0.1..=1_000_000.0)
-}
-
-/// How long; nothing here lasts longer than an hour.
-fn seconds(text: &str) -> Result<f64, String> {
-    number(text, 0.1..=3600.0)
-}
-
-fn port_range(text: &str) -> Result<(u16, u16), String> {
-    let parsed =
-        text.split_once('-').and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
-    parsed
-        .filter(|(first, last)| first < last)
-        .ok_or_else(|| "not a range of ports like 1024-65535".to_owned())
-}
-
-fn number(text: &str, range: std::ops::RangeInclusive<f64>) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
-    if range.contains(&value) {
-        Ok(value)
-    } else {
-        Err(format!("not from {} to {}", range.start(), range.end()))
-    }
+    /// The agent against nftables rules of kube-proxy's shape, where many ask at a time.
+    #[command(subcommand)]
+    Compare(compare::Comparison),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if !nix::unistd::geteuid().is_root() {
         eprintln!("This makes network namespaces and loads kernel programs, which needs root. Run:");
-        eprintln!("    sudo -E env \"PATH=$PATH\" cargo xtask chaos flood|ports|dns");
+        eprintln!("    sudo -E env \"PATH=$PATH\" cargo xtask chaos [FAULT…]");
         return ExitCode::FAILURE;
     }
     stop::listen();
-    match run(&arguments.command) {
-        Ok(()) => ExitCode::SUCCESS,
+    let outcome = match &arguments.command {
+        Some(Command::Compare(comparison)) => compare::run(comparison).map(|()| true),
+        None => run(&arguments),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         // Whatever broke after Ctrl-C broke because of it.
         Err(_) if stop::wanted() => {
             eprintln!("Interrupted. Everything that was made has been removed.");
@@ -190,74 +72,58 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command) -> Result<()> {
-    let (common, report) = match command {
-        Command::Flood(arguments) => (&arguments.common, flood::play(&flood_plan(arguments))?),
-        Command::Ports(PortsArguments { common, rate, seconds }) => {
-            let lasts = Duration::from_secs_f64(*seconds);
-            let plan = ports::Plan { stage: common.stage(), rate: *rate, lasts, timeout: common.timeout() };
-            (common, ports::play(&plan)?)
+/// Plays faults one after the other; says whether nothing was lost.
+fn run(arguments: &Arguments) -> Result<bool> {
+    let faults = if arguments.faults.is_empty() { Name::value_variants() } else { &arguments.faults };
+    let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
+    eprintln!("chaos: --seed {seed}");
+    let options = Options { rounds: arguments.rounds, seed, agent_flags: arguments.agent_flag.clone() };
+    let mut outcomes = Vec::new();
+    for fault in faults {
+        match play(*fault, &options) {
+            Ok(outcome) => outcomes.push(outcome),
+            Err(error) => {
+                // What is known is told, whatever came then.
+                print(&outcomes)?;
+                return Err(error);
+            }
         }
-        Command::Dns(DnsArguments { common, rate, seconds, sources }) => {
-            let lasts = Duration::from_secs_f64(*seconds);
-            let timeout = common.timeout();
-            let plan = dns::Plan { stage: common.stage(), rate: *rate, lasts, sources: *sources, timeout };
-            (common, dns::play(&plan)?)
-        }
-    };
-    print(&report).context("writing the report")?;
-    if let Some(path) = &common.json {
-        let text = serde_json::to_string_pretty(&report)? + "\n";
-        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     }
-    Ok(())
+    print(&outcomes).context("writing the report")?;
+    save(arguments.json.as_deref(), &outcomes)?;
+    Ok(outcomes.iter().all(|outcome| outcome.lost == 0))
 }
 
-fn flood_plan(arguments: &FloodArguments) -> flood::Plan {
-    flood::Plan {
-        stage: arguments.common.stage(),
-        count: arguments.count,
-        kind: match arguments.kind {
-            Sends::Syn => Kind::Syn,
-            Sends::BlindAck => Kind::SynThenBlindAck,
-            Sends::Datagram => Kind::Datagram,
-        },
-        rate: arguments.rate,
-        clients: arguments.clients,
-        after: Duration::from_secs_f64(arguments.after),
-        held: arguments.held.into(),
-        timeout: arguments.common.timeout(),
-    }
-}
-
-fn print(report: &Report) -> Result<()> {
+fn print(outcomes: &[Outcome]) -> Result<()> {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(vec!["WITH", "WHAT", "TRIED", "FAILED", "SLOWEST", "WHY"]);
-    for row in &report.rows {
-        let reasons: Vec<String> =
-            row.tally.reasons.iter().map(|(reason, count)| format!("{reason}: {count}")).collect();
-        table.add_row(vec![
-            row.forwarder.name().into(),
-            row.what.clone(),
-            row.tried.to_string(),
-            row.tally.failed.to_string(),
-            format!("{:.0} ms", row.tally.slowest_ms),
-            reasons.join(", "),
-        ]);
+    table.set_header(vec!["FAULT", "ROUNDS", "CONNECTIONS HELD", "REQUESTS", "LOST"]);
+    for outcome in outcomes {
+        let Outcome { fault, rounds, held, requests, lost, slowest_ms: _, remarks: _ } = outcome;
+        let numbers = [rounds, held, requests, lost].map(ToString::to_string);
+        table.add_row([&[fault.clone()], &numbers[..]].concat());
     }
     for (index, column) in table.column_iter_mut().enumerate() {
         column.set_padding((0, 2));
-        if (2..5).contains(&index) {
+        if index > 0 {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
     let mut out = std::io::stdout().lock();
-    for spoofed in &report.spoofed {
-        let name = spoofed.forwarder.name();
-        writeln!(out, "{name}: {} spoofed packets in {:.1} s", spoofed.packets, spoofed.seconds)?;
-    }
     writeln!(out, "{}", table.trim_fmt())?;
+    for outcome in outcomes {
+        writeln!(out, "{}: the slowest answer took {:.0} ms", outcome.fault, outcome.slowest_ms)?;
+        for remark in &outcome.remarks {
+            writeln!(out, "{}: {remark}", outcome.fault)?;
+        }
+    }
     Ok(out.flush()?)
+}
+
+/// Writes a report to a file, if one is wanted.
+fn save(path: Option<&Path>, report: &impl Serialize) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let text = serde_json::to_string_pretty(report)? + "\n";
+    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }

@@ -1,11 +1,13 @@
 //! The test-pod program: servers that answer with their name, clients that count answers.
 //!
 //! Every command ends by itself (`--seconds`), when its standard input ends, and on the line `stop`. It prints one
-//! JSON object a line (see `proxy_tests::answer`). On the line `report` the clients print what they have so far.
+//! JSON object a line (see `proxy_tests::answer`). On the line `report` the clients print what they have so far;
+//! a crowd has more orders (see `crowd`).
 
 #![expect(clippy::print_stdout, reason = "its output is what it is for")]
 
 mod client;
+mod crowd;
 mod get;
 mod hold;
 mod load;
@@ -38,6 +40,8 @@ enum Command {
     Load(load::Arguments),
     /// Exchange lines over one socket steadily.
     Hold(hold::Arguments),
+    /// Hold connections and make new requests, as many clients, and print each loss.
+    Crowd(crowd::Arguments),
     /// For measuring: answer one connection after the other.
     Answer(measure::AnswerArguments),
     /// For measuring: make connections as fast as possible.
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Command::Get(arguments) => get::run(&arguments),
         Command::Load(arguments) => load::run(&arguments),
         Command::Hold(arguments) => hold::run(&arguments),
+        Command::Crowd(arguments) => crowd::run(&arguments),
         Command::Answer(arguments) => measure::answer(&arguments),
         Command::Rate(arguments) => measure::rate(&arguments),
         Command::Roam(arguments) => roam::run(&arguments),

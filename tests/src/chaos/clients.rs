@@ -1,0 +1,197 @@
+//! The load of a play: crowds of clients in a pod, on the host and outside, and what they have lost, with the steps of
+//! the fault during which it was lost.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+
+use super::progress;
+use crate::crowd::{Count, Loss, Plan, Said, Target, now_ms};
+use crate::pod::Place;
+use crate::probe::Process;
+
+/// How long a request may take: a lost SYN is sent twice more until then.
+const TIMEOUT_MS: u64 = 5000;
+/// How long crowds may take to say something besides.
+const SOON: Duration = Duration::from_secs(20);
+/// Crowds end by themselves after this time.
+const LIMIT: &str = "86400";
+/// So many losses are told one by one; the others are counted.
+const TELL: u64 = 50;
+/// Steps of a loss that are told.
+const STEPS: usize = 3;
+
+/// Crowds that run until they are ended, and what those have counted that were.
+#[derive(Debug, Default)]
+pub struct Clients {
+    crowds: Vec<Process>,
+    /// Of crowds that have ended.
+    ended: Count,
+    /// Of crowds that run.
+    running: Count,
+    /// What somebody else than a crowd has counted: losses, and how often it was looked.
+    others: Count,
+    told: u64,
+    steps: Vec<(u64, String)>,
+}
+
+impl Clients {
+    /// Starts a crowd in each place and waits until its connections are open.
+    pub fn start(&mut self, crowds: &[(&Place, Vec<Target>)], rate: f64) -> Result<()> {
+        for (place, targets) in crowds {
+            let plan =
+                Plan { client: place.name.clone(), targets: targets.clone(), rate, timeout_ms: TIMEOUT_MS };
+            let arguments = ["--seconds", LIMIT, "--plan", &serde_json::to_string(&plan)?];
+            let mut crowd = Process::start(place, "crowd", &arguments.map(ToOwned::to_owned))?;
+            let Said::Count(_) = crowd.line(SOON)? else { anyhow::bail!("a crowd loses before it asks") };
+            self.crowds.push(crowd);
+        }
+        Ok(())
+    }
+
+    /// Notes what the fault does from now on.
+    pub fn step(&mut self, what: impl Into<String>) {
+        self.steps.push((now_ms(), what.into()));
+    }
+
+    /// Has all crowds follow an order, and counts.
+    pub fn order(&mut self, order: &str) -> Result<()> {
+        self.running = Count::default();
+        for crowd in &mut self.crowds {
+            crowd.order(order)?;
+        }
+        let mut losses = Vec::new();
+        for crowd in &mut self.crowds {
+            loop {
+                match crowd.line(SOON)? {
+                    Said::Lost(loss) => losses.push(loss),
+                    Said::Count(count) => break self.running.add(&count),
+                }
+            }
+        }
+        losses.into_iter().for_each(|loss| self.tell(&loss));
+        Ok(())
+    }
+
+    /// Uses every connection that is held and idle; one that is broken is lost.
+    pub fn check(&mut self) -> Result<()> {
+        self.order("check")
+    }
+
+    /// Tells what has been lost meanwhile, without waiting.
+    pub fn hear(&mut self) -> Result<()> {
+        let mut losses = Vec::new();
+        for crowd in &mut self.crowds {
+            while let Some(said) = crowd.printed()? {
+                if let Said::Lost(loss) = said {
+                    losses.push(loss);
+                }
+            }
+        }
+        losses.into_iter().for_each(|loss| self.tell(&loss));
+        Ok(())
+    }
+
+    /// Ends all crowds, with a last look at the connections that are held.
+    pub fn end(&mut self) -> Result<()> {
+        self.check()?;
+        self.ended.add(&std::mem::take(&mut self.running));
+        self.crowds.clear();
+        Ok(())
+    }
+
+    /// Counts something that a fault has tried itself; what did not come as expected is lost.
+    pub fn note(&mut self, what: &str, expected: &str, begun_ms: u64, outcome: Result<()>) {
+        self.others.requests += 1;
+        if let Err(error) = outcome {
+            self.others.lost += 1;
+            let (what, expected) = (what.to_owned(), expected.to_owned());
+            self.tell(&Loss { begun_ms, ended_ms: now_ms(), what, expected, came: format!("{error:#}") });
+        }
+    }
+
+    /// What there is so far, as of the last order.
+    #[must_use]
+    pub fn count(&self) -> Count {
+        let mut sum = self.ended.clone();
+        sum.add(&self.running);
+        sum.add(&self.others);
+        sum
+    }
+
+    fn tell(&mut self, loss: &Loss) {
+        self.told += 1;
+        if self.told <= TELL {
+            progress(&line(loss, &self.steps));
+        } else if self.told == TELL + 1 {
+            progress("LOST more; it is counted, and not told one by one");
+        }
+    }
+}
+
+/// One loss in one line.
+fn line(loss: &Loss, steps: &[(u64, String)]) -> String {
+    // The step that the attempt began in, and those that came before its end.
+    let first = steps.partition_point(|(at, _)| *at <= loss.begun_ms).saturating_sub(1);
+    let until = steps.partition_point(|(at, _)| *at <= loss.ended_ms);
+    let during = steps.get(first..until).unwrap_or_default();
+    let left = during.len().saturating_sub(STEPS);
+    let mut told: Vec<&str> = during.iter().take(STEPS).map(|(_, step)| step.as_str()).collect();
+    let more = format!("{left} more");
+    if left > 0 {
+        told.push(&more);
+    }
+    let Loss { begun_ms, ended_ms, what, expected, came } = loss;
+    let time = time(*begun_ms).unwrap_or_else(|| begun_ms.to_string());
+    let took = ended_ms.saturating_sub(*begun_ms);
+    format!(
+        "LOST {time} {what}: expected {expected}, came {came} after {took} ms; step: {}",
+        told.join(" → ")
+    )
+}
+
+/// The time of day in UTC.
+fn time(ms: u64) -> Option<String> {
+    let time = Timestamp::from_millisecond(i64::try_from(ms).ok()?).ok()?;
+    Some(time.strftime("%H:%M:%S%.3f").to_string())
+}
+
+/// An error with all that led to it, for [`Clients::note`].
+pub(super) fn looked<T>(outcome: Result<T>, what: &str) -> Result<()> {
+    outcome.map(drop).with_context(|| what.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_is_one_line_with_its_time_and_the_steps_it_fell_into() {
+        let steps: Vec<_> = (0..9).map(|n| (1000 * n, format!("step {n}"))).collect();
+        let loss = |begun_ms, ended_ms| Loss {
+            begun_ms,
+            ended_ms,
+            what: "a: new TCP".into(),
+            expected: "an answer".into(),
+            came: "timeout".into(),
+        };
+        let text = line(&loss(3_500, 4_100), &steps);
+        assert_eq!(
+            text,
+            "LOST 00:00:03.500 a: new TCP: expected an answer, came timeout after 600 ms; step: step 3 → step 4"
+        );
+        assert!(line(&loss(1_500, 8_100), &steps).ends_with("step 1 → step 2 → step 3 → 5 more"));
+        assert!(line(&loss(9_999, 9_999), &steps).ends_with("step: step 8"));
+        assert!(line(&loss(5, 9), &[]).ends_with("step: "));
+    }
+
+    #[test]
+    fn what_a_fault_tries_itself_counts_like_a_request() {
+        let mut clients = Clients::default();
+        clients.note("a look", "all in line", now_ms(), Ok(()));
+        clients.note("a look", "all in line", now_ms(), Err(anyhow::anyhow!("not so")));
+        let count = clients.count();
+        assert_eq!((count.requests, count.lost, count.held), (2, 1, 0));
+    }
+}

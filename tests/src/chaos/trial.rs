@@ -1,0 +1,90 @@
+//! One fault, played: clients begin, the fault does its rounds, and what was lost is counted.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::fault::{Name, Next, Options};
+use super::ground::{Before, Ground, raise_town};
+use super::progress;
+use super::scene::want_descriptors;
+use crate::agent::Feed;
+use crate::manifests::ManifestDir;
+
+/// How often progress is told.
+const TELL: Duration = Duration::from_secs(20);
+/// Connections of all crowds at a time, at most.
+const SOCKETS: u64 = 2000;
+
+/// What a fault came to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Its name.
+    pub fault: String,
+    /// How often it was done.
+    pub rounds: u64,
+    /// Connections that were held meanwhile.
+    pub held: u64,
+    /// Requests: new ones, exchanges over connections that are held, and looks at the agent.
+    pub requests: u64,
+    /// What was lost of either.
+    pub lost: u64,
+    /// The longest time that an answer took.
+    pub slowest_ms: f64,
+    /// What else is to be said.
+    pub remarks: Vec<String>,
+}
+
+/// Plays a fault.
+pub fn play(name: Name, options: &Options) -> Result<Outcome> {
+    want_descriptors(SOCKETS)?;
+    let (town, manifests) = (raise_town()?, ManifestDir::new()?);
+    let mut ground =
+        Ground::lay(&town, (&manifests, Feed::from(&manifests)), &options.agent_flags, name.before())?;
+    play_on(&mut ground, name, options).with_context(|| name.text())
+}
+
+fn play_on(ground: &mut Ground<'_>, name: Name, options: &Options) -> Result<Outcome> {
+    if name.before() == Before::Agent {
+        ground.crowd(true)?;
+    }
+    let mut fault = name.make(options);
+    let wanted = options.rounds.unwrap_or(name.rounds());
+    let (mut rounds, mut told) = (0, Instant::now());
+    while rounds < wanted {
+        if crate::stop::wanted() {
+            bail!("interrupted");
+        }
+        let next = fault.round(ground, rounds)?;
+        if next == Next::Over {
+            break;
+        }
+        rounds += 1;
+        ground.clients.hear()?;
+        if told.elapsed() >= TELL {
+            told = Instant::now();
+            ground.clients.order("report")?;
+            let count = ground.clients.count();
+            progress(&format!(
+                "{}: round {rounds}, {} of {} requests lost",
+                name.text(),
+                count.lost,
+                count.requests
+            ));
+        }
+    }
+    let remarks = fault.end(ground)?;
+    ground.clients.step("the end");
+    ground.clients.end()?;
+    let count = ground.clients.count();
+    Ok(Outcome {
+        fault: name.text(),
+        rounds,
+        held: count.held,
+        requests: count.requests,
+        lost: count.lost,
+        slowest_ms: count.slowest_ms,
+        remarks,
+    })
+}
