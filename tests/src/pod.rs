@@ -55,16 +55,27 @@ impl Place {
     }
 
     /// Starts a process here: in the cgroup and the network namespace before its first instruction.
+    pub fn spawn(&self, command: Command) -> Result<Child> {
+        self.spawn_last(command, || Ok(()))
+    }
+
+    /// The same, with this as the last thing that it does before it becomes the program. It may do what can be done
+    /// between fork and exec: make system calls, and allocate nothing.
     #[expect(unsafe_code, reason = "a process enters its cgroup and namespace between fork and exec")]
-    pub fn spawn(&self, mut command: Command) -> Result<Child> {
+    pub(crate) fn spawn_last(
+        &self,
+        mut command: Command,
+        mut last: impl FnMut() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Result<Child> {
         let mut door = crate::cgroup::door(&self.cgroup)?;
         let netns = self.netns.file().try_clone().context("duplicating a namespace's descriptor")?;
         // SAFETY: between fork and exec only async-signal-safe calls are allowed; this closure makes two system
-        // calls on descriptors that were opened before, and allocates nothing.
+        // calls on descriptors that were opened before, and allocates nothing; nor does `last`.
         unsafe {
             command.pre_exec(move || {
                 door.write_all(b"0")?;
-                setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)
+                setns(netns.as_fd(), CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from)?;
+                last()
             });
         }
         command

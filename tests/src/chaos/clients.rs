@@ -22,10 +22,19 @@ const TELL: u64 = 50;
 /// Steps of a loss that are told.
 const STEPS: usize = 3;
 
+/// For how long a crowd asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Term {
+    /// Until the play is over.
+    Play,
+    /// Until the fault ends it with [`Clients::end_round`].
+    Round,
+}
+
 /// Crowds that run until they are ended, and what those have counted that were.
 #[derive(Debug, Default)]
 pub struct Clients {
-    crowds: Vec<Process>,
+    crowds: Vec<(Term, Process)>,
     /// Of crowds that have ended.
     ended: Count,
     /// Of crowds that run.
@@ -38,14 +47,14 @@ pub struct Clients {
 
 impl Clients {
     /// Starts a crowd in each place and waits until its connections are open.
-    pub fn start(&mut self, crowds: &[(&Place, Vec<Target>)], rate: f64) -> Result<()> {
+    pub fn start(&mut self, term: Term, crowds: &[(&Place, Vec<Target>)], rate: f64) -> Result<()> {
         for (place, targets) in crowds {
             let plan =
                 Plan { client: place.name.clone(), targets: targets.clone(), rate, timeout_ms: TIMEOUT_MS };
             let arguments = ["--seconds", LIMIT, "--plan", &serde_json::to_string(&plan)?];
             let mut crowd = Process::start(place, "crowd", &arguments.map(ToOwned::to_owned))?;
             let Said::Count(_) = crowd.line(SOON)? else { anyhow::bail!("a crowd loses before it asks") };
-            self.crowds.push(crowd);
+            self.crowds.push((term, crowd));
         }
         Ok(())
     }
@@ -58,11 +67,11 @@ impl Clients {
     /// Has all crowds follow an order, and counts.
     pub fn order(&mut self, order: &str) -> Result<()> {
         self.running = Count::default();
-        for crowd in &mut self.crowds {
+        for (_, crowd) in &mut self.crowds {
             crowd.order(order)?;
         }
         let mut losses = Vec::new();
-        for crowd in &mut self.crowds {
+        for (_, crowd) in &mut self.crowds {
             loop {
                 match crowd.line(SOON)? {
                     Said::Lost(loss) => losses.push(loss),
@@ -82,7 +91,7 @@ impl Clients {
     /// Tells what has been lost meanwhile, without waiting.
     pub fn hear(&mut self) -> Result<()> {
         let mut losses = Vec::new();
-        for crowd in &mut self.crowds {
+        for (_, crowd) in &mut self.crowds {
             while let Some(said) = crowd.printed()? {
                 if let Said::Lost(loss) = said {
                     losses.push(loss);
@@ -101,13 +110,23 @@ impl Clients {
         Ok(())
     }
 
+    /// Ends the crowds of this round, with a last look at the connections that they hold.
+    pub fn end_round(&mut self) -> Result<()> {
+        let crowds = std::mem::take(&mut self.crowds);
+        let (round, play): (Vec<_>, Vec<_>) = crowds.into_iter().partition(|(term, _)| *term == Term::Round);
+        self.crowds = round;
+        self.end()?;
+        self.crowds = play;
+        self.order("report")
+    }
+
     /// Counts something that a fault has tried itself; what did not come as expected is lost.
     pub fn note(&mut self, what: &str, expected: &str, begun_ms: u64, outcome: Result<()>) {
         self.others.requests += 1;
         if let Err(error) = outcome {
             self.others.lost += 1;
-            let (what, expected) = (what.to_owned(), expected.to_owned());
-            self.tell(&Loss { begun_ms, ended_ms: now_ms(), what, expected, came: format!("{error:#}") });
+            let (what, expected, came) = (what.to_owned(), expected.to_owned(), brief(&format!("{error:#}")));
+            self.tell(&Loss { begun_ms, ended_ms: now_ms(), what, expected, came });
         }
     }
 
@@ -128,6 +147,16 @@ impl Clients {
             progress("LOST more; it is counted, and not told one by one");
         }
     }
+}
+
+/// What fits into one line of a long text: its beginning and its end.
+fn brief(text: &str) -> String {
+    /// Characters of either.
+    const PART: usize = 300;
+    let text: Vec<char> = text.trim().replace('\n', " | ").chars().collect();
+    let (begin, end) = (text.iter().take(PART), text.iter().skip(PART.max(text.len().saturating_sub(PART))));
+    let gap = if text.len() > 2 * PART { " … " } else { "" };
+    begin.chain(gap.chars().collect::<Vec<_>>().iter()).chain(end).collect()
 }
 
 /// One loss in one line.
@@ -184,6 +213,15 @@ mod tests {
         assert!(line(&loss(1_500, 8_100), &steps).ends_with("step 1 → step 2 → step 3 → 5 more"));
         assert!(line(&loss(9_999, 9_999), &steps).ends_with("step: step 8"));
         assert!(line(&loss(5, 9), &[]).ends_with("step: "));
+    }
+
+    #[test]
+    fn a_long_text_is_cut_in_its_middle_and_has_no_lines() {
+        assert_eq!(brief("one\ntwo\n"), "one | two");
+        let long = brief(&format!("begin{}end", "x".repeat(5000)));
+        assert!(long.starts_with("beginx") && long.contains(" … ") && long.ends_with("xend"), "{long}");
+        assert_eq!(long.chars().count(), 603);
+        assert_eq!(brief(&"y".repeat(500)).len(), 500);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::clients::Clients;
+use super::clients::{Clients, Term};
 use super::services::{self, MOVING, ROLES, Role, STAYING, TARGET};
 use crate::agent::{Agent, FLAGS, Feed};
 use crate::crowd::{Target, now_ms};
@@ -28,8 +28,17 @@ const SOON: Duration = Duration::from_secs(10);
 pub enum Before {
     /// The agent.
     Agent,
-    /// Rules of kube-proxy's shape. They know only Services with one endpoint ([`Role::has_rules`]).
+    /// The agent, beside rules of kube-proxy's shape. They know only Services with one endpoint
+    /// ([`Role::has_rules`]), so only these are played.
+    AgentAndRules,
+    /// Such rules.
     Rules,
+}
+
+impl Before {
+    fn plays(self, role: &Role) -> bool {
+        self == Self::Agent || role.has_rules()
+    }
 }
 
 /// Frontends and the endpoints that are used for what is new.
@@ -76,7 +85,7 @@ impl<'a> Ground<'a> {
     ) -> Result<Self> {
         let mut controllers = BTreeMap::new();
         let mut servers = BTreeMap::new();
-        for role in ROLES.iter().filter(|role| before == Before::Agent || role.has_rules()) {
+        for role in ROLES.iter().filter(|role| before.plays(role)) {
             let mut controller = services::publish(to, role)?;
             let pods: Vec<&Place> = role.pods.iter().map(|pod| town.place(pod)).collect();
             controller.replace(&pods)?;
@@ -97,20 +106,20 @@ impl<'a> Ground<'a> {
         let clients = Clients::default();
         let picture = Picture::new();
         let mut ground = Self { clients, agent, town, to, moving, controllers, servers, before, picture };
-        match before {
-            Before::Agent => {
-                ground.agent.spawn()?;
-                ground.agent.wait_ready()?;
-                ground.picture = ground.look()?;
-                ensure!(ground.picture.len() >= ROLES.len(), "not all is served: {:?}", ground.picture);
-            }
-            Before::Rules => ground.rules()?,
+        if before != Before::Agent {
+            ground.rules()?;
+        }
+        if before != Before::Rules {
+            ground.agent.spawn()?;
+            ground.agent.wait_ready()?;
+            ground.picture = ground.look()?;
+            ensure!(!ground.picture.is_empty(), "nothing is served: {}", ground.agent.log_text());
         }
         Ok(ground)
     }
 
     /// Starts crowds in the pod, on the host and outside, with connections that are held if told.
-    pub fn crowd(&mut self, held: bool) -> Result<()> {
+    pub fn crowd(&mut self, term: Term, held: bool) -> Result<()> {
         let [pod, host, outside] = ["a", "node1", "outside"].map(|name| self.town.place(name));
         let crowds = [
             (pod, self.targets(|role| role.from_pods(self.town))),
@@ -124,11 +133,11 @@ impl<'a> Ground<'a> {
             }
             (place, targets)
         });
-        self.clients.start(&crowds, RATE)
+        self.clients.start(term, &crowds, RATE)
     }
 
     fn targets(&self, of: impl Fn(&Role) -> Vec<Target>) -> Vec<Target> {
-        let played = ROLES.iter().filter(|role| self.before == Before::Agent || role.has_rules());
+        let played = ROLES.iter().filter(|role| self.before.plays(role));
         played.flat_map(of).collect()
     }
 
@@ -145,9 +154,24 @@ impl<'a> Ground<'a> {
     }
 
     /// Whether a table of kube-proxy's is left on the node.
-    pub fn has_rules(&self) -> Result<bool> {
+    fn has_rules(&self) -> Result<bool> {
         let tables = self.town.place("node1").netns.output("nft", &["list", "tables"])?;
         Ok(tables.contains("kube-proxy"))
+    }
+
+    /// Waits until the agent has removed the rules of a kube-proxy.
+    pub fn rules_gone(&self) -> Result<()> {
+        eventually(SOON * crate::patience(), || {
+            ensure!(!self.has_rules()?, "rules are left: {}", self.agent.log_text());
+            Ok(())
+        })
+    }
+
+    /// A command of the agent that must succeed; what it said.
+    pub fn tell_agent(&self, arguments: &[&str]) -> Result<String> {
+        let (status, said) = self.agent.ask(arguments)?;
+        ensure!(status.success(), "proxy-agent {}: {status}: {said}", arguments.join(" "));
+        Ok(said)
     }
 
     /// The controller of a Service other than `moving`.
@@ -211,19 +235,21 @@ impl<'a> Ground<'a> {
         picture
     }
 
+    /// An error as long as the tables do not say what has been published.
+    pub fn is_in_line(&self) -> Result<()> {
+        let (wanted, now) = (self.wanted(), self.look()?);
+        let differ = |a: &Picture, b: &Picture| {
+            let other = a.iter().filter(|(key, value)| b.get(*key) != Some(value));
+            other.map(|(key, value)| format!("{key} → {value:?}")).collect::<Vec<_>>()
+        };
+        let (missing, strange) = (differ(&wanted, &now), differ(&now, &wanted));
+        ensure!(missing.is_empty() && strange.is_empty(), "there is no {missing:?}, but {strange:?}");
+        Ok(())
+    }
+
     /// Waits until the tables say what has been published.
     pub fn in_line(&self) -> Result<()> {
-        let wanted = self.wanted();
-        eventually(SOON * crate::patience(), || {
-            let now = self.look()?;
-            let differ = |a: &Picture, b: &Picture| {
-                let other = a.iter().filter(|(key, value)| b.get(*key) != Some(value));
-                other.map(|(key, value)| format!("{key} → {value:?}")).collect::<Vec<_>>()
-            };
-            let (missing, strange) = (differ(&wanted, &now), differ(&now, &wanted));
-            ensure!(missing.is_empty() && strange.is_empty(), "there is no {missing:?}, but {strange:?}");
-            Ok(())
-        })
+        eventually(SOON * crate::patience(), || self.is_in_line())
     }
 
     /// Waits for an agent that has been started, and until it has brought everything in line; what is not is lost.

@@ -6,6 +6,7 @@
 //! ends early when [`crate::stop`] says so.
 
 pub mod bpf;
+mod calls;
 pub mod clients;
 pub mod dns;
 pub mod fault;
@@ -19,6 +20,7 @@ pub mod sabotage;
 pub mod scene;
 pub mod services;
 pub mod spoof;
+mod trace;
 pub mod trial;
 
 /// Tells a person who waits what is going on.

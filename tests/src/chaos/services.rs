@@ -119,7 +119,8 @@ impl Role {
             udp,
             servers: servers.iter().map(ToString::to_string).collect(),
             same: self.kind == Kind::Sticky,
-            idle: u32::from(self.is_held()),
+            // A UDP flow that is silent for long is over, and the next datagram may go elsewhere.
+            idle: u32::from(self.is_held() && !(udp && self.kind == Kind::Moving)),
             busy: u32::from(self.is_held()),
         };
         at.into_iter().flat_map(|to| [target(to, false), target(to, true)]).collect()

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::clients::Term;
 use super::fault::{Name, Next, Options};
 use super::ground::{Before, Ground, raise_town};
 use super::progress;
@@ -40,16 +41,16 @@ pub struct Outcome {
 pub fn play(name: Name, options: &Options) -> Result<Outcome> {
     want_descriptors(SOCKETS)?;
     let (town, manifests) = (raise_town()?, ManifestDir::new()?);
-    let mut ground =
-        Ground::lay(&town, (&manifests, Feed::from(&manifests)), &options.agent_flags, name.before())?;
+    let flags = [&name.flags()[..], &options.agent_flags].concat();
+    let mut ground = Ground::lay(&town, (&manifests, Feed::from(&manifests)), &flags, name.before())?;
     play_on(&mut ground, name, options).with_context(|| name.text())
 }
 
 fn play_on(ground: &mut Ground<'_>, name: Name, options: &Options) -> Result<Outcome> {
-    if name.before() == Before::Agent {
-        ground.crowd(true)?;
-    }
     let mut fault = name.make(options);
+    fault.begin(ground)?;
+    // What rules have begun is held by the round that ends it.
+    ground.crowd(Term::Play, name.before() != Before::Rules)?;
     let wanted = options.rounds.unwrap_or(name.rounds());
     let (mut rounds, mut told) = (0, Instant::now());
     while rounds < wanted {
@@ -75,7 +76,7 @@ fn play_on(ground: &mut Ground<'_>, name: Name, options: &Options) -> Result<Out
         }
     }
     let remarks = fault.end(ground)?;
-    ground.clients.step("the end");
+    ground.clients.step(format!("{}: the end", name.text()));
     ground.clients.end()?;
     let count = ground.clients.count();
     Ok(Outcome {

@@ -6,6 +6,7 @@ mod compare;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -27,6 +28,9 @@ struct Arguments {
     /// How often each is done; what it has by itself unless told.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: Option<u64>,
+    /// How long the soak lasts; five minutes unless told.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: Option<u64>,
     /// What random choices follow from; another one each time unless told.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -77,7 +81,12 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let faults = if arguments.faults.is_empty() { Name::value_variants() } else { &arguments.faults };
     let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
     eprintln!("chaos: --seed {seed}");
-    let options = Options { rounds: arguments.rounds, seed, agent_flags: arguments.agent_flag.clone() };
+    let options = Options {
+        rounds: arguments.rounds,
+        lasts: arguments.seconds.map(Duration::from_secs),
+        seed,
+        agent_flags: arguments.agent_flag.clone(),
+    };
     let mut outcomes = Vec::new();
     for fault in faults {
         match play(*fault, &options) {
