@@ -238,8 +238,8 @@ pub extern "C" fn cut_enter_adopted(id: u64, role: u32) -> u64 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_take(index: u32) -> u32 {
-    adopt::take(&Socket::NOWHERE, index)
+pub extern "C" fn cut_take(id: u64) -> u32 {
+    adopt::take(&Socket::NOWHERE, FlowId(id))
 }
 
 #[unsafe(no_mangle)]

@@ -78,20 +78,25 @@ impl Flows {
         Ok(match answer {
             0 => Adopted::Replaced,
             ask::NO_ROOM => Adopted::NoRoom,
-            index if index & ask::KNOWN != 0 => Adopted::Known(index & !ask::KNOWN),
-            index if index & ask::ALONE != 0 => Adopted::Alone(index & !ask::ALONE),
-            index => Adopted::Done(index),
+            index if index & ask::KNOWN != 0 => Adopted::Known(self.id(index & !ask::KNOWN)?),
+            index if index & ask::ALONE != 0 => Adopted::Alone(self.id(index & !ask::ALONE)?),
+            index => Adopted::Done(self.id(index)?),
         })
     }
 
     /// Has the packets of a flow translated by us that has been adopted; whether they are.
-    pub fn take(&self, index: u32) -> Result<bool, TableError> {
-        Ok(self.ask("take", [ask::TAKE, index, 0], Vec::new())? != 0)
+    pub fn take(&self, id: FlowId) -> Result<bool, TableError> {
+        Ok(self.ask("take", [ask::TAKE, id.index(), (id.0 >> 32) as u32], Vec::new())? != 0)
     }
 
-    /// Whether the flow in a record is left to netfilter.
-    pub fn is_left(&self, index: u32) -> Result<bool, TableError> {
-        Ok(self.records.get(&index)?.is_some_and(|flow| flow.state == State::LEFT))
+    /// Whether a flow is left to netfilter.
+    pub fn is_left(&self, id: FlowId) -> Result<bool, TableError> {
+        Ok(self.records.get(&id.index())?.is_some_and(|flow| flow.is_left(id)))
+    }
+
+    /// Which flow is in a record.
+    fn id(&self, index: u32) -> Result<FlowId, TableError> {
+        Ok(self.records.get(&index)?.map_or(FlowId::NONE, |flow| flow.id))
     }
 
     /// Has flows reset that have lost their endpoint, and notes what their ends have last acknowledged; how many there were.
@@ -107,11 +112,6 @@ impl Flows {
     /// A flow that has lost its endpoint, as long as it is told so.
     pub fn lost(&self, id: FlowId) -> Result<Option<Flow>, TableError> {
         Ok(self.records.get(&id.index())?.filter(|flow| flow.is_lost(id)))
-    }
-
-    /// The flow in a record, whatever has become of it.
-    pub fn id_at(&self, index: u32) -> Result<Option<FlowId>, TableError> {
-        Ok(self.records.get(&index)?.map(|flow| flow.id))
     }
 
     fn ask(&self, act: &'static str, question: [u32; 3], body: Vec<u8>) -> Result<u32, TableError> {
@@ -131,12 +131,12 @@ impl Flows {
 /// What has become of a connection that was to be adopted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Adopted {
-    /// It is a flow in the record with this index.
-    Done(u32),
+    /// It is this flow.
+    Done(FlowId),
     /// It has been before.
-    Known(u32),
+    Known(FlowId),
     /// It is one that can only stay with netfilter.
-    Alone(u32),
+    Alone(FlowId),
     /// A flow of ours has taken its place.
     Replaced,
     /// The tables are full.

@@ -10,7 +10,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use proxy_common::abi::Tuple;
+use proxy_common::abi::{FlowId, Tuple};
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::addr::Proto;
 
@@ -40,10 +40,10 @@ pub(super) struct Adoption {
     retired: bool,
     begun: Instant,
     done: Done,
-    /// Connections that have been adopted and are to be taken from netfilter, by the index of their record.
-    waiting: BTreeMap<u32, Waiting>,
-    /// Indices of those that stay with netfilter until they end.
-    staying: Vec<u32>,
+    /// Connections that have been adopted and are to be taken from netfilter, by their flow.
+    waiting: BTreeMap<FlowId, Waiting>,
+    /// Those that stay with netfilter until they end.
+    staying: Vec<FlowId>,
     /// Why none are taken.
     complaint: String,
 }
@@ -162,19 +162,19 @@ impl Adoption {
             // away that a flow table of netfilter's has.
             let stays = connection.status.contains(Status::Offload) || between.proto == Proto::SCTP;
             match flows.adopt(&flow)? {
-                Adopted::Done(index) | Adopted::Alone(index) if stays => {
-                    self.staying.push(index);
+                Adopted::Done(id) | Adopted::Alone(id) if stays => {
+                    self.staying.push(id);
                     adopted += 1;
                 }
-                Adopted::Alone(index) => {
-                    self.staying.push(index);
+                Adopted::Alone(id) => {
+                    self.staying.push(id);
                     adopted += 1;
                 }
-                Adopted::Done(index) => {
-                    self.wait(index, connection, between, flow.has_source());
+                Adopted::Done(id) => {
+                    self.wait(id, connection, between, flow.has_source());
                     adopted += 1;
                 }
-                Adopted::Known(index) if !stays => self.wait(index, connection, between, flow.has_source()),
+                Adopted::Known(id) if !stays => self.wait(id, connection, between, flow.has_source()),
                 Adopted::Known(_) => {}
                 Adopted::Replaced => forget.push(connection.asked),
                 Adopted::NoRoom => self.done.no_room += 1,
@@ -188,9 +188,9 @@ impl Adoption {
         Ok(adopted + forget.len())
     }
 
-    fn wait(&mut self, index: u32, connection: Connection, between: Tuple, masqueraded: bool) {
-        if !self.staying.contains(&index) {
-            self.waiting.insert(index, Waiting { connection, between, masqueraded });
+    fn wait(&mut self, id: FlowId, connection: Connection, between: Tuple, masqueraded: bool) {
+        if !self.staying.contains(&id) {
+            self.waiting.insert(id, Waiting { connection, between, masqueraded });
         }
     }
 
@@ -258,12 +258,12 @@ impl Adoption {
 
     /// Those that had to stay with netfilter and have ended are forgotten.
     pub(super) fn tidy(&mut self, flows: &Flows) {
-        self.staying.retain(|index| flows.is_left(*index).unwrap_or(true));
+        self.staying.retain(|id| flows.is_left(*id).unwrap_or(true));
     }
 }
 
-/// Takes all of these from netfilter; the indices of those that stay.
-fn take(flows: &Flows, batch: &BTreeMap<u32, Waiting>) -> Result<Vec<u32>> {
+/// Takes all of these from netfilter; those that stay.
+fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>> {
     let untracked = batch.values().filter(|waiting| !waiting.masqueraded).map(|waiting| &waiting.between);
     let of = |waiting: &Waiting| (waiting.connection.clone(), waiting.between);
     let masqueraded: Vec<_> = batch.values().filter(|waiting| waiting.masqueraded).map(of).collect();
@@ -275,11 +275,11 @@ fn take(flows: &Flows, batch: &BTreeMap<u32, Waiting>) -> Result<Vec<u32>> {
             .map(|()| true)?,
     };
     let (mut taken, mut stay) = (Vec::new(), Vec::new());
-    for (index, waiting) in batch {
-        if (waiting.masqueraded || untrackable) && flows.take(*index)? {
+    for (id, waiting) in batch {
+        if (waiting.masqueraded || untrackable) && flows.take(*id)? {
             taken.push(waiting);
         } else {
-            stay.push(*index);
+            stay.push(*id);
         }
     }
     wait_for_packets();

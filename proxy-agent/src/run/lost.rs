@@ -188,8 +188,8 @@ impl Worker {
                 continue;
             }
             let flow = Flow::lost(&stream.tuple(), [0, entry.backend, entry.generation], now()?);
-            if let Adopted::Done(index) = flows.adopt(&flow)? {
-                batch.flows.extend(flows.id_at(index)?);
+            if let Adopted::Done(id) = flows.adopt(&flow)? {
+                batch.flows.insert(id);
                 batch.streams.insert(stream.tuple());
             }
         }

@@ -966,8 +966,8 @@ pub mod ask {
     pub const KNOWN: u32 = 1 << 30;
     /// With an index: another flow has its middle pair, so it can only stay with netfilter.
     pub const ALONE: u32 = 1 << 29;
-    /// The flow that has been adopted in the record of the first number is translated by us from now on. The answer is 1 if
-    /// it is.
+    /// The flow that has been adopted, whose id is both numbers (the lower half first), is translated by us from now on. The
+    /// answer is 1 if it is.
     pub const TAKE: u32 = 4;
     /// The flows whose ids follow have lost their endpoint, and are to be reset if they are TCP's and have been answered; the
     /// first number says how many (at most [`MOST_IDS`]). What their ends have last acknowledged is written to their records.

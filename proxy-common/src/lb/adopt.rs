@@ -130,14 +130,15 @@ fn dissolve_at<T: Tables>(tables: &T, index: u32) {
 
 /// A flow that has been adopted is translated by us from now on, if all its pairs can be had; 1 if it is.
 #[inline(always)]
-pub fn take<T: Tables>(tables: &T, index: u32) -> u32 {
+pub fn take<T: Tables>(tables: &T, id: FlowId) -> u32 {
+    let index = id.index();
     if !tables.claim(index) {
         return 0;
     }
-    let found = tables.record(index, |flow| (flow.id, flow.state, flow.has_source()));
+    let found = tables.record(index, |flow| (flow.id == id, flow.state, flow.has_source()));
     let taken = match found {
-        Some((_, State::LIVE, _)) => true,
-        Some((id, State::LEFT, masqueraded)) => {
+        Some((true, State::LIVE, _)) => true,
+        Some((true, State::LEFT, masqueraded)) => {
             let mut holder = FlowId::NONE;
             let taken = enter(tables, id, Role::MIDDLE, &mut holder) == Entered::Done
                 && (!masqueraded || enter(tables, id, Role::INNER, &mut holder) == Entered::Done);

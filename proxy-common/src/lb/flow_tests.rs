@@ -874,10 +874,15 @@ fn adopt(node: &Node, flow: &Flow) -> u32 {
     })
 }
 
+/// Which flow is in a record.
+fn id_at(node: &Node, index: u32) -> FlowId {
+    node.tables.records.borrow()[index as usize].id
+}
+
 /// The same, and it is ours from then on.
 fn take(node: &Node, flow: &Flow) -> u32 {
     let index = adopt(node, flow);
-    assert_eq!(super::adopt::take(&node.tables, index), 1, "{index:#x}");
+    assert_eq!(super::adopt::take(&node.tables, id_at(node, index)), 1, "{index:#x}");
     index
 }
 
@@ -910,8 +915,8 @@ fn what_another_proxy_has_begun_is_netfilter_s_until_it_is_taken_and_then_a_flow
         // An answer that netfilter has left alone.
         let Outcome::Rewritten(back) = run_at(Hook::EGRESS, &asked.reversed()) else { panic!("{proto}") };
         assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
-        assert_eq!(super::adopt::take(&node.tables, index), 1);
-        assert_eq!(super::adopt::take(&node.tables, index), 1, "it is");
+        assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
+        assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1, "it is");
         let Outcome::Rewritten(there) = run_at(Hook::INGRESS, &ask) else { panic!("{proto}") };
         assert_eq!(tuple(&there).unwrap().tuple, asked);
         assert_eq!(run_at(Hook::INGRESS, &asked.reversed()), Outcome::Passed);
@@ -963,7 +968,7 @@ fn one_whose_middle_pair_is_another_s_stays_netfilter_s() {
     flow.near[0] = asked.write_pair(&mut flow.pairs[0]) as u8;
     let answer = adopt(&node, &flow);
     assert_ne!(answer & crate::abi::ask::ALONE, 0);
-    assert_eq!(super::adopt::take(&node.tables, answer & !crate::abi::ask::ALONE), 0);
+    assert_eq!(super::adopt::take(&node.tables, id_at(&node, answer & !crate::abi::ask::ALONE)), 0);
     let passes = segment(&asked, ACK, [7, 9], b"", false);
     assert_eq!(run(&node.tables, &passes, Hook::INGRESS, ETH), Outcome::Passed);
     talk.goes_on();
@@ -972,7 +977,7 @@ fn one_whose_middle_pair_is_another_s_stays_netfilter_s() {
     let asked = key(CLIENT, (NODE, 30_998), Proto::TCP);
     flow.near[0] = asked.write_pair(&mut flow.pairs[0]) as u8;
     let index = adopt(&node, &flow);
-    assert_eq!(super::adopt::take(&node.tables, index), 0);
+    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 0);
     talk.goes_on();
     assert_eq!(node.tables.live().len(), 3);
 }
@@ -1009,7 +1014,7 @@ fn a_masqueraded_one_keeps_its_port() {
     ] {
         assert_eq!(run_at(hook, &tuple), Outcome::Passed, "{tuple:?}");
     }
-    assert_eq!(super::adopt::take(&node.tables, index), 1);
+    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
     let left = node.leave(&node.enter(&frame(&ask, 0, b"?", false)));
     assert_eq!(tuple(&left).unwrap().tuple, seen);
     let back = node.leave(&node.enter(&frame(&seen.reversed(), 0, b"!", false)));
@@ -1025,7 +1030,7 @@ fn a_client_that_was_bound_to_its_endpoint_stays_so() {
     let index = adopt(&node, &flow);
     let found: Vec<u32> = node.tables.affinity.borrow().values().map(|bound| bound.backend).collect();
     assert_eq!(found, [flow.backend]);
-    assert_eq!(super::adopt::take(&node.tables, index), 1);
+    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
 }
 
 #[test]
@@ -1055,7 +1060,7 @@ fn without_room_nothing_is_adopted_and_nothing_left_behind() {
     node.tables.max_flows = Some(2);
     let masqueraded = adopted(&node, Some((NODE, 61_234)), Proto::TCP, true);
     let index = adopt(&node, &masqueraded);
-    assert_eq!(super::adopt::take(&node.tables, index), 0);
+    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 0);
     assert!(the_flow(&node).state == State::LEFT, "it stays netfilter's");
     node.tables.max_flows = Some(0);
     assert_eq!(adopt(&node, &adopted(&node, None, Proto::UDP, true)), crate::abi::ask::NO_ROOM);

@@ -41,7 +41,7 @@ fn answer(skb: &Skb) -> Option<i32> {
         ask::ADOPT => {
             done = cut_adopt(skb.0, ask::BODY as u32);
         }
-        ask::TAKE => done = cut_take(first),
+        ask::TAKE => done = cut_take(u64::from(count) << 32 | u64::from(first)),
         ask::LOSE => {
             for n in 0..ask::MOST_IDS {
                 if n >= first {
