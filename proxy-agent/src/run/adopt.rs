@@ -10,8 +10,8 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use proxy_common::abi::{FlowId, Tuple};
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
+use proxy_common::abi::{FlowId, Tuple};
 use proxy_common::addr::Proto;
 
 use crate::datapath::flow::{Adopted, Flows, now, wait_for_packets};
@@ -262,6 +262,9 @@ impl Adoption {
     }
 }
 
+/// How often somebody may be at work on a flow just when it is to be taken.
+const TRIES: usize = 8;
+
 /// Takes all of these from netfilter; those that stay.
 fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>> {
     let untracked = batch.values().filter(|waiting| !waiting.masqueraded).map(|waiting| &waiting.between);
@@ -276,7 +279,7 @@ fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>>
     };
     let (mut taken, mut stay) = (Vec::new(), Vec::new());
     for (id, waiting) in batch {
-        if (waiting.masqueraded || untrackable) && flows.take(*id)? {
+        if (waiting.masqueraded || untrackable) && persist(|| flows.take(*id))? {
             taken.push(waiting);
         } else {
             stay.push(*id);
@@ -291,6 +294,16 @@ fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>>
         passing::end(untracked).context("tracking packets again (nftables table ebpf-proxy-takeover)")?;
     }
     Ok(stay)
+}
+
+/// Tries until it is done, but not for ever.
+fn persist<E>(mut work: impl FnMut() -> Result<bool, E>) -> Result<bool, E> {
+    for _ in 1..TRIES {
+        if work()? {
+            return Ok(true);
+        }
+    }
+    work()
 }
 
 /// Whether there is such a connection; what cannot be read has none.

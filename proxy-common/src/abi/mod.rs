@@ -53,8 +53,8 @@ pub use agent::{
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
 pub use flow::{
-    FORWARD, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State, TELL,
-    Timeouts, Tuple, ask, flow_flags, window,
+    FORWARD, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State, TELL, Timeouts,
+    Tuple, ask, flow_flags, window,
 };
 pub use fragment::{Fragment, FragmentKey};
 pub use frontend::{Frontend, FrontendKey, Run};

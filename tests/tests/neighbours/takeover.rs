@@ -84,13 +84,14 @@ fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) ->
     std::thread::scope(|scope| {
         let speaking = scope.spawn(|| rounds("held", &|| busy.iter().try_for_each(Talk::exchange)));
         let asking = scope.spawn(|| rounds("new", &|| ask_all(town, &SHORT)));
-        let done = work();
+        // After an error nobody serves any more.
+        let done = work().inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
         // A little longer than until it is done.
         std::thread::sleep(MOMENT);
         stop.store(true, Ordering::Relaxed);
         joined(speaking)?;
         joined(asking)?;
-        done
+        Ok(done)
     })
 }
 
