@@ -72,6 +72,8 @@ pub struct Agent {
     binary: PathBuf,
     place: Place,
     arguments: Vec<String>,
+    /// What a shell does before it becomes the agent.
+    before: Option<String>,
     child: Option<Child>,
     /// `None` once it is kept for the operator.
     directory: Option<TempDir>,
@@ -119,6 +121,7 @@ impl Agent {
             binary: binary.into(),
             place,
             arguments,
+            before: None,
             child: None,
             directory: Some(directory),
             bpf_root,
@@ -129,6 +132,11 @@ impl Agent {
     /// Further flags of `run`, from the next start on.
     pub fn further(&mut self, flags: &[&str]) {
         self.arguments.extend(flags.iter().map(ToString::to_string));
+    }
+
+    /// What a shell is to do before it becomes the agent, from the next start on: set limits, lead its output elsewhere.
+    pub fn before(&mut self, script: &str) {
+        self.before = Some(script.to_owned());
     }
 
     /// Starts it (again) with the same flags; [`Self::wait_ready`] tells when it is ready.
@@ -145,7 +153,15 @@ impl Agent {
             .append(true)
             .open(&self.log)
             .context("opening the agent's log")?;
-        let mut command = self.command("run");
+        let mut command = match &self.before {
+            None => Command::new(&self.binary),
+            Some(script) => {
+                let mut shell = Command::new("sh");
+                shell.arg("-c").arg(format!("{script}\nexec \"$0\" \"$@\"")).arg(&self.binary);
+                shell
+            }
+        };
+        command.arg("run").arg("--bpf-root").arg(&self.bpf_root);
         command.args(&self.arguments).stdin(Stdio::null());
         command.stdout(log.try_clone().context("duplicating the agent's log")?).stderr(log);
         Ok(command)
@@ -269,12 +285,6 @@ impl Agent {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
-    }
-
-    fn command(&self, verb: &str) -> Command {
-        let mut command = Command::new(&self.binary);
-        command.arg(verb).arg("--bpf-root").arg(&self.bpf_root);
-        command
     }
 }
 

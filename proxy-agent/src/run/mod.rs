@@ -4,6 +4,7 @@
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
 
 mod adopt;
+mod descriptors;
 mod follow;
 mod latency;
 mod lost;
@@ -68,6 +69,7 @@ pub fn run(config: Config) -> Result<()> {
     }
     let cgroup_root = require::cgroup_root(&config)?;
     lift_memlock();
+    let few_descriptors = descriptors::raise();
     let root = BpfRoot::new(&config.bpf_root);
     root.prepare()?;
     let Some(lock) = root.lock_within(CLAIM)? else {
@@ -78,6 +80,7 @@ pub fn run(config: Config) -> Result<()> {
     };
     let mut agent = Agent::open(config, cgroup_root, &root, lock)?;
     agent.conntrack = conntrack;
+    few_descriptors.into_iter().for_each(|line| agent.report.warn(line));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -20,7 +20,7 @@ use crate::model::{Family, ObjectName, World};
 use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
 use crate::serve::service_health::Wanted;
-use crate::serve::{self, Metrics, ServiceHealth, Snapshot};
+use crate::serve::{self, Connections, Limits, Metrics, ServiceHealth, Snapshot};
 use crate::source::events::{Event, Events};
 use crate::source::requests::Requests;
 use crate::source::{Change, Kind};
@@ -39,6 +39,7 @@ pub(super) struct Report {
     health: Arc<Health>,
     service_health: ServiceHealth,
     metrics: Arc<Metrics>,
+    connections: Connections,
     snapshot: Arc<Mutex<Snapshot>>,
     /// What is left of kube-proxy.
     take_over: TakeOver,
@@ -116,9 +117,11 @@ impl Report {
         let snapshot =
             Arc::new(Mutex::new(Snapshot { source: config.source.to_string(), ..Snapshot::default() }));
         let scraped = Pinned::open(root)?;
-        let shared = snapshot.clone();
+        let (shared, connections) = (snapshot.clone(), Connections::new(Limits::of_process()));
+        let counted = connections.clone();
         let snapshots = move || {
             let mut now = shared.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            now.connections = counted.counts();
             match (scraped.reasons(), scraped.fill_by_traffic(&now.affinity_secs)) {
                 (Ok(reasons), Ok(fill)) => {
                     now.reasons = reasons;
@@ -140,6 +143,7 @@ impl Report {
             health,
             service_health: ServiceHealth::default(),
             metrics,
+            connections,
             snapshot,
             take_over: TakeOver::default(),
             latency: Latency::new(Timestamp::now()),
@@ -171,18 +175,22 @@ impl Report {
             self.health.clone(),
             config.settings.node_name.clone(),
             events.clone(),
+            self.connections.clone(),
         );
+        let connections = self.connections.clone();
         let (at_health, at_metrics) = (config.healthz, config.metrics);
         let configz = serve::configz::router(config.configz());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
+            .max_blocking_threads(2)
             .build()
             .context("cannot start the HTTP servers")?;
         let serve = move || {
             runtime.block_on(async {
                 let health = async {
                     let Some(at) = at_health else { return };
-                    if let Err(error) = serve::serve("health", at, hard, serve::health::router(health)).await
+                    if let Err(error) =
+                        serve::serve("health", at, hard, serve::health::router(health), &connections).await
                     {
                         lost(&failing, Event::NoHealth(format!("cannot serve health at {at}: {error}")))
                             .await;
@@ -190,7 +198,7 @@ impl Report {
                 };
                 let metrics = async {
                     let (at, router) = (at_metrics, serve::metrics::router(metrics).merge(configz));
-                    if let Err(error) = serve::serve("metrics", at, hard, router).await {
+                    if let Err(error) = serve::serve("metrics", at, hard, router, &connections).await {
                         lost(&failing, Event::NoMetrics(format!("cannot serve metrics at {at}: {error}")))
                             .await;
                     }

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Router;
 use axum::extract::RawQuery;
@@ -18,9 +19,11 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use proxy_common::abi::Reason;
+use tokio::sync::Mutex;
 
 use super::exposition;
 use super::health::{Health, family_name};
+use super::http::Counts;
 use super::pages::{Pages, Slis};
 use super::passes::Passes;
 use super::process::Process;
@@ -60,6 +63,8 @@ pub struct Snapshot {
     pub service_changes: u64,
     /// Service ports without an endpoint here (H-42).
     pub without_local: NoLocalByFamily,
+    /// Connections to the agent's own ports.
+    pub connections: Counts,
     /// The counters of REASONS.
     pub reasons: Vec<(Reason, u64)>,
     /// How full the tables are.
@@ -81,6 +86,8 @@ pub struct Metrics {
     passes: Passes,
     repairs: Repairs,
     pages: Arc<Pages>,
+    /// What was last told, and when that was begun.
+    told: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
 impl fmt::Debug for Metrics {
@@ -102,7 +109,7 @@ impl Metrics {
         registry.register_collector(Box::new(Process::this()));
         let mut slis = Registry::default();
         slis.register_collector(Box::new(Slis { health, pages: pages.clone() }));
-        Self { registry, slis, passes, repairs, pages }
+        Self { registry, slis, passes, repairs, pages, told: Arc::default() }
     }
 
     /// Where what passes by is counted.
@@ -120,6 +127,25 @@ impl Metrics {
     /// Everything, as OpenMetrics text.
     pub fn text(&self) -> Result<String, fmt::Error> {
         encode(&self.registry)
+    }
+
+    /// The same, for everybody who has been waiting for it at once: counting entries walks whole tables, one at a time,
+    /// and on another thread than that of the servers.
+    async fn scraped(self: Arc<Self>) -> Result<String, String> {
+        let asked = Instant::now();
+        let mut told = self.told.clone().lock_owned().await;
+        if let Some((_, text)) = told.as_ref().filter(|(begun, _)| *begun >= asked) {
+            return Ok(text.clone());
+        }
+        // The lock goes along: who has gone away must not leave room for one more at the same time.
+        let scrape = move || {
+            let begun = Instant::now();
+            let text = self.text().map_err(|error| format!("writing the metrics: {error}"))?;
+            *told = Some((begun, text.clone()));
+            Ok(text)
+        };
+        let scraped = tokio::task::spawn_blocking(scrape).await;
+        scraped.unwrap_or_else(|error| Err(format!("reading the metrics: {error}")))
     }
 }
 
@@ -279,6 +305,7 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
         interfaces_failed,
         generation,
         complaints,
+        connections,
         reasons,
         tables,
         ..
@@ -293,6 +320,13 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
     page.gauge("proxy_agent_interfaces_failed", "Interfaces that refused a program", *interfaces_failed)?;
     page.gauge("proxy_agent_generation", "Passes that changed a table", *generation)?;
     page.gauge("proxy_agent_complaints", "Objects left out because they are wrong", *complaints)?;
+    page.gauge("proxy_agent_http_connections", "Connections to the agent's own ports", connections.open)?;
+    page.counters(
+        "proxy_agent_http_connections_closed",
+        "Connections to the agent's own ports that were closed, and why",
+        [("displaced", connections.displaced), ("overdue", connections.overdue)]
+            .map(|(why, count)| ([("why", why)], count)),
+    )?;
     page.counter(
         "proxy_agent_log_lines_lost",
         "Lines of the log that stderr did not take",
@@ -326,8 +360,14 @@ pub fn router(metrics: Arc<Metrics>) -> Router {
     let status = metrics.clone();
     let (all, slis) = (metrics.clone(), metrics.clone());
     Router::new()
-        .route("/metrics", any(async move |headers| scrape(all, headers, |m| &m.registry).await))
-        .route("/metrics/slis", any(async move |headers| scrape(slis, headers, |m| &m.slis).await))
+        .route("/metrics", any(async move |headers: HeaderMap| written(all.scraped().await, &headers)))
+        .route(
+            "/metrics/slis",
+            any(async move |headers: HeaderMap| {
+                let text = encode(&slis.slis).map_err(|error| format!("writing the metrics: {error}"));
+                written(text, &headers)
+            }),
+        )
         .route("/proxyMode", any((plain_text(), "ebpf")))
         .route("/statusz", any(async move || (plain_text(), status.pages.status(Timestamp::now()))))
         .route("/healthz", ping(metrics.clone()))
@@ -338,17 +378,13 @@ fn plain_text() -> [(HeaderName, &'static str); 2] {
     [(CONTENT_TYPE, "text/plain; charset=utf-8"), (X_CONTENT_TYPE_OPTIONS, "nosniff")]
 }
 
-async fn scrape(metrics: Arc<Metrics>, headers: HeaderMap, which: fn(&Metrics) -> &Registry) -> Response {
-    // Counting entries walks whole tables: not on the thread that everything else runs on.
-    let text = tokio::task::spawn_blocking(move || encode(which(&metrics))).await;
-    let ill = |error: String| (StatusCode::INTERNAL_SERVER_ERROR, error).into_response();
+fn written(text: Result<String, String>, headers: &HeaderMap) -> Response {
     match text {
-        Ok(Ok(text)) if exposition::wants_open_metrics(&headers) => {
+        Ok(text) if exposition::wants_open_metrics(headers) => {
             ([(CONTENT_TYPE, exposition::OPEN_METRICS)], text).into_response()
         }
-        Ok(Ok(text)) => ([(CONTENT_TYPE, exposition::PLAIN)], exposition::plain(&text)).into_response(),
-        Ok(Err(e)) => ill(format!("writing the metrics: {e}")),
-        Err(e) => ill(format!("reading the metrics: {e}")),
+        Ok(text) => ([(CONTENT_TYPE, exposition::PLAIN)], exposition::plain(&text)).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
     }
 }
 
@@ -380,6 +416,7 @@ mod tests {
                 v4: NoLocal { internal: 11, external: 12 },
                 v6: NoLocal { internal: 13, external: 14 },
             },
+            connections: Counts { open: 3, displaced: 2, overdue: 1 },
             reasons: vec![(Reason::NewFlow, 12), (Reason::Refused, 0)],
             tables: vec![MapFill { name: "FLOWS", used: 8, max: 1024 }],
             affinity_secs: BTreeMap::new(),
@@ -437,6 +474,9 @@ mod tests {
             "proxy_agent_generation 17",
             "proxy_agent_complaints 6",
             "proxy_agent_log_lines_lost_total 0",
+            "proxy_agent_http_connections 3",
+            r#"proxy_agent_http_connections_closed_total{why="displaced"} 2"#,
+            r#"proxy_agent_http_connections_closed_total{why="overdue"} 1"#,
             r#"proxy_agent_reasons_total{reason="new_flow"} 12"#,
             r#"proxy_agent_reasons_total{reason="refused"} 0"#,
             r#"proxy_agent_table_entries{table="FLOWS"} 8.0"#,
@@ -449,6 +489,8 @@ mod tests {
             r#"kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds{ip_family="IPv4"} 1"#,
             "process_resident_memory_bytes ",
             "process_cpu_seconds_total ",
+            "process_open_fds ",
+            "process_max_fds ",
         ] {
             assert!(text.lines().any(|l| l.starts_with(name)), "{name} is missing from\n{text}");
         }
@@ -462,6 +504,28 @@ mod tests {
         let text = Metrics::new(Box::new(Snapshot::default), health, &Requests::default()).text().unwrap();
         assert!(!text.contains("last_timestamp_seconds{"), "{text}");
         assert!(text.contains(r#"last_queued_timestamp_seconds{ip_family="IPv6"}"#), "{text}");
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_at_the_same_time_is_told_the_same() {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        let scrapes = Arc::new(AtomicU64::new(0));
+        let counted = scrapes.clone();
+        let snapshots = move || {
+            std::thread::sleep(Duration::from_millis(50));
+            Snapshot { services: counted.fetch_add(1, Ordering::Relaxed) + 1, ..Snapshot::default() }
+        };
+        let health = Arc::new(Health::new(SystemClock));
+        let metrics = Arc::new(Metrics::new(Box::new(snapshots), health, &Requests::default()));
+        let all: Vec<_> = (0..100).map(|_| tokio::spawn(metrics.clone().scraped())).collect();
+        for asked in all {
+            asked.await.unwrap().unwrap();
+        }
+        // One that was begun before the others had asked, and one for them.
+        assert!(scrapes.load(Ordering::Relaxed) <= 2, "{scrapes:?}");
+        let later = metrics.clone().scraped().await.unwrap();
+        let n = scrapes.load(Ordering::Relaxed);
+        assert!(later.contains(&format!("proxy_agent_services {n}\n")), "{later}");
     }
 
     #[tokio::test]

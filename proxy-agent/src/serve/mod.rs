@@ -3,6 +3,7 @@
 pub mod configz;
 mod exposition;
 pub mod health;
+pub mod http;
 pub mod metrics;
 mod pages;
 pub mod passes;
@@ -18,23 +19,31 @@ use axum::Router;
 use tokio::net::TcpListener;
 
 pub use health::Health;
+pub use http::{Connections, Limits};
 pub use metrics::{Metrics, Snapshot};
 pub use service_health::ServiceHealth;
 
 /// How long to wait before an address is tried again (H-12, H-28).
 const BIND_EVERY: Duration = Duration::from_secs(5);
 
-/// Serves `router` at `address` until this future is dropped; `what` names it in the log.
+/// Serves `router` at `address` until this future is dropped, to `connections`; `what` names it in the log.
 ///
 /// An address that cannot be had is tried for ever: the data plane does not depend on anyone hearing of it. Only
 /// when a `hard` failure is asked for it is an error.
-pub async fn serve(what: &str, address: SocketAddr, hard: bool, router: Router) -> io::Result<()> {
+pub async fn serve(
+    what: &str,
+    address: SocketAddr,
+    hard: bool,
+    router: Router,
+    connections: &Connections,
+) -> io::Result<()> {
     let listener = match hard {
         true => TcpListener::bind(address).await?,
         false => bind(what, address, BIND_EVERY).await,
     };
     tracing::info!("serving {what} at {address}");
-    axum::serve(listener, router).await
+    connections.serve(what, listener, router).await;
+    Ok(())
 }
 
 /// A listener at `address`, however long it takes.
@@ -59,7 +68,8 @@ async fn ask(router: Router, method: &str, path: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let server = tokio::spawn(async move { axum::serve(listener, router).await });
+    let connections = Connections::new(Limits::of(1024));
+    let server = tokio::spawn(async move { connections.serve("test", listener, router).await });
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
@@ -78,7 +88,9 @@ mod tests {
         // H-12, H-28.
         let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = taken.local_addr().unwrap();
-        let error = serve("health", address, true, Router::new()).await.unwrap_err();
+        let error = serve("health", address, true, Router::new(), &Connections::new(Limits::of(64)))
+            .await
+            .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
     }
 
@@ -90,7 +102,9 @@ mod tests {
         let waiting = tokio::spawn(bind("health", address, Duration::from_millis(5)));
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
-        let hard = serve("health", address, true, Router::new()).await.unwrap_err();
+        let hard = serve("health", address, true, Router::new(), &Connections::new(Limits::of(64)))
+            .await
+            .unwrap_err();
         assert_eq!(hard.kind(), io::ErrorKind::AddrInUse);
         drop(taken);
         let listener = waiting.await.unwrap();

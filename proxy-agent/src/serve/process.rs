@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use nix::sys::resource::{Resource, getrlimit};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
@@ -63,6 +64,12 @@ impl Collector for Process {
             gauge.encode(encoder.encode_descriptor(name, help, None, MetricTypeOf::GAUGE)?)
         };
         gauge("process_resident_memory_bytes", "Resident memory of the agent", usage.resident_bytes as f64)?;
+        if let Ok(open) = std::fs::read_dir(self.proc.join("self/fd")) {
+            gauge("process_open_fds", "Open file descriptors", open.count() as f64)?;
+        }
+        if let Ok((soft, _)) = getrlimit(Resource::RLIMIT_NOFILE) {
+            gauge("process_max_fds", "File descriptors that may be open", soft as f64)?;
+        }
         match usage.start_seconds {
             Some(start) => gauge("process_start_time_seconds", "When the agent started, Unix time", start),
             None => Ok(()),

@@ -10,31 +10,25 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::Body;
 use axum::http::header::{CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{Response, StatusCode};
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use axum::routing::any;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::Serialize;
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::Health;
 use super::health::family_name;
+use super::{Connections, Health};
 use crate::model::{Accepted, Family, HealthCheck, ObjectName, World};
 use crate::source::events::{Event, Events};
 
 /// When what could not be opened is tried again, if no pass comes first (H-16).
 const RETRY: Duration = Duration::from_secs(5);
-/// Connections to one listener at a time: these ports are open to the world.
-const CONNECTIONS: usize = 256;
-/// How long a connection may be silent before a request is complete.
-const SILENCE: Duration = Duration::from_secs(30);
-/// How long to wait after an `accept` that failed for want of memory or descriptors.
-const PAUSE: Duration = Duration::from_millis(100);
 const BACKLOG: u32 = 128;
 
 /// What should be served, as of the last pass.
@@ -102,9 +96,16 @@ impl ServiceHealth {
 
     /// The other end, for the thread that serves.
     #[must_use]
-    pub fn server(&self, health: Arc<Health>, node: Arc<str>, events: Events) -> Server {
+    pub fn server(
+        &self,
+        health: Arc<Health>,
+        node: Arc<str>,
+        events: Events,
+        connections: Connections,
+    ) -> Server {
         Server {
             node,
+            connections,
             events,
             wanted: self.wanted.subscribe(),
             failures: self.failures.clone(),
@@ -118,6 +119,7 @@ impl ServiceHealth {
 #[derive(Debug)]
 pub struct Server {
     node: Arc<str>,
+    connections: Connections,
     events: Events,
     wanted: watch::Receiver<Wanted>,
     failures: Arc<Mutex<BTreeMap<Key, String>>>,
@@ -190,6 +192,10 @@ impl Server {
         failed
     }
 
+    fn listeners(&self) -> usize {
+        self.served.values().map(|served| served.at.len()).sum()
+    }
+
     /// Brings one Service's listeners in line: all are open then, or none is (H-16).
     async fn open(
         &mut self,
@@ -209,13 +215,26 @@ impl Server {
         }
         let missing: Vec<IpAddr> =
             addresses.iter().copied().filter(|ip| !served.at.contains_key(ip)).collect();
-        for ip in missing {
+        let (all, most) = (self.listeners(), self.connections.limits().listeners);
+        let Some(served) = self.served.get_mut(key) else { return Ok(()) };
+        for (n, ip) in missing.into_iter().enumerate() {
             let address = SocketAddr::new(ip, check.port);
-            match listen(address) {
+            let listener = if all + n < most {
+                listen(address)
+            } else {
+                Err(io::Error::other(format!(
+                    "no more than {most} such listeners are opened with so few file descriptors: raise the hard limit \
+                     (LimitNOFILE=, ulimit -Hn)"
+                )))
+            };
+            match listener {
                 Ok(listener) => {
                     let (service, count) = (key.0.clone(), served.count.clone());
                     let page = Arc::new(Page { service, count, health: self.health.clone() });
-                    served.at.insert(ip, JoinSet::from_iter([accept(listener, page)]));
+                    let (connections, what) =
+                        (self.connections.clone(), format!("health of Service {}", key.0));
+                    let serving = async move { connections.serve(&what, listener, page.router()).await };
+                    served.at.insert(ip, JoinSet::from_iter([serving]));
                 }
                 Err(error) => {
                     if let Some(served) = self.served.remove(key) {
@@ -239,34 +258,6 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
-}
-
-/// Serves one listener. Its connections end with it.
-async fn accept(listener: TcpListener, page: Arc<Page>) {
-    let mut connections = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept(), if connections.len() < CONNECTIONS => match accepted {
-                Ok((stream, _)) => {
-                    connections.spawn(talk(stream, page.clone()));
-                }
-                Err(error) => {
-                    tracing::debug!("health check of Service {}: accept: {error}", page.service);
-                    sleep(PAUSE).await;
-                }
-            },
-            Some(_) = connections.join_next() => {}
-        }
-    }
-}
-
-async fn talk(stream: TcpStream, page: Arc<Page>) {
-    let answer = service_fn(async |_| page.answer().map_err(io::Error::other));
-    let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(SILENCE);
-    if let Err(error) = http.serve_connection(TokioIo::new(stream), answer).await {
-        tracing::trace!("health check of Service {}: {error}", page.service);
-    }
 }
 
 /// What one Service's listeners say.
@@ -293,7 +284,13 @@ struct Name<'a> {
 }
 
 impl Page {
-    /// The same whatever was asked (H-19).
+    /// The same whatever is asked (H-19).
+    fn router(self: Arc<Self>) -> Router {
+        Router::new().fallback(any(async move || {
+            self.answer().map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
+        }))
+    }
+
     fn answer(&self) -> Result<Response<Body>, axum::Error> {
         let count = self.count.load(Ordering::Relaxed);
         let healthy = self.health.is_healthy();
@@ -324,6 +321,7 @@ mod tests {
 
     use jiff::Timestamp;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
     use tokio::time::timeout;
 
     use super::super::health::{Clock, Moment};
@@ -348,7 +346,8 @@ mod tests {
         health.started(Family::V4);
         let service_health = ServiceHealth::default();
         let (events, _) = Events::new();
-        let server = service_health.server(health.clone(), "n1".into(), events);
+        let connections = Connections::new(super::super::Limits::of(1024));
+        let server = service_health.server(health.clone(), "n1".into(), events, connections);
         (service_health, server, health, clock)
     }
 

@@ -1,5 +1,5 @@
 //! Situations that have broken service proxies, in numbers: a flood of spoofed SYNs, many short connections to one
-//! endpoint, many questions that are answered once.
+//! endpoint, many questions that are answered once. And clients that come to ask nothing ([`crowd`]).
 //!
 //! Each is played twice in namespaces of the same build: with the agent on `node1`, and with nftables rules of the
 //! shape that kube-proxy makes. What is counted is what clients see. Everything is bounded in number and in time, and
@@ -8,6 +8,7 @@
 pub mod bpf;
 mod calls;
 pub mod clients;
+pub mod crowd;
 pub mod dns;
 pub mod fault;
 pub mod flood;

@@ -45,6 +45,8 @@ mod life;
 #[cfg(test)]
 mod loadbalancer;
 #[cfg(test)]
+mod local_trouble;
+#[cfg(test)]
 mod localhost;
 #[cfg(test)]
 mod metrics;

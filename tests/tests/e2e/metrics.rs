@@ -17,7 +17,7 @@ use crate::life::{FLAGS, SOON, one_node};
 
 /// Name, type and labels of what a replacement must have (H-30…H-42, H-45, H-48), without the prefix
 /// `kubeproxy_` where there is one.
-const NAMES: [(&str, &str, &str); 22] = [
+const NAMES: [(&str, &str, &str); 24] = [
     ("sync_proxy_rules_duration_seconds", "histogram", "ip_family"),
     ("sync_full_proxy_rules_duration_seconds", "histogram", "ip_family"),
     ("sync_partial_proxy_rules_duration_seconds", "histogram", "ip_family"),
@@ -39,6 +39,8 @@ const NAMES: [(&str, &str, &str); 22] = [
     ("process_cpu_seconds_total", "counter", ""),
     ("process_resident_memory_bytes", "gauge", ""),
     ("process_start_time_seconds", "gauge", ""),
+    ("process_open_fds", "gauge", ""),
+    ("process_max_fds", "gauge", ""),
     ("proxy_agent_build_info", "gauge", "version,source"),
 ];
 

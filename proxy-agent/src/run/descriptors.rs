@@ -1,0 +1,31 @@
+//! File descriptors: as many as the process may have, and most of them for the agent's own work.
+//!
+//! The agent needs some eighty for tables, programs, the API server and netlink, and two for each interface while its
+//! programs are attached. What clients may take is bounded in [`crate::serve::Limits`], which follows from the limit set
+//! here.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// With fewer a node of many interfaces, or many health checks of Services, runs out.
+const FEW: u64 = 1024;
+
+/// Raises the soft limit to the hard one; what to say where that leaves few.
+pub(super) fn raise() -> Option<String> {
+    let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok(limits) => limits,
+        Err(error) => return Some(format!("cannot ask how many file descriptors are allowed: {error}")),
+    };
+    if soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        return Some(format!(
+            "only {soft} file descriptors: their number cannot be raised to {hard}: {error}"
+        ));
+    }
+    (hard < FEW).then(|| {
+        format!(
+            "only {hard} file descriptors are allowed: {FEW} serve a node with hundreds of interfaces (LimitNOFILE=, \
+             ulimit -Hn)"
+        )
+    })
+}
