@@ -15,6 +15,7 @@ pub mod answer;
 pub mod apiserver;
 pub mod cgroup;
 pub mod chaos;
+pub mod container;
 pub mod crowd;
 pub mod manifests;
 pub mod netns;

@@ -75,6 +75,11 @@ pub fn testpod_binary() -> Result<PathBuf> {
     binary("PROXY_TESTPOD_BIN", "testpod", "cargo build -p proxy-tests --bin testpod")
 }
 
+/// The program that runs containers: `PROXY_CONTAINER_BIN`, or `container` beside the test executable.
+pub fn container_binary() -> Result<PathBuf> {
+    binary("PROXY_CONTAINER_BIN", "container", "cargo build -p proxy-tests --bin container")
+}
+
 fn binary(variable: &str, name: &str, remedy: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable).map(PathBuf::from) {
         ensure!(path.is_file(), "{variable} names {}, which is no file", path.display());

@@ -207,12 +207,54 @@ fn the_webui_example_is_where_the_demo_expects_it() {
     assert_eq!(ips, ["10.100.100.100", "10.100.100.200"]);
 }
 
+/// The manifests that install everything.
+const INSTALLED: [&str; 2] = ["daemonset.yaml", "daemonset-restricted.yaml"];
+
 /// The one document of deploy/daemonset.yaml with this kind.
 fn installed<T: DeserializeOwned + Serialize>(kind: &str) -> T {
-    let mut documents = documents(&deploy().join("daemonset.yaml"));
+    of(INSTALLED[0], kind)
+}
+
+/// The one document of a manifest with this kind.
+fn of<T: DeserializeOwned + Serialize>(manifest: &str, kind: &str) -> T {
+    let mut documents = documents(&deploy().join(manifest));
     documents.retain(|document| document["kind"] == kind);
     assert_eq!(documents.len(), 1, "{kind}");
     typed(&documents[0])
+}
+
+#[test]
+fn the_restricted_manifest_differs_in_rights_alone() {
+    for kind in ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "ConfigMap"] {
+        let [one, other] = INSTALLED.map(|manifest| {
+            let documents = documents(&deploy().join(manifest));
+            documents.into_iter().find(|document| document["kind"] == kind).expect(kind)
+        });
+        assert_eq!(one, other);
+    }
+    let [mut privileged, mut restricted] = INSTALLED.map(|manifest| of::<DaemonSet>(manifest, "DaemonSet"));
+    let [one, other] = [&mut privileged, &mut restricted]
+        .map(|set| set.spec.as_mut().unwrap().template.spec.as_mut().unwrap());
+    // What runs first is the same program, told the same, with all rights.
+    let first = other.init_containers.take().unwrap();
+    let [first] = &first[..] else { panic!("one container first") };
+    let told = |container: &k8s_openapi::api::core::v1::Container| container.args.clone().unwrap();
+    let own = told(&other.containers[0]);
+    assert_eq!(first.security_context.as_ref().unwrap().privileged, Some(true));
+    assert!(told(first).iter().all(|arg| arg == "--init-only" || own.contains(arg)), "{:?}", told(first));
+    assert_eq!(first.image, other.containers[0].image);
+    assert_eq!((one.host_pid.take(), other.host_pid), (Some(true), None));
+    let mounts = |container: &mut k8s_openapi::api::core::v1::Container| {
+        let mounts = container.volume_mounts.as_mut().unwrap();
+        mounts.iter_mut().for_each(|mount| (mount.read_only, mount.mount_propagation) = (None, None));
+    };
+    for set in [one, other] {
+        let [container] = &mut set.containers[..] else { panic!("one container") };
+        container.security_context = None;
+        container.args.as_mut().unwrap().retain(|arg| !arg.starts_with("--oom-score-adj"));
+        mounts(container);
+    }
+    assert_eq!(privileged, restricted);
 }
 
 #[test]
@@ -331,7 +373,14 @@ fn the_role_is_that_of_kube_proxy() {
         ("", "events", &["create", "patch", "update"]),
         ("events.k8s.io", "events", &["create", "patch", "update"]),
     ];
-    let role: ClusterRole = installed("ClusterRole");
+    for manifest in INSTALLED {
+        assert_allowed(manifest, &allowed);
+    }
+}
+
+/// Everything that its role allows is here, and everything here is allowed.
+fn assert_allowed(manifest: &str, allowed: &[(&str, &str, &[&str])]) {
+    let role: ClusterRole = of(manifest, "ClusterRole");
     let mut missing: BTreeSet<_> = allowed.iter().map(|(group, resource, _)| (*group, *resource)).collect();
     for PolicyRule { api_groups, resources, verbs, resource_names, non_resource_urls } in role.rules.unwrap()
     {

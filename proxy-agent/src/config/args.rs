@@ -47,7 +47,8 @@ pub struct RunArgs {
     /// Write kube-proxy's settings as they would be used to this file, fit for --config, and end.
     #[arg(long, value_name = "FILE")]
     pub write_config_to: Option<PathBuf>,
-    /// Set what the kernel's connection tracking is to be set to, and end: it takes more privileges than the rest.
+    /// Set what the kernel's connection tracking is to be set to, mount a bpffs where there is none, and end: that takes more
+    /// privileges than the rest.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
         action = clap::ArgAction::Set, value_name = "BOOL")]
     pub init_only: bool,

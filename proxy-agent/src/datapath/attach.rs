@@ -196,6 +196,17 @@ impl PinName {
         ]
     }
 
+    /// The program that belongs there, for who may not ask the kernel; on an interface without link-layer headers it is the
+    /// other one of two that do the same.
+    pub(crate) fn program(&self) -> &str {
+        match self {
+            Self::Cgroup(program) => program,
+            Self::Excluded(_) => super::exclude::PROGRAM,
+            Self::Tcx(_, direction) | Self::Filter(_, direction) => direction.program(false),
+            Self::Qdisc(_) => "",
+        }
+    }
+
     /// The interface it belongs to.
     fn interface(&self) -> Option<u32> {
         match self {

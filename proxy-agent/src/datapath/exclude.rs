@@ -19,7 +19,7 @@ use super::hooks::{Spot, Unit};
 use super::load::Loaded;
 
 /// The program.
-const PROGRAM: &str = "exclude_socket";
+pub(super) const PROGRAM: &str = "exclude_socket";
 
 /// A pattern of `--socket-lb-exclude-cgroups` that cannot be read.
 #[derive(Debug, thiserror::Error)]

@@ -130,7 +130,8 @@ pub enum LoadError {
 #[derive(Debug)]
 pub(crate) struct LoadedProgram {
     pub(crate) fd: OwnedFd,
-    identity: Identity,
+    /// `None` where that is not to be known: to look at maps and programs by their numbers takes `CAP_SYS_ADMIN`.
+    identity: Option<Identity>,
 }
 
 /// What makes two loaded programs the same: instructions, constants, and the pinned maps they use. The tag
@@ -214,7 +215,10 @@ impl Loaded {
             load_program(program).map_err(|error| refused(object, features, name, error))?;
             let failed = |source| LoadError::Facts { program: name.into(), source };
             let fd = program_fd(program).map_err(failed)?;
-            let identity = identity(&sys::program_facts(fd.as_fd()).map_err(failed)?).map_err(failed)?;
+            let identity = match identity(&sys::program_facts(fd.as_fd()).map_err(failed)?) {
+                Err(error) if error.raw_os_error() == Some(libc::EPERM) => None,
+                identity => Some(identity.map_err(failed)?),
+            };
             programs.insert(name.to_owned(), LoadedProgram { fd, identity });
         }
         pin_flows(root, &programs)?;
@@ -260,9 +264,9 @@ impl Loaded {
     pub(crate) fn is_same(&self, name: &str, running: BorrowedFd<'_>) -> bool {
         // A program that logs writes to the log of its own agent.
         self.log == ProgramLog::Off
-            && sys::program_facts(running)
-                .and_then(|facts| identity(&facts))
-                .is_ok_and(|found| self.programs.get(name).is_some_and(|p| p.identity == found))
+            && sys::program_facts(running).and_then(|facts| identity(&facts)).is_ok_and(|found| {
+                self.programs.get(name).is_some_and(|p| p.identity.as_ref() == Some(&found))
+            })
     }
 }
 

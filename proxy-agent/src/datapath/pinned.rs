@@ -315,7 +315,8 @@ impl Pinned {
         let (place, program) = match pin {
             PinName::Qdisc(_) => return None,
             PinName::Filter(index, direction) => {
-                (Place::Interface(*index, *direction), sys::program_facts(fd.as_fd()).ok()?)
+                let facts = sys::program_facts(fd.as_fd()).ok()?;
+                (Place::Interface(*index, *direction), (facts.name, facts.id))
             }
             PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => {
                 let link = sys::link_facts(fd.as_fd()).ok()?;
@@ -326,15 +327,21 @@ impl Pinned {
                     }
                     _ => Place::Nowhere,
                 };
-                let program = sys::program_by_id(link.program).ok()?;
-                (place, sys::program_facts(program.as_fd()).ok()?)
+                let program = match sys::program_by_id(link.program) {
+                    Ok(program) => Some(sys::program_facts(program.as_fd()).ok()?.name),
+                    // It takes CAP_SYS_ADMIN to look: the pin says as much.
+                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => None,
+                    Err(_) => return None,
+                };
+                (place, (program.unwrap_or_else(|| pin.program().to_owned()), link.program))
             }
         };
+        let (program, program_id) = program;
         Some(LinkInfo {
             name: name.to_owned(),
             place,
-            program: program.name,
-            program_id: program.id,
+            program,
+            program_id,
             filter: matches!(pin, PinName::Filter(..)),
         })
     }

@@ -62,16 +62,16 @@ const QUEUE: usize = 4096;
 
 /// Runs the agent until it is told to end.
 pub fn run(config: Config) -> Result<()> {
-    require::rights()?;
+    let without = require::rights()?;
     let conntrack = tune(&config)?;
+    let root = BpfRoot::new(&config.bpf_root);
+    root.prepare()?;
     if config.init_only {
         return Ok(());
     }
     let cgroup_root = require::cgroup_root(&config)?;
     lift_memlock();
     let few_descriptors = descriptors::raise();
-    let root = BpfRoot::new(&config.bpf_root);
-    root.prepare()?;
     let Some(lock) = root.lock_within(CLAIM)? else {
         bail!(
             "another agent runs with --bpf-root {}: stop it first, or give this one a root of its own",
@@ -81,6 +81,7 @@ pub fn run(config: Config) -> Result<()> {
     let mut agent = Agent::open(config, cgroup_root, &root, lock)?;
     agent.conntrack = conntrack;
     few_descriptors.into_iter().for_each(|line| agent.report.warn(line));
+    agent.report.without(without);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

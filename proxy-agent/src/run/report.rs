@@ -216,6 +216,11 @@ impl Report {
         self.warnings.push(line);
     }
 
+    /// What is done without, for want of a right.
+    pub(super) fn without(&mut self, lines: Vec<String>) {
+        self.warnings.extend(lines.into_iter().map(|line| format!("{NOTE}this agent: {line}")));
+    }
+
     /// To be told of each change before `world` is.
     pub(super) fn heard(&mut self, change: &Change, world: &World) {
         self.latency.heard(change, |name| world.slice(name));

@@ -245,7 +245,10 @@ fn each_service_speaks_for_its_own_connections_and_may_change_its_mind() -> Resu
     for (n, word) in [(1, "keep"), (2, "reset")] {
         let before = generation(&agent)?;
         scene.wish(n, word)?;
-        eventually(SOON, || Ok(ensure!(generation(&agent)? > before, "{word:?} has not been written")))?;
+        eventually(SOON, || {
+            ensure!(generation(&agent)? > before, "{word:?} has not been written");
+            Ok(())
+        })?;
     }
     for (n, controller) in (1..).zip(&mut controllers) {
         controller.replace(&[d])?;

@@ -63,6 +63,8 @@ mod repair;
 #[cfg(test)]
 mod restart;
 #[cfg(test)]
+mod rights;
+#[cfg(test)]
 mod scene;
 #[cfg(test)]
 mod service_health;
