@@ -1,12 +1,103 @@
-//! The chaos scenarios themselves, small: every attempt is counted once, and where nothing is too much nothing fails.
+//! The chaos scenarios, small: each fault in a few rounds, in which nothing may be lost; and the comparisons, in which
+//! every attempt is counted once, and where nothing is too much nothing fails.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use proxy_tests::chaos::clients::{Clients, Term};
+use proxy_tests::chaos::fault::{Name, Options};
 use proxy_tests::chaos::report::Report;
 use proxy_tests::chaos::scene::{Forwarder, Stage};
 use proxy_tests::chaos::spoof::Kind;
+use proxy_tests::chaos::trial;
 use proxy_tests::chaos::{dns, flood, ports};
+use proxy_tests::crowd::Target;
+use proxy_tests::probe::{Server, eventually};
+use proxy_tests::town::Plan;
+
+/// A fault of so many rounds, in which nothing is lost.
+fn nothing_is_lost(fault: Name, rounds: u64) -> Result<trial::Outcome> {
+    nothing_is_lost_with(fault, Options { rounds: Some(rounds), ..Options::default() })
+}
+
+fn nothing_is_lost_with(fault: Name, options: Options) -> Result<trial::Outcome> {
+    let outcome = trial::play(fault, &options)?;
+    // Which losses there were has been told one by one.
+    ensure!(outcome.lost == 0, "{outcome:?}");
+    ensure!(outcome.rounds > 0 && outcome.held > 50 && outcome.requests > 500, "{outcome:?}");
+    Ok(outcome)
+}
+
+#[test]
+fn an_agent_that_is_killed_while_it_starts_and_while_it_writes_costs_nothing() -> Result<()> {
+    nothing_is_lost(Name::Kill, 8).map(drop)
+}
+
+#[test]
+fn endpoints_and_services_that_come_and_go_cost_nothing() -> Result<()> {
+    nothing_is_lost(Name::Churn, 4).map(drop)
+}
+
+#[test]
+fn a_flood_costs_those_nothing_who_hold_connections() -> Result<()> {
+    nothing_is_lost(Name::Flood, 2).map(drop)
+}
+
+#[test]
+fn an_agent_that_is_killed_at_any_system_call_costs_nothing() -> Result<()> {
+    let outcome = nothing_is_lost(Name::SyscallKill, 6)?;
+    ensure!(outcome.remarks.iter().any(|line| line.contains("hit, 0 did not come")), "{outcome:?}");
+    Ok(())
+}
+
+#[test]
+fn an_agent_goes_on_or_says_why_not_when_a_system_call_fails_and_nothing_is_lost() -> Result<()> {
+    nothing_is_lost(Name::SyscallError, 6).map(drop)
+}
+
+#[test]
+fn an_agent_that_retires_and_comes_back_costs_nothing() -> Result<()> {
+    nothing_is_lost(Name::Retire, 2).map(drop)
+}
+
+#[test]
+fn neither_tables_nor_the_agent_grow_while_everything_happens_to_it() -> Result<()> {
+    let options = Options { lasts: Some(Duration::from_secs(10)), ..Options::default() };
+    nothing_is_lost_with(Name::Soak, options).map(drop)
+}
+
+#[test]
+fn clients_notice_what_is_lost() -> Result<()> {
+    let town = Plan::default().node("node1", &["a", "b"]).raise()?;
+    let server = Server::start(town.place("b"), &[8080])?;
+    let target = |to: SocketAddr, udp: bool, servers: &[&str]| Target {
+        service: "web".into(),
+        to,
+        udp,
+        servers: servers.iter().map(ToString::to_string).collect(),
+        same: false,
+        idle: 1,
+        busy: 1,
+    };
+    let to = town.place("b").at(8080);
+    let targets =
+        to.into_iter().flat_map(|to| [target(to, false, &["b"]), target(to, true, &["b"])]).collect();
+    let mut clients = Clients::default();
+    clients.start(Term::Play, &[(town.place("a"), targets)], 100.0)?;
+    clients.check()?;
+    let count = clients.count();
+    ensure!(count.lost == 0 && count.held == 8 && count.requests >= 4, "{count:?}");
+    // A strange answer is a loss, and so is none.
+    drop(server);
+    let _stranger = Server::named(town.place("b"), "stranger", &[8080])?;
+    eventually(Duration::from_secs(20), || {
+        clients.check()?;
+        let count = clients.count();
+        // Eight connections, and new ones.
+        if count.lost < 20 { bail!("{count:?}") } else { Ok(()) }
+    })
+}
 
 /// The sums are right, and every forwarder answered all that it was asked.
 fn adds_up(report: &Report, lines: &[&str]) -> Result<()> {
