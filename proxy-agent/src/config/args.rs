@@ -52,14 +52,16 @@ pub struct RunArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
         action = clap::ArgAction::Set, value_name = "BOOL")]
     pub init_only: bool,
-    /// Reach the API server at this URL, whatever a kubeconfig says of its address.
+    /// Reach the API server at this URL, whatever a kubeconfig says of its address. Several servers of one cluster are
+    /// tried in turn; one that answers is kept.
     #[arg(
         long,
         visible_alias = "master",
-        value_name = "URL",
+        value_name = "URL,...",
+        value_delimiter = ',',
         help_heading = "Where Services come from (none: in-cluster)"
     )]
-    pub apiserver: Option<String>,
+    pub apiserver: Vec<String>,
     /// Read Services and EndpointSlices from the YAML files of a directory; no API server is needed.
     #[arg(long, value_name = "DIR", help_heading = "Where Services come from (none: in-cluster)")]
     pub manifests: Option<PathBuf>,

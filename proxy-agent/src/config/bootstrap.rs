@@ -74,7 +74,11 @@ pub(super) fn url_host(url: &str) -> &str {
 ///
 /// Kubelet tells each container the ClusterIP twice; who points `KUBERNETES_SERVICE_HOST` elsewhere by hand
 /// leaves the legacy variable alone, so the two tell an overridden address from the ClusterIP.
-pub(super) fn depends_on_itself(host: &dyn Host, source: &SourceConfig, server: &str) -> Option<String> {
+pub(super) fn depends_on_itself(
+    host: &dyn Host,
+    source: &SourceConfig,
+    servers: &[String],
+) -> Option<String> {
     let service_host = host.env("KUBERNETES_SERVICE_HOST");
     let legacy = host.env("KUBERNETES_PORT_443_TCP_ADDR");
     let cluster_ip = legacy.clone().or_else(|| service_host.clone());
@@ -86,9 +90,14 @@ pub(super) fn depends_on_itself(host: &dyn Host, source: &SourceConfig, server: 
             (legacy? == used).then_some(used)?
         }
         SourceConfig::Kubeconfig { .. } | SourceConfig::ApiServer(_) => {
-            let used = url_host(server).to_owned();
-            let is_service_name = used == "kubernetes" || used.starts_with("kubernetes.default");
-            (cluster_ip.as_deref() == Some(used.as_str()) || is_service_name).then_some(used)?
+            let itself = |host: &str| {
+                let is_service_name = host == "kubernetes" || host.starts_with("kubernetes.default");
+                cluster_ip.as_deref() == Some(host) || is_service_name
+            };
+            // One that needs no Service is enough.
+            let mut hosts = servers.iter().map(|url| url_host(url));
+            let used = hosts.clone().next()?.to_owned();
+            hosts.all(itself).then_some(used)?
         }
     };
     Some(format!(

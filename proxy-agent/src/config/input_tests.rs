@@ -149,9 +149,9 @@ fn a_file_replaces_kube_proxy_s_flags_and_no_others() {
     assert_eq!(&*config.settings.node_name, "of-file");
     assert_eq!(&*from_file(&text, &["--hostname-override=of-flag"]).settings.node_name, "of-flag");
     let other = from_file(KUBEADM, &["--master=https://10.9.9.9:6443"]);
-    let server = Some("https://10.9.9.9:6443".to_owned());
+    let servers = vec!["https://10.9.9.9:6443".to_owned()];
     let file = "/var/lib/kube-proxy/kubeconfig.conf".into();
-    assert_eq!(other.source, SourceConfig::Kubeconfig { file, server });
+    assert_eq!(other.source, SourceConfig::Kubeconfig { file, servers });
 }
 
 #[test]

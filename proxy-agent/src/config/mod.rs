@@ -54,11 +54,11 @@ pub enum SourceConfig {
     Kubeconfig {
         /// The kubeconfig.
         file: PathBuf,
-        /// The server's URL, if another than the file's (Y-1).
-        server: Option<String>,
+        /// The servers' URLs, if others than the file's (Y-1).
+        servers: Vec<String>,
     },
-    /// An API server at a URL.
-    ApiServer(String),
+    /// API servers of one cluster, at these URLs.
+    ApiServer(Vec<String>),
     /// A directory of manifests.
     Manifests(PathBuf),
     /// The API server of the cluster we are a pod of.
@@ -68,11 +68,13 @@ pub enum SourceConfig {
 impl fmt::Display for SourceConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Kubeconfig { file, server: None } => write!(f, "kubeconfig {}", file.display()),
-            Self::Kubeconfig { file, server: Some(url) } => {
-                write!(f, "kubeconfig {} at {url}", file.display())
+            Self::Kubeconfig { file, servers } if servers.is_empty() => {
+                write!(f, "kubeconfig {}", file.display())
             }
-            Self::ApiServer(url) => write!(f, "API server {url}"),
+            Self::Kubeconfig { file, servers } => {
+                write!(f, "kubeconfig {} at {}", file.display(), servers.join(","))
+            }
+            Self::ApiServer(servers) => write!(f, "API server {}", servers.join(",")),
             Self::Manifests(dir) => write!(f, "manifests {}", dir.display()),
             Self::InCluster => f.write_str("in-cluster API server"),
         }
@@ -187,8 +189,8 @@ impl Config {
         warnings.extend(gates::without_effect(&kube.feature_gates));
         default_addresses(&mut kube);
         let source = source(args, &kube, &mut errors);
-        let server = server(&source, host, &mut errors);
-        warnings.extend(bootstrap::depends_on_itself(host, &source, &server));
+        let servers = servers(&source, host, &mut errors);
+        warnings.extend(bootstrap::depends_on_itself(host, &source, &servers));
         let (snat_ports, warning) = ports::snat_ports(host);
         warnings.extend(warning);
         let section = kube.section();
@@ -286,9 +288,10 @@ fn settings(
 fn source(args: &RunArgs, kube: &KubeProxyConfiguration, errors: &mut Errors) -> SourceConfig {
     // Empty values are what templates leave of an unset option.
     let kubeconfig = Some(&kube.client_connection.kubeconfig).filter(|path| !path.is_empty());
-    let apiserver = args.apiserver.as_ref().filter(|url| !url.is_empty());
+    let given = args.apiserver.iter().map(|url| url.trim()).filter(|url| !url.is_empty());
+    let apiserver: Vec<String> = given.map(str::to_owned).collect();
     let manifests = args.manifests.as_ref().filter(|path| !path.as_os_str().is_empty());
-    if let Some(url) = apiserver {
+    for url in &apiserver {
         let known = url.starts_with("https://") || url.starts_with("http://");
         if !known || bootstrap::url_host(url).is_empty() {
             errors.add("--apiserver", url, "must be a URL such as https://10.0.0.10:6443");
@@ -296,29 +299,31 @@ fn source(args: &RunArgs, kube: &KubeProxyConfiguration, errors: &mut Errors) ->
     }
     if let Some(dir) = manifests {
         // A file is made for a cluster, and says where that is; the flag is for who has none.
-        if apiserver.is_some() || kubeconfig.is_some() && errors.origin == Origin::Flags {
+        if !apiserver.is_empty() || kubeconfig.is_some() && errors.origin == Origin::Flags {
             let reason = "only one of --kubeconfig, --apiserver and --manifests may be given";
             errors.add("--manifests", dir.display().to_string(), reason);
         }
         return SourceConfig::Manifests(dir.clone());
     }
-    match (kubeconfig, apiserver) {
-        (Some(file), server) => SourceConfig::Kubeconfig { file: file.into(), server: server.cloned() },
-        (None, Some(url)) => SourceConfig::ApiServer(url.clone()),
-        (None, None) => SourceConfig::InCluster,
+    match kubeconfig {
+        Some(file) => SourceConfig::Kubeconfig { file: file.into(), servers: apiserver },
+        None if apiserver.is_empty() => SourceConfig::InCluster,
+        None => SourceConfig::ApiServer(apiserver),
     }
 }
 
-/// The URL of the API server where it is known; empty otherwise.
-fn server(source: &SourceConfig, host: &dyn Host, errors: &mut Errors) -> String {
+/// The URLs of the API servers where they are known.
+fn servers(source: &SourceConfig, host: &dyn Host, errors: &mut Errors) -> Vec<String> {
     match source {
-        SourceConfig::ApiServer(url) | SourceConfig::Kubeconfig { server: Some(url), .. } => url.clone(),
-        SourceConfig::Kubeconfig { file, server: None } => bootstrap::kubeconfig_server(host, file)
-            .unwrap_or_else(|reason| {
+        SourceConfig::Kubeconfig { file, servers } if servers.is_empty() => {
+            let server = bootstrap::kubeconfig_server(host, file);
+            server.map(|url| vec![url]).unwrap_or_else(|reason| {
                 errors.add("--kubeconfig", file.display().to_string(), reason);
-                String::new()
-            }),
-        SourceConfig::Manifests(_) | SourceConfig::InCluster => String::new(),
+                Vec::new()
+            })
+        }
+        SourceConfig::ApiServer(servers) | SourceConfig::Kubeconfig { servers, .. } => servers.clone(),
+        SourceConfig::Manifests(_) | SourceConfig::InCluster => Vec::new(),
     }
 }
 

@@ -233,7 +233,7 @@ fn exactly_one_source_is_taken() {
     assert_eq!(config(&["--manifests=/etc/svc"]).source, SourceConfig::Manifests("/etc/svc".into()));
     assert_eq!(
         config(&["--apiserver=https://10.0.0.10:6443"]).source,
-        SourceConfig::ApiServer("https://10.0.0.10:6443".to_owned())
+        SourceConfig::ApiServer(vec!["https://10.0.0.10:6443".to_owned()])
     );
     assert_eq!(
         errors(&["--apiserver=https://10.0.0.10:6443", "--manifests=/x"]),
@@ -242,8 +242,8 @@ fn exactly_one_source_is_taken() {
     // Y-1: credentials of a kubeconfig, at another address.
     let host = FakeHost::named("n1").with_file("/kc", KUBECONFIG);
     let both = config_on(&host, &["--kubeconfig=/kc", "--master=https://10.0.0.10:6443"]).unwrap();
-    let server = Some("https://10.0.0.10:6443".to_owned());
-    assert_eq!(both.source, SourceConfig::Kubeconfig { file: "/kc".into(), server });
+    let servers = vec!["https://10.0.0.10:6443".to_owned()];
+    assert_eq!(both.source, SourceConfig::Kubeconfig { file: "/kc".into(), servers });
     assert_eq!(both.source.to_string(), "kubeconfig /kc at https://10.0.0.10:6443");
     assert_eq!(errors(&["--kubeconfig=/kc", "--manifests=/x"]).len(), 1);
     assert_eq!(

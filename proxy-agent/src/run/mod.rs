@@ -42,8 +42,9 @@ use crate::netlink;
 use crate::pace::{Limits, Pace};
 use crate::plan::{Capacity, Plan, Planner, Step};
 use crate::source::events::{Event, Events, Untold};
+use crate::source::kubernetes::{Account, Cluster};
 use crate::source::requests::Requests;
-use crate::source::{Change, Kind, directory, kubernetes};
+use crate::source::{Change, Kind, directory};
 use report::Report;
 
 /// Once an hour everything is compared with what is really in the kernel (Y-20).
@@ -640,18 +641,17 @@ async fn hear(
     events: Untold,
     tx: mpsc::Sender<Change>,
 ) -> Result<()> {
-    let client = match &source {
+    let account = match source {
         SourceConfig::Manifests(path) => {
             tokio::spawn(events.publish(None, node.clone()));
-            return Ok(directory::run(path.clone(), node, tx).await?);
+            return Ok(directory::run(path, node, tx).await?);
         }
-        SourceConfig::Kubeconfig { file, server } => {
-            kubernetes::client(Some(file), server.as_deref(), &requests).await?
-        }
-        SourceConfig::ApiServer(url) => kubernetes::client(None, Some(url), &requests).await?,
-        SourceConfig::InCluster => kubernetes::client(None, None, &requests).await?,
+        SourceConfig::Kubeconfig { file, servers } => Account { kubeconfig: Some(file), servers },
+        SourceConfig::ApiServer(servers) => Account { kubeconfig: None, servers },
+        SourceConfig::InCluster => Account { kubeconfig: None, servers: Vec::new() },
     };
-    tokio::spawn(events.publish(Some(client.clone()), node.clone()));
-    kubernetes::run(client, node, pods, tx).await;
+    let cluster = Cluster::open(account, &requests).await?;
+    tokio::spawn(events.publish(Some(cluster.client()), node.clone()));
+    cluster.run(node, pods, tx).await;
     Ok(())
 }

@@ -64,8 +64,9 @@ pub(super) struct Report {
     failure: Option<String>,
     started: Instant,
     told: Instant,
-    /// The source knows no Nodes: one that was never seen is as good as any.
-    without_nodes: bool,
+    /// Whether the Node object that was seen last wants traffic (H-8); before any was seen, whether the source knows no
+    /// Nodes.
+    eligible: bool,
 }
 
 /// Says that an address is not served.
@@ -158,7 +159,7 @@ impl Report {
             failure: None,
             started,
             told: Instant::now(),
-            without_nodes: matches!(config.source, SourceConfig::Manifests(_)),
+            eligible: matches!(config.source, SourceConfig::Manifests(_)),
         };
         report.pinned.write_agent(&report.state)?;
         Ok(report)
@@ -411,7 +412,8 @@ impl Report {
         for (family, seconds) in self.latency.programmed(Timestamp::now()) {
             self.metrics.passes().programmed(family, seconds);
         }
-        self.health.node_eligible(world.node_object().map_or(self.without_nodes, |node| node.eligible));
+        self.eligible = world.node_object().map_or(self.eligible, |node| node.eligible);
+        self.health.node_eligible(self.eligible);
         self.service_health.want(Wanted::of(world)); // Y-25: after success only.
         self.failure = None;
         self.state.synced_ms = unix_ms();

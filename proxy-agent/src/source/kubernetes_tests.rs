@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::response::Response;
-use futures::stream;
+use futures::{StreamExt, stream};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 
 use super::*;
 
@@ -33,19 +35,25 @@ struct Server {
 }
 
 impl Server {
-    async fn start(replies: Vec<Reply>, service_cidrs: bool) -> (Arc<Self>, Client) {
+    async fn start(replies: Vec<Reply>, service_cidrs: bool) -> (Arc<Self>, Cluster) {
         let asked = Mutex::new(Vec::new());
         let server = Arc::new(Self { replies: Mutex::new(replies.into()), asked, service_cidrs });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let app = axum::Router::new().fallback(answer).with_state(server.clone());
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-        (server, client(None, Some(&url), &Requests::default()).await.unwrap())
+        (server, cluster(None, &url).await.unwrap())
     }
 
     fn asked(&self, what: &str) -> Vec<String> {
         self.asked.lock().unwrap().iter().filter(|asked| asked.starts_with(what)).cloned().collect()
     }
+}
+
+async fn cluster(kubeconfig: Option<&str>, url: &str) -> Result<Cluster, Error> {
+    let servers = Some(url).filter(|url| !url.is_empty()).map(str::to_owned).into_iter().collect();
+    let account = Account { kubeconfig: kubeconfig.map(PathBuf::from), servers };
+    Cluster::open(account, &Requests::default()).await
 }
 
 async fn answer(State(server): State<Arc<Server>>, request: Request) -> Response {
@@ -122,9 +130,9 @@ impl Listener {
     }
 
     async fn start_with(replies: Vec<Reply>, service_cidrs: bool) -> (Arc<Server>, Self) {
-        let (server, client) = Server::start(replies, service_cidrs).await;
+        let (server, cluster) = Server::start(replies, service_cidrs).await;
         let (tx, rx) = mpsc::channel(64);
-        tokio::spawn(run(client, "n1".into(), false, tx));
+        tokio::spawn(cluster.run("n1".into(), false, tx));
         let (services, complaints, ranges, synced, connected, repeated) = Default::default();
         (server, Self { rx, services, complaints, ranges, synced, connected, repeated, changes: 0 })
     }
@@ -325,15 +333,62 @@ async fn a_list_that_ends_half_way_is_begun_again_and_removes_nothing() {
         Reply::Open(vec![event("ADDED", object("a", "10.96.0.9", "7")), complete("8")]),
     ])
     .await;
-    listener.until("half a list is in", |l| l.has(&[("a", "10.96.0.9"), ("b", "10.96.0.2")])).await;
+    listener.until("both are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
     listener.until("the whole list is in", |l| l.has(&[("a", "10.96.0.9")])).await;
+    assert_eq!(listener.changes, 4, "half a list is none");
 }
 
 #[tokio::test]
 async fn a_wrong_address_or_file_is_an_error_that_names_it() {
-    let error = client(None, Some("not a url"), &Requests::default()).await.err().unwrap().to_string();
+    let error = cluster(None, "not a url").await.err().unwrap().to_string();
     assert!(error.contains("not a url"), "{error}");
-    let missing = PathBuf::from("/nonexistent/kubeconfig");
-    let error = client(Some(&missing), None, &Requests::default()).await.err().unwrap().to_string();
+    let error = cluster(Some("/nonexistent/kubeconfig"), "").await.err().unwrap().to_string();
     assert!(error.contains("/nonexistent/kubeconfig"), "{error}");
+}
+
+#[tokio::test]
+async fn a_later_list_that_is_older_or_not_whole_changes_nothing_before_it_is_believed() {
+    let first = vec![
+        event("ADDED", object("a", "10.96.0.1", "7")),
+        event("ADDED", object("b", "10.96.0.2", "8")),
+        complete("9"),
+        event("ERROR", status(410, "Expired")),
+    ];
+    let old = || vec![event("ADDED", object("a", "10.96.0.9", "1")), complete("2")];
+    let (server, mut listener) = Listener::start(vec![
+        Reply::Open(first),
+        Reply::Open(old()),
+        Reply::Open(old()),
+        Reply::Open(vec![event("ADDED", object("a", "10.96.0.4", "10")), complete("11")]),
+    ])
+    .await;
+    listener
+        .until("an older state is told", |l| l.complaints.values().flatten().any(|c| c.contains("older")))
+        .await;
+    assert!(listener.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")]), "{:?}", listener.services);
+    listener.until("a newer list is in", |l| l.has(&[("a", "10.96.0.4")])).await;
+    let lists: Vec<String> =
+        server.asked("/api/v1/services").into_iter().filter(|asked| asked.contains("sendInitial")).collect();
+    assert!(lists[0].ends_with("resourceVersion=0"), "{lists:?}");
+    assert!(lists[1].ends_with("resourceVersion=9"), "not older than what is known: {lists:?}");
+    assert!(lists[2].ends_with("resourceVersion="), "as it is stored: {lists:?}");
+}
+
+#[tokio::test]
+async fn a_list_of_another_kind_is_none() {
+    let list = |kind: &str| {
+        let items = [object("a", "10.96.0.1", "1")];
+        json!({"kind": kind, "apiVersion": "v1", "metadata": {"resourceVersion": "5"}, "items": items})
+    };
+    let (_server, mut listener) = Listener::start(vec![
+        Reply::Whole(422, status(422, "sendInitialEvents is forbidden for watch")),
+        Reply::Whole(200, list("PodList")),
+        Reply::Whole(200, json!("welcome to the hotel's network")),
+        Reply::Whole(200, list("ServiceList")),
+    ])
+    .await;
+    let told = |l: &Listener| l.complaints.values().flatten().any(|line| line.contains("PodList is no list"));
+    listener.until("the wrong kind is told", told).await;
+    assert!(listener.services.is_empty());
+    listener.until("the right kind is in", |l| l.has(&[("a", "10.96.0.1")])).await;
 }

@@ -2,16 +2,24 @@
 //!
 //! Kubernetes types stop here: what leaves this room is ours, checked and normalised.
 
+mod account;
 pub mod address;
+mod backoff;
+mod body;
 mod connect;
 pub mod convert;
 pub mod directory;
 pub mod events;
+mod feed;
 mod file;
+mod follow;
 mod heard;
 pub mod kubernetes;
+mod learn;
 pub mod manifest;
 pub mod requests;
+mod servers;
+mod tls;
 
 use jiff::Timestamp;
 

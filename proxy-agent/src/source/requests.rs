@@ -1,15 +1,12 @@
 //! Counts requests to the API server under the names of Kubernetes' own clients (H-48).
 
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Instant;
 
-use http::{Request, Response};
+use http::StatusCode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
-use tower::{Layer, Service};
 
 type Labels<const N: usize> = [(&'static str, String); N];
 
@@ -18,11 +15,18 @@ type Labels<const N: usize> = [(&'static str, String); N];
 pub struct Requests {
     total: Family<Labels<3>, Counter>,
     duration: Family<Labels<2>, Histogram, fn() -> Histogram>,
+    ended: Family<Labels<2>, Counter>,
+    moves: Counter,
 }
 
 impl Default for Requests {
     fn default() -> Self {
-        Self { total: Family::default(), duration: Family::new_with_constructor(duration) }
+        Self {
+            total: Family::default(),
+            duration: Family::new_with_constructor(duration),
+            ended: Family::default(),
+            moves: Counter::default(),
+        }
     }
 }
 
@@ -37,68 +41,44 @@ impl Requests {
         registry.register("rest_client_requests", help, self.total.clone());
         let help = "How long the API server took to begin its answer, by verb and host";
         registry.register("rest_client_request_duration_seconds", help, self.duration.clone());
+        let help = "Watches of the API server that ended or could not be begun, by resource and reason";
+        registry.register("proxy_agent_watches_ended", help, self.ended.clone());
+        let help = "Moves from one API server to another";
+        registry.register("proxy_agent_apiserver_moves", help, self.moves.clone());
     }
 
-    /// What counts the requests that a client sends to `host`.
-    pub(super) fn counting(&self, host: &str) -> Counting {
-        Counting { requests: self.clone(), host: host.to_owned() }
+    /// A request begins that somebody sends to `host`.
+    pub(super) fn begin(&self, method: &str, host: &str) -> Counting<'_> {
+        Counting { requests: self, method: method.to_owned(), host: host.to_owned(), began: Instant::now() }
     }
 
-    fn done(&self, method: &str, host: &str, code: String, began: Instant) {
-        let (method, host) = (method.to_owned(), host.to_owned());
-        let verb = [("verb", method.clone()), ("host", host.clone())];
-        self.duration.get_or_create(&verb).observe(began.elapsed().as_secs_f64());
-        self.total.get_or_create(&[("code", code), ("method", method), ("host", host)]).inc();
+    /// Moves from one server to another.
+    pub(super) fn moves(&self) -> Counter {
+        self.moves.clone()
+    }
+
+    /// A watch of `resource` has ended, or could not be begun, for this reason.
+    pub(super) fn ended(&self, resource: &str, reason: &str) {
+        self.ended.get_or_create(&[("resource", resource.to_owned()), ("reason", reason.to_owned())]).inc();
     }
 }
 
-/// A layer of a client.
-#[derive(Clone, Debug)]
-pub(super) struct Counting {
-    requests: Requests,
+/// A request under way.
+#[derive(Debug)]
+pub(super) struct Counting<'a> {
+    requests: &'a Requests,
+    method: String,
     host: String,
+    began: Instant,
 }
 
-impl<S> Layer<S> for Counting {
-    type Service = Counted<S>;
-
-    fn layer(&self, inner: S) -> Counted<S> {
-        Counted { inner, counting: self.clone() }
-    }
-}
-
-/// A client that counts.
-#[derive(Clone, Debug)]
-pub(super) struct Counted<S> {
-    inner: S,
-    counting: Counting,
-}
-
-impl<S, A, B> Service<Request<A>> for Counted<S>
-where
-    S: Service<Request<A>, Response = Response<B>>,
-    S::Future: Send + 'static,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<A>) -> Self::Future {
-        let Counting { requests, host } = self.counting.clone();
-        let (method, began) = (request.method().to_string(), Instant::now());
-        let answer = self.inner.call(request);
-        Box::pin(async move {
-            let answer = answer.await;
-            let code = match &answer {
-                Ok(response) => response.status().as_u16().to_string(),
-                Err(_) => "<error>".to_owned(),
-            };
-            requests.done(&method, &host, code, began);
-            answer
-        })
+impl Counting<'_> {
+    /// It is answered, or has failed.
+    pub(super) fn done(self, status: Option<StatusCode>) {
+        let Self { requests, method, host, began } = self;
+        let code = status.map_or_else(|| "<error>".to_owned(), |status| status.as_u16().to_string());
+        let verb = [("verb", method.clone()), ("host", host.clone())];
+        requests.duration.get_or_create(&verb).observe(began.elapsed().as_secs_f64());
+        requests.total.get_or_create(&[("code", code), ("method", method), ("host", host)]).inc();
     }
 }

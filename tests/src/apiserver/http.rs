@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use http::header::{ACCEPT, AUTHORIZATION};
@@ -13,32 +14,49 @@ use serde_json::{Value, json};
 
 use super::selector::Filter;
 use super::watch::{self, Watch};
-use super::{Asked, Fault, Gone, Shared, StreamingLists, store};
+use super::{Asked, Fault, Gone, Shared, StreamingLists, fault, store};
 use crate::object::{Key, Kind};
 
 /// Where events are sent to.
 const EVENTS: &str = "/apis/events.k8s.io/v1/namespaces/";
+
+/// kubeadm's ConfigMap for machines that join.
+const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps/cluster-info";
 
 pub(super) type Body = BoxBody<Bytes, Infallible>;
 
 /// Answers a request; every failure is a `Status` object as from the real server.
 pub(super) async fn answer(
     shared: Arc<Shared>,
+    certificate: Option<Vec<u8>>,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let asked = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
     shared.requests.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
     let header = |name| Some(request.headers().get(name)?.to_str().ok()?.to_owned());
-    let headers = Asked { authorization: header(AUTHORIZATION), accept: header(ACCEPT) };
+    let headers = Asked { authorization: header(AUTHORIZATION), accept: header(ACCEPT), certificate };
     shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(headers);
     shared.answering().await;
     let fault = shared.behaviour.borrow().fault;
     let about_events = request.uri().path().starts_with(EVENTS);
+    let watch = request.uri().query().is_some_and(|query| query.contains("watch=true"));
     Ok(match fault {
         Fault::Status(code) => failure(code, "InternalError", "the test wants it so"),
-        Fault::None | Fault::Drop | Fault::Hang if about_events => event(&shared, request).await,
-        Fault::None | Fault::Drop | Fault::Hang => route(&shared, &request),
+        Fault::Busy(seconds) => busy(seconds),
+        Fault::Garbage => Response::new(fault::page()),
+        Fault::Cut if watch => Response::new(Full::default().boxed()),
+        Fault::NoHeaders if watch => std::future::pending().await,
+        Fault::Slow => route(&shared, &request).map(fault::slowly),
+        _ if about_events => event(&shared, request).await,
+        _ => route(&shared, &request),
     })
+}
+
+/// Too much is asked, for so many seconds.
+fn busy(seconds: u16) -> Response<Body> {
+    let mut response = failure(429, "TooManyRequests", "the test wants it so");
+    response.headers_mut().insert(http::header::RETRY_AFTER, seconds.into());
+    response
 }
 
 /// Events are made and counted up; nobody reads them here but the test.
@@ -66,6 +84,9 @@ async fn event(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
 fn route(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Body> {
     if request.method() != Method::GET {
         return failure(405, "MethodNotAllowed", "this server only reads");
+    }
+    if request.uri().path() == CLUSTER_INFO {
+        return cluster_info(shared, request);
     }
     let path: Vec<&str> = request.uri().path().trim_matches('/').split('/').collect();
     let (group, rest) = match path.as_slice() {
@@ -95,9 +116,25 @@ fn route(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Body> {
     }
 }
 
+/// As kubeadm's role has it: shown to strangers, and to nobody else.
+fn cluster_info(shared: &Shared, request: &Request<Incoming>) -> Response<Body> {
+    if request.headers().contains_key(AUTHORIZATION) {
+        return failure(403, "Forbidden", "configmaps \"cluster-info\" is forbidden");
+    }
+    let server = shared.cluster_info.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let Some(server) = server else { return failure(404, "NotFound", "no such ConfigMap") };
+    let cluster = json!({ "name": "", "cluster": { "server": server } });
+    let kubeconfig = json!({
+        "apiVersion": "v1", "kind": "Config", "clusters": [cluster], "contexts": [], "users": []
+    });
+    let metadata = json!({ "name": "cluster-info", "namespace": "kube-public" });
+    let data = json!({ "kubeconfig": kubeconfig.to_string() });
+    ok(&json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data }))
+}
+
 fn get(shared: &Shared, kind: Kind, namespace: Option<&str>, name: &str) -> Response<Body> {
     let key = Key { kind, namespace: namespace.unwrap_or_default().into(), name: name.into() };
-    match shared.store().get(&key) {
+    match shared.shown().get(&key) {
         Some(object) => ok(object),
         None => failure(404, "NotFound", &format!("{} \"{name}\" not found", kind.plural())),
     }
@@ -111,10 +148,19 @@ fn collection(shared: &Arc<Shared>, kind: Kind, namespace: Option<&str>, query: 
         Ok(filter) => filter,
         Err(error) => return failure(400, "BadRequest", &error),
     };
-    if !["true", "1"].contains(&value("watch")) {
+    let watched = ["true", "1"].contains(&value("watch"));
+    let behaviour = *shared.behaviour.borrow();
+    let current = shared.shown().version();
+    if value("resourceVersionMatch") == "NotOlderThan"
+        && value("resourceVersion").parse().is_ok_and(|wanted: u64| wanted > current)
+    {
+        let wanted = value("resourceVersion");
+        let message = format!("Too large resource version: {wanted}, current: {current}");
+        return failure(504, "Timeout", &message);
+    }
+    if !watched {
         return list(shared, kind, &filter, value("limit"), value("continue"));
     }
-    let behaviour = *shared.behaviour.borrow();
     let bookmarks = value("allowWatchBookmarks") == "true";
     let initial = value("sendInitialEvents") == "true" && behaviour.streaming != StreamingLists::Ignored;
     if initial && behaviour.streaming == StreamingLists::Rejected {
@@ -135,13 +181,15 @@ fn collection(shared: &Arc<Shared>, kind: Kind, namespace: Option<&str>, query: 
         return failure(400, "BadRequest", "resourceVersion is not a number");
     };
     if let (Some(version), Gone::Http, false) = (after, behaviour.gone, initial)
-        && shared.store().since(version, kind, &filter).is_err()
+        && shared.shown().since(version, kind, &filter).is_err()
     {
         return gone();
     }
     let seconds = value("timeoutSeconds").parse().unwrap_or(1800);
     let after = after.filter(|_| !initial);
-    watch::start(shared.clone(), Watch { kind, filter, after, initial, bookmarks, seconds })
+    let n = shared.watches.fetch_add(1, Ordering::Relaxed);
+    let half = behaviour.fault == Fault::Half && after.is_none();
+    watch::start(shared.clone(), Watch { kind, filter, after, initial, bookmarks, seconds, n, half })
 }
 
 /// The version after which a watch begins; without one it begins with what there is.
@@ -152,7 +200,7 @@ fn watch_from(version: &str) -> Result<Option<u64>, std::num::ParseIntError> {
 fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) -> Response<Body> {
     let limit = limit.parse().ok().filter(|limit| *limit > 0);
     let token = Some(token).filter(|token| !token.is_empty());
-    let Ok(store::Page { version, mut items, next }) = shared.store().page(kind, filter, limit, token) else {
+    let Ok(store::Page { version, mut items, next }) = shared.shown().page(kind, filter, limit, token) else {
         return gone();
     };
     for item in items.iter_mut().filter_map(Value::as_object_mut) {
@@ -166,7 +214,11 @@ fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) 
         metadata["remainingItemCount"] = json!(left);
     }
     let (name, api_version) = (format!("{}List", kind.name()), kind.api_version());
-    ok(&json!({ "kind": name, "apiVersion": api_version, "metadata": metadata, "items": items }))
+    let list = json!({ "kind": name, "apiVersion": api_version, "metadata": metadata, "items": items });
+    match shared.behaviour.borrow().fault {
+        Fault::Half => Response::new(fault::half(&list.to_string())),
+        _ => ok(&list),
+    }
 }
 
 /// The `Status` that says why.

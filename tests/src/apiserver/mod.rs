@@ -4,38 +4,32 @@
 //! bookmarks, streaming lists, `410 Gone`. And it fails on demand in every way that clusters see: errors, silence,
 //! dropped connections, forgotten versions.
 
+mod fault;
 mod http;
 mod selector;
 mod store;
+pub mod tls;
 mod watch;
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use tokio_rustls::TlsAcceptor;
 
 use crate::netns::Netns;
 use crate::object::{Key, Object, Publish};
+pub use fault::Fault;
 use store::Store;
 
-/// How the server fails.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Fault {
-    /// It does not.
-    #[default]
-    None,
-    /// Connections are closed as soon as they are made, and those there were are cut.
-    Drop,
-    /// Nothing is answered; watches fall silent. What waited is answered when the fault is over.
-    Hang,
-    /// New requests are answered with this status; watches go on.
-    Status(u16),
-}
+/// How many changes a server lags behind that is stale.
+const BEHIND: usize = 10;
 
 /// How the server treats `sendInitialEvents`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,6 +60,8 @@ pub struct Asked {
     pub authorization: Option<String>,
     /// `Accept`.
     pub accept: Option<String>,
+    /// The client's certificate in DER.
+    pub certificate: Option<Vec<u8>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +71,8 @@ struct Behaviour {
     gone: Gone,
     bookmark_every: Duration,
     events_forbidden: bool,
+    /// Watches that began before this many others are deaf.
+    deaf: u64,
     /// Grows when connections are to be cut.
     epoch: u64,
     stopped: bool,
@@ -82,19 +80,41 @@ struct Behaviour {
 
 /// What the handle and the server share.
 struct Shared {
-    store: Mutex<Store>,
+    store: Arc<Mutex<Store>>,
     behaviour: tokio::sync::watch::Sender<Behaviour>,
     /// Woken at every change of the store.
-    changed: tokio::sync::watch::Sender<u64>,
+    changed: Arc<tokio::sync::watch::Sender<u64>>,
     requests: Mutex<Vec<String>>,
     /// The headers of each of them that tests look at.
     headers: Mutex<Vec<Asked>>,
     events: Mutex<Vec<serde_json::Value>>,
+    /// What is shown while it is stale.
+    past: Mutex<Store>,
+    /// The server that kubeadm's ConfigMap names, if there is one.
+    cluster_info: Mutex<Option<String>>,
+    /// Watches that have begun.
+    watches: AtomicU64,
+    /// How TLS is spoken, if it is.
+    tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
 }
 
 impl Shared {
     fn store(&self) -> MutexGuard<'_, Store> {
         self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What clients are shown.
+    fn shown(&self) -> MutexGuard<'_, Store> {
+        let stale = self.behaviour.borrow().fault == Fault::Stale;
+        let store = if stale { &self.past } else { &self.store };
+        store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until a watch may tell something; the `n`th one may never again.
+    async fn telling(&self, n: u64) {
+        let mut behaviour = self.behaviour.subscribe();
+        // An error means that the server has ended.
+        let _ = behaviour.wait_for(|now| !now.fault.silences() && n >= now.deaf).await;
     }
 
     /// Waits until requests may be answered.
@@ -115,6 +135,20 @@ pub struct ApiServer {
 impl ApiServer {
     /// Serves on a listening socket, which may come from any namespace ([`Netns::listen`]).
     pub fn start(listener: TcpListener) -> Result<Self> {
+        let changed = Arc::new(tokio::sync::watch::Sender::new(0));
+        Self::with(listener, Arc::default(), changed)
+    }
+
+    /// Another server of the same cluster: what is put into one is in both, and each fails on its own.
+    pub fn beside(&self, listener: TcpListener) -> Result<Self> {
+        Self::with(listener, self.shared.store.clone(), self.shared.changed.clone())
+    }
+
+    fn with(
+        listener: TcpListener,
+        store: Arc<Mutex<Store>>,
+        changed: Arc<tokio::sync::watch::Sender<u64>>,
+    ) -> Result<Self> {
         let address = listener.local_addr().context("the API server's address")?;
         listener.set_nonblocking(true).context("making the API server's socket non-blocking")?;
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -127,16 +161,21 @@ impl ApiServer {
             gone: Gone::Event,
             bookmark_every: Duration::from_secs(1),
             events_forbidden: false,
+            deaf: 0,
             epoch: 0,
             stopped: false,
         };
         let shared = Arc::new(Shared {
-            store: Mutex::default(),
+            store,
             behaviour: tokio::sync::watch::Sender::new(behaviour),
-            changed: tokio::sync::watch::Sender::new(0),
+            changed,
             requests: Mutex::default(),
             headers: Mutex::default(),
             events: Mutex::default(),
+            past: Mutex::default(),
+            cluster_info: Mutex::default(),
+            watches: AtomicU64::new(0),
+            tls: Mutex::default(),
         });
         let served = shared.clone();
         let thread = std::thread::Builder::new()
@@ -151,10 +190,20 @@ impl ApiServer {
         Self::start(netns.listen(address)?)
     }
 
+    /// Speaks TLS from now on, with this certificate; clients have to show one of `clients` if there is one.
+    /// Connections there were are cut.
+    pub fn secure(&self, pair: &tls::Pair, clients: Option<&tls::Ca>) -> Result<()> {
+        let config = pair.config(clients)?;
+        *self.shared.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+        self.cut();
+        Ok(())
+    }
+
     /// Its URL, for `--apiserver`.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let tls = self.shared.tls.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        format!("{}://{}", if tls { "https" } else { "http" }, self.address)
     }
 
     /// Where it listens.
@@ -178,10 +227,26 @@ impl ApiServer {
 
     /// Fails from now on in this way.
     pub fn fail(&self, fault: Fault) {
+        if fault == Fault::Stale {
+            let past = self.shared.store().past(BEHIND);
+            *self.shared.past.lock().unwrap_or_else(PoisonError::into_inner) = past;
+        }
         self.shared.behaviour.send_modify(|now| {
             now.fault = fault;
             now.epoch += u64::from(fault == Fault::Drop);
         });
+    }
+
+    /// Shows kubeadm's ConfigMap `cluster-info` with this server to whoever does not say who they are.
+    pub fn cluster_info(&self, server: &str) {
+        let mut shown = self.shared.cluster_info.lock().unwrap_or_else(PoisonError::into_inner);
+        *shown = Some(server.to_owned());
+    }
+
+    /// The watches that run fall silent for ever; new ones work.
+    pub fn deafen(&self) {
+        let deaf = self.shared.watches.load(Ordering::Relaxed);
+        self.shared.behaviour.send_modify(|now| now.deaf = deaf);
     }
 
     /// Cuts all connections once.
@@ -276,10 +341,24 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>) {
 async fn connection(stream: tokio::net::TcpStream, shared: Arc<Shared>) {
     let mut behaviour = shared.behaviour.subscribe();
     let epoch = behaviour.borrow().epoch;
-    let service = service_fn(move |request| http::answer(shared.clone(), request));
     tokio::select! {
-        // A client that breaks off is no fault of ours.
-        _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service) => {}
+        () = speak(stream, shared) => {}
         _ = behaviour.wait_for(|now| now.epoch != epoch) => {}
     }
+}
+
+/// HTTP, over TLS if that is spoken. A client that breaks off is no fault of ours.
+async fn speak(stream: tokio::net::TcpStream, shared: Arc<Shared>) {
+    let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let builder = auto::Builder::new(TokioExecutor::new());
+    let Some(tls) = tls else {
+        let service = service_fn(move |request| http::answer(shared.clone(), None, request));
+        drop(builder.serve_connection(TokioIo::new(stream), service).await);
+        return;
+    };
+    let Ok(stream) = TlsAcceptor::from(tls).accept(stream).await else { return };
+    let certificates = stream.get_ref().1.peer_certificates();
+    let certificate = certificates.and_then(|chain| Some(chain.first()?.to_vec()));
+    let service = service_fn(move |request| http::answer(shared.clone(), certificate.clone(), request));
+    drop(builder.serve_connection(TokioIo::new(stream), service).await);
 }

@@ -8,15 +8,16 @@ use super::selector::Filter;
 use crate::object::{Key, Kind, Object};
 
 /// One write: the object before and after it.
+#[derive(Clone)]
 struct Change {
     version: u64,
-    kind: Kind,
+    key: Key,
     before: Option<Value>,
     after: Option<Value>,
 }
 
 /// What a server keeps.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Store {
     version: u64,
     /// The version before which changes are forgotten.
@@ -53,7 +54,12 @@ impl Store {
         }
         json["metadata"]["resourceVersion"] = json!(self.version.to_string());
         self.objects.insert(object.key.clone(), json.clone());
-        self.changes.push(Change { version: self.version, kind: object.key.kind, before, after: Some(json) });
+        self.changes.push(Change {
+            version: self.version,
+            key: object.key.clone(),
+            before,
+            after: Some(json),
+        });
     }
 
     /// Deletes an object; whether there was one.
@@ -62,7 +68,7 @@ impl Store {
         self.version += 1;
         self.changes.push(Change {
             version: self.version,
-            kind: key.kind,
+            key: key.clone(),
             before: Some(before),
             after: None,
         });
@@ -75,6 +81,20 @@ impl Store {
         self.oldest = self.version;
         self.changes.clear();
         self.pages.clear();
+    }
+
+    /// What it was this many changes ago.
+    pub(super) fn past(&self, changes: usize) -> Self {
+        let mut past = self.clone();
+        for _ in 0..changes {
+            let Some(change) = past.changes.pop() else { break };
+            past.version = change.version - 1;
+            match change.before {
+                Some(before) => drop(past.objects.insert(change.key, before)),
+                None => drop(past.objects.remove(&change.key)),
+            }
+        }
+        past
     }
 
     /// The current version.
@@ -119,7 +139,7 @@ impl Store {
         if version < self.oldest {
             return Err(Gone);
         }
-        let fresh = self.changes.iter().filter(|change| change.version > version && change.kind == kind);
+        let fresh = self.changes.iter().filter(|change| change.version > version && change.key.kind == kind);
         Ok((fresh.filter_map(|change| change.event(filter)).collect(), self.version))
     }
 }

@@ -25,6 +25,10 @@ pub(super) struct Watch {
     pub(super) initial: bool,
     pub(super) bookmarks: bool,
     pub(super) seconds: u64,
+    /// How many watches began before.
+    pub(super) n: u64,
+    /// Whether it stops in the middle of what there is.
+    pub(super) half: bool,
 }
 
 /// The client has gone.
@@ -58,9 +62,9 @@ async fn run(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<(
         None => begin(shared, watch, sender).await?,
     };
     loop {
-        shared.answering().await;
+        shared.telling(watch.n).await;
         changed.mark_unchanged();
-        let news = shared.store().since(version, watch.kind, &watch.filter);
+        let news = shared.shown().since(version, watch.kind, &watch.filter);
         let Ok((events, now)) = news else {
             let style = shared.behaviour.borrow().gone;
             if style == Gone::Event {
@@ -76,7 +80,7 @@ async fn run(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<(
         tokio::select! {
             _ = changed.changed() => {}
             () = tokio::time::sleep(idle), if watch.bookmarks => {
-                shared.answering().await;
+                shared.telling(watch.n).await;
                 send(sender, &bookmark(watch.kind, version, false)).await?;
             }
         }
@@ -86,11 +90,17 @@ async fn run(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<(
 /// Sends what there is; the version it shows.
 async fn begin(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<u64, Left> {
     let (objects, version) = {
-        let store = shared.store();
+        let store = shared.shown();
         (store.all(watch.kind, &watch.filter), store.version())
     };
+    shared.telling(watch.n).await;
+    let many = if watch.half { objects.len() / 2 } else { objects.len() };
+    let objects: Vec<Value> = objects.into_iter().take(many).collect();
     for object in objects {
         send(sender, &json!({ "type": "ADDED", "object": object })).await?;
+    }
+    if watch.half {
+        return Err(Left);
     }
     if watch.initial {
         send(sender, &bookmark(watch.kind, version, true)).await?;

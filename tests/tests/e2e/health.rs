@@ -6,13 +6,13 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::ApiServer;
-use proxy_tests::manifests::node;
+use proxy_tests::manifests::{ServicePlan, node};
 use proxy_tests::object::Object;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::eventually;
 use serde_json::Value;
 
-use crate::common::{manifests, web};
+use crate::common::{manifests, vips, web};
 use crate::life::{FLAGS, SOON, answers, one_node, servers, service};
 
 /// Asks over HTTP from a place: code and body.
@@ -82,7 +82,7 @@ fn a_node_that_is_to_be_deleted_wants_no_traffic_but_lives() -> Result<()> {
     let town = one_node(&["a"])?;
     let host = town.place("node1");
     let server = ApiServer::start_in(&host.netns, "127.0.0.1:6443".parse()?)?;
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
     // H-8, Y-15, T-104: with an API server a Node that was never seen is not eligible.
     until_code(host, "/healthz", 503)?;
     until_code(host, "/livez", 200)?;
@@ -97,8 +97,28 @@ fn a_node_that_is_to_be_deleted_wants_no_traffic_but_lives() -> Result<()> {
     let health = until_code(host, "/healthz", 503)?;
     ensure!(health["nodeEligible"] == false && health["healthy"] == true, "{health:#}");
     until_code(host, "/livez", 200)?;
-    server.put(good);
-    until_code(host, "/healthz", 200).map(drop)
+    server.put(good.clone());
+    until_code(host, "/healthz", 200)?;
+    // Whoever deletes the object of a node that lives has kubelet make it again: what was seen last counts.
+    for n in [1, 2] {
+        let passes =
+            |agent: &Agent| Ok::<_, anyhow::Error>(agent.status_json()?["agent"]["generation"].clone());
+        let before = passes(&agent)?;
+        ensure!(server.delete(&good.key));
+        // The next pass is made with what is known then, and tells health.
+        server.put(&ServicePlan::new(&format!("s{n}"), &vips(n)).port("tcp", "TCP", 80, 80).build());
+        eventually(SOON, || {
+            ensure!(passes(&agent)? != before, "no pass yet");
+            Ok(())
+        })?;
+        ensure!(
+            http(host, "127.0.0.1:10256", "/healthz")?.0 == 200,
+            "a node whose object is gone is not ill"
+        );
+        server.put(good.clone());
+        until_code(host, "/healthz", 200)?;
+    }
+    Ok(())
 }
 
 #[test]

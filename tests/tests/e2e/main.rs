@@ -5,6 +5,10 @@ mod account;
 #[cfg(test)]
 mod api_server;
 #[cfg(test)]
+mod api_trouble;
+#[cfg(test)]
+mod api_way;
+#[cfg(test)]
 mod bad_objects;
 #[cfg(test)]
 mod basics;

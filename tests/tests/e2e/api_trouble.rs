@@ -1,0 +1,190 @@
+//! An API server that hangs, is silent, cuts, lies, drips or talks nonsense: what is served goes on, the server is not
+//! asked all the time, what is wrong is said, and what changed meanwhile is in force soon after (Y-5, Y-6).
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::agent::Agent;
+use proxy_tests::apiserver::{ApiServer, Fault, Gone};
+use proxy_tests::manifests::EndpointController;
+use proxy_tests::probe::{eventually, get};
+use proxy_tests::town::Town;
+
+use crate::api_server::{connected, server};
+use crate::common::web;
+use crate::health::http;
+use crate::life::{FLAGS, answers, complains, one_node, quick, servers, service, status_until};
+
+/// How long a fault lasts here.
+const LASTS: Duration = Duration::from_secs(12);
+/// What all of an agent may ask a server for in that time: each of four kinds begins anew at most once in the pauses
+/// of 0.8, 1.6, 3.2 and 6.4 seconds, with a list before the watch, and a second time where the fault begins.
+const REQUESTS: usize = 40;
+
+/// Has everybody's answers counted while a fault lasts, and ends it.
+struct Trouble<'a> {
+    town: &'a Town,
+    server: &'a ApiServer,
+    agent: &'a Agent,
+}
+
+impl Trouble<'_> {
+    /// One fault: `words` are said of it.
+    fn play(&self, fault: Fault, words: &[&str], controller: &mut EndpointController<'_>) -> Result<()> {
+        let Self { town, server, agent } = self;
+        let (pod, vip) = (town.place("a"), service(1)[0]);
+        let name = get(pod, &quick(vip))?.name;
+        let other = if name == "b" { "c" } else { "b" };
+        let (asked, logged) = (server.requests().len(), agent.log_text().lines().count());
+        let begun = Instant::now();
+        server.fail(fault);
+        if matches!(fault, Fault::Half | Fault::Stale) {
+            server.expire(Gone::Event);
+        } else {
+            // Most faults are those of an answer: watches that run have theirs.
+            server.cut();
+        }
+        sleep(Duration::from_millis(500));
+        controller.replace(&[town.place(other)])?;
+        if !words.is_empty() {
+            complains(agent, words, true)?;
+            let (code, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+            ensure!(code == 200 && metrics.contains("proxy_agent_watches_ended_total{"), "{metrics}");
+        }
+        while begun.elapsed() < LASTS {
+            ensure!(get(pod, &quick(vip))?.name == name, "what is served is harmed");
+            sleep(Duration::from_millis(100));
+        }
+        ensure!(agent.status_json()?["healthy"] == true, "losing the API server is no illness (Y-6)");
+        let asked = server.requests().split_off(asked);
+        ensure!(asked.len() <= REQUESTS, "{} requests in {LASTS:?}: {asked:#?}", asked.len());
+        let lines = agent.log_text().lines().count() - logged;
+        ensure!(lines <= 25, "{lines} lines:\n{}", agent.log_text());
+        let over = Instant::now();
+        server.fail(Fault::None);
+        answers(pod, vip, other)?;
+        let served = over.elapsed();
+        connected(agent, true)?;
+        if !words.is_empty() {
+            complains(agent, words, false)?;
+        }
+        eprintln!("{fault:?}: {} requests in {LASTS:?}, served again after {:?}", asked.len(), served);
+        Ok(())
+    }
+}
+
+/// Plays some faults one after the other.
+fn faults(faults: &[(Fault, &[&str])]) -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let server = server(&town)?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    answers(town.place("a"), service(1)[0], "b")?;
+    connected(&agent, true)?;
+    for (fault, words) in faults {
+        let trouble = Trouble { town: &town, server: &server, agent: &agent };
+        let played = trouble.play(*fault, words, &mut controller);
+        played.with_context(|| agent.log_text()).with_context(|| format!("{fault:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_server_that_begins_no_watch_or_ends_each_at_once_is_asked_now_and_then() -> Result<()> {
+    faults(&[
+        (Fault::NoHeaders, &["API server", "no answer within"]),
+        (Fault::Cut, &["API server", "ends as soon as it has begun"]),
+    ])
+}
+
+#[test]
+fn a_server_that_drips_or_talks_nonsense_harms_nothing() -> Result<()> {
+    faults(&[
+        (Fault::Slow, &[]),
+        (Fault::Garbage, &["API server", "cannot be understood"]),
+        (Fault::Half, &["API server", "half-way"]),
+    ])
+}
+
+#[test]
+fn a_server_that_shows_the_past_or_wants_to_be_left_alone_is_followed_when_it_is_well() -> Result<()> {
+    faults(&[
+        (Fault::Stale, &["API server", "older state"]),
+        (Fault::Busy(3), &["API server", "TooManyRequests"]),
+        (Fault::Silent, &[]),
+    ])
+}
+
+#[test]
+fn a_watch_that_has_gone_deaf_is_begun_anew() -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let server = server(&town)?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    answers(town.place("a"), service(1)[0], "b")?;
+    connected(&agent, true)?;
+    server.deafen();
+    let begun = Instant::now();
+    controller.replace(&[town.place("c")])?;
+    // Endpoints are proved to be heard of every 10 to 15 seconds.
+    answers(town.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
+    eprintln!("deaf: served after {:?}", begun.elapsed());
+    Ok(())
+}
+
+#[test]
+fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let server = server(&town)?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    answers(town.place("a"), service(1)[0], "b")?;
+    connected(&agent, true)?;
+    let (begun, asked) = (Instant::now(), server.requests().len());
+    server.fail(Fault::Hang);
+    controller.replace(&[town.place("c")])?;
+    // Silence of 10 to 15 seconds, 6 for an answer.
+    eventually(Duration::from_secs(30), || {
+        let status = agent.status_json()?;
+        ensure!(status["agent"]["connected"] == false, "{:#}", status["agent"]);
+        Ok(())
+    })?;
+    eprintln!("hang: noticed after {:?}", begun.elapsed());
+    complains(&agent, &["API server", "no answer within 6s"], true)?;
+    sleep(LASTS);
+    // While nobody answers one request at a time is made.
+    let asked = server.requests().len() - asked;
+    ensure!(asked <= 12, "{asked} requests");
+    answers(town.place("a"), service(1)[0], "b")?;
+    server.fail(Fault::None);
+    answers(town.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
+    connected(&agent, true)?;
+    status_until(&agent, "no complaint", |status| !status["complaints"].to_string().contains("API server"))
+        .map(drop)
+}
+
+#[test]
+fn while_nothing_listens_it_is_tried_one_at_a_time() -> Result<()> {
+    let town = one_node(&["a"])?;
+    let server = server(&town)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    connected(&agent, true)?;
+    let tried = || -> Result<u64> {
+        let (_, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+        let failed = metrics.lines().filter(|line| line.contains("requests_total{code=\"<error>\""));
+        Ok(failed.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+    };
+    let before = tried()?;
+    drop(server);
+    connected(&agent, false)?;
+    sleep(LASTS);
+    let tries = tried()? - before;
+    ensure!((3..=20).contains(&tries), "{tries} tries");
+    let log = agent.log_text();
+    ensure!(log.lines().filter(|line| line.contains("cannot watch")).count() <= 12, "{log}");
+    complains(&agent, &["API server", "refused"], true)
+}

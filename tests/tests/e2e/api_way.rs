@@ -1,0 +1,260 @@
+//! Ways to the API server: several servers, servers that were learnt, certificates and tokens that change (Y-1).
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::agent::{Agent, Feed};
+use proxy_tests::apiserver::tls::{Ca, Pair};
+use proxy_tests::apiserver::{ApiServer, Fault};
+use proxy_tests::manifests::{Family, Phase, SlicePlan};
+use proxy_tests::probe::eventually;
+use proxy_tests::require::agent_binary;
+use proxy_tests::town::Town;
+
+use crate::api_server::{connected, server};
+use crate::common::web;
+use crate::life::{FLAGS, SOON, answers, complains, one_node, servers, service};
+
+/// Account files are looked at every five seconds.
+const ROTATED: Duration = Duration::from_secs(20);
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// Another server of the same cluster, in the node.
+fn beside(server: &ApiServer, town: &Town, port: u16) -> Result<ApiServer> {
+    server.beside(town.place("node1").netns.listen(local(port))?)
+}
+
+#[test]
+fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let first = server(&town)?;
+    let second = beside(&first, &town, 6444)?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&first, &town, "web", 1, &["b"], |plan| plan)?;
+    let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
+    let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    connected(&agent, true)?;
+    ensure!(second.requests().is_empty(), "the first one works");
+    // Each fault in turn of whichever is in use.
+    let mut home = "b";
+    let mut turn = |used: &ApiServer, other: &ApiServer, fault: Fault, limit: u64| -> Result<()> {
+        home = if home == "b" { "c" } else { "b" };
+        let begun = Instant::now();
+        used.fail(fault);
+        if fault != Fault::Hang {
+            used.cut();
+        }
+        controller.replace(&[town.place(home)])?;
+        eventually(Duration::from_secs(limit) * proxy_tests::patience(), || answers_now(&town, vip, home))
+            .with_context(|| format!("{fault:?}:\n{}", agent.log_text()))?;
+        eprintln!("{fault:?}: another server is followed after {:?}", begun.elapsed());
+        used.fail(Fault::None);
+        // It is not gone back to.
+        let left = used.requests().len();
+        std::thread::sleep(Duration::from_secs(3));
+        ensure!(used.requests().len() == left && !other.requests().is_empty(), "{}", agent.log_text());
+        Ok(())
+    };
+    turn(&first, &second, Fault::Drop, 5)?;
+    turn(&second, &first, Fault::Hang, 30)?;
+    turn(&first, &second, Fault::Status(500), 10)?;
+    connected(&agent, true)?;
+    // Neither: what is served stays, and goes on with the first that is back.
+    first.fail(Fault::Drop);
+    second.fail(Fault::Drop);
+    connected(&agent, false)?;
+    controller.replace(&[town.place("b")])?;
+    std::thread::sleep(Duration::from_secs(3));
+    answers_now(&town, vip, "c")?;
+    first.fail(Fault::None);
+    answers(pod, vip, "b").with_context(|| agent.log_text())?;
+    connected(&agent, true)
+}
+
+fn answers_now(town: &Town, vip: SocketAddr, name: &str) -> Result<()> {
+    let answer = proxy_tests::probe::get(town.place("a"), &crate::life::quick(vip))?;
+    ensure!(answer.name == name, "{} answers", answer.name);
+    Ok(())
+}
+
+#[test]
+fn servers_that_the_cluster_tells_of_are_asked_when_the_one_that_was_given_is_gone() -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let given = server(&town)?;
+    let (endpoint, balanced) = (beside(&given, &town, 6444)?, beside(&given, &town, 6445)?);
+    given.cluster_info(&balanced.url());
+    let kubernetes = SlicePlan::new("kubernetes", "v4", Family::V4).port("https", "TCP", 6444);
+    given.put(&kubernetes.endpoint("apiserver", Ipv4Addr::LOCALHOST.into(), None, Phase::Ready).build());
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&given, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &given, &FLAGS)?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    eventually(SOON, || {
+        let log = agent.log_text();
+        for server in [&endpoint, &balanced] {
+            ensure!(log.contains(&format!("one more API server is known: {}", server.url())), "{log}");
+        }
+        Ok(())
+    })?;
+    given.fail(Fault::Drop);
+    controller.replace(&[town.place("c")])?;
+    answers(pod, vip, "c").with_context(|| agent.log_text())?;
+    ensure!(!endpoint.requests().is_empty() && balanced.requests().is_empty());
+    endpoint.fail(Fault::Drop);
+    controller.replace(&[town.place("b")])?;
+    answers(pod, vip, "b").with_context(|| agent.log_text())?;
+    ensure!(!balanced.requests().is_empty());
+    Ok(())
+}
+
+/// A kubeconfig for a server, whose files lie beside it.
+fn kubeconfig(home: &Path, server: &ApiServer, user: &str) -> Result<String> {
+    let text = format!(
+        "{{apiVersion: v1, kind: Config, current-context: c,\n\
+         clusters: [{{name: c, cluster: {{server: '{}', certificate-authority: ca.crt}}}}],\n\
+         users: [{{name: u, user: {user}}}],\n\
+         contexts: [{{name: c, context: {{cluster: c, user: u}}}}]}}\n",
+        server.url(),
+    );
+    let path = home.join("config");
+    fs::write(&path, text)?;
+    Ok(format!("--kubeconfig={}", path.display()))
+}
+
+#[test]
+fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let server = server(&town)?;
+    let home = tempfile::tempdir()?;
+    let (old, new) = (Ca::new("old")?, Ca::new("new")?);
+    let clients = Ca::new("clients")?;
+    let (one, two) = (clients.client("one")?, clients.client("two")?);
+    server.secure(&old.server(&["127.0.0.1"])?, Some(&clients))?;
+    // As a volume is mounted: files are links through a link that is exchanged.
+    let install = |name: &str, ca: &Ca, client: &Pair, token: &str| -> Result<()> {
+        let dir = home.path().join(name);
+        fs::create_dir(&dir)?;
+        fs::write(dir.join("ca.crt"), ca.pem())?;
+        fs::write(dir.join("token"), format!("{token}\n"))?;
+        fs::write(dir.join("tls.crt"), &client.certificate)?;
+        fs::write(dir.join("tls.key"), &client.key)?;
+        let data = home.path().join("..data");
+        let next = home.path().join("..next");
+        symlink(name, &next)?;
+        fs::rename(next, data).context("exchanging the link")
+    };
+    install("v1", &old, &one, "first")?;
+    for name in ["ca.crt", "token", "tls.crt", "tls.key"] {
+        symlink(format!("..data/{name}"), home.path().join(name))?;
+    }
+    let user = "{tokenFile: token, client-certificate: tls.crt, client-key: tls.key}";
+    let flag = kubeconfig(home.path(), &server, user)?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent =
+        Agent::start(&town, "node1", Feed::ApiServer(String::new()), &[&FLAGS[..], &[&flag]].concat())?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    // The newline is the file's (A token with one in it is no header at all).
+    let used = |token: &str, client: &Pair| {
+        let token = Some(format!("Bearer {token}"));
+        let same = |asked: &&proxy_tests::apiserver::Asked| {
+            asked.authorization == token && asked.certificate.as_ref() == Some(&client.der)
+        };
+        server.headers().iter().filter(same).count()
+    };
+    ensure!(used("first", &one) >= 3, "{:?}", server.headers());
+
+    // Token and certificate: those who listen are connected anew by themselves.
+    let begun = Instant::now();
+    install("v2", &old, &two, "second")?;
+    eventually(ROTATED, || {
+        ensure!(used("second", &two) >= 3, "{}", agent.log_text());
+        Ok(())
+    })?;
+    eprintln!("token and client certificate: used after {:?}", begun.elapsed());
+
+    // The server's CA, and with it the server's certificate.
+    let begun = Instant::now();
+    server.secure(&new.server(&["127.0.0.1"])?, Some(&clients))?;
+    controller.replace(&[town.place("c")])?;
+    complains(&agent, &["API server", "certificate"], true)?;
+    install("v3", &new, &two, "second")?;
+    answers(pod, vip, "c").with_context(|| agent.log_text())?;
+    eprintln!("CA: used after {:?}", begun.elapsed());
+
+    // A file that is written half is not used, and said.
+    fs::write(home.path().join("v3/ca.crt"), "-----BEGIN CERTIFICATE-----\nAAAA\n")?;
+    complains(&agent, &["API server", "stays in use"], true)?;
+    controller.replace(&[town.place("b")])?;
+    answers(pod, vip, "b")?;
+    fs::write(home.path().join("v3/ca.crt"), new.pem())?;
+    complains(&agent, &["API server", "stays in use"], false)
+}
+
+#[test]
+fn a_server_whose_certificate_is_its_own_ca_is_accepted_and_one_of_another_name_is_not() -> Result<()> {
+    let town = one_node(&["a"])?;
+    let server = server(&town)?;
+    let home = tempfile::tempdir()?;
+    let own = Pair::own_ca(Ipv4Addr::LOCALHOST.into())?;
+    server.secure(&own, None)?;
+    fs::write(home.path().join("ca.crt"), &own.certificate)?;
+    let flag = kubeconfig(home.path(), &server, "{}")?;
+    let flags = [&FLAGS[..], &[&flag]].concat();
+    let agent = Agent::start(&town, "node1", Feed::ApiServer(String::new()), &flags)?;
+    connected(&agent, true)?;
+    let other = Pair::own_ca("127.0.0.2".parse()?)?;
+    server.secure(&other, None)?;
+    connected(&agent, false)?;
+    fs::write(home.path().join("ca.crt"), format!("{}{}", own.certificate, other.certificate))?;
+    // It is given now, but for another name.
+    std::thread::sleep(Duration::from_secs(7));
+    connected(&agent, false)?;
+    server.secure(&own, None)?;
+    connected(&agent, true)
+}
+
+#[test]
+fn a_pod_on_a_fresh_node_gets_to_its_server_although_nobody_serves_the_cluster_ip() -> Result<()> {
+    let town = one_node(&["a", "b"])?;
+    let host = town.place("node1");
+    let (ca, home) = (Ca::new("cluster")?, tempfile::tempdir()?);
+    // As on Talos.
+    let server = ApiServer::start_in(&host.netns, local(7445))?;
+    server.secure(&ca.server(&["kubernetes.default.svc", "10.96.0.1"])?, None)?;
+    server.put(&proxy_tests::manifests::node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
+    let _servers = servers(&town, &["b"])?;
+    let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let account = home.path().join("account");
+    fs::create_dir(&account)?;
+    fs::write(account.join("token"), "token")?;
+    fs::write(account.join("namespace"), "kube-system")?;
+    fs::write(account.join("ca.crt"), ca.pem())?;
+    // The files stand at a place that is fixed: the agent sees a /run of its own.
+    let script = format!(
+        "#!/bin/sh\nexport KUBERNETES_SERVICE_HOST=10.96.0.99 KUBERNETES_SERVICE_PORT=443\n\
+         exec unshare --mount --propagation private sh -c '\n\
+         mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io &&\n\
+         ln -s {} /run/secrets/kubernetes.io/serviceaccount && exec {} \"$@\"' sh \"$@\"\n",
+        account.display(),
+        agent_binary()?.display()
+    );
+    let path = home.path().join("agent");
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let mut agent = Agent::prepare(&path, &town, "node1", Feed::ApiServer(String::new()), &FLAGS)?;
+    agent.spawn()?;
+    let answered = answers(town.place("a"), service(1)[0], "b");
+    answered.with_context(|| agent.log_text())
+}
