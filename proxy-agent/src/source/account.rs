@@ -85,6 +85,7 @@ impl Account {
             }
             let now = fingerprint(&self, &read);
             if now == known {
+                servers.trouble(ABOUT, None); // It may be as it was before.
                 continue;
             }
             let replaced = match self.read().await {

@@ -1,7 +1,7 @@
 //! The Kubernetes API as a source: Services, EndpointSlices and our own Node, listed and watched for ever.
 //!
-//! Here is what is asked for; [`super::follow`] asks, [`super::feed`] makes changes of the answers, and
-//! [`super::connect`] leads to the server that [`super::servers`] has chosen.
+//! Here is what is asked for; `follow` asks, `feed` makes changes of the answers, and `connect` leads to the server that
+//! `servers` has chosen.
 
 use std::collections::HashMap;
 use std::path::PathBuf;

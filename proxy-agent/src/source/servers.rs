@@ -17,8 +17,8 @@ use super::backoff::Backoff;
 
 /// Pauses while no server answers.
 const DOWN: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
-/// A server that was left because of what it answered is not gone back to for this time.
-const BLAMED: Duration = Duration::from_secs(60);
+/// A server that was left is not gone back to for this time, because of what another one answers.
+const BLAMED: Duration = Duration::from_secs(10);
 /// What was wrong with a server that is no longer asked is told for this time.
 const TOLD: Duration = Duration::from_secs(300);
 /// No server makes us wait longer than this.
@@ -136,9 +136,7 @@ impl Servers {
         if let Some(held) = held {
             tokio::time::sleep_until(held).await;
         }
-        if self.state().down.is_none() {
-            return None;
-        }
+        self.state().down?;
         let admitted = self.gate.lock().await;
         let mut moved = self.subscribe();
         let at = self.state().down?;

@@ -66,7 +66,8 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     };
     turn(&first, &second, Fault::Drop, 5)?;
     turn(&second, &first, Fault::Hang, 30)?;
-    turn(&first, &second, Fault::Status(500), 10)?;
+    // The other one was left a moment ago.
+    turn(&first, &second, Fault::Status(500), 20)?;
     connected(&agent, true)?;
     // Neither: what is served stays, and goes on with the first that is back.
     first.fail(Fault::Drop);
