@@ -333,7 +333,7 @@ fn an_agent_that_is_started_again_and_again_runs_out_of_nothing_and_uses_no_more
     let first = used(&agent)?;
     ensure!(first.contains(&("SLOTS".into(), 4)) && first.contains(&("BACKENDS".into(), 4)), "{first:?}");
     let mut name = String::new();
-    for n in 0..60 {
+    for n in 0..30 {
         agent.kill()?;
         let to = ["c", "b"][n % 2];
         web.replace(&[town.place(to)])?;
