@@ -243,7 +243,8 @@ fn what_is_no_file_any_more_keeps_what_it_said_and_holds_up_nobody() {
     let mut bench = Bench::new();
     let at = bench.dir.path().join("a.yaml");
     let other = |bench: &Bench, n: u8| bench.write("b.yaml", &service("other", &format!("10.96.1.{n}")));
-    let kinds: [(&str, fn(&Path)); 7] = [
+    type Make = fn(&Path);
+    let kinds: [(&str, Make); 7] = [
         ("leads to nothing", |at| symlink("nowhere", at).unwrap()),
         ("is a FIFO", |at| nix::unistd::mkfifo(at, nix::sys::stat::Mode::S_IRWXU).unwrap()),
         ("is a directory", |at| fs::create_dir(at).unwrap()),
