@@ -1,12 +1,12 @@
 //! File descriptors: as many as the process may have, and most of them for the agent's own work.
 //!
-//! The agent needs some eighty for tables, programs, the API server and netlink, and two for each interface while its
-//! programs are attached. What clients may take is bounded in [`crate::serve::Limits`], which follows from the limit set
-//! here.
+//! The agent itself has some hundred and fifty open: tables, programs, the API server, netlink; links of interfaces are
+//! pinned, and open only while they are looked at. What clients may take is bounded in [`crate::serve::Limits`], which
+//! follows from the limit set here.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// With fewer a node of many interfaces, or many health checks of Services, runs out.
+/// With fewer there is little room for health checks of Services, and for clients.
 const FEW: u64 = 1024;
 
 /// Raises the soft limit to the hard one; what to say where that leaves few.
@@ -24,8 +24,8 @@ pub(super) fn raise() -> Option<String> {
     }
     (hard < FEW).then(|| {
         format!(
-            "only {hard} file descriptors are allowed: {FEW} serve a node with hundreds of interfaces (LimitNOFILE=, \
-             ulimit -Hn)"
+            "only {hard} file descriptors are allowed: with {FEW} and more there is room for many health checks of Services \
+             (LimitNOFILE=, ulimit -Hn)"
         )
     })
 }

@@ -43,8 +43,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Three quarters of so many descriptors stay with the agent: for the API server, tables, links of interfaces, and the
-    /// files that it looks into.
+    /// Three quarters of so many descriptors stay with the agent: for tables, programs, links of interfaces, the API
+    /// server, and the files that it looks into.
     #[must_use]
     pub fn of(descriptors: u64) -> Self {
         let eighth = usize::try_from(descriptors / 8).unwrap_or(usize::MAX);
