@@ -1,7 +1,7 @@
 //! How HTTP is served here: by hyper, within limits.
 //!
 //! Anybody may be at the other end. A connection may be silent, send its request byte by byte, or not take its answer:
-//! after [`SILENCE`] it is closed. There may be thousands of them: a listener has so many connections at a time, all
+//! after half a minute it is closed. There may be thousands of them: a listener has so many connections at a time, all
 //! listeners together so many more, and a new one takes the place of the one for which nothing has been done for the longest time.
 //! So who asks is answered, whoever else is there, and most descriptors of the process are left to the agent
 //! ([`Limits`]). All of it runs on the thread of the servers, and the loop does not know of it.

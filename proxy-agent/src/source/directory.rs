@@ -1,6 +1,6 @@
 //! A directory of manifests as a source: no API server needed.
 //!
-//! Edits, additions and removals are noticed. A file that is broken, or no file at all ([`super::file`]), keeps what it
+//! Edits, additions and removals are noticed. A file that is broken, or no file at all (`file.rs`), keeps what it
 //! said before; an object in two files is taken from the first by name, and from the other when that one goes.
 
 use std::collections::{BTreeMap, BTreeSet};
