@@ -10,7 +10,9 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("proxy-ebpf");
     println!("cargo::rerun-if-env-changed=PROXY_EBPF_OBJECT");
     let named = env::var_os("PROXY_EBPF_OBJECT").filter(|value| !value.is_empty()).map(PathBuf::from);
-    let object = named.clone().unwrap_or_else(|| manifest.join("../target/bpf/proxy-ebpf"));
+    let next = env::var_os("CARGO_FEATURE_NEXT_LAYOUT").is_some();
+    let made = if next { "../target/bpf/proxy-ebpf-next" } else { "../target/bpf/proxy-ebpf" };
+    let object = named.clone().unwrap_or_else(|| manifest.join(made));
     println!("cargo::rerun-if-changed={}", object.display());
     match fs::read(&object) {
         Ok(bytes) => write(&out, &bytes),

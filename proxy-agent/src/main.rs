@@ -45,7 +45,8 @@ fn trial() -> Trial {
     }
 }
 
-fn main() -> ExitCode {
+/// See the command line.
+pub(crate) fn main() -> ExitCode {
     cli::main(&Rooms {
         run,
         open,

@@ -9,6 +9,9 @@
 //! touches a packet.
 #![cfg_attr(not(any(test, feature = "testing")), no_std)]
 
+#[cfg(feature = "user")]
+extern crate alloc;
+
 pub mod abi;
 pub mod addr;
 pub mod lb;

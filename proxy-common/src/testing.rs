@@ -27,6 +27,8 @@ pub struct MemoryTables {
     pub config: Option<Config>,
     /// The clock, in nanoseconds.
     pub now: Cell<u64>,
+    /// PAUSE.
+    pub paused_until: Cell<u64>,
     /// The next random word; each call adds a large odd number.
     pub random: Cell<u32>,
     /// ADDRESSES.
@@ -151,6 +153,10 @@ impl Tables for MemoryTables {
 
     fn now(&self) -> u64 {
         self.now.get()
+    }
+
+    fn paused_until(&self) -> u64 {
+        self.paused_until.get()
     }
 
     fn random(&self) -> u32 {

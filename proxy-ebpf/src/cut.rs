@@ -224,9 +224,19 @@ pub extern "C" fn cut_sweep(index: u32) -> u32 {
 /// Makes a flow of the record that lies in the packet from `at` on. Like all of `flows` it has no working storage.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_adopt(ctx: *mut __sk_buff, at: u32) -> u32 {
-    adopt::adopt(&Socket::NOWHERE, |flow| Skb(ctx).copy_record(at, flow))
+pub extern "C" fn cut_adopt(ctx: *mut __sk_buff, at: u32, from: u32) -> u32 {
+    let from = match from {
+        FROM_TABLES => adopt::From::Tables,
+        FROM_OLD_TABLES => adopt::From::OldTables,
+        _ => adopt::From::Proxy,
+    };
+    adopt::adopt(&Socket::NOWHERE, from, |flow| Skb(ctx).copy_record(at, flow))
 }
+
+/// See [`adopt::From::Tables`].
+pub const FROM_TABLES: u32 = 1;
+/// See [`adopt::From::OldTables`].
+pub const FROM_OLD_TABLES: u32 = 2;
 
 #[unsafe(no_mangle)]
 #[inline(never)]

@@ -50,6 +50,8 @@ pub static RETIRED: Array<u32, 1> = Array::new();
 pub static AGENT: Array<AgentState, 1> = Array::new();
 #[btf_map]
 pub static COMPLAINTS: Array<Complaint, { capacity::COMPLAINTS }> = Array::new();
+#[btf_map]
+pub static PAUSE: Array<u64, 1> = Array::new();
 /// Preallocated: a packet must not wait for memory.
 #[btf_map]
 pub static FLOWS: HashMap<Key, Leg, { capacity::FLOWS }> = HashMap::new();

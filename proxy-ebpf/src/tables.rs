@@ -107,6 +107,11 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
+    fn paused_until(&self) -> u64 {
+        maps::PAUSE.get(0).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
         // SAFETY: takes no arguments.
         unsafe { bpf_get_prandom_u32() }

@@ -139,6 +139,11 @@ impl Agent {
         self.before = Some(script.to_owned());
     }
 
+    /// Another program with the same command line, from the next start on.
+    pub fn becomes(&mut self, binary: &Path) {
+        self.binary = binary.into();
+    }
+
     /// Starts it (again) with the same flags; [`Self::wait_ready`] tells when it is ready.
     pub fn spawn(&mut self) -> Result<()> {
         ensure!(self.child.is_none(), "the agent of {} runs already", self.place.name);

@@ -70,6 +70,12 @@ pub fn agent_binary() -> Result<PathBuf> {
     Ok(FOUND.get_or_init(|| path).clone())
 }
 
+/// The agent with the made-up next layout of the tables: `PROXY_AGENT_NEXT_BIN`, or `proxy-agent-next` beside the test
+/// executable.
+pub fn next_agent_binary() -> Result<PathBuf> {
+    binary("PROXY_AGENT_NEXT_BIN", "proxy-agent-next", "cargo xtask build-ebpf --next")
+}
+
 /// The test-pod program: `PROXY_TESTPOD_BIN`, or `testpod` beside the test executable.
 pub fn testpod_binary() -> Result<PathBuf> {
     binary("PROXY_TESTPOD_BIN", "testpod", "cargo build -p proxy-tests --bin testpod")

@@ -7,7 +7,37 @@ use anyhow::{Context as _, Result};
 use crate::{bpf_loops, bpf_object, bpf_stack, cmd, toolchain::Toolchain, workspace};
 
 /// `cargo xtask build-ebpf`
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Those with the made-up next layout of the tables, to `target/bpf/proxy-ebpf-next`, and the agent that embeds them
+    /// (`target/debug/proxy-agent-next`): a test upgrades to it and back.
+    #[arg(long)]
+    next: bool,
+}
+
+/// The feature of all crates that makes the next layout.
+const NEXT: &str = "next-layout";
+
+/// `cargo xtask build-ebpf`
+pub(crate) fn command(args: &Args) -> Result<()> {
+    if args.next { next() } else { run() }
+}
+
+/// The kernel programs.
 pub(crate) fn run() -> Result<()> {
+    compile(&workspace::bpf_object(), false)
+}
+
+/// The same with the next layout, and their agent.
+pub(crate) fn next() -> Result<()> {
+    compile(&workspace::bpf_object().with_file_name("proxy-ebpf-next"), true)?;
+    let mut build = cmd::cargo();
+    build.current_dir(workspace::root());
+    build.args(["build", "-p", "proxy-agent", "--features", NEXT, "--bin", "proxy-agent-next"]);
+    cmd::run(&mut build)
+}
+
+fn compile(object: &Path, next: bool) -> Result<()> {
     let toolchain = Toolchain::find()?;
     let target_dir = workspace::bpf_dir().join("build");
     println!(
@@ -17,7 +47,11 @@ pub(crate) fn run() -> Result<()> {
         toolchain.linker.version,
         toolchain.linker.path.display()
     );
-    cmd::quiet(&mut toolchain.cargo("build", &target_dir, &[]))?;
+    let mut build = toolchain.cargo("build", &target_dir, &[]);
+    if next {
+        build.args(["--features", NEXT]);
+    }
+    cmd::quiet(&mut build)?;
 
     let built = target_dir.join(crate::toolchain::TARGET).join("release/proxy-ebpf");
     let elf =
@@ -34,8 +68,7 @@ pub(crate) fn run() -> Result<()> {
     let frames: Vec<&str> = stack.chain.iter().map(|(name, _)| name.as_str()).collect();
     println!("  {} bytes of stack at most, in {}", stack.bytes, frames.join(" → "));
     bpf_loops::check(&elf).with_context(|| format!("refused {}", built.display()))?;
-    let object = workspace::bpf_object();
-    let news = if replace(&object, &elf)? { "written" } else { "unchanged" };
+    let news = if replace(object, &elf)? { "written" } else { "unchanged" };
     println!("{}: {} bytes, {news}", object.display(), elf.len());
     Ok(())
 }

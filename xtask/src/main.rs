@@ -40,7 +40,7 @@ enum Command {
     /// Make this machine ready: the BPF toolchain and the tools that the tests use. Start here.
     Setup(setup::Args),
     /// Compile the kernel programs to `target/bpf/proxy-ebpf`.
-    BuildEbpf,
+    BuildEbpf(build_ebpf::Args),
     /// Compile the kernel programs and the agent that embeds them (release).
     Build(build::Args),
     /// Show the proxy at work in a cluster made of network namespaces (root).
@@ -76,7 +76,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Setup(args) => setup::run(&args),
-        Command::BuildEbpf => build_ebpf::run(),
+        Command::BuildEbpf(args) => build_ebpf::command(&args),
         Command::Build(args) => build::run(&args),
         Command::Demo(args) => scenario::run("demo", &args),
         Command::Test(args) => test::run(&args),

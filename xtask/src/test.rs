@@ -83,6 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if levels.iter().any(|level| level.needs_kernel()) {
         require_kernel()?;
         println!("\n=== build: kernel programs, agent, test programs");
+        build_ebpf::next()?;
         build_ebpf::run()?;
         let mut build = cmd::cargo();
         build.current_dir(workspace::root()).args([

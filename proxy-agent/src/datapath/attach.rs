@@ -73,6 +73,16 @@ pub enum AttachError {
         /// Why.
         source: io::Error,
     },
+    /// The swap of a program for one that works with other tables failed.
+    #[error("cannot exchange program {program} at {place} for one that works with the new tables")]
+    Exchange {
+        /// The program.
+        program: String,
+        /// Its pin.
+        place: String,
+        /// Why.
+        source: io::Error,
+    },
     /// The link could not be pinned.
     #[error("cannot pin the link {path}")]
     Pin {
@@ -108,6 +118,7 @@ impl AttachError {
             Self::Missing { .. }
             | Self::CgroupRoot { .. }
             | Self::Replace { .. }
+            | Self::Exchange { .. }
             | Self::Pin { .. }
             | Self::Pins(_) => false,
         }
@@ -136,6 +147,11 @@ impl Direction {
             Self::Ingress => "ingress",
             Self::Egress => "egress",
         }
+    }
+
+    /// The programs of a direction.
+    pub(super) fn programs(self) -> [&'static str; 2] {
+        [self.program(false), self.program(true)]
     }
 
     pub(super) fn program(self, layer3: bool) -> &'static str {
@@ -395,7 +411,7 @@ impl Loaded {
     }
 
     /// Pins a program in place of a link that does not exist.
-    fn remember(&self, pin: &PinName, program: &'static str) -> Result<(), AttachError> {
+    pub(super) fn remember(&self, pin: &PinName, program: &'static str) -> Result<(), AttachError> {
         let path = self.root().link(&pin.to_string());
         hooks::pin_at(self.root(), self.program(program)?.fd.as_fd(), &path).map(drop)
     }

@@ -17,7 +17,7 @@ use super::table::{Cursor, Table, TableError};
 /// One second in the unit of [`Flow`]'s times.
 const SECOND: u64 = 1_000_000_000;
 
-/// The program that no hook carries: its name in the object, and that of its pin among the links.
+/// The program that no hook carries: its name in the object, and that of its pin beside the tables that it works on.
 pub const PROGRAM: &str = "flows";
 
 /// The flows of this node.
@@ -30,7 +30,7 @@ pub struct Flows {
 impl Flows {
     /// Opens what is pinned.
     pub fn open(root: &BpfRoot) -> Result<Self, TableError> {
-        let path = root.link(PROGRAM);
+        let path = root.program(PROGRAM);
         let program =
             sys::obj_get(&path).map_err(|source| TableError::Open { map: maps::RECORDS, path, source })?;
         Ok(Self { program, records: Table::open(root, maps::RECORDS)? })
@@ -112,6 +112,21 @@ impl Flows {
     /// A flow that has lost its endpoint, as long as it is told so.
     pub fn lost(&self, id: FlowId) -> Result<Option<Flow>, TableError> {
         Ok(self.records.get(&id.index())?.filter(|flow| flow.is_lost(id)))
+    }
+
+    /// Makes a flow of one of other tables, of this layout already. With `newer` it is what these have at this moment, and who
+    /// has one of its pairs here is what they had before; else who is here stays.
+    pub(super) fn carry(&self, flow: &[u8], newer: bool) -> Result<Adopted, TableError> {
+        Ok(match self.ask("carry over", [ask::CARRY, newer.into(), 0], flow.to_vec())? {
+            0 => Adopted::Replaced,
+            ask::NO_ROOM => Adopted::NoRoom,
+            index => Adopted::Done(self.id(index & !ask::ALONE)?),
+        })
+    }
+
+    /// Adds to a counter; see [`ask::COUNT`].
+    pub(super) fn count(&self, which: u32, more: u64) -> Result<(), TableError> {
+        self.ask("count", [ask::COUNT, which, 0], more.to_ne_bytes().to_vec()).map(drop)
     }
 
     fn ask(&self, act: &'static str, question: [u32; 3], body: Vec<u8>) -> Result<u32, TableError> {

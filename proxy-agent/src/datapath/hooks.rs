@@ -481,7 +481,7 @@ impl Loaded {
             let pin = pin_id(&path).map_err(failed)?;
             kept.push(Kept { object: format!("map {name}"), path, fd, pin });
         }
-        let path = self.root().link(flow::PROGRAM);
+        let path = self.root().program(flow::PROGRAM);
         let failed = |source| AttachError::Pin { path: path.clone(), source };
         let fd = self.program(flow::PROGRAM)?.fd.try_clone().map_err(failed)?;
         let pin = pin_id(&path).map_err(failed)?;

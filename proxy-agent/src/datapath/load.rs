@@ -1,31 +1,36 @@
-//! From the object to maps and programs in the kernel: pinned maps are used again, and programs are loaded
-//! but not yet attached, so that a failure leaves the data path as it was.
+//! From the object to maps and programs in the kernel: tables that are pinned are used again, or carried over to others
+//! (`change`). Programs are loaded before anything is exchanged, so that a failure leaves the data path as it was.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use aya::maps::{Array, MapError};
 use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_log::EbpfLogger;
 use aya_obj::btf::BtfError;
-use aya_obj::generated::bpf_map_type as Kind;
 use aya_obj::{Object, ParseError};
 use proxy_common::abi::{Secret, maps};
 use proxy_common::lb::Ring;
 
+use super::attach::AttachError;
 pub use super::capacity::Capacities;
 use super::capacity::cpus;
+use super::change::Change;
 use super::flow;
+use super::generation::{self, Fates};
 use super::hooks::Hooks;
+use super::layout::Layout;
 use super::pin::{self, BpfRoot, PinError};
 use super::probe::Features;
 use super::program_log::Bridge;
 pub use super::program_log::{ProgramLog, ProgramLogger};
 pub use super::refusal::Refusal;
-use super::sys::{self, MapFacts, ProgramFacts};
+use super::remove::remove_versions;
+use super::sys::{self, ProgramFacts};
+use super::table::TableError;
 
 /// The embedded BPF object; empty when the crate was built without one.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
@@ -40,11 +45,6 @@ const PLACES: &str = "PLACES";
 const CPUS: &str = "CPUS";
 /// Map that a data path with logging writes to.
 const LOG_MAP: &str = "AYA_LOGS";
-/// `BPF_F_NO_COMMON_LRU`: the kernel rounds the size to the number of CPUs.
-const NO_COMMON_LRU: u32 = 1 << 1;
-/// Flags the kernel sets by itself, or that do not change what a map holds: `BPF_F_RDONLY_PROG` and
-/// `BPF_F_WRONLY_PROG` come from the object, `BPF_F_TOKEN_FD` from the creator.
-const IGNORED_FLAGS: u32 = 1 << 16;
 /// Entries of each map of a trial: the verifier does not look at sizes.
 const TRIAL_ENTRIES: u32 = 64;
 
@@ -78,19 +78,31 @@ pub enum LoadError {
         /// Why.
         source: io::Error,
     },
-    /// A pinned map is of another layout than the object's.
+    /// What the tables say of their layout cannot be read.
     #[error(
-        "the pinned map {path} is of another layout ({found}) than this agent's ({expected}): run \
-         `proxy-agent cleanup` (open connections through Services break), then start again"
+        "cannot read {path}, which says what the pinned tables hold: run `proxy-agent cleanup` (open connections through \
+         Services break), then start again"
     )]
     Layout {
         /// The pin.
         path: PathBuf,
-        /// What is pinned.
-        found: String,
-        /// What the object has.
-        expected: String,
+        /// Why.
+        source: io::Error,
     },
+    /// What is said of the layout could not be written.
+    #[error("cannot write {path}, by which the next agent knows what the tables hold")]
+    Describe {
+        /// The pin.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What is in the tables could not be carried over.
+    #[error("cannot carry over what is in the tables")]
+    Carry(#[from] TableError),
+    /// The programs could not be exchanged.
+    #[error(transparent)]
+    Exchange(#[from] AttachError),
     /// Maps could not be made.
     #[error("cannot create the maps of the BPF object")]
     Maps(#[source] Box<EbpfError>),
@@ -154,6 +166,7 @@ pub struct Loaded {
     log: ProgramLog,
     logger: Option<EbpfLogger<Bridge>>,
     warnings: Vec<String>,
+    changed: Option<Change>,
 }
 
 impl Loaded {
@@ -179,28 +192,71 @@ impl Loaded {
         log: ProgramLog,
     ) -> Result<Self, LoadError> {
         super::probe::raise_memlock();
+        let object = Source { bytes: object, parsed: Object::parse(object)?, features, log };
         root.prepare()?;
-        let (warnings, missing) = check_pins(&Object::parse(object)?, root, capacities)?;
-        let loaded = Self::load(object, root, features, capacities, log, warnings);
-        if loaded.is_err() {
-            // Maps that were made for nothing would stand in the way of another size or layout.
-            for name in missing {
-                pin::remove(&root.map(name), false)?;
+        let old = remove_versions(root)?;
+        if old.links + old.maps != 0 {
+            tracing::warn!(
+                "removed {} programs and {} maps of an agent whose tables cannot be carried over: open connections break",
+                old.links,
+                old.maps
+            );
+        }
+        let found = generation::all(root)?;
+        let mut fates = generation::fates(&object.parsed, found.first(), &capacities.each().into())?;
+        let warnings = std::mem::take(&mut fates.warnings);
+        match found.split_first() {
+            Some((newest, left)) if fates.made.is_empty() => {
+                let mut loaded = Self::load(&object, root, &newest.root, &fates, warnings)?;
+                if !left.is_empty() {
+                    loaded.changed = Some(loaded.finish(newest, left)?);
+                }
+                Ok(loaded)
+            }
+            _ => {
+                let made = Self::make(&object, root, &found, &fates, warnings);
+                if made.is_err() {
+                    // What was made for nothing goes at once; the programs that run do not know it.
+                    root.in_making().remove_generation()?;
+                }
+                made
             }
         }
-        loaded
+    }
+
+    /// Makes the next generation of tables, and exchanges the programs.
+    fn make(
+        object: &Source<'_>,
+        root: &BpfRoot,
+        found: &[generation::Generation],
+        fates: &Fates,
+        warnings: Vec<String>,
+    ) -> Result<Self, LoadError> {
+        let making = root.begin()?;
+        if let Some(newest) = found.first() {
+            generation::pin_kept(newest, fates, &making)?;
+        }
+        let mut loaded = Self::load(object, root, &making, fates, warnings)?;
+        let describe = |source| LoadError::Describe { path: making.map(maps::LAYOUT), source };
+        Layout::own().write(&making).map_err(describe)?;
+        if fates.of_flows() {
+            // All records are to be free before the first flow comes.
+            flow::Sweeper::open(&making, flow::Timeouts::CONNTRACK)?.all()?;
+        }
+        loaded.changed = Some(loaded.change(found, fates)?);
+        Ok(loaded)
     }
 
     fn load(
-        object: &[u8],
+        object: &Source<'_>,
         root: &BpfRoot,
-        features: &Features,
-        capacities: &Capacities,
-        log: ProgramLog,
+        tables: &BpfRoot,
+        fates: &Fates,
         warnings: Vec<String>,
     ) -> Result<Self, LoadError> {
-        let maps = Maps::Pinned(root, capacities);
-        let mut ebpf = open_maps(object, &maps, features, log, VerifierLogLevel::STATS)?;
+        let Source { bytes, features, log, .. } = *object;
+        let maps = Maps::Pinned(tables, fates);
+        let mut ebpf = open_maps(bytes, &maps, features, log, VerifierLogLevel::STATS)?;
         draw_secret(&mut ebpf)?;
         let logger = match log {
             ProgramLog::Off => None,
@@ -212,7 +268,7 @@ impl Loaded {
         };
         let mut programs = BTreeMap::new();
         for (name, program) in ebpf.programs_mut() {
-            load_program(program).map_err(|error| refused(object, features, name, error))?;
+            load_program(program).map_err(|error| refused(bytes, features, name, error))?;
             let failed = |source| LoadError::Facts { program: name.into(), source };
             let fd = program_fd(program).map_err(failed)?;
             let identity = match identity(&sys::program_facts(fd.as_fd()).map_err(failed)?) {
@@ -221,7 +277,7 @@ impl Loaded {
             };
             programs.insert(name.to_owned(), LoadedProgram { fd, identity });
         }
-        pin_flows(root, &programs)?;
+        pin_flows(tables, &programs)?;
         Ok(Self {
             root: root.clone(),
             ebpf,
@@ -231,6 +287,7 @@ impl Loaded {
             log,
             logger,
             warnings,
+            changed: None,
         })
     }
 
@@ -253,6 +310,12 @@ impl Loaded {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// What it has taken to exchange the programs, and to carry over what was in other tables, if that was done.
+    #[must_use]
+    pub fn changed(&self) -> Option<Change> {
+        self.changed
     }
 
     /// The log of the programs when they log: poll [`ProgramLogger::as_fd`], then drain.
@@ -279,57 +342,12 @@ impl std::fmt::Debug for Loaded {
     }
 }
 
-/// Compares what is pinned with the object. Gives warnings, and the maps that are not pinned yet.
-fn check_pins(
-    object: &Object,
-    root: &BpfRoot,
-    capacities: &Capacities,
-) -> Result<(Vec<String>, Vec<&'static str>), LoadError> {
-    let sizes = BTreeMap::from(capacities.each());
-    let (mut warnings, mut missing) = (Vec::new(), Vec::new());
-    for name in maps::ALL {
-        let Some(map) = object.maps.get(name) else {
-            return Err(LoadError::Missing { what: "map", name: name.into() });
-        };
-        let wanted = MapFacts {
-            id: 0,
-            kind: map.map_type(),
-            key_size: map.key_size(),
-            value_size: map.value_size(),
-            max_entries: sizes.get(name).copied().unwrap_or_else(|| map.max_entries()),
-            flags: map.map_flags(),
-            name: name.into(),
-        };
-        let path = root.map(name);
-        match sys::obj_get(&path).and_then(|fd| sys::map_facts(fd.as_fd())) {
-            Ok(found) => warnings.extend(compare(&path, &found, &wanted)?),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => missing.push(name),
-            Err(source) => return Err(LoadError::OpenPin { path, source }),
-        }
-    }
-    Ok((warnings, missing))
-}
-
-/// A pinned map against the wanted one: an error when it is of another layout, a warning when only the
-/// size differs (the pinned size stays).
-fn compare(path: &Path, found: &MapFacts, wanted: &MapFacts) -> Result<Option<String>, LoadError> {
-    let layout = |m: &MapFacts| (m.kind, m.key_size, m.value_size, m.flags & !IGNORED_FLAGS);
-    if layout(found) != layout(wanted) {
-        let text = |m: &MapFacts| {
-            format!("type {}, key {} B, value {} B, flags {:#x}", m.kind, m.key_size, m.value_size, m.flags)
-        };
-        return Err(LoadError::Layout { path: path.into(), found: text(found), expected: text(wanted) });
-    }
-    let sized = wanted.kind != Kind::BPF_MAP_TYPE_SK_STORAGE as u32;
-    let rounded = wanted.flags & NO_COMMON_LRU != 0
-        && found.max_entries.abs_diff(wanted.max_entries) <= aya::util::nr_cpus().unwrap_or(1) as u32;
-    if !sized || rounded || found.max_entries == wanted.max_entries {
-        return Ok(None);
-    }
-    Ok(Some(format!(
-        "map {} keeps its {} entries ({} asked for): its size changes only after `proxy-agent cleanup`",
-        wanted.name, found.max_entries, wanted.max_entries
-    )))
+/// What is loaded, and how.
+struct Source<'a> {
+    bytes: &'a [u8],
+    parsed: Object,
+    features: &'a Features,
+    log: ProgramLog,
 }
 
 /// How often a program is loaded whose verification a signal has ended.
@@ -356,11 +374,11 @@ fn load_once(program: &mut Program) -> Result<(), ProgramError> {
     }
 }
 
-/// Pins the program that no hook carries in place of an older one: whoever looks after flows finds it there.
+/// Pins the program that no hook carries beside its tables, in place of an older one: whoever looks after flows finds it there.
 fn pin_flows(root: &BpfRoot, programs: &BTreeMap<String, LoadedProgram>) -> Result<(), LoadError> {
     let missing = || LoadError::Missing { what: "program", name: flow::PROGRAM.into() };
     let program = programs.get(flow::PROGRAM).ok_or_else(missing)?;
-    let (path, making) = (root.link(flow::PROGRAM), root.link_in_making(flow::PROGRAM));
+    let (path, making) = (root.program(flow::PROGRAM), root.program_in_making(flow::PROGRAM));
     let failed = |source| LoadError::OpenPin { path: path.clone(), source };
     pin::remove(&making, false)?;
     sys::obj_pin(program.fd.as_fd(), &making).map_err(failed)?;
@@ -373,8 +391,8 @@ fn program_fd(program: &Program) -> io::Result<OwnedFd> {
 
 /// Where the maps of an object are made.
 enum Maps<'a> {
-    /// Under a root, where they may be already, of these sizes.
-    Pinned(&'a BpfRoot, &'a Capacities),
+    /// In a generation, where some are already.
+    Pinned(&'a BpfRoot, &'a Fates),
     /// Nowhere, and tiny.
     Trial,
 }
@@ -396,18 +414,16 @@ fn open_maps(
     loader.override_global(FEATURES, &bits, false).override_global(aya_log::LEVEL, &level, false);
     let (cpus, mut places) = (cpus(), 1);
     match maps {
-        Maps::Pinned(root, capacities) => {
-            for (name, size) in capacities.each() {
-                loader.map_max_entries(name, size);
+        Maps::Pinned(tables, fates) => {
+            for (name, size) in &fates.made {
+                // Socket storage has no size.
+                if *size != 0 {
+                    loader.map_max_entries(name, *size);
+                }
             }
-            // A ring that is pinned stays as it is, whatever is asked for.
-            if let Ok(ring) = sys::obj_get(&root.map(maps::RING)).and_then(|fd| sys::map_facts(fd.as_fd())) {
-                places = (ring.max_entries / (Ring::COUNT * cpus)).max(1);
-            } else {
-                places = capacities.places();
-            }
+            places = (fates.size(maps::RING).unwrap_or(0) / (Ring::COUNT * cpus)).max(1);
             for name in maps::ALL {
-                loader.map_pin_path(name, root.map(name));
+                loader.map_pin_path(name, tables.map(name));
             }
         }
         Maps::Trial => {
@@ -504,29 +520,6 @@ fn identity(program: &ProgramFacts) -> io::Result<Identity> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn facts(value_size: u32, max_entries: u32, flags: u32) -> MapFacts {
-        MapFacts { id: 1, kind: 1, key_size: 4, value_size, max_entries, flags, name: "FLOWS".into() }
-    }
-
-    #[test]
-    fn a_pinned_map_of_another_layout_is_refused_by_name_with_the_remedy() {
-        let path = Path::new("/sys/fs/bpf/x/v1/maps/FLOWS");
-        for other in [facts(16, 10, 0), facts(8, 10, 1)] {
-            let said = compare(path, &other, &facts(8, 10, 0)).unwrap_err().to_string();
-            assert!(said.contains("maps/FLOWS") && said.contains("proxy-agent cleanup"), "{said}");
-        }
-    }
-
-    #[test]
-    fn a_pinned_map_of_another_size_is_kept_with_a_warning() {
-        let path = Path::new("/x");
-        assert_eq!(compare(path, &facts(8, 10, 0), &facts(8, 10, 0)).unwrap(), None);
-        let warning = compare(path, &facts(8, 10, 0), &facts(8, 20, 0)).unwrap().unwrap();
-        assert!(warning.contains("FLOWS") && warning.contains("10") && warning.contains("20"), "{warning}");
-        let rounded = compare(path, &facts(8, 11, NO_COMMON_LRU), &facts(8, 10, NO_COMMON_LRU)).unwrap();
-        assert_eq!(rounded, None);
-    }
 
     #[test]
     fn what_is_loaded_can_move_between_threads() {

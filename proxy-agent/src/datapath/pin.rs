@@ -1,7 +1,8 @@
 //! Every path on bpffs, and nothing else.
 //!
-//! `<root>/v<ABI_VERSION>/maps/<NAME>` and `<root>/v<ABI_VERSION>/links/<name>`: another layout lives beside
-//! this one, never under it.
+//! `<root>/g<N>/maps/<NAME>` is a table, of the Nth generation that has been made under this root, `<root>/g<N>/flows` the program
+//! that looks after its flows, and `<root>/links/<name>` a link: that belongs to no generation, since the next one takes it over.
+//! A generation is made in `<root>/new` and gets its number when it is whole; the highest number counts.
 
 use std::fs::{self, File};
 use std::io;
@@ -12,7 +13,6 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
-use proxy_common::abi::ABI_VERSION;
 
 /// Where bpffs stands on every distribution.
 const BPFFS: &str = "/sys/fs/bpf";
@@ -20,6 +20,10 @@ const BPFFS: &str = "/sys/fs/bpf";
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 /// Link in the making; renamed over the old one when whole.
 const NEW: &str = "new_";
+/// The generation in the making.
+const MAKING: &str = "new";
+/// The first generation.
+const FIRST: u64 = 1;
 
 /// Why pins cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -60,10 +64,22 @@ pub enum PinError {
     },
 }
 
-/// The directory on bpffs under which everything of this agent is pinned.
+/// The directory on bpffs under which everything of this agent is pinned, and which of its generations is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BpfRoot {
     root: PathBuf,
+    tables: Tables,
+}
+
+/// Which generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tables {
+    /// The newest whole one at each look.
+    Newest,
+    /// This one.
+    Of(u64),
+    /// The one in the making.
+    Making,
 }
 
 /// Held by the one agent that writes under a root; ends with the process.
@@ -79,7 +95,7 @@ impl BpfRoot {
     /// A root at `path`; nothing is touched yet.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { root: path.into() }
+        Self { root: path.into(), tables: Tables::Newest }
     }
 
     /// The root itself.
@@ -88,16 +104,49 @@ impl BpfRoot {
         &self.root
     }
 
-    /// Where everything of one layout is.
+    /// The same root, of which only this generation is meant.
     #[must_use]
-    pub fn version(&self) -> PathBuf {
-        self.root.join(format!("v{ABI_VERSION}"))
+    pub(crate) fn at(&self, generation: u64) -> Self {
+        Self { tables: Tables::Of(generation), ..self.clone() }
+    }
+
+    /// The same root, of which the generation is meant that is being made.
+    #[must_use]
+    pub(crate) fn in_making(&self) -> Self {
+        Self { tables: Tables::Making, ..self.clone() }
+    }
+
+    /// The same root, with the generation that is the newest now.
+    pub fn settled(&self) -> Result<Self, PinError> {
+        Ok(self.generations()?.last().map_or_else(|| self.clone(), |newest| self.at(*newest)))
+    }
+
+    /// The numbers of the generations that are there, in ascending order.
+    pub fn generations(&self) -> Result<Vec<u64>, PinError> {
+        let number = |name: String| name.strip_prefix('g')?.parse().ok();
+        let mut found: Vec<u64> = names(&self.root)?.into_iter().filter_map(number).collect();
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Where the generation is.
+    #[must_use]
+    pub fn generation(&self) -> PathBuf {
+        let of = |number| self.root.join(format!("g{number}"));
+        match self.tables {
+            // What cannot be read is not there, either.
+            Tables::Newest => {
+                of(self.generations().ok().and_then(|all| all.last().copied()).unwrap_or(FIRST))
+            }
+            Tables::Of(number) => of(number),
+            Tables::Making => self.root.join(MAKING),
+        }
     }
 
     /// Where the maps are.
     #[must_use]
     pub fn maps(&self) -> PathBuf {
-        self.version().join("maps")
+        self.generation().join("maps")
     }
 
     /// Where a map is.
@@ -106,10 +155,21 @@ impl BpfRoot {
         self.maps().join(name)
     }
 
+    /// Where a program is that belongs to the tables and no hook carries.
+    #[must_use]
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.generation().join(name)
+    }
+
+    /// Where the same is while it replaces another one.
+    pub(crate) fn program_in_making(&self, name: &str) -> PathBuf {
+        self.generation().join(format!("{NEW}{name}"))
+    }
+
     /// Where the links are.
     #[must_use]
     pub fn links(&self) -> PathBuf {
-        self.version().join("links")
+        self.root.join("links")
     }
 
     /// Where a link is.
@@ -121,6 +181,35 @@ impl BpfRoot {
     /// Where a link is while it replaces another one.
     pub(crate) fn link_in_making(&self, name: &str) -> PathBuf {
         self.links().join(format!("{NEW}{name}"))
+    }
+
+    /// Begins a generation: what an agent has left behind that died over one goes.
+    pub(crate) fn begin(&self) -> Result<Self, PinError> {
+        let making = self.in_making();
+        clear(&making.generation())?;
+        create(&making.maps())?;
+        Ok(making)
+    }
+
+    /// The generation in the making is whole, and has this number from now on.
+    pub(crate) fn commit(&self, number: u64) -> Result<Self, PinError> {
+        let (from, to) = (self.in_making(), self.at(number));
+        fs::rename(from.generation(), to.generation()).map_err(|source| PinError::Directory {
+            act: "complete",
+            path: to.generation(),
+            source,
+        })?;
+        Ok(to)
+    }
+
+    /// The generation after the newest.
+    pub(crate) fn next(&self) -> Result<u64, PinError> {
+        Ok(self.generations()?.last().map_or(FIRST, |newest| newest + 1))
+    }
+
+    /// Removes the generation.
+    pub(crate) fn remove_generation(&self) -> Result<usize, PinError> {
+        clear(&self.generation())
     }
 
     /// Whether the root lies on a bpffs.
@@ -144,7 +233,6 @@ impl BpfRoot {
             mount(Some("bpf"), point, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
                 .map_err(|errno| PinError::Mount { path: point.to_owned(), source: errno.into() })?;
         }
-        create(&self.maps())?;
         create(&self.links())
     }
 
@@ -188,17 +276,12 @@ impl BpfRoot {
         names(&self.links())
     }
 
-    /// Whether programs of any layout version are pinned at hooks.
+    /// Whether programs are pinned at hooks.
     pub fn has_hooks(&self) -> Result<bool, PinError> {
-        for version in self.versions()? {
-            if names(&version.join("links"))?.iter().any(|name| name != super::flow::PROGRAM) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        Ok(self.link_names()?.iter().any(|name| !name.starts_with(NEW)))
     }
 
-    /// The directories of every layout version that is there.
+    /// Directories of agents before generations, one for each layout.
     pub(crate) fn versions(&self) -> Result<Vec<PathBuf>, PinError> {
         let is_version = |name: &String| {
             name.strip_prefix('v').is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
@@ -245,6 +328,21 @@ pub(crate) fn remove(path: &Path, directory: bool) -> Result<bool, PinError> {
     }
 }
 
+/// Removes a generation's directory with all that is in it; how many maps there were.
+fn clear(directory: &Path) -> Result<usize, PinError> {
+    let maps = directory.join("maps");
+    let mut removed = 0;
+    for name in names(&maps)? {
+        removed += usize::from(remove(&maps.join(name), false)?);
+    }
+    remove(&maps, true)?;
+    for name in names(directory)? {
+        remove(&directory.join(name), false)?;
+    }
+    remove(directory, true)?;
+    Ok(removed)
+}
+
 /// The nearest directory above (or at) `path` that exists.
 fn nearest(path: &Path) -> Result<PathBuf, PinError> {
     let mut at = path;
@@ -276,11 +374,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_path_stands_under_the_version() {
+    fn tables_belong_to_a_generation_and_links_to_none() {
         let root = BpfRoot::new("/sys/fs/bpf/ebpf-proxy");
         assert_eq!(root, BpfRoot::default());
-        assert_eq!(root.map("FLOWS"), Path::new("/sys/fs/bpf/ebpf-proxy/v6/maps/FLOWS"));
-        assert_eq!(root.link("tc_7_ingress"), Path::new("/sys/fs/bpf/ebpf-proxy/v6/links/tc_7_ingress"));
+        assert_eq!(root.at(7).map("FLOWS"), Path::new("/sys/fs/bpf/ebpf-proxy/g7/maps/FLOWS"));
+        assert_eq!(root.at(7).program("flows"), Path::new("/sys/fs/bpf/ebpf-proxy/g7/flows"));
+        assert_eq!(root.at(7).link("tc_7_ingress"), Path::new("/sys/fs/bpf/ebpf-proxy/links/tc_7_ingress"));
+    }
+
+    #[test]
+    fn the_newest_generation_counts_and_one_in_the_making_does_not() {
+        let here = tempfile::tempdir().unwrap();
+        let root = BpfRoot::new(here.path());
+        assert!(root.map("X").ends_with("g1/maps/X"));
+        for number in [2, 10, 9] {
+            let making = root.begin().unwrap();
+            fs::write(making.map("X"), "").unwrap();
+            fs::write(making.program("flows"), "").unwrap();
+            root.commit(number).unwrap();
+        }
+        fs::write(root.begin().unwrap().map("X"), "").unwrap();
+        assert_eq!(root.generations().unwrap(), [2, 9, 10]);
+        assert!(root.map("X").ends_with("g10/maps/X") && root.next().unwrap() == 11);
+        let settled = root.settled().unwrap();
+        root.begin().unwrap();
+        root.commit(11).unwrap();
+        assert!(settled.map("X").ends_with("g10/maps/X") && root.map("X").ends_with("g11/maps/X"));
+        assert_eq!(root.at(10).remove_generation().unwrap(), 1);
+        assert_eq!(root.generations().unwrap(), [2, 9, 11]);
     }
 
     #[test]

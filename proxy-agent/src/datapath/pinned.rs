@@ -114,8 +114,19 @@ pub struct Pinned {
 }
 
 impl Pinned {
-    /// Opens what an agent has pinned under `root`.
+    /// Opens what an agent has pinned under `root`: one generation of it, whatever comes meanwhile.
     pub fn open(root: &BpfRoot) -> Result<Self, PinnedError> {
+        let settled = root.settled()?;
+        match Self::open_generation(&settled) {
+            // It has gone while it was opened, since there is a newer one.
+            Err(PinnedError::NoAgent { .. }) if root.settled()? != settled => {
+                Self::open_generation(&root.settled()?)
+            }
+            opened => opened,
+        }
+    }
+
+    fn open_generation(root: &BpfRoot) -> Result<Self, PinnedError> {
         let open = || -> Result<Self, TableError> {
             Ok(Self {
                 root: root.clone(),
@@ -348,11 +359,14 @@ impl Pinned {
 }
 
 fn sum(each: &[ServiceStats]) -> ServiceStats {
-    each.iter().fold(ServiceStats { chosen: 0, refused: 0, dropped: 0 }, |sum, one| ServiceStats {
-        chosen: sum.chosen.wrapping_add(one.chosen),
-        refused: sum.refused.wrapping_add(one.refused),
-        dropped: sum.dropped.wrapping_add(one.dropped),
-    })
+    each.iter().copied().fold(ServiceStats::NONE, add)
+}
+
+fn add(mut sum: ServiceStats, one: ServiceStats) -> ServiceStats {
+    sum.chosen = sum.chosen.wrapping_add(one.chosen);
+    sum.refused = sum.refused.wrapping_add(one.refused);
+    sum.dropped = sum.dropped.wrapping_add(one.dropped);
+    sum
 }
 
 /// Counts the entries that are in use.

@@ -1,4 +1,6 @@
-//! Taking everything away again: links, filters, maps and directories, of every layout version.
+//! Taking everything away again: links, filters, maps and directories, of every generation.
+
+use std::path::Path;
 
 use super::attach::{AttachError, PinName, drop_pin_at};
 use super::pin::{self, BpfRoot};
@@ -14,35 +16,53 @@ pub struct Removed {
 
 /// Detaches and unpins everything under `root`. Doing it twice is the same as doing it once.
 pub fn remove_all(root: &BpfRoot) -> Result<Removed, AttachError> {
-    let mut removed = Removed::default();
     if let Err(error) = super::grace::recover(root) {
         tracing::warn!("grace periods of the kernel may stay short: {error}");
     }
-    for version in root.versions()? {
-        let (links, maps) = (version.join("links"), version.join("maps"));
-        // A filter goes before the qdisc it hangs on.
-        let mut pins: Vec<(String, Option<PinName>)> =
-            pin::names(&links)?.into_iter().map(|name| (name.clone(), PinName::parse(&name))).collect();
-        pins.sort_by_key(|(_, pin)| matches!(pin, Some(PinName::Qdisc(_))));
-        for (name, pin) in pins {
-            let path = links.join(name);
-            let gone = match &pin {
-                Some(pin) => drop_pin_at(&path, pin)?,
-                None => pin::remove(&path, false)?,
-            };
-            // The qdisc's pin is a note, not a program that runs; those without a place run nowhere.
-            removed.links += usize::from(gone && !matches!(pin, None | Some(PinName::Qdisc(_))));
-        }
-        for name in pin::names(&maps)? {
-            removed.maps += usize::from(pin::remove(&maps.join(name), false)?);
-        }
-        for directory in [links, maps, version] {
-            pin::remove(&directory, true)?;
-        }
+    let mut removed = remove_versions(root)?;
+    removed.links += remove_links(&root.links())?;
+    for generation in root.generations()? {
+        removed.maps += root.at(generation).remove_generation()?;
     }
+    root.in_making().remove_generation()?;
     if root.is_on_bpffs() && !root.is_mount_point() && pin::names(root.path())?.is_empty() {
         pin::remove(root.path(), true)?;
     }
+    Ok(removed)
+}
+
+/// The same for what agents have left behind that knew no generations: nobody can carry it over.
+pub(super) fn remove_versions(root: &BpfRoot) -> Result<Removed, AttachError> {
+    let mut removed = Removed::default();
+    for version in root.versions()? {
+        let maps = version.join("maps");
+        removed.links += remove_links(&version.join("links"))?;
+        for name in pin::names(&maps)? {
+            removed.maps += usize::from(pin::remove(&maps.join(name), false)?);
+        }
+        pin::remove(&maps, true)?;
+        pin::remove(&version, true)?;
+    }
+    Ok(removed)
+}
+
+/// Detaches what is pinned in a directory, and removes it; how many programs ran there.
+fn remove_links(links: &Path) -> Result<usize, AttachError> {
+    let mut removed = 0;
+    // A filter goes before the qdisc it hangs on.
+    let mut pins: Vec<(String, Option<PinName>)> =
+        pin::names(links)?.into_iter().map(|name| (name.clone(), PinName::parse(&name))).collect();
+    pins.sort_by_key(|(_, pin)| matches!(pin, Some(PinName::Qdisc(_))));
+    for (name, pin) in pins {
+        let path = links.join(name);
+        let gone = match &pin {
+            Some(pin) => drop_pin_at(&path, pin)?,
+            None => pin::remove(&path, false)?,
+        };
+        // The qdisc's pin is a note, not a program that runs; those without a place run nowhere.
+        removed += usize::from(gone && !matches!(pin, None | Some(PinName::Qdisc(_))));
+    }
+    pin::remove(links, true)?;
     Ok(removed)
 }
 
@@ -58,14 +78,18 @@ mod tests {
     }
 
     #[test]
-    fn directories_of_every_version_are_removed_and_others_left_alone() {
+    fn directories_of_every_generation_are_removed_and_others_left_alone() {
         let here = tempfile::tempdir().unwrap();
-        for directory in ["v1/maps", "v1/links", "v0/maps", "mine"] {
+        for directory in
+            ["g1/maps", "g12/maps", "links", "new/maps", "v1/maps", "v1/links", "v0/maps", "mine"]
+        {
             std::fs::create_dir_all(here.path().join(directory)).unwrap();
         }
-        std::fs::write(here.path().join("v1/maps/FLOWS"), "").unwrap();
+        for map in ["v1/maps/FLOWS", "g1/maps/FLOWS", "g12/maps/FLOWS"] {
+            std::fs::write(here.path().join(map), "").unwrap();
+        }
         let root = BpfRoot::new(here.path());
-        assert_eq!(remove_all(&root).unwrap(), Removed { links: 0, maps: 1 });
+        assert_eq!(remove_all(&root).unwrap(), Removed { links: 0, maps: 3 });
         assert_eq!(pin::names(here.path()).unwrap(), ["mine"]);
     }
 }

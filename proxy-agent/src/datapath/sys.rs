@@ -296,6 +296,21 @@ pub(crate) fn map_create(
     call_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
 }
 
+/// Makes an array of one element for user space, with this name.
+pub(crate) fn note_create(name: &str, value_size: u32) -> io::Result<OwnedFd> {
+    let mut attr = attr();
+    attr.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_ARRAY as u32;
+    attr.__bindgen_anon_1.key_size = size_of::<u32>() as u32;
+    attr.__bindgen_anon_1.value_size = value_size;
+    attr.__bindgen_anon_1.max_entries = 1;
+    let mut text = [0 as c_char; 16];
+    for (to, from) in text.iter_mut().take(15).zip(name.bytes()) {
+        *to = from as c_char;
+    }
+    attr.__bindgen_anon_1.map_name = text;
+    call_fd(bpf_cmd::BPF_MAP_CREATE, &mut attr)
+}
+
 /// Loads a program of hand-written instructions, each as its eight bytes.
 pub(crate) fn program_load(
     kind: bpf_prog_type,
@@ -508,6 +523,135 @@ pub(crate) fn lookup_batch<K: Pod, V: Pod>(
     attr.batch.values = values.as_mut_ptr() as u64;
     attr.batch.count = keys.len().min(values.len()) as u32;
     batch(bpf_cmd::BPF_MAP_LOOKUP_BATCH, attr)
+}
+
+/// Reads an element of any size; `value` must have room for what the map has of each element (of a per-CPU map, of all
+/// CPUs).
+pub(crate) fn lookup_bytes(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr = attr();
+    attr.__bindgen_anon_2.map_fd = raw(map);
+    attr.__bindgen_anon_2.key = key.as_ptr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr() as u64;
+    match call(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes an element whose key and value have the sizes of the map's.
+pub(crate) fn update_bytes(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let mut attr = attr();
+    attr.__bindgen_anon_2.map_fd = raw(map);
+    attr.__bindgen_anon_2.key = key.as_ptr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr() as u64;
+    call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// [`next_key`] for keys of any size.
+pub(crate) fn next_key_bytes(map: BorrowedFd<'_>, key: Option<&[u8]>, next: &mut [u8]) -> io::Result<bool> {
+    let mut attr = attr();
+    attr.__bindgen_anon_2.map_fd = raw(map);
+    attr.__bindgen_anon_2.key = key.map_or(0, |key| key.as_ptr() as u64);
+    attr.__bindgen_anon_2.__bindgen_anon_1.next_key = next.as_mut_ptr() as u64;
+    match call(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// [`lookup_batch`] for keys and values of any size: both buffers have room for `count`.
+pub(crate) fn lookup_batch_bytes(
+    map: BorrowedFd<'_>,
+    from: Option<&[u64; 8]>,
+    to: &mut [u64; 8],
+    keys: &mut [u8],
+    values: &mut [u8],
+    count: usize,
+) -> Batch {
+    let mut attr = attr();
+    attr.batch.map_fd = raw(map);
+    attr.batch.in_batch = from.map_or(0, |from| from.as_ptr() as u64);
+    attr.batch.out_batch = to.as_mut_ptr() as u64;
+    attr.batch.keys = keys.as_mut_ptr() as u64;
+    attr.batch.values = values.as_mut_ptr() as u64;
+    attr.batch.count = count as u32;
+    batch(bpf_cmd::BPF_MAP_LOOKUP_BATCH, attr)
+}
+
+/// The elements of an array that was made to be mapped (`BPF_F_MMAPABLE`), as words of 64 bits that programs may change at
+/// any moment.
+#[derive(Debug)]
+pub(crate) struct Elements {
+    words: std::ptr::NonNull<u64>,
+    count: usize,
+}
+
+// SAFETY: the words are only ever read and written as a whole, and stay mapped as long as this lives.
+#[expect(unsafe_code, reason = "a pointer to memory that is shared with the kernel")]
+unsafe impl Send for Elements {}
+
+impl Elements {
+    /// Maps the elements of `map`, whose values take so many bytes each.
+    #[expect(unsafe_code, reason = "mmap(2)")]
+    pub(crate) fn map(map: BorrowedFd<'_>, facts: &MapFacts) -> io::Result<Self> {
+        let count = (facts.value_size as usize).div_ceil(8) * facts.max_entries as usize;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                count * 8,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                0,
+            )
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let words = std::ptr::NonNull::new(at.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { words, count })
+    }
+
+    /// The word at a place; zero past the end.
+    #[expect(unsafe_code, reason = "memory that is shared with the kernel")]
+    pub(crate) fn get(&self, at: usize) -> u64 {
+        if at >= self.count {
+            return 0;
+        }
+        // SAFETY: within the mapping, and aligned, since it begins at a page.
+        unsafe { self.words.add(at).read_volatile() }
+    }
+
+    /// Writes the word at a place; nothing past the end.
+    #[expect(unsafe_code, reason = "memory that is shared with the kernel")]
+    pub(crate) fn set(&self, at: usize, word: u64) {
+        if at < self.count {
+            // SAFETY: as above.
+            unsafe { self.words.add(at).write_volatile(word) };
+        }
+    }
+}
+
+impl Elements {
+    /// Writes a single byte; nothing past the end.
+    #[expect(unsafe_code, reason = "memory that is shared with the kernel")]
+    pub(crate) fn set_byte(&self, at: usize, byte: u8) {
+        if at < self.count * 8 {
+            // SAFETY: within the mapping.
+            unsafe { self.words.cast::<u8>().add(at).write_volatile(byte) };
+        }
+    }
+}
+
+impl Drop for Elements {
+    #[expect(unsafe_code, reason = "munmap(2)")]
+    fn drop(&mut self) {
+        // SAFETY: what `map` has mapped, and nobody else has a pointer to it.
+        unsafe { libc::munmap(self.words.as_ptr().cast(), self.count * 8) };
+    }
 }
 
 /// `getsockopt` of a plain integer option.

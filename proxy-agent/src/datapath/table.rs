@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::size_of;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use aya::Pod;
@@ -96,7 +96,7 @@ pub fn size_flag(map: &str) -> Option<&'static str> {
 
 fn remedy(map: &str) -> String {
     match size_flag(map) {
-        Some(flag) => format!("start the agent with a larger {flag} after `proxy-agent cleanup`"),
+        Some(flag) => format!("start the agent with a larger {flag}: what is in the table comes along"),
         None => "its size is fixed".into(),
     }
 }
@@ -322,6 +322,59 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
             _ => TableError::Call { act, object, map: self.name, source },
         }
     }
+}
+
+/// Shows every element of a map of any layout that has one value for all CPUs. Elements that come or go meanwhile
+/// may or may not be seen.
+pub(super) fn scan_bytes(
+    map: BorrowedFd<'_>,
+    facts: &MapFacts,
+    name: &'static str,
+    see: &mut impl FnMut(&[u8], &[u8]),
+) -> Result<(), TableError> {
+    let failed = |source| TableError::Call { act: "list", object: "entries".into(), map: name, source };
+    let (key_size, value_size) = (facts.key_size as usize, facts.value_size as usize);
+    let (mut at, mut count) = (None, CHUNK);
+    loop {
+        let (mut keys, mut values) = (vec![0; key_size * count], vec![0; value_size * count]);
+        let mut to = [0; 8];
+        let batch = sys::lookup_batch_bytes(map, at.as_ref(), &mut to, &mut keys, &mut values, count);
+        let code = batch.result.as_ref().err().and_then(io::Error::raw_os_error);
+        match code {
+            // One hash bucket is longer than the buffer.
+            Some(libc::ENOSPC) if batch.done == 0 => {
+                count = count.saturating_mul(2);
+                continue;
+            }
+            Some(libc::EINVAL | NO_BATCH | libc::EOPNOTSUPP) if batch.done == 0 && at.is_none() => {
+                return walk_bytes(map, facts, see).map_err(failed);
+            }
+            None | Some(libc::ENOENT | libc::ENOSPC) => {}
+            Some(_) => return Err(failed(batch.result.err().unwrap_or_else(io::Error::last_os_error))),
+        }
+        let each = keys.chunks_exact(key_size).zip(values.chunks_exact(value_size));
+        each.take(batch.done).for_each(|(key, value)| see(key, value));
+        if code == Some(libc::ENOENT) {
+            return Ok(());
+        }
+        at = Some(to);
+    }
+}
+
+fn walk_bytes(map: BorrowedFd<'_>, facts: &MapFacts, see: &mut impl FnMut(&[u8], &[u8])) -> io::Result<()> {
+    let mut value = vec![0; (facts.value_size as usize).next_multiple_of(8)];
+    let (mut last, mut next) = (None::<Vec<u8>>, vec![0; facts.key_size as usize]);
+    // A deleted `last` starts the kernel's walk anew: twice the capacity is certainly the end.
+    for _ in 0..2 * u64::from(facts.max_entries) {
+        if !sys::next_key_bytes(map, last.as_deref(), &mut next)? {
+            break;
+        }
+        if sys::lookup_bytes(map, &next, &mut value)? {
+            see(&next, value.get(..facts.value_size as usize).unwrap_or_default());
+        }
+        last = Some(next.clone());
+    }
+    Ok(())
 }
 
 /// A place in a table, kept between chunks.

@@ -183,6 +183,9 @@ impl Agent {
         for warning in loaded.warnings() {
             tracing::warn!("{warning}");
         }
+        if let Some(change) = loaded.changed().filter(|change| change.hooks != 0) {
+            tracing::info!("{change}");
+        }
         let kernel = Kernel::open(root)?;
         let capacity = capacity_of(&kernel);
         let requests = Requests::default();

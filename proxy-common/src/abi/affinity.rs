@@ -1,5 +1,7 @@
 //! Session affinity: [`AffinityKey`] → [`Affinity`].
 
+#[cfg(feature = "next-layout")]
+pub use super::next::Affinity;
 use super::table_type;
 use crate::addr::Addr;
 
@@ -14,6 +16,7 @@ table_type! {
     }
 }
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// Where the client went last.
     pub struct Affinity {

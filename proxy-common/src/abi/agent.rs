@@ -1,5 +1,7 @@
 //! What the agent leaves in the kernel for the command line and for its own next start.
 
+#[cfg(feature = "next-layout")]
+pub use super::next::ServiceStats;
 use super::table_type;
 use crate::addr::Proto;
 
@@ -45,6 +47,7 @@ table_type! {
     }
 }
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// Counters of one Service port on one CPU.
     pub struct ServiceStats {
@@ -55,6 +58,17 @@ table_type! {
         /// Dropped: policy, source ranges, or nothing local.
         pub dropped: u64,
     }
+}
+
+impl ServiceStats {
+    /// Nothing counted.
+    pub const NONE: Self = Self {
+        chosen: 0,
+        refused: 0,
+        dropped: 0,
+        #[cfg(feature = "next-layout")]
+        next: 0,
+    };
 }
 
 table_type! {

@@ -1,5 +1,7 @@
 //! Where a flow can go: backend index → [`Backend`].
 
+#[cfg(feature = "next-layout")]
+pub use super::next::Backend;
 use super::table_type;
 use crate::addr::{Addr, Port};
 
@@ -14,6 +16,7 @@ pub const IN_LOCAL: u16 = 1 << 3;
 /// Is not terminating, and its Service wants connections to be reset when it leaves so.
 pub const RESET: u16 = 1 << 4;
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// One endpoint of one Service port. Index 0 is never used; a retired index has the zero address.
     pub struct Backend {

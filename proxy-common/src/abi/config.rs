@@ -1,5 +1,7 @@
 //! What holds for the whole node.
 
+#[cfg(feature = "next-layout")]
+pub use super::next::Config;
 use super::table_type;
 use crate::addr::{Addr, Port};
 
@@ -65,6 +67,7 @@ pub mod iface {
     pub const POD: u32 = 1 << 1;
 }
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// Settings of the node, in an array of one: changed live.
     pub struct Config {
@@ -154,6 +157,8 @@ impl Config {
         pad: 0,
         snat_ports: [PortRange::NONE; PORT_RANGES],
         service_ranges: [Range::NONE; SERVICE_RANGES],
+        #[cfg(feature = "next-layout")]
+        next: [0; 4],
     };
 
     /// Whether the agent has written it: the array of one is all zeros before, and an address never is.

@@ -13,6 +13,8 @@
 //! The legs only point at the flow's record, which says everything about it. A leg counts while the record carries the
 //! leg's id and is alive, or was in the running [`window`]: a flow is there as a whole or not at all.
 
+#[cfg(feature = "next-layout")]
+pub use super::next::{Flow, Leg};
 use super::table_type;
 use crate::addr::{Addr, Port, Proto};
 
@@ -312,6 +314,7 @@ impl FlowId {
     }
 }
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// Where a pair of ends leads, and what is written over a packet there: everything that a packet of an old flow needs,
     /// so that it reads little of the record.
@@ -357,7 +360,14 @@ pub const fn window(now: u64) -> u32 {
 
 impl Leg {
     /// Nothing.
-    pub const NONE: Self = Self { id: FlowId::NONE, upper: 0, lower: 0, rest: 0 };
+    pub const NONE: Self = Self {
+        id: FlowId::NONE,
+        upper: 0,
+        lower: 0,
+        rest: 0,
+        #[cfg(feature = "next-layout")]
+        next: 0,
+    };
 
     /// The address that is written, of a leg of IPv4 or not.
     #[inline(always)]
@@ -500,6 +510,7 @@ pub const FORWARD: usize = 0;
 /// Towards the client.
 pub const REPLY: usize = 1;
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// All there is to know about a flow. Written by the program that opens it under its claim; afterwards each word has
     /// one writer, which is named.
@@ -588,6 +599,8 @@ impl Flow {
         first: 0,
         last: 0,
         room: [0; 3],
+        #[cfg(feature = "next-layout")]
+        next: [0; 8],
     };
 
     /// A connection from `client` to a Service (`asked`) that another proxy has led to `endpoint`, under the address and port
@@ -973,6 +986,16 @@ pub mod ask {
     /// first number says how many (at most [`MOST_IDS`]). What their ends have last acknowledged is written to their records.
     /// The answer is how many there were.
     pub const LOSE: u32 = 5;
+    /// Make a flow of the record that follows, which comes from other tables, like [`ADOPT`]. If the first number is 1, who
+    /// has one of its pairs here makes room: it is what the other tables had before. The answer is that of [`ADOPT`].
+    pub const CARRY: u32 = 6;
+    /// Count what other tables have counted since they were copied: the first number says which counter (a
+    /// [`Reason`](super::Reason), or [`STATS`] plus four times the id of a Service port plus 0 to 2 for those of its
+    /// [`ServiceStats`](super::ServiceStats), in their order); how often follows, in 64 bits. Whoever counts at the same moment
+    /// loses nothing.
+    pub const COUNT: u32 = 7;
+    /// See [`COUNT`].
+    pub const STATS: u32 = 1 << 16;
     /// Where the record's own part ends: identity and claims.
     pub const RECORD_AT: usize = 16;
     /// Where the question begins.

@@ -1,5 +1,7 @@
 //! What an address and port mean: [`FrontendKey`] → [`Frontend`].
 
+#[cfg(feature = "next-layout")]
+pub use super::next::Frontend;
 use super::table_type;
 use crate::addr::{Addr, Port, Proto};
 
@@ -53,6 +55,7 @@ impl Run {
     pub const EMPTY: Self = Self { first: 0, count: 0 };
 }
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// How a destination is served. Flipping this value is the only write of a plan that a packet notices.
     ///

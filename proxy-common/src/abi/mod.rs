@@ -18,6 +18,7 @@
 //! | [`maps::RETIRED`] | array of 1 | → 1 while the agent is to leave what is new to another proxy | command line | agent, command line | – |
 //! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
 //! | [`maps::COMPLAINTS`] | array | n → [`Complaint`] | agent | command line | the newest are kept |
+//! | [`maps::PAUSE`] | array of 1 | → until when nothing new begins, on the clock of flows | agent, while it exchanges the programs | TC | – |
 //! | [`maps::FLOWS`] | hash | [`Key`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
 //! | [`maps::RECORDS`] | array | index → [`Flow`] | TC, `flows` | TC, agent, command line | as FLOWS |
 //! | [`maps::SECRET`] | array of 1 | → [`Secret`] | agent, once | TC, `flows` | – |
@@ -30,6 +31,7 @@
 //! | [`maps::PEERS`] | LRU hash | [`PeerKey`] → [`SocketEntry`] | socket hooks | socket hooks | the oldest answer shows its endpoint |
 //! | [`maps::REASONS`] | per-CPU array | [`Reason`] → count | all hooks | agent, command line | – |
 //! | [`maps::SERVICE_STATS`] | per-CPU array | service id → [`ServiceStats`] | all hooks | agent, command line | ids past the end are not counted |
+//! | [`maps::LAYOUT`] | array of 1 | → what [`layout`] says of all these, as text | agent, when it makes the tables | the next agent | – |
 //!
 //! Numbers in values are in host byte order; addresses and ports are in network order, as their types say.
 //! Times are nanoseconds of `CLOCK_MONOTONIC_COARSE`.
@@ -41,6 +43,10 @@ pub mod config;
 mod flow;
 mod fragment;
 pub mod frontend;
+#[cfg(feature = "user")]
+pub mod layout;
+#[cfg(feature = "next-layout")]
+mod next;
 mod reason;
 mod route;
 pub mod socket;
@@ -66,8 +72,8 @@ pub use source::SourceKey;
 #[cfg(any(doc, feature = "user"))]
 use crate::addr::Addr;
 
-/// Any change of a byte in this room changes this number; pins live under it.
-pub const ABI_VERSION: u32 = 6;
+/// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say of themselves.
+pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 7 } else { 6 };
 
 /// Map names as `bpftool map` shows them: at most 15 bytes.
 pub mod maps {
@@ -104,6 +110,8 @@ pub mod maps {
     /// See the table of [`super`].
     pub const COMPLAINTS: &str = "COMPLAINTS";
     /// See the table of [`super`].
+    pub const PAUSE: &str = "PAUSE";
+    /// See the table of [`super`].
     pub const FLOWS: &str = "FLOWS";
     /// See the table of [`super`].
     pub const RECORDS: &str = "RECORDS";
@@ -127,9 +135,11 @@ pub mod maps {
     pub const REASONS: &str = "REASONS";
     /// See the table of [`super`].
     pub const SERVICE_STATS: &str = "SERVICE_STATS";
+    /// See the table of [`super`]. The agent's own: no program knows it.
+    pub const LAYOUT: &str = "LAYOUT";
 
-    /// Every map that is pinned, in the order of the table.
-    pub const ALL: [&str; 27] = [
+    /// Every map of the programs that is pinned, in the order of the table.
+    pub const ALL: [&str; 28] = [
         FRONTENDS,
         SLOTS,
         BACKENDS,
@@ -146,6 +156,7 @@ pub mod maps {
         RETIRED,
         AGENT,
         COMPLAINTS,
+        PAUSE,
         FLOWS,
         RECORDS,
         SECRET,
@@ -219,6 +230,20 @@ macro_rules! table_type {
         #[expect(unsafe_code, reason = "aya asks for the promise that any bytes are a value")]
         // SAFETY: repr(C), made of integers alone and free of padding, as asserted above.
         unsafe impl aya::Pod for $name {}
+        #[cfg(feature = "user")]
+        impl $crate::abi::layout::Described for $name {
+            fn describe(
+                name: &str,
+                offset: usize,
+                fields: &mut alloc::vec::Vec<$crate::abi::layout::Field>,
+            ) {
+                $(<$ty as $crate::abi::layout::Described>::describe(
+                    &$crate::abi::layout::part(name, stringify!($field)),
+                    offset + core::mem::offset_of!($name, $field),
+                    fields,
+                );)*
+            }
+        }
     };
 }
 pub(crate) use table_type;

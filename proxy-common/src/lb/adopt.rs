@@ -1,4 +1,5 @@
-//! Another proxy on this node: what is left to it, and how the connections that it has begun become flows.
+//! Another proxy on this node: what is left to it, and how the connections that it has begun become flows. And tables of our own
+//! that are left for others: their flows are entered in the same way.
 //!
 //! A connection is first noted as a flow that is left to netfilter ([`adopt`]): its packets pass, and nothing changes for them.
 //! Then the agent sees to it that neither the kernel's connection tracking is in the way of the same packets translated by us,
@@ -29,10 +30,23 @@ pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
     flags & config::LEAVE_NEW != 0 || middle && flags & config::LEAVE_MIDDLE != 0
 }
 
-/// Makes a flow of what another proxy has begun, which `fill` writes to a record: everything but its id and claims. It is left to
-/// netfilter until [`take`], or has lost its endpoint already. The answer is that of [`ask::ADOPT`].
+/// Where a flow comes from that is entered whole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum From {
+    /// Another proxy. A flow of ours that has one of its pairs makes room if it notes that the node speaks (for the other
+    /// proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer connection, and
+    /// stays; one that has been adopted before is this one, or over since (connection tracking has each tuple once).
+    Proxy,
+    /// Tables that are still in use, while these are not: whoever has one of its pairs here is what they had before.
+    Tables,
+    /// Tables that nobody looks after any more: what is here is newer.
+    OldTables,
+}
+
+/// Makes a flow of what others have begun, which `fill` writes to a record: everything but its id and claims. What another proxy
+/// has begun is left to netfilter until [`take`], or has lost its endpoint already. The answer is that of [`ask::ADOPT`].
 #[inline(always)]
-pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
+pub fn adopt<T: Tables>(tables: &T, from: From, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
     let Some(index) = tables.take_record() else {
         return ask::NO_ROOM;
     };
@@ -43,7 +57,9 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
     }
     let now = tables.now();
     let filled = tables.record(index, |flow| {
-        let filled = fill(flow) && matches!(flow.state, State::LEFT | State::LOST);
+        let filled = fill(flow)
+            && (matches!(flow.state, State::LEFT | State::LOST)
+                || from != From::Proxy && flow.state == State::LIVE);
         flow.checked = now;
         (flow.id, filled)
     });
@@ -51,10 +67,23 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
         dissolve_at(tables, index);
         return 0;
     };
-    let mut holder = FlowId::NONE;
-    let entered = enter(tables, id, Role::OUTER, &mut holder);
-    if entered != Entered::Done {
-        let known = entered == Entered::Taken && is_the_same(tables, id, holder);
+    let (mut holder, mut alone) = (FlowId::NONE, false);
+    for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {
+        let has = tables.record(index, |flow| {
+            // Behind a masquerade the answers are for the node until they have been translated.
+            let left = flow.state == State::LEFT;
+            (flow.has(role) && !(left && flow.has_source() && role != Role::OUTER), left)
+        });
+        let Some((true, left)) = has else { continue };
+        let entered = enter(tables, from, id, role, &mut holder);
+        if entered == Entered::Done {
+            continue;
+        }
+        if left && role == Role::MIDDLE {
+            alone = true;
+            continue;
+        }
+        let known = from == From::Proxy && entered == Entered::Taken && is_the_same(tables, id, holder);
         tables.dissolve(id);
         return match entered {
             Entered::Full => ask::NO_ROOM,
@@ -62,11 +91,8 @@ pub fn adopt<T: Tables>(tables: &T, fill: impl FnOnce(&mut Flow) -> bool) -> u32
             _ => 0,
         };
     }
-    // Behind a masquerade the answers are for the node until they have been translated.
-    let plain = tables.record(index, |flow| flow.has(Role::MIDDLE) && !flow.has_source()) == Some(true);
-    let alone = plain && enter(tables, id, Role::MIDDLE, &mut holder) != Entered::Done;
     let bound = tables.record(index, |flow| {
-        let bound = flow.flags & flow_flags::AFFINITY != 0;
+        let bound = from == From::Proxy && flow.flags & flow_flags::AFFINITY != 0;
         (bound, flow.service, flow.backend, flow.generation, *flow.client().0)
     });
     if let Some((true, service, backend, generation, client)) = bound {
@@ -87,25 +113,28 @@ fn is_the_same<T: Tables>(tables: &T, id: FlowId, other: FlowId) -> bool {
     one.is_some() && one == tables.record(other.index(), leads)
 }
 
-/// Enters a leg of a flow that is being adopted. A flow of ours that has its pair makes room if it notes that the node speaks
-/// (for the other proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer
-/// connection, and stays; one that has been adopted before is this one, or over since (connection tracking has each tuple once).
+/// Enters a leg of a flow that is being adopted: see [`From`].
 #[inline(always)]
-fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
+fn enter<T: Tables>(tables: &T, from: From, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
     for _ in 0..2 {
         match tables.enter(id, role, holder) {
             Entered::Done | Entered::Kept => return Entered::Done,
             Entered::Over => {}
             Entered::Taken => {
                 let held = *holder;
-                if held == FlowId::NONE || role == Role::OUTER && is_the_same(tables, id, held) {
+                let again = from == From::Proxy && role == Role::OUTER;
+                if held == FlowId::NONE || again && is_the_same(tables, id, held) {
                     return Entered::Taken;
                 }
-                let yields = |flow: &mut Flow| {
-                    let fresh = flow.old == 0 && flow.proto() == Proto::UDP;
-                    let adopted = flow.flags & flow_flags::ADOPTED != 0;
-                    flow.is_left(held) && role == Role::OUTER
-                        || flow.is(held) && (flow.is_own() || fresh && !adopted)
+                let yields = |flow: &mut Flow| match from {
+                    From::Tables => flow.id == held,
+                    From::OldTables => false,
+                    From::Proxy => {
+                        let fresh = flow.old == 0 && flow.proto() == Proto::UDP;
+                        let adopted = flow.flags & flow_flags::ADOPTED != 0;
+                        flow.is_left(held) && role == Role::OUTER
+                            || flow.is(held) && (flow.is_own() || fresh && !adopted)
+                    }
                 };
                 if tables.record(held.index(), yields) != Some(true) {
                     return Entered::Taken;
@@ -140,8 +169,9 @@ pub fn take<T: Tables>(tables: &T, id: FlowId) -> u32 {
         Some((true, State::LIVE, _)) => true,
         Some((true, State::LEFT, masqueraded)) => {
             let mut holder = FlowId::NONE;
-            let taken = enter(tables, id, Role::MIDDLE, &mut holder) == Entered::Done
-                && (!masqueraded || enter(tables, id, Role::INNER, &mut holder) == Entered::Done);
+            let taken = enter(tables, From::Proxy, id, Role::MIDDLE, &mut holder) == Entered::Done
+                && (!masqueraded
+                    || enter(tables, From::Proxy, id, Role::INNER, &mut holder) == Entered::Done);
             if taken {
                 let _ = tables.record(index, |flow| flow.state = State::LIVE);
             }

@@ -868,7 +868,7 @@ fn adopted(node: &Node, source: Option<(&str, u16)>, proto: Proto, meant: bool) 
 
 /// Has the tables adopt it; the index of its record.
 fn adopt(node: &Node, flow: &Flow) -> u32 {
-    super::adopt::adopt(&node.tables, |record| {
+    super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
         *record = Flow { id: record.id, claims: record.claims, ..*flow };
         true
     })

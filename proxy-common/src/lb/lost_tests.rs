@@ -94,7 +94,7 @@ fn a_connection_that_its_socket_was_led_through_is_reset_though_it_was_no_flow()
     let node = node();
     let direct = key(("10.244.1.5", 50_000), ("10.244.2.7", 8080), Proto::TCP);
     let flow = Flow::lost(&direct, [1, 1, 1], node.tables.now());
-    let index = super::adopt::adopt(&node.tables, |record| {
+    let index = super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
         *record = Flow { id: record.id, claims: record.claims, ..flow };
         true
     });

@@ -131,6 +131,9 @@ pub trait Tables {
     fn config(&self) -> Option<&Config>;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC_COARSE`.
     fn now(&self) -> u64;
+    /// Until when nothing new begins, on the same clock: the agent is about to exchange programs and tables. It ends by
+    /// itself, whatever becomes of the agent.
+    fn paused_until(&self) -> u64;
     /// A random word.
     fn random(&self) -> u32;
     /// What is known of an address: bits of [`crate::abi::address`], 0 for nothing.

@@ -38,6 +38,10 @@ pub(super) fn open<T: Tables>(
         if verdict != Verdict::Rewrite {
             return verdict;
         }
+        // What begins now would begin in tables that are about to be left.
+        if tables.now() < tables.paused_until() {
+            return Verdict::Wait;
+        }
         match begin(tables, packet, choice, Port(0)) {
             Inserted::Done => return opened(tables, choice, Port(0), edit),
             Inserted::Raced => return Verdict::Wait,

@@ -381,6 +381,9 @@ impl Tables for World {
     fn now(&self) -> u64 {
         self.tables.now()
     }
+    fn paused_until(&self) -> u64 {
+        self.tables.paused_until()
+    }
     fn random(&self) -> u32 {
         self.below(1 << 32) as u32
     }

@@ -176,7 +176,13 @@ pub(super) fn remembered<T: Tables>(tables: &T, frontend: &Frontend, flag: u16, 
 pub(super) fn remember<T: Tables>(tables: &T, service: u32, index: u32, generation: u32, client: Addr) {
     tables.set_affinity(
         &AffinityKey { client, service },
-        &Affinity { backend: index, generation, last_seen: tables.now() },
+        &Affinity {
+            backend: index,
+            generation,
+            last_seen: tables.now(),
+            #[cfg(feature = "next-layout")]
+            next: 0,
+        },
     );
 }
 

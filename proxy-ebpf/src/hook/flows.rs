@@ -1,12 +1,17 @@
 //! The program that no hook carries: the agent runs it to have flows looked through and ended.
 
+use core::arch::asm;
+
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use proxy_common::abi::{FlowId, Timeouts, ask};
 use proxy_common::wire::Frame as _;
 
-use crate::cut::{cut_adopt, cut_lose, cut_sweep, cut_take, cut_take_apart, scratch};
+use crate::cut::{
+    FROM_OLD_TABLES, FROM_TABLES, cut_adopt, cut_lose, cut_sweep, cut_take, cut_take_apart, scratch,
+};
+use crate::maps;
 use crate::skb::Skb;
 
 /// What it is asked is in [`ask`].
@@ -39,7 +44,15 @@ fn answer(skb: &Skb) -> Option<i32> {
             }
         }
         ask::ADOPT => {
-            done = cut_adopt(skb.0, ask::BODY as u32);
+            done = cut_adopt(skb.0, ask::BODY as u32, 0);
+        }
+        ask::CARRY => {
+            let from = if first == 1 { FROM_TABLES } else { FROM_OLD_TABLES };
+            done = cut_adopt(skb.0, ask::BODY as u32, from);
+        }
+        ask::COUNT => {
+            let [low, high] = skb.load::<[u32; 2]>(ask::BODY)?;
+            done = u32::from(add_count(first, u64::from(high) << 32 | u64::from(low)));
         }
         ask::TAKE => done = cut_take(u64::from(count) << 32 | u64::from(first)),
         ask::LOSE => {
@@ -54,4 +67,25 @@ fn answer(skb: &Skb) -> Option<i32> {
         _ => return None,
     }
     Some(done as i32)
+}
+
+/// Adds to a counter of this CPU, in one instruction: the hooks interrupt this program, and count in between.
+#[inline(always)]
+fn add_count(which: u32, count: u64) -> bool {
+    let counter = if which < ask::STATS {
+        maps::REASONS.get_ptr_mut(which)
+    } else {
+        // SAFETY: places in an element of the map, which is there.
+        maps::SERVICE_STATS.get_ptr_mut((which - ask::STATS) / 4).map(|stats| unsafe {
+            match which & 3 {
+                0 => &raw mut (*stats).chosen,
+                1 => &raw mut (*stats).refused,
+                _ => &raw mut (*stats).dropped,
+            }
+        })
+    };
+    let Some(counter) = counter else { return false };
+    // SAFETY: a counter of this CPU's.
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) count, options(nostack)) };
+    true
 }

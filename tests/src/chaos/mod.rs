@@ -23,6 +23,7 @@ pub mod services;
 pub mod spoof;
 mod trace;
 pub mod trial;
+pub mod upgrade;
 
 /// Tells a person who waits what is going on.
 fn progress(line: &str) {

@@ -78,3 +78,5 @@ mod sockets;
 mod sources;
 #[cfg(test)]
 mod updates;
+#[cfg(test)]
+mod upgrade;

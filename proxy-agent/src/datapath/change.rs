@@ -1,0 +1,189 @@
+//! From one generation of tables to the next, under way: nothing is lost, and packets that begin something wait for milliseconds.
+//!
+//! 1. While the old programs go on, everything is carried over to the new tables, flows until little has changed.
+//! 2. PAUSE says until when nothing begins. It is one map for all generations, and a time: if the agent dies, it ends by itself.
+//! 3. When no packet is under way any more that has begun something, the rest is carried over.
+//! 4. The new generation is whole, and counts. Should the agent die from here on, the next one sees two of them, and does what
+//!    is left to do.
+//! 5. Every hook has its program exchanged, each in one step; then the pause ends.
+//! 6. When no packet is under way any more in an old program, what these have noted last is carried over, and the old
+//!    generation goes.
+
+use std::fmt;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use proxy_common::abi::maps;
+
+use super::TableError;
+use super::carry::{self, Counters};
+use super::carry_flows::{FlowCarrier, Stage};
+use super::flow::{Flows, now, wait_for_packets};
+use super::generation::{Fates, Generation};
+use super::load::{LoadError, Loaded};
+use super::pin::BpfRoot;
+use super::sys;
+
+/// When a pause ends by itself, in nanoseconds: an agent may die in it, and a busy node may take a second where an idle one takes
+/// milliseconds.
+const LONGEST: u64 = 5_000_000_000;
+
+/// How often flows are looked through while nothing waits.
+const ROUNDS: usize = 5;
+/// So many that have changed are few.
+const FEW: usize = 64;
+
+/// What a change has taken.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Change {
+    /// Flows that have been carried over.
+    pub flows: usize,
+    /// Flows that found no room.
+    pub no_room: usize,
+    /// Programs that have been exchanged.
+    pub hooks: usize,
+    /// For how long what was new had to wait.
+    pub paused: Duration,
+    /// All of it.
+    pub took: Duration,
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { flows, no_room, hooks, paused, took } = *self;
+        write!(
+            f,
+            "carried {flows} flows over to new tables and exchanged {hooks} programs in {:.0} ms; what was new waited for {:.1} \
+             ms of them",
+            took.as_secs_f64() * 1000.0,
+            paused.as_secs_f64() * 1000.0
+        )?;
+        if no_room != 0 {
+            write!(f, "; {no_room} flows found no room: raise --max-flows")?;
+        }
+        Ok(())
+    }
+}
+
+impl Loaded {
+    /// Carries over what is in the older generations, the newest first, to the one in the making, and exchanges the programs.
+    pub(super) fn change(&mut self, old: &[Generation], fates: &Fates) -> Result<Change, LoadError> {
+        let begun = Instant::now();
+        let making = self.root().in_making();
+        let new = Generation::open(making.clone())?;
+        let (newest, left) = old.split_first().map_or((None, old), |(newest, left)| (Some(newest), left));
+        let mut change = Change::default();
+        let number = self.root().next()?;
+        let Some(newest) = newest else {
+            self.root().commit(number)?;
+            return Ok(change);
+        };
+        carry::tables(newest, &new, &fates.made)?;
+        let mut counters = Counters::new(newest, &fates.made, &new);
+        let flows = Flows::open(&making)?;
+        counters.add_rest(&flows)?;
+        let mut carrier = if fates.of_flows() { FlowCarrier::open(newest, &new, true)? } else { None };
+        if let Some(carrier) = &mut carrier {
+            for _ in 0..ROUNDS {
+                if carrier.look(Stage::Before)? < FEW {
+                    break;
+                }
+            }
+        }
+        carry::moving(newest, &new, &fates.made)?;
+        counters.add_rest(&flows)?;
+        let paused = Instant::now();
+        let pause = Pause::begin(&new)?;
+        if let Some(carrier) = &mut carrier {
+            carrier.look(Stage::Before)?;
+            carrier.fill_rings(&new)?;
+        }
+        carry::moving(newest, &new, &fates.made)?;
+        self.root().commit(number)?;
+        self.carry_left(left, &self.root().at(number))?;
+        change.hooks = self.exchange()?;
+        pause.end()?;
+        change.paused = paused.elapsed();
+        wait_for_packets();
+        if let Some(carrier) = &mut carrier {
+            carrier.look(Stage::After)?;
+            (change.flows, change.no_room) = carrier.counts();
+        }
+        carry::moving(newest, &new, &fates.made)?;
+        counters.add_rest(&flows)?;
+        for generation in old {
+            generation.root.remove_generation()?;
+        }
+        change.took = begun.elapsed();
+        Ok(change)
+    }
+
+    /// Does what an agent has left to do that died over it: some programs may still work with older tables.
+    pub(super) fn finish(&mut self, newest: &Generation, left: &[Generation]) -> Result<Change, LoadError> {
+        let begun = Instant::now();
+        let pause = Pause::begin(newest)?;
+        self.carry_left(left, &newest.root)?;
+        let hooks = self.exchange()?;
+        pause.end()?;
+        let paused = begun.elapsed();
+        wait_for_packets();
+        self.carry_left(left, &newest.root)?;
+        for generation in left {
+            generation.root.remove_generation()?;
+        }
+        Ok(Change { hooks, paused, took: begun.elapsed(), ..Change::default() })
+    }
+
+    /// Carries over what has begun in tables that should be nobody's any more, as far as programs still work with them. What is
+    /// in the newest ones counts more.
+    fn carry_left(&self, left: &[Generation], root: &BpfRoot) -> Result<(), LoadError> {
+        for generation in left {
+            let Some(records) = generation.map(maps::RECORDS) else { continue };
+            let new = Generation::open(root.clone())?;
+            let same = new.map(maps::RECORDS).is_some_and(|map| map.facts.id == records.facts.id);
+            if same || !self.is_used(records.facts.id)? {
+                continue;
+            }
+            if let Some(mut carrier) = FlowCarrier::open(generation, &new, false)? {
+                carrier.look(Stage::Before)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Nothing begins as long as this lasts.
+struct Pause<'a> {
+    of: &'a Generation,
+}
+
+impl<'a> Pause<'a> {
+    /// Begins, and waits until whatever had begun before is through.
+    fn begin(of: &'a Generation) -> Result<Self, TableError> {
+        let pause = Self { of };
+        pause.write(now()? + LONGEST)?;
+        wait_for_packets();
+        Ok(pause)
+    }
+
+    fn end(&self) -> Result<(), TableError> {
+        self.write(0)
+    }
+
+    fn write(&self, until: u64) -> Result<(), TableError> {
+        let Some(map) = self.of.map(maps::PAUSE) else { return Ok(()) };
+        sys::update(map.fd.as_fd(), &0_u32, &until).map_err(|source| TableError::Call {
+            act: "write",
+            object: "until when nothing begins".into(),
+            map: maps::PAUSE,
+            source,
+        })
+    }
+}
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        // After a failure, too, nothing is to wait longer than it must.
+        let _ = self.write(0);
+    }
+}
