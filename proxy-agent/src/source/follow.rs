@@ -18,7 +18,7 @@ use kube::api::{ListParams, VersionMatch, WatchEvent, WatchParams};
 use kube::core::Status;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::Kind;
 use super::backoff::{Backoff, between};
@@ -235,14 +235,17 @@ where
             Err(end) => return Ok(Err(end)),
         };
         let mut listing = Listing::new();
+        // Of bookmarks a server may send as many as it likes.
+        let mut patience = Instant::now() + STREAMING_PATIENCE;
         loop {
-            let end = match timeout(STREAMING_PATIENCE, events.next()).await {
+            let end = match timeout_at(patience, events.next()).await {
                 Err(_) => End::Endless,
                 Ok(None) => End::Half,
                 Ok(Some(Err(error))) => End::of_stream(error, Duration::ZERO),
                 Ok(Some(Ok(WatchEvent::Error(status)))) => End::Status(status),
                 Ok(Some(Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)))) => {
                     self.listed(object, &mut listing, known).await?;
+                    patience = Instant::now() + STREAMING_PATIENCE;
                     continue;
                 }
                 Ok(Some(Ok(WatchEvent::Deleted(_)))) => continue,
