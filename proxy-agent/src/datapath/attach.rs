@@ -261,6 +261,7 @@ impl Loaded {
     pub fn attach_cgroup(&mut self, cgroup: &Path) -> Result<Attached, AttachError> {
         self.hooks.cgroup = Some(cgroup.to_owned());
         let result = self.attach_sockets(cgroup);
+        self.hooks.batch_ended();
         self.hooks.note(Unit::Sockets, &format!("cgroup {}", cgroup.display()), &result);
         result
     }
@@ -323,6 +324,7 @@ impl Loaded {
             self.hooks.interfaces.insert(link.index, (*link).clone());
             results.push((link.name.clone(), self.try_interface(link)));
         }
+        self.hooks.batch_ended();
         results
     }
 

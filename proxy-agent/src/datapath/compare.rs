@@ -56,8 +56,9 @@ pub struct Comparison {
 }
 
 /// The table that is being looked at, and where.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 enum At {
+    #[default]
     Config,
     AddressBits,
     EndpointBits,
@@ -71,12 +72,6 @@ enum At {
     Frontends(Half<FrontendKey, Frontend>),
     Addresses(Half<Addr, u32>),
     End,
-}
-
-impl Default for At {
-    fn default() -> Self {
-        Self::Config
-    }
 }
 
 /// A table with keys: first whether all that should be there is, then whether all that is there should be.

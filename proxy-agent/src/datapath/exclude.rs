@@ -131,6 +131,7 @@ impl Loaded {
     ) -> Result<Vec<Marked>, AttachError> {
         let found = if wanted.is_empty() { Vec::new() } else { wanted.find(root) };
         let ids: BTreeSet<u64> = found.iter().map(|(_, id)| *id).collect();
+        self.hooks.forget_excluded(&ids);
         if all_known {
             for pin in self.excluded()? {
                 if matches!(pin, PinName::Excluded(id) if !ids.contains(&id)) {
@@ -145,7 +146,9 @@ impl Loaded {
                 !self.hooks.holds(&PinName::Excluded(*id)) && !self.hooks.rests(Unit::Excluded(*id))
             })
             .collect();
-        Ok(new.into_iter().map(|(path, id)| (path.clone(), self.exclude(&path, id))).collect())
+        let results = new.into_iter().map(|(path, id)| (path.clone(), self.exclude(&path, id))).collect();
+        self.hooks.batch_ended();
+        Ok(results)
     }
 
     /// Cgroups that are marked, once by an earlier agent, too.

@@ -17,13 +17,11 @@ use std::time::{Duration, Instant};
 
 use aya_obj::generated::bpf_attach_type as Hook;
 use nix::sys::resource::{Resource, getrlimit};
-use proxy_common::abi::maps;
 
 use super::attach::{AttachError, Attached, Direction, PinName, open_link};
-use super::filter;
-use super::flow;
 use super::grace::Expedited;
 use super::load::Loaded;
+use super::look::{Kept, Round};
 use super::pin::{self, BpfRoot};
 use super::sys::{self, LinkFacts, Target};
 use crate::model::Link;
@@ -32,6 +30,8 @@ use crate::model::Link;
 const FIRST: Duration = Duration::from_millis(500);
 /// The longest pause.
 const LONGEST: Duration = Duration::from_secs(30);
+/// With a pause this long an interface that is not there has been tried three times, and is still listed.
+const STRANGE: Duration = Duration::from_secs(2);
 
 /// Where a link holds its program.
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ pub(super) enum Spot {
 }
 
 impl Spot {
-    fn target(&self) -> Target {
+    pub(super) fn target(&self) -> Target {
         match self {
             Self::Cgroup { id, .. } => Target::Cgroup(*id),
             Self::Interface { index, .. } => Target::Interface(*index),
@@ -66,7 +66,7 @@ impl Spot {
 impl fmt::Display for Spot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Cgroup { path, .. } => write!(f, "{}", path.display()),
+            Self::Cgroup { path, .. } => write!(f, "cgroup {}", path.display()),
             Self::Interface { name, .. } => write!(f, "interface {name}"),
         }
     }
@@ -85,27 +85,18 @@ pub(super) enum Unit {
 
 /// A link as it should be.
 #[derive(Debug)]
-struct Held {
-    program: &'static str,
-    spot: Spot,
+pub(super) struct Held {
+    pub(super) program: &'static str,
+    pub(super) spot: Spot,
     /// Id of the program that was seen to be right: ours, or an earlier one that does the same.
-    runs: u32,
+    pub(super) runs: u32,
     /// Open, as long as there are descriptors enough.
-    link: Option<OwnedFd>,
-    pin: PinId,
+    pub(super) link: Option<OwnedFd>,
+    pub(super) pin: PinId,
 }
 
 /// Which file a pin is: device and inode.
-type PinId = (u64, u64);
-
-/// Something else that is pinned and must stay so.
-#[derive(Debug)]
-struct Kept {
-    object: String,
-    path: PathBuf,
-    fd: OwnedFd,
-    pin: PinId,
-}
+pub(super) type PinId = (u64, u64);
 
 /// A hook that refuses its program.
 #[derive(Debug)]
@@ -117,31 +108,18 @@ struct Refused {
     pause: Duration,
 }
 
-/// What a look has found amiss.
-#[derive(Debug)]
-pub struct Repair {
-    /// `link`, `program`, `pin`, `map` or `filter`.
-    pub what: &'static str,
-    /// Which.
-    pub object: String,
-    /// Whether it is as it was.
-    pub result: Result<(), AttachError>,
-}
-
-/// How far a look is.
-#[derive(Debug)]
-enum Round {
-    Links(Option<PinName>),
-    Filters(Option<u32>),
-    Pins,
+impl Refused {
+    fn counts(&self) -> bool {
+        !self.passing || self.pause >= STRANGE
+    }
 }
 
 /// What is attached, as this process knows it.
 #[derive(Debug, Default)]
 pub(crate) struct Hooks {
-    links: BTreeMap<PinName, Held>,
+    pub(super) links: BTreeMap<PinName, Held>,
     /// Maps, and the program that no hook carries.
-    kept: Vec<Kept>,
+    pub(super) kept: Vec<Kept>,
     pub(super) cgroup: Option<PathBuf>,
     pub(super) interfaces: BTreeMap<u32, Link>,
     /// Interfaces whose filters this process has put in place.
@@ -153,7 +131,7 @@ pub(crate) struct Hooks {
     pub(super) excluded_adopted: bool,
     /// Programs by id that were compared with ours since a batch began: many links have the same.
     same: BTreeMap<(&'static str, u32), bool>,
-    round: Option<Round>,
+    pub(super) round: Option<Round>,
 }
 
 impl Hooks {
@@ -179,7 +157,6 @@ impl Hooks {
 
     /// Notes what came of attaching.
     pub(super) fn note(&mut self, unit: Unit, name: &str, result: &Result<Attached, AttachError>) {
-        self.same.clear();
         let Err(error) = result else { return self.forget(unit) };
         let pause = self.refused.get(&unit).map_or(FIRST, |before| (before.pause * 2).min(LONGEST));
         let refused = Refused {
@@ -193,6 +170,16 @@ impl Hooks {
 
     pub(super) fn forget(&mut self, unit: Unit) {
         self.refused.remove(&unit);
+    }
+
+    /// Forgets cgroups to be marked that have gone.
+    pub(super) fn forget_excluded(&mut self, there: &BTreeSet<u64>) {
+        self.refused.retain(|unit, _| !matches!(unit, Unit::Excluded(id) if !there.contains(id)));
+    }
+
+    /// A batch has ended: an id may mean another program next time.
+    pub(super) fn batch_ended(&mut self) {
+        self.same.clear();
     }
 
     /// Whether a unit has refused, and its pause has not passed.
@@ -218,8 +205,9 @@ pub(super) fn pin_at(root: &BpfRoot, fd: BorrowedFd<'_>, path: &Path) -> Result<
     let failed = |source| AttachError::Pin { path: path.to_owned(), source };
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let making = path.with_file_name(format!("new_{name}"));
-    if !path.parent().is_some_and(Path::exists) {
+    if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
         root.prepare()?;
+        pin::create(parent)?;
     }
     pin::remove(&making, false)?;
     sys::obj_pin(fd, &making).map_err(failed)?;
@@ -227,7 +215,7 @@ pub(super) fn pin_at(root: &BpfRoot, fd: BorrowedFd<'_>, path: &Path) -> Result<
     pin_id(path).map_err(failed)
 }
 
-fn pin_id(path: &Path) -> io::Result<PinId> {
+pub(super) fn pin_id(path: &Path) -> io::Result<PinId> {
     fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
 
@@ -330,13 +318,17 @@ impl Loaded {
                 Unit::Excluded(_) => {}
             }
         }
+        self.hooks.batch_ended();
         results
     }
 
-    /// Hooks that refuse their programs, a line each; those whose interface or cgroup has just gone are none.
+    /// Hooks that refuse their programs, so that traffic is not served, a line each; those whose interface has just gone are
+    /// none, nor are pods' cgroups that cannot be marked: their sockets are served as others are.
     #[must_use]
     pub fn refusing(&self) -> Vec<String> {
-        self.hooks.refused.values().filter(|refused| !refused.passing).map(|r| r.line.clone()).collect()
+        let serve = |unit: &Unit| matches!(unit, Unit::Sockets | Unit::Interface(_));
+        let refused = self.hooks.refused.iter().filter(|(unit, refused)| serve(unit) && refused.counts());
+        refused.map(|(_, refused)| refused.line.clone()).collect()
     }
 
     /// How many interfaces carry programs, and how many refuse them.
@@ -344,168 +336,8 @@ impl Loaded {
     pub fn interfaces(&self) -> (usize, usize) {
         let of_interfaces = self.hooks.refused.iter().filter(|(unit, _)| matches!(unit, Unit::Interface(_)));
         let without = of_interfaces.clone().count();
-        let refusing = of_interfaces.filter(|(_, refused)| !refused.passing).count();
+        let refusing = of_interfaces.filter(|(_, refused)| refused.counts()).count();
         (self.hooks.interfaces.len() - without, refusing)
-    }
-
-    /// Looks on until a moment, and restores what is not as it was left; whether everything has been looked at since the
-    /// last time that this was true.
-    pub fn look(&mut self, until: Instant) -> (Vec<Repair>, bool) {
-        let mut repairs = Vec::new();
-        if self.hooks.kept.is_empty() {
-            repairs.extend(self.keep().err().map(|error| Repair {
-                what: "pin",
-                object: "the maps".into(),
-                result: Err(error),
-            }));
-        }
-        loop {
-            let round = self.hooks.round.take().unwrap_or(Round::Links(None));
-            let (repair, next) = match round {
-                Round::Links(last) => self.look_at_next_link(last),
-                Round::Filters(last) => self.look_at_next_filter(last),
-                Round::Pins => {
-                    repairs.extend(self.look_at_pins());
-                    return (repairs, true);
-                }
-            };
-            repairs.extend(repair);
-            self.hooks.round = Some(next);
-            if Instant::now() >= until {
-                return (repairs, false);
-            }
-        }
-    }
-
-    fn look_at_next_link(&mut self, last: Option<PinName>) -> (Option<Repair>, Round) {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let from = last.map_or(Unbounded, Excluded);
-        let Some((pin, held)) = self.hooks.links.range((from, Unbounded)).next() else {
-            return (None, Round::Filters(None));
-        };
-        let path = self.root().link(&pin.to_string());
-        let facts = match &held.link {
-            Some(link) => sys::link_facts(link.as_fd()),
-            None => sys::obj_get(&path).and_then(|link| sys::link_facts(link.as_fd())),
-        };
-        let what = match facts {
-            Ok(facts) if facts.target != held.spot.target() => "link",
-            Ok(facts) if facts.program != held.runs => "program",
-            Ok(_) if pin_id(&path).ok() == Some(held.pin) => return (None, Round::Links(Some(pin.clone()))),
-            Ok(_) => "pin",
-            // The pin was all that was left of it.
-            Err(_) => "link",
-        };
-        let (pin, program, spot) = (pin.clone(), held.program, held.spot.clone());
-        (self.restore(what, &pin, program, spot), Round::Links(Some(pin)))
-    }
-
-    fn restore(
-        &mut self,
-        what: &'static str,
-        pin: &PinName,
-        program: &'static str,
-        spot: Spot,
-    ) -> Option<Repair> {
-        let object = format!("{program} at {spot}");
-        let unit = match pin {
-            PinName::Excluded(id) => Unit::Excluded(*id),
-            _ => match &spot {
-                Spot::Cgroup { .. } => Unit::Sockets,
-                Spot::Interface { index, .. } => Unit::Interface(*index),
-            },
-        };
-        if what == "link"
-            && let Spot::Cgroup { path, id, .. } = &spot
-            && !fs::metadata(path).is_ok_and(|found| found.ino() == *id)
-            && matches!(unit, Unit::Excluded(_))
-        {
-            // A pod's cgroup that has gone takes its link with it.
-            return None;
-        }
-        let _expedited = if what == "link" { Expedited::begin(self.root()) } else { None };
-        let name = spot.to_string();
-        let result = self.ensure(pin, program, spot);
-        self.hooks.same.clear();
-        if let Err(error) = &result {
-            if error.is_of_something_gone() && matches!(unit, Unit::Interface(_)) {
-                // It has gone, and will be heard of; if it comes back before that, it is tried again.
-                self.hooks.note(unit, &name, &result);
-                return None;
-            }
-            self.hooks.note(unit, &name, &result);
-            if let Unit::Interface(index) = unit {
-                // Half an interface would translate one way only.
-                let _ = self.drop_half(index);
-            }
-        }
-        Some(Repair { what, object, result: result.map(drop) })
-    }
-
-    fn drop_half(&mut self, index: u32) -> Result<(), AttachError> {
-        Direction::BOTH
-            .into_iter()
-            .try_for_each(|direction| self.detach(&PinName::Tcx(index, direction)).map(drop))
-    }
-
-    fn look_at_next_filter(&mut self, last: Option<u32>) -> (Option<Repair>, Round) {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let from = last.map_or(Unbounded, Excluded);
-        let next = self.hooks.filters.range((from, Unbounded)).next().copied();
-        let Some(index) = next else { return (None, Round::Pins) };
-        let next = Round::Filters(Some(index));
-        let Some(link) = self.hooks.interfaces.get(&index).cloned() else { return (None, next) };
-        let is_there = |direction: Direction| {
-            let program = self.program(direction.program(link.layer3)).map(|program| program.fd.as_fd());
-            let ours = program.ok().and_then(|fd| sys::program_facts(fd).ok()).map(|facts| facts.id);
-            let pinned = self.root().link(&PinName::Filter(index, direction).to_string()).exists();
-            // What cannot be told is left alone.
-            filter::running(index, direction).map_or(pinned, |running| running == ours && pinned)
-        };
-        if Direction::BOTH.into_iter().all(is_there) {
-            return (None, next);
-        }
-        let result = self.try_interface(&link);
-        let gone = result.as_ref().is_err_and(AttachError::is_of_something_gone);
-        let object = format!("filters of interface {}", link.name);
-        ((!gone).then(|| Repair { what: "filter", object, result: result.map(drop) }), next)
-    }
-
-    /// Keeps open what is pinned besides links.
-    fn keep(&mut self) -> Result<(), AttachError> {
-        let mut kept = Vec::new();
-        for name in maps::ALL {
-            let path = self.root().map(name);
-            let failed = |source| AttachError::Pin { path: path.clone(), source };
-            let fd = sys::obj_get(&path).map_err(failed)?;
-            let pin = pin_id(&path).map_err(failed)?;
-            kept.push(Kept { object: format!("map {name}"), path, fd, pin });
-        }
-        let path = self.root().program(flow::PROGRAM);
-        let failed = |source| AttachError::Pin { path: path.clone(), source };
-        let fd = self.program(flow::PROGRAM)?.fd.try_clone().map_err(failed)?;
-        let pin = pin_id(&path).map_err(failed)?;
-        kept.push(Kept { object: format!("program {}", flow::PROGRAM), path, fd, pin });
-        self.hooks.kept = kept;
-        Ok(())
-    }
-
-    /// To be called when a map has been replaced on purpose: what is pinned now is to stay.
-    pub fn maps_changed(&mut self) {
-        self.hooks.kept.clear();
-    }
-
-    fn look_at_pins(&mut self) -> Vec<Repair> {
-        let mut repairs = Vec::new();
-        let root = self.root().clone();
-        for kept in &mut self.hooks.kept {
-            if pin_id(&kept.path).ok() == Some(kept.pin) {
-                continue;
-            }
-            let result = pin_at(&root, kept.fd.as_fd(), &kept.path).map(|pin| kept.pin = pin);
-            repairs.push(Repair { what: "pin", object: kept.object.clone(), result });
-        }
-        repairs
     }
 }
 

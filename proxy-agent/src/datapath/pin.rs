@@ -178,11 +178,6 @@ impl BpfRoot {
         self.links().join(name)
     }
 
-    /// Where a link is while it replaces another one.
-    pub(crate) fn link_in_making(&self, name: &str) -> PathBuf {
-        self.links().join(format!("{NEW}{name}"))
-    }
-
     /// Begins a generation: what an agent has left behind that died over one goes.
     pub(crate) fn begin(&self) -> Result<Self, PinError> {
         let making = self.in_making();
@@ -365,7 +360,7 @@ fn is_bpffs(path: &Path) -> Result<bool, PinError> {
     Ok(found.filesystem_type() == FsType(BPFFS_MAGIC as _))
 }
 
-fn create(path: &Path) -> Result<(), PinError> {
+pub(super) fn create(path: &Path) -> Result<(), PinError> {
     fs::create_dir_all(path).map_err(|source| PinError::Create { path: path.to_owned(), source })
 }
 

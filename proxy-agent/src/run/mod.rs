@@ -551,13 +551,14 @@ impl Agent {
         // First: what is to be left must not be translated in between.
         self.exclude();
         match &self.cgroup_root {
-            Some(cgroup) => match self.loaded.attach_cgroup(cgroup) {
-                Err(error @ (AttachError::CgroupRoot { .. } | AttachError::Missing { .. })) => {
+            Some(cgroup) => {
+                // Everything else is tried again, and told meanwhile.
+                if let Err(error @ (AttachError::CgroupRoot { .. } | AttachError::Missing { .. })) =
+                    self.loaded.attach_cgroup(cgroup)
+                {
                     return Err(error.into());
                 }
-                // Tried again, and told meanwhile.
-                Ok(_) | Err(_) => {}
-            },
+            }
             None => drop(self.loaded.detach_cgroup()?),
         }
         self.attach_interfaces();

@@ -23,6 +23,8 @@ const COMPARE: Duration = Duration::from_secs(30);
 const TICKS: usize = 40;
 /// Entries that one slice looks at, if there are fewer.
 const FEWEST: usize = 256;
+/// From one Event about what was restored to the next: whoever fights with us is not told twice a second.
+const EVENTS: Duration = Duration::from_secs(30);
 /// Objects that one line names.
 const NAMED: usize = 3;
 
@@ -51,6 +53,8 @@ pub(super) struct Repairs {
     claim: Claim,
     /// What was last told of hooks that refuse.
     refusing: Vec<String>,
+    /// When an Event last told of what was restored.
+    told: Option<Instant>,
     /// Whether the tables could not be compared, which is told once.
     blind: bool,
     /// `None` before the loop runs.
@@ -94,6 +98,7 @@ impl Repairs {
             comparison: Comparison::open(root)?,
             claim: Claim { _lock: lock, on: Claim::directory(root) },
             refusing: Vec::new(),
+            told: None,
             blind: false,
             events: None,
         })
@@ -189,8 +194,11 @@ impl Agent {
         }
         tracing::warn!("removed or changed by somebody else, and restored: {line}");
         self.report.restored(&line);
-        self.repairs
-            .tell(Event::Restored(format!("removed or changed by somebody else, and restored: {line}")));
+        if self.repairs.told.is_none_or(|told| told.elapsed() >= EVENTS) {
+            self.repairs.told = Some(Instant::now());
+            let note = format!("removed or changed by somebody else, and restored: {line}");
+            self.repairs.tell(Event::Restored(note));
+        }
     }
 
     /// Whether all hooks carry their programs, for everybody who asks; an Event when that changes.
@@ -206,5 +214,6 @@ impl Agent {
             Some((first, more)) => Event::NotAttached(format!("{first}; and {} more", more.len())),
         });
         self.repairs.refusing = refusing;
+        self.report.write(&self.world, self.pace.queued_ms().is_some());
     }
 }

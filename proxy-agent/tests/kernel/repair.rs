@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_agent::datapath::compare::{Comparison, Found};
-use proxy_agent::datapath::hooks::Repair;
+use proxy_agent::datapath::look::Repair;
 use proxy_agent::datapath::others::{Company, others};
 
 use super::*;
@@ -54,6 +54,7 @@ fn at_interface(name: &str) -> Vec<(&'static str, u32)> {
 
 #[test]
 fn a_detached_link_is_made_again_and_a_removed_pin_comes_back_to_the_same_link() {
+    // Y-20.
     let room = Room::new();
     let mut loaded = attached(&room);
     let (before, names) = (room.program_ids(), room.hooks());
@@ -89,7 +90,10 @@ fn everything_that_was_pinned_comes_back_after_all_of_it_was_removed_or_unmounte
     let flows = map(maps::FLOWS);
     assert!(flows.contains("FLOWS"), "{flows}");
     let away: [&dyn Fn(); 3] = [
-        &|| fs::remove_dir_all(room.root.path().join(format!("v{ABI_VERSION}"))).unwrap(),
+        &|| {
+            fs::remove_dir_all(room.root.links()).unwrap();
+            fs::remove_dir_all(room.root.generation()).unwrap();
+        },
         &|| nix::mount::umount2(room.root.path(), nix::mount::MntFlags::MNT_DETACH).unwrap(),
         &|| {
             let none: Option<&str> = None;
@@ -187,6 +191,7 @@ fn an_interface_that_was_away_or_is_another_one_of_the_same_index_carries_progra
 
 #[test]
 fn one_interface_more_costs_nothing_for_those_that_are_there() {
+    // D-17.
     let room = Room::new();
     let mut loaded = attached(&room);
     let names = room.hooks();
@@ -243,6 +248,7 @@ fn compare(comparison: &mut Comparison, kernel: &mut Kernel, actual: &Actual, sl
 
 #[test]
 fn every_entry_that_somebody_changes_deletes_or_adds_is_found_with_the_write_that_undoes_it() {
+    // Y-20.
     let room = Room::new();
     drop(room.load());
     let mut kernel = Kernel::open(&room.root).unwrap();
@@ -372,8 +378,7 @@ fn programs_of_others_are_named_in_their_order_at_interfaces_and_in_cgroups() {
     remove_all(&root).unwrap();
     // A filter comes after what is attached by a link, whatever its priority.
     let names = room.root.link_names().unwrap();
-    let program = room.root.link(flow::PROGRAM);
-    assert!(names.iter().any(|name| name == flow::PROGRAM));
+    let program = room.root.generation().join("flows");
     let tc = |args: &[&str]| assert!(Command::new("tc").args(args).status().unwrap().success(), "{args:?}");
     tc(&["qdisc", "add", "dev", "v1", "clsact"]);
     let place = ["filter", "add", "dev", "v1", "ingress", "prio", "3"];

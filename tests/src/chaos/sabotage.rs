@@ -297,8 +297,11 @@ fn add_entries(root: &Path) -> Result<usize> {
     Ok(done)
 }
 
+/// A table, a key, a value.
+pub type Entry = (String, Vec<u8>, Vec<u8>);
+
 /// Every entry of every configuration table that says something, for comparing what was with what is again.
-pub fn contents(agent: &Agent) -> Result<Vec<(String, Vec<u8>, Vec<u8>)>> {
+pub fn contents(agent: &Agent) -> Result<Vec<Entry>> {
     let mut all = Vec::new();
     for (path, map) in tables(agent.bpf_root())? {
         let zeros = vec![0; map.sizes().1];

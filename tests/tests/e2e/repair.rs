@@ -85,6 +85,7 @@ const SECONDS: Duration = Duration::from_secs(5);
 
 #[test]
 fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -> Result<()> {
+    // Y-20.
     let town = one_node(&["a", "b"])?;
     let server = server(&town)?;
     let scene = Scene::raise(&server, town)?;
@@ -161,6 +162,7 @@ fn links(agent: &Agent) -> Result<serde_json::Value> {
 
 #[test]
 fn entries_that_somebody_deletes_changes_or_adds_are_as_they_were_within_a_minute() -> Result<()> {
+    // Y-20.
     let town = one_node(&["a", "b"])?;
     let server = server(&town)?;
     let scene = Scene::raise(&server, town)?;

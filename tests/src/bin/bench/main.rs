@@ -3,6 +3,7 @@
 //! What is compared is measured in rounds, one after the other in each, and a figure is the median over the rounds.
 //! A ratio is the median of the rounds' ratios, so that slow phases of the machine weigh on both sides.
 
+mod attach;
 mod figure;
 mod packet;
 mod plan;
@@ -37,12 +38,14 @@ enum Part {
     Wire,
     /// Nanoseconds a packet in the kernel programs.
     Packet,
-    /// Planning and writing the tables of a large cluster.
+    /// Planning, writing and comparing the tables of a large cluster.
     Plan,
+    /// Attaching to hundreds of interfaces.
+    Attach,
 }
 
 impl Part {
-    const ALL: [Self; 3] = [Self::Packet, Self::Plan, Self::Wire];
+    const ALL: [Self; 4] = [Self::Packet, Self::Plan, Self::Attach, Self::Wire];
 }
 
 fn main() -> ExitCode {
@@ -69,6 +72,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     for part in &arguments.only {
         let (name, measured) = match part {
             Part::Packet => ("packet", packet::measure(&mut figures, rounds)),
+            Part::Attach => ("attach", attach::measure(&mut figures, rounds)),
             Part::Plan => ("plan", plan::measure(&mut figures, rounds)),
             Part::Wire => ("wire", wire::measure(&mut figures, rounds)),
         };

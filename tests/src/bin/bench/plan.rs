@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use proxy_agent::datapath::Datapath as _;
+use proxy_agent::datapath::compare::{Comparison, entries};
 use proxy_agent::datapath::kernel::Kernel;
 use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
 use proxy_agent::datapath::pin::BpfRoot;
@@ -41,6 +42,7 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     figures.value("plan: full plan, 10,000 Services x 10 endpoints", "ms", &large.full_ms);
     figures.value("plan: writing all of it to the kernel's maps", "ms", &large.write_ms);
     figures.value("plan: reading all of it back, as after a restart", "ms", &large.read_ms);
+    figures.value("plan: comparing all of it in slices, twice a minute", "ms", &large.compare_ms);
     figures.value("plan: finding that nothing differs, as after a restart", "ms", &large.restart_ms);
     figures.pair(
         "plan: one endpoint changes, of 10,000 Services vs of 100",
@@ -71,6 +73,7 @@ struct Sizes {
     write_ms: Vec<f64>,
     read_ms: Vec<f64>,
     restart_ms: Vec<f64>,
+    compare_ms: Vec<f64>,
     change_us: Vec<f64>,
     change_write_us: Vec<f64>,
     change_steps: Vec<f64>,
@@ -97,6 +100,19 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
     let again = Planner::new(&found, capacity).full(&world.take_desired(), 0);
     times.restart_ms.push(begun.elapsed().as_secs_f64() * 1e3);
     ensure!(again.plan.steps.is_empty(), "a restart would write {} entries again", again.plan.steps.len());
+
+    let mut comparison = Comparison::open(&tables.root)?;
+    let begun = Instant::now();
+    // In slices as the agent's ticks do it.
+    let slice = entries(planner.actual()) / 40;
+    loop {
+        let found = comparison.go_on(&mut kernel, planner.actual(), slice)?;
+        ensure!(found.steps.is_empty() && found.words == 0, "{found:?}");
+        if found.ended {
+            break;
+        }
+    }
+    times.compare_ms.push(begun.elapsed().as_secs_f64() * 1e3);
 
     let (mut planned, mut written, mut steps) = (0.0, 0.0, 0);
     for change in 0..CHANGES {

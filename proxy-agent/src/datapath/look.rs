@@ -1,0 +1,207 @@
+//! Looking at what is attached and pinned, one after the other, and restoring what is not as it was left.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use proxy_common::abi::maps;
+
+use super::attach::{AttachError, Direction, PinName};
+use super::filter;
+use super::flow;
+use super::grace::Expedited;
+use super::hooks::{PinId, Spot, Unit, pin_at, pin_id};
+use super::load::Loaded;
+use super::sys;
+
+/// Something else that is pinned and must stay so.
+#[derive(Debug)]
+pub(super) struct Kept {
+    object: String,
+    path: PathBuf,
+    fd: OwnedFd,
+    pin: PinId,
+}
+
+/// What a look has found amiss.
+#[derive(Debug)]
+pub struct Repair {
+    /// `link`, `program`, `pin`, `map` or `filter`.
+    pub what: &'static str,
+    /// Which.
+    pub object: String,
+    /// Whether it is as it was.
+    pub result: Result<(), AttachError>,
+}
+
+/// How far a look is.
+#[derive(Debug)]
+pub(super) enum Round {
+    Links(Option<PinName>),
+    Filters(Option<u32>),
+    Pins,
+}
+
+impl Loaded {
+    /// Looks on until a moment, and restores what is not as it was left; whether everything has been looked at since the
+    /// last time that this was true.
+    pub fn look(&mut self, until: Instant) -> (Vec<Repair>, bool) {
+        let mut repairs = Vec::new();
+        if self.hooks.kept.is_empty() {
+            repairs.extend(self.keep().err().map(|error| Repair {
+                what: "pin",
+                object: "the maps".into(),
+                result: Err(error),
+            }));
+        }
+        loop {
+            let round = self.hooks.round.take().unwrap_or(Round::Links(None));
+            let (repair, next) = match round {
+                Round::Links(last) => self.look_at_next_link(last),
+                Round::Filters(last) => self.look_at_next_filter(last),
+                Round::Pins => {
+                    repairs.extend(self.look_at_pins());
+                    return (repairs, true);
+                }
+            };
+            repairs.extend(repair);
+            self.hooks.round = Some(next);
+            if Instant::now() >= until {
+                return (repairs, false);
+            }
+        }
+    }
+
+    fn look_at_next_link(&mut self, last: Option<PinName>) -> (Option<Repair>, Round) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = last.map_or(Unbounded, Excluded);
+        let Some((pin, held)) = self.hooks.links.range((from, Unbounded)).next() else {
+            return (None, Round::Filters(None));
+        };
+        let path = self.root().link(&pin.to_string());
+        let facts = match &held.link {
+            Some(link) => sys::link_facts(link.as_fd()),
+            None => sys::obj_get(&path).and_then(|link| sys::link_facts(link.as_fd())),
+        };
+        let what = match facts {
+            Ok(facts) if facts.target != held.spot.target() => "link",
+            Ok(facts) if facts.program != held.runs => "program",
+            Ok(_) if pin_id(&path).ok() == Some(held.pin) => return (None, Round::Links(Some(pin.clone()))),
+            Ok(_) => "pin",
+            // The pin was all that was left of it.
+            Err(_) => "link",
+        };
+        let (pin, program, spot) = (pin.clone(), held.program, held.spot.clone());
+        (self.restore(what, &pin, program, spot), Round::Links(Some(pin)))
+    }
+
+    fn restore(
+        &mut self,
+        what: &'static str,
+        pin: &PinName,
+        program: &'static str,
+        spot: Spot,
+    ) -> Option<Repair> {
+        let object = format!("{program} at {spot}");
+        let unit = match pin {
+            PinName::Excluded(id) => Unit::Excluded(*id),
+            _ => match &spot {
+                Spot::Cgroup { .. } => Unit::Sockets,
+                Spot::Interface { index, .. } => Unit::Interface(*index),
+            },
+        };
+        if what == "link"
+            && let Spot::Cgroup { path, id, .. } = &spot
+            && !fs::metadata(path).is_ok_and(|found| found.ino() == *id)
+            && matches!(unit, Unit::Excluded(_))
+        {
+            // A pod's cgroup that has gone takes its link with it.
+            return None;
+        }
+        let _expedited = if what == "link" { Expedited::begin(self.root()) } else { None };
+        let name = spot.to_string();
+        let result = self.ensure(pin, program, spot);
+        self.hooks.batch_ended();
+        if let Err(error) = &result {
+            if error.is_of_something_gone() && matches!(unit, Unit::Interface(_)) {
+                // It has gone, and will be heard of; if it comes back before that, it is tried again.
+                self.hooks.note(unit, &name, &result);
+                return None;
+            }
+            self.hooks.note(unit, &name, &result);
+            if let Unit::Interface(index) = unit {
+                // Half an interface would translate one way only.
+                let _ = self.drop_half(index);
+            }
+        }
+        Some(Repair { what, object, result: result.map(drop) })
+    }
+
+    fn drop_half(&mut self, index: u32) -> Result<(), AttachError> {
+        Direction::BOTH
+            .into_iter()
+            .try_for_each(|direction| self.detach(&PinName::Tcx(index, direction)).map(drop))
+    }
+
+    fn look_at_next_filter(&mut self, last: Option<u32>) -> (Option<Repair>, Round) {
+        use std::ops::Bound::{Excluded, Unbounded};
+        let from = last.map_or(Unbounded, Excluded);
+        let next = self.hooks.filters.range((from, Unbounded)).next().copied();
+        let Some(index) = next else { return (None, Round::Pins) };
+        let next = Round::Filters(Some(index));
+        let Some(link) = self.hooks.interfaces.get(&index).cloned() else { return (None, next) };
+        let is_there = |direction: Direction| {
+            let program = self.program(direction.program(link.layer3)).map(|program| program.fd.as_fd());
+            let ours = program.ok().and_then(|fd| sys::program_facts(fd).ok()).map(|facts| facts.id);
+            let pinned = self.root().link(&PinName::Filter(index, direction).to_string()).exists();
+            // What cannot be told is left alone.
+            filter::running(index, direction).map_or(pinned, |running| running == ours && pinned)
+        };
+        if Direction::BOTH.into_iter().all(is_there) {
+            return (None, next);
+        }
+        let result = self.try_interface(&link);
+        let gone = result.as_ref().is_err_and(AttachError::is_of_something_gone);
+        let object = format!("filters of interface {}", link.name);
+        ((!gone).then(|| Repair { what: "filter", object, result: result.map(drop) }), next)
+    }
+
+    /// Keeps open what is pinned besides links.
+    fn keep(&mut self) -> Result<(), AttachError> {
+        let mut kept = Vec::new();
+        for name in maps::ALL {
+            let path = self.root().map(name);
+            let failed = |source| AttachError::Pin { path: path.clone(), source };
+            let fd = sys::obj_get(&path).map_err(failed)?;
+            let pin = pin_id(&path).map_err(failed)?;
+            kept.push(Kept { object: format!("map {name}"), path, fd, pin });
+        }
+        let path = self.root().program(flow::PROGRAM);
+        let failed = |source| AttachError::Pin { path: path.clone(), source };
+        let fd = self.program(flow::PROGRAM)?.fd.try_clone().map_err(failed)?;
+        let pin = pin_id(&path).map_err(failed)?;
+        kept.push(Kept { object: format!("program {}", flow::PROGRAM), path, fd, pin });
+        self.hooks.kept = kept;
+        Ok(())
+    }
+
+    /// To be called when a map has been replaced on purpose: what is pinned now is to stay.
+    pub fn maps_changed(&mut self) {
+        self.hooks.kept.clear();
+    }
+
+    fn look_at_pins(&mut self) -> Vec<Repair> {
+        let mut repairs = Vec::new();
+        let root = self.root().clone();
+        for kept in &mut self.hooks.kept {
+            if pin_id(&kept.path).ok() == Some(kept.pin) {
+                continue;
+            }
+            let result = pin_at(&root, kept.fd.as_fd(), &kept.path).map(|pin| kept.pin = pin);
+            repairs.push(Repair { what: "pin", object: kept.object.clone(), result });
+        }
+        repairs
+    }
+}
