@@ -1,5 +1,6 @@
 //! Address families: which ones this node has, and what was set for the other one (Y-11, F-12, F-13).
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
@@ -8,9 +9,11 @@ use ipnet::IpNet;
 use super::{Config, Host};
 use crate::model::{DetectLocal, Family, NodePortAddresses, Settings};
 
-/// Whether the kernel has IPv6, and nobody has switched it off.
+/// Whether the kernel has IPv6, and nobody has switched it off. A file that is there and cannot be read says neither: to
+/// take what it says for a no would take IPv6 from a node that has it.
 pub(super) fn has_ipv6(host: &dyn Host) -> bool {
-    let there = host.read(Path::new("/proc/net/if_inet6")).is_ok();
+    let listed = host.read(Path::new("/proc/net/if_inet6"));
+    let there = !listed.is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let off = host.read(Path::new("/proc/sys/net/ipv6/conf/all/disable_ipv6"));
     there && !off.is_ok_and(|text| text.trim() == "1")
 }
@@ -84,4 +87,21 @@ fn node_port_ranges(settings: &Settings, primary: Family, pod_cidrs: &[IpNet]) -
     matters.then(|| {
         format!("the NodePort addresses have no {name} range: NodePorts are accepted at every {name} address")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::FakeHost;
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_read_takes_ipv6_from_nobody() {
+        assert!(has_ipv6(&FakeHost::named("n1")));
+        assert!(!has_ipv6(&FakeHost::without_ipv6()));
+        let broken = |path: &str| FakeHost { broken: Some(path.into()), ..FakeHost::named("n1") };
+        assert!(has_ipv6(&broken("/proc/net/if_inet6")));
+        assert!(has_ipv6(&broken("/proc/sys/net/ipv6/conf/all/disable_ipv6")));
+        let off = FakeHost::named("n1").with_file("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1\n");
+        assert!(!has_ipv6(&off));
+    }
 }

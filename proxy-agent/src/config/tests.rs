@@ -14,6 +14,8 @@ pub(super) struct FakeHost {
     files: HashMap<PathBuf, String>,
     env: HashMap<String, String>,
     name: Option<String>,
+    /// A file that is there and cannot be read.
+    pub(super) broken: Option<PathBuf>,
 }
 
 impl FakeHost {
@@ -42,6 +44,9 @@ impl Host for FakeHost {
     }
 
     fn read(&self, path: &Path) -> io::Result<String> {
+        if self.broken.as_deref() == Some(path) {
+            return Err(io::Error::other("it is broken"));
+        }
         self.files.get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
