@@ -28,7 +28,7 @@ pub(super) enum Look {
     Bound(u32, u32),
     /// Its client begins anew, or the node speaks for itself: it is over.
     Over,
-    /// Its client speaks past the Service to the endpoint: it is over.
+    /// Its client speaks past the Service to the endpoint, or another masquerade has its port: it is over.
     Superseded,
     /// It has lost its endpoint, and whoever sends is to be told.
     Lost,
@@ -121,6 +121,13 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
         return Look::Go;
     }
     let fresh = packet.is_syn();
+    // What the masquerade of this flow has made leaves with a mark, and is not looked at again: this is somebody else's, who
+    // has chosen the same port. One that is over, or whose client is silent, gives way, or the answers would be taken for its.
+    if forward && leg.role == Role::INNER && hook == Hook::EGRESS {
+        let over = fresh && flow.is_over(now);
+        let gone = packet.tuple.proto == Proto::UDP && now.saturating_sub(flow.seen[FORWARD]) > SILENCE;
+        return if over || gone { Look::Superseded } else { Look::Go };
+    }
     // Past the Service to its endpoint. If a flow from that port is over, or its client silent, answers must not be
     // translated any more (D-5, D-19). A bridge shows the packet only where it leaves; there a packet of the flow itself
     // comes, too, but that has been seen as such a moment before. What netfilter has rewritten looks the same.

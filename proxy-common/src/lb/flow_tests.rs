@@ -615,6 +615,34 @@ fn somebody_else_s_masquerade_to_our_endpoint_keeps_its_port_and_its_answers() {
 }
 
 #[test]
+fn a_flow_that_is_over_leaves_its_port_to_somebody_else_s_masquerade() {
+    let back = |node: &Node, guest: &Tuple, flags| {
+        run(&node.tables, &frame(&guest.reversed(), flags, b"", false), Hook::INGRESS, ETH)
+    };
+    let node = masquerading();
+    let talk = Talk::open(&node, CLIENT, VIP);
+    // A flow that lives has its port to itself.
+    node.leave(&frame(&talk.heard, SYN, b"", false));
+    assert_ne!(back(&node, &talk.heard, SYN | ACK), Outcome::Passed);
+    talk.says(FIN_ACK, true);
+    talk.says(FIN_ACK, false);
+    assert!(the_flow(&node).is_over(node.tables.now()));
+    // The rest of it is its own.
+    talk.goes_on();
+    node.leave(&frame(&talk.heard, SYN, b"", false));
+    assert_eq!(back(&node, &talk.heard, SYN | ACK), Outcome::Passed);
+    assert!(node.tables.live().iter().all(Flow::is_own));
+
+    let node = masquerading();
+    let heard = tuple(&ask(&node, CLIENT, VIP, Proto::UDP)).unwrap().tuple;
+    node.leave(&frame(&heard, 0, b"", false));
+    assert_ne!(back(&node, &heard, 0), Outcome::Passed);
+    node.wait(1_100);
+    node.leave(&frame(&heard, 0, b"", false));
+    assert_eq!(back(&node, &heard, 0), Outcome::Passed);
+}
+
+#[test]
 fn a_conversation_that_the_node_begins_from_a_service_s_port_is_left_alone() {
     for (proto, node_ip, server) in [
         (Proto::TCP, NODE, "198.51.100.50"),
