@@ -16,7 +16,7 @@ macro_rules! calls {
 const CALLS: &[(i64, &str, Errno)] = calls! {
     EIO: SYS_read SYS_pread64 SYS_readv SYS_readlink SYS_readlinkat SYS_stat SYS_fstat SYS_lstat SYS_statx
         SYS_newfstatat SYS_statfs SYS_fstatfs SYS_getdents64 SYS_access SYS_faccessat SYS_faccessat2 SYS_lseek
-        SYS_fsync SYS_fdatasync SYS_unlink SYS_unlinkat SYS_rmdir SYS_close;
+        SYS_fsync SYS_fdatasync SYS_unlink SYS_unlinkat SYS_rmdir;
     ENOSPC: SYS_write SYS_pwrite64 SYS_writev SYS_mkdir SYS_mkdirat SYS_rename SYS_renameat SYS_renameat2
         SYS_ftruncate SYS_fallocate SYS_symlink SYS_link SYS_inotify_add_watch SYS_epoll_ctl;
     ENFILE: SYS_open SYS_openat SYS_openat2 SYS_socket SYS_socketpair SYS_pipe SYS_pipe2 SYS_epoll_create1
@@ -24,7 +24,7 @@ const CALLS: &[(i64, &str, Errno)] = calls! {
         SYS_dup3 SYS_fcntl SYS_accept4 SYS_memfd_create;
     ENOBUFS: SYS_sendto SYS_sendmsg SYS_recvfrom SYS_recvmsg SYS_setsockopt SYS_getsockopt SYS_getsockname
         SYS_getpeername SYS_bind SYS_connect SYS_listen;
-    EINTR: SYS_futex SYS_epoll_wait SYS_epoll_pwait SYS_epoll_pwait2 SYS_poll SYS_ppoll SYS_select SYS_pselect6
+    EINTR: SYS_close SYS_futex SYS_epoll_wait SYS_epoll_pwait SYS_epoll_pwait2 SYS_poll SYS_ppoll SYS_select SYS_pselect6
         SYS_nanosleep SYS_clock_nanosleep SYS_wait4 SYS_waitid SYS_flock SYS_getrandom;
     ENOMEM: SYS_mmap SYS_mremap SYS_mprotect SYS_munmap SYS_madvise SYS_brk SYS_bpf SYS_ioctl SYS_mount SYS_umount2
         SYS_setns SYS_unshare;

@@ -17,8 +17,8 @@ const TIMEOUT_MS: u64 = 5000;
 const SOON: Duration = Duration::from_secs(20);
 /// Crowds end by themselves after this time.
 const LIMIT: &str = "86400";
-/// So many losses are told one by one; the others are counted.
-const TELL: u64 = 50;
+/// So many losses of a step are told one by one; the others are counted.
+const TELL: u64 = 10;
 /// Steps of a loss that are told.
 const STEPS: usize = 3;
 
@@ -41,7 +41,8 @@ pub struct Clients {
     running: Count,
     /// What somebody else than a crowd has counted: losses, and how often it was looked.
     others: Count,
-    told: u64,
+    /// Losses that have been told, of those that began in the step of this number.
+    told: (usize, u64),
     steps: Vec<(u64, String)>,
 }
 
@@ -140,11 +141,15 @@ impl Clients {
     }
 
     fn tell(&mut self, loss: &Loss) {
-        self.told += 1;
-        if self.told <= TELL {
+        let step = self.steps.partition_point(|(at, _)| *at <= loss.begun_ms);
+        if self.told.0 != step {
+            self.told = (step, 0);
+        }
+        self.told.1 += 1;
+        if self.told.1 <= TELL {
             progress(&line(loss, &self.steps));
-        } else if self.told == TELL + 1 {
-            progress("LOST more; it is counted, and not told one by one");
+        } else if self.told.1 == TELL + 1 {
+            progress("LOST more in this step; it is counted, and not told one by one");
         }
     }
 }

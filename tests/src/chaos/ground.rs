@@ -68,8 +68,8 @@ pub fn raise_town() -> Result<Town> {
     // Answers to spoofed sources, and what netfilter is to translate, have to have a route.
     Plan::default()
         .gateway()
-        .node("node1", &["a", "b", "d", "e", "r1", "n1"])
-        .node("node2", &["c", "f", "g", "r2", "n2"])
+        .node("node1", &["a", "b", "d", "e", "r1", "n1", "s1"])
+        .node("node2", &["c", "f", "g", "r2", "n2", "s2"])
         .client("outside")
         .client("liar")
         .raise()

@@ -31,7 +31,8 @@ pub enum Kind {
     Plain,
     /// `externalTrafficPolicy: Local`, one endpoint on this node: a client outside keeps its address.
     Local,
-    /// Session affinity: a client keeps its endpoint.
+    /// Session affinity: a client keeps its endpoint. Its endpoints are nobody else's: sockets of pods towards it are left to
+    /// their packets, and such a connection can meet one from the same port that was translated at its socket.
     Sticky,
     /// Endpoints come and go.
     Moving,
@@ -58,7 +59,7 @@ pub const ROLES: [Role; 6] = [
     Role { name: "near", n: 1, node_port: 30_201, pods: &["b"], kind: Kind::Plain },
     Role { name: "far", n: 2, node_port: 30_202, pods: &["c"], kind: Kind::Plain },
     Role { name: "local", n: 3, node_port: 30_203, pods: &["b"], kind: Kind::Local },
-    Role { name: "sticky", n: 4, node_port: 30_204, pods: &["b", "c"], kind: Kind::Sticky },
+    Role { name: "sticky", n: 4, node_port: 30_204, pods: &["s1", "s2"], kind: Kind::Sticky },
     Role { name: MOVING, n: 5, node_port: 30_205, pods: &["b", "c"], kind: Kind::Moving },
     Role { name: REBORN, n: 6, node_port: 30_206, pods: &["r1", "r2"], kind: Kind::Reborn },
 ];

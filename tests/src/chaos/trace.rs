@@ -28,6 +28,8 @@ pub(super) struct Site {
     /// The addresses inside the program that stand on the stack, innermost first: those that are returned to, and now and
     /// then one that is left of an earlier call. They count from where the program's text begins.
     stack: Vec<u64>,
+    /// Whether the loader calls, before the program begins.
+    pub(super) of_loader: bool,
 }
 
 /// How often a site has called, and which call of the whole run its first was.
@@ -89,7 +91,8 @@ pub(super) fn run(
         Options::PTRACE_O_EXITKILL,
     ];
     ptrace::setoptions(pid, options.into_iter().collect()).context("setting what a trace is to tell")?;
-    let mut trace = Trace { pid, at, calls: 0, made: BTreeMap::new(), text: text(pid)?, reached: false };
+    let (text, loader) = texts(pid)?;
+    let mut trace = Trace { pid, at, calls: 0, made: BTreeMap::new(), text, loader, reached: false };
     go_on(pid, None)?;
     // Nobody may listen any more; the process is ended then by whoever ends this thread.
     let _ = started.send(pid);
@@ -170,6 +173,8 @@ struct Trace<'a> {
     made: BTreeMap<Site, Made>,
     /// Where the program's own text lies.
     text: Range<u64>,
+    /// Where the loader's lies.
+    loader: Range<u64>,
     reached: bool,
 }
 
@@ -181,7 +186,11 @@ impl Trace<'_> {
         }
         let mut registers = ptrace::getregs(thread)?;
         let command = calls::is_bpf(registers.orig_rax).then_some(registers.rdi);
-        let site = Site { kind: (registers.orig_rax, command), stack: self.stack(thread, registers.rsp)? };
+        let site = Site {
+            kind: (registers.orig_rax, command),
+            stack: self.stack(thread, registers.rsp)?,
+            of_loader: self.loader.contains(&registers.rip),
+        };
         self.calls += 1;
         let wanted = self.at.filter(|(wanted, _)| **wanted == site);
         self.made.entry(site).or_insert(Made { times: 0, first: self.calls }).times += 1;
@@ -218,17 +227,27 @@ impl Trace<'_> {
     }
 }
 
-/// Where the text of a program lies that is about to begin.
-fn text(pid: Pid) -> Result<Range<u64>> {
+/// Where the text of a program lies that is about to begin, and that of its loader; a static program has none.
+fn texts(pid: Pid) -> Result<(Range<u64>, Range<u64>)> {
     let maps =
         std::fs::read_to_string(format!("/proc/{pid}/maps")).context("reading a process's memory map")?;
     let program = std::fs::read_link(format!("/proc/{pid}/exe")).context("reading a process's program")?;
     let program = program.to_string_lossy();
-    let line = maps.lines().find(|line| line.contains(" r-xp ") && line.ends_with(&*program));
-    let range = line.and_then(|line| line.split(' ').next()?.split_once('-'));
-    let number = |text: &str| u64::from_str_radix(text, 16).context("an address");
-    let (start, end) = range.with_context(|| format!("no text of {program} among {maps}"))?;
-    Ok(number(start)?..number(end)?)
+    let (mut text, mut loader) = (None, 0..0);
+    // `start-end r-xp offset device inode path`
+    for line in maps.lines().filter(|line| line.contains(" r-xp ") && line.contains('/')) {
+        let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+        let (start, end) = range.with_context(|| format!("no range of addresses: {line}"))?;
+        let number =
+            |text: &str| u64::from_str_radix(text, 16).with_context(|| format!("an address: {line}"));
+        let range = number(start)?..number(end)?;
+        if line.ends_with(&*program) {
+            text = Some(range);
+        } else {
+            loader = range;
+        }
+    }
+    Ok((text.with_context(|| format!("no text of {program} among {maps}"))?, loader))
 }
 
 /// A thread that has been killed meanwhile is no error: its end comes next.

@@ -110,8 +110,8 @@ fn print(outcomes: &[Outcome]) -> Result<()> {
     table.set_header(vec!["FAULT", "ROUNDS", "CONNECTIONS HELD", "REQUESTS", "LOST"]);
     for outcome in outcomes {
         let Outcome { fault, rounds, held, requests, lost, slowest_ms: _, remarks: _ } = outcome;
-        let numbers = [rounds, held, requests, lost].map(ToString::to_string);
-        table.add_row([&[fault.clone()], &numbers[..]].concat());
+        let [rounds, held, requests, lost] = [rounds, held, requests, lost].map(ToString::to_string);
+        table.add_row(vec![fault.clone(), rounds, held, requests, lost]);
     }
     for (index, column) in table.column_iter_mut().enumerate() {
         column.set_padding((0, 2));

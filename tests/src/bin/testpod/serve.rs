@@ -34,7 +34,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value = "::")]
     bind: Vec<IpAddr>,
     /// Ends by itself after this time.
-    #[arg(long, default_value_t = 600.0)]
+    #[arg(long, default_value_t = 86_400.0)]
     seconds: f64,
 }
 

@@ -68,7 +68,7 @@ impl Syscalls {
             bail!("an agent that is only watched does not live: {traced:?}\n{}", ground.agent.log_text());
         };
         self.made = traced.map(|traced| traced.made).unwrap_or_default();
-        let wanted = self.made.iter().filter(|(site, _)| self.act(site.kind).is_some());
+        let wanted = self.made.iter().filter(|(site, _)| self.act(site).is_some());
         let mut all: Vec<_> = wanted.map(|(site, made)| (site.clone(), made.first)).collect();
         let there = all.len();
         self.random.shuffle(&mut all);
@@ -84,10 +84,11 @@ impl Syscalls {
         format!("{calls} system calls of {} kinds from {} places", kinds.len(), self.made.len())
     }
 
-    fn act(&self, kind: calls::Kind) -> Option<Act> {
+    fn act(&self, site: &Site) -> Option<Act> {
         match self.what {
             What::Kill => Some(Act::Kill),
-            What::Fail => calls::error(kind).map(Act::Fail),
+            // What the loader makes of an error is not the agent's.
+            What::Fail => calls::error(site.kind).filter(|_| !site.of_loader).map(Act::Fail),
         }
     }
 
@@ -102,8 +103,10 @@ impl Syscalls {
                 ensure!(said.contains("rror"), "exit code {code} and no reason: {said}");
                 Ok(())
             }
-            // Memory that cannot be had has no other way out.
-            WaitStatus::Signaled(_, Signal::SIGABRT, _) if said.contains("memory allocation of") => {
+            // Memory that cannot be had has no other way out, nor has what is done before the program begins.
+            WaitStatus::Signaled(_, Signal::SIGABRT, _)
+                if said.contains("memory allocation of") || said.contains("fatal runtime error: init") =>
+            {
                 self.ended += 1;
                 Ok(())
             }
@@ -123,7 +126,7 @@ impl Fault for Syscalls {
         }
         let next = self.left.as_mut().and_then(Iterator::next);
         let Some((site, first)) = next else { return Ok(Next::Over) };
-        let act = self.act(site.kind).context("a call that nothing can be done at")?;
+        let act = self.act(&site).context("a call that nothing can be done at")?;
         let call = format!("{}, call {first}", calls::name(site.kind));
         let step = match act {
             Act::Kill => format!("SIGKILL at {call}"),
@@ -179,7 +182,9 @@ fn run(ground: &mut Ground<'_>, step: &str, at: Option<(&Site, Act)>) -> Result<
     ground.clients.step(step);
     // So that the start has something to write, too.
     ground.move_to(&COMING[..2])?;
-    let command = ground.agent.run_command()?;
+    let mut command = ground.agent.run_command()?;
+    // Its last words are its reason.
+    command.env("RUST_BACKTRACE", "0");
     let place = ground.agent.place().clone();
     let (started, starts) = channel();
     std::thread::scope(|scope| {
