@@ -41,6 +41,9 @@ impl Before {
     }
 }
 
+/// How soon rules are removed that the agent has taken over from.
+const TAKES_OVER: Duration = Duration::from_secs(30);
+
 /// Frontends and the endpoints that are used for what is new.
 type Picture = BTreeMap<String, BTreeSet<String>>;
 
@@ -161,7 +164,7 @@ impl<'a> Ground<'a> {
 
     /// Waits until the agent has removed the rules of a kube-proxy.
     pub fn rules_gone(&self) -> Result<()> {
-        eventually(SOON * crate::patience(), || {
+        eventually(TAKES_OVER * crate::patience(), || {
             ensure!(!self.has_rules()?, "rules are left: {}", self.agent.log_text());
             Ok(())
         })
