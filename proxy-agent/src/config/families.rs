@@ -98,7 +98,11 @@ mod tests {
     fn what_cannot_be_read_takes_ipv6_from_nobody() {
         assert!(has_ipv6(&FakeHost::named("n1")));
         assert!(!has_ipv6(&FakeHost::without_ipv6()));
-        let broken = |path: &str| FakeHost { broken: Some(path.into()), ..FakeHost::named("n1") };
+        let broken = |path: &str| {
+            let mut host = FakeHost::named("n1");
+            host.broken = Some(path.into());
+            host
+        };
         assert!(has_ipv6(&broken("/proc/net/if_inet6")));
         assert!(has_ipv6(&broken("/proc/sys/net/ipv6/conf/all/disable_ipv6")));
         let off = FakeHost::named("n1").with_file("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1\n");

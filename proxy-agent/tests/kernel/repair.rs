@@ -377,7 +377,6 @@ fn programs_of_others_are_named_in_their_order_at_interfaces_and_in_cgroups() {
     assert_eq!((found.company.len(), found.unknown.len()), (10, 0), "{found:?}");
     remove_all(&root).unwrap();
     // A filter comes after what is attached by a link, whatever its priority.
-    let names = room.root.link_names().unwrap();
     let program = room.root.generation().join("flows");
     let tc = |args: &[&str]| assert!(Command::new("tc").args(args).status().unwrap().success(), "{args:?}");
     tc(&["qdisc", "add", "dev", "v1", "clsact"]);

@@ -1,11 +1,10 @@
-//! Situations that have broken service proxies, in numbers: a flood of spoofed SYNs, many short connections to one
-//! endpoint, many questions that are answered once. And clients that come to ask nothing ([`crowd`]).
-//! endpoint, many questions that are answered once. And what somebody else can do to an agent's hooks, pins and tables
-//! ([`sabotage`]).
+//! What must cost clients nothing, and what has broken service proxies.
 //!
-//! Each is played twice in namespaces of the same build: with the agent on `node1`, and with nftables rules of the
-//! shape that kube-proxy makes. What is counted is what clients see. Everything is bounded in number and in time, and
-//! ends early when [`crate::stop`] says so.
+//! Faults ([`fault`], played by [`trial`]) happen to the agent while clients hold connections and ask; what is lost is told
+//! one by one. Comparisons ([`flood`], [`ports`], [`dns`]) are played twice in namespaces of the same build: with the agent on
+//! `node1`, and with nftables rules of the shape that kube-proxy makes; what is counted is what clients see.
+//!
+//! Everything is bounded in number and in time, and ends early when [`crate::stop`] says so.
 
 pub mod bpf;
 mod calls;
