@@ -815,10 +815,11 @@ fn size(room: &Room, name: &str) -> u32 {
     aya::maps::MapData::from_pin(room.root.map(name)).unwrap().info().unwrap().max_entries()
 }
 
-/// Everything that two generations of tables may be told apart by, and that must be the same in both.
-fn content(
-    room: &Room,
-) -> (Actual, Vec<(AffinityKey, Affinity)>, Vec<(proxy_common::abi::Reason, u64)>, u64) {
+/// Everything that two generations of tables may be told apart by, and that must be the same in both: what the agent writes,
+/// which clients are bound, and counters.
+type Content = (Actual, Vec<(AffinityKey, Affinity)>, Vec<(proxy_common::abi::Reason, u64)>, u64);
+
+fn content(room: &Room) -> Content {
     let map = aya::maps::MapData::from_pin(room.root.map(maps::AFFINITY)).unwrap();
     let affinity: aya::maps::HashMap<_, AffinityKey, Affinity> =
         aya::maps::Map::LruHashMap(map).try_into().unwrap();

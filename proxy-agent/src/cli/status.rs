@@ -269,7 +269,7 @@ fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
         found.push(remark(
             format!("table {} is {}% full", table.name, table.percent()),
             match size_flag(table.name) {
-                Some(flag) => format!("start the agent with a larger {flag}"),
+                Some(flag) => format!("it grows up to {flag} and --map-memory: start the agent with more"),
                 None => "its size is fixed: please report it".to_owned(),
             },
         ));

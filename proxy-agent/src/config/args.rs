@@ -181,9 +181,9 @@ fn entries(text: &str) -> Result<u32, String> {
     }
 }
 
-/// How many entries the tables are made for.
+/// How many entries the tables may have. They begin with less and grow.
 #[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
-#[command(next_help_heading = "Sizes of tables, in entries")]
+#[command(next_help_heading = "Sizes of tables, in entries: they begin small and grow up to these")]
 pub struct Capacities {
     /// Addresses x ports of all Services.
     #[arg(long = "max-frontends", value_name = "N", default_value_t = capacity::FRONTENDS as u32, value_parser = entries)]
@@ -215,6 +215,9 @@ pub struct Capacities {
     /// Clients that Services with session affinity remember.
     #[arg(long = "max-affinity", value_name = "N", default_value_t = capacity::AFFINITY as u32, value_parser = entries)]
     pub affinity: u32,
+    /// Memory that all tables together may grow to, in MiB.
+    #[arg(long = "map-memory", value_name = "MIB", default_value_t = 512, value_parser = entries)]
+    pub memory: u32,
     /// Interfaces of this node.
     #[arg(long = "max-interfaces", value_name = "N", default_value_t = capacity::IFACES as u32, value_parser = entries)]
     pub ifaces: u32,
@@ -236,6 +239,7 @@ impl Capacities {
             fragments,
             affinity,
             ifaces,
+            memory: _,
         } = *self;
         crate::datapath::load::Capacities {
             frontends,
@@ -250,5 +254,11 @@ impl Capacities {
             affinity,
             ifaces,
         }
+    }
+
+    /// What the tables may become.
+    #[must_use]
+    pub fn limits(&self) -> crate::datapath::growth::Limits {
+        crate::datapath::growth::Limits { each: self.of_maps(), memory: self.memory }
     }
 }

@@ -89,6 +89,36 @@ impl Capacities {
         ]
     }
 
+    /// Each of them, with the name of the map that it is the size of.
+    pub(super) fn fields(&mut self) -> [(&'static str, &mut u32); 11] {
+        let Self {
+            frontends,
+            slots,
+            backends,
+            addresses,
+            sources,
+            ifaces,
+            services,
+            flows,
+            young_flows,
+            fragments,
+            affinity,
+        } = self;
+        [
+            (maps::FRONTENDS, frontends),
+            (maps::SLOTS, slots),
+            (maps::BACKENDS, backends),
+            (maps::ADDRESSES, addresses),
+            (maps::SOURCES, sources),
+            (maps::IFACES, ifaces),
+            (maps::SERVICES, services),
+            (maps::RECORDS, flows),
+            (maps::RING, young_flows),
+            (maps::FRAGMENTS, fragments),
+            (maps::AFFINITY, affinity),
+        ]
+    }
+
     /// Places of one ring on one CPU.
     #[must_use]
     pub fn places(&self) -> u32 {

@@ -133,7 +133,7 @@ impl<'a> Counters<'a> {
             let done = self.done.entry(which).or_default();
             let more = now.saturating_sub(*done);
             if more != 0 {
-                flows.count(which, more)?;
+                flows.add_count(which, more)?;
                 *done = now;
             }
         }

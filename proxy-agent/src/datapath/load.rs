@@ -191,6 +191,27 @@ impl Loaded {
         capacities: &Capacities,
         log: ProgramLog,
     ) -> Result<Self, LoadError> {
+        Self::prepare_object(object, root, features, capacities, log)?.finish()
+    }
+
+    /// Loads the embedded object beside what is at work, with tables of these sizes; nothing that runs is touched. This is what
+    /// takes time.
+    pub fn prepare(
+        root: &BpfRoot,
+        features: &Features,
+        capacities: &Capacities,
+        log: ProgramLog,
+    ) -> Result<Prepared, LoadError> {
+        Self::prepare_object(OBJECT, root, features, capacities, log)
+    }
+
+    fn prepare_object(
+        object: &[u8],
+        root: &BpfRoot,
+        features: &Features,
+        capacities: &Capacities,
+        log: ProgramLog,
+    ) -> Result<Prepared, LoadError> {
         super::probe::raise_memlock();
         let object = Source { bytes: object, parsed: Object::parse(object)?, features, log };
         root.prepare()?;
@@ -205,45 +226,36 @@ impl Loaded {
         let found = generation::all(root)?;
         let mut fates = generation::fates(&object.parsed, found.first(), &capacities.each().into())?;
         let warnings = std::mem::take(&mut fates.warnings);
-        match found.split_first() {
-            Some((newest, left)) if fates.made.is_empty() => {
-                let mut loaded = Self::load(&object, root, &newest.root, &fates, warnings)?;
-                if !left.is_empty() {
-                    loaded.changed = Some(loaded.finish(newest, left)?);
-                }
-                Ok(loaded)
-            }
-            _ => {
-                let made = Self::make(&object, root, &found, &fates, warnings);
-                if made.is_err() {
-                    // What was made for nothing goes at once; the programs that run do not know it.
-                    root.in_making().remove_generation()?;
-                }
-                made
-            }
-        }
+        let made = !fates.made.is_empty() || found.is_empty();
+        let loaded = match found.first() {
+            Some(newest) if !made => Self::load(&object, root, &newest.root, &fates, warnings)?,
+            newest => Self::make(&object, root, newest, &fates, warnings).inspect_err(|_| {
+                // What was made for nothing goes at once; the programs that run do not know it.
+                let _ = root.in_making().remove_generation();
+            })?,
+        };
+        Ok(Prepared { loaded, found, fates, made })
     }
 
-    /// Makes the next generation of tables, and exchanges the programs.
+    /// Makes the next generation of tables, and loads the programs that work with them.
     fn make(
         object: &Source<'_>,
         root: &BpfRoot,
-        found: &[generation::Generation],
+        newest: Option<&generation::Generation>,
         fates: &Fates,
         warnings: Vec<String>,
     ) -> Result<Self, LoadError> {
         let making = root.begin()?;
-        if let Some(newest) = found.first() {
+        if let Some(newest) = newest {
             generation::pin_kept(newest, fates, &making)?;
         }
-        let mut loaded = Self::load(object, root, &making, fates, warnings)?;
+        let loaded = Self::load(object, root, &making, fates, warnings)?;
         let describe = |source| LoadError::Describe { path: making.map(maps::LAYOUT), source };
         Layout::own().write(&making).map_err(describe)?;
         if fates.of_flows() {
             // All records are to be free before the first flow comes.
             flow::Sweeper::open(&making, flow::Timeouts::CONNTRACK)?.all()?;
         }
-        loaded.changed = Some(loaded.change(found, fates)?);
         Ok(loaded)
     }
 
@@ -330,6 +342,31 @@ impl Loaded {
             && sys::program_facts(running).and_then(|facts| identity(&facts)).is_ok_and(|found| {
                 self.programs.get(name).is_some_and(|p| p.identity.as_ref() == Some(&found))
             })
+    }
+}
+
+/// Programs that are loaded, with tables that nothing has been carried over to yet.
+#[derive(Debug)]
+pub struct Prepared {
+    loaded: Loaded,
+    found: Vec<generation::Generation>,
+    fates: Fates,
+    made: bool,
+}
+
+impl Prepared {
+    /// Carries over what is in the tables that are at work, and exchanges the programs.
+    pub fn finish(self) -> Result<Loaded, LoadError> {
+        let Self { mut loaded, found, fates, made } = self;
+        if made {
+            let changed = loaded.change(&found, &fates);
+            // Unless it is whole it goes.
+            loaded.root.in_making().remove_generation()?;
+            loaded.changed = Some(changed?);
+        } else if let Some((newest, left)) = found.split_first().filter(|(_, left)| !left.is_empty()) {
+            loaded.changed = Some(loaded.finish(newest, left)?);
+        }
+        Ok(loaded)
     }
 }
 

@@ -13,6 +13,7 @@ mod filter;
 pub mod flow;
 mod generation;
 mod grace;
+pub mod growth;
 mod hooks;
 mod instruction;
 pub mod kernel;

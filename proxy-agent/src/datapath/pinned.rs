@@ -252,9 +252,7 @@ impl Pinned {
     }
 
     fn count_flows(&self) -> Result<MapFill, TableError> {
-        let mut used = 0;
-        self.flows.scan(|_| used += 1)?;
-        Ok(MapFill { name: maps::RECORDS, used, max: self.flows.max().into() })
+        Ok(MapFill { name: maps::RECORDS, used: self.flows.count()?, max: self.flows.max().into() })
     }
 
     /// How full every table is whose entries come and go.
@@ -307,6 +305,17 @@ impl Pinned {
             count(&Table::open(&self.root, maps::FRAGMENTS)?, awaited)?,
             count(&Table::open(&self.root, maps::AFFINITY)?, remembered)?,
         ])
+    }
+
+    /// How many flows there are.
+    pub fn living(&self) -> Result<u64, PinnedError> {
+        Ok(self.flows.count()?)
+    }
+
+    /// How many clients are bound to an endpoint.
+    pub fn bound(&self) -> Result<u64, PinnedError> {
+        let bound = Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?;
+        Ok(count(&bound, |_, _| true)?.used)
     }
 
     /// What is attached where.

@@ -140,6 +140,12 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
         self.facts.max_entries
     }
 
+    /// The elements in place, of an array that was made to be mapped.
+    pub(crate) fn elements(&self) -> Result<sys::Elements, TableError> {
+        sys::Elements::map(self.fd.as_fd(), &self.facts)
+            .map_err(|source| self.failed("map", "elements".into(), source))
+    }
+
     fn is_per_cpu(&self) -> bool {
         let per_cpu = [
             Kind::BPF_MAP_TYPE_PERCPU_HASH,

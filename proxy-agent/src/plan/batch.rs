@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address};
+use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address, maps};
 use proxy_common::addr::Addr;
 
 use super::capacity::{Capacity, Shortage};
@@ -44,6 +44,8 @@ pub(super) struct Batch {
     new_addresses: HashSet<Addr>,
     pub(super) released: Released,
     pub(super) complaints: Vec<String>,
+    /// Tables that found no room for something.
+    pub(super) short: Vec<&'static str>,
 }
 
 impl Batch {
@@ -137,6 +139,7 @@ impl Batch {
                 Some(old) if old == iface => {}
                 None if room == 0 => {
                     whole = false;
+                    self.short.push(maps::IFACES);
                     self.complaints.push(format!(
                         "interface {index}: table IFACES is full ({} entries): answers to what comes in there leave as the routes say; \
                          remove interfaces the node does not need",
@@ -155,6 +158,7 @@ impl Batch {
         for addr in node.addresses.keys().filter(|addr| !actual.addresses.contains_key(addr)) {
             if self.free_addresses(mirror, capacity) == 0 {
                 whole = false;
+                self.short.push(maps::ADDRESSES);
                 self.complaints.push(format!("node address {addr}: {}", Shortage::addresses(1, 0)));
             } else {
                 self.new_addresses.insert(*addr);

@@ -52,6 +52,11 @@ pub(super) struct Shortage {
 }
 
 impl Shortage {
+    /// Which table it is.
+    pub(super) const fn table(&self) -> &'static str {
+        self.table
+    }
+
     pub(super) const fn frontends(needed: usize, free: usize) -> Self {
         Self { table: maps::FRONTENDS, flag: "--max-frontends", needed, free, resting: 0 }
     }

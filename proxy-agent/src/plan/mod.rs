@@ -51,6 +51,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// What found no room, with the remedy: all of it, not only what is new.
     pub complaints: Vec<String>,
+    /// Tables that found no room for something.
+    pub short: Vec<&'static str>,
     /// When to plan again although nothing has changed: something found no room, and room comes free.
     pub retry_at_ms: Option<u64>,
 }

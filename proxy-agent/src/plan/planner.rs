@@ -7,6 +7,7 @@ use proxy_common::abi::{Run, ServiceName, text};
 
 use super::batch::{Batch, Released};
 use super::capacity::Capacity;
+use super::compile::Refusal;
 use super::mirror::Mirror;
 use super::pool::{GRACE_MS, IdPool, RunPool};
 use super::{Actual, Plan};
@@ -180,18 +181,22 @@ impl Planner {
 
     fn update(&mut self, batch: &mut Batch, port: &ServicePort, service: &DesiredService) {
         let Err(why) = self.compile(batch, port, service) else { return };
+        if let Refusal::Full(shortage) = &why {
+            batch.short.push(shortage.table());
+        }
         batch.complaints.push(format!("{}: {why}; until then it stays as it is", describe(port)));
         self.refused.insert(port.clone(), service.clone());
     }
 
-    fn pass(self, batch: Batch, node: Option<&NodeTables>, everything: bool, now_ms: u64) -> Pass {
+    fn pass(self, mut batch: Batch, node: Option<&NodeTables>, everything: bool, now_ms: u64) -> Pass {
+        let short = std::mem::take(&mut batch.short);
         let (steps, mut released, complaints) = batch.finish(&self.mirror, node, everything);
         released.runs.retain(|run| !self.tainted.contains(run));
         let waits = !self.refused.is_empty() || self.node_refused.is_some();
         let comes_free =
             !steps.is_empty() || self.ids.resting() + self.indices.resting() + self.runs.resting() != 0;
         let retry_at_ms = (waits && comes_free).then_some(now_ms.saturating_add(GRACE_MS));
-        Pass { planner: self, released, plan: Plan { steps, complaints, retry_at_ms } }
+        Pass { planner: self, released, plan: Plan { steps, complaints, short, retry_at_ms } }
     }
 }
 

@@ -256,6 +256,16 @@ impl Adoption {
         Ok(())
     }
 
+    /// The flows are in other tables, under other ids. Those that are netfilter's still are looked for again; whether there are
+    /// any.
+    pub(super) fn move_on(&mut self) -> bool {
+        let any = self.left() != 0 && !self.retired;
+        if any {
+            *self = Self { done: std::mem::take(&mut self.done), ..Self::begin(LEAVE_MIDDLE, false) };
+        }
+        any
+    }
+
     /// Those that had to stay with netfilter and have ended are forgotten.
     pub(super) fn tidy(&mut self, flows: &Flows) {
         self.staying.retain(|id| flows.is_left(*id).unwrap_or(true));

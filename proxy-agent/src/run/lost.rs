@@ -120,14 +120,18 @@ impl Worker {
             let next = batches.iter().filter_map(Batch::due).min();
             let wait = next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
             match orders.recv_timeout(wait) {
-                Ok(endpoints) => batches.push(Batch {
-                    endpoints,
-                    since: Instant::now(),
-                    round: 0,
-                    flows: BTreeSet::new(),
-                    streams: BTreeSet::new(),
-                    closed: 0,
-                }),
+                Ok(endpoints) => {
+                    // The tables may have become larger since.
+                    (self.flows, self.streams) = (None, None);
+                    batches.push(Batch {
+                        endpoints,
+                        since: Instant::now(),
+                        round: 0,
+                        flows: BTreeSet::new(),
+                        streams: BTreeSet::new(),
+                        closed: 0,
+                    });
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 // The agent leaves.
                 Err(RecvTimeoutError::Disconnected) => return,

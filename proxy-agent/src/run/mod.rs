@@ -6,6 +6,7 @@
 mod adopt;
 mod descriptors;
 mod follow;
+mod growth;
 mod latency;
 mod lost;
 mod repair;
@@ -139,6 +140,7 @@ struct Agent {
     /// `None` only between a failed pass and the reading that follows.
     planner: Option<Planner>,
     capacity: Capacity,
+    growth: growth::Growth,
     kernel: Kernel,
     loaded: Loaded,
     sweeper: Sweeper,
@@ -179,7 +181,9 @@ impl Agent {
         let features = Features::probe();
         let served = root.has_hooks()?;
         let log = if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
-        let loaded = Loaded::open(root, &features, &config.capacities.of_maps(), log)?;
+        let most = config.capacities.limits();
+        let sizes = most.start(root);
+        let loaded = Loaded::open(root, &features, &sizes, log)?;
         for warning in loaded.warnings() {
             tracing::warn!("{warning}");
         }
@@ -204,6 +208,7 @@ impl Agent {
             cgroup_root,
             planner: None,
             capacity,
+            growth: growth::Growth::new(most, sizes, features, log),
             kernel,
             loaded,
             sweeper,
@@ -337,6 +342,7 @@ impl Agent {
         if self.ready && !self.excluded.is_empty() {
             self.exclude();
         }
+        self.grow(beat);
         if self.ready {
             self.repair();
         }
@@ -358,6 +364,57 @@ impl Agent {
             self.report.untracked(self.taken.complaint());
             self.report.write(&self.world, self.pace.queued_ms().is_some());
         }
+    }
+
+    /// Tables that are nearly full become larger.
+    fn grow(&mut self, beat: bool) {
+        // While connections of another proxy are adopted the loop holds flows of these tables.
+        let adopting = self.adoption.as_ref().is_none_or(|adoption| adoption.leave() != 0);
+        let (Some(planner), false, true) = (&self.planner, adopting, self.ready) else { return };
+        let root = self.loaded.root().clone();
+        let grown = self.growth.go_on(&root, planner.actual(), self.report.pinned(), beat);
+        let grown = grown.and_then(|loaded| loaded.map_or(Ok(()), |loaded| self.move_to(loaded)));
+        if let Err(error) = grown {
+            tracing::error!("tables do not grow: {error:#}");
+            // Whatever counts now is what is written; what is left to do of the exchange the next start does.
+            if let Err(error) = self.open_tables(&root) {
+                tracing::error!("the tables cannot be opened again: {error:#}");
+            }
+        }
+        self.report.cramped(self.growth.complaints());
+    }
+
+    /// From now on these programs and their tables are at work.
+    fn move_to(&mut self, loaded: Loaded) -> Result<()> {
+        if let Some(change) = loaded.changed() {
+            tracing::info!("{change}");
+        }
+        self.loaded = loaded;
+        let root = self.loaded.root().clone();
+        self.open_tables(&root)
+    }
+
+    /// Works with the newest tables from now on.
+    fn open_tables(&mut self, root: &BpfRoot) -> Result<()> {
+        self.kernel = Kernel::open(root)?;
+        self.capacity = capacity_of(&self.kernel);
+        self.sweeper = Sweeper::open(root, self.config.flow_timeouts)?;
+        self.report.moved(root)?;
+        if self.ready {
+            // The links are the same, and are held by these programs from now on.
+            self.attach()?;
+        }
+        if let Some(adoption) = &mut self.adoption
+            && adoption.move_on()
+        {
+            self.world.set_leave(adoption.leave());
+            self.taken_over = false;
+        }
+        // What found no room is planned again.
+        self.full = true;
+        let now = self.now_ms();
+        self.pace.request(now);
+        Ok(())
     }
 
     /// Where connection tracking was not there at the start, it is set when it comes.
@@ -540,6 +597,7 @@ impl Agent {
             )));
         }
         let plan = pass.plan.clone();
+        self.growth.short(plan.short.iter().copied());
         self.planner = Some(pass.applied(self.now_ms()));
         self.full = false;
         self.lost.reset(lost);

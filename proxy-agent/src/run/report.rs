@@ -35,6 +35,10 @@ pub(super) struct Report {
     /// The families that are served.
     families: &'static [Family],
     pinned: Pinned,
+    /// The same for who scrapes.
+    scraped: Arc<Mutex<Pinned>>,
+    /// Tables that should be larger.
+    cramped: Vec<String>,
     state: AgentState,
     health: Arc<Health>,
     service_health: ServiceHealth,
@@ -117,13 +121,14 @@ impl Report {
         }
         let snapshot =
             Arc::new(Mutex::new(Snapshot { source: config.source.to_string(), ..Snapshot::default() }));
-        let scraped = Pinned::open(root)?;
+        let scraped = Arc::new(Mutex::new(Pinned::open(root)?));
         let (shared, connections) = (snapshot.clone(), Connections::new(Limits::of_process()));
-        let counted = connections.clone();
+        let (tables, counted) = (scraped.clone(), connections.clone());
         let snapshots = move || {
             let mut now = shared.lock().unwrap_or_else(PoisonError::into_inner).clone();
             now.connections = counted.counts();
-            match (scraped.reasons(), scraped.fill_by_traffic(&now.affinity_secs)) {
+            let tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
+            match (tables.reasons(), tables.fill_by_traffic(&now.affinity_secs)) {
                 (Ok(reasons), Ok(fill)) => {
                     now.reasons = reasons;
                     now.tables.extend(fill);
@@ -140,6 +145,8 @@ impl Report {
         let report = Self {
             families,
             pinned: Pinned::open(root)?,
+            scraped,
+            cramped: Vec::new(),
             state,
             health,
             service_health: ServiceHealth::default(),
@@ -276,6 +283,23 @@ impl Report {
         if let Err(error) = self.take_over.begin(config.remove_kube_proxy_rules) {
             tracing::warn!("nobody looks after what kube-proxy has left: cannot start a thread: {error}");
         }
+    }
+
+    /// The tables.
+    pub(super) fn pinned(&self) -> &Pinned {
+        &self.pinned
+    }
+
+    /// Others are at work from now on.
+    pub(super) fn moved(&mut self, root: &BpfRoot) -> Result<()> {
+        self.pinned = Pinned::open(root)?;
+        *self.scraped.lock().unwrap_or_else(PoisonError::into_inner) = Pinned::open(root)?;
+        Ok(())
+    }
+
+    /// Tables that should be larger and cannot be.
+    pub(super) fn cramped(&mut self, lines: &[String]) {
+        self.cramped = lines.to_vec();
     }
 
     /// Whether what is new is left to another proxy.
@@ -476,6 +500,7 @@ impl Report {
         lines.extend(self.refusing.iter().map(|line| format!("{PROBLEM}{line}; trying again")));
         lines.extend(self.refused.iter().cloned());
         lines.extend(self.untracked.iter().cloned());
+        lines.extend(self.cramped.iter().cloned());
         let not_served = self.service_health.complaints();
         lines.extend(not_served.iter().cloned());
         let complaints = world.complaints();

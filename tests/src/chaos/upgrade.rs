@@ -65,30 +65,70 @@ impl Seen {
     }
 }
 
+/// Two nodes with three Services, and an agent on the first of them. Fields are dropped in order.
+#[derive(Debug)]
+pub struct Scene {
+    _servers: Vec<Server>,
+    /// The agent.
+    pub agent: Agent,
+    manifests: ManifestDir,
+    town: Town,
+}
+
+impl Scene {
+    /// Raises it; the agent gets these flags.
+    pub fn raise(flags: &[&str]) -> Result<Self> {
+        let town = TownPlan::default()
+            .node("node1", &["a", "b"])
+            .host_pod("h1")
+            .node("node2", &["c", "d"])
+            .client_via("outside", "node1")
+            .raise()?;
+        let manifests = ManifestDir::new()?;
+        let start = |pod| Server::start(town.place(pod), &[TARGET]);
+        let servers = ["b", "c"].into_iter().map(start).collect::<Result<_>>()?;
+        publish(&manifests, &town, "web", 1, &["b", "c"], |service| service)?;
+        publish(&manifests, &town, "far", 2, &["c"], |service| service)?;
+        publish(&manifests, &town, "sticky", 3, &["b", "c"], |service| service.affinity(10_800))?;
+        let agent = Agent::start(&town, "node1", &manifests, flags)?;
+        Ok(Self { _servers: servers, agent, manifests, town })
+    }
+
+    /// Everybody who asks, for so long at most.
+    pub fn clients(&self, limit: Duration) -> Result<Clients> {
+        let mut clients = Clients::begin(&self.town, limit)?;
+        clients.go_on(3, 3)?;
+        Ok(clients)
+    }
+
+    /// As many Services more, over TCP and UDP and both families, with an endpoint.
+    pub fn add_services(&self, count: u16) -> Result<()> {
+        for n in 0..count {
+            let [high, low] = n.to_be_bytes();
+            let v4 = IpAddr::from([10, 97, high, low]);
+            let v6 = IpAddr::from([0xfd00, 0x10, 0x97, 0, 0, 0, 0, n]);
+            let name = format!("more{n}");
+            let plan = ServicePlan::new(&name, &[v4, v6]);
+            let plan = plan.port("tcp", "TCP", 80, TARGET).port("udp", "UDP", 80, TARGET);
+            self.manifests.publish(&Object::from(&plan.build()))?;
+            let ports = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+            EndpointController::new(&self.manifests, &name, &ports)?
+                .set(self.town.place("c"), Phase::Ready)?;
+        }
+        Ok(())
+    }
+}
+
 /// Plays it. Counters that fall are an error.
 pub fn play(plan: &Plan) -> Result<Seen> {
     let binaries = [crate::require::agent_binary()?, crate::require::next_agent_binary()?];
-    let town = TownPlan::default()
-        .node("node1", &["a", "b"])
-        .host_pod("h1")
-        .node("node2", &["c", "d"])
-        .client_via("outside", "node1")
-        .raise()?;
-    let manifests = ManifestDir::new()?;
-    let _servers: Vec<Server> =
-        ["b", "c"].into_iter().map(|pod| Server::start(town.place(pod), &[TARGET])).collect::<Result<_>>()?;
-    let _services = [
-        publish(&manifests, &town, "web", 1, &["b", "c"], |service| service)?,
-        publish(&manifests, &town, "far", 2, &["c"], |service| service)?,
-        publish(&manifests, &town, "sticky", 3, &["b", "c"], |service| service.affinity(10_800))?,
-    ];
-    let mut agent = Agent::start(&town, "node1", &manifests, &FLAGS)?;
+    let mut scene = Scene::raise(&FLAGS)?;
     let limit = Duration::from_secs(60 + u64::from(plan.rounds) * 20);
-    let mut clients = Clients::begin(&town, limit)?;
-    clients.go_on(3, 3)?;
+    let mut clients = scene.clients(limit)?;
+    let agent = &mut scene.agent;
     let mut seen = Seen::default();
     let mut random = plan.seed;
-    let mut counted = counters(&agent)?;
+    let mut counted = counters(agent)?;
     for round in 0..plan.rounds {
         super::progress(&format!("upgrade: round {} of {}", round + 1, plan.rounds));
         let next: &PathBuf = &binaries[usize::from(round % 2 == 0)];
@@ -111,7 +151,7 @@ pub fn play(plan: &Plan) -> Result<Seen> {
         agent.wait_ready()?;
         clients.go_on(3, 1).with_context(|| format!("round {round}: {}", agent.log_text()))?;
         seen.changes += 1;
-        let now = counters(&agent)?;
+        let now = counters(agent)?;
         for (name, before) in &counted {
             let after = now.iter().find(|(other, _)| other == name).map_or(0, |(_, count)| *count);
             ensure!(after >= *before, "round {round}: the counter of {name} falls from {before} to {after}");
@@ -179,7 +219,8 @@ fn vips(n: u8) -> [IpAddr; 2] {
 }
 
 /// Everybody who asks.
-struct Clients {
+#[derive(Debug)]
+pub struct Clients {
     loads: Vec<(String, Runner<Load>)>,
     busy: Vec<(String, Runner<Hold>)>,
     idle: Vec<(String, Runner<Hold>)>,
@@ -231,7 +272,7 @@ impl Clients {
     }
 
     /// Waits until each has been answered so many times more; whoever fails is told at the end.
-    fn go_on(&mut self, answers: u64, idle: u64) -> Result<()> {
+    pub fn go_on(&mut self, answers: u64, idle: u64) -> Result<()> {
         for (what, runner) in &mut self.loads {
             let before = runner.report()?;
             let before = before.made + before.failed;
@@ -258,7 +299,8 @@ impl Clients {
         Ok(())
     }
 
-    fn end(self, seen: &mut Seen) -> Result<()> {
+    /// Ends all of them, and adds what they have seen.
+    pub fn end(self, seen: &mut Seen) -> Result<()> {
         let Self { loads, busy, idle } = self;
         for (what, runner) in loads {
             let load = runner.stop()?;

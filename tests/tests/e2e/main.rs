@@ -37,6 +37,8 @@ mod follow;
 #[cfg(test)]
 mod frozen;
 #[cfg(test)]
+mod growth;
+#[cfg(test)]
 mod hairpin;
 #[cfg(test)]
 mod health;

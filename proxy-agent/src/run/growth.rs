@@ -1,0 +1,144 @@
+//! Tables that become larger under way. Programs for them are loaded by a thread, which takes seconds; what is in the tables is
+//! carried over by the loop, which meanwhile writes nothing.
+
+use std::collections::BTreeMap;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use proxy_common::abi::maps;
+
+use crate::datapath::growth::{Larger, Limits};
+use crate::datapath::load::{Capacities, LoadError, Loaded, Prepared, ProgramLog};
+use crate::datapath::pin::BpfRoot;
+use crate::datapath::pinned::Pinned;
+use crate::datapath::probe::Features;
+use crate::plan::Actual;
+
+/// How long nothing is tried again that has failed.
+const PAUSE: Duration = Duration::from_secs(60);
+
+/// How large the tables are, and what becomes of them.
+pub(super) struct Growth {
+    limits: Limits,
+    sizes: Capacities,
+    features: Features,
+    log: ProgramLog,
+    /// Clients that were bound to an endpoint at the last beat.
+    bound: u64,
+    /// Tables that have found no room for something since they last grew.
+    short: Vec<&'static str>,
+    at_work: Option<(Capacities, JoinHandle<Result<Prepared, LoadError>>)>,
+    /// What memory or the kernel forbids.
+    complaints: Vec<String>,
+    failed: Option<Instant>,
+}
+
+impl Growth {
+    pub(super) fn new(limits: Limits, sizes: Capacities, features: Features, log: ProgramLog) -> Self {
+        Self {
+            limits,
+            sizes,
+            features,
+            log,
+            bound: 0,
+            short: Vec::new(),
+            at_work: None,
+            complaints: Vec::new(),
+            failed: None,
+        }
+    }
+
+    /// A plan has found these tables too small.
+    pub(super) fn short(&mut self, tables: impl IntoIterator<Item = &'static str>) {
+        for table in tables {
+            if !self.short.contains(&table) {
+                self.short.push(table);
+            }
+        }
+    }
+
+    /// What stands in the way.
+    pub(super) fn complaints(&self) -> &[String] {
+        &self.complaints
+    }
+
+    /// Looks whether a table is so full that it is to grow, and begins with that; once it is ready, programs and tables have
+    /// been exchanged and are returned.
+    pub(super) fn go_on(
+        &mut self,
+        root: &BpfRoot,
+        actual: &Actual,
+        pinned: &Pinned,
+        beat: bool,
+    ) -> Result<Option<Loaded>> {
+        if let Some((sizes, thread)) = self.at_work.take() {
+            if !thread.is_finished() {
+                self.at_work = Some((sizes, thread));
+                return Ok(None);
+            }
+            let done = thread.join().map_err(|_| anyhow!("the thread that loads programs has panicked"));
+            let done = done.and_then(|prepared| Ok(prepared?.finish()?));
+            return match done {
+                Ok(loaded) => {
+                    self.sizes = sizes;
+                    self.short.clear();
+                    Ok(Some(loaded))
+                }
+                Err(error) => {
+                    self.failed = Some(Instant::now());
+                    self.complaints = vec![format!("tables stay as large as they are: {error:#}")];
+                    Err(error.context("larger tables"))
+                }
+            };
+        }
+        if self.failed.is_some_and(|failed| failed.elapsed() < PAUSE) {
+            return Ok(None);
+        }
+        let mut used = by_agent(actual);
+        // Flows come quickly; to count takes a look at each record, so it is done where it may lead to something.
+        if self.sizes.flows < self.limits.each.flows {
+            used.insert(maps::RECORDS, pinned.living()?);
+        }
+        if beat && self.sizes.affinity < self.limits.each.affinity {
+            self.bound = pinned.bound()?;
+        }
+        used.insert(maps::AFFINITY, self.bound);
+        let (sizes, said) = self.limits.next(&self.sizes, &used, &self.short);
+        self.say(&said);
+        if let Some(sizes) = sizes {
+            self.failed = None;
+            let (root, features, log) = (root.clone(), self.features.clone(), self.log);
+            let work = move || Loaded::prepare(&root, &features, &sizes, log);
+            let thread = std::thread::Builder::new().name("tables".into()).spawn(work);
+            self.at_work = Some((sizes, thread.context("starting a thread that loads programs")?));
+        }
+        Ok(None)
+    }
+
+    /// Tells it before it happens, and keeps telling what cannot happen.
+    fn say(&mut self, said: &[Larger]) {
+        let (allowed, forbidden): (Vec<&Larger>, Vec<&Larger>) =
+            said.iter().partition(|larger| larger.is_allowed());
+        allowed.iter().for_each(|larger| tracing::info!("{larger}"));
+        let lines: Vec<String> = forbidden.iter().map(ToString::to_string).collect();
+        let table = |line: &String| line.split(" has ").next().map(ToOwned::to_owned);
+        let known: Vec<_> = self.complaints.iter().map(table).collect();
+        lines.iter().filter(|line| !known.contains(&table(line))).for_each(|line| tracing::warn!("{line}"));
+        self.complaints = lines;
+    }
+}
+
+/// How many entries the tables have that the agent fills. Arrays are used from their beginning.
+fn by_agent(actual: &Actual) -> BTreeMap<&'static str, u64> {
+    let end = |last: Option<&u32>| last.map_or(0, |last| u64::from(*last) + 1);
+    BTreeMap::from([
+        (maps::FRONTENDS, actual.frontends.len() as u64),
+        (maps::SLOTS, end(actual.slots.keys().next_back())),
+        (maps::BACKENDS, end(actual.backends.keys().next_back())),
+        (maps::ADDRESSES, actual.addresses.len() as u64),
+        (maps::SOURCES, actual.sources.len() as u64),
+        (maps::IFACES, actual.ifaces.len() as u64),
+        (maps::SERVICES, end(actual.services.keys().next_back())),
+    ])
+}

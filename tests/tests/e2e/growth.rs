@@ -1,0 +1,59 @@
+//! Tables begin small and grow before they are full, up to what memory they may take.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::agent::Agent;
+use proxy_tests::chaos::upgrade::{Scene, Seen};
+
+use crate::life::{complains, status_until};
+
+/// No sizes: those of an agent that nobody has told any.
+const FLAGS: [&str; 1] = ["--cluster-cidr=10.244.0.0/16,fd00:244::/32"];
+
+/// How many entries a table is made for.
+fn size(agent: &Agent, table: &str) -> Result<u64> {
+    let status = agent.status_json()?;
+    let tables = status["tables"].as_array().context("tables")?;
+    let found = tables.iter().find(|found| found["name"] == table).context("a table of this name")?;
+    found["max"].as_u64().context("its size")
+}
+
+#[test]
+fn tables_grow_under_load_before_they_are_full_and_nobody_notices() -> Result<()> {
+    let mut scene = Scene::raise(&FLAGS)?;
+    ensure!(size(&scene.agent, "SERVICES")? == 4096, "it does not begin small");
+    let mut clients = scene.clients(Duration::from_secs(300))?;
+    // Four ports in the tables each: one of two families and two protocols.
+    scene.add_services(900)?;
+    status_until(&scene.agent, "SERVICES has grown", |status| {
+        let tables = status["tables"].as_array().map_or(&[][..], Vec::as_slice);
+        tables
+            .iter()
+            .any(|table| table["name"] == "SERVICES" && table["max"] == 8192 && table["used"] == 3612)
+    })?;
+    clients.go_on(3, 1)?;
+    let log = scene.agent.log_text();
+    let (told, done) = (log.find("table SERVICES has"), log.find("over to new tables"));
+    ensure!(told.is_some() && told < done, "it was not told before: {log}");
+    ensure!(!log.contains("is full"), "something found no room: {log}");
+    // What has grown stays so, and needs no change at the next start.
+    scene.agent.stop()?;
+    scene.agent.spawn()?;
+    scene.agent.wait_ready()?;
+    ensure!(size(&scene.agent, "SERVICES")? == 8192, "it has shrunk");
+    clients.go_on(3, 1)?;
+    let mut seen = Seen::default();
+    clients.end(&mut seen)?;
+    ensure!(seen.is_clean() && seen.held >= 30, "{seen:#?}");
+    Ok(())
+}
+
+#[test]
+fn memory_that_is_not_allowed_keeps_tables_small_and_says_so() -> Result<()> {
+    let scene = Scene::raise(&[FLAGS[0], "--map-memory=8"])?;
+    scene.add_services(900)?;
+    complains(&scene.agent, &["table SERVICES", "--map-memory"], true)?;
+    ensure!(size(&scene.agent, "SERVICES")? == 4096, "it has grown");
+    Ok(())
+}
