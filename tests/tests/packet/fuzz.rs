@@ -262,7 +262,8 @@ fn act() -> impl Strategy<Value = Act> {
 
 /// What no made-up story meets, or hardly one: reasons of sockets, of full tables, of helpers that fail, and
 /// of tuples that meet; and of what happens only after many packets or much time (see the stories of pressure).
-const ELSEWHERE: [Reason; 11] = [
+const ELSEWHERE: [Reason; 12] = [
+    Reason::EndpointLost,
     Reason::SocketChosen,
     Reason::SocketStorage,
     Reason::FlowTableFull,
