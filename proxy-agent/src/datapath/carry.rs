@@ -42,6 +42,11 @@ pub(super) fn moving(
     Ok(())
 }
 
+/// Whether there are such tables among those that are made anew.
+pub(super) fn is_moving(made: &BTreeMap<&'static str, u32>) -> bool {
+    MOVING.iter().any(|name| made.contains_key(name))
+}
+
 fn entries(old: &Generation, new: &Generation, name: &'static str) -> Result<(), TableError> {
     let (Some(from), Some(to)) = (old.map(name), new.map(name)) else { return Ok(()) };
     let (Some(theirs), Some(ours)) = (old.layout.table(name), new.layout.table(name)) else {

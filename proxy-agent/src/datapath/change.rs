@@ -30,6 +30,8 @@ const LONGEST: u64 = 5_000_000_000;
 
 /// How often flows are looked through while nothing waits.
 const ROUNDS: usize = 5;
+/// From one try to stop what is new to the next.
+const REST: Duration = Duration::from_millis(50);
 /// So many that have changed are few.
 const FEW: usize = 64;
 
@@ -92,8 +94,11 @@ impl Loaded {
         }
         carry::moving(newest, &new, &fates.made)?;
         counters.add_rest(&flows)?;
-        let paused = Instant::now();
-        let pause = Pause::begin(&new)?;
+        // Where flows and what goes with them keep their tables, both programs may work side by side.
+        let pause = match fates.of_flows() || carry::is_moving(&fates.made) {
+            true => Some(Pause::begin(&new)?),
+            false => None,
+        };
         if let Some(carrier) = &mut carrier {
             carrier.look(Stage::Before)?;
             carrier.fill_rings(&new)?;
@@ -102,8 +107,9 @@ impl Loaded {
         self.root().commit(number)?;
         self.carry_left(left, &self.root().at(number))?;
         change.hooks = self.exchange()?;
-        pause.end()?;
-        change.paused = paused.elapsed();
+        if let Some(pause) = pause {
+            change.paused = pause.end()?;
+        }
         wait_for_packets();
         if let Some(carrier) = &mut carrier {
             carrier.look(Stage::After)?;
@@ -124,8 +130,7 @@ impl Loaded {
         let pause = Pause::begin(newest)?;
         self.carry_left(left, &newest.root)?;
         let hooks = self.exchange()?;
-        pause.end()?;
-        let paused = begun.elapsed();
+        let paused = pause.end()?;
         wait_for_packets();
         self.carry_left(left, &newest.root)?;
         for generation in left {
@@ -155,19 +160,36 @@ impl Loaded {
 /// Nothing begins as long as this lasts.
 struct Pause<'a> {
     of: &'a Generation,
+    begun: Instant,
 }
 
+/// How long packets may wait for those under way, each time that it is tried: who waits keeps a processor busy, and on a machine
+/// that has none left grace periods take long.
+const PATIENCE: [u64; 4] = [40_000_000, 80_000_000, 160_000_000, 320_000_000];
+
 impl<'a> Pause<'a> {
-    /// Begins, and waits until whatever had begun before is through.
+    /// Begins, and waits until whatever had begun before is through. Where that takes too long packets go on, and it is tried
+    /// again; the last time it takes as long as it takes.
     fn begin(of: &'a Generation) -> Result<Self, TableError> {
-        let pause = Self { of };
-        pause.write(now()? + LONGEST)?;
-        wait_for_packets();
-        Ok(pause)
+        for patience in PATIENCE.into_iter().chain([LONGEST]) {
+            let pause = Self { of, begun: Instant::now() };
+            let until = now()? + patience;
+            pause.write(until)?;
+            wait_for_packets();
+            if now()? < until || patience == LONGEST {
+                pause.write(now()? + LONGEST)?;
+                return Ok(pause);
+            }
+            drop(pause);
+            std::thread::sleep(REST);
+        }
+        unreachable!("the last time is waited for")
     }
 
-    fn end(&self) -> Result<(), TableError> {
-        self.write(0)
+    /// Ends; how long it has lasted.
+    fn end(&self) -> Result<Duration, TableError> {
+        self.write(0)?;
+        Ok(self.begun.elapsed())
     }
 
     fn write(&self, until: u64) -> Result<(), TableError> {

@@ -2,6 +2,7 @@
 
 #[cfg(feature = "next-layout")]
 pub use super::next::Backend;
+#[cfg(not(feature = "next-layout"))]
 use super::table_type;
 use crate::addr::{Addr, Port};
 
