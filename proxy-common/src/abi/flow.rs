@@ -990,8 +990,8 @@ pub mod ask {
     /// has one of its pairs here makes room: it is what the other tables had before. The answer is that of [`ADOPT`].
     pub const CARRY: u32 = 6;
     /// Count what other tables have counted since they were copied: the first number says which counter (a
-    /// [`Reason`](super::Reason), or [`STATS`] plus four times the id of a Service port plus 0 to 2 for those of its
-    /// [`ServiceStats`](super::ServiceStats), in their order); how often follows, in 64 bits. Whoever counts at the same moment
+    /// [`Reason`](crate::abi::Reason), or [`STATS`] plus four times the id of a Service port plus 0 to 2 for those of its
+    /// [`ServiceStats`](crate::abi::ServiceStats), in their order); how often follows, in 64 bits. Whoever counts at the same moment
     /// loses nothing.
     pub const COUNT: u32 = 7;
     /// See [`COUNT`].
