@@ -90,7 +90,7 @@ fn an_agent_without_the_rights_it_needs_says_so() -> Result<()> {
         let above = dir.path().parent().context("a directory above")?.to_owned();
         std::fs::set_permissions(&above, std::fs::Permissions::from_mode(0o755))?;
         let mut agent = Agent::prepare(&script, &town, "node1", &dir, &FLAGS)?;
-        refused(&mut agent, &["CAP_SYS_ADMIN", "root"]).with_context(|| prefix.to_owned())?;
+        refused(&mut agent, &["CAP_BPF", "root"]).with_context(|| prefix.to_owned())?;
     }
     Ok(())
 }

@@ -5,7 +5,6 @@ use std::net::TcpStream;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use proxy_common::abi::ABI_VERSION;
 use proxy_tests::agent::Agent;
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::probe::eventually;
@@ -34,7 +33,7 @@ fn health_checks_of_a_service_wait_for_a_pass_that_succeeds() -> Result<()> {
     answers(town.place("a"), service(1)[0], "b")?;
 
     // From now on the kernel refuses every write to this table, as it might for want of memory.
-    let table = agent.bpf_root().join(format!("v{ABI_VERSION}/maps/FRONTENDS"));
+    let table = agent.bpf_root().join("g1/maps/FRONTENDS");
     let frozen = Command::new("bpftool").args(["map", "freeze", "pinned"]).arg(&table).output()?;
     ensure!(frozen.status.success(), "{}", String::from_utf8_lossy(&frozen.stderr));
     let before = http(host, "127.0.0.1:10249", "/metrics")?.1;

@@ -115,9 +115,12 @@ fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -
     ensure!(told["note"].as_str().is_some_and(|note| note.contains("tc_")), "{told:#}");
     let log = scene.agent.log_text();
     ensure!(log.contains("link tc_egress at interface eth0"), "{log}");
-    let (code, page) = scene.agent.ask(&["status"])?;
-    ensure!(code.success() && page.contains("removed or changed by somebody else and restored"), "{page}");
-    Ok(())
+    // The record that it reads is renewed every few seconds.
+    eventually(SECONDS * proxy_tests::patience(), || {
+        let (code, page) = scene.agent.ask(&["status"])?;
+        ensure!(code.success() && page.contains("removed or changed by somebody else and restored"), "{page}");
+        Ok(())
+    })
 }
 
 #[test]
