@@ -118,7 +118,10 @@ fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -
     // The record that it reads is renewed every few seconds.
     eventually(SECONDS * proxy_tests::patience(), || {
         let (code, page) = scene.agent.ask(&["status"])?;
-        ensure!(code.success() && page.contains("removed or changed by somebody else and restored"), "{page}");
+        ensure!(
+            code.success() && page.contains("removed or changed by somebody else and restored"),
+            "{page}"
+        );
         Ok(())
     })
 }
