@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{clean, leftovers, rewriting, running};
 
@@ -11,6 +11,8 @@ use super::{clean, leftovers, rewriting, running};
 const AGAIN: Duration = Duration::from_secs(5);
 /// How often it is looked whether an operator has done something about what stays.
 const LATER: Duration = Duration::from_secs(60);
+/// How soon it is noticed that something has changed.
+const SLICE: Duration = Duration::from_millis(200);
 /// Why everything stays when it was asked for.
 const KEPT: &str = "they stay because of --remove-kube-proxy-rules=false; once kube-proxy is gone, start this agent \
                     without that flag";
@@ -24,6 +26,8 @@ pub struct TakeOver {
     keep: Arc<AtomicBool>,
     /// Connections of others than the node itself that netfilter still goes on with.
     left: Arc<AtomicUsize>,
+    /// What is to be done with rules has changed.
+    woken: Arc<AtomicBool>,
 }
 
 impl TakeOver {
@@ -38,7 +42,17 @@ impl TakeOver {
 
     /// Leaves rules alone, or no longer.
     pub fn keep(&self, keep: bool) {
-        self.keep.store(keep, Ordering::Relaxed);
+        if self.keep.swap(keep, Ordering::Relaxed) != keep {
+            self.woken.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits so long, or until it is to be looked again.
+    fn wait(&self, long: Duration) {
+        let begun = Instant::now();
+        while begun.elapsed() < long && !self.woken.swap(false, Ordering::Relaxed) {
+            std::thread::sleep(SLICE);
+        }
     }
 
     /// So many connections of others than the node itself are still netfilter's.
@@ -71,7 +85,7 @@ impl TakeOver {
         loop {
             if self.keep.load(Ordering::Relaxed) {
                 self.tell(Vec::new());
-                std::thread::sleep(AGAIN);
+                self.wait(AGAIN);
                 continue;
             }
             let pause = match running() {
@@ -96,7 +110,7 @@ impl TakeOver {
                 *self.lock() = None;
                 return;
             }
-            std::thread::sleep(pause);
+            self.wait(pause);
         }
     }
 }

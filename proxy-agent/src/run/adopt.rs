@@ -5,7 +5,7 @@
 //! connections that nobody knows is a Service's again. Connections that have been adopted are translated by netfilter as before,
 //! whether there are rules or not. They are taken from it after that, some at a time: see [`Adoption::take`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub(super) struct Adoption {
     waiting: BTreeMap<FlowId, Waiting>,
     /// Those that stay with netfilter until they end.
     staying: Vec<FlowId>,
+    /// Whether packets may be kept out of connection tracking, by us or by an agent that has died.
+    untracked: bool,
     /// Why none are taken.
     complaint: String,
 }
@@ -96,6 +98,7 @@ impl Adoption {
             done: Done::default(),
             waiting: BTreeMap::new(),
             staying: Vec::new(),
+            untracked: true,
             complaint: String::new(),
         }
     }
@@ -146,11 +149,15 @@ impl Adoption {
     /// Reads connection tracking once; how many connections were new, or are gone.
     fn round(&mut self, flows: &Flows, actual: &Actual) -> Result<usize> {
         let (mut adopt, mut forget, mut of_node) = (Vec::new(), Vec::new(), 0);
+        let mut seen = HashSet::new();
         let (known, now) = (Known::of(actual), now()?);
         conntrack::connections(|connection| match fate(&known, connection, now) {
             Fate::None => {}
             Fate::OfNode => of_node += 1,
-            Fate::Adopt(flow, between) => adopt.push((connection.clone(), between, flow)),
+            Fate::Adopt(flow, between) => {
+                seen.insert(connection.asked);
+                adopt.push((connection.clone(), between, flow));
+            }
             Fate::Forget => forget.push(connection.asked),
         })
         .context("reading the kernel's connection tracking (CAP_NET_ADMIN, module nf_conntrack_netlink)")?;
@@ -161,7 +168,20 @@ impl Adoption {
             // Verification tags are what the kernel knows of SCTP, and an entry cannot be made with them; nor can one be taken
             // away that a flow table of netfilter's has.
             let stays = connection.status.contains(Status::Offload) || between.proto == Proto::SCTP;
-            match flows.adopt(&flow)? {
+            let mut answer = flows.adopt(&flow)?;
+            if let Adopted::Known(id) = answer
+                && flow.fin != [0, 0]
+                && flows.is_left(id)?
+            {
+                // It may have been closed before the flow was there.
+                flows.end(&[id])?;
+                self.waiting.remove(&id);
+                answer = match flows.adopt(&flow)? {
+                    Adopted::Done(id) => Adopted::Known(id),
+                    other => other,
+                };
+            }
+            match answer {
                 Adopted::Done(id) | Adopted::Alone(id) if stays => {
                     self.staying.push(id);
                     adopted += 1;
@@ -180,12 +200,28 @@ impl Adoption {
                 Adopted::NoRoom => self.done.no_room += 1,
             }
         }
+        self.end_what_has_gone(flows, &seen)?;
         self.done.adopted += adopted;
         self.done.forgotten += forget.len();
         for some in forget.chunks(BATCH) {
             conntrack::forget(some.iter()).context(CHANGING)?;
         }
         Ok(adopted + forget.len())
+    }
+
+    /// Ends flows that are netfilter's but are not among these any more: they had ended before the flow was there.
+    fn end_what_has_gone(&mut self, flows: &Flows, seen: &HashSet<Tuple>) -> Result<()> {
+        let mut gone = Vec::new();
+        flows.scan(|flow| {
+            let ((client, port), (vip, to)) = (flow.client(), flow.vip());
+            let asked = Tuple::new(*client, port, *vip, to, flow.proto());
+            if flow.is_left(flow.id) && !seen.contains(&asked) {
+                gone.push(flow.id);
+            }
+        })?;
+        flows.end(&gone)?;
+        gone.iter().for_each(|id| drop(self.waiting.remove(id)));
+        Ok(())
     }
 
     fn wait(&mut self, id: FlowId, connection: Connection, between: Tuple, masqueraded: bool) {
@@ -214,7 +250,7 @@ impl Adoption {
     ///
     /// What fails is tried again the next time; until then netfilter goes on with them.
     pub(super) fn take(&mut self, flows: &Flows) {
-        if self.retired || self.leave != 0 || self.waiting.is_empty() {
+        if self.retired || self.leave != 0 || self.waiting.is_empty() && !self.untracked {
             return;
         }
         if let Err(error) = self.take_some(flows) {
@@ -234,6 +270,7 @@ impl Adoption {
                 None => BTreeMap::new(),
             };
             let batch = std::mem::replace(&mut self.waiting, rest);
+            self.untracked = true;
             match take(flows, &batch) {
                 Ok(stay) => {
                     self.done.taken += batch.len() - stay.len();
@@ -245,8 +282,12 @@ impl Adoption {
                 }
             }
         }
-        if self.waiting.is_empty() {
-            passing::end_all().context("removing the nftables table ebpf-proxy-takeover")?;
+        if !self.waiting.is_empty() {
+            return Ok(());
+        }
+        passing::end_all().context("removing the nftables table ebpf-proxy-takeover")?;
+        self.untracked = false;
+        if self.done.taken != 0 {
             tracing::info!(
                 "{} connections of kube-proxy's rules are translated by this proxy now; {} stay with netfilter until they end",
                 self.done.taken,
