@@ -220,7 +220,9 @@ impl Adoption {
             }
         })?;
         flows.end(&gone)?;
-        gone.iter().for_each(|id| drop(self.waiting.remove(id)));
+        for id in &gone {
+            self.waiting.remove(id);
+        }
         Ok(())
     }
 
