@@ -388,7 +388,7 @@ struct Source<'a> {
 }
 
 /// How often a program is loaded whose verification a signal has ended.
-const INTERRUPTED: usize = 5;
+const INTERRUPTED: usize = 20;
 
 fn load_program(program: &mut Program) -> Result<(), ProgramError> {
     for _ in 1..INTERRUPTED {
