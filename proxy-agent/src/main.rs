@@ -12,6 +12,7 @@ use proxy_agent::datapath::pin::BpfRoot;
 use proxy_agent::datapath::pinned::{Pinned, PinnedError};
 use proxy_agent::datapath::probe::Features;
 use proxy_agent::datapath::remove::remove_all;
+use proxy_agent::datapath::sockets::give_back;
 use proxy_agent::kube_proxy;
 use proxy_agent::run::run;
 
@@ -24,10 +25,24 @@ fn open(root: &Path) -> Opened {
 }
 
 fn remove(root: &Path) -> Result<Vec<String>> {
-    let removed = remove_all(&BpfRoot::new(root))?;
+    let root = BpfRoot::new(root);
+    // While the programs are there that know what a socket was connected to.
+    let given = give_back(&root, Path::new("/proc")).unwrap_or_else(|error| {
+        tracing::warn!(
+            "{:#}; such UDP sockets of host processes stay with their endpoint",
+            anyhow::Error::from(error)
+        );
+        0
+    });
+    let removed = remove_all(&root)?;
     let lines = [(removed.links, "attached programs"), (removed.maps, "maps")];
     let mut lines: Vec<_> =
         lines.into_iter().filter(|(n, _)| *n != 0).map(|(n, what)| format!("{n} {what}")).collect();
+    if given != 0 {
+        lines.push(format!(
+            "the endpoints of {given} UDP sockets of host processes, which are the other proxy's now"
+        ));
+    }
     if kube_proxy::stop_rewriting()
         .context("removing the nftables tables ebpf-proxy-nat and ebpf-proxy-takeover")?
     {

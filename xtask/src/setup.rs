@@ -37,13 +37,14 @@ enum Missing {
 }
 
 /// What the tests and the demo call, with the package it comes in.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 12] = [
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nft", "nftables"),
     ("iptables-nft", "iptables"),
     ("iptables-legacy", "iptables"),
     ("ipset", "ipset"),
+    ("ipvsadm", "ipvsadm"),
     ("bpftool", "bpftool"),
     ("ethtool", "ethtool"),
     ("setpriv", "util-linux"),

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::abi::{
     Backend, Config, Frontend, FrontendKey, Iface, RouteKey, ServiceName, SourceKey, maps, untext,
 };
@@ -106,6 +107,15 @@ impl Kernel {
             actual.config = config;
         }
         Ok(actual)
+    }
+
+    /// Leaves what is new to another proxy, by the settings alone: without an agent that plans, or before it does.
+    pub fn leave_new(&self) -> Result<(), KernelError> {
+        let mut config = self.config.get(&0)?.unwrap_or(Config::EMPTY);
+        config.flags |= LEAVE_NEW | LEAVE_MIDDLE;
+        // The other proxy may serve addresses there that are not known here.
+        config.service_range_count = 0;
+        self.config.put(&0, &config)
     }
 
     /// Entries that fit each configuration table.

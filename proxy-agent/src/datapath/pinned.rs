@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use aya::Pod;
 use nix::time::{ClockId, clock_gettime};
-use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::abi::{
     Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Key, Leg, Reason,
     ServiceName, ServiceStats, maps, text, untext,
@@ -22,8 +21,7 @@ use super::pin::{BpfRoot, PinError};
 use super::retired::Retired;
 use super::sys::{self, Target};
 use super::table::{Cursor, Table, TableError};
-use crate::datapath::Datapath as _;
-use crate::plan::{Actual, Step};
+use crate::plan::Actual;
 
 /// Why there is nothing to be seen.
 #[derive(Debug, thiserror::Error)]
@@ -165,11 +163,7 @@ impl Pinned {
     pub fn retire(&mut self, retired: bool) -> Result<(), PinnedError> {
         self.retired.set(retired)?;
         if retired && !self.is_running()? {
-            let mut config = self.actual()?.config;
-            config.flags |= LEAVE_NEW | LEAVE_MIDDLE;
-            // The other proxy may serve addresses there that are not known here.
-            config.service_range_count = 0;
-            self.kernel.apply(&[Step::PutConfig(config)]).map_err(|(_, error)| error)?;
+            self.kernel.leave_new()?;
         }
         Ok(())
     }

@@ -18,12 +18,13 @@ use std::path::{Path, PathBuf};
 
 use aya_obj::btf::{Btf, BtfError, BtfKind};
 use nix::sys::socket::{SockaddrStorage, connect, getpeername};
-use proxy_common::abi::{SocketEntry, SocketState, maps};
-use proxy_common::addr::Proto;
+use proxy_common::abi::{Config, SocketEntry, SocketState, Tuple, config, maps};
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::instruction::{DOUBLE, EXIT, Register, call, load, set, skip_if_null};
 use super::pin::BpfRoot;
 use super::sys;
+use super::table::Table;
 use crate::netlink::request::{Flags, Protocol, exchange, u32_at};
 
 /// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
@@ -105,6 +106,7 @@ struct Listed {
     id: Vec<u8>,
     cookie: u64,
     inode: u32,
+    local: SocketAddr,
     peer: SocketAddr,
 }
 
@@ -178,6 +180,49 @@ fn leads_to(entry: &SocketEntry, peer: SocketAddr) -> bool {
         && IpAddr::from(entry.addr) == peer.ip()
 }
 
+/// Sockets of this network namespace that are connected to a Service itself: their `connect` was before programs of ours were
+/// there, and somebody else leads their packets, or nobody.
+pub fn untranslated(is_service: impl Fn(Addr, Port) -> bool) -> Result<Vec<Connected>, SocketError> {
+    let to_service = |socket: Listed| {
+        let (vip, vport) = (Addr::from(socket.peer.ip()), Port::new(socket.peer.port()));
+        is_service(vip, vport).then(|| Connected {
+            entry: SocketEntry {
+                vip,
+                addr: vip,
+                vport,
+                port: vport,
+                backend: 0,
+                generation: 0,
+                proto: Proto::UDP,
+                pad: [0; 3],
+            },
+            socket,
+        })
+    };
+    Ok(list()?.into_iter().filter_map(to_service).collect())
+}
+
+/// Has sockets go through our programs from now on, as [`lead_on`] does; those that there is no way to stay as they are. One answer
+/// for each: whether it has been done.
+#[must_use]
+pub fn lead_in(sockets: &[Connected], proc: &Path) -> Vec<bool> {
+    let owners = owners(proc, |inode| sockets.iter().any(|socket| socket.socket.inode == inode));
+    let owners = |socket: &Connected| owners.get(&socket.socket.inode).map_or(&[][..], Vec::as_slice);
+    sockets.iter().map(|socket| matches!(socket.reconnect(owners(socket)), Some(Ok(())))).collect()
+}
+
+/// Where what is new is left to another proxy, connects all sockets that came through a Service of what is pinned under `root` to
+/// that Service again, so that they are the other proxy's; how many. Those that there is no way to stay with their endpoint.
+pub fn give_back(root: &BpfRoot, proc: &Path) -> Result<usize, SocketError> {
+    let config = Table::<u32, Config>::open(root, maps::CONFIG).and_then(|table| table.get(&0));
+    // Without settings nothing is translated.
+    if !config.is_ok_and(|config| config.is_some_and(|config| config.flags & config::LEAVE_NEW != 0)) {
+        return Ok(0);
+    }
+    let sockets = Storage::open(root)?.connected()?;
+    Ok(lead_in(&sockets, proc).into_iter().filter(|done| *done).count())
+}
+
 /// Leads sockets on to another endpoint of the Services that they came through; their processes are looked for in
 /// the `/proc` that is mounted at `proc`.
 pub fn lead_on(sockets: &[Connected], proc: &Path) -> Result<LedOn, SocketError> {
@@ -207,6 +252,20 @@ impl Connected {
     #[must_use]
     pub fn named(&self) -> SocketAddr {
         SocketAddr::new(IpAddr::from(self.entry.vip), self.entry.vport.number())
+    }
+
+    /// What the kernel knows it by, as long as it is there.
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        self.socket.cookie
+    }
+
+    /// From its own end to what its process named.
+    #[must_use]
+    pub fn asks(&self) -> Tuple {
+        let SocketEntry { vip, vport, .. } = self.entry;
+        let local = self.socket.local;
+        Tuple::new(Addr::from(local.ip()), Port::new(local.port()), vip, vport, Proto::UDP)
     }
 
     /// Connects it again through one of its owners' descriptors; `None` when there is no way to it.
@@ -295,16 +354,19 @@ pub(super) fn request(family: u8, proto: i32, states: u32, id: &[u8]) -> Vec<u8>
 /// A socket in `struct inet_diag_msg`.
 fn read(family: u8, message: &[u8]) -> Option<Listed> {
     let id = message.get(ID_AT..ID_AT + ID)?;
-    let port = u16::from_be_bytes(id.get(2..4)?.try_into().ok()?);
-    let address: [u8; 16] = id.get(20..36)?.try_into().ok()?;
-    let ip = if family == libc::AF_INET as u8 {
-        IpAddr::from([address[0], address[1], address[2], address[3]])
-    } else {
-        IpAddr::from(Ipv6Addr::from(address)).to_canonical()
+    let end = |port_at: usize, at: usize| {
+        let port = u16::from_be_bytes(id.get(port_at..port_at + 2)?.try_into().ok()?);
+        let address: [u8; 16] = id.get(at..at + 16)?.try_into().ok()?;
+        let ip = if family == libc::AF_INET as u8 {
+            IpAddr::from([address[0], address[1], address[2], address[3]])
+        } else {
+            IpAddr::from(Ipv6Addr::from(address)).to_canonical()
+        };
+        Some(SocketAddr::new(ip, port))
     };
     let inode = u32::from_ne_bytes(message.get(INODE_AT..INODE_AT + 4)?.try_into().ok()?);
     let cookie = u64::from(u32_at(id, 44)) << 32 | u64::from(u32_at(id, 40));
-    Some(Listed { family, id: id.to_vec(), cookie, inode, peer: SocketAddr::new(ip, port) })
+    Some(Listed { family, id: id.to_vec(), cookie, inode, local: end(0, 4)?, peer: end(2, 20)? })
 }
 
 #[cfg(test)]
@@ -316,13 +378,16 @@ mod tests {
     #[test]
     fn a_socket_is_read_from_where_the_kernel_writes_it() {
         let mut message = vec![0; 72];
+        message[ID_AT..ID_AT + 2].copy_from_slice(&40_000_u16.to_be_bytes());
         message[ID_AT + 2..ID_AT + 4].copy_from_slice(&53_u16.to_be_bytes());
+        message[ID_AT + 4..ID_AT + 8].copy_from_slice(&[192, 168, 10, 1]);
         message[ID_AT + 20..ID_AT + 24].copy_from_slice(&[10, 244, 0, 7]);
         message[ID_AT + 40..ID_AT + 44].copy_from_slice(&7_u32.to_ne_bytes());
         message[ID_AT + 44..ID_AT + 48].copy_from_slice(&1_u32.to_ne_bytes());
         message[68..72].copy_from_slice(&4711_u32.to_ne_bytes());
         let socket = read(libc::AF_INET as u8, &message).unwrap();
         assert_eq!(socket.id.len(), ID);
+        assert_eq!(socket.local, "192.168.10.1:40000".parse().unwrap());
         assert_eq!(socket.peer, "10.244.0.7:53".parse().unwrap());
         assert_eq!((socket.cookie, socket.inode), (1 << 32 | 7, 4711));
         assert!(read(libc::AF_INET as u8, &message[..70]).is_none());

@@ -52,7 +52,8 @@ pub(crate) fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate
         return Fate::None;
     };
     let client = actual.addresses.get(&asked.src).copied().unwrap_or(0);
-    if asked.src.is_loopback() || client & address::NODE != 0 {
+    // In IPVS mode Service addresses are the node's, and it speaks from them.
+    if asked.src.is_loopback() || client & (address::NODE | address::CLUSTER_IP) != 0 {
         return Fate::OfNode;
     }
     let endpoint = (answered.src, answered.sport);
@@ -235,6 +236,14 @@ mod tests {
                 "{from}"
             );
         }
+        let mut actual = tables();
+        actual.addresses.insert(addr(VIP.0), address::CLUSTER_IP);
+        let asked = tuple((VIP.0, 40_000), VIP, Proto::TCP);
+        assert_eq!(
+            fate(&Known::of(&actual), &connection(asked, answered, Some(ESTABLISHED)), NOW),
+            Fate::OfNode,
+            "a Service address that IPVS has at an interface"
+        );
         let host_port = tuple(("198.51.100.9", 1), (NODE, 8443), Proto::TCP);
         let mut plain = of_pod(Proto::TCP, Some(ESTABLISHED));
         plain.answered = plain.asked.reversed();

@@ -110,12 +110,24 @@ pub fn leftovers_text() -> Vec<String> {
 /// Takes away what a kube-proxy has left. Doing it twice is doing it once.
 #[must_use]
 pub fn clean() -> Cleaned {
+    clean_around(0)
+}
+
+/// The same, but for virtual servers of IPVS as long as it leads so many connections: it drops the packets of those whose server has
+/// gone, and nobody else can go on with them as netfilter does.
+fn clean_around(led_by_ipvs: usize) -> Cleaned {
     let mut done = Cleaned::default();
     // Others write rules as well: what has changed under our hands is looked at once more.
     for _ in 0..2 {
         done.left.clear();
         let mut failed = false;
         for leftover in leftovers() {
+            if led_by_ipvs != 0 && matches!(leftover.act, Act::Ipvs) {
+                done.left.push(format!(
+                    "{leftover}: they stay until {led_by_ipvs} connections of theirs have ended"
+                ));
+                continue;
+            }
             match remove(&leftover) {
                 Ok(true) => done.removed.push(leftover.what),
                 Ok(false) => done.left.push(leftover.to_string()),

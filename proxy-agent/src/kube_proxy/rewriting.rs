@@ -12,7 +12,7 @@ use std::net::IpAddr;
 use proxy_common::addr::Addr;
 
 use crate::model::Family;
-use crate::netlink::conntrack;
+use crate::netlink::conntrack::{self, Status};
 use crate::netlink::nf_make::make_nat;
 use crate::netlink::nf_tables::{self, Delete};
 
@@ -43,6 +43,15 @@ pub(super) fn keep(rules: bool, others: usize) -> io::Result<usize> {
     Ok(count)
 }
 
+/// How many connections IPVS leads, which it tells nobody but by their answers.
+pub(super) fn led_by_ipvs() -> io::Result<usize> {
+    let mut count = 0;
+    conntrack::connections(|connection| {
+        count += usize::from(connection.is_rewritten() && !connection.status.contains(Status::DstNat));
+    })?;
+    Ok(count)
+}
+
 /// Takes the tables away, and that of connections that are just being taken over: what still relies on them ends. Whether there were any.
 pub fn remove() -> io::Result<bool> {
     let mut any = passing::end_all()?;
@@ -53,6 +62,11 @@ pub fn remove() -> io::Result<bool> {
         }
     }
     Ok(any)
+}
+
+/// Whether a table is missing that was there; one that cannot be looked for is not.
+pub(super) fn has_gone() -> bool {
+    [Family::V4, Family::V6].into_iter().any(|family| matches!(is_there(family), Ok(false)))
 }
 
 fn is_there(family: Family) -> io::Result<bool> {

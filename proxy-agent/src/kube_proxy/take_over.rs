@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{clean, leftovers, rewriting, running};
+use super::{clean_around, leftovers, rewriting, running};
 
 /// How often it is looked whether kube-proxy has gone.
 const AGAIN: Duration = Duration::from_secs(5);
 /// How often it is looked whether an operator has done something about what stays.
 const LATER: Duration = Duration::from_secs(60);
+/// How often it is looked whether somebody has flushed all of nftables, which a firewall does when it is loaded again.
+const OFTEN: Duration = Duration::from_secs(1);
 /// How soon it is noticed that something has changed.
 const SLICE: Duration = Duration::from_millis(200);
 /// Why everything stays when it was asked for.
@@ -47,11 +49,21 @@ impl TakeOver {
         }
     }
 
-    /// Waits so long, or until it is to be looked again.
-    fn wait(&self, long: Duration) {
-        let begun = Instant::now();
+    /// Waits so long, or until it is to be looked again: with connections that netfilter is kept rewriting also when it is not
+    /// any more.
+    fn wait(&self, long: Duration, rewriting: bool) {
+        let (begun, mut looked) = (Instant::now(), Instant::now());
         while begun.elapsed() < long && !self.woken.swap(false, Ordering::Relaxed) {
             std::thread::sleep(SLICE);
+            if rewriting && looked.elapsed() >= OFTEN {
+                looked = Instant::now();
+                if rewriting::has_gone() {
+                    tracing::warn!(
+                        "somebody has removed the nftables tables ebpf-proxy-nat: they are made again"
+                    );
+                    return;
+                }
+            }
         }
     }
 
@@ -85,7 +97,7 @@ impl TakeOver {
         loop {
             if self.keep.load(Ordering::Relaxed) {
                 self.tell(Vec::new());
-                self.wait(AGAIN);
+                self.wait(AGAIN, false);
                 continue;
             }
             let pause = match running() {
@@ -100,7 +112,8 @@ impl TakeOver {
                 }
                 _ => {
                     // Before the rules go, and as long as there is need.
-                    kept = keep(kept, remove && !leftovers().is_empty(), self.left.load(Ordering::Relaxed));
+                    let rules = kept != 0 || remove && !leftovers().is_empty();
+                    kept = keep(kept, rules, self.left.load(Ordering::Relaxed));
                     self.tell(if remove { what_stays() } else { there_are(KEPT) });
                     LATER
                 }
@@ -110,7 +123,7 @@ impl TakeOver {
                 *self.lock() = None;
                 return;
             }
-            self.wait(pause);
+            self.wait(pause, kept != 0);
         }
     }
 }
@@ -144,7 +157,11 @@ fn there_are(why: &str) -> Vec<String> {
 
 /// Removes what there is; the rest, a line each.
 fn what_stays() -> Vec<String> {
-    let done = clean();
+    let led_by_ipvs = rewriting::led_by_ipvs().unwrap_or_else(|error| {
+        tracing::warn!("connections that IPVS leads may end with its virtual servers: {error}");
+        0
+    });
+    let done = clean_around(led_by_ipvs);
     for what in done.removed {
         tracing::info!("removed what kube-proxy had left: {what}");
     }

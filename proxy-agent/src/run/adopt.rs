@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
-use proxy_common::abi::{FlowId, Tuple};
+use proxy_common::abi::{Config, Flow, FlowId, Tuple};
 use proxy_common::addr::Proto;
 
 use crate::datapath::flow::{Adopted, Flows, now, wait_for_packets};
@@ -165,9 +165,7 @@ impl Adoption {
         self.done.no_room = 0;
         let mut adopted = 0;
         for (connection, between, flow) in adopt {
-            // Verification tags are what the kernel knows of SCTP, and an entry cannot be made with them; nor can one be taken
-            // away that a flow table of netfilter's has.
-            let stays = connection.status.contains(Status::Offload) || between.proto == Proto::SCTP;
+            let stays = stays(&connection, &flow, &actual.config);
             let mut answer = flows.adopt(&flow)?;
             if let Adopted::Known(id) = answer
                 && flow.fin != [0, 0]
@@ -315,6 +313,15 @@ impl Adoption {
     }
 }
 
+/// Whether netfilter goes on with it until it ends. Verification tags are what the kernel knows of SCTP, and an entry cannot be made
+/// with them; nor can one be taken away that a flow table of netfilter's has. And a port that the node gives out itself may
+/// become that of one of its sockets, towards the same endpoint: netfilter would give that another one, and we cannot.
+fn stays(connection: &Connection, flow: &Flow, config: &Config) -> bool {
+    connection.status.contains(Status::Offload)
+        || flow.proto() == Proto::SCTP
+        || flow.has_source() && !config.is_snat_port(flow.node().1)
+}
+
 /// How often somebody may be at work on a flow just when it is to be taken.
 const TRIES: usize = 8;
 
@@ -386,5 +393,43 @@ impl Done {
                  with a larger --max-flows"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use proxy_common::abi::PortRange;
+    use proxy_common::addr::{Addr, Port};
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_taken_or_would_be_in_a_socket_s_way_stays_with_netfilter() {
+        let addr = |text: &str| -> Addr { text.parse::<IpAddr>().unwrap().into() };
+        let end = |text, port| (addr(text), Port::new(port));
+        let config = Config::EMPTY.with_snat_ports(&[PortRange { first: 1024, count: 28_976 }]);
+        let stays = |proto, source, status| {
+            let asked =
+                Tuple::new(addr("198.51.100.9"), Port::new(5), addr("10.0.0.1"), Port::new(80), proto);
+            let flow = Flow::adopted(&asked, end("10.244.2.7", 8080), source, [1, 2, 3], (true, true), 1);
+            let connection = Connection {
+                asked,
+                answered: asked.reversed(),
+                status,
+                tcp: None,
+                timeout: 60,
+                mark: 0,
+                zoned: false,
+            };
+            super::stays(&connection, &flow, &config)
+        };
+        let usual = Status::SeenReply | Status::DstNat;
+        assert!(!stays(Proto::TCP, None, usual), "not masqueraded");
+        assert!(!stays(Proto::UDP, Some(end("10.0.0.1", 1024)), usual), "with a port of ours");
+        assert!(stays(Proto::UDP, Some(end("10.0.0.1", 40_000)), usual), "with one of the node's own range");
+        assert!(stays(Proto::SCTP, None, usual));
+        assert!(stays(Proto::TCP, None, usual | Status::Offload), "in a flow table");
     }
 }

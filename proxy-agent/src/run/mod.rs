@@ -17,6 +17,7 @@ mod segments;
 mod sockets;
 mod sysctl;
 mod taken;
+mod untranslated;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -145,6 +146,7 @@ struct Agent {
     loaded: Loaded,
     sweeper: Sweeper,
     sockets: sockets::Sockets,
+    untranslated: untranslated::Untranslated,
     lost: lost::Lost,
     taken: taken::Follower,
     /// Whether programs of ours have served this node before this agent.
@@ -156,6 +158,8 @@ struct Agent {
     /// Whether kube-proxy's rules are looked after.
     taken_over: bool,
     retired: Retired,
+    /// Whether the operator wanted so before the tables were planned.
+    retired_early: bool,
     repairs: repair::Repairs,
     excluded: Excluded,
     /// Whether all pods have been listed that say that they are to be left to their packets.
@@ -213,6 +217,7 @@ impl Agent {
             loaded,
             sweeper,
             sockets,
+            untranslated: untranslated::Untranslated::default(),
             lost,
             taken,
             served,
@@ -220,6 +225,7 @@ impl Agent {
             reserve: reserve::Reserve::default(),
             taken_over: false,
             retired: Retired::open(root)?,
+            retired_early: false,
             repairs: repair::Repairs::open(root, lock)?,
             excluded,
             pods_known,
@@ -359,6 +365,7 @@ impl Agent {
             self.report.left_to_netfilter(adoption.left());
         }
         if beat {
+            self.lead_in();
             self.set_conntrack();
             self.count();
             self.report.untracked(self.taken.complaint());
@@ -477,6 +484,9 @@ impl Agent {
                 let first = !std::mem::replace(&mut self.ready, true);
                 self.report.wrote(&self.world, &plan, full, started.elapsed());
                 self.follow_sockets(retired, first || !plan.steps.is_empty()); // Y-25: last, and only after success.
+                if retired {
+                    self.lead_in();
+                }
                 self.report.write(&self.world, false);
                 if first {
                     self.count();
@@ -495,7 +505,7 @@ impl Agent {
 
     /// Does what the operator has said with `proxy-agent retire`.
     fn follow_retirement(&mut self) {
-        let Some(adoption) = &mut self.adoption else { return };
+        let Some(adoption) = &mut self.adoption else { return self.retire_early() };
         match self.retired.get() {
             Ok(retired) if retired != adoption.is_retired() => {
                 tracing::info!(
@@ -525,10 +535,32 @@ impl Agent {
         self.report.retired(self.adoption.as_ref().is_some_and(adopt::Adoption::is_retired));
     }
 
+    /// The same before the tables are planned for the first time, which may take as long as no server answers: those of an
+    /// agent that ran before are at work.
+    fn retire_early(&mut self) {
+        let done = self.retired.get().and_then(|retired| {
+            if retired && !self.retired_early {
+                self.kernel.leave_new()?;
+            }
+            Ok(retired)
+        });
+        match done {
+            Ok(retired) => {
+                if retired && !self.retired_early {
+                    tracing::info!("retired: what is new is left to another proxy");
+                }
+                self.retired_early = retired;
+            }
+            Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "cannot retire yet"),
+        }
+        self.report.retired(self.retired_early);
+    }
+
     /// While another proxy serves what is new, it is told which source ports are ours.
     fn reserve_ports(&mut self) {
-        if self.adoption.as_ref().is_some_and(|adoption| adoption.leave() & LEAVE_NEW != 0) {
-            let written = planner_flags(self.planner.as_ref()) & LEAVE_NEW != 0;
+        let leaves = self.adoption.as_ref().is_some_and(|adoption| adoption.leave() & LEAVE_NEW != 0);
+        if leaves || self.retired_early {
+            let written = self.retired_early || planner_flags(self.planner.as_ref()) & LEAVE_NEW != 0;
             match self.reserve.keep_up(self.sweeper.flows(), written) {
                 Ok(0) => {}
                 Ok(count) => tracing::debug!("{count} source ports are held in connection tracking"),
@@ -572,6 +604,7 @@ impl Agent {
                 if self.retired.get()? {
                     adoption.retire(true);
                 }
+                self.retired_early = false;
                 self.world.set_leave(adoption.leave());
                 self.adoption = Some(adoption);
             }
@@ -646,6 +679,14 @@ impl Agent {
         let results = self.loaded.sync_interfaces(&links);
         self.report.interfaces(results);
         self.tell_hooks();
+    }
+
+    /// Host processes whose UDP socket was connected before this proxy came are led through it.
+    fn lead_in(&mut self) {
+        let ours = self.adoption.as_ref().is_some_and(|adoption| adoption.leave() == 0);
+        if let (true, Some(_), Some(planner)) = (ours, &self.cgroup_root, &self.planner) {
+            self.untranslated.look(planner.actual());
+        }
     }
 
     /// Host processes whose connected UDP socket leads to an endpoint that has gone are led on; flows that pass an

@@ -49,7 +49,7 @@ impl<'a> Web<'a> {
             .node_port(self.node_port)
     }
 
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         format!("web{}", self.n)
     }
 }
@@ -110,6 +110,11 @@ impl Proxy {
 }
 
 impl Serving {
+    /// Where its objects are.
+    pub(crate) fn dir(&self) -> &ManifestDir {
+        &self.dir
+    }
+
     /// Has the agent serve one more, changed as told.
     pub(crate) fn add(
         &self,

@@ -18,6 +18,8 @@ mod outgoing;
 #[cfg(test)]
 mod routes;
 #[cfg(test)]
+mod sockets;
+#[cfg(test)]
 mod takeover;
 #[cfg(test)]
 mod talk;

@@ -1,5 +1,5 @@
-//! The file system that a virtual machine starts with: modules, the agent, the program that probes, and `ip` and
-//! `bridge` of this machine with their libraries.
+//! The file system that a virtual machine starts with: modules, the agent, the program that probes, and a few
+//! tools of this machine with their libraries.
 //!
 //! Its format is the kernel's (Documentation/driver-api/early-userspace/buffer-format.rst): entries with a header of
 //! hexadecimal numbers, one behind the other.
@@ -24,8 +24,8 @@ pub(super) struct Programs {
     pub(super) others: Vec<PathBuf>,
 }
 
-/// Of iproute2, for the clusters of namespaces.
-const TOOLS: [&str; 2] = ["ip", "bridge"];
+/// For the clusters of namespaces, and for what a kube-proxy leaves.
+const TOOLS: [&str; 4] = ["ip", "bridge", "nft", "ipvsadm"];
 /// Folders that are mounted on, or written to.
 const FOLDERS: [&str; 9] = ["dev", "proc", "sys", "run", "tmp", "etc", "var", "bin", "modules"];
 

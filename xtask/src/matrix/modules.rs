@@ -18,7 +18,7 @@ use crate::cmd;
 const NEEDED: [&str; 5] = ["veth", "bridge", "vxlan", "cls_bpf", "sch_ingress"];
 
 /// What a node has besides: a kernel has them built in, as a module or not at all.
-const USUAL: [&str; 22] = [
+const USUAL: [&str; 27] = [
     // Asked for by name, as an algorithm, by others: it must be there first.
     "crc32c_generic",
     "nf_conntrack",
@@ -29,6 +29,11 @@ const USUAL: [&str; 22] = [
     "nft_nat",
     "nft_masq",
     "nft_chain_nat",
+    "nft_fib_ipv4",
+    "nft_fib_ipv6",
+    "ip_vs",
+    "ip_vs_rr",
+    "nf_conntrack_netlink",
     "nft_reject_inet",
     "nft_compat",
     "ip_tables",

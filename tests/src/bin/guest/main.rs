@@ -2,7 +2,7 @@
 //! only program. It makes the machine fit for a [`proxy_tests::town`], asks the real agent and its programs what a
 //! cluster would ask of them, says how each probe went, and switches the machine off.
 //!
-//! The machine has nothing else: no shell, no init, `ip` and `bridge` only. What is said goes to the console, one line
+//! The machine has nothing else: no shell, no init, `ip`, `bridge`, `nft` and `ipvsadm` only. What is said goes to the console, one line
 //! a probe ([`report`]).
 
 #![expect(clippy::print_stdout, reason = "the console is its only way out")]
@@ -11,6 +11,7 @@ mod machine;
 mod probes;
 mod report;
 mod scene;
+mod takeover;
 
 use anyhow::{Result, ensure};
 use clap::Parser;

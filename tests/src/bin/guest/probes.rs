@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
-use proxy_tests::answer::Hold;
 use proxy_tests::manifests::ManifestDir;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, eventually, get, tally, transfer};
@@ -13,7 +12,8 @@ use serde_json::Value;
 
 use crate::machine;
 use crate::report::Reports;
-use crate::scene::{BOTH, FAR, NEAR, NONE, SELF, Scene, answered, growth, refused, served};
+use crate::scene::{BOTH, FAR, NEAR, NONE, SELF, Scene, answered, go_on, growth, refused, served};
+use crate::takeover::{Mode, takeover};
 
 /// How long a change may take to be seen on an emulated machine.
 const SOON: Duration = Duration::from_secs(30);
@@ -37,7 +37,9 @@ pub(crate) fn run(reports: &mut Reports, whole: bool) {
         routed(reports, scene, manifests, whole);
     }
     drop(world);
+    reports.probe("takeover, IPVS", || takeover(Mode::Ipvs));
     if whole {
+        reports.probe("takeover, nftables", || takeover(Mode::Nftables));
         reports.probe("VXLAN between nodes", || overlay(PodNetwork::Overlay));
         reports.probe("VXLAN, routed pods", || overlay(PodNetwork::RoutedOverlay));
     }
@@ -246,19 +248,6 @@ fn restarted(scene: &Scene, agent: &mut Agent) -> Result<String> {
         exchanges += end.made;
     }
     Ok(format!("{exchanges} exchanges held"))
-}
-
-/// Each of them is answered a few times more.
-fn go_on(holds: &mut [(String, Runner<Hold>)]) -> Result<()> {
-    for (what, hold) in holds {
-        let before = hold.report()?.made;
-        eventually(SOON, || {
-            let now = hold.report()?;
-            ensure!(now.failed == 0 && now.made > before + 2, "{what}: {now:?}");
-            Ok(())
-        })?;
-    }
-    Ok(())
 }
 
 /// No pin, no program, no map, no Service; and pods still reach each other.

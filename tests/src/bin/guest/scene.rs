@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use proxy_tests::agent::{Agent, FLAGS};
+use proxy_tests::answer::Hold;
 use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan};
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::pod::Place;
-use proxy_tests::probe::{Ask, Server, get, request};
+use proxy_tests::probe::{Ask, Runner, Server, eventually, get, request};
 use proxy_tests::town::{Plan, PodNetwork, Town};
 use serde_json::Value;
 
@@ -21,15 +22,17 @@ pub(crate) const BOTH: Service = Service { name: "both", number: 4, node_port: 3
 /// Its endpoint is the pod that asks.
 pub(crate) const SELF: Service = Service { name: "self", number: 5, node_port: 30084, pods: &["a"] };
 
+/// How long a change may take to be seen on an emulated machine.
+const SOON: Duration = Duration::from_secs(30);
 /// The port of every server.
-const SERVED: u16 = 8080;
+pub(crate) const SERVED: u16 = 8080;
 
 /// A Service over TCP and UDP, both families.
 pub(crate) struct Service {
     pub(crate) name: &'static str,
     number: u8,
-    node_port: u16,
-    pods: &'static [&'static str],
+    pub(crate) node_port: u16,
+    pub(crate) pods: &'static [&'static str],
 }
 
 impl Service {
@@ -157,6 +160,19 @@ pub(crate) fn refused(from: &Place, to: [SocketAddr; 2]) -> Result<Vec<String>> 
         }
     }
     Ok(errors)
+}
+
+/// Each of them is answered a few times more.
+pub(crate) fn go_on(holds: &mut [(String, Runner<Hold>)]) -> Result<()> {
+    for (what, hold) in holds {
+        let before = hold.report()?.made;
+        eventually(SOON, || {
+            let now = hold.report()?;
+            ensure!(now.failed == 0 && now.made > before + 2, "{what}: {now:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// The counters of the programs, by `status`.
