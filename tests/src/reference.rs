@@ -64,6 +64,66 @@ pub fn load_as(name: &str, node: &Netns, doors: &[(Door, SocketAddr)]) -> Result
     })
 }
 
+/// The same by chains of the shape of kube-proxy's iptables mode: `kind` is `nft` or `legacy`.
+pub fn load_iptables(kind: &str, node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
+    let families = [("iptables", true, Town::CLUSTER_CIDRS[0]), ("ip6tables", false, Town::CLUSTER_CIDRS[1])];
+    families.into_iter().try_for_each(|(program, v4, pods)| {
+        let own = doors.iter().filter(|(_, endpoint)| endpoint.is_ipv4() == v4);
+        let rules = chains(pods, own);
+        let script = format!("{program}-{kind}-restore --noflush <<'END'\n{rules}END");
+        node.output("sh", &["-e", "-c", &script]).map(drop)
+    })
+}
+
+fn chains<'a>(pods: &str, doors: impl Iterator<Item = &'a (Door, SocketAddr)>) -> String {
+    let mut names = String::new();
+    let mut rules = String::new();
+    // Writing to a string does not fail.
+    for (n, (door, endpoint)) in doors.enumerate() {
+        let name = format!("KUBE-SEP-{n:016}");
+        let _ = writeln!(names, ":{name} - [0:0]");
+        let _ = writeln!(rules, "-A {name} -s {} -j KUBE-MARK-MASQ", endpoint.ip());
+        for protocol in ["tcp", "udp"] {
+            let (chain, knock, stranger) = match door {
+                Door::Address(at) => (
+                    "KUBE-SERVICES",
+                    format!("-d {} -p {protocol} -m {protocol} --dport {}", at.ip(), at.port()),
+                    format!("! -s {pods}"),
+                ),
+                Door::NodePort(port) => {
+                    ("KUBE-NODEPORTS", format!("-p {protocol} -m {protocol} --dport {port}"), String::new())
+                }
+            };
+            let _ = writeln!(rules, "-A {chain} {knock} {stranger} -j KUBE-MARK-MASQ");
+            let _ = writeln!(rules, "-A {chain} {knock} -j {name}");
+            let _ =
+                writeln!(rules, "-A {name} -p {protocol} -m {protocol} -j DNAT --to-destination {endpoint}");
+        }
+    }
+    format!(
+        "*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-NODEPORTS - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+{names}-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+{rules}-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS
+-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --xor-mark 0x4000
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+COMMIT
+*filter
+:KUBE-FORWARD - [0:0]
+-A FORWARD -j KUBE-FORWARD
+-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
+COMMIT
+"
+    )
+}
+
 fn table<'a>(
     name: &str,
     family: &str,

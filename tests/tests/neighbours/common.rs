@@ -165,6 +165,11 @@ pub(crate) fn leave_rules(town: &Town, node: &str, webs: &[Web]) -> Result<()> {
     reference::load_as("kube-proxy", &town.place(node).netns, &doors(town, webs))
 }
 
+/// The same in iptables mode: `kind` is `nft` or `legacy`.
+pub(crate) fn leave_iptables(kind: &str, town: &Town, node: &str, webs: &[Web]) -> Result<()> {
+    reference::load_iptables(kind, &town.place(node).netns, &doors(town, webs))
+}
+
 fn doors(town: &Town, webs: &[Web]) -> Vec<(Door, SocketAddr)> {
     let families = |web: &Web| {
         let addresses = web.cluster_ips().map(Door::Address).into_iter();

@@ -11,7 +11,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::pod::Place;
 use proxy_tests::town::{Plan, PodNetwork, Town};
 
-use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_rules, servers, soon};
+use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_iptables, leave_rules, servers, soon};
 use crate::talk::{Talk, Way};
 
 /// One Service leads to a pod of the node itself, one to a pod of another.
@@ -109,10 +109,18 @@ fn ask_all(town: &Town, webs: &[Web]) -> Result<()> {
 #[test]
 fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    for network in [PodNetwork::Routed, PodNetwork::Overlay] {
+    for (network, iptables) in [
+        (PodNetwork::Routed, None),
+        (PodNetwork::Overlay, None),
+        (PodNetwork::Routed, Some("legacy")),
+        (PodNetwork::Routed, Some("nft")),
+    ] {
         let town = town(network)?;
         let webs = [WEBS, SHORT].concat();
-        leave_rules(&town, "node1", &webs)?;
+        match iptables {
+            None => leave_rules(&town, "node1", &webs)?,
+            Some(kind) => leave_iptables(kind, &town, "node1", &webs)?,
+        }
         let _servers = servers(&town, &["d", "e"])?;
         let (idle, busy) = (talk_all(&town)?, talk_all(&town)?);
         let talks = idle.len() + busy.len();
