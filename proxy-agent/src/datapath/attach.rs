@@ -415,7 +415,8 @@ impl Loaded {
     /// Pins a program in place of a link that does not exist.
     pub(super) fn remember(&self, pin: &PinName, program: &'static str) -> Result<(), AttachError> {
         let path = self.root().link(&pin.to_string());
-        hooks::pin_at(self.root(), self.program(program)?.fd.as_fd(), &path).map(drop)
+        let program = self.program(program)?.fd.as_fd();
+        hooks::pin_at(self.root(), &path, |path| sys::obj_pin(program, path)).map(drop)
     }
 
     /// Detaches what a pin stands for, and removes it; `false` when there was none.

@@ -200,17 +200,22 @@ fn chain(error: &dyn std::error::Error) -> String {
     line
 }
 
-/// A new pin at `path`, in place of what stands there; makes the directories, and mounts a bpffs, where they have gone.
-pub(super) fn pin_at(root: &BpfRoot, fd: BorrowedFd<'_>, path: &Path) -> Result<PinId, AttachError> {
+/// A new pin at `path`, made by `pin` and put in place of what stands there in one step; makes the directories, and mounts a
+/// bpffs, where they have gone.
+pub(super) fn pin_at(
+    root: &BpfRoot,
+    path: &Path,
+    pin: impl FnOnce(&Path) -> io::Result<()>,
+) -> Result<PinId, AttachError> {
     let failed = |source| AttachError::Pin { path: path.to_owned(), source };
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let making = path.with_file_name(format!("new_{name}"));
+    let making = path.with_file_name(format!("{}{name}", pin::NEW));
     if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
         root.prepare()?;
         pin::create(parent)?;
     }
     pin::remove(&making, false)?;
-    sys::obj_pin(fd, &making).map_err(failed)?;
+    pin(&making).map_err(failed)?;
     fs::rename(&making, path).map_err(failed)?;
     pin_id(path).map_err(failed)
 }
@@ -240,7 +245,7 @@ impl Loaded {
             let id = if by_pin || is_pinned_at(facts.id, &path) {
                 pin_id(&path).map_err(|source| AttachError::Pin { path, source })?
             } else {
-                pin_at(self.root(), link.as_fd(), &path)?
+                pin_at(self.root(), &path, |path| sys::obj_pin(link.as_fd(), path))?
             };
             self.hold(pin, program, spot, link, id)?;
             return Ok(done);
@@ -248,7 +253,7 @@ impl Loaded {
         let attach = |source| AttachError::Attach { program, place, source };
         let link = spot.attach(self.program(program)?.fd.as_fd()).map_err(attach)?;
         // An older link goes in the same step as the new one comes.
-        let id = pin_at(self.root(), link.as_fd(), &path)?;
+        let id = pin_at(self.root(), &path, |path| sys::obj_pin(link.as_fd(), path))?;
         self.hold(pin, program, spot, link, id)?;
         Ok(Attached::New)
     }

@@ -1,12 +1,14 @@
 //! LAYOUT: what a generation says of itself, and how values of one layout become values of another.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use proxy_common::abi::layout::{Field, Shape, Table, tables};
 use proxy_common::abi::{ABI_VERSION, Config, maps};
 use serde::{Deserialize, Serialize};
 
+use super::note;
 use super::pin::BpfRoot;
 use super::sys;
 
@@ -82,24 +84,14 @@ impl Layout {
 
     /// Reads what is pinned.
     pub(super) fn read(root: &BpfRoot) -> io::Result<Self> {
-        let map = sys::obj_get(&root.map(maps::LAYOUT))?;
-        let facts = sys::map_facts(map.as_fd())?;
-        let mut text = vec![0; facts.value_size.next_multiple_of(8) as usize];
-        sys::lookup_bytes(map.as_fd(), &0_u32.to_ne_bytes(), &mut text)?;
-        let end = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
-        text.truncate(end);
+        let text = note::read(&root.map(maps::LAYOUT))?;
         serde_json::from_slice(&text).map_err(io::Error::other)
     }
 
-    /// Pins this one beside the tables; what is there is of the same tables.
-    pub(super) fn write(&self, root: &BpfRoot) -> io::Result<OwnedFd> {
-        let mut text = serde_json::to_vec(self).map_err(io::Error::other)?;
-        text.resize((text.len() + 1).next_multiple_of(8), 0);
-        let size = u32::try_from(text.len()).map_err(io::Error::other)?;
-        let map = sys::note_create(maps::LAYOUT, size)?;
-        sys::update_bytes(map.as_fd(), &0_u32.to_ne_bytes(), &text)?;
-        sys::obj_pin(map.as_fd(), &root.map(maps::LAYOUT))?;
-        Ok(map)
+    /// Pins this one at `path`, beside the tables.
+    pub(super) fn write(&self, path: &Path) -> io::Result<OwnedFd> {
+        let text = serde_json::to_vec(self).map_err(io::Error::other)?;
+        note::pin(maps::LAYOUT, &text, path)
     }
 }
 

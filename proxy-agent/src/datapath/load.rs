@@ -250,8 +250,8 @@ impl Loaded {
             generation::pin_kept(newest, fates, &making)?;
         }
         let loaded = Self::load(object, root, &making, fates, warnings)?;
-        let describe = |source| LoadError::Describe { path: making.map(maps::LAYOUT), source };
-        Layout::own().write(&making).map_err(describe)?;
+        let layout = making.map(maps::LAYOUT);
+        Layout::own().write(&layout).map_err(|source| LoadError::Describe { path: layout, source })?;
         if fates.of_flows() {
             // All records are to be free before the first flow comes.
             flow::Sweeper::open(&making, flow::Timeouts::CONNTRACK)?.all()?;

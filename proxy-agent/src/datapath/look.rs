@@ -1,9 +1,11 @@
 //! Looking at what is attached and pinned, one after the other, and restoring what is not as it was left.
 
+use std::fmt;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use proxy_common::abi::maps;
@@ -13,16 +15,36 @@ use super::filter;
 use super::flow;
 use super::grace::Expedited;
 use super::hooks::{PinId, Spot, Unit, pin_at, pin_id};
+use super::layout::Layout;
 use super::load::Loaded;
 use super::sys;
 
-/// Something else that is pinned and must stay so.
+/// Something else that is pinned and must stay so. Its descriptor is the one that the programs were loaded with.
 #[derive(Debug)]
 pub(super) struct Kept {
-    object: String,
+    object: Object,
     path: PathBuf,
-    fd: OwnedFd,
     pin: PinId,
+}
+
+/// What that is.
+#[derive(Clone, Copy, Debug)]
+enum Object {
+    Map(&'static str),
+    /// What the tables say of themselves: the next agent cannot read them without.
+    Layout,
+    /// The program that looks after flows.
+    Flows,
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Map(name) => write!(f, "map {name}"),
+            Self::Layout => write!(f, "map {}", maps::LAYOUT),
+            Self::Flows => write!(f, "program {}", flow::PROGRAM),
+        }
+    }
 }
 
 /// What a look has found amiss.
@@ -168,40 +190,46 @@ impl Loaded {
         ((!gone).then(|| Repair { what: "filter", object, result: result.map(drop) }), next)
     }
 
-    /// Keeps open what is pinned besides links.
+    /// Notes what is pinned besides links.
     fn keep(&mut self) -> Result<(), AttachError> {
-        let mut kept = Vec::new();
-        for name in maps::ALL {
-            let path = self.root().map(name);
-            let failed = |source| AttachError::Pin { path: path.clone(), source };
-            let fd = sys::obj_get(&path).map_err(failed)?;
-            let pin = pin_id(&path).map_err(failed)?;
-            kept.push(Kept { object: format!("map {name}"), path, fd, pin });
-        }
-        let path = self.root().program(flow::PROGRAM);
-        let failed = |source| AttachError::Pin { path: path.clone(), source };
-        let fd = self.program(flow::PROGRAM)?.fd.try_clone().map_err(failed)?;
-        let pin = pin_id(&path).map_err(failed)?;
-        kept.push(Kept { object: format!("program {}", flow::PROGRAM), path, fd, pin });
-        self.hooks.kept = kept;
+        let root = self.root();
+        let of_maps = maps::ALL.into_iter().map(|name| (Object::Map(name), root.map(name)));
+        let others = [(Object::Layout, root.map(maps::LAYOUT)), (Object::Flows, root.program(flow::PROGRAM))];
+        let kept = of_maps.chain(others).map(|(object, path)| match pin_id(&path) {
+            Ok(pin) => Ok(Kept { object, path, pin }),
+            Err(source) => Err(AttachError::Pin { path, source }),
+        });
+        self.hooks.kept = kept.collect::<Result<_, _>>()?;
         Ok(())
-    }
-
-    /// To be called when a map has been replaced on purpose: what is pinned now is to stay.
-    pub fn maps_changed(&mut self) {
-        self.hooks.kept.clear();
     }
 
     fn look_at_pins(&mut self) -> Vec<Repair> {
         let mut repairs = Vec::new();
-        let root = self.root().clone();
-        for kept in &mut self.hooks.kept {
+        let mut all = std::mem::take(&mut self.hooks.kept);
+        for kept in &mut all {
             if pin_id(&kept.path).ok() == Some(kept.pin) {
                 continue;
             }
-            let result = pin_at(&root, kept.fd.as_fd(), &kept.path).map(|pin| kept.pin = pin);
-            repairs.push(Repair { what: "pin", object: kept.object.clone(), result });
+            let pinned = pin_at(self.root(), &kept.path, |path| self.pin(kept.object, path));
+            let result = pinned.map(|pin| kept.pin = pin);
+            repairs.push(Repair { what: "pin", object: kept.object.to_string(), result });
         }
+        self.hooks.kept = all;
         repairs
+    }
+
+    fn pin(&self, object: Object, path: &Path) -> io::Result<()> {
+        let missing = |name| io::Error::other(format!("the BPF object has no {name}"));
+        match object {
+            Object::Map(name) => {
+                let map = self.ebpf.map(name).ok_or_else(|| missing(name))?;
+                map.pin(path).map_err(io::Error::other)
+            }
+            Object::Layout => Layout::own().write(path).map(drop),
+            Object::Flows => {
+                let program = self.programs.get(flow::PROGRAM).ok_or_else(|| missing(flow::PROGRAM))?;
+                sys::obj_pin(program.fd.as_fd(), path)
+            }
+        }
     }
 }

@@ -23,6 +23,7 @@ pub mod look;
 pub mod memory;
 pub mod netns;
 pub mod others;
+pub mod note;
 pub mod pin;
 pub mod pinned;
 pub mod probe;

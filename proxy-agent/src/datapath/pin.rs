@@ -19,7 +19,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 /// Link in the making; renamed over the old one when whole.
-const NEW: &str = "new_";
+pub(super) const NEW: &str = "new_";
 /// The generation in the making.
 const MAKING: &str = "new";
 /// The first generation.

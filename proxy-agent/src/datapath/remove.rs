@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::attach::{AttachError, PinName, drop_pin_at};
-use super::pin::{self, BpfRoot};
+use super::note::Note;
+use super::pin::{self, BpfRoot, NEW};
 
 /// What was there and is gone now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -25,6 +26,10 @@ pub fn remove_all(root: &BpfRoot) -> Result<Removed, AttachError> {
         removed.maps += root.at(generation).remove_generation()?;
     }
     root.in_making().remove_generation()?;
+    for name in Note::ALL {
+        pin::remove(&root.path().join(name), false)?;
+        pin::remove(&root.path().join(format!("{NEW}{name}")), false)?;
+    }
     if root.is_on_bpffs() && !root.is_mount_point() && pin::names(root.path())?.is_empty() {
         pin::remove(root.path(), true)?;
     }

@@ -93,8 +93,6 @@ fn crowds_are_borne(descriptors: u64) -> Result<()> {
     is_at_work(&mut town, &mut web, &agent, ("c", "p1"))?;
     let host = town.place("node1").clone();
     ensure!(figure(&host, "process_max_fds")? == descriptors as f64);
-    // Its first looks at what it has attached and pinned, which it holds open from then on.
-    std::thread::sleep(Duration::from_secs(2));
     let resident = figure(&host, "process_resident_memory_bytes")?;
     let open = figure(&host, "process_open_fds")?;
 
@@ -115,7 +113,7 @@ fn crowds_are_borne(descriptors: u64) -> Result<()> {
         figure(&host, "process_open_fds")?,
         figure(&host, "proxy_agent_http_connections_closed_total{why=\"displaced\"}")?,
     );
-    ensure!(now < most * 0.875, "{now} of {most} descriptors are open");
+    ensure!(now < most * 0.75, "{now} of {most} descriptors are open");
     ensure!(displaced > 500.0, "only {displaced} were sent away");
     let grown = figure(&host, "process_resident_memory_bytes")? - resident;
     ensure!(grown < 64e6, "{grown} bytes more memory");
