@@ -5,7 +5,7 @@
 //! says 1 it asks each processor instead of waiting for it, which takes microseconds. That is a setting of the whole
 //! machine, so it stands only while something is attached, and a directory beside the pins says that it does: an agent
 //! that is killed in between leaves it to the next one, or to `cleanup`. Where it cannot be written (a read-only /sys)
-//! attaching takes as long as it takes.
+//! attaching takes as long as it takes, and `status` and `doctor` say so.
 
 use std::fs;
 use std::io;
@@ -61,6 +61,19 @@ impl Drop for Expedited {
     }
 }
 
+/// Why attaching is slow below this root directory, if it is. Nothing is written.
+pub(crate) fn slow(root: &Path) -> Option<String> {
+    let setting = root.join(SETTING.trim_start_matches('/'));
+    match fs::OpenOptions::new().write(true).open(setting) {
+        Ok(_) => None,
+        // A kernel for one processor waits for nobody.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => Some(format!(
+            "without {SETTING}, which cannot be written ({error}), attaching to an interface takes tens of milliseconds"
+        )),
+    }
+}
+
 /// Takes back what an agent has left that was killed.
 pub(super) fn recover(root: &BpfRoot) -> io::Result<()> {
     take_back(Path::new(SETTING), &root.path().join(MARK))
@@ -110,6 +123,24 @@ mod tests {
         fs::remove_dir(&mark).unwrap();
         drop(begun);
         assert_eq!((fs::read_to_string(&setting).unwrap().as_str(), mark.exists()), ("0", false));
+    }
+
+    #[test]
+    fn that_it_cannot_be_written_is_said_and_that_there_is_none_is_well() {
+        let (here, setting, _) = paths("0\n");
+        let root = here.path();
+        assert_eq!(slow(root), None, "there is none");
+        let place = root.join(SETTING.trim_start_matches('/'));
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::rename(setting, &place).unwrap();
+        assert_eq!((slow(root), fs::read_to_string(&place).unwrap().as_str()), (None, "0\n"));
+        fs::remove_file(&place).unwrap();
+        fs::create_dir(&place).unwrap();
+        let said = slow(root).unwrap();
+        assert!(
+            said.starts_with("without /sys/kernel/rcu_expedited, which cannot be written (Is a directory"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::datapath::Datapath;
 use crate::datapath::attach::AttachError;
 use crate::datapath::exclude::Excluded;
 use crate::datapath::flow::Sweeper;
+use crate::datapath::grace;
 use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
 use crate::datapath::pin::{BpfRoot, RootLock};
@@ -84,7 +85,7 @@ pub fn run(config: Config) -> Result<()> {
     let mut agent = Agent::open(config, cgroup_root, &root, lock)?;
     agent.conntrack = conntrack;
     few_descriptors.into_iter().for_each(|line| agent.report.warn(line));
-    agent.report.without(without);
+    agent.report.without(without.into_iter().chain(grace::slow(Path::new("/"))));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -225,8 +225,8 @@ impl Report {
     }
 
     /// What is done without, for want of a right.
-    pub(super) fn without(&mut self, lines: Vec<String>) {
-        self.warnings.extend(lines.into_iter().map(|line| format!("{NOTE}this agent: {line}")));
+    pub(super) fn without(&mut self, lines: impl Iterator<Item = String>) {
+        self.warnings.extend(lines.map(|line| format!("{NOTE}this agent: {line}")));
     }
 
     /// To be told of each change before `world` is.

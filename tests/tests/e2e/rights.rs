@@ -18,7 +18,7 @@ use proxy_tests::probe::{Remote, eventually};
 use proxy_tests::town::{PodNetwork, Town};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::common::{two_nodes, vips, web};
 use crate::life::answers;
@@ -29,7 +29,9 @@ const PRIVILEGED: &str = "daemonset.yaml";
 /// How long an agent may take to be ready, with tables of their full size.
 const READY: Duration = Duration::from_secs(60);
 /// A setting that kube-proxy makes, and its value.
-const SETTING: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+const CLOSE_WAIT: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_close_wait";
+/// The kernel's setting that makes attaching fast.
+const EXPEDITED: &str = "/sys/kernel/rcu_expedited";
 
 /// The one document of a manifest with this kind.
 fn document<T: DeserializeOwned>(manifest: &str, kind: &str) -> Result<T> {
@@ -73,6 +75,8 @@ struct Scene {
     root: Directory,
     config: TempDir,
     account: TempDir,
+    /// What stands for [`EXPEDITED`]: that of this machine is set by agents of other tests, too.
+    expedited: NamedTempFile,
 }
 
 impl Scene {
@@ -90,7 +94,10 @@ impl Scene {
         {
             fs::write(account.path().join(name), text)?;
         }
+        let expedited = NamedTempFile::new()?;
+        fs::write(&expedited, "0\n")?;
         Ok(Self {
+            expedited,
             town,
             server,
             bpf: Directory::new("bpf", MsFlags::MS_SHARED)?,
@@ -105,6 +112,7 @@ impl Scene {
             ("/sys/fs/bpf", self.bpf.path().into()),
             ("/sys/fs/cgroup", self.town.cgroup_root("node1").into()),
             ("ebpf-proxy", self.config.path().into()),
+            (EXPEDITED, self.expedited.path().into()),
             (ACCOUNT, self.account.path().into()),
         ]);
         let host = Host { volumes, node: "node1", root: self.root.path().into() };
@@ -198,12 +206,12 @@ fn without(status: &Value) -> Vec<&str> {
 }
 
 fn set(netns: &Place, value: &str) -> Result<()> {
-    let write = || fs::write(SETTING, value);
+    let write = || fs::write(CLOSE_WAIT, value);
     Ok(netns.netns.run_in(write)??)
 }
 
 fn setting(netns: &Place) -> Result<String> {
-    Ok(netns.netns.run_in(|| fs::read_to_string(SETTING))??.trim().to_owned())
+    Ok(netns.netns.run_in(|| fs::read_to_string(CLOSE_WAIT))??.trim().to_owned())
 }
 
 /// Whatever an agent does in its life.
@@ -229,6 +237,10 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
     ensure!(without(&status) == lacks, "{status:#}");
     ensure!(status["complaints"] == serde_json::json!([]), "{status:#}");
     ensure!(setting(scene.node())? == "3600");
+    if own.mounts.iter().any(|mount| mount.to == Path::new(EXPEDITED)) {
+        // It was set, and set back: this is not what stood there at first.
+        ensure!(fs::read_to_string(&scene.expedited)? == "0", "nothing was written to {EXPEDITED}");
+    }
     // Sockets and packets, from everywhere, a pod that comes later too.
     let late = scene.town.add_pod("node1", "late")?;
     for client in ["a", "h1", "outside", "late"] {
@@ -304,6 +316,41 @@ fn the_restricted_daemonset_does_all_with_its_rights_alone() -> Result<()> {
 #[test]
 fn the_privileged_daemonset_does_all_and_makes_its_node_ready_itself() -> Result<()> {
     lives(PRIVILEGED, &[])
+}
+
+#[test]
+fn without_the_setting_that_makes_attaching_fast_all_works_and_that_it_is_slow_is_said() -> Result<()> {
+    let scene = Scene::new(RESTRICTED)?;
+    let _servers = servers(&scene.town, &["c"])?;
+    let _web = web(&scene.server, &scene.town, "web", 1, &["c"], |plan| plan)?;
+    let (first, own) = scene.containers(RESTRICTED)?;
+    for container in &first {
+        ensure!(container.run(scene.node())?.0, "{}", container.name);
+    }
+    let mut less = own.clone();
+    less.mounts.retain(|mount| mount.to != Path::new(EXPEDITED));
+    ensure!(less.mounts.len() + 1 == own.mounts.len(), "{:?}", own.mounts);
+    let mut agent = Running::start(&less, scene.node())?;
+    let status = agent.wait_ready()?;
+    ensure!(without(&status).contains(&&*format!("{EXPEDITED},")), "{status:#}");
+    for client in ["a", "h1", "outside"] {
+        is_served(scene.town.place(client), at(vips(1), 80), "c")?;
+    }
+    let doctor = |agent: &Running| -> Result<Value> {
+        let (_, said) = agent.exec(&["doctor", "--output", "json"])?;
+        let report: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+        let checks = report["checks"].as_array().context("checks")?;
+        let found = checks.iter().find(|check| check["name"] == "attaching");
+        Ok(found.context("no such check")?["verdict"].clone())
+    };
+    ensure!(doctor(&agent)? == "warn");
+    ensure!(fs::read_to_string(&scene.expedited)? == "0\n");
+    drop(agent);
+    // As the manifest has it.
+    let mut agent = Running::start(&own, scene.node())?;
+    agent.wait_ready()?;
+    ensure!(doctor(&agent)? == "ok");
+    Ok(())
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What the kernel and its settings offer.
 
 use super::{Check, Node, Trial};
+use crate::datapath::grace;
 
 /// The oldest kernel the programs are made for.
 const OLDEST: (u32, u32) = (5, 10);
@@ -26,6 +27,7 @@ pub(super) fn checks(node: &Node<'_>) -> Vec<Check> {
         forwarding(node),
         reverse_path(node),
         host_processes(),
+        attaching(node),
     ]
 }
 
@@ -110,6 +112,18 @@ fn jit(node: &Node<'_>) -> Check {
         Some(_) => Check::ok(NAME, "on"),
         // The file exists in the initial network namespace only.
         None => Check::ok(NAME, "not told here; kernels of distributions have it on"),
+    }
+}
+
+fn attaching(node: &Node<'_>) -> Check {
+    const NAME: &str = "attaching";
+    match grace::slow(node.root) {
+        None => Check::ok(NAME, "waits for no grace period of the kernel"),
+        Some(why) => Check::warn(
+            NAME,
+            why,
+            "mount /sys/kernel/rcu_expedited of the host there, writable, as deploy/daemonset-restricted.yaml does",
+        ),
     }
 }
 

@@ -112,6 +112,7 @@ fn each_lack_has_its_verdict() {
     assert_eq!(after(|f| f.remove("sys/kernel/btf/vmlinux")), [("BTF", Warn)]);
     assert_eq!(after(|f| f.put("proc/sys/net/core/bpf_jit_enable", "0\n")), [("JIT", Warn)]);
     assert_eq!(after(|f| f.remove("proc/sys/net/core/bpf_jit_enable")), []);
+    assert_eq!(after(|f| f.put("sys/kernel/rcu_expedited/no-file", "")), [("attaching", Warn)]);
     assert_eq!(after(|f| f.put("proc/sys/net/ipv4/ip_forward", "0\n")), [("forwarding", Warn)]);
     assert_eq!(after(|f| f.remove("proc/sys/net/ipv6/conf/all/forwarding")), []);
     assert_eq!(after(|f| f.put("proc/sys/net/ipv4/conf/eth0/rp_filter", "1\n")), [("rp_filter", Warn)]);
