@@ -6,6 +6,7 @@
 //! not answer.
 
 use std::error::Error as StdError;
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use http::header::RETRY_AFTER;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper_rustls::{DefaultServerNameResolver, HttpsConnectorBuilder, ResolveServerName};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
@@ -37,6 +38,10 @@ const CONNECT: Duration = Duration::from_secs(4);
 const WATCH_BEGINS: Duration = Duration::from_secs(6);
 /// How long it may take to begin another answer: it may have to make a long list first.
 const BEGINS: Duration = Duration::from_secs(20);
+/// How long it may take to say that it lives.
+const LIVES: Duration = Duration::from_secs(5);
+/// Where every API server says so, to everybody.
+const LIVEZ: &str = "/livez";
 /// Silence after which the other end is asked whether it is there.
 const SILENCE: Duration = Duration::from_secs(6);
 /// Time between two such questions, and how long a PING may be unanswered.
@@ -119,6 +124,47 @@ impl Way {
         Self::new(self.servers.clone(), config, self.requests.clone())
     }
 
+    pub(super) fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// Asks the server in use whether it lives. One that does not answer is left, if there is another, and its watches end.
+    pub(super) async fn probe(&self) {
+        let Some(turn) = self.servers.current() else { return };
+        let Ok(uri) = at(&turn.url, &Uri::from_static(LIVEZ)) else { return };
+        let ask = async {
+            let mut again = true;
+            loop {
+                let mut request = Request::new(Body::empty());
+                *request.uri_mut() = uri.clone();
+                match self.http().oneshot(request).await {
+                    Err(error) if lost(&*error) && std::mem::take(&mut again) => {}
+                    answer => return answer,
+                }
+            }
+        };
+        let host = turn.url.authority().map_or("", http::uri::Authority::as_str);
+        let counting = self.requests.begin("GET", host);
+        let why = match timeout(LIVES, ask).await {
+            Ok(Ok(answer)) => {
+                counting.done(Some(answer.status()));
+                self.servers.answered(&turn, answer.version());
+                // Read to its end the connection can be used again; one of which nothing comes may go.
+                let mut body = answer.into_body();
+                let rest = async {
+                    while let Some(Ok(_)) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+                    }
+                };
+                return drop(timeout(LIVES, rest).await);
+            }
+            Ok(Err(error)) => cause(&*error),
+            Err(_) => Silent(LIVES).to_string(),
+        };
+        counting.done(None);
+        self.reconnect();
+        self.servers.hangs(&turn, &why);
+    }
+
     async fn send(self, request: Request<Body>) -> Result<Response<Guarded<Incoming>>, BoxError> {
         let (head, body) = request.into_parts();
         let body = body.collect_bytes().await?;
@@ -138,7 +184,7 @@ impl Way {
             match answer {
                 Ok(Ok(answer)) => {
                     counting.done(Some(answer.status()));
-                    self.servers.answered(&turn);
+                    self.servers.answered(&turn, answer.version());
                     self.rest(&answer);
                     return Ok(answer.map(|body| Guarded::new(body, watch)));
                 }

@@ -4,25 +4,24 @@
 //! last. Here a watch has to prove that it lives. One that says nothing for a while is begun anew from the version it
 //! has come to: that costs a server next to nothing, brings whatever was kept from us, and shows whether it answers
 //! at all. A watch that ends before it was of any use is begun again after a pause, and elsewhere if there is another
-//! server.
+//! server (`end`: why, `resume`: how).
 
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use futures::stream::BoxStream;
-use futures::{FutureExt, StreamExt};
 use kube::Api;
 use kube::api::{ListParams, VersionMatch, WatchEvent, WatchParams};
-use kube::core::Status;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::Kind;
 use super::backoff::{Backoff, between};
-use super::connect::cause;
+use super::end::{End, INSISTS};
 use super::feed::{Closed, Feed, Known, Listing};
 use super::heard::Heard;
 use super::requests::Requests;
@@ -30,26 +29,13 @@ use super::servers::Servers;
 
 /// Pauses between attempts that fail although the server can be reached.
 const AGAIN: [Duration; 2] = [Duration::from_millis(800), Duration::from_secs(15)];
-/// Pause before another server is asked.
-const ELSEWHERE: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(300)];
-/// A watch that has lived so long works: what happens to it then has nothing to do with what was before.
-const LIVED: Duration = Duration::from_secs(10);
 /// A watch that has begun and not ended for so long is a connection.
 const PROVEN: Duration = Duration::from_secs(2);
 /// A streaming list that pauses for this long is one that the server does not know: it sent what it has and
 /// will never say that this was all.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
-/// No event and no bookmark for this long, however often the watch was renewed: a server sends one a minute. It may
-/// have been set back to a time before our version; a list tells.
-const DEAF: Duration = Duration::from_secs(150);
-/// How long a server must insist on a past that we have left behind, before it is believed: it was restored.
-const INSISTS: Duration = Duration::from_secs(60);
 /// How long a watch may last, in seconds: the server ends it then.
 const LASTS: [Duration; 2] = [Duration::from_secs(240), Duration::from_secs(290)];
-/// A version that is too old is answered with a new list at once when the last such answer is this long ago.
-const EXPIRED_ANEW: Duration = Duration::from_secs(10);
-/// A kind that the server does not have, or does not show us, is asked for again after this time.
-const REFUSED: Duration = Duration::from_secs(300);
 /// Objects in a page of a list, as `client-go` has it.
 const PAGE: u32 = 500;
 
@@ -68,7 +54,7 @@ type Events<K> = BoxStream<'static, kube::Result<WatchEvent<Heard<K>>>>;
 
 /// How new a list has to be.
 #[derive(Clone, Debug)]
-enum Freshness {
+pub(super) enum Freshness {
     /// As the server's cache has it: nothing is known yet.
     Any,
     /// No older than this version.
@@ -77,55 +63,30 @@ enum Freshness {
     Newest,
 }
 
-/// Why a watch, or the list before it, has come to its end.
-#[derive(Debug)]
-enum End {
-    /// Nothing was heard.
-    Silent,
-    /// There is another server, or another account.
-    Moved,
-    /// The server has ended it, after this time.
-    Over(Duration),
-    /// The connection has broken, after this time.
-    Broken(Duration, String),
-    /// No server could be asked.
-    Unreachable(String),
-    /// The server has answered this.
-    Status(Box<Status>),
-    /// It cannot be understood.
-    Unreadable(String),
-    /// A list that just ended.
-    Half,
-    /// A streaming list that never ends.
-    Endless,
-    /// An older state than the one that is known.
-    Backwards { known: u64 },
-}
-
 /// How far it has come.
-struct Progress {
-    streaming: bool,
+pub(super) struct Progress {
+    pub(super) streaming: bool,
     /// Where a watch goes on; `None`: a list is needed.
-    version: Option<String>,
+    pub(super) version: Option<String>,
     /// The newest version that was seen.
-    newest: u64,
-    fresh: Freshness,
+    pub(super) newest: u64,
+    pub(super) fresh: Freshness,
     /// Since when the server insists on an older state.
-    insists: Option<Instant>,
+    pub(super) insists: Option<Instant>,
     /// When an event or a bookmark came last.
-    heard: Instant,
-    expired: Option<Instant>,
-    backoff: Backoff,
+    pub(super) heard: Instant,
+    pub(super) expired: Option<Instant>,
+    pub(super) backoff: Backoff,
     /// Watches in a row that ended before they were of use.
-    cut: u32,
+    pub(super) cut: u32,
     /// Whether it was said that the server does not show this kind.
-    refused: bool,
+    pub(super) refused: bool,
     /// What was logged last.
-    said: String,
+    pub(super) said: String,
     /// Told when connections are to be renewed.
-    moved: watch::Receiver<u64>,
+    pub(super) moved: watch::Receiver<u64>,
     /// Whom the last answer came from, as [`Servers`] counts.
-    generation: u64,
+    pub(super) generation: u64,
 }
 
 /// What feeds share.
@@ -348,7 +309,9 @@ where
         loop {
             let event = tokio::select! {
                 biased;
-                _ = progress.moved.changed() => return Ok(End::Moved),
+                _ = progress.moved.changed() => {
+                    return Ok(shared.servers.unreachable().map_or(End::Moved, End::Unreachable));
+                }
                 event = events.next() => event,
                 () = sleep_until(began + PROVEN), if !proven => {
                     proven = true;
@@ -357,6 +320,7 @@ where
                 }
                 () = sleep_until(silent) => return Ok(End::Silent),
             };
+            shared.servers.heard();
             let (version, object) = match event {
                 None => return Ok(End::Over(began.elapsed())),
                 Some(Err(error)) => return Ok(End::of_stream(error, began.elapsed())),
@@ -397,205 +361,5 @@ where
         progress.said.clear();
         shared.servers.trouble(self.what, None);
         self.line.connected(true).await
-    }
-
-    /// Decides how to go on, and waits as long as that takes.
-    async fn after(&self, end: End, progress: &mut Progress, shared: &Shared) -> Result<(), Closed> {
-        shared.requests.ended(self.what, end.name());
-        let lived = match &end {
-            End::Over(lived) | End::Broken(lived, _) => *lived,
-            End::Silent | End::Moved => LIVED,
-            _ => Duration::ZERO,
-        };
-        if lived >= LIVED {
-            progress.backoff.reset();
-            progress.cut = 0;
-        }
-        let why = end.to_string();
-        match &end {
-            End::Silent => {
-                if progress.heard.elapsed() >= DEAF {
-                    tracing::info!(kind = self.what, "nothing was heard for long: new list");
-                    (progress.version, progress.heard) = (None, Instant::now());
-                }
-            }
-            End::Moved => {}
-            End::Over(_) if lived >= LIVED => {}
-            End::Over(_) | End::Broken(..) => {
-                progress.cut += 1;
-                // Once is chance: a server that ends, or a connection that was idle.
-                if progress.cut == 1 {
-                    sleep(between(ELSEWHERE)).await;
-                } else {
-                    self.elsewhere(&why, progress, shared).await?;
-                }
-            }
-            End::Unreachable(_) => {
-                // Whoever asks next waits until somebody may.
-                self.complain_of(&why, progress, shared);
-                self.line.connected(false).await?;
-            }
-            End::Endless => self.without_streaming("it does not say where the list ends", progress),
-            End::Status(status) => return self.after_status(status, &why, progress, shared).await,
-            End::Half => self.elsewhere(&why, progress, shared).await?,
-            End::Unreadable(_) | End::Backwards { .. } => {
-                progress.version = None;
-                if progress.insists.is_some() {
-                    progress.fresh = Freshness::Newest;
-                }
-                self.elsewhere(&why, progress, shared).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn after_status(
-        &self,
-        status: &Status,
-        why: &str,
-        progress: &mut Progress,
-        shared: &Shared,
-    ) -> Result<(), Closed> {
-        match status.code {
-            400 | 422 if progress.version.is_none() && progress.streaming => {
-                self.without_streaming("it refuses it", progress);
-                return Ok(());
-            }
-            410 => {
-                // A list that has expired itself: only the newest is sure to be there.
-                let listing = progress.version.take().is_none();
-                if listing {
-                    progress.fresh = Freshness::Newest;
-                }
-                // A server that has forgotten a version is well: nothing is to be waited for, the first time.
-                let before = progress.expired.replace(Instant::now());
-                if before.is_none_or(|at| at.elapsed() >= EXPIRED_ANEW) {
-                    tracing::info!(kind = self.what, "the API server has forgotten our version: new list");
-                    return Ok(());
-                }
-                return self.pause(why, progress, shared).await;
-            }
-            504 if status.message.contains("Too large resource version") => {
-                (progress.version, progress.fresh) = (None, Freshness::Newest);
-                return self.elsewhere(why, progress, shared).await;
-            }
-            401 => shared.look.notify_one(),
-            _ => {}
-        }
-        if self.line.is_optional() && matches!(status.code, 401 | 403 | 404 | 405) {
-            self.go_without(why, progress).await;
-            return Ok(());
-        }
-        match status.code {
-            401 | 500.. => self.elsewhere(why, progress, shared).await,
-            _ => self.pause(why, progress, shared).await,
-        }
-    }
-
-    fn without_streaming(&self, why: &str, progress: &mut Progress) {
-        tracing::info!(kind = self.what, why, "the API server has no streaming lists: list, then watch");
-        progress.streaming = false;
-    }
-
-    /// A server before 1.33, or one whose roles forbid it: nothing is known of these objects then (Y-16).
-    async fn go_without(&self, why: &str, progress: &mut Progress) {
-        if !std::mem::replace(&mut progress.refused, true) {
-            tracing::info!(kind = self.what, why, "the API server does not show these: going without");
-        }
-        sleep(REFUSED).await;
-    }
-
-    /// Goes on with another server if there is one that was not left lately, else with the same after a pause.
-    async fn elsewhere(&self, why: &str, progress: &mut Progress, shared: &Shared) -> Result<(), Closed> {
-        if shared.servers.blame(progress.generation, &format!("{}s: {why}", self.what)) {
-            sleep(between(ELSEWHERE)).await;
-            return Ok(());
-        }
-        self.pause(why, progress, shared).await
-    }
-
-    async fn pause(&self, why: &str, progress: &mut Progress, shared: &Shared) -> Result<(), Closed> {
-        self.complain_of(why, progress, shared);
-        self.line.connected(false).await?;
-        let pause = progress.backoff.pause();
-        tracing::debug!(kind = self.what, ?pause, "pausing");
-        tokio::select! {
-            () = sleep(pause) => {}
-            // Another server, or another account.
-            _ = progress.moved.changed().fuse() => {}
-        }
-        Ok(())
-    }
-
-    /// Logs what is wrong when it is news, and has it shown.
-    fn complain_of(&self, why: &str, progress: &mut Progress, shared: &Shared) {
-        shared.servers.trouble(self.what, Some(format!("{}s: {why}", self.what)));
-        if progress.said != why {
-            tracing::warn!(kind = self.what, why, "cannot watch; what is known stays, trying again");
-            why.clone_into(&mut progress.said);
-        }
-    }
-}
-
-impl End {
-    /// Why a request was not answered as it should have been.
-    fn of_request(error: kube::Error) -> Self {
-        match error {
-            kube::Error::Api(status) => Self::Status(status),
-            kube::Error::Service(error) => Self::Unreachable(cause(&*error)),
-            error => Self::Unreadable(cause(&error)),
-        }
-    }
-
-    /// Why a watch did not go on.
-    fn of_stream(error: kube::Error, lived: Duration) -> Self {
-        match error {
-            kube::Error::Api(status) => Self::Status(status),
-            kube::Error::SerdeError(_) => Self::Unreadable(cause(&error)),
-            error => Self::Broken(lived, cause(&error)),
-        }
-    }
-
-    /// In one word, for metrics.
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Silent => "silent",
-            Self::Moved => "moved",
-            Self::Over(lived) if *lived >= LIVED => "over",
-            Self::Over(_) => "cut",
-            Self::Broken(..) => "broken",
-            Self::Unreachable(_) => "unreachable",
-            Self::Status(_) => "status",
-            Self::Unreadable(_) => "unreadable",
-            Self::Half => "half",
-            Self::Endless => "endless",
-            Self::Backwards { .. } => "backwards",
-        }
-    }
-}
-
-impl std::fmt::Display for End {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Silent => f.write_str("nothing was heard"),
-            Self::Moved => f.write_str("there is another server, or another account"),
-            Self::Over(_) => f.write_str("the watch ends as soon as it has begun"),
-            Self::Broken(_, why) => write!(f, "the watch breaks: {why}"),
-            Self::Unreachable(why) => f.write_str(why),
-            Self::Status(status) if status.message.is_empty() => {
-                write!(f, "answered {} {}", status.code, status.reason)
-            }
-            Self::Status(status) => write!(f, "{}: {}", status.reason, status.message),
-            Self::Unreadable(why) => write!(f, "the answer cannot be understood: {why}"),
-            Self::Half => f.write_str("the list ended half-way"),
-            Self::Endless => f.write_str("the list does not end"),
-            Self::Backwards { known } => {
-                write!(
-                    f,
-                    "it shows an older state than version {known}, which was seen already: a copy that lags \
-                           behind, or restored from a backup, which is believed after {INSISTS:?}"
-                )
-            }
-        }
     }
 }

@@ -23,6 +23,7 @@ use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
 use super::feed::{Feed, Hook, Line};
 use super::follow::Shared;
 use super::learn;
+use super::probe;
 use super::requests::Requests;
 use super::servers::{Origin, Servers};
 use super::{Change, Kind};
@@ -120,6 +121,7 @@ impl Cluster {
         tokio::select! {
             () = all => {}
             () = account.follow(read, way.clone(), servers.clone(), shared.look.clone()) => {}
+            () = probe::run(way.clone()) => {}
             () = async {
                 learn::cluster_info(way, servers.clone()).await;
                 std::future::pending().await

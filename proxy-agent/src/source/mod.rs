@@ -9,6 +9,7 @@ mod body;
 mod connect;
 pub mod convert;
 pub mod directory;
+mod end;
 pub mod events;
 mod feed;
 mod file;
@@ -17,7 +18,9 @@ mod heard;
 pub mod kubernetes;
 mod learn;
 pub mod manifest;
+mod probe;
 pub mod requests;
+mod resume;
 mod servers;
 mod tls;
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::Uri;
+use http::{Uri, Version};
 use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{Mutex as Gate, MutexGuard as Admitted, Notify, watch};
 use tokio::time::Instant;
@@ -62,6 +62,10 @@ struct State {
     backoff: Backoff,
     /// The server in use wants to be left alone until then.
     held: Option<Instant>,
+    /// When something was heard of the server in use.
+    heard: Instant,
+    /// Whether its connections tell by themselves that nobody is there any more.
+    pings: bool,
     /// By what they are about: a server's URL, or a kind of objects.
     troubles: BTreeMap<String, Trouble>,
 }
@@ -96,6 +100,8 @@ impl Servers {
             down: None,
             backoff: Backoff::new(DOWN),
             held: None,
+            heard: Instant::now(),
+            pings: false,
             troubles: BTreeMap::new(),
         };
         let (moved, gate, told) = (watch::Sender::new(0), Gate::new(()), Notify::new());
@@ -147,9 +153,25 @@ impl Servers {
         Some(admitted)
     }
 
+    /// Something was heard of the server in use.
+    pub(super) fn heard(&self) {
+        self.state().heard = Instant::now();
+    }
+
+    /// For how long nothing was heard of the server in use; `None` if nobody is to ask it whether it lives: its connections
+    /// tell, it wants to be left alone, or it is known to be of no use.
+    pub(super) fn unheard(&self) -> Option<Duration> {
+        let state = self.state();
+        let held = state.held.is_some_and(|held| held > Instant::now());
+        (!state.pings && !held && state.down.is_none()).then(|| state.heard.elapsed())
+    }
+
     /// A server has answered, whatever it said.
-    pub(super) fn answered(&self, turn: &Turn) {
+    pub(super) fn answered(&self, turn: &Turn, version: Version) {
         let mut state = self.state();
+        if turn.generation == state.generation {
+            (state.heard, state.pings) = (Instant::now(), version == Version::HTTP_2);
+        }
         state.down = None;
         state.backoff.reset();
         if state.troubles.remove(&turn.url.to_string()).is_some() {
@@ -168,6 +190,26 @@ impl Servers {
             let next = (state.current + 1) % state.list.len();
             self.go(&mut state, next, why);
         }
+    }
+
+    /// The server in use does not answer any more, although it did: whoever listens to it hears nothing.
+    pub(super) fn hangs(&self, turn: &Turn, why: &str) {
+        if turn.generation != self.state().generation {
+            return; // Somebody else has found that out.
+        }
+        self.failed(turn, why);
+        if self.len() < 2 {
+            self.exhausted();
+            self.renew();
+        }
+    }
+
+    /// What is wrong with the server in use, if none answers.
+    pub(super) fn unreachable(&self) -> Option<String> {
+        let state = self.state();
+        state.down?;
+        let server = state.list.get(state.current)?;
+        state.troubles.get(&server.url.to_string()).map(|trouble| trouble.line.clone())
     }
 
     /// None of them has answered.
@@ -198,6 +240,7 @@ impl Servers {
         let (from, to) = (state.list[current].url.clone(), state.list[next].url.clone());
         tracing::warn!("leaving the API server {from} for {to}: {why}");
         (state.current, state.held) = (next, None);
+        (state.heard, state.pings) = (Instant::now(), false);
         self.moves.inc();
         self.renew_in(state);
     }

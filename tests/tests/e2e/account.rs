@@ -37,6 +37,7 @@ fn only_what_a_service_proxy_needs_is_asked_for() -> Result<()> {
         "/apis/networking.k8s.io/v1/servicecidrs",
         "/apis/events.k8s.io/v1/namespaces/default/events",
         "/api/v1/namespaces/kube-public/configmaps/cluster-info",
+        "/livez",
     ];
     let mut asked = BTreeSet::new();
     for request in server.requests() {

@@ -65,7 +65,7 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
         Ok(())
     };
     turn(&first, &second, Fault::Drop, 5)?;
-    turn(&second, &first, Fault::Hang, 30)?;
+    turn(&second, &first, Fault::Hang, 12)?;
     // The other one was left a moment ago.
     turn(&first, &second, Fault::Status(500), 20)?;
     connected(&agent, true)?;
