@@ -8,6 +8,7 @@ mod descriptors;
 mod follow;
 mod growth;
 mod latency;
+mod learnt;
 mod lost;
 mod repair;
 mod report;
@@ -37,6 +38,7 @@ use crate::datapath::flow::Sweeper;
 use crate::datapath::grace;
 use crate::datapath::kernel::Kernel;
 use crate::datapath::load::{Loaded, ProgramLog};
+use crate::datapath::note::Note;
 use crate::datapath::pin::{BpfRoot, RootLock};
 use crate::datapath::probe::Features;
 use crate::datapath::retired::Retired;
@@ -251,6 +253,7 @@ impl Agent {
             self.node_name(),
             self.config.pod_annotations,
             self.requests.clone(),
+            Note::new(self.loaded.root(), Note::SERVERS),
             untold,
             tx.clone(),
         ));
@@ -742,6 +745,7 @@ async fn hear(
     node: Arc<str>,
     pods: bool,
     requests: Requests,
+    learnt: Note,
     events: Untold,
     tx: mpsc::Sender<Change>,
 ) -> Result<()> {
@@ -754,7 +758,7 @@ async fn hear(
         SourceConfig::ApiServer(servers) => Account { kubeconfig: None, servers },
         SourceConfig::InCluster => Account { kubeconfig: None, servers: Vec::new() },
     };
-    let cluster = Cluster::open(account, &requests).await?;
+    let cluster = Cluster::open(account, &requests, Box::new(learnt)).await?;
     tokio::spawn(events.publish(Some(cluster.client()), node.clone()));
     cluster.run(node, pods, tx).await;
     Ok(())

@@ -3,7 +3,7 @@
 //! Here is what is asked for; `follow` asks, `feed` makes changes of the answers, and `connect` leads to the server that
 //! `servers` has chosen.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -81,27 +81,42 @@ pub enum Error {
     },
 }
 
+/// Where servers that were learnt are kept from one agent to the next.
+pub trait Memory: Send + Sync {
+    /// What was kept last; nothing if nothing was.
+    fn recall(&self) -> String;
+    /// Keeps this instead.
+    fn keep(&self, text: &str);
+}
+
 /// A way to the API servers of a cluster.
 pub struct Cluster {
     account: Account,
     read: Read,
     way: Way,
     shared: Shared,
+    memory: Option<Box<dyn Memory>>,
 }
 
 impl Cluster {
-    /// Reads the account, without asking anybody yet. Requests are counted in `requests`.
-    pub async fn open(account: Account, requests: &Requests) -> Result<Self, Error> {
+    /// Reads the account, without asking anybody yet. Requests are counted in `requests`, servers kept in `memory`.
+    pub async fn open(account: Account, requests: &Requests, memory: Box<dyn Memory>) -> Result<Self, Error> {
         let read = account.read().await?;
         let servers = Arc::new(Servers::new(read.servers.clone(), requests.moves()));
         if read.pod {
             servers.set(Origin::Local, &[Uri::from_static(learn::KUBE_PRISM)]);
         }
+        // An address of yesterday may be somebody else's today: only certificates tell.
+        let proves = scheme(&read.config) == "https" && !read.config.accept_invalid_certs;
+        let memory = Some(memory).filter(|_| proves);
+        if let Some(memory) = &memory {
+            servers.set(Origin::Kept, &learn::kept(&memory.recall(), "https"));
+        }
         let shared =
             Shared { servers: servers.clone(), requests: requests.clone(), look: Arc::new(Notify::new()) };
         let way = Way::new(servers, read.config.clone(), requests.clone());
         let way = way.map_err(|source| Error::Client { url: read.config.cluster_url.to_string(), source })?;
-        Ok(Self { account, read, way, shared })
+        Ok(Self { account, read, way, shared, memory })
     }
 
     /// A client for further requests; it goes to whichever server is in use.
@@ -114,16 +129,17 @@ impl Cluster {
     /// listens (Y-4); with `pods` also of this node's pods.
     pub async fn run(self, node_name: Arc<str>, pods: bool, tx: mpsc::Sender<Change>) {
         let client = self.client();
-        let Self { account, read, way, shared } = self;
+        let Self { account, read, way, shared, memory } = self;
         let servers = shared.servers.clone();
-        let scheme = read.config.cluster_url.scheme_str().unwrap_or("https").to_owned();
-        let all = feeds(client, &node_name, pods, &tx, &shared, learner(servers.clone(), scheme));
+        let scheme = scheme(&read.config);
+        let all =
+            feeds(client, &node_name, pods, &tx, &shared, learner(servers.clone(), scheme.clone(), memory));
         tokio::select! {
             () = all => {}
             () = account.follow(read, way.clone(), servers.clone(), shared.look.clone()) => {}
             () = probe::run(way.clone()) => {}
             () = async {
-                learn::cluster_info(way, servers.clone()).await;
+                learn::cluster_info(way, servers.clone(), &scheme).await;
                 std::future::pending().await
             } => {}
             () = complain(&servers, &tx) => {}
@@ -132,14 +148,35 @@ impl Cluster {
     }
 }
 
-/// Takes the API servers out of slices.
-fn learner(servers: Arc<Servers>, scheme: String) -> Hook<discovery::EndpointSlice> {
-    let known: Mutex<HashMap<String, Vec<Uri>>> = Mutex::default();
+/// How the API server is spoken to.
+fn scheme(config: &kube::Config) -> String {
+    config.cluster_url.scheme_str().unwrap_or("https").to_owned()
+}
+
+/// Takes the API servers out of slices, and has them kept.
+fn learner(
+    servers: Arc<Servers>,
+    scheme: String,
+    memory: Option<Box<dyn Memory>>,
+) -> Hook<discovery::EndpointSlice> {
+    let known: Mutex<BTreeMap<String, Vec<Uri>>> = Mutex::default();
+    let kept: Mutex<String> = Mutex::default();
     Box::new(move |slice| {
         let Some(urls) = learn::endpoints(slice, &scheme) else { return };
         let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(slice.metadata.name.clone().unwrap_or_default(), urls);
-        servers.set(Origin::Endpoints, &known.values().flatten().cloned().collect::<Vec<Uri>>());
+        let all: Vec<Uri> = known.values().flatten().cloned().collect();
+        if all.is_empty() {
+            return; // Nobody could have told us.
+        }
+        servers.set(Origin::Kept, &[]);
+        servers.set(Origin::Endpoints, &all);
+        let text = learn::text(&all);
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(memory), true) = (&memory, *kept != text) {
+            memory.keep(&text);
+            *kept = text;
+        }
     })
 }
 

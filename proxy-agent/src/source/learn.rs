@@ -20,6 +20,8 @@ const SERVICE: &str = "kubernetes.io/service-name";
 const CLUSTER_INFO: (&str, &str) = ("kube-public", "cluster-info");
 /// Talos' own way to the API server, on each of its nodes.
 pub(super) const KUBE_PRISM: &str = "https://127.0.0.1:7445";
+/// So many are kept for the next agent.
+const KEPT: usize = 16;
 /// Pause before it is looked for: what has to be known first comes first.
 const LATER: Duration = Duration::from_secs(5);
 
@@ -45,23 +47,40 @@ pub(super) fn endpoints(slice: &EndpointSlice, scheme: &str) -> Option<Vec<Uri>>
 }
 
 /// Asks for kubeadm's ConfigMap once; a cluster without one is as good.
-pub(super) async fn cluster_info(way: Way, servers: Arc<Servers>) {
+pub(super) async fn cluster_info(way: Way, servers: Arc<Servers>, scheme: &str) {
     tokio::time::sleep(LATER).await;
     let Ok(way) = way.anonymous() else { return };
     let maps: Api<ConfigMap> = Api::namespaced(Client::new(way, CLUSTER_INFO.0), CLUSTER_INFO.0);
     match maps.get_opt(CLUSTER_INFO.1).await {
-        Ok(Some(map)) => servers.set(Origin::ClusterInfo, &listed(&map)),
+        Ok(Some(map)) => servers.set(Origin::ClusterInfo, &listed(&map, scheme)),
         Ok(None) => {}
         Err(error) => tracing::debug!("kubeadm's cluster-info is not shown to us: {error}"),
     }
 }
 
-fn listed(map: &ConfigMap) -> Vec<Uri> {
+fn listed(map: &ConfigMap, scheme: &str) -> Vec<Uri> {
     let text = map.data.as_ref().and_then(|data| data.get("kubeconfig"));
     let file = text.and_then(|text| Kubeconfig::from_yaml(text).ok());
     let clusters = file.into_iter().flat_map(|file| file.clusters);
     let urls = clusters.filter_map(|named| named.cluster?.server?.parse::<Uri>().ok());
-    urls.filter(|url| url.authority().is_some()).collect()
+    urls.filter(|url| is_server(url, scheme)).collect()
+}
+
+/// Whether this is a URL that is spoken to in the same way as the server that was given: nobody else is to lead us, and our
+/// token, away from TLS.
+fn is_server(url: &Uri, scheme: &str) -> bool {
+    url.authority().is_some() && url.scheme_str() == Some(scheme)
+}
+
+/// These servers as text for the next agent.
+pub(super) fn text(servers: &[Uri]) -> String {
+    servers.iter().take(KEPT).map(|url| format!("{url}\n")).collect()
+}
+
+/// The servers of such a text. They are trusted as others that were learnt: when they show a certificate.
+pub(super) fn kept(text: &str, scheme: &str) -> Vec<Uri> {
+    let urls = text.lines().filter_map(|line| line.parse().ok());
+    urls.filter(|url| is_server(url, scheme)).take(KEPT).collect()
 }
 
 #[cfg(test)]
@@ -94,7 +113,19 @@ mod tests {
         let kubeconfig = "apiVersion: v1\nkind: Config\nclusters:\n- name: ''\n  cluster:\n    \
                           server: https://lb.example:6443\nusers: []\ncontexts: []\n";
         let map = json!({ "data": { "kubeconfig": kubeconfig } });
-        assert_eq!(listed(&serde_json::from_value(map).unwrap()), ["https://lb.example:6443/"]);
-        assert!(listed(&ConfigMap::default()).is_empty());
+        let map = serde_json::from_value(map).unwrap();
+        assert_eq!(listed(&map, "https"), ["https://lb.example:6443/"]);
+        assert!(listed(&map, "http").is_empty() && listed(&ConfigMap::default(), "https").is_empty());
+    }
+
+    #[test]
+    fn what_is_kept_is_read_again_within_bounds_and_nothing_leads_away_from_tls() {
+        let servers = ["https://10.0.0.1:6443/", "https://[fd00::1]:6443/"].map(Uri::from_static);
+        assert_eq!(kept(&text(&servers), "https"), servers);
+        assert_eq!(kept("http://10.0.0.1:6443/\nhttps://a:1/\n/odd\n\u{1}\n", "https"), ["https://a:1/"]);
+        let many: Vec<Uri> = (0..40).map(|n| format!("https://10.0.0.{n}/").parse().unwrap()).collect();
+        assert_eq!(kept(&text(&many), "https"), many[..KEPT]);
+        let lines: String = many.iter().map(|url| format!("{url}\n")).collect();
+        assert_eq!(kept(&lines, "https").len(), KEPT);
     }
 }

@@ -33,6 +33,8 @@ pub(super) enum Origin {
     Endpoints,
     /// kubeadm's ConfigMap `cluster-info`.
     ClusterInfo,
+    /// What an earlier agent has learnt.
+    Kept,
     /// Talos serves the API on each node.
     Local,
 }
