@@ -13,15 +13,16 @@ use kube::runtime::events::{Event as Published, EventType, Recorder, Reporter};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 
+use super::backoff::Backoff;
 use crate::model::ObjectName;
 
 /// As what kube-proxy's replacement reports: who looks for its events finds ours (H-29).
 const COMPONENT: &str = "kube-proxy";
 /// Events that may wait for the API server; more are left out.
 const QUEUE: usize = 64;
-/// Pauses before an event is sent again that the API server did not take.
-const AGAIN: [Duration; 4] =
-    [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4), Duration::from_secs(8)];
+/// Pauses before an event is sent again that the API server did not take, from the first to the longest. It is sent until it
+/// is taken or refused: those who look for it come when the server is back.
+const AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
 /// How long the last event may take before the agent ends.
 const LAST: Duration = Duration::from_secs(5);
 
@@ -172,28 +173,42 @@ fn log(event: &Event, node: &str) {
     );
 }
 
-/// Sends an event, again while the API server does not answer. That it refuses events is told once.
+/// Sends an event, again while the API server does not take it. That it refuses events is told once.
 async fn send(recorder: &Recorder, event: &Event, node: &str, warned: &mut bool) {
     let (published, about) = (event.published(), event.about(node));
-    let mut pauses = AGAIN.into_iter();
+    let mut backoff = Backoff::new(AGAIN);
     loop {
         let error = match recorder.publish(&published, &about).await {
             Ok(()) => return,
             Err(error) => error,
         };
         let refused = matches!(&error, kube::Error::Api(status) if status.code < 500 && status.code != 429);
-        match pauses.next() {
-            Some(pause) if !refused => sleep(pause).await,
-            _ => {
-                if !std::mem::replace(warned, true) {
-                    tracing::warn!(
-                        "events cannot be told, such as {}: {error}; this agent may need the verbs create and \
-                         patch for events in the group events.k8s.io",
-                        published.reason
-                    );
-                }
-                return log(event, node);
-            }
+        if !refused {
+            sleep(backoff.pause()).await;
+            continue;
         }
+        if !std::mem::replace(warned, true) {
+            tracing::warn!(
+                "events cannot be told, such as {}: {error}; this agent may need the verbs create and patch for \
+                 events in the group events.k8s.io",
+                published.reason
+            );
+        }
+        return log(event, node);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_tells_never_waits_and_what_waits_is_bounded() {
+        let (events, mut untold) = Events::new();
+        for n in 0..1000 {
+            events.tell(Event::Restored(n.to_string()));
+        }
+        let waiting: Vec<Event> = std::iter::from_fn(|| Some(untold.0.try_recv().ok()?.0)).collect();
+        assert_eq!((waiting.len(), &waiting[63]), (QUEUE, &Event::Restored("63".into())));
     }
 }

@@ -1,8 +1,10 @@
 //! Events that operators see with `kubectl get events`: about the Node, and about Services (H-12, H-16, H-28, H-29).
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
-use proxy_tests::apiserver::ApiServer;
+use proxy_tests::apiserver::{ApiServer, Fault};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::probe::eventually;
 use proxy_tests::require::agent_binary;
@@ -73,6 +75,29 @@ fn an_agent_that_must_not_tell_events_says_so_once_and_works() -> Result<()> {
         Ok(())
     })?;
     ensure!(agent.log_text().matches("events cannot be told").count() == 1, "{}", agent.log_text());
+    Ok(())
+}
+
+#[test]
+fn events_of_a_time_of_trouble_are_told_when_it_is_over_and_the_server_is_not_asked_all_the_time()
+-> Result<()> {
+    /// Longer than somebody who tries a few times would try.
+    const LASTS: Duration = Duration::from_secs(30);
+    let town = one_node(&["a"])?;
+    let server = server(&town)?;
+    server.fail(Fault::Status(500));
+    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &FLAGS)?;
+    agent.spawn()?;
+    std::thread::sleep(LASTS);
+    let sent = server.requests().iter().filter(|path| path.starts_with("/apis/events.k8s.io")).count();
+    // After 1, 2, 4, 8, 16 seconds.
+    ensure!((3..=7).contains(&sent), "{sent} times in {LASTS:?}");
+    ensure!(server.events().is_empty());
+    server.fail(Fault::None);
+    agent.wait_ready()?;
+    eventually(LASTS * proxy_tests::patience(), || event(&server, "Starting"))?;
+    let starts = server.events().iter().filter(|event| event["reason"] == "Starting").count();
+    ensure!(starts == 1, "{:#?}", server.events());
     Ok(())
 }
 
