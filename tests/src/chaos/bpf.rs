@@ -112,6 +112,37 @@ pub fn attach(program: BorrowedFd<'_>, index: u32, hook: bpf_attach_type) -> io:
     open(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 
+/// Attaches a program to a cgroup so that there is no place for another one, until it is detached.
+pub fn attach_alone(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: bpf_attach_type,
+) -> io::Result<()> {
+    alone(bpf_cmd::BPF_PROG_ATTACH, program, cgroup, hook)
+}
+
+/// Takes it away again.
+pub fn detach_alone(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: bpf_attach_type,
+) -> io::Result<()> {
+    alone(bpf_cmd::BPF_PROG_DETACH, program, cgroup, hook)
+}
+
+fn alone(
+    act: bpf_cmd,
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: bpf_attach_type,
+) -> io::Result<()> {
+    let mut attr = attr();
+    attr.__bindgen_anon_5.__bindgen_anon_1.target_fd = raw(cgroup);
+    attr.__bindgen_anon_5.attach_bpf_fd = raw(program);
+    attr.__bindgen_anon_5.attach_type = hook as u32;
+    call(act, &mut attr).map(drop)
+}
+
 /// A map of any layout, its keys and values as bytes.
 #[derive(Debug)]
 pub struct Map {

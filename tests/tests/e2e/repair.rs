@@ -1,5 +1,6 @@
 //! Somebody detaches programs, removes pins, writes to tables: noticed, undone, counted and said, without a restart.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -258,6 +259,56 @@ fn an_interface_that_refuses_its_programs_is_told_and_tried_again_and_holds_up_n
     event(&server, "AttachedPrograms")?;
     ensure!(healthz()? == 200, "/healthz still tells");
     agent.wait_ready()
+}
+
+#[test]
+fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_interface() -> Result<()> {
+    let town = one_node(&["a", "b"])?;
+    let server = server(&town)?;
+    let _servers = servers(&town, &["b"])?;
+    let _web = publish(&server, &town)?;
+    // Somebody else's program that wants to be alone, at one of the hooks in the middle.
+    let hook = bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG;
+    let cgroup = File::open(town.cgroup_root("node1"))?;
+    let program = bpf::idle_program(bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook)?;
+    bpf::attach_alone(program.as_fd(), cgroup.as_fd(), hook)?;
+    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &FLAGS)?;
+    agent.spawn()?;
+    // What passes an interface is served.
+    for to in node_ports(&town, "node1", NODE_PORT) {
+        answers(town.place("outside"), to, "b")?;
+    }
+    let told = event(&server, "FailedToAttachPrograms")?;
+    ensure!(told["note"].as_str().is_some_and(|note| note.contains("cgroup ")), "{told:#}");
+    let healthz = || Ok::<_, anyhow::Error>(http(town.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
+    ensure!(healthz()? == 503, "/healthz does not tell");
+    let status = eventually(SOON, || {
+        let status = agent.status_json()?;
+        let problems = status["problems"].to_string();
+        ensure!(problems.contains("cannot attach program sendmsg4 to cgroup"), "{status:#}");
+        Ok(status)
+    })?;
+    ensure!(status["healthy"] == false && status["agent"]["interfaces_failed"] == 0, "{status:#}");
+    // All of them or none: a socket that is translated at one hook alone would hear no answer.
+    let of_sockets = || -> Result<usize> {
+        let status = agent.status_json()?;
+        let links = status["links"].as_array().context("links")?;
+        Ok(links.iter().filter(|link| link.to_string().contains("cgroup_")).count())
+    };
+    ensure!(of_sockets()? == 0, "{:#}", agent.status_json()?["links"]);
+    // Tried again, and not all the time: pauses double from half a second.
+    std::thread::sleep(Duration::from_secs(8));
+    let refused = agent.log_text().matches("cannot attach program sendmsg4").count();
+    ensure!((1..=8).contains(&refused), "{refused} lines:\n{}", agent.log_text());
+    bpf::detach_alone(program.as_fd(), cgroup.as_fd(), hook)?;
+    for to in service(1) {
+        answers(town.place("h1"), to, "b")?;
+    }
+    event(&server, "AttachedPrograms")?;
+    ensure!(of_sockets()? == 8, "{:#}", agent.status_json()?["links"]);
+    agent.wait_ready()?;
+    ensure!(healthz()? == 200, "/healthz still tells");
+    Ok(())
 }
 
 #[test]
