@@ -7,18 +7,24 @@ use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http::Uri;
+use jiff::{SignedDuration, Timestamp};
 use kube::config::{AuthInfo, Cluster, KubeConfigOptions, Kubeconfig};
 use tokio::sync::Notify;
 
 use super::connect::Way;
 use super::kubernetes::Error;
+use super::plugin;
 use super::servers::{Origin, Servers};
 
 /// How often files are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+/// A credential of a plugin is renewed so long before it ends.
+const BEFORE: SignedDuration = SignedDuration::from_secs(60);
+/// A plugin is not run more often than this.
+const PLUGIN: Duration = Duration::from_secs(15);
 /// Where a pod finds its account.
 const POD: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// What the complaint of an account that cannot be read is about.
@@ -41,6 +47,22 @@ pub(super) struct Read {
     pub(super) pod: bool,
     /// Files that have gone into it.
     files: Vec<PathBuf>,
+    /// What a plugin has given.
+    plugin: Option<Given>,
+}
+
+/// A credential of a plugin's.
+struct Given {
+    at: Instant,
+    until: Option<Timestamp>,
+}
+
+impl Given {
+    /// Whether another one is to be asked for: in time, and when this one is refused; but not all the time.
+    fn is_due(&self, refused: bool) -> bool {
+        let ends = self.until.is_some_and(|until| until.duration_since(Timestamp::now()) <= BEFORE);
+        (ends || refused) && self.at.elapsed() >= PLUGIN
+    }
 }
 
 impl Account {
@@ -53,12 +75,12 @@ impl Account {
                 Ok(config) => {
                     let servers = vec![config.cluster_url.clone()];
                     let files = ["ca.crt", "token"].map(|name| Path::new(POD).join(name)).to_vec();
-                    Read { config, servers, pod: true, files }
+                    Read { config, servers, pod: true, files, plugin: None }
                 }
                 Err(error) => {
                     let Some(first) = given.first() else { return Err(Error::InCluster(error)) };
                     let config = kube::Config::new(first.clone());
-                    Read { config, servers: Vec::new(), pod: false, files: Vec::new() }
+                    Read { config, servers: Vec::new(), pod: false, files: Vec::new(), plugin: None }
                 }
             },
         };
@@ -72,6 +94,7 @@ impl Account {
             return Err(Error::Authority { url: read.config.cluster_url.to_string() });
         }
         token(&mut read.config.auth_info)?;
+        warn_of_proxy(&read.config);
         Ok(read)
     }
 
@@ -79,12 +102,13 @@ impl Account {
     pub(super) async fn follow(self, mut read: Read, way: Way, servers: Arc<Servers>, look: Arc<Notify>) {
         let mut known = fingerprint(&self, &read);
         loop {
-            tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                () = look.notified() => {}
-            }
+            let refused = tokio::select! {
+                () = tokio::time::sleep(LOOK) => false,
+                () = look.notified() => true,
+            };
             let now = fingerprint(&self, &read);
-            if now == known {
+            let due = read.plugin.as_ref().is_some_and(|given| given.is_due(refused));
+            if now == known && !due {
                 servers.trouble(ABOUT, None); // It may be as it was before.
                 continue;
             }
@@ -105,6 +129,9 @@ impl Account {
                     tracing::info!("the account for the API server has changed: connecting anew");
                 }
                 Err(error) => {
+                    if let Some(given) = &mut read.plugin {
+                        given.at = Instant::now();
+                    }
                     let line =
                         format!("{}: what was read before stays in use", super::connect::cause(&error));
                     servers.trouble(ABOUT, Some(line));
@@ -122,6 +149,23 @@ fn parse(url: &str) -> Result<Uri, Error> {
         return Err(Error::Url { url: url.to_owned(), source });
     }
     Ok(uri)
+}
+
+/// A proxy for everything that a node says to the outside is none for the API server: kubelets of most nodes do without,
+/// too. Who needs it there says so.
+fn warn_of_proxy(config: &kube::Config) {
+    let named = ["HTTPS_PROXY", "https_proxy"].into_iter().find(|name| std::env::var_os(name).is_some());
+    if let (Some(name), None) = (named, &config.proxy_url) {
+        tracing::warn!(
+            "{name} is not followed: a proxy towards the API server is to be named by the kubeconfig (proxy-url)"
+        );
+    }
+}
+
+fn proxy_url(url: &str) -> Result<Uri, Error> {
+    let known =
+        |uri: &Uri| matches!(uri.scheme_str(), Some("http" | "https" | "socks5")) && uri.host().is_some();
+    url.parse().ok().filter(known).ok_or_else(|| Error::Proxy { url: url.to_owned() })
 }
 
 /// The current context's cluster and user, and further servers of the same cluster: those with the same CA.
@@ -150,15 +194,23 @@ async fn from_kubeconfig(path: &Path) -> Result<Read, Error> {
             same.filter(|other| authority(cluster).is_some() && authority(other) == authority(cluster));
         same.filter_map(|cluster| cluster.server.as_ref()?.parse().ok()).collect()
     });
+    let proxy = cluster.and_then(|cluster| cluster.proxy_url.clone()).filter(|url| !url.is_empty());
     let options = KubeConfigOptions::default();
-    let config = kube::Config::from_custom_kubeconfig(file, &options).await.map_err(fault)?;
+    let mut config = kube::Config::from_custom_kubeconfig(file, &options).await.map_err(fault)?;
+    // And not that of the environment, which `kube` takes without looking at NO_PROXY.
+    config.proxy_url = proxy.as_deref().map(proxy_url).transpose()?;
+    let has_plugin = config.auth_info.exec.is_some();
+    let home = path.parent().unwrap_or(Path::new(""));
+    let until = plugin::ask(&mut config.auth_info, home).await;
+    let until = until.map_err(|source| Error::Plugin { path: path.to_owned(), source })?;
+    let plugin = has_plugin.then(|| Given { at: Instant::now(), until });
     let mut servers = vec![config.cluster_url.clone()];
     for url in more {
         if !servers.contains(&url) {
             servers.push(url);
         }
     }
-    Ok(Read { config, servers, pod: false, files })
+    Ok(Read { config, servers, pod: false, files, plugin })
 }
 
 /// What tells the clusters of a kubeconfig apart: the CA as it is written there.

@@ -23,6 +23,7 @@ use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
 use super::feed::{Feed, Hook, Line};
 use super::follow::Shared;
 use super::learn;
+use super::plugin::PluginError;
 use super::probe;
 use super::requests::Requests;
 use super::servers::{Origin, Servers};
@@ -63,6 +64,21 @@ pub enum Error {
         /// Why.
         #[source]
         source: std::io::Error,
+    },
+    /// The program that gives the credentials does not.
+    #[error("cannot use the credential plugin of {path}")]
+    Plugin {
+        /// The kubeconfig.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PluginError,
+    },
+    /// The proxy of the kubeconfig is none that can be spoken to.
+    #[error("cannot use the proxy {url}: proxy-url takes http://, https:// and socks5:// with a host")]
+    Proxy {
+        /// Its URL.
+        url: String,
     },
     /// The CA is no certificate, or not a whole one.
     #[error("the CA for the API server {url} holds no whole certificate")]

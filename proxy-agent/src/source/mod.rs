@@ -18,6 +18,7 @@ mod heard;
 pub mod kubernetes;
 mod learn;
 pub mod manifest;
+mod plugin;
 mod probe;
 pub mod requests;
 mod resume;

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +19,27 @@ use crate::life::{FLAGS, SOON, one_node};
 /// No source by its own flag: an empty value is as good as none.
 fn nowhere() -> Feed {
     Feed::ApiServer(String::new())
+}
+
+/// A program that starts the agent as in a pod: with this environment, and an account in its place.
+pub(crate) fn in_pod(home: &Path, environment: &str, ca: &str) -> Result<PathBuf> {
+    let account = home.join("account");
+    fs::create_dir_all(&account)?;
+    for (name, text) in [("token", "token"), ("namespace", "kube-system"), ("ca.crt", ca)] {
+        fs::write(account.join(name), text)?;
+    }
+    // The files stand at a place that is fixed: the agent sees a /run of its own.
+    let script = format!(
+        "#!/bin/sh\n{environment}\nexec unshare --mount --propagation private sh -c '\n\
+         mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io &&\n\
+         ln -s {} /run/secrets/kubernetes.io/serviceaccount && exec {} \"$@\"' sh \"$@\"\n",
+        account.display(),
+        agent_binary()?.display()
+    );
+    let path = home.join("agent");
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
 }
 
 #[test]
@@ -103,23 +125,8 @@ fn a_pod_finds_the_server_in_its_environment_and_its_account_in_its_files() -> R
     // Who listens speaks no TLS, but sees that it is spoken to.
     let listener = host.netns.listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 7443)))?;
     let home = tempfile::tempdir()?;
-    let account = home.path().join("account");
-    fs::create_dir(&account)?;
-    fs::write(account.join("token"), "token")?;
-    fs::write(account.join("namespace"), "kube-system")?;
-    fs::write(account.join("ca.crt"), include_str!("account.crt"))?;
     let start = |environment: &str| -> Result<Agent> {
-        // The files stand at a place that is fixed: the agent sees a /run of its own.
-        let script = format!(
-            "#!/bin/sh\n{environment}\nexec unshare --mount --propagation private sh -c '\n\
-             mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io &&\n\
-             ln -s {} /run/secrets/kubernetes.io/serviceaccount && exec {} \"$@\"' sh \"$@\"\n",
-            account.display(),
-            agent_binary()?.display()
-        );
-        let path = home.path().join("agent");
-        fs::write(&path, script)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        let path = in_pod(home.path(), environment, include_str!("account.crt"))?;
         let mut agent = Agent::prepare(&path, &town, "node1", nowhere(), &FLAGS)?;
         agent.spawn()?;
         Ok(agent)

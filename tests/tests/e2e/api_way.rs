@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,9 @@ use proxy_tests::apiserver::tls::{Ca, Pair};
 use proxy_tests::apiserver::{ApiServer, Fault};
 use proxy_tests::manifests::{Family, Phase, SlicePlan};
 use proxy_tests::probe::eventually;
-use proxy_tests::require::agent_binary;
 use proxy_tests::town::Town;
 
+use crate::account::in_pod;
 use crate::api_server::{connected, server};
 use crate::common::web;
 use crate::life::{FLAGS, SOON, answers, complains, one_node, servers, service};
@@ -118,14 +118,62 @@ fn servers_that_the_cluster_tells_of_are_asked_when_the_one_that_was_given_is_go
     Ok(())
 }
 
+#[test]
+fn an_agent_that_starts_while_its_server_is_down_asks_one_that_an_earlier_agent_has_learnt() -> Result<()> {
+    let town = one_node(&["a", "b", "c"])?;
+    let (given, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    let other = beside(&given, &town, 6444)?;
+    given.secure(&ca.server(&["127.0.0.1"])?, None)?;
+    other.secure(&ca.server(&["kubernetes.default.svc"])?, None)?;
+    fs::write(home.path().join("ca.crt"), ca.pem())?;
+    let kubernetes = SlicePlan::new("kubernetes", "v4", Family::V4).port("https", "TCP", 6444);
+    given.put(&kubernetes.endpoint("apiserver", Ipv4Addr::LOCALHOST.into(), None, Phase::Ready).build());
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&given, &town, "web", 1, &["b"], |plan| plan)?;
+    let flag = kubeconfig(home.path(), &given, "{}")?;
+    let flags = [&FLAGS[..], &[&flag]].concat();
+    let mut agent = Agent::start(&town, "node1", Feed::ApiServer(String::new()), &flags)?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    eventually(SOON, || {
+        let log = agent.log_text();
+        ensure!(log.contains(&format!("one more API server is known: {}", other.url())), "{log}");
+        Ok(())
+    })?;
+    agent.kill()?;
+    given.fail(Fault::Drop);
+    controller.replace(&[town.place("c")])?;
+    // A server of another cluster, or a kubelet, has that address now: its certificate is not for an API server.
+    other.secure(&ca.server(&["127.0.0.1"])?, None)?;
+    agent.spawn()?;
+    complains(&agent, &["API server", ":6444", "certificate"], true)?;
+    answers_now(&town, vip, "b")?;
+    ensure!(other.requests().is_empty(), "{:?}", other.requests());
+    agent.kill()?;
+    other.secure(&ca.server(&["kubernetes.default.svc"])?, None)?;
+    agent.spawn()?;
+    answers(pod, vip, "c").with_context(|| agent.log_text())?;
+    connected(&agent, true)?;
+    let note = agent.bpf_root().join("servers");
+    ensure!(note.exists(), "{} is not there", note.display());
+    agent.kill()?;
+    let (done, said) = agent.ask(&["cleanup"])?;
+    ensure!(done.success() && !note.exists(), "{said}");
+    Ok(())
+}
+
 /// A kubeconfig for a server, whose files lie beside it.
-fn kubeconfig(home: &Path, server: &ApiServer, user: &str) -> Result<String> {
+pub(crate) fn kubeconfig(home: &Path, server: &ApiServer, user: &str) -> Result<String> {
+    kubeconfig_of(home, &server.url(), "", user)
+}
+
+/// The same with more said of the cluster.
+pub(crate) fn kubeconfig_of(home: &Path, url: &str, cluster: &str, user: &str) -> Result<String> {
     let text = format!(
         "{{apiVersion: v1, kind: Config, current-context: c,\n\
-         clusters: [{{name: c, cluster: {{server: '{}', certificate-authority: ca.crt}}}}],\n\
+         clusters: [{{name: c, cluster: {{server: '{url}', certificate-authority: ca.crt{cluster}}}}}],\n\
          users: [{{name: u, user: {user}}}],\n\
          contexts: [{{name: c, context: {{cluster: c, user: u}}}}]}}\n",
-        server.url(),
     );
     let path = home.join("config");
     fs::write(&path, text)?;
@@ -237,23 +285,8 @@ fn a_pod_on_a_fresh_node_gets_to_its_server_although_nobody_serves_the_cluster_i
     server.put(&proxy_tests::manifests::node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
     let _servers = servers(&town, &["b"])?;
     let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let account = home.path().join("account");
-    fs::create_dir(&account)?;
-    fs::write(account.join("token"), "token")?;
-    fs::write(account.join("namespace"), "kube-system")?;
-    fs::write(account.join("ca.crt"), ca.pem())?;
-    // The files stand at a place that is fixed: the agent sees a /run of its own.
-    let script = format!(
-        "#!/bin/sh\nexport KUBERNETES_SERVICE_HOST=10.96.0.99 KUBERNETES_SERVICE_PORT=443\n\
-         exec unshare --mount --propagation private sh -c '\n\
-         mount -t tmpfs none /run && mkdir -p /run/secrets/kubernetes.io &&\n\
-         ln -s {} /run/secrets/kubernetes.io/serviceaccount && exec {} \"$@\"' sh \"$@\"\n",
-        account.display(),
-        agent_binary()?.display()
-    );
-    let path = home.path().join("agent");
-    fs::write(&path, script)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let environment = "export KUBERNETES_SERVICE_HOST=10.96.0.99 KUBERNETES_SERVICE_PORT=443";
+    let path = in_pod(home.path(), environment, &ca.pem())?;
     let mut agent = Agent::prepare(&path, &town, "node1", Feed::ApiServer(String::new()), &FLAGS)?;
     agent.spawn()?;
     let answered = answers(town.place("a"), service(1)[0], "b");

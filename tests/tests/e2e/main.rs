@@ -45,6 +45,8 @@ mod health;
 #[cfg(test)]
 mod kube_proxy;
 #[cfg(test)]
+mod kubeconfig;
+#[cfg(test)]
 mod large;
 #[cfg(test)]
 mod life;
