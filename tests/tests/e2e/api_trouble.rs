@@ -1,17 +1,20 @@
 //! An API server that hangs, is silent, cuts, lies, drips or talks nonsense: what is served goes on, the server is not
 //! asked all the time, what is wrong is said, and what changed meanwhile is in force soon after (Y-5, Y-6).
 
+use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use proxy_tests::agent::Agent;
+use proxy_tests::agent::{Agent, Feed};
+use proxy_tests::apiserver::tls::Ca;
 use proxy_tests::apiserver::{ApiServer, Fault, Gone};
 use proxy_tests::manifests::EndpointController;
 use proxy_tests::probe::{eventually, get};
 use proxy_tests::town::Town;
 
 use crate::api_server::{connected, server};
+use crate::api_way::kubeconfig;
 use crate::common::web;
 use crate::health::http;
 use crate::life::{FLAGS, answers, complains, one_node, quick, servers, service, status_until};
@@ -165,6 +168,28 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
     connected(&agent, true)?;
     status_until(&agent, "no complaint", |status| !status["complaints"].to_string().contains("API server"))
         .map(drop)
+}
+
+#[test]
+fn a_server_of_which_nothing_is_heard_is_asked_whether_it_lives_unless_its_connection_tells() -> Result<()> {
+    let town = one_node(&["a"])?;
+    let (server, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    server.bookmark_every(Duration::from_secs(3600));
+    let asked = || server.requests().iter().filter(|path| *path == "/livez").count();
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    sleep(LASTS);
+    // Every four to five seconds; a watch that is renewed is an answer, too.
+    ensure!((1..=4).contains(&asked()), "{} times over HTTP/1", asked());
+    connected(&agent, true)?;
+    drop(agent);
+    server.secure(&ca.server(&["127.0.0.1"])?, None)?;
+    fs::write(home.path().join("ca.crt"), ca.pem())?;
+    let (flag, before) = (kubeconfig(home.path(), &server, "{}")?, asked());
+    let flags = [&FLAGS[..], &[&flag]].concat();
+    let agent = Agent::start(&town, "node1", Feed::ApiServer(String::new()), &flags)?;
+    sleep(LASTS);
+    ensure!(asked() == before, "{} times over HTTP/2", asked() - before);
+    connected(&agent, true)
 }
 
 #[test]
