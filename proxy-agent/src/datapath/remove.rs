@@ -90,8 +90,8 @@ mod tests {
         {
             std::fs::create_dir_all(here.path().join(directory)).unwrap();
         }
-        for map in ["v1/maps/FLOWS", "g1/maps/FLOWS", "g12/maps/FLOWS"] {
-            std::fs::write(here.path().join(map), "").unwrap();
+        for file in ["v1/maps/FLOWS", "g1/maps/FLOWS", "g12/maps/FLOWS", "servers", "new_servers"] {
+            std::fs::write(here.path().join(file), "").unwrap();
         }
         let root = BpfRoot::new(here.path());
         assert_eq!(remove_all(&root).unwrap(), Removed { links: 0, maps: 3 });

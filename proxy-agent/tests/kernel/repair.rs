@@ -109,8 +109,7 @@ fn everything_that_was_pinned_comes_back_after_all_of_it_was_removed_or_unmounte
         assert_eq!((room.program_ids(), map(maps::FLOWS)), (before.clone(), flows.clone()), "case {n}");
         assert_eq!(look(&mut loaded), [], "case {n}");
     }
-    // The next agent finds all that it needs.
-    drop(loaded);
+    drop(loaded); // The next agent finds all that it needs.
     drop(room.load());
     nix::mount::umount(room.root.path()).unwrap();
 }
@@ -222,6 +221,12 @@ fn what_is_refused_is_tried_again_after_a_pause_and_others_are_not_held_up() {
     assert_eq!(loaded.interfaces(), (2, 0), "one that has just gone is nothing to be told");
     assert!(loaded.retry().is_empty(), "not at once");
     assert!(loaded.sync_interfaces(&links).is_empty(), "nor when something else changes");
+    let (begun, mut tries) = (Instant::now(), 0);
+    while begun.elapsed() < Duration::from_secs(4) {
+        tries += loaded.retry().len();
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!((2..=3).contains(&tries), "{tries} tries: pauses double from half a second");
     ip(&["link", "add", "ghost", "index", "4000", "type", "veth", "peer", "name", "other"]);
     let begun = Instant::now();
     let results = loop {

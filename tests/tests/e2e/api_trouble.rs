@@ -33,6 +33,14 @@ struct Trouble<'a> {
 }
 
 impl Trouble<'_> {
+    /// How many watches have broken.
+    fn broken(&self) -> Result<u64> {
+        let (_, metrics) = http(self.town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+        let ended = metrics.lines().filter(|line| line.starts_with("proxy_agent_watches_ended_total"));
+        let broken = ended.filter(|line| line.contains("reason=\"broken\""));
+        Ok(broken.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+    }
+
     /// One fault: `words` are said of it.
     fn play(&self, fault: Fault, words: &[&str], controller: &mut EndpointController<'_>) -> Result<()> {
         let Self { town, server, agent } = self;
@@ -49,6 +57,13 @@ impl Trouble<'_> {
             server.cut();
         }
         sleep(Duration::from_millis(500));
+        if matches!(fault, Fault::Busy(_)) {
+            // All four kinds ask once, and then nobody does for as long as the server wants.
+            sleep(Duration::from_secs(2));
+            let early = server.requests().len() - asked;
+            ensure!(early <= 6, "{early} requests to a server that wants to be left alone");
+        }
+        let broken = self.broken()?;
         controller.replace(&[town.place(other)])?;
         if !words.is_empty() {
             complains(agent, words, true)?;
@@ -59,6 +74,8 @@ impl Trouble<'_> {
             ensure!(get(pod, &quick(vip))?.name == name, "what is served is harmed");
             sleep(Duration::from_millis(100));
         }
+        // Nothing else ends a watch of which something comes all the time.
+        ensure!(fault != Fault::Slow || self.broken()? > broken, "drops are waited for");
         ensure!(agent.status_json()?["healthy"] == true, "losing the API server is no illness (Y-6)");
         let asked = server.requests().split_off(asked);
         ensure!(asked.len() <= REQUESTS, "{} requests in {LASTS:?}: {asked:#?}", asked.len());
@@ -114,8 +131,9 @@ fn a_server_that_drips_or_talks_nonsense_harms_nothing() -> Result<()> {
 #[test]
 fn a_server_that_shows_the_past_or_wants_to_be_left_alone_is_followed_when_it_is_well() -> Result<()> {
     faults(&[
-        (Fault::Stale, &["API server", "older state"]),
+        // First: later on pauses have grown, and nobody could tell whether the server's wish is followed.
         (Fault::Busy(3), &["API server", "TooManyRequests"]),
+        (Fault::Stale, &["API server", "older state"]),
         (Fault::Silent, &[]),
     ])
 }
@@ -161,7 +179,8 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
     sleep(LASTS);
     // While nobody answers one request at a time is made.
     let asked = server.requests().len() - asked;
-    ensure!(asked <= 12, "{asked} requests");
+    eprintln!("hang: {asked} requests");
+    ensure!(asked <= 8, "{asked} requests");
     answers(town.place("a"), service(1)[0], "b")?;
     server.fail(Fault::None);
     answers(town.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;

@@ -65,7 +65,7 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
         Ok(())
     };
     turn(&first, &second, Fault::Drop, 5)?;
-    turn(&second, &first, Fault::Hang, 12)?;
+    turn(&second, &first, Fault::Hang, 10)?;
     // The other one was left a moment ago.
     turn(&first, &second, Fault::Status(500), 20)?;
     connected(&agent, true)?;
@@ -156,9 +156,6 @@ fn an_agent_that_starts_while_its_server_is_down_asks_one_that_an_earlier_agent_
     connected(&agent, true)?;
     let note = agent.bpf_root().join("servers");
     ensure!(note.exists(), "{} is not there", note.display());
-    agent.kill()?;
-    let (done, said) = agent.ask(&["cleanup"])?;
-    ensure!(done.success() && !note.exists(), "{said}");
     Ok(())
 }
 
