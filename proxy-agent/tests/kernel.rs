@@ -4,6 +4,8 @@
 //! Root and the BPF object are needed; without them the tests fail and say so.
 #![expect(clippy::unwrap_used, reason = "all of this file is tests, helpers included")]
 
+#[path = "kernel/generation.rs"]
+mod generation;
 #[path = "kernel/repair.rs"]
 mod repair;
 
@@ -761,6 +763,11 @@ impl FlowTables {
 
     /// A UDP flow from this port that was last seen at this time.
     fn add(&mut self, port: u16, old: bool, seen: u64) -> Flow {
+        self.add_of(Proto::UDP, port, old, seen, 0)
+    }
+
+    /// The same of a protocol and a backend.
+    fn add_of(&mut self, proto: Proto, port: u16, old: bool, seen: u64, backend: u32) -> Flow {
         self.used += 1;
         let id = FlowId(self.used.into()).next();
         let (client, vip, endpoint) = (addr("10.0.0.9"), addr("10.96.0.1"), addr("10.244.1.5"));
@@ -771,11 +778,12 @@ impl FlowTables {
             legs: 2,
             seen: [seen; 2],
             born: seen,
+            backend,
             ..Flow::EMPTY
         };
         for (role, to, service) in [(Role::OUTER, vip, 80), (Role::MIDDLE, endpoint, 8080)] {
             let at = role.index();
-            let tuple = Tuple::new(client, Port::new(port), to, Port::new(service), Proto::UDP);
+            let tuple = Tuple::new(client, Port::new(port), to, Port::new(service), proto);
             flow.near[at] = tuple.write_pair(&mut flow.pairs[at]) as u8;
         }
         for role in [Role::OUTER, Role::MIDDLE] {
@@ -808,222 +816,6 @@ fn flows(room: &Room) -> usize {
     let mut seen = 0;
     Flows::open(&room.root).unwrap().scan(|_| seen += 1).unwrap();
     seen
-}
-
-/// Whether any map of this name is in the newest generation, and how large.
-fn size(room: &Room, name: &str) -> u32 {
-    aya::maps::MapData::from_pin(room.root.map(name)).unwrap().info().unwrap().max_entries()
-}
-
-/// Everything that two generations of tables may be told apart by, and that must be the same in both: what the agent writes,
-/// which clients are bound, and counters.
-type Content = (Actual, Vec<(AffinityKey, Affinity)>, Vec<(proxy_common::abi::Reason, u64)>, u64);
-
-fn content(room: &Room) -> Content {
-    let map = aya::maps::MapData::from_pin(room.root.map(maps::AFFINITY)).unwrap();
-    let affinity: aya::maps::HashMap<_, AffinityKey, Affinity> =
-        aya::maps::Map::LruHashMap(map).try_into().unwrap();
-    let pinned = Pinned::open(&room.root).unwrap();
-    let chosen = pinned.service_stats().unwrap().values().map(|stats| stats.chosen).sum();
-    let mut bound: Vec<_> = affinity.iter().map(Result::unwrap).collect();
-    bound.sort();
-    (pinned.actual().unwrap(), bound, pinned.reasons().unwrap(), chosen)
-}
-
-/// Something in every table that programs or the agent fill.
-fn fill(room: &Room) -> Vec<Flow> {
-    let key = FrontendKey::new(addr("10.96.0.1"), Port::new(80), Proto::TCP);
-    let name = ServiceName {
-        namespace: text("default"),
-        name: text("web"),
-        port: text("http"),
-        proto: Proto::TCP,
-        family: 4,
-        pad: [0; 2],
-    };
-    let steps = [
-        Step::PutConfig(Config { seed: 77, ..Config::EMPTY }),
-        Step::PutService(3, name),
-        Step::PutBackend(5, backend(5)),
-        Step::PutSlot(9, 5),
-        Step::PutSource(SourceKey::range(3, addr("10.0.0.0"), 8)),
-        Step::PutFrontend(key, frontend(&key, 3)),
-        Step::PutAddress(key.addr, 1),
-        Step::PutIface(7, Iface::new(1, 7)),
-        Step::PutRoute(RouteKey::range(7, addr("10.0.0.0"), 8), addr("10.0.0.1")),
-    ];
-    Kernel::open(&room.root).unwrap().apply(&steps).unwrap();
-    let map = |name| aya::maps::MapData::from_pin(room.root.map(name)).unwrap();
-    let mut affinity: aya::maps::HashMap<_, AffinityKey, Affinity> =
-        aya::maps::Map::LruHashMap(map(maps::AFFINITY)).try_into().unwrap();
-    for n in 1..20 {
-        let client = AffinityKey { client: std::net::Ipv4Addr::from(n).into(), service: 3 };
-        affinity.insert(client, Affinity { backend: 5, generation: n, last_seen: n.into() }, 0).unwrap();
-    }
-    let cpus = aya::util::nr_cpus().unwrap();
-    fn each<T: aya::Pod>(value: T, cpus: usize) -> aya::maps::PerCpuValues<T> {
-        vec![value; cpus].try_into().unwrap()
-    }
-    let mut reasons: aya::maps::PerCpuArray<_, u64> =
-        aya::maps::Map::PerCpuArray(map(maps::REASONS)).try_into().unwrap();
-    reasons.set(2, each(1_000_u64 << 32, cpus), 0).unwrap();
-    let mut stats: aya::maps::PerCpuArray<_, proxy_common::abi::ServiceStats> =
-        aya::maps::Map::PerCpuArray(map(maps::SERVICE_STATS)).try_into().unwrap();
-    let counted = proxy_common::abi::ServiceStats { chosen: 11, refused: 12, dropped: 13 };
-    stats.set(3, each(counted, cpus), 0).unwrap();
-    let mut tables = FlowTables::open(room);
-    let mut flows: Vec<Flow> = (1..=300).map(|port| tables.add(port, port % 3 != 0, NEVER)).collect();
-    // One that is over, whose record is free: nobody is to find it again.
-    let gone = flows.swap_remove(17);
-    Flows::open(&room.root).unwrap().end(&[gone.id]).unwrap();
-    flows
-}
-
-/// What flows are, whatever records they have.
-fn shown(room: &Room) -> Vec<(Tuple, u8, [u64; 2], u32)> {
-    let mut found = Vec::new();
-    let see = |flow: &Flow| found.push((flow.pairs[0].tuple(0), flow.old, flow.seen, flow.backend));
-    Flows::open(&room.root).unwrap().scan(see).unwrap();
-    found.sort();
-    found
-}
-
-#[test]
-fn tables_of_another_size_take_over_everything_that_is_in_them_and_programs_move_to_them() {
-    let room = Room::new();
-    room.veth("v0", "v1");
-    let mut first = room.load();
-    first.attach_cgroup(&room.cgroup).unwrap();
-    done(first.sync_interfaces(&interfaces()));
-    fill(&room);
-    let (before, flows_before, programs) = (content(&room), shown(&room), room.program_ids());
-    assert_eq!(flows_before.len(), 299);
-    drop(first);
-    let larger =
-        Capacities { flows: 2048, affinity: 128, services: 128, frontends: 65, slots: 10_001, ..SMALL };
-    let mut second = room.try_load(&larger, true).unwrap();
-    let change = second.changed().unwrap();
-    assert_eq!((change.flows, change.no_room, change.hooks), (299, 0, 12), "{change}");
-    assert_eq!(room.root.generations().unwrap(), [2]);
-    assert_eq!((size(&room, maps::RECORDS), size(&room, maps::AFFINITY)), (2048, 128));
-    assert_eq!(content(&room), before);
-    assert_eq!(shown(&room), flows_before);
-    // Each leg leads to its flow, and a sweep finds nothing wrong.
-    assert_eq!(FlowTables::open(&room).legs(), 2 * 299);
-    assert_eq!(Sweeper::open(&room.root, Timeouts::CONNTRACK).unwrap().all().unwrap(), 0);
-    assert_eq!(shown(&room), flows_before);
-    // The young ones can be displaced: they stand in the ring.
-    let ring: Vec<u64> = words(&room, maps::RING).into_iter().filter(|id| *id != 0).collect();
-    assert_eq!(ring.len(), flows_before.iter().filter(|(_, old, ..)| *old == 0).count());
-    // Every program has been exchanged, at the hook where it was.
-    let now = room.program_ids();
-    assert_eq!(now.len(), programs.len());
-    for ((name, id), (same, new)) in programs.iter().zip(&now) {
-        assert!(name == same && id != new, "{name}: {id} {new}");
-    }
-    assert!(done(second.sync_interfaces(&interfaces())).iter().all(|(_, how)| *how == Attached::Kept));
-    assert_eq!(second.attach_cgroup(&room.cgroup).unwrap(), Attached::Kept);
-    drop(second);
-
-    // They become no smaller, and say so.
-    let third = room.load();
-    assert_eq!((room.root.generations().unwrap(), size(&room, maps::RECORDS)), (vec![2], 2048));
-    let warning = third.warnings().iter().find(|line| line.contains("RECORDS")).unwrap();
-    assert!(warning.contains("2048 entries (1024 asked for)") && warning.contains("cleanup"), "{warning}");
-    assert_eq!(content(&room), before);
-}
-
-#[test]
-fn filters_are_exchanged_where_there_is_no_tcx() {
-    let room = Room::new();
-    room.veth("v0", "v1");
-    let mut first = room.try_load(&SMALL, false).unwrap();
-    done(first.sync_interfaces(&interfaces()));
-    drop(first);
-    let id = || {
-        let shown = output("tc", &["filter", "show", "dev", "v0", "egress"]);
-        assert_eq!(shown.matches("handle 0xeb").count(), 1, "{shown}");
-        shown.split(" id ").nth(1).and_then(|rest| rest.split(' ').next()).map(ToOwned::to_owned).unwrap()
-    };
-    let before = id();
-    drop(room.try_load(&Capacities { flows: 2048, ..SMALL }, false).unwrap());
-    assert_ne!(id(), before);
-    assert_eq!(room.root.generations().unwrap(), [2]);
-    // The pins are of the programs that run now.
-    let map = size(&room, maps::RECORDS);
-    assert_eq!(map, 2048);
-}
-
-/// Pins the maps of a generation once more, as if nobody had removed them.
-fn save(room: &Room) -> Vec<(String, aya::maps::MapData)> {
-    let names = fs::read_dir(room.root.maps()).unwrap();
-    names
-        .map(|entry| {
-            let entry = entry.unwrap();
-            let name = entry.file_name().into_string().unwrap();
-            (name, aya::maps::MapData::from_pin(entry.path()).unwrap())
-        })
-        .collect()
-}
-
-#[test]
-fn what_an_agent_has_left_to_do_that_died_over_a_change_the_next_one_does() {
-    let room = Room::new();
-    room.veth("v0", "v1");
-    // Killed before the new tables were whole.
-    let mut first = room.load();
-    first.attach_cgroup(&room.cgroup).unwrap();
-    done(first.sync_interfaces(&interfaces()));
-    fill(&room);
-    let saved = save(&room);
-    fs::create_dir_all(room.root.path().join("new/maps")).unwrap();
-    for (name, map) in &saved {
-        let map = aya::maps::MapData::from_id(map.info().unwrap().id()).unwrap();
-        map.pin(room.root.path().join("new/maps").join(name)).unwrap();
-    }
-    let flows_before = shown(&room);
-    let larger = Capacities { flows: 2048, ..SMALL };
-    drop(room.try_load(&larger, true).unwrap());
-    assert!(!room.root.path().join("new").exists());
-    assert_eq!((room.root.generations().unwrap(), shown(&room)), (vec![2], flows_before.clone()));
-
-    // Killed when they were whole: the hooks are with the old ones, and a flow begins there.
-    let old = room.root.path().join("g1/maps");
-    fs::create_dir_all(&old).unwrap();
-    for (name, map) in &saved {
-        let map = aya::maps::MapData::from_id(map.info().unwrap().id()).unwrap();
-        map.pin(old.join(name)).unwrap();
-    }
-    // It takes the newer programs for somebody else's.
-    assert_ne!(first.look(Instant::now() + Duration::from_secs(5)).0.len(), 0);
-    let hooks = room.program_ids();
-    fs::rename(room.root.path().join("g2"), room.root.path().join("x")).unwrap();
-    let mut tables = FlowTables::open(&room);
-    tables.used = 900;
-    tables.add(5_000, true, NEVER);
-    fs::rename(room.root.path().join("x"), room.root.path().join("g2")).unwrap();
-    drop(first);
-    drop(room.try_load(&larger, true).unwrap());
-    assert_eq!(room.root.generations().unwrap(), [2]);
-    assert_eq!(
-        shown(&room).len(),
-        flows_before.len() + 1,
-        "the one that has begun is carried over, no other twice"
-    );
-    assert!(room.program_ids().iter().zip(&hooks).all(|((_, new), (_, old))| new != old));
-}
-
-#[test]
-fn what_an_agent_before_generations_has_left_goes() {
-    let room = Room::new();
-    room.root.prepare().unwrap();
-    drop(room.load());
-    fs::create_dir_all(room.root.path().join("v5/maps")).unwrap();
-    fs::create_dir_all(room.root.path().join("v5/links")).unwrap();
-    fs::rename(room.root.map(maps::FRAGMENTS), room.root.path().join("v5/maps/FRAGMENTS")).unwrap();
-    drop(room.load());
-    assert!(!room.root.path().join("v5").exists());
-    assert_eq!(fs::read_dir(room.root.maps()).unwrap().count(), ALL_MAPS, "what is missing is made again");
 }
 
 /// Long ago, in any time-out of seconds; and so late that no time-out ever ends.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 pub use proxy_common::abi::Timeouts;
 use proxy_common::abi::{Flow, FlowId, State, ask, maps};
+use proxy_common::addr::Proto;
 
 use super::pin::BpfRoot;
 use super::sys;
@@ -44,13 +45,16 @@ impl Flows {
 
     /// Shows every living flow, those that are left to netfilter too, a chunk at a time.
     pub fn scan(&self, mut see: impl FnMut(&Flow)) -> Result<(), TableError> {
-        let mut cursor = Cursor::default();
-        let mut see = |_, flow: Flow| {
+        self.records(|flow| {
             if matches!(flow.state, State::LIVE | State::LEFT) {
-                see(&flow);
+                see(flow);
             }
-        };
-        while self.records.chunk(&mut cursor, &mut see)? {}
+        })
+    }
+
+    fn records(&self, mut see: impl FnMut(&Flow)) -> Result<(), TableError> {
+        let mut cursor = Cursor::default();
+        while self.records.chunk(&mut cursor, &mut |_, flow: Flow| see(&flow))? {}
         Ok(())
     }
 
@@ -111,14 +115,21 @@ impl Flows {
         Ok(self.records.get(&index)?.map_or(FlowId::NONE, |flow| flow.id))
     }
 
-    /// Has flows reset that have lost their endpoint, and notes what their ends have last acknowledged; how many there were.
-    pub fn lose(&self, ids: &[FlowId]) -> Result<u32, TableError> {
-        let mut lost = 0;
-        for some in ids.chunks(ask::MOST_IDS as usize) {
+    /// Has the TCP flows of these backends (by index and generation) reset, and notes what their ends have last acknowledged;
+    /// all that are lost now, those from before included. They are looked for each time: other tables have other ids.
+    pub fn lose(&self, is_lost: impl Fn(u32, u32) -> bool) -> Result<Vec<FlowId>, TableError> {
+        let mut found = Vec::new();
+        self.records(|flow| {
+            let lives = matches!(flow.state, State::LIVE | State::LEFT | State::LOST);
+            if lives && flow.proto() == Proto::TCP && is_lost(flow.backend, flow.generation) {
+                found.push(flow.id);
+            }
+        })?;
+        for some in found.chunks(ask::MOST_IDS as usize) {
             let bytes = some.iter().flat_map(|id| id.0.to_ne_bytes()).collect();
-            lost += self.ask("lose", [ask::LOSE, some.len() as u32, 0], bytes)?;
+            self.ask("lose", [ask::LOSE, some.len() as u32, 0], bytes)?;
         }
-        Ok(lost)
+        Ok(found)
     }
 
     /// A flow that has lost its endpoint, as long as it is told so.

@@ -12,8 +12,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use proxy_common::abi::{Flow, FlowId, ServiceName, Tuple, backend, untext};
-use proxy_common::addr::Proto;
+use proxy_common::abi::{Flow, ServiceName, Tuple, backend, untext};
 
 use super::segments::Segments;
 use crate::datapath::flow::{Adopted, Flows, now};
@@ -80,7 +79,7 @@ impl Lost {
     fn thread(&mut self) -> Result<&Sender<Endpoints>> {
         if self.thread.is_none() {
             let (sender, orders) = channel();
-            let worker = Worker { root: self.root.clone(), segments: None, flows: None, streams: None };
+            let worker = Worker { root: self.root.clone(), segments: None, streams: None };
             std::thread::Builder::new().name("resets".into()).spawn(move || worker.run(&orders))?;
             self.thread = Some(sender);
         }
@@ -92,7 +91,6 @@ struct Worker {
     root: BpfRoot,
     // Opened when they are needed first.
     segments: Option<Segments>,
-    flows: Option<Flows>,
     streams: Option<Streams>,
 }
 
@@ -101,10 +99,12 @@ struct Batch {
     endpoints: Endpoints,
     since: Instant,
     round: usize,
-    flows: BTreeSet<FlowId>,
     /// What sockets of pods send to them, once these are among the flows.
     streams: BTreeSet<Tuple>,
+    /// Sockets of the node that were closed.
     closed: usize,
+    /// Flows that were reset.
+    reset: usize,
 }
 
 impl Batch {
@@ -121,15 +121,13 @@ impl Worker {
             let wait = next.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
             match orders.recv_timeout(wait) {
                 Ok(endpoints) => {
-                    // The tables may have become larger since.
-                    (self.flows, self.streams) = (None, None);
                     batches.push(Batch {
                         endpoints,
                         since: Instant::now(),
                         round: 0,
-                        flows: BTreeSet::new(),
                         streams: BTreeSet::new(),
                         closed: 0,
+                        reset: 0,
                     });
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -154,33 +152,33 @@ impl Worker {
 
     /// One round. What fails does not keep the rest from being done, and is tried again in the next one.
     fn round(&mut self, batch: &mut Batch) {
-        let done = [
-            self.sockets(batch).context("sockets that were translated at connect are not closed"),
-            self.flows(batch).context("connections that pass this node are not reset"),
-            self.silent(batch).context("who is silent is not told, only who sends (CAP_NET_RAW is needed)"),
-        ];
+        // Each time: the tables may have become larger since, and these are no longer those of the hooks.
+        let done = match Flows::open(&self.root) {
+            Ok(flows) => vec![
+                self.sockets(batch, &flows).context("sockets that were translated at connect are not closed"),
+                self.flows(batch, &flows).context("connections that pass this node are not reset"),
+            ],
+            Err(error) => vec![Err(error).context("its connections are not reset")],
+        };
         for error in done.into_iter().filter_map(Result::err) {
             tracing::warn!("an endpoint has left: {error:#}");
         }
     }
 
-    /// Flows: from now on whoever sends is reset.
-    fn flows(&mut self, batch: &mut Batch) -> Result<()> {
-        let flows = open(&mut self.flows, || Ok(Flows::open(&self.root)?))?;
-        let of_them = |flow: &Flow| {
-            flow.proto() == Proto::TCP && batch.endpoints.contains_key(&(flow.backend, flow.generation))
-        };
-        let mut found = Vec::new();
-        flows.scan(|flow| found.extend(of_them(flow).then_some(flow.id)))?;
-        batch.flows.extend(found);
-        flows.lose(&batch.flows.iter().copied().collect::<Vec<_>>())?;
-        Ok(())
+    /// Flows: from now on whoever sends is reset. Both ends of each are told.
+    fn flows(&mut self, batch: &mut Batch, flows: &Flows) -> Result<()> {
+        let is_lost = |backend, generation| batch.endpoints.contains_key(&(backend, generation));
+        let mut lost = Vec::new();
+        for id in flows.lose(is_lost)? {
+            lost.extend(flows.lost(id)?);
+        }
+        batch.reset = batch.reset.max(lost.len());
+        self.silent(&lost).context("who is silent is not told, only who sends (CAP_NET_RAW is needed)")
     }
 
     /// Sockets of the node are closed; connections of pods' sockets are marked like flows.
-    fn sockets(&mut self, batch: &mut Batch) -> Result<()> {
+    fn sockets(&mut self, batch: &mut Batch, flows: &Flows) -> Result<()> {
         let streams = open(&mut self.streams, || Ok(Streams::open(&self.root)?))?;
-        let flows = open(&mut self.flows, || Ok(Flows::open(&self.root)?))?;
         for stream in streams.connected()? {
             let entry = &stream.entry;
             let lost = batch.endpoints.contains_key(&(entry.backend, entry.generation));
@@ -192,19 +190,15 @@ impl Worker {
                 continue;
             }
             let flow = Flow::lost(&stream.tuple(), [0, entry.backend, entry.generation], now()?);
-            if let Adopted::Done(id) = flows.adopt(&flow)? {
-                batch.flows.insert(id);
+            if let Adopted::Done(_) = flows.adopt(&flow)? {
                 batch.streams.insert(stream.tuple());
             }
         }
         Ok(())
     }
 
-    /// Both ends of each connection are told.
-    fn silent(&mut self, batch: &Batch) -> Result<()> {
-        let flows = open(&mut self.flows, || Ok(Flows::open(&self.root)?))?;
-        for id in &batch.flows {
-            let Some(flow) = flows.lost(*id)? else { continue };
+    fn silent(&mut self, lost: &[Flow]) -> Result<()> {
+        for flow in lost {
             let segments = open(&mut self.segments, || Ok(Segments::open()?))?;
             let [by_client, by_endpoint] = flow.acked;
             let (to_client, to_endpoint) = flow.between_ends();
@@ -231,7 +225,7 @@ fn open<T>(place: &mut Option<T>, open: impl FnOnce() -> Result<T>) -> Result<&m
 
 impl Batch {
     fn tell(&self) {
-        let count = self.flows.len() + self.closed;
+        let count = self.reset + self.closed;
         let names: Vec<&str> = self.endpoints.values().map(String::as_str).collect();
         tracing::info!("{} left without terminating: {count} connections reset", names.join(", "));
     }
