@@ -18,10 +18,12 @@ use proxy_common::abi::maps;
 use super::TableError;
 use super::carry::{self, Counters};
 use super::carry_flows::{FlowCarrier, Stage};
+use super::carry_sockets::SocketCarrier;
 use super::flow::{Flows, now, wait_for_packets};
 use super::generation::{Fates, Generation};
 use super::load::{LoadError, Loaded};
 use super::pin::BpfRoot;
+use super::sockets::SocketError;
 use super::sys;
 
 /// When a pause ends by itself, in nanoseconds: an agent may die in it, and a busy node may take a second where an idle one takes
@@ -81,6 +83,8 @@ impl Loaded {
             return Ok(change);
         };
         carry::tables(newest, &new, &fates.made)?;
+        let sockets = self.sockets(newest, &new);
+        self.try_sockets(&sockets, SocketCarrier::all);
         let mut counters = Counters::new(newest, &fates.made, &new);
         let flows = Flows::open(&making)?;
         counters.add_rest(&flows)?;
@@ -104,6 +108,7 @@ impl Loaded {
             carrier.fill_rings(&new)?;
         }
         carry::moving(newest, &new, &fates.made)?;
+        self.try_sockets(&sockets, SocketCarrier::all);
         self.root().commit(number)?;
         self.carry_left(left, &self.root().at(number))?;
         change.hooks = self.exchange()?;
@@ -116,6 +121,7 @@ impl Loaded {
             (change.flows, change.no_room) = carrier.counts();
         }
         carry::moving(newest, &new, &fates.made)?;
+        self.try_sockets(&sockets, SocketCarrier::absent);
         counters.add_rest(&flows)?;
         for generation in old {
             generation.root.remove_generation()?;
@@ -127,16 +133,53 @@ impl Loaded {
     /// Does what an agent has left to do that died over it: some programs may still work with older tables.
     pub(super) fn finish(&mut self, newest: &Generation, left: &[Generation]) -> Result<Change, LoadError> {
         let begun = Instant::now();
+        let sockets: Vec<_> = left.iter().map(|generation| self.sockets(generation, newest)).collect();
+        // Where some programs have been exchanged already, what is new counts.
+        let map = newest.map(maps::SOCKETS).map(|map| map.facts.id);
+        let begins = map.map_or(Ok(false), |map| self.is_used(map).map(|used| !used))?;
+        let carry = if begins { SocketCarrier::all } else { SocketCarrier::absent };
         let pause = Pause::begin(newest)?;
         self.carry_left(left, &newest.root)?;
+        // The newest first, which then counts more.
+        for (n, sockets) in sockets.iter().enumerate() {
+            self.try_sockets(sockets, if n == 0 { carry } else { SocketCarrier::absent });
+        }
         let hooks = self.exchange()?;
         let paused = pause.end()?;
         wait_for_packets();
         self.carry_left(left, &newest.root)?;
+        sockets.iter().for_each(|sockets| self.try_sockets(sockets, SocketCarrier::absent));
         for generation in left {
             generation.root.remove_generation()?;
         }
         Ok(Change { hooks, paused, took: begun.elapsed(), ..Change::default() })
+    }
+
+    /// The way to carry over what sockets remember. Where there is none they forget it, which is no reason to stay with what
+    /// an older agent has left.
+    fn sockets(&mut self, old: &Generation, new: &Generation) -> Option<SocketCarrier> {
+        SocketCarrier::open(old, new).unwrap_or_else(|error| {
+            self.forgotten(&error);
+            None
+        })
+    }
+
+    fn try_sockets(
+        &mut self,
+        carrier: &Option<SocketCarrier>,
+        act: fn(&SocketCarrier) -> Result<(), SocketError>,
+    ) {
+        if let Some(Err(error)) = carrier.as_ref().map(act) {
+            self.forgotten(&error);
+        }
+    }
+
+    fn forgotten(&mut self, error: &SocketError) {
+        let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+        self.warn(format!(
+            "sockets have forgotten which Services they came through, as this kernel cannot carry that over to another layout \
+             (Linux 5.11): host processes that are connected over UDP stay with their endpoint when it goes: {error}{source}"
+        ));
     }
 
     /// Carries over what has begun in tables that should be nobody's any more, as far as programs still work with them. What is

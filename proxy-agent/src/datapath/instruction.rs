@@ -12,6 +12,8 @@ impl Register {
     pub(super) const ARGUMENTS: [Self; 5] = [Self(1), Self(2), Self(3), Self(4), Self(5)];
     /// One that calls leave as it is.
     pub(super) const KEPT: Self = Self(6);
+    /// Another one.
+    pub(super) const ALSO_KEPT: Self = Self(7);
     /// The end of the stack frame.
     pub(super) const FRAME: Self = Self(10);
 }
@@ -42,8 +44,17 @@ pub(super) const fn store(to: Register, offset: i16, from: Register) -> u64 {
     instruction(0x7b, to, from.0, offset, 0)
 }
 
+/// `BPF_STX | BPF_MEM` of a size: the same of fewer bytes.
+pub(super) const fn store_sized(size: u8, to: Register, offset: i16, from: Register) -> u64 {
+    instruction(0x63 | size, to, from.0, offset, 0)
+}
+
 /// `BPF_B`, a size.
 pub(super) const BYTE: u8 = 0x10;
+/// `BPF_H`, a size.
+pub(super) const HALF: u8 = 0x08;
+/// `BPF_W`, a size.
+pub(super) const WORD: u8 = 0x00;
 /// `BPF_DW`, a size.
 pub(super) const DOUBLE: u8 = 0x18;
 
@@ -55,6 +66,11 @@ pub(super) const fn load(size: u8, to: Register, from: Register, offset: i16) ->
 /// `BPF_JMP | BPF_JEQ | BPF_K`: skips instructions when a register is zero.
 pub(super) const fn skip_if_null(register: Register, instructions: i16) -> u64 {
     instruction(0x15, register, 0, instructions, 0)
+}
+
+/// `BPF_JMP | BPF_JNE | BPF_K`: skips instructions when a register is not zero.
+pub(super) const fn skip_unless_null(register: Register, instructions: i16) -> u64 {
+    instruction(0x55, register, 0, instructions, 0)
 }
 
 /// `BPF_LD | BPF_IMM | BPF_DW` with `BPF_PSEUDO_MAP_FD`: a register := a map, by its descriptor. Two instructions long.
@@ -81,6 +97,10 @@ mod tests {
         // *(u64 *)(r10 - 8) = r0
         let stored = store(Register::FRAME, -8, Register::RESULT);
         assert_eq!(stored.to_le_bytes(), [0x7b, 0x0a, 0xf8, 0xff, 0, 0, 0, 0]);
+        assert_eq!(store_sized(DOUBLE, Register::FRAME, -8, Register::RESULT), stored);
+        // *(u16 *)(r0 + 2) = r1
+        let short = store_sized(HALF, Register::RESULT, 2, Register::ARGUMENTS[0]);
+        assert_eq!(short.to_le_bytes(), [0x6b, 0x10, 2, 0, 0, 0, 0, 0]);
         assert_eq!(add(Register::ARGUMENTS[1], -8).to_le_bytes(), [0x07, 2, 0, 0, 0xf8, 0xff, 0xff, 0xff]);
         assert_eq!(
             move_register(Register::KEPT, Register::ARGUMENTS[0]).to_le_bytes(),
@@ -90,6 +110,7 @@ mod tests {
         let loaded = load(DOUBLE, Register::ARGUMENTS[1], Register::ARGUMENTS[0], 24);
         assert_eq!(loaded.to_le_bytes(), [0x79, 0x12, 24, 0, 0, 0, 0, 0]);
         assert_eq!(skip_if_null(Register::ARGUMENTS[1], 6).to_le_bytes(), [0x15, 2, 6, 0, 0, 0, 0, 0]);
+        assert_eq!(skip_unless_null(Register::RESULT, 3).to_le_bytes(), [0x55, 0, 3, 0, 0, 0, 0, 0]);
         assert_eq!(map(Register::ARGUMENTS[0], 5)[0].to_le_bytes(), [0x18, 0x11, 0, 0, 5, 0, 0, 0]);
     }
 }

@@ -142,6 +142,11 @@ impl Translation {
         Self { start, moves }
     }
 
+    /// What is copied: from where, to where, and how many bytes.
+    pub(super) fn moves(&self) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
+        self.moves.iter().map(|Move { from, to, len }| (*from, *to, *len))
+    }
+
     /// Translates; what has another length than the layout says has the defaults where it ends.
     pub(super) fn apply(&self, old: &[u8]) -> Vec<u8> {
         let mut new = self.start.clone();

@@ -324,6 +324,12 @@ impl Loaded {
         &self.warnings
     }
 
+    pub(super) fn warn(&mut self, line: String) {
+        if !self.warnings.contains(&line) {
+            self.warnings.push(line);
+        }
+    }
+
     /// What it has taken to exchange the programs, and to carry over what was in other tables, if that was done.
     #[must_use]
     pub fn changed(&self) -> Option<Change> {

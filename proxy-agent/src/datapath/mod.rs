@@ -5,6 +5,7 @@ pub mod attach;
 mod capacity;
 mod carry;
 mod carry_flows;
+mod carry_sockets;
 pub mod change;
 pub mod compare;
 mod exchange;

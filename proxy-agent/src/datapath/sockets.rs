@@ -12,8 +12,9 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read as _};
+use std::mem::offset_of;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use aya_obj::btf::{Btf, BtfError, BtfKind};
@@ -44,12 +45,12 @@ const INODE_AT: usize = ID_AT + ID + 16;
 const LISTS_STORAGE: &str = "bpf_iter_bpf_sk_storage_map";
 /// `bpf_seq_write` of `linux/bpf.h`.
 pub(super) const SEQ_WRITE: u32 = 127;
-/// Writes to the reader each value whose first word, the cookie, is not zero. The context holds four pointers:
+/// Writes to the reader each value whose cookie is not zero. The context holds four pointers:
 /// `meta` (of which the first word is the file), the map, the socket, the value.
 const WRITE_VALUES: [u64; 10] = [
     load(DOUBLE, Register::ARGUMENTS[1], Register::ARGUMENTS[0], 24),
     skip_if_null(Register::ARGUMENTS[1], 6),
-    load(DOUBLE, Register::ARGUMENTS[2], Register::ARGUMENTS[1], 0),
+    load(DOUBLE, Register::ARGUMENTS[2], Register::ARGUMENTS[1], offset_of!(SocketState, cookie) as i16),
     skip_if_null(Register::ARGUMENTS[2], 4),
     load(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 0),
     load(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 0),
@@ -137,11 +138,16 @@ impl Storage {
     pub(super) fn open_with(root: &BpfRoot, program: &[u64]) -> Result<Self, SocketError> {
         let failed = |act| move |source| SocketError::Storage { act, source };
         let map = sys::obj_get(&root.map(maps::SOCKETS)).map_err(failed("opening the map"))?;
+        Self::over(map.as_fd(), program)
+    }
+
+    /// The same over a map.
+    pub(super) fn over(map: BorrowedFd<'_>, program: &[u64]) -> Result<Self, SocketError> {
+        let failed = |act| move |source| SocketError::Storage { act, source };
         let function = Btf::from_sys_fs()?.id_by_type_name_kind(LISTS_STORAGE, BtfKind::Func)?;
         let program =
             sys::iterator_load(function, program).map_err(failed("loading an iterator, Linux 5.9"))?;
-        let link =
-            sys::link_iterator(program.as_fd(), map.as_fd()).map_err(failed("attaching an iterator"))?;
+        let link = sys::link_iterator(program.as_fd(), map).map_err(failed("attaching an iterator"))?;
         Ok(Self { link })
     }
 

@@ -5,7 +5,7 @@
 
 use super::config::{PORT_RANGES, SERVICE_RANGES};
 use super::frontend::Run;
-use super::{FlowId, Pair, PortRange, Range, State, table_type};
+use super::{FlowId, Pair, PortRange, Range, SOCKET_ENTRIES, SocketEntry, State, table_type};
 use crate::addr::{Addr, Port};
 
 table_type! {
@@ -125,6 +125,22 @@ table_type! {
         pub generation: u32,
         /// See the real one.
         pub backend: u32,
+    }
+}
+
+table_type! {
+    /// See the real one.
+    pub struct SocketState {
+        /// New.
+        pub next: [u64; 3],
+        /// See the real one.
+        pub pad: u32,
+        /// See the real one.
+        pub flags: u32,
+        /// See the real one.
+        pub entries: [SocketEntry; SOCKET_ENTRIES],
+        /// See the real one.
+        pub cookie: u64,
     }
 }
 

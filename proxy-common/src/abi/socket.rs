@@ -1,5 +1,7 @@
 //! What a socket remembers about its Services: socket-local storage, and a table for what has no room there.
 
+#[cfg(feature = "next-layout")]
+pub use super::next::SocketState;
 use super::table_type;
 use crate::addr::{Addr, Port, Proto};
 
@@ -35,6 +37,7 @@ table_type! {
     }
 }
 
+#[cfg(not(feature = "next-layout"))]
 table_type! {
     /// All a socket remembers. A TCP or connected UDP socket uses the first entry.
     pub struct SocketState {

@@ -77,6 +77,7 @@ mod scene;
 #[cfg(test)]
 mod service_health;
 #[cfg(test)]
+mod socket_storage;
 mod sockets;
 #[cfg(test)]
 mod sources;
