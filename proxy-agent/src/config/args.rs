@@ -215,7 +215,8 @@ pub struct Capacities {
     /// Clients that Services with session affinity remember.
     #[arg(long = "max-affinity", value_name = "N", default_value_t = capacity::AFFINITY as u32, value_parser = entries)]
     pub affinity: u32,
-    /// Memory that all tables together may grow to, in MiB.
+    /// Memory that all tables together may grow to, in MiB. At least what the smallest take: 16, and more with many CPUs.
+    /// Tables begin with half of it at most.
     #[arg(long = "map-memory", value_name = "MIB", default_value_t = 512, value_parser = entries)]
     pub memory: u32,
     /// Interfaces of this node.

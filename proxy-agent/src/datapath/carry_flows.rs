@@ -308,7 +308,8 @@ impl FlowCarrier {
         }
     }
 
-    /// Lets the young ones stand in the rings of the new tables, the oldest where the first newcomer will displace it.
+    /// Lets the young ones stand in the rings of the new tables, in the order in which they came. They stand at the end: newcomers
+    /// begin in front of it, with a new ring or in the first half of one that has doubled, and displace nobody before that is full.
     pub(super) fn fill_rings(&self, new: &Generation) -> Result<(), TableError> {
         let Some(ring) = new.map(maps::RING) else { return Ok(()) };
         let cpus = super::capacity::cpus();
@@ -330,10 +331,12 @@ impl FlowCarrier {
             |source| TableError::Call { act: "write", object: "young flows".into(), map: maps::RING, source };
         for (which, mut young) in (0..).zip(young) {
             young.sort_unstable();
+            let count = u32::try_from(young.len()).unwrap_or(u32::MAX);
             for (n, (_, id)) in (0..).zip(young) {
                 let (cpu, at) = (n % cpus, n / cpus);
-                if at < places {
-                    let place = (cpu * Ring::COUNT + which) * places + at;
+                let of_cpu = (count - cpu).div_ceil(cpus).min(places);
+                if at < of_cpu {
+                    let place = (cpu * Ring::COUNT + which) * places + places - of_cpu + at;
                     sys::update(ring.fd.as_fd(), &place, &id).map_err(failed)?;
                 }
             }

@@ -285,20 +285,24 @@ impl Pinned {
     /// Clients that are remembered longer than their Service asks for (`affinity_secs` by its id), and fragments of
     /// datagrams that will never be whole, stay until others need their place: they do not count.
     pub fn fill_by_traffic(&self, affinity_secs: &BTreeMap<u32, u32>) -> Result<Vec<MapFill>, PinnedError> {
-        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_err(PinnedError::Clock)?);
-        let age = |since: u64| now.saturating_sub(Duration::from_nanos(since));
-        let remembered = |key: AffinityKey, value: Affinity| {
-            let secs = affinity_secs.get(&key.service).copied().unwrap_or(0);
-            age(value.last_seen) <= Duration::from_secs(secs.into())
-        };
+        let age = age()?;
         let awaited =
             |_: FragmentKey, fragment: Fragment| age(fragment.since) <= Duration::from_nanos(FRAGMENTS_LIVE);
         Ok(vec![
             self.count_flows()?,
             count(&self.legs, |_, _| true)?,
             count(&Table::open(&self.root, maps::FRAGMENTS)?, awaited)?,
-            count(&Table::open(&self.root, maps::AFFINITY)?, remembered)?,
+            self.count_bound(affinity_secs)?,
         ])
+    }
+
+    fn count_bound(&self, affinity_secs: &BTreeMap<u32, u32>) -> Result<MapFill, PinnedError> {
+        let age = age()?;
+        let remembered = |key: AffinityKey, value: Affinity| {
+            let secs = affinity_secs.get(&key.service).copied().unwrap_or(0);
+            age(value.last_seen) <= Duration::from_secs(secs.into())
+        };
+        Ok(count(&Table::open(&self.root, maps::AFFINITY)?, remembered)?)
     }
 
     /// How many flows there are.
@@ -306,10 +310,9 @@ impl Pinned {
         Ok(self.flows.count()?)
     }
 
-    /// How many clients are bound to an endpoint.
-    pub fn bound(&self) -> Result<u64, PinnedError> {
-        let bound = Table::<AffinityKey, Affinity>::open(&self.root, maps::AFFINITY)?;
-        Ok(count(&bound, |_, _| true)?.used)
+    /// How many clients are bound to an endpoint, by Services that remember them for so long.
+    pub fn bound(&self, affinity_secs: &BTreeMap<u32, u32>) -> Result<u64, PinnedError> {
+        Ok(self.count_bound(affinity_secs)?.used)
     }
 
     /// What is attached where.
@@ -370,6 +373,12 @@ fn add(mut sum: ServiceStats, one: ServiceStats) -> ServiceStats {
     sum.refused = sum.refused.wrapping_add(one.refused);
     sum.dropped = sum.dropped.wrapping_add(one.dropped);
     sum
+}
+
+/// How long ago something was, by the clock of entries.
+fn age() -> Result<impl Fn(u64) -> Duration, PinnedError> {
+    let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_err(PinnedError::Clock)?);
+    Ok(move |since| now.saturating_sub(Duration::from_nanos(since)))
 }
 
 /// Counts the entries that are in use.

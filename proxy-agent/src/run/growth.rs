@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use proxy_common::abi::maps;
 
-use crate::datapath::growth::{Larger, Limits};
+use crate::datapath::growth::{Against, Larger, Limits, Standing};
 use crate::datapath::load::{Capacities, LoadError, Loaded, Prepared, ProgramLog};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
@@ -24,6 +24,8 @@ pub(super) struct Growth {
     sizes: Capacities,
     features: Features,
     log: ProgramLog,
+    /// Flows that were alive when they were counted last.
+    living: u64,
     /// Clients that were bound to an endpoint at the last beat.
     bound: u64,
     /// Tables that have found no room for something since they last grew.
@@ -31,6 +33,7 @@ pub(super) struct Growth {
     at_work: Option<(Capacities, JoinHandle<Result<Prepared, LoadError>>)>,
     /// What memory or the kernel forbids.
     complaints: Vec<String>,
+    standing: Standing,
     failed: Option<Instant>,
 }
 
@@ -41,10 +44,12 @@ impl Growth {
             sizes,
             features,
             log,
+            living: 0,
             bound: 0,
             short: Vec::new(),
             at_work: None,
             complaints: Vec::new(),
+            standing: limits.standing(&sizes),
             failed: None,
         }
     }
@@ -63,6 +68,11 @@ impl Growth {
         &self.complaints
     }
 
+    /// How it stands.
+    pub(super) fn standing(&self) -> &Standing {
+        &self.standing
+    }
+
     /// Looks whether a table is so full that it is to grow, and begins with that; once it is ready, programs and tables have
     /// been exchanged and are returned.
     pub(super) fn go_on(
@@ -79,14 +89,18 @@ impl Growth {
             }
             let done = thread.join().map_err(|_| anyhow!("the thread that loads programs has panicked"));
             let done = done.and_then(|prepared| Ok(prepared?.finish()?));
+            let Standing { done: times, failed, .. } = self.standing;
             return match done {
                 Ok(loaded) => {
                     self.sizes = sizes;
                     self.short.clear();
+                    self.standing = Standing { done: times + 1, failed, ..self.limits.standing(&sizes) };
                     Ok(Some(loaded))
                 }
                 Err(error) => {
                     self.failed = Some(Instant::now());
+                    let now = self.limits.standing(&self.sizes);
+                    self.standing = Standing { done: times, failed: failed + 1, ..now };
                     self.complaints = vec![format!("tables stay as large as they are: {error:#}")];
                     Err(error.context("larger tables"))
                 }
@@ -96,14 +110,14 @@ impl Growth {
             return Ok(None);
         }
         let mut used = by_agent(actual);
-        // Flows come quickly; to count takes a look at each record, so it is done where it may lead to something.
-        if self.sizes.flows < self.limits.each.flows {
-            used.insert(maps::RECORDS, pinned.living()?);
+        // Flows come quickly, but to count takes a look at each record: often only where it may lead to something.
+        if beat || self.sizes.flows < self.limits.each.flows {
+            self.living = pinned.living()?;
         }
-        if beat && self.sizes.affinity < self.limits.each.affinity {
-            self.bound = pinned.bound()?;
+        if beat {
+            self.bound = pinned.bound(&actual.affinity_secs())?;
         }
-        used.insert(maps::AFFINITY, self.bound);
+        used.extend([(maps::RECORDS, self.living), (maps::AFFINITY, self.bound)]);
         let (sizes, said) = self.limits.next(&self.sizes, &used, &self.short);
         self.say(&said);
         if let Some(sizes) = sizes {
@@ -118,10 +132,22 @@ impl Growth {
 
     /// Tells it before it happens, and keeps telling what cannot happen.
     fn say(&mut self, said: &[Larger]) {
-        let (allowed, forbidden): (Vec<&Larger>, Vec<&Larger>) =
-            said.iter().partition(|larger| larger.is_allowed());
-        allowed.iter().for_each(|larger| tracing::info!("{larger}"));
-        let lines: Vec<String> = forbidden.iter().map(ToString::to_string).collect();
+        self.standing.planned.clear();
+        self.standing.blocked.clear();
+        let mut lines = Vec::new();
+        for larger in said {
+            match larger.against {
+                None => {
+                    tracing::info!("{larger}");
+                    self.standing.planned.insert(larger.map, larger.to);
+                    continue;
+                }
+                // `status` tells it of each table that is nearly full.
+                Some(Against::Limit) => {}
+                Some(Against::Memory(_)) => lines.push(larger.to_string()),
+            }
+            self.standing.blocked.extend(larger.against.map(|against| (larger.map, against)));
+        }
         let table = |line: &String| line.split(" has ").next().map(ToOwned::to_owned);
         let known: Vec<_> = self.complaints.iter().map(table).collect();
         lines.iter().filter(|line| !known.contains(&table(line))).for_each(|line| tracing::warn!("{line}"));

@@ -189,7 +189,7 @@ impl Agent {
         let served = root.has_hooks()?;
         let log = if tracing::enabled!(tracing::Level::TRACE) { ProgramLog::Debug } else { ProgramLog::Off };
         let most = config.capacities.limits();
-        let sizes = most.start(root);
+        let (sizes, remarks) = most.start(root)?;
         let loaded = Loaded::open(root, &features, &sizes, log)?;
         for warning in loaded.warnings() {
             tracing::warn!("{warning}");
@@ -200,7 +200,9 @@ impl Agent {
         let kernel = Kernel::open(root)?;
         let capacity = capacity_of(&kernel);
         let requests = Requests::default();
-        let report = Report::open(&config, root, &features, loaded.warnings(), &requests, started)?;
+        let mut report = Report::open(&config, root, &features, loaded.warnings(), &requests, started)?;
+        remarks.iter().for_each(|line| tracing::info!("{line}"));
+        report.without(remarks);
         let mut sweeper = Sweeper::open(root, config.flow_timeouts)?;
         // Before the first packet comes: records that have never been used are to be free.
         sweeper.all().context("looking through the flows")?;
@@ -392,7 +394,7 @@ impl Agent {
                 tracing::error!("the tables cannot be opened again: {error:#}");
             }
         }
-        self.report.cramped(self.growth.complaints());
+        self.report.growth(self.growth.standing(), self.growth.complaints());
     }
 
     /// From now on these programs and their tables are at work.

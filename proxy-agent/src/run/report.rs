@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::config::{Config, SourceConfig};
 use crate::datapath::attach::{AttachError, Attached};
+use crate::datapath::growth::Standing;
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::pinned::Pinned;
 use crate::datapath::probe::Features;
@@ -224,9 +225,9 @@ impl Report {
         self.warnings.push(line);
     }
 
-    /// What is done without, for want of a right.
-    pub(super) fn without(&mut self, lines: impl Iterator<Item = String>) {
-        self.warnings.extend(lines.map(|line| format!("{NOTE}this agent: {line}")));
+    /// What is done without, for want of a right or of memory.
+    pub(super) fn without(&mut self, lines: impl IntoIterator<Item = String>) {
+        self.warnings.extend(lines.into_iter().map(|line| format!("{NOTE}this agent: {line}")));
     }
 
     /// To be told of each change before `world` is.
@@ -297,9 +298,10 @@ impl Report {
         Ok(())
     }
 
-    /// Tables that should be larger and cannot be.
-    pub(super) fn cramped(&mut self, lines: &[String]) {
+    /// How tables grow, and which of them should and cannot.
+    pub(super) fn growth(&mut self, standing: &Standing, lines: &[String]) {
         self.cramped = lines.to_vec();
+        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).growth.clone_from(standing);
     }
 
     /// Whether what is new is left to another proxy.

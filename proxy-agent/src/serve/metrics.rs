@@ -29,6 +29,7 @@ use super::passes::Passes;
 use super::process::Process;
 use super::repairs::Repairs;
 use crate::cli::view::MapFill;
+use crate::datapath::growth::Standing;
 use crate::model::{Family, NoLocalByFamily};
 use crate::source::requests::Requests;
 
@@ -69,6 +70,8 @@ pub struct Snapshot {
     pub reasons: Vec<(Reason, u64)>,
     /// How full the tables are.
     pub tables: Vec<MapFill>,
+    /// How they grow.
+    pub growth: Standing,
     /// How long clients are remembered, by Service id: what decides whether an entry of AFFINITY is in use.
     pub affinity_secs: BTreeMap<u32, u32>,
 }
@@ -308,6 +311,7 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
         connections,
         reasons,
         tables,
+        growth,
         ..
     } = snapshot;
     let build = [("version", env!("CARGO_PKG_VERSION").to_owned()), ("source", source.clone())];
@@ -347,6 +351,29 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
         "proxy_agent_table_max_entries",
         "Entries the table was made for",
         tables.iter().map(|table| (label(table), table.max as f64)),
+    )?;
+    of_growth(page, growth)
+}
+
+/// What is planned is there for the seconds that it takes; what is blocked, as long as it is.
+fn of_growth(page: &mut Page<'_>, growth: &Standing) -> fmt::Result {
+    let Standing { memory, limit, planned, blocked, done, failed } = growth;
+    page.gauge("proxy_agent_table_memory_bytes", "Memory of all tables when they are full", *memory)?;
+    page.gauge("proxy_agent_table_memory_limit_bytes", "Memory that --map-memory allows them", *limit)?;
+    page.gauges(
+        "proxy_agent_table_planned_entries",
+        "Entries that the table is about to be made for, since it is four fifths full",
+        planned.iter().map(|(table, entries)| ([("table", *table)], f64::from(*entries))),
+    )?;
+    page.gauges(
+        "proxy_agent_table_growth_blocked",
+        "1 for a table that is four fifths full and cannot grow, by --map-memory (memory) or its own flag (limit)",
+        blocked.iter().map(|(table, by)| ([("table", *table), ("by", by.label())], 1.0)),
+    )?;
+    page.counters(
+        "proxy_agent_table_growths",
+        "How often tables have become larger under way",
+        [("done", *done), ("failed", *failed)].map(|(result, count)| ([("result", result)], count)),
     )
 }
 
@@ -395,6 +422,7 @@ mod tests {
 
     use super::super::health::SystemClock;
     use super::*;
+    use crate::datapath::growth::Against;
     use crate::model::NoLocal;
 
     fn metrics() -> Arc<Metrics> {
@@ -419,6 +447,14 @@ mod tests {
             connections: Counts { open: 3, displaced: 2, overdue: 1 },
             reasons: vec![(Reason::NewFlow, 12), (Reason::Refused, 0)],
             tables: vec![MapFill { name: "FLOWS", used: 8, max: 1024 }],
+            growth: Standing {
+                memory: 9,
+                limit: 10,
+                planned: BTreeMap::from([("SLOTS", 2048)]),
+                blocked: BTreeMap::from([("RECORDS", Against::Memory(1)), ("SERVICES", Against::Limit)]),
+                done: 3,
+                failed: 1,
+            },
             affinity_secs: BTreeMap::new(),
         };
         let health = Arc::new(Health::new(SystemClock));
@@ -481,6 +517,13 @@ mod tests {
             r#"proxy_agent_reasons_total{reason="refused"} 0"#,
             r#"proxy_agent_table_entries{table="FLOWS"} 8.0"#,
             r#"proxy_agent_table_max_entries{table="FLOWS"} 1024.0"#,
+            "proxy_agent_table_memory_bytes 9",
+            "proxy_agent_table_memory_limit_bytes 10",
+            r#"proxy_agent_table_planned_entries{table="SLOTS"} 2048.0"#,
+            r#"proxy_agent_table_growth_blocked{table="RECORDS",by="memory"} 1.0"#,
+            r#"proxy_agent_table_growth_blocked{table="SERVICES",by="limit"} 1.0"#,
+            r#"proxy_agent_table_growths_total{result="done"} 3"#,
+            r#"proxy_agent_table_growths_total{result="failed"} 1"#,
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing from\n{text}");
         }

@@ -6,13 +6,15 @@ use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::chaos::upgrade::{Scene, Seen};
 
+use crate::growth_traffic::least;
 use crate::life::{complains, status_until};
+use crate::metrics::Scrape;
 
 /// No sizes: those of an agent that nobody has told any.
 const FLAGS: [&str; 1] = ["--cluster-cidr=10.244.0.0/16,fd00:244::/32"];
 
 /// How many entries a table is made for.
-fn size(agent: &Agent, table: &str) -> Result<u64> {
+pub(crate) fn size(agent: &Agent, table: &str) -> Result<u64> {
     let status = agent.status_json()?;
     let tables = status["tables"].as_array().context("tables")?;
     let found = tables.iter().find(|found| found["name"] == table).context("a table of this name")?;
@@ -51,9 +53,18 @@ fn tables_grow_under_load_before_they_are_full_and_nobody_notices() -> Result<()
 
 #[test]
 fn memory_that_is_not_allowed_keeps_tables_small_and_says_so() -> Result<()> {
-    let scene = Scene::raise(&[FLAGS[0], "--map-memory=8"])?;
+    let memory = format!("--map-memory={}", least()?);
+    let scene = Scene::raise(&[FLAGS[0], &memory])?;
+    ensure!(
+        scene.agent.status_json()?["notes"].to_string().contains("--map-memory allows"),
+        "it says nothing"
+    );
     scene.add_services(900)?;
-    complains(&scene.agent, &["table SERVICES", "--map-memory"], true)?;
-    ensure!(size(&scene.agent, "SERVICES")? == 4096, "it has grown");
+    complains(&scene.agent, &["cannot grow", "raise --map-memory"], true)?;
+    let scrape = Scrape::of(scene.agent.place())?;
+    let [taken, limit] =
+        ["", "limit_"].map(|which| scrape.value(&format!("proxy_agent_table_memory_{which}bytes")));
+    let (taken, limit) = (taken?, limit?);
+    ensure!(taken <= limit && limit < 64.0 * f64::from(1 << 20), "{taken} of {limit}");
     Ok(())
 }

@@ -38,6 +38,7 @@ mod follow;
 mod frozen;
 #[cfg(test)]
 mod growth;
+mod growth_traffic;
 #[cfg(test)]
 mod hairpin;
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::life::{FLAGS, SOON, one_node};
 
 /// Name, type and labels of what a replacement must have (H-30…H-42, H-45, H-48), without the prefix
 /// `kubeproxy_` where there is one.
-const NAMES: [(&str, &str, &str); 24] = [
+const NAMES: [(&str, &str, &str); 27] = [
     ("sync_proxy_rules_duration_seconds", "histogram", "ip_family"),
     ("sync_full_proxy_rules_duration_seconds", "histogram", "ip_family"),
     ("sync_partial_proxy_rules_duration_seconds", "histogram", "ip_family"),
@@ -42,16 +42,19 @@ const NAMES: [(&str, &str, &str); 24] = [
     ("process_open_fds", "gauge", ""),
     ("process_max_fds", "gauge", ""),
     ("proxy_agent_build_info", "gauge", "version,source"),
+    ("proxy_agent_table_memory_bytes", "gauge", ""),
+    ("proxy_agent_table_memory_limit_bytes", "gauge", ""),
+    ("proxy_agent_table_growths_total", "counter", "result"),
 ];
 
 /// What one scrape shows: types by name, and values by name and labels as they are written.
-struct Scrape {
+pub(crate) struct Scrape {
     types: BTreeMap<String, String>,
     samples: BTreeMap<String, f64>,
 }
 
 impl Scrape {
-    fn of(host: &Place) -> Result<Self> {
+    pub(crate) fn of(host: &Place) -> Result<Self> {
         let (code, text) = http(host, "127.0.0.1:10249", "/metrics")?;
         ensure!(code == 200, "{code}: {text}");
         let mut scrape = Self { types: BTreeMap::new(), samples: BTreeMap::new() };
@@ -66,7 +69,7 @@ impl Scrape {
         Ok(scrape)
     }
 
-    fn value(&self, sample: &str) -> Result<f64> {
+    pub(crate) fn value(&self, sample: &str) -> Result<f64> {
         self.samples.get(sample).copied().with_context(|| format!("no {sample} in {:#?}", self.samples))
     }
 
