@@ -11,6 +11,7 @@ use proxy_tests::probe::{Remote, Server, eventually};
 use proxy_tests::town::{PodNetwork, Town};
 
 use crate::common::{manifests, two_nodes, vips};
+use crate::growth_traffic::least;
 use crate::life::{answers, complains, generation, nobody_answers};
 use crate::scene::{SOON, at, servers, service};
 
@@ -280,4 +281,43 @@ fn what_leaves_while_no_agent_runs_is_reset_by_the_next_one() -> Result<()> {
     agent.wait_ready()?;
     all_have_ended(&mut open)?;
     none_is_open_at(scene.town.place("c"))
+}
+
+#[test]
+fn an_endpoint_that_is_lost_while_tables_grow_costs_only_its_own_connections() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut first = scene.service(1, &["c"], true)?;
+    let _plain = scene.service(2, &["d"], false)?;
+    let _early = scene.service(3, &["d"], false)?;
+    let mut last = scene.service(4, &["b"], true)?;
+    let memory = format!("--map-memory={}", least()? + 4);
+    let agent = Agent::start(&scene.town, "node1", &scene.dir, &[FLAGS[0], "--socket-lb=off", &memory])?;
+    let open = |n: u8| -> Result<Vec<Remote>> {
+        let ways = ["a", "outside"].into_iter().flat_map(|client| at(vips(n), 80).map(|to| (client, to)));
+        ways.map(|(client, to)| connected(scene.town.place(client), to)).collect()
+    };
+    // The first records are free again: in the next tables each flow has another one.
+    drop(open(3)?);
+    let (mut lost, mut others) = (open(1)?, [open(2)?, open(2)?]);
+    let (status, said) = agent.ask(&["conntrack", "flush", "--service", "default/s3"])?;
+    ensure!(status.success(), "{said}");
+    for n in 10..70 {
+        let plan = ServicePlan::new(&format!("s{n}"), &vips(n)).port("tcp", "TCP", 80, 8080);
+        scene.dir.publish(&Object::from(&plan.port("udp", "UDP", 80, 8080).build()))?;
+    }
+    let logs = |words: &str| {
+        eventually(crate::life::SOON, || {
+            let log = agent.log_text();
+            ensure!(log.contains(words), "not {words:?}: {log}");
+            Ok(())
+        })
+    };
+    logs("table SERVICES has")?;
+    first.replace(&[scene.town.place("d")])?;
+    logs("over to new tables")?;
+    last.replace(&[scene.town.place("d")])?;
+    all_have_ended(&mut lost)?;
+    // Its last round.
+    logs("of Service default/s4 left without terminating")?;
+    others.iter_mut().try_for_each(|open| all_go_on(open))
 }
