@@ -282,8 +282,14 @@ impl SocketEntry {
 
 impl SocketState {
     /// Nothing remembered.
-    pub const EMPTY: Self =
-        Self { cookie: 0, entries: [SocketEntry::EMPTY; SOCKET_ENTRIES], flags: 0, pad: 0 };
+    pub const EMPTY: Self = Self {
+        cookie: 0,
+        entries: [SocketEntry::EMPTY; SOCKET_ENTRIES],
+        flags: 0,
+        pad: 0,
+        #[cfg(feature = "next-layout")]
+        next: [0; 3],
+    };
 
     /// Whether the socket remembers the destination a process names, and the backend is still there; where it leads
     /// goes to `found`.
