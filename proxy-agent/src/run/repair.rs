@@ -17,6 +17,8 @@ use crate::source::events::{Event, Events};
 
 /// What one tick may take for a look at hooks: some 1,000 of them. Where there are more the next tick goes on.
 const SLICE: Duration = Duration::from_millis(2);
+/// How long one tick may restore hooks: a link takes milliseconds, and until the last one is back packets are lost.
+const RESTORE: Duration = Duration::from_millis(200);
 /// From the beginning of a comparison of all tables to the next.
 const COMPARE: Duration = Duration::from_secs(30);
 /// Ticks that one is spread over: 20 s. An entry that is hurt just after its turn is found within 50 s.
@@ -124,7 +126,14 @@ impl Agent {
     }
 
     fn look(&mut self) {
-        let (found, ended) = self.loaded.look(Instant::now() + SLICE);
+        let begun = Instant::now();
+        let (mut found, mut ended) = self.loaded.look(begun + SLICE);
+        let mut amiss = found.len();
+        while amiss != 0 && !ended && begun.elapsed() < RESTORE {
+            let (more, whole) = self.loaded.look(Instant::now() + SLICE);
+            (amiss, ended) = (more.len(), whole);
+            found.extend(more);
+        }
         let mut done = Vec::new();
         for repair in found {
             let object = format!("{} {}", repair.what, repair.object);
