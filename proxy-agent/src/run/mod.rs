@@ -343,6 +343,9 @@ impl Agent {
         if let Some(mut log) = self.loaded.logger() {
             log.drain();
         }
+        if self.ready {
+            self.look_at_settings();
+        }
         match self.sweeper.tick(SWEEP_RUNS) {
             Ok(0) => {}
             Ok(ended) => tracing::debug!("{ended} flows had ended"),

@@ -1,7 +1,7 @@
 //! What somebody else has done to our hooks, pins and tables is noticed, undone, counted and told.
 //!
 //! Hooks and pins are looked at twice a second, or as often as a small share of the time allows where there are very many;
-//! entries of tables within a minute.
+//! settings before each sweep of the flows; entries of tables within a minute.
 //! Hooks that refuse their programs are tried again. Meanwhile `/healthz`, `status`, the metrics and an Event say so.
 
 use std::os::unix::fs::MetadataExt as _;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::Agent;
 use crate::datapath::Datapath as _;
-use crate::datapath::compare::{Comparison, entries};
+use crate::datapath::compare::{Comparison, Found, entries};
 use crate::datapath::kernel::KernelError;
 use crate::datapath::pin::{BpfRoot, RootLock};
 use crate::plan::Step;
@@ -159,10 +159,21 @@ impl Agent {
         let Some(planner) = &self.planner else { return };
         let room = (entries(planner.actual()) / TICKS).max(FEWEST);
         let found = self.repairs.comparison.go_on(&mut self.kernel, planner.actual(), room);
+        self.repairs.compare.under_way = found.as_ref().is_ok_and(|found| !found.ended);
+        self.undo(found);
+    }
+
+    /// What the next sweep hangs on, before it.
+    pub(super) fn look_at_settings(&mut self) {
+        let Some(planner) = &self.planner else { return };
+        let found = self.repairs.comparison.settings(&self.kernel, planner.actual());
+        self.undo(found);
+    }
+
+    fn undo(&mut self, found: Result<Found, KernelError>) {
         let found = match found {
             Ok(found) => found,
             Err(error) => {
-                self.repairs.compare.under_way = false;
                 if !std::mem::replace(&mut self.repairs.blind, true) {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
@@ -172,8 +183,10 @@ impl Agent {
                 return;
             }
         };
-        self.repairs.compare.under_way = !found.ended;
         self.repairs.blind &= !found.ended;
+        if found.steps.is_empty() && found.words == 0 {
+            return;
+        }
         let mut done: Vec<String> = found.steps.iter().take(NAMED).map(Step::to_string).collect();
         if found.words != 0 {
             done.push(format!("{} words of ADDRESS_BITS, ENDPOINT_BITS or SECRET", found.words));

@@ -243,7 +243,7 @@ fn what_is_refused_is_tried_again_after_a_pause_and_others_are_not_held_up() {
 
 /// Compares everything once, whatever it takes, so many entries at a time.
 fn compare(comparison: &mut Comparison, kernel: &mut Kernel, actual: &Actual, slice: usize) -> Found {
-    let mut all = Found::default();
+    let mut all = comparison.settings(kernel, actual).unwrap();
     loop {
         let found = comparison.go_on(kernel, actual, slice).unwrap();
         all.steps.extend(found.steps);
