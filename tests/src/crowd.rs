@@ -30,6 +30,9 @@ pub struct Target {
     pub udp: bool,
     /// Who may answer.
     pub servers: Vec<String>,
+    /// Whether each packet is translated, and not the socket once: who speaks while nobody translates is answered by the node
+    /// itself, with a reset.
+    pub by_packet: bool,
     /// Whether all new requests must be answered by the same server.
     pub same: bool,
     /// Connections that are opened at the start and silent until they are checked.
@@ -60,6 +63,8 @@ pub struct Loss {
     pub expected: String,
     /// What came.
     pub came: String,
+    /// Whether it was a connection that is held.
+    pub held: bool,
 }
 
 /// What a crowd has done since its start.

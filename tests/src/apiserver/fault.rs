@@ -61,7 +61,8 @@ impl Fault {
     ];
 
     /// Whether a watch that runs tells nothing.
-    pub(super) fn silences(self) -> bool {
+    #[must_use]
+    pub fn silences(self) -> bool {
         matches!(self, Self::Hang | Self::Silent)
     }
 }

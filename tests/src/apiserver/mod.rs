@@ -94,6 +94,8 @@ struct Shared {
     cluster_info: Mutex<Option<String>>,
     /// Watches that have begun.
     watches: AtomicU64,
+    /// Watches that run.
+    watching: AtomicU64,
     /// How TLS is spoken, if it is.
     tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
 }
@@ -175,6 +177,7 @@ impl ApiServer {
             past: Mutex::default(),
             cluster_info: Mutex::default(),
             watches: AtomicU64::new(0),
+            watching: AtomicU64::new(0),
             tls: Mutex::default(),
         });
         let served = shared.clone();
@@ -247,6 +250,12 @@ impl ApiServer {
     pub fn deafen(&self) {
         let deaf = self.shared.watches.load(Ordering::Relaxed);
         self.shared.behaviour.send_modify(|now| now.deaf = deaf);
+    }
+
+    /// Whether any watch runs here.
+    #[must_use]
+    pub fn is_watched(&self) -> bool {
+        self.shared.watching.load(Ordering::Relaxed) > 0
     }
 
     /// Cuts all connections once.

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::Response;
@@ -39,11 +40,13 @@ pub(super) fn start(shared: Arc<Shared>, watch: Watch) -> Response<Body> {
     let (sender, receiver) = channel(64);
     tokio::spawn(async move {
         let limit = Duration::from_secs(watch.seconds);
+        shared.watching.fetch_add(1, Ordering::Relaxed);
         tokio::select! {
             _ = run(&shared, &watch, &sender) => {}
             () = tokio::time::sleep(limit) => {}
             () = sender.closed() => {}
         }
+        shared.watching.fetch_sub(1, Ordering::Relaxed);
     });
     let lines = futures::stream::unfold(receiver, |mut receiver: Receiver<Bytes>| async {
         let line = receiver.recv().await?;

@@ -44,6 +44,10 @@ pub struct Clients {
     /// Losses that have been told, of those that began in the step of this number.
     told: (usize, u64),
     steps: Vec<(u64, String)>,
+    /// Times in which new requests may fail; the last one may still last.
+    gaps: Vec<(u64, Option<u64>)>,
+    /// New requests that have failed in one.
+    excused: u64,
 }
 
 impl Clients {
@@ -65,6 +69,25 @@ impl Clients {
         self.steps.push((now_ms(), what.into()));
     }
 
+    /// From now on new requests may fail: what serves them was taken away, and the agent cannot know yet. They are counted
+    /// apart; connections that are held have to live.
+    pub fn begin_gap(&mut self) {
+        self.gaps.push((now_ms(), None));
+    }
+
+    /// What begins from this time on must be served again.
+    pub fn end_gap(&mut self, at_ms: u64) {
+        if let Some((_, end)) = self.gaps.last_mut() {
+            *end = Some(at_ms);
+        }
+    }
+
+    /// New requests that have failed in a gap.
+    #[must_use]
+    pub fn excused(&self) -> u64 {
+        self.excused
+    }
+
     /// Has all crowds follow an order, and counts.
     pub fn order(&mut self, order: &str) -> Result<()> {
         self.running = Count::default();
@@ -80,7 +103,7 @@ impl Clients {
                 }
             }
         }
-        losses.into_iter().for_each(|loss| self.tell(&loss));
+        losses.iter().for_each(|loss| self.take(loss));
         Ok(())
     }
 
@@ -99,7 +122,7 @@ impl Clients {
                 }
             }
         }
-        losses.into_iter().for_each(|loss| self.tell(&loss));
+        losses.iter().for_each(|loss| self.take(loss));
         Ok(())
     }
 
@@ -127,7 +150,7 @@ impl Clients {
         if let Err(error) = outcome {
             self.others.lost += 1;
             let (what, expected, came) = (what.to_owned(), expected.to_owned(), brief(&format!("{error:#}")));
-            self.tell(&Loss { begun_ms, ended_ms: now_ms(), what, expected, came });
+            self.tell(&Loss { begun_ms, ended_ms: now_ms(), what, expected, came, held: false });
         }
     }
 
@@ -137,7 +160,18 @@ impl Clients {
         let mut sum = self.ended.clone();
         sum.add(&self.running);
         sum.add(&self.others);
+        // Those of crowds that run may have been heard of after the last order.
+        sum.lost = sum.lost.saturating_sub(self.excused);
         sum
+    }
+
+    /// Takes what a crowd says of a loss.
+    fn take(&mut self, loss: &Loss) {
+        if fell_into(loss, &self.gaps) {
+            self.excused += 1;
+        } else {
+            self.tell(loss);
+        }
     }
 
     fn tell(&mut self, loss: &Loss) {
@@ -152,6 +186,14 @@ impl Clients {
             progress("LOST more in this step; it is counted, and not told one by one");
         }
     }
+}
+
+/// Whether it is a new request that fell into one of these times, which have begun one after the other.
+fn fell_into(loss: &Loss, gaps: &[(u64, Option<u64>)]) -> bool {
+    let within = |(from, until): &(u64, Option<u64>)| {
+        loss.ended_ms >= *from && until.is_none_or(|until| loss.begun_ms < until)
+    };
+    !loss.held && gaps.iter().any(within)
 }
 
 /// What fits into one line of a long text: its beginning and its end.
@@ -176,7 +218,7 @@ fn line(loss: &Loss, steps: &[(u64, String)]) -> String {
     if left > 0 {
         told.push(&more);
     }
-    let Loss { begun_ms, ended_ms, what, expected, came } = loss;
+    let Loss { begun_ms, ended_ms, what, expected, came, held: _ } = loss;
     let time = time(*begun_ms).unwrap_or_else(|| begun_ms.to_string());
     let took = ended_ms.saturating_sub(*begun_ms);
     format!(
@@ -209,6 +251,7 @@ mod tests {
             what: "a: new TCP".into(),
             expected: "an answer".into(),
             came: "timeout".into(),
+            held: false,
         };
         let text = line(&loss(3_500, 4_100), &steps);
         assert_eq!(
@@ -218,6 +261,25 @@ mod tests {
         assert!(line(&loss(1_500, 8_100), &steps).ends_with("step 1 → step 2 → step 3 → 5 more"));
         assert!(line(&loss(9_999, 9_999), &steps).ends_with("step: step 8"));
         assert!(line(&loss(5, 9), &[]).ends_with("step: "));
+    }
+
+    #[test]
+    fn a_new_request_may_fail_in_a_gap_and_a_connection_that_is_held_may_not() {
+        let loss = |begun_ms, ended_ms, held| Loss {
+            begun_ms,
+            ended_ms,
+            what: String::new(),
+            expected: String::new(),
+            came: String::new(),
+            held,
+        };
+        let gaps = [(100, Some(200)), (300, None)];
+        for (begun, ended, excused) in
+            [(50, 99, false), (50, 100, true), (199, 250, true), (200, 250, false), (400, 500, true)]
+        {
+            assert_eq!(fell_into(&loss(begun, ended, false), &gaps), excused, "{begun} to {ended}");
+            assert!(!fell_into(&loss(begun, ended, true), &gaps));
+        }
     }
 
     #[test]

@@ -35,6 +35,11 @@ pub enum Manner {
     Insistent,
 }
 
+impl Manner {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Idle, Self::Slow, Self::Deaf, Self::Insistent];
+}
+
 /// Clients of a server. Dropping it sends them home.
 #[derive(Debug)]
 pub struct Crowd {

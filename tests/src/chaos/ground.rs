@@ -2,16 +2,17 @@
 //! families, crowds of clients at them, and the agent of `node1`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use super::clients::{Clients, Term};
 use super::services::{self, MOVING, ROLES, Role, STAYING, TARGET};
-use crate::agent::{Agent, FLAGS, Feed};
+use crate::agent::{Agent, Feed};
+use crate::apiserver::ApiServer;
 use crate::crowd::{Target, now_ms};
-use crate::manifests::{EndpointController, Phase};
+use crate::manifests::{EndpointController, ManifestDir, Phase, node};
 use crate::object::Publish;
 use crate::pod::Place;
 use crate::probe::{Server, eventually};
@@ -41,6 +42,31 @@ impl Before {
     }
 }
 
+/// Where objects are published, and the agent hears of them.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// A directory.
+    Manifests(&'a ManifestDir),
+    /// API servers of one cluster, of which the agent may use any.
+    ApiServers(&'a [ApiServer; 2]),
+}
+
+impl<'a> Source<'a> {
+    fn publisher(self) -> &'a dyn Publish {
+        match self {
+            Self::Manifests(directory) => directory,
+            Self::ApiServers([first, _]) => first,
+        }
+    }
+
+    fn feed(self) -> Feed {
+        match self {
+            Self::Manifests(directory) => directory.into(),
+            Self::ApiServers(servers) => Feed::ApiServer(servers.each_ref().map(ApiServer::url).join(",")),
+        }
+    }
+}
+
 /// How soon rules are removed that the agent has taken over from.
 const TAKES_OVER: Duration = Duration::from_secs(30);
 
@@ -57,6 +83,8 @@ pub struct Ground<'a> {
     pub town: &'a Town,
     /// Where objects are published.
     pub to: &'a dyn Publish,
+    /// Who tells the agent of them.
+    pub source: Source<'a>,
     /// The endpoints of the Service `moving`, of which [`STAYING`] are always ready.
     pub moving: EndpointController<'a>,
     controllers: BTreeMap<&'static str, EndpointController<'a>>,
@@ -64,6 +92,16 @@ pub struct Ground<'a> {
     before: Before,
     /// Frontends as they were when the agent had just got ready.
     picture: Picture,
+}
+
+/// API servers in `node1`, where its agent reaches them, whatever becomes of its programs.
+pub fn raise_api_servers(town: &Town) -> Result<[ApiServer; 2]> {
+    let host = town.place("node1");
+    let listen = |port| host.netns.listen(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+    let first = ApiServer::start(listen(6443)?)?;
+    let second = first.beside(listen(6444)?)?;
+    first.put(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
+    Ok([first, second])
 }
 
 /// The town of all plays.
@@ -79,13 +117,9 @@ pub fn raise_town() -> Result<Town> {
 }
 
 impl<'a> Ground<'a> {
-    /// Publishes the Services, starts their pods and who forwards, and then the clients.
-    pub fn lay(
-        town: &'a Town,
-        (to, feed): (&'a dyn Publish, Feed),
-        flags: &[String],
-        before: Before,
-    ) -> Result<Self> {
+    /// Publishes the Services, starts their pods and who forwards: an agent with these flags, or one that will have them.
+    pub fn lay(town: &'a Town, source: Source<'a>, flags: &[&str], before: Before) -> Result<Self> {
+        let to = source.publisher();
         let mut controllers = BTreeMap::new();
         let mut servers = BTreeMap::new();
         for role in ROLES.iter().filter(|role| before.plays(role)) {
@@ -104,11 +138,11 @@ impl<'a> Ground<'a> {
             None => EndpointController::new(to, MOVING, &services::PORTS)?,
         };
         let binary = crate::require::agent_binary()?;
-        let all: Vec<&str> = FLAGS.into_iter().chain(flags.iter().map(String::as_str)).collect();
-        let agent = Agent::prepare(&binary, town, "node1", feed, &all)?;
+        let agent = Agent::prepare(&binary, town, "node1", source.feed(), flags)?;
         let clients = Clients::default();
         let picture = Picture::new();
-        let mut ground = Self { clients, agent, town, to, moving, controllers, servers, before, picture };
+        let mut ground =
+            Self { clients, agent, town, to, source, moving, controllers, servers, before, picture };
         if before != Before::Agent {
             ground.rules()?;
         }

@@ -12,6 +12,7 @@ pub mod clients;
 pub mod crowd;
 pub mod dns;
 pub mod fault;
+mod figures;
 pub mod flood;
 pub mod ground;
 pub mod load;
@@ -24,7 +25,6 @@ pub mod services;
 pub mod spoof;
 mod trace;
 pub mod trial;
-pub mod upgrade;
 
 /// Tells a person who waits what is going on.
 fn progress(line: &str) {

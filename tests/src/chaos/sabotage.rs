@@ -111,6 +111,14 @@ impl Sabotage {
         )
     }
 
+    /// Whether packets of connections that are open are not translated either, until the agent has undone it. Who sends one
+    /// is answered by the node itself, with a reset.
+    #[must_use]
+    pub fn leaves_packets_alone(self) -> bool {
+        // Without SECRET no flow of IPv6 is found.
+        matches!(self, Self::DetachInterfaces | Self::ReplacePrograms | Self::ZeroElements)
+    }
+
     /// How soon the agent has undone it: hooks and pins within seconds, entries within a minute.
     #[must_use]
     pub fn undone_within(self) -> Duration {

@@ -5,8 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::Result;
 
 use crate::crowd::Target;
-use crate::manifests::{EndpointController, ServicePlan};
+use crate::manifests::{EndpointController, Phase, ServicePlan};
 use crate::object::{Object, Publish};
+use crate::pod::Place;
 use crate::town::Town;
 
 /// The Services' port.
@@ -15,6 +16,8 @@ const PORT: u16 = 80;
 pub const TARGET: u16 = 8080;
 /// What every slice says.
 pub const PORTS: [(&str, &str, u16); 2] = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
+/// For how long a client keeps its endpoint that does not ask: longer than anybody here is silent.
+const BOUND_SECS: u32 = 60;
 /// The Service whose endpoints come and go.
 pub const MOVING: &str = "moving";
 /// The endpoints of [`MOVING`] that stay: connections to them must hold.
@@ -93,6 +96,9 @@ impl Role {
         if self.kind == Kind::Plain {
             all.extend(self.targets(town.place("node1").at(self.node_port)));
         }
+        for target in &mut all {
+            target.by_packet = target.udp || self.kind == Kind::Sticky;
+        }
         all
     }
 
@@ -105,7 +111,8 @@ impl Role {
     /// How somebody outside asks.
     #[must_use]
     pub fn from_outside(&self, town: &Town) -> Vec<Target> {
-        self.targets(town.place("node1").at(self.node_port))
+        let all = self.targets(town.place("node1").at(self.node_port)).into_iter();
+        all.map(|target| Target { by_packet: true, ..target }).collect()
     }
 
     fn targets(&self, at: [SocketAddr; 2]) -> Vec<Target> {
@@ -119,6 +126,7 @@ impl Role {
             to,
             udp,
             servers: servers.iter().map(ToString::to_string).collect(),
+            by_packet: false,
             same: self.kind == Kind::Sticky,
             // A UDP flow that is silent for long is over, and the next datagram may go elsewhere.
             idle: u32::from(self.is_held() && !(udp && self.kind == Kind::Moving)),
@@ -141,9 +149,24 @@ pub fn publish<'a>(to: &'a dyn Publish, role: &Role) -> Result<EndpointControlle
         .node_port(role.node_port);
     plan = match role.kind {
         Kind::Local => plan.external_local(None),
-        Kind::Sticky => plan.affinity(10_800),
+        Kind::Sticky => plan.affinity(BOUND_SECS),
         Kind::Plain | Kind::Moving | Kind::Reborn => plan,
     };
     to.publish(&Object::from(&plan.build()))?;
     EndpointController::new(to, role.name, &PORTS)
+}
+
+/// As many Services more, over TCP and UDP and both families, with this endpoint.
+pub fn publish_more(to: &dyn Publish, count: u16, pod: &Place) -> Result<()> {
+    for n in 0..count {
+        let [high, low] = n.to_be_bytes();
+        let v4 = IpAddr::from([10, 97, high, low]);
+        let v6 = IpAddr::from([0xfd00, 0x10, 0x97, 0, 0, 0, 0, n]);
+        let name = format!("more{n}");
+        let plan = ServicePlan::new(&name, &[v4, v6]);
+        let plan = plan.port("tcp", "TCP", PORT, TARGET).port("udp", "UDP", PORT, TARGET);
+        to.publish(&Object::from(&plan.build()))?;
+        EndpointController::new(to, &name, &PORTS)?.set(pod, Phase::Ready)?;
+    }
+    Ok(())
 }

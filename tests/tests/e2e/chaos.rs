@@ -8,6 +8,7 @@ use anyhow::{Result, bail, ensure};
 use proxy_tests::chaos::clients::{Clients, Term};
 use proxy_tests::chaos::fault::{Name, Options};
 use proxy_tests::chaos::report::Report;
+use proxy_tests::chaos::sabotage::Sabotage;
 use proxy_tests::chaos::scene::{Forwarder, Stage};
 use proxy_tests::chaos::spoof::Kind;
 use proxy_tests::chaos::trial;
@@ -63,6 +64,35 @@ fn an_agent_that_retires_and_comes_back_costs_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_node_that_rules_serve_is_taken_over_and_given_back_and_nothing_is_lost() -> Result<()> {
+    nothing_is_lost(Name::Takeover, 1).map(drop)
+}
+
+#[test]
+fn what_somebody_detaches_replaces_or_unpins_breaks_no_connection() -> Result<()> {
+    // Those that are undone within seconds; entries take up to a minute.
+    let quick =
+        Sabotage::ALL.iter().take_while(|sabotage| sabotage.undone_within() < Duration::from_secs(30));
+    nothing_is_lost(Name::Detach, quick.count() as u64).map(drop)
+}
+
+#[test]
+fn a_thousand_idle_clients_at_each_port_cost_nobody_anything() -> Result<()> {
+    nothing_is_lost(Name::IdleClients, 1).map(drop)
+}
+
+#[test]
+fn api_servers_that_hang_or_cut_every_watch_cost_nothing_and_changes_are_followed() -> Result<()> {
+    nothing_is_lost(Name::ApiHang, 1)?;
+    nothing_is_lost(Name::ApiCut, 2).map(drop)
+}
+
+#[test]
+fn nothing_breaks_when_the_table_layout_changes_there_and_back_also_when_the_agent_is_killed() -> Result<()> {
+    nothing_is_lost(Name::Upgrade, 4).map(drop)
+}
+
+#[test]
 fn neither_tables_nor_the_agent_grow_while_everything_happens_to_it() -> Result<()> {
     let options = Options { lasts: Some(Duration::from_secs(10)), ..Options::default() };
     nothing_is_lost_with(Name::Soak, options).map(drop)
@@ -77,6 +107,7 @@ fn clients_notice_what_is_lost() -> Result<()> {
         to,
         udp,
         servers: servers.iter().map(ToString::to_string).collect(),
+        by_packet: false,
         same: false,
         idle: 1,
         busy: 1,

@@ -1,10 +1,11 @@
 //! Tables begin small and grow before they are full, up to what memory they may take.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
-use proxy_tests::chaos::upgrade::{Scene, Seen};
+use proxy_tests::chaos::clients::Term;
+use proxy_tests::chaos::ground::{Before, Ground, Source, raise_town};
+use proxy_tests::chaos::services::publish_more;
+use proxy_tests::manifests::ManifestDir;
 
 use crate::growth_traffic::least;
 use crate::life::{complains, status_until};
@@ -23,45 +24,46 @@ pub(crate) fn size(agent: &Agent, table: &str) -> Result<u64> {
 
 #[test]
 fn tables_grow_under_load_before_they_are_full_and_nobody_notices() -> Result<()> {
-    let mut scene = Scene::raise(&FLAGS)?;
-    ensure!(size(&scene.agent, "SERVICES")? == 4096, "it does not begin small");
-    let mut clients = scene.clients(Duration::from_secs(300))?;
+    let (town, manifests) = (raise_town()?, ManifestDir::new()?);
+    let mut ground = Ground::lay(&town, Source::Manifests(&manifests), &FLAGS, Before::Agent)?;
+    ensure!(size(&ground.agent, "SERVICES")? == 4096, "it does not begin small");
+    ground.crowd(Term::Play, true)?;
+    ground.clients.step("900 Services come");
     // Four ports in the tables each: one of two families and two protocols.
-    scene.add_services(900)?;
-    status_until(&scene.agent, "SERVICES has grown", |status| {
+    publish_more(&manifests, 900, town.place("c"))?;
+    status_until(&ground.agent, "SERVICES has grown", |status| {
         let tables = status["tables"].as_array().map_or(&[][..], Vec::as_slice);
         tables
             .iter()
-            .any(|table| table["name"] == "SERVICES" && table["max"] == 8192 && table["used"] == 3612)
+            .any(|table| table["name"] == "SERVICES" && table["max"] == 8192 && table["used"] == 3624)
     })?;
-    clients.go_on(3, 1)?;
-    let log = scene.agent.log_text();
+    ground.clients.check()?;
+    let log = ground.agent.log_text();
     let (told, done) = (log.find("table SERVICES has"), log.find("over to new tables"));
     ensure!(told.is_some() && told < done, "it was not told before: {log}");
     ensure!(!log.contains("is full"), "something found no room: {log}");
     // What has grown stays so, and needs no change at the next start.
-    scene.agent.stop()?;
-    scene.agent.spawn()?;
-    scene.agent.wait_ready()?;
-    ensure!(size(&scene.agent, "SERVICES")? == 8192, "it has shrunk");
-    clients.go_on(3, 1)?;
-    let mut seen = Seen::default();
-    clients.end(&mut seen)?;
-    ensure!(seen.is_clean() && seen.held >= 30, "{seen:#?}");
+    ground.clients.step("another agent starts");
+    ground.agent.stop()?;
+    ground.agent.spawn()?;
+    ground.agent.wait_ready()?;
+    ensure!(size(&ground.agent, "SERVICES")? == 8192, "it has shrunk");
+    ground.clients.end()?;
+    let count = ground.clients.count();
+    ensure!(count.lost == 0 && count.held >= 30 && count.requests > 100, "{count:?}");
     Ok(())
 }
 
 #[test]
 fn memory_that_is_not_allowed_keeps_tables_small_and_says_so() -> Result<()> {
+    let (town, manifests) = (raise_town()?, ManifestDir::new()?);
     let memory = format!("--map-memory={}", least()?);
-    let scene = Scene::raise(&[FLAGS[0], &memory])?;
-    ensure!(
-        scene.agent.status_json()?["notes"].to_string().contains("--map-memory allows"),
-        "it says nothing"
-    );
-    scene.add_services(900)?;
-    complains(&scene.agent, &["cannot grow", "raise --map-memory"], true)?;
-    let scrape = Scrape::of(scene.agent.place())?;
+    let ground = Ground::lay(&town, Source::Manifests(&manifests), &[FLAGS[0], &memory], Before::Agent)?;
+    let agent = &ground.agent;
+    ensure!(agent.status_json()?["notes"].to_string().contains("--map-memory allows"), "it says nothing");
+    publish_more(&manifests, 900, town.place("c"))?;
+    complains(agent, &["cannot grow", "raise --map-memory"], true)?;
+    let scrape = Scrape::of(agent.place())?;
     let [taken, limit] =
         ["", "limit_"].map(|which| scrape.value(&format!("proxy_agent_table_memory_{which}bytes")));
     let (taken, limit) = (taken?, limit?);

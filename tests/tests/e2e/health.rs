@@ -1,7 +1,6 @@
 //! `/healthz`, `/livez` and `/metrics`, where load balancers and monitoring look for them (H-1…H-40).
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::TcpListener;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
@@ -9,7 +8,7 @@ use proxy_tests::apiserver::ApiServer;
 use proxy_tests::manifests::{ServicePlan, node};
 use proxy_tests::object::Object;
 use proxy_tests::pod::Place;
-use proxy_tests::probe::eventually;
+use proxy_tests::probe::{self, eventually};
 use serde_json::Value;
 
 use crate::common::{manifests, vips, web};
@@ -17,18 +16,7 @@ use crate::life::{FLAGS, SOON, answers, one_node, servers, service};
 
 /// Asks over HTTP from a place: code and body.
 pub(crate) fn http(place: &Place, to: &str, path: &str) -> Result<(u16, String)> {
-    let to: SocketAddr = to.parse()?;
-    let ask = || -> Result<String> {
-        let mut stream = TcpStream::connect_timeout(&to, std::time::Duration::from_secs(2))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    };
-    let text = place.netns.run_in(ask)?.with_context(|| format!("GET http://{to}{path}"))?;
-    let code = text.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let body = text.split_once("\r\n\r\n").map(|(_, body)| body.to_owned());
-    code.zip(body).with_context(|| format!("http://{to}{path} answered: {text}"))
+    probe::http(place, to.parse()?, path)
 }
 
 fn until_code(place: &Place, path: &str, code: u16) -> Result<Value> {

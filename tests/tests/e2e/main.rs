@@ -84,5 +84,3 @@ mod sockets;
 mod sources;
 #[cfg(test)]
 mod updates;
-#[cfg(test)]
-mod upgrade;

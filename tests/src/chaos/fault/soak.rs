@@ -1,18 +1,22 @@
 //! Minutes of everything at random. In the first half the agent is killed, too; in the second one agent bears the rest.
 //! Then nothing may have grown: tables, memory, descriptors.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use fastrand::Rng;
-use serde_json::Value;
 
+use super::api::Api;
 use super::churn::Churn;
+use super::detach::Detach;
 use super::flood::Flood;
+use super::idle_clients::IdleClients;
 use super::kill::Kill;
 use super::{Fault, Next, Options};
+use crate::apiserver::Fault as ServerFault;
+use crate::chaos::figures::Figures;
 use crate::chaos::ground::Ground;
+use crate::chaos::sabotage::Sabotage;
 use crate::chaos::services::COMING;
 use crate::crowd::now_ms;
 use crate::probe::eventually;
@@ -21,54 +25,92 @@ use crate::probe::eventually;
 const LASTS: Duration = Duration::from_secs(300);
 /// Flows of datagrams end this long after the last; see [`super::Name::flags`].
 const ENDS: Duration = Duration::from_secs(30);
-/// Memory may differ by so much: what is in use at the moment differs.
-const MEMORY: u64 = 4 << 10;
-/// Tables that the agent fills: at the end they hold what they held at the beginning.
-const BY_AGENT: [&str; 7] =
-    ["FRONTENDS", "BACKENDS", "ADDRESSES", "SOURCES", "IFACES", "MASQUERADE", "SERVICES"];
-/// Slots keep what was written until they are used again, and rest before; so many are enough for what is done here.
-const SLOTS: u64 = 1024;
+/// Connections that have ended are remembered for two minutes. A soak that is shorter does not wait for it, and plays no
+/// sabotage that takes long to be undone.
+const REMEMBERED: Duration = Duration::from_secs(150);
+
+/// One of the faults that it is made of.
+struct Part {
+    name: &'static str,
+    fault: Box<dyn Fault>,
+    done: u64,
+}
+
+impl Part {
+    fn new(name: &'static str, fault: impl Fault + 'static) -> Self {
+        Self { name, fault: Box::new(fault), done: 0 }
+    }
+}
 
 /// What it has begun with.
 pub(super) struct Soak {
     random: Rng,
     lasts: Duration,
-    parts: [Box<dyn Fault>; 3],
+    parts: Vec<Part>,
+    /// Parts that are still to be played before all are played again.
+    left: Vec<usize>,
     begun: Option<Instant>,
     first: Option<Figures>,
     /// Of the agent that bears the second half.
     second: Option<(Instant, Figures)>,
-    done: [u64; 3],
 }
 
 /// The place of [`Kill`] among the parts.
-const KILL: usize = 2;
+const KILL: usize = 0;
 
 impl Soak {
     pub(super) fn new(options: &Options) -> Self {
-        Self {
-            random: Rng::with_seed(options.seed),
-            lasts: options.lasts.unwrap_or(LASTS),
-            parts: [Box::new(Churn), Box::new(Flood::default()), Box::new(Kill::new(options.seed))],
-            begun: None,
-            first: None,
-            second: None,
-            done: [0; 3],
-        }
+        let mut random = Rng::with_seed(options.seed);
+        let lasts = options.lasts.unwrap_or(LASTS);
+        let mut servers = ServerFault::NAMED.map(|(_, fault)| fault).to_vec();
+        // Minutes pass until that is noticed.
+        servers.retain(|fault| *fault != ServerFault::Silent);
+        random.shuffle(&mut servers);
+        let mut sabotages = Sabotage::ALL.to_vec();
+        sabotages.retain(|sabotage| lasts >= REMEMBERED || sabotage.undone_within() < ENDS);
+        random.shuffle(&mut sabotages);
+        let parts = vec![
+            Part::new("kill", Kill::new(options.seed)),
+            Part::new("churn", Churn),
+            Part::new("flood", Flood::default()),
+            Part::new("detach", Detach::new(sabotages)),
+            Part::new("idle-clients", IdleClients::default()),
+            Part::new("api", Api::new(servers)),
+        ];
+        Self { random, lasts, parts, left: Vec::new(), begun: None, first: None, second: None }
     }
 
-    /// One of the first so many parts.
-    fn part(&mut self, ground: &mut Ground<'_>, of: usize) -> Result<()> {
-        let index = self.random.usize(..of);
+    /// One of the parts, each of them once before any comes again.
+    fn part(&mut self, ground: &mut Ground<'_>, kills: bool) -> Result<()> {
+        self.left.retain(|index| kills || *index != KILL);
+        if self.left.is_empty() {
+            self.left = (usize::from(!kills)..self.parts.len()).collect();
+            self.random.shuffle(&mut self.left);
+        }
+        let index = self.left.pop().context("a part to be played")?;
         // What a part has served it may have ended.
         COMING.into_iter().try_for_each(|pod| ground.serve(pod))?;
-        let number = self.done[index];
-        self.parts[index].round(ground, number)?;
-        self.done[index] += 1;
+        let part = &mut self.parts[index];
+        part.fault.round(ground, part.done)?;
+        part.done += 1;
         if index == KILL {
             ground.settle();
         }
         Ok(())
+    }
+
+    /// Waits for what only time ends, and tells what is left.
+    fn last(&self, ground: &mut Ground<'_>, first: &Figures) -> Result<Figures> {
+        let begun = now_ms();
+        let outcome = eventually(ENDS * crate::patience(), || first.no_more_flows(&Figures::read(ground)?));
+        ground.clients.note("the agent", "no flow that lives", begun, outcome);
+        if self.lasts >= REMEMBERED {
+            ground.clients.step("soak: what is remembered is forgotten");
+            let outcome =
+                eventually(REMEMBERED * crate::patience(), || first.no_more_traffic(&Figures::read(ground)?));
+            ground.clients.note("tables of traffic", "not more than at the beginning", begun, outcome);
+        }
+        Figures::read(ground)
     }
 }
 
@@ -83,15 +125,12 @@ impl Fault for Soak {
         if begun.elapsed() >= self.lasts {
             return Ok(Next::Over);
         }
-        if begun.elapsed() < self.lasts / 2 {
-            self.part(ground, KILL + 1)?;
-        } else {
-            self.part(ground, KILL)?;
-            if self.second.is_none() {
-                // What is kept for later has been allocated by now.
-                ground.settle();
-                self.second = Some((Instant::now(), Figures::read(ground)?));
-            }
+        let kills = begun.elapsed() < self.lasts / 2;
+        self.part(ground, kills)?;
+        if !kills && self.second.is_none() {
+            // What is kept for later has been allocated by now.
+            ground.settle();
+            self.second = Some((Instant::now(), Figures::read(ground)?));
         }
         Ok(Next::More)
     }
@@ -103,108 +142,21 @@ impl Fault for Soak {
         ground.clients.end()?;
         let first = self.first.as_ref().context("a soak that has not begun")?;
         let begun = now_ms();
-        let ended = eventually(ENDS * crate::patience(), || {
-            let now = Figures::read(ground)?;
-            ensure!(now.living <= first.living, "{} flows live", now.living);
-            Ok(now)
-        });
-        let ended = match ended {
-            Ok(ended) => ended,
-            Err(error) => {
-                ground.clients.note("the agent", "no flow that lives", begun, Err(error));
-                Figures::read(ground)?
-            }
-        };
+        let ended = self.last(ground, first)?;
         let tables = first.same_tables(&ended);
         ground.clients.note("tables of the agent", "as many entries as at the beginning", begun, tables);
-        let mut remarks = vec![format!(
-            "churn {}, floods {}, kills {}; tables at begin and end: {}",
-            self.done[0],
-            self.done[1],
-            self.done[KILL],
-            first.beside(&ended)
-        )];
+        let parts = self.parts.iter().map(|part| format!("{} {}", part.name, part.done));
+        let mut remarks = vec![
+            parts.collect::<Vec<_>>().join(", "),
+            format!("tables at begin and end: {}", first.beside(&ended)),
+            format!("the agents of begin and end: {}", first.process_beside(&ended)),
+        ];
         if let Some((since, second)) = &self.second {
             let grown = second.not_grown(&ended);
             ground.clients.note("the agent's process", "not more than at the beginning", begun, grown);
-            remarks.push(format!(
-                "one agent for {:.0} s: resident memory {} → {} KiB, descriptors {} → {}",
-                since.elapsed().as_secs_f64(),
-                second.resident,
-                ended.resident,
-                second.descriptors,
-                ended.descriptors
-            ));
+            let lived = since.elapsed().as_secs_f64();
+            remarks.push(format!("one agent for {lived:.0} s: {}", second.process_beside(&ended)));
         }
         Ok(remarks)
-    }
-}
-
-/// What may not grow.
-#[derive(Clone, Debug, Default)]
-struct Figures {
-    tables: BTreeMap<String, u64>,
-    /// Flows that carry something.
-    living: usize,
-    /// KiB.
-    resident: u64,
-    descriptors: usize,
-}
-
-impl Figures {
-    fn read(ground: &Ground<'_>) -> Result<Self> {
-        let status = ground.agent.status_json()?;
-        let tables = status["tables"].as_array().with_context(|| format!("no tables in {status}"))?;
-        let named =
-            tables.iter().filter_map(|table| Some((table["name"].as_str()?, table["used"].as_u64()?)));
-        let flows = ground.agent.json(&["conntrack", "list", "--output", "json"])?;
-        let flows = flows.as_array().context("no list of flows")?.iter();
-        // Neither those that have ended nor those of SYNs that were never followed by more, as a flood leaves them.
-        let over = |state: &Value| state == "closed" || state == "reset";
-        let young = |flow: &Value| {
-            flow["protocol"] == "TCP" && flow["state"].as_str().is_some_and(|s| s.ends_with("answered"))
-        };
-        let living = flows.filter(|flow| !over(&flow["state"]) && !young(flow));
-        let pid = ground.agent.pid().context("no agent runs")?;
-        let process =
-            std::fs::read_to_string(format!("/proc/{pid}/status")).context("reading a process's state")?;
-        let resident = process.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let resident = resident.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok());
-        Ok(Self {
-            tables: named.map(|(name, used)| (name.to_owned(), used)).collect(),
-            living: living.count(),
-            resident: resident.with_context(|| format!("no resident memory in {process}"))?,
-            descriptors: std::fs::read_dir(format!("/proc/{pid}/fd")).context("listing descriptors")?.count(),
-        })
-    }
-
-    fn same_tables(&self, ended: &Self) -> Result<()> {
-        for name in BY_AGENT {
-            let (before, after) = (self.tables.get(name), ended.tables.get(name));
-            ensure!(before.is_some() && before == after, "{name} had {before:?} entries and has {after:?}");
-        }
-        let slots = ended.tables.get("SLOTS").copied().unwrap_or(u64::MAX);
-        ensure!(slots <= SLOTS, "{slots} slots have been written, and none is used again");
-        Ok(())
-    }
-
-    fn not_grown(&self, ended: &Self) -> Result<()> {
-        let (memory, descriptors) = (ended.resident, ended.descriptors);
-        ensure!(memory <= self.resident + MEMORY, "{memory} KiB are resident, after {}", self.resident);
-        ensure!(
-            descriptors <= self.descriptors,
-            "{descriptors} descriptors are open, after {}",
-            self.descriptors
-        );
-        Ok(())
-    }
-
-    fn beside(&self, ended: &Self) -> String {
-        let pair = |(name, before): (&String, &u64)| {
-            let after = ended.tables.get(name).copied().unwrap_or_default();
-            (*before != 0 || after != 0).then(|| format!("{name} {before} → {after}"))
-        };
-        let tables: Vec<String> = self.tables.iter().filter_map(pair).collect();
-        format!("{}; flows that live {} → {}", tables.join(", "), self.living, ended.living)
     }
 }

@@ -20,6 +20,10 @@ use line::Line;
 
 /// Pause between two exchanges over a busy connection.
 const BUSY: Duration = Duration::from_millis(100);
+/// What a request is called that is no exchange over a connection that is held.
+const NEW: &str = "new";
+/// How often it is looked whether all are silent.
+const TICK: Duration = Duration::from_millis(5);
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -57,6 +61,10 @@ struct Crowd {
     count: RefCell<Count>,
     /// Services that may refuse for the time being.
     refusing: RefCell<BTreeSet<String>>,
+    /// Whether busy connections whose packets are translated are silent for the time being.
+    silent: Cell<bool>,
+    /// Exchanges over such connections that are under way.
+    under_way: Cell<u32>,
     /// Who answers where all new requests must be answered by one.
     bound: RefCell<BTreeMap<usize, String>>,
     /// Counts questions, so that an answer tells which it belongs to.
@@ -69,6 +77,8 @@ impl Crowd {
             plan,
             count: RefCell::default(),
             refusing: RefCell::default(),
+            silent: Cell::new(false),
+            under_way: Cell::new(0),
             bound: RefCell::default(),
             asked: Cell::new(0),
         })
@@ -105,11 +115,21 @@ impl Crowd {
                 ("check", _) => drop(join_all(idle.iter_mut().map(|held| held.exchange(&self))).await),
                 ("may-refuse", service) => drop(self.refusing.borrow_mut().insert(service.into())),
                 ("must-serve", service) => drop(self.refusing.borrow_mut().remove(service)),
+                ("be-silent", _) => self.fall_silent().await,
+                ("speak", _) => self.silent.set(false),
                 (other, _) => anyhow::bail!("no such order: {other}"),
             }
             crate::print(&Said::Count(self.count.borrow().clone()))?;
         }
         Ok(())
+    }
+
+    /// Has busy connections whose packets are translated say nothing more, and waits for what they have said last.
+    async fn fall_silent(&self) {
+        self.silent.set(true);
+        while self.under_way.get() > 0 {
+            tokio::time::sleep(TICK).await;
+        }
     }
 
     /// Begins new requests at a steady rate, whatever becomes of those before.
@@ -143,7 +163,7 @@ impl Crowd {
         {
             servers = vec![self.bound.borrow_mut().entry(index).or_insert_with(|| name.clone()).clone()];
         }
-        self.note(target, "new", &servers, came, (begun, begun_ms));
+        self.note(target, NEW, &servers, came, (begun, begun_ms));
     }
 
     /// Counts an exchange; what is not as it should be is printed. Says whether it was.
@@ -173,6 +193,7 @@ impl Crowd {
             what: format!("{}: {kind} {protocol} to {} ({})", self.plan.client, target.to, target.service),
             expected: format!("an answer from {}", servers.join(" or ")),
             came,
+            held: kind != NEW,
         };
         // Who does not hear it has gone, and this program ends with its standard input.
         let _ = crate::print(&Said::Lost(loss));
@@ -226,8 +247,13 @@ impl Held {
 
 async fn keep_busy(crowd: Rc<Crowd>, mut held: Held) {
     held.kind = "held, busy";
+    let by_packet = u32::from(held.target.by_packet);
     loop {
-        held.exchange(&crowd).await;
+        if by_packet == 0 || !crowd.silent.get() {
+            crowd.under_way.set(crowd.under_way.get() + by_packet);
+            held.exchange(&crowd).await;
+            crowd.under_way.set(crowd.under_way.get() - by_packet);
+        }
         tokio::time::sleep(BUSY).await;
     }
 }
