@@ -86,7 +86,12 @@ struct Attached {
 impl Attached {
     fn read(agent: &Agent) -> Result<Self> {
         let (pins, entries) = (pins(agent)?, contents(agent)?);
-        Ok(Self { links: agent.status_json()?["links"].clone(), pins, entries })
+        let mut links = agent.status_json()?["links"].clone();
+        for link in links.as_array_mut().into_iter().flatten() {
+            // An agent leaves the same program of an earlier one alone, and puts its own back.
+            link.as_object_mut().map(|link| link.remove("program_id"));
+        }
+        Ok(Self { links, pins, entries })
     }
 
     fn is(&self, before: &Self) -> Result<()> {
