@@ -305,6 +305,13 @@ fn add_entries(root: &Path) -> Result<usize> {
     Ok(done)
 }
 
+/// All that is pinned.
+pub fn pins(agent: &Agent) -> Result<Vec<PathBuf>> {
+    let mut all = below(agent.bpf_root(), "links")?;
+    all.extend(below(agent.bpf_root(), "maps")?);
+    Ok(all)
+}
+
 /// A table, a key, a value.
 pub type Entry = (String, Vec<u8>, Vec<u8>);
 

@@ -9,7 +9,7 @@ use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
 use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::ApiServer;
 use proxy_tests::chaos::bpf;
-use proxy_tests::chaos::sabotage::{Sabotage, contents};
+use proxy_tests::chaos::sabotage::{Sabotage, contents, pins};
 use proxy_tests::manifests::{EndpointController, Phase};
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::probe::{Ask, Server, eventually};
@@ -139,7 +139,7 @@ fn pins_that_somebody_removes_come_back_and_nothing_is_lost_meanwhile() -> Resul
     for to in node_ports(&scene.town, "node1", NODE_PORT) {
         loads.add(scene.town.place("outside"), to)?;
     }
-    let before = links(&scene.agent)?;
+    let before = (links(&scene.agent)?, pins(&scene.agent)?);
     for sabotage in Sabotage::ALL.into_iter().filter(|sabotage| sabotage.is_harmless()) {
         let repaired = scene.repairs("pin")?;
         sabotage.commit(&scene.agent)?;
@@ -147,7 +147,8 @@ fn pins_that_somebody_removes_come_back_and_nothing_is_lost_meanwhile() -> Resul
         eventually(SECONDS * proxy_tests::patience(), || {
             let (code, page) = scene.agent.ask(&["status"])?;
             ensure!(code.success(), "{page}");
-            ensure!(links(&scene.agent)? == before, "{:?}, not {before:?}", links(&scene.agent)?);
+            let now = (links(&scene.agent)?, pins(&scene.agent)?);
+            ensure!(now == before, "{now:?}, not {before:?}");
             Ok(())
         })
         .with_context(|| format!("after {}\n{}", sabotage.name(), scene.agent.log_text()))?;
