@@ -191,7 +191,7 @@ fn leads_to(entry: &SocketEntry, peer: SocketAddr) -> bool {
 pub fn untranslated(is_service: impl Fn(Addr, Port) -> bool) -> Result<Vec<Connected>, SocketError> {
     let to_service = |socket: Listed| {
         let (vip, vport) = (Addr::from(socket.peer.ip()), Port::new(socket.peer.port()));
-        is_service(vip, vport).then(|| Connected {
+        is_service(vip, vport).then_some(Connected {
             entry: SocketEntry {
                 vip,
                 addr: vip,

@@ -410,7 +410,7 @@ mod tests {
         let addr = |text: &str| -> Addr { text.parse::<IpAddr>().unwrap().into() };
         let end = |text, port| (addr(text), Port::new(port));
         let config = Config::EMPTY.with_snat_ports(&[PortRange { first: 1024, count: 28_976 }]);
-        let stays = |proto, source, status| {
+        let of = |proto, source, status| {
             let asked =
                 Tuple::new(addr("198.51.100.9"), Port::new(5), addr("10.0.0.1"), Port::new(80), proto);
             let flow = Flow::adopted(&asked, end("10.244.2.7", 8080), source, [1, 2, 3], (true, true), 1);
@@ -423,13 +423,13 @@ mod tests {
                 mark: 0,
                 zoned: false,
             };
-            super::stays(&connection, &flow, &config)
+            stays(&connection, &flow, &config)
         };
         let usual = Status::SeenReply | Status::DstNat;
-        assert!(!stays(Proto::TCP, None, usual), "not masqueraded");
-        assert!(!stays(Proto::UDP, Some(end("10.0.0.1", 1024)), usual), "with a port of ours");
-        assert!(stays(Proto::UDP, Some(end("10.0.0.1", 40_000)), usual), "with one of the node's own range");
-        assert!(stays(Proto::SCTP, None, usual));
-        assert!(stays(Proto::TCP, None, usual | Status::Offload), "in a flow table");
+        assert!(!of(Proto::TCP, None, usual), "not masqueraded");
+        assert!(!of(Proto::UDP, Some(end("10.0.0.1", 1024)), usual), "with a port of ours");
+        assert!(of(Proto::UDP, Some(end("10.0.0.1", 40_000)), usual), "with one of the node's own range");
+        assert!(of(Proto::SCTP, None, usual));
+        assert!(of(Proto::TCP, None, usual | Status::Offload), "in a flow table");
     }
 }

@@ -79,6 +79,7 @@ impl Scene {
             to,
             udp,
             servers: vec!["c".into()],
+            by_packet: true,
             same: false,
             // All of them ask at the same moment: more datagrams would find no room at the server.
             idle: if udp { idle.min(UDP) } else { 2 * idle - idle.min(UDP) },
