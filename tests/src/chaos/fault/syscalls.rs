@@ -103,9 +103,15 @@ impl Syscalls {
                 ensure!(said.contains("rror"), "exit code {code} and no reason: {said}");
                 Ok(())
             }
-            // Memory that cannot be had has no other way out, nor has what is done before the program begins.
+            // Memory that cannot be had has no other way out, nor has what is done before the program or a thread begins.
             WaitStatus::Signaled(_, Signal::SIGABRT, _)
-                if said.contains("memory allocation of") || said.contains("fatal runtime error: init") =>
+                if [
+                    "memory allocation of",
+                    "fatal runtime error: init",
+                    "sys/pal/unix/stack_overflow.rs",
+                ]
+                .iter()
+                .any(|reason| said.contains(reason)) =>
             {
                 self.ended += 1;
                 Ok(())
