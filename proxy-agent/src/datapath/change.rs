@@ -21,6 +21,7 @@ use super::carry_flows::{FlowCarrier, Stage};
 use super::carry_sockets::SocketCarrier;
 use super::flow::{Flows, now, wait_for_packets};
 use super::generation::{Fates, Generation};
+use super::grace::Expedited;
 use super::load::{LoadError, Loaded};
 use super::pin::BpfRoot;
 use super::sockets::SocketError;
@@ -204,6 +205,34 @@ impl Loaded {
 struct Pause<'a> {
     of: &'a Generation,
     begun: Instant,
+    _haste: Haste,
+}
+
+/// What is done while others wait is done before everything else. Packets that wait keep processors busy, and so may other
+/// programs: a pause of milliseconds would become one of seconds.
+struct Haste {
+    _grace: Option<Expedited>,
+    first: bool,
+}
+
+impl Haste {
+    fn make(root: &BpfRoot) -> Self {
+        let first = sys::go_first(true);
+        if let Err(error) = &first {
+            tracing::debug!("a change of tables goes no faster than other work (CAP_SYS_NICE): {error}");
+        }
+        Self { _grace: Expedited::begin(root), first: first.is_ok() }
+    }
+}
+
+impl Drop for Haste {
+    fn drop(&mut self) {
+        if self.first
+            && let Err(error) = sys::go_first(false)
+        {
+            tracing::warn!("this thread still goes before all others: {error}; restart the agent");
+        }
+    }
 }
 
 /// How long packets may wait for those under way, each time that it is tried: who waits keeps a processor busy, and on a machine
@@ -215,7 +244,7 @@ impl<'a> Pause<'a> {
     /// again; the last time it takes as long as it takes.
     fn begin(of: &'a Generation) -> Result<Self, TableError> {
         for patience in PATIENCE.into_iter().chain([LONGEST]) {
-            let pause = Self { of, begun: Instant::now() };
+            let pause = Self { of, begun: Instant::now(), _haste: Haste::make(&of.root) };
             let until = now()? + patience;
             pause.write(until)?;
             wait_for_packets();
@@ -230,7 +259,7 @@ impl<'a> Pause<'a> {
     }
 
     /// Ends; how long it has lasted.
-    fn end(&self) -> Result<Duration, TableError> {
+    fn end(self) -> Result<Duration, TableError> {
         self.write(0)?;
         Ok(self.begun.elapsed())
     }

@@ -413,6 +413,19 @@ pub(crate) fn wait_for_grace() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether this thread goes before all threads that have no such right; what it begins does not.
+pub(crate) fn go_first(first: bool) -> io::Result<()> {
+    let (policy, priority) = match first {
+        true => (libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, 1),
+        false => (libc::SCHED_OTHER, 0),
+    };
+    let parameters = libc::sched_param { sched_priority: priority };
+    #[expect(unsafe_code, reason = "no crate in use has this call")]
+    // SAFETY: the kernel reads one structure, which lives through the call; 0 is this thread.
+    let result = unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The bytes of a value.
 #[expect(unsafe_code, reason = "Pod types have no padding that would be read uninitialised")]
 pub(crate) fn bytes<T: Pod>(value: &T) -> &[u8] {
