@@ -13,6 +13,8 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, Signal};
 use tracing_subscriber::EnvFilter;
 
+/// Who writes.
+const THREAD: &str = "log";
 /// What may wait to be written, in bytes: some two thousand lines.
 const ROOM: usize = 1 << 18;
 /// How long the end of the process waits for lines to be written.
@@ -38,13 +40,21 @@ pub fn start(verbose: u8) -> io::Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGXFSZ);
     let _ = signals.thread_block();
-    let thread = std::thread::Builder::new().name("log".into());
+    let thread = std::thread::Builder::new().name(THREAD.into());
     thread.spawn(|| QUEUE.write_to(|text| nix::unistd::write(io::stderr(), text).map_err(Into::into)))?;
     std::panic::set_hook(Box::new(|panic| {
         let backtrace = Backtrace::capture();
         let thread = std::thread::current();
-        say(&format!("thread {} {panic}\n{backtrace}", thread.name().unwrap_or("without a name")));
-        flush();
+        let name = thread.name().unwrap_or("without a name");
+        let words = format!("thread {name} {panic}\n{backtrace}");
+        match name {
+            // Nobody else would write it.
+            THREAD => drop(nix::unistd::write(io::stderr(), format!("{words}\n").as_bytes())),
+            _ => {
+                say(&words);
+                flush();
+            }
+        }
     }));
     // A second call (tests) finds the first one's subscriber in place, which is as good.
     let _ = tracing_subscriber::fmt()

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -255,13 +256,35 @@ const MPTCP_STATE: [u64; 6] = [
 ];
 
 fn load(kind: bpf_prog_type, hook: Option<bpf_attach_type>, body: &[u64]) -> io::Result<OwnedFd> {
-    sys::program_load(kind, hook, body)
+    insist(|| sys::program_load(kind, hook, body))
+}
+
+/// How often a kernel is asked that has no room for a question at the moment.
+const TRIES: u32 = 10;
+/// From one try to the next.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Asks again where the answer says nothing about the kernel. To be taken for an older one would change what programs do:
+/// without its network namespace's cookie, a client of the node would be another one.
+fn insist<T>(ask: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..TRIES {
+        match ask().map_err(|error| (error.raw_os_error(), error)) {
+            Err((
+                Some(libc::ENOMEM | libc::EAGAIN | libc::EINTR | libc::ENFILE | libc::EMFILE | libc::ENOBUFS),
+                _,
+            )) => {
+                std::thread::sleep(PAUSE);
+            }
+            answer => return answer.map_err(|(_, error)| error),
+        }
+    }
+    ask()
 }
 
 /// A kernel with TCX looks for the interface and does not find it; an older one does not know the hook.
 fn has_tcx(program: &OwnedFd) -> bool {
     matches!(
-        sys::link_tcx(program.as_fd(), NO_INTERFACE, false),
+        insist(|| sys::link_tcx(program.as_fd(), NO_INTERFACE, false)),
         Err(error) if error.raw_os_error() == Some(libc::ENODEV)
     )
 }
@@ -278,13 +301,36 @@ fn has_csum_ipv6() -> bool {
         EXIT,
     ];
     load(bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, None, &body)
-        .and_then(|program| sys::program_run(program.as_fd(), &[0; 64]))
+        .and_then(|program| insist(|| sys::program_run(program.as_fd(), &[0; 64])))
         .is_ok_and(|answer| answer == 0)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    #[test]
+    fn an_answer_that_says_nothing_of_the_kernel_is_no_answer() {
+        let asked = Cell::new(0);
+        let ask = |answers: &'static [i32]| {
+            asked.set(0);
+            insist(|| {
+                let n = asked.replace(asked.get() + 1);
+                match answers.get(n).copied().unwrap_or(0) {
+                    0 => Ok(()),
+                    error => Err(io::Error::from_raw_os_error(error)),
+                }
+            })
+        };
+        ask(&[libc::ENOMEM, libc::EAGAIN]).unwrap();
+        assert_eq!(asked.get(), 3);
+        let absent = ask(&[libc::EINVAL]).unwrap_err();
+        assert_eq!((asked.get(), absent.raw_os_error()), (1, Some(libc::EINVAL)));
+        let always = ask(&[libc::ENOMEM; 64]).unwrap_err();
+        assert_eq!((asked.get(), always.raw_os_error()), (TRIES as usize, Some(libc::ENOMEM)));
+    }
 
     #[test]
     fn cgroup_v2_is_found_beside_version_one_and_with_spaces_in_its_path() {
