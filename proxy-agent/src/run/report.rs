@@ -189,12 +189,19 @@ impl Report {
         let connections = self.connections.clone();
         let (at_health, at_metrics) = (config.healthz, config.metrics);
         let configz = serve::configz::router(config.configz());
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .max_blocking_threads(2)
-            .build()
-            .context("cannot start the HTTP servers")?;
+        let (begun, begins) = std::sync::mpsc::sync_channel(1);
         let serve = move || {
+            // Made here: it must not be dropped where the loop runs, which it would be if there were no thread for it.
+            let made =
+                tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build();
+            let runtime = match made {
+                Ok(runtime) => {
+                    let _ = begun.send(Ok(()));
+                    runtime
+                }
+                // Nobody waits who is not there.
+                Err(error) => return drop(begun.send(Err(error))),
+            };
             runtime.block_on(async {
                 let health = async {
                     let Some(at) = at_health else { return };
@@ -216,6 +223,10 @@ impl Report {
             });
         };
         std::thread::Builder::new().name("serve".into()).spawn(serve).context("cannot start a thread")?;
+        begins
+            .recv()
+            .context("the thread of the HTTP servers has ended")?
+            .context("cannot start the HTTP servers")?;
         Ok(failed)
     }
 
