@@ -13,7 +13,7 @@ use std::{
 
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
-    core::v1::{ConfigMap, Endpoints, Service, ServiceAccount, ServicePort},
+    core::v1::{ConfigMap, Container, Endpoints, Service, ServiceAccount, ServicePort},
     discovery::v1::EndpointSlice,
     rbac::v1::{ClusterRole, ClusterRoleBinding, PolicyRule},
 };
@@ -238,13 +238,18 @@ fn the_restricted_manifest_differs_in_rights_alone() {
     // What runs first is the same program, told the same, with all rights.
     let first = other.init_containers.take().unwrap();
     let [first] = &first[..] else { panic!("one container first") };
-    let told = |container: &k8s_openapi::api::core::v1::Container| container.args.clone().unwrap();
+    let told = |container: &Container| container.args.clone().unwrap();
     let own = told(&other.containers[0]);
     assert_eq!(first.security_context.as_ref().unwrap().privileged, Some(true));
     assert!(told(first).iter().all(|arg| arg == "--init-only" || own.contains(arg)), "{:?}", told(first));
     assert_eq!(first.image, other.containers[0].image);
     assert_eq!((one.host_pid.take(), other.host_pid), (Some(true), None));
-    let mounts = |container: &mut k8s_openapi::api::core::v1::Container| {
+    // All containers of the pod: neither has a profile of its own, which would count instead.
+    let own_profile = |container: &Container| container.security_context.as_ref()?.app_armor_profile.clone();
+    assert!(own_profile(first).is_none() && own_profile(&other.containers[0]).is_none());
+    let profile = other.security_context.take().and_then(|context| context.app_armor_profile);
+    assert_eq!(profile.expect("the default profile refuses pins").type_, "Unconfined");
+    let mounts = |container: &mut Container| {
         let mounts = container.volume_mounts.as_mut().unwrap();
         mounts.iter_mut().for_each(|mount| (mount.read_only, mount.mount_propagation) = (None, None));
     };
