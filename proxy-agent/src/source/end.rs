@@ -5,6 +5,7 @@ use std::time::Duration;
 use kube::core::Status;
 
 use super::connect::cause;
+use super::follow::Progress;
 
 /// A watch that has lived so long works: what happens to it then has nothing to do with what was before.
 pub(super) const LIVED: Duration = Duration::from_secs(10);
@@ -16,6 +17,8 @@ pub(super) const INSISTS: Duration = Duration::from_secs(60);
 pub(super) enum End {
     /// Nothing was heard.
     Silent,
+    /// Nothing was heard although the server knows more than it has told.
+    Withheld,
     /// There is another server, or another account.
     Moved,
     /// The server has ended it, after this time.
@@ -55,10 +58,16 @@ impl End {
         }
     }
 
+    /// Why a watch is begun anew of which nothing was heard, at least not lately.
+    pub(super) fn silent(progress: &mut Progress) -> Self {
+        if progress.silence.lasted(progress.generation) { Self::Withheld } else { Self::Silent }
+    }
+
     /// In one word, for metrics.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Silent => "silent",
+            Self::Withheld => "withheld",
             Self::Moved => "moved",
             Self::Over(lived) if *lived >= LIVED => "over",
             Self::Over(_) => "cut",
@@ -77,6 +86,9 @@ impl std::fmt::Display for End {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Silent => f.write_str("nothing was heard"),
+            Self::Withheld => {
+                f.write_str("it withholds what it knows: its watches say nothing, its lists are newer")
+            }
             Self::Moved => f.write_str("there is another server, or another account"),
             Self::Over(_) => f.write_str("the watch ends as soon as it has begun"),
             Self::Broken(_, why) => write!(f, "the watch breaks: {why}"),

@@ -4,7 +4,7 @@
 //! last. Here a watch has to prove that it lives. One that says nothing for a while is begun anew from the version it
 //! has come to: that costs a server next to nothing, brings whatever was kept from us, and shows whether it answers
 //! at all. A watch that ends before it was of any use is begun again after a pause, and elsewhere if there is another
-//! server (`end`: why, `resume`: how).
+//! server (`end`: why, `resume`: how, `silence`: whether the server keeps something from us).
 
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -19,13 +19,13 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::Kind;
-use super::backoff::{Backoff, between};
-use super::end::{End, INSISTS};
+use super::backoff::Backoff;
+use super::end::{End, INSISTS, LIVED};
 use super::feed::{Closed, Feed, Known, Listing};
 use super::heard::Heard;
 use super::requests::Requests;
 use super::servers::Servers;
+use super::silence::{Silence, silence};
 
 /// Pauses between attempts that fail although the server can be reached.
 const AGAIN: [Duration; 2] = [Duration::from_millis(800), Duration::from_secs(15)];
@@ -34,21 +34,8 @@ const PROVEN: Duration = Duration::from_secs(2);
 /// A streaming list that pauses for this long is one that the server does not know: it sent what it has and
 /// will never say that this was all.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a watch may last, in seconds: the server ends it then.
-const LASTS: [Duration; 2] = [Duration::from_secs(240), Duration::from_secs(290)];
 /// Objects in a page of a list, as `client-go` has it.
 const PAGE: u32 = 500;
-
-/// After which silence a watch is begun anew. Endpoints change most and matter most: in any but the smallest cluster
-/// they are never silent for so long. In one where nothing happens at all a node makes one request in seven seconds.
-fn silence(kind: Kind) -> Duration {
-    let seconds = match kind {
-        Kind::Slice => [10, 15],
-        Kind::Service => [20, 30],
-        Kind::Node | Kind::ServiceCidr | Kind::Pod => [60, 90],
-    };
-    between(seconds.map(Duration::from_secs))
-}
 
 type Events<K> = BoxStream<'static, kube::Result<WatchEvent<Heard<K>>>>;
 
@@ -75,6 +62,7 @@ pub(super) struct Progress {
     pub(super) insists: Option<Instant>,
     /// When an event or a bookmark came last.
     pub(super) heard: Instant,
+    pub(super) silence: Silence,
     pub(super) expired: Option<Instant>,
     pub(super) backoff: Backoff,
     /// Watches in a row that ended before they were of use.
@@ -103,8 +91,9 @@ where
     K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
     T: Hash + Send + 'static,
 {
-    /// Runs until nobody listens.
-    pub(super) async fn run(self, api: Api<Heard<K>>, shared: Shared) {
+    /// Runs until nobody listens. `quick` is a part of these objects that a server finds at once, to be asked for how far
+    /// it is after silence.
+    pub(super) async fn run(self, api: Api<Heard<K>>, quick: Option<Api<Heard<K>>>, shared: Shared) {
         let mut known = Known::default();
         let mut progress = Progress {
             streaming: true,
@@ -113,6 +102,7 @@ where
             fresh: Freshness::Any,
             insists: None,
             heard: Instant::now(),
+            silence: Silence::default(),
             expired: None,
             backoff: Backoff::new(AGAIN),
             cut: 0,
@@ -123,6 +113,9 @@ where
         };
         loop {
             let round = async {
+                if let Some(quick) = &quick {
+                    self.question(quick, &mut progress).await;
+                }
                 let end = self.round(&api, &mut known, &mut progress, &shared).await?;
                 self.after(end, &mut progress, &shared).await
             };
@@ -140,7 +133,9 @@ where
         progress: &mut Progress,
         shared: &Shared,
     ) -> Result<End, Closed> {
-        let listed = match (&progress.version, progress.streaming) {
+        // A streaming list is a watch: where those say nothing it would not, either.
+        let streaming = progress.streaming && !progress.silence.is_withheld();
+        let listed = match (&progress.version, streaming) {
             (Some(_), _) => Ok(None),
             (None, true) => self.stream(api, known, progress).await?.map(Some),
             (None, false) => self.pages(api, known, progress).await?.map(|()| None),
@@ -170,7 +165,7 @@ where
         let params = WatchParams {
             label_selector: self.labels.clone(),
             field_selector: self.fields.clone(),
-            timeout: u32::try_from(between(LASTS).as_secs()).ok(),
+            timeout: Some(progress.silence.begin(self.line.kind, initial)),
             bookmarks: true,
             send_initial_events: initial,
         };
@@ -304,8 +299,8 @@ where
         shared: &Shared,
     ) -> Result<End, Closed> {
         let began = Instant::now();
-        let mut silent = began + silence(self.line.kind);
-        let mut proven = false;
+        let mut silent = progress.silence.patience(self.line.kind);
+        let (mut proven, mut mute) = (false, true);
         loop {
             let event = tokio::select! {
                 biased;
@@ -318,10 +313,12 @@ where
                     self.works(progress, shared).await?;
                     continue;
                 }
-                () = sleep_until(silent) => return Ok(End::Silent),
+                () = sleep_until(silent) => return Ok(End::silent(progress)),
             };
             shared.servers.heard();
             let (version, object) = match event {
+                None if progress.silence.is_due() && mute => return Ok(End::silent(progress)),
+                None if progress.silence.is_due() => return Ok(End::Over(LIVED)),
                 None => return Ok(End::Over(began.elapsed())),
                 Some(Err(error)) => return Ok(End::of_stream(error, began.elapsed())),
                 Some(Ok(WatchEvent::Error(status))) => return Ok(End::Status(status)),
@@ -340,7 +337,9 @@ where
             if number < progress.newest {
                 return Ok(End::Backwards { known: progress.newest });
             }
-            if !std::mem::replace(&mut proven, true) {
+            mute = false;
+            let relieved = progress.silence.broken(object.is_some());
+            if !std::mem::replace(&mut proven, true) || relieved {
                 self.works(progress, shared).await?;
             }
             match object {
@@ -358,8 +357,10 @@ where
 
     /// The watch works, at least for now.
     async fn works(&self, progress: &mut Progress, shared: &Shared) -> Result<(), Closed> {
-        progress.said.clear();
-        shared.servers.trouble(self.what, None);
+        if !progress.silence.is_withheld() {
+            progress.said.clear();
+            shared.servers.trouble(self.what, None);
+        }
         self.line.connected(true).await
     }
 }

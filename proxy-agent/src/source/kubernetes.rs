@@ -281,14 +281,18 @@ async fn feeds(
             hook: None,
         };
         if pods {
-            feed.run(Api::all(client.clone()), shared.clone()).await;
+            feed.run(Api::all(client.clone()), None, shared.clone()).await;
         }
     };
     futures::future::join5(
-        services.run(Api::all(client.clone()), shared.clone()),
-        slices.run(Api::all(client.clone()), shared.clone()),
-        node.run(Api::all(client.clone()), shared.clone()),
-        service_cidrs.run(Api::all(client.clone()), shared.clone()),
+        services.run(Api::all(client.clone()), None, shared.clone()),
+        slices.run(
+            Api::all(client.clone()),
+            Some(Api::namespaced(client.clone(), "default")),
+            shared.clone(),
+        ),
+        node.run(Api::all(client.clone()), None, shared.clone()),
+        service_cidrs.run(Api::all(client.clone()), None, shared.clone()),
         this_node_s_pods,
     )
     .await;

@@ -23,6 +23,7 @@ mod probe;
 pub mod requests;
 mod resume;
 mod servers;
+mod silence;
 mod tls;
 
 use jiff::Timestamp;

@@ -39,13 +39,14 @@ where
         shared.requests.ended(self.what, end.name());
         let lived = match &end {
             End::Over(lived) | End::Broken(lived, _) => *lived,
-            End::Silent | End::Moved => LIVED,
+            End::Silent | End::Withheld | End::Moved => LIVED,
             _ => Duration::ZERO,
         };
         if lived >= LIVED {
             progress.backoff.reset();
             progress.cut = 0;
         }
+        progress.silence.forgive();
         let why = end.to_string();
         match &end {
             End::Silent => {
@@ -54,6 +55,7 @@ where
                     (progress.version, progress.heard) = (None, Instant::now());
                 }
             }
+            End::Withheld => self.withheld(&why, progress, shared),
             End::Moved => {}
             End::Over(_) if lived >= LIVED => {}
             End::Over(_) | End::Broken(..) => {
@@ -124,6 +126,16 @@ where
         match status.code {
             401 | 500.. => self.elsewhere(why, progress, shared).await,
             _ => self.pause(why, progress, shared).await,
+        }
+    }
+
+    /// The server keeps something from us: the next one is asked, which goes on from our version. A list is read when all do so.
+    fn withheld(&self, why: &str, progress: &mut Progress, shared: &Shared) {
+        if progress.silence.needs_list(shared.servers.len()) || progress.heard.elapsed() >= DEAF {
+            (progress.version, progress.heard) = (None, Instant::now());
+        }
+        if !shared.servers.blame(progress.generation, &format!("{}s: {why}", self.what)) {
+            self.complain_of(why, progress, shared);
         }
     }
 

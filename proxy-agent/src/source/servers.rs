@@ -231,6 +231,9 @@ impl Servers {
         let (n, current) = (state.list.len(), state.current);
         let next = (1..n).map(|step| (current + step) % n).find(|i| fresh(&state.list[*i]));
         if let Some(next) = next {
+            let url = state.list[current].url.to_string();
+            let (line, until) = (format!("{url} was left: {why}"), Some(Instant::now() + TOLD));
+            self.tell(&mut state, url, Some(Trouble { line, until }));
             self.go(&mut state, next, why);
         }
         next.is_some()
@@ -343,6 +346,8 @@ mod tests {
         let servers = servers(&["https://a/", "https://b/"]);
         assert!(servers.blame(servers.current().unwrap().generation, "cut"));
         assert_eq!(used(&servers), "https://b/");
+        let told = servers.state().troubles["https://a/"].line.clone();
+        assert_eq!(told, "https://a/ was left: cut");
         assert!(!servers.blame(servers.current().unwrap().generation, "cut"), "there is no third");
         assert_eq!(used(&servers), "https://b/");
     }

@@ -203,6 +203,7 @@ fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) 
     let Ok(store::Page { version, mut items, next }) = shared.shown().page(kind, filter, limit, token) else {
         return gone();
     };
+    let version = version.min(shared.version(kind));
     for item in items.iter_mut().filter_map(Value::as_object_mut) {
         // As the real server: the list says it once.
         item.remove("kind");

@@ -24,7 +24,7 @@ use hyper_util::server::conn::auto;
 use tokio_rustls::TlsAcceptor;
 
 use crate::netns::Netns;
-use crate::object::{Key, Object, Publish};
+use crate::object::{Key, Kind, Object, Publish};
 pub use fault::Fault;
 use store::Store;
 
@@ -70,6 +70,8 @@ struct Behaviour {
     streaming: StreamingLists,
     gone: Gone,
     bookmark_every: Duration,
+    /// Whether storage tells of progress, so that each kind's version grows with all others.
+    progress: bool,
     events_forbidden: bool,
     /// Watches that began before this many others are deaf.
     deaf: u64,
@@ -110,6 +112,13 @@ impl Shared {
         let stale = self.behaviour.borrow().fault == Fault::Stale;
         let store = if stale { &self.past } else { &self.store };
         store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How far it is with a kind.
+    fn version(&self, kind: Kind) -> u64 {
+        let progress = self.behaviour.borrow().progress;
+        let store = self.shown();
+        if progress { store.version() } else { store.version_of(kind) }
     }
 
     /// Waits until a watch may tell something; the `n`th one may never again.
@@ -162,6 +171,7 @@ impl ApiServer {
             streaming: StreamingLists::On,
             gone: Gone::Event,
             bookmark_every: Duration::from_secs(1),
+            progress: true,
             events_forbidden: false,
             deaf: 0,
             epoch: 0,
@@ -278,6 +288,11 @@ impl ApiServer {
     /// Sends bookmarks to watches that are idle for this long; one second unless told.
     pub fn bookmark_every(&self, interval: Duration) {
         self.shared.behaviour.send_modify(|now| now.bookmark_every = interval);
+    }
+
+    /// From now on a kind's version grows only when one of its objects changes, as where storage tells of no progress.
+    pub fn without_progress(&self) {
+        self.shared.behaviour.send_modify(|now| now.progress = false);
     }
 
     /// The requests so far: path and query.

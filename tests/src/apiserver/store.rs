@@ -102,6 +102,12 @@ impl Store {
         self.version
     }
 
+    /// The version of the last change of a kind.
+    pub(super) fn version_of(&self, kind: Kind) -> u64 {
+        let of_kind = self.changes.iter().rev().find(|change| change.key.kind == kind);
+        of_kind.map_or(self.oldest, |change| change.version)
+    }
+
     /// One object.
     pub(super) fn get(&self, key: &Key) -> Option<&Value> {
         self.objects.get(key)

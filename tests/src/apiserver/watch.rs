@@ -16,6 +16,9 @@ use super::selector::Filter;
 use super::{Gone, Shared};
 use crate::object::Kind;
 
+/// How long before its end a watch is sent a bookmark.
+const BEFORE_THE_END: Duration = Duration::from_secs(2);
+
 /// What a watch was asked for.
 pub(super) struct Watch {
     pub(super) kind: Kind,
@@ -60,10 +63,13 @@ pub(super) fn start(shared: Arc<Shared>, watch: Watch) -> Response<Body> {
 
 async fn run(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<(), Left> {
     let mut changed = shared.changed.subscribe();
+    let last = Duration::from_secs(watch.seconds).saturating_sub(BEFORE_THE_END);
+    let mut last = std::pin::pin!(tokio::time::sleep(last));
     let mut version = match watch.after {
         Some(version) => version,
         None => begin(shared, watch, sender).await?,
     };
+    let began = version;
     loop {
         shared.telling(watch.n).await;
         changed.mark_unchanged();
@@ -80,22 +86,24 @@ async fn run(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<(
         }
         version = now;
         let idle = shared.behaviour.borrow().bookmark_every;
-        tokio::select! {
-            _ = changed.changed() => {}
-            () = tokio::time::sleep(idle), if watch.bookmarks => {
-                shared.telling(watch.n).await;
-                send(sender, &bookmark(watch.kind, version, false)).await?;
-            }
+        let due = tokio::select! {
+            _ = changed.changed() => false,
+            () = tokio::time::sleep(idle), if watch.bookmarks => true,
+            () = &mut last, if watch.bookmarks && !last.is_elapsed() => true,
+        };
+        // The real server sends none that says nothing new, and without word of progress it has nothing new to say.
+        let (progress, known) = (shared.behaviour.borrow().progress, version.min(shared.version(watch.kind)));
+        if due && (progress || known > began) {
+            shared.telling(watch.n).await;
+            send(sender, &bookmark(watch.kind, known, false)).await?;
         }
     }
 }
 
 /// Sends what there is; the version it shows.
 async fn begin(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result<u64, Left> {
-    let (objects, version) = {
-        let store = shared.shown();
-        (store.all(watch.kind, &watch.filter), store.version())
-    };
+    let version = shared.version(watch.kind);
+    let objects = shared.shown().all(watch.kind, &watch.filter);
     shared.telling(watch.n).await;
     let many = if watch.half { objects.len() / 2 } else { objects.len() };
     let objects: Vec<Value> = objects.into_iter().take(many).collect();

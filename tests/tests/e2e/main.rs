@@ -5,6 +5,8 @@ mod account;
 #[cfg(test)]
 mod api_server;
 #[cfg(test)]
+mod api_silence;
+#[cfg(test)]
 mod api_trouble;
 #[cfg(test)]
 mod api_way;

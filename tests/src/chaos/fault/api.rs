@@ -18,12 +18,9 @@ use crate::stop::pause;
 const LASTS: Duration = Duration::from_secs(3);
 /// From the beginning of a fault to the change.
 const BEFORE: Duration = Duration::from_millis(500);
-/// How soon a change is in the tables once a server is of use: what no answer tells takes 21 s to be noticed, and pauses
-/// between attempts last up to 15 s.
+/// How soon a change is in the tables once a server is of use: what no answer tells takes 21 s to be noticed, that watches
+/// begin and bring nothing 33 s, and pauses between attempts last up to 15 s.
 const FOLLOWS: Duration = Duration::from_secs(45);
-/// The same where watches begin and bring nothing, as in a cluster in which nothing happens: only after 150 s without a
-/// bookmark is it seen that this is not so.
-const FOLLOWS_SILENCE: Duration = Duration::from_secs(200);
 
 /// What happens to the servers, in turn.
 pub(super) struct Api {
@@ -65,13 +62,12 @@ impl Fault for Api {
             servers.iter().for_each(|server| server.fail(ServerFault::None));
             ground.clients.step(format!("api {number}: over"));
         }
-        let follows = if fault == ServerFault::Silent { FOLLOWS_SILENCE } else { FOLLOWS };
         let (begun, begun_ms) = (Instant::now(), now_ms());
-        let outcome = eventually(follows * crate::patience(), || ground.is_in_line());
+        let outcome = eventually(FOLLOWS * crate::patience(), || ground.is_in_line());
         self.slowest = self.slowest.max(begun.elapsed());
         ground.clients.note(
             "the agent",
-            &format!("tables as published within {follows:?}"),
+            &format!("tables as published within {FOLLOWS:?}"),
             begun_ms,
             outcome,
         );

@@ -63,8 +63,6 @@ impl Soak {
         let mut random = Rng::with_seed(options.seed);
         let lasts = options.lasts.unwrap_or(LASTS);
         let mut servers = ServerFault::NAMED.map(|(_, fault)| fault).to_vec();
-        // Minutes pass until that is noticed.
-        servers.retain(|fault| *fault != ServerFault::Silent);
         random.shuffle(&mut servers);
         let mut sabotages = Sabotage::ALL.to_vec();
         sabotages.retain(|sabotage| lasts >= REMEMBERED || sabotage.undone_within() < ENDS);

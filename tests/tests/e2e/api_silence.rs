@@ -1,0 +1,148 @@
+//! An API server whose watches begin and say nothing, beside others and alone, and one that has nothing to say (Y-5).
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::agent::{Agent, Feed};
+use proxy_tests::apiserver::{ApiServer, Fault};
+use proxy_tests::manifests::node;
+use proxy_tests::probe::{eventually, get};
+use proxy_tests::town::Town;
+
+use crate::api_server::{connected, server};
+use crate::common::web;
+use crate::health::http;
+use crate::life::{FLAGS, answers, complains, one_node, quick, servers, service};
+
+/// A watch of 15 s says nothing, then one of as long, which the server may end 3 s late.
+const NOTICED: Duration = Duration::from_secs(33);
+/// From there to an answer, on a machine that is busy.
+const FOLLOWED: Duration = Duration::from_secs(7);
+/// How the complaint begins.
+const WITHHELD: [&str; 2] = ["API server", "EndpointSlices: it withholds"];
+
+/// A town with endpoints and two servers of one cluster.
+fn scene() -> Result<(Town, [ApiServer; 2])> {
+    let town = one_node(&["a", "b", "c"])?;
+    let first = server(&town)?;
+    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, 6444));
+    let second = first.beside(town.place("node1").netns.listen(at)?)?;
+    Ok((town, [first, second]))
+}
+
+/// Lists among requests, in both forms; what asks for one object to learn a version is none.
+fn lists(server: &ApiServer) -> usize {
+    let whole = |path: &&String| path.contains("sendInitialEvents=true") || path.contains("limit=500");
+    server.requests().iter().filter(whole).count()
+}
+
+/// How often something was counted, by the beginning of its line and a label.
+fn counted(town: &Town, metric: &str, label: &str) -> Result<u64> {
+    let (_, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+    let lines = metrics.lines().filter(|line| line.starts_with(metric) && line.contains(label));
+    Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
+}
+
+#[test]
+fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() -> Result<()> {
+    let (town, [first, second]) = scene()?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&first, &town, "web", 1, &["b"], |plan| plan)?;
+    let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
+    let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    connected(&agent, true)?;
+    let begun = Instant::now();
+    first.fail(Fault::Silent);
+    controller.replace(&[town.place("c")])?;
+    eventually((NOTICED + FOLLOWED) * proxy_tests::patience(), || {
+        let name = get(pod, &quick(vip))?.name;
+        ensure!(name == "c", "{name} answers");
+        Ok(())
+    })
+    .with_context(|| agent.log_text())?;
+    eprintln!("silent: another server is followed after {:?}", begun.elapsed());
+    complains(&agent, &[&first.url(), WITHHELD[1]], true)?;
+    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"withheld\"")? == 1);
+    ensure!(lists(&second) == 0, "watches go on from their version: {:#?}", second.requests());
+    ensure!(!first.is_watched() && second.is_watched());
+    connected(&agent, true)
+}
+
+#[test]
+fn one_server_that_withholds_what_it_knows_is_listed_and_complained_of_until_it_speaks() -> Result<()> {
+    let (town, [server, _]) = scene()?;
+    let _servers = servers(&town, &["b", "c"])?;
+    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let (pod, vip) = (town.place("a"), service(1)[0]);
+    answers(pod, vip, "b")?;
+    connected(&agent, true)?;
+    let (begun, asked, listed) = (Instant::now(), server.requests().len(), lists(&server));
+    server.fail(Fault::Silent);
+    controller.replace(&[town.place("c")])?;
+    eventually((NOTICED + FOLLOWED) * proxy_tests::patience(), || {
+        let name = get(pod, &quick(vip))?.name;
+        ensure!(name == "c", "{name} answers");
+        Ok(())
+    })
+    .with_context(|| agent.log_text())?;
+    eprintln!("silent: listed after {:?}", begun.elapsed());
+    complains(&agent, &WITHHELD, true)?;
+    // A watch that is only accepted is not taken for one that works.
+    sleep(Duration::from_secs(4));
+    complains(&agent, &WITHHELD, true)?;
+    ensure!(lists(&server) == listed + 1, "{:#?}", server.requests());
+    let asked = server.requests().len() - asked;
+    ensure!(asked <= 40, "{asked} requests in {:?}", begun.elapsed());
+    server.fail(Fault::None);
+    controller.replace(&[town.place("b")])?;
+    answers(pod, vip, "b").with_context(|| agent.log_text())?;
+    complains(&agent, &WITHHELD, false)
+}
+
+/// Nothing of what an agent watches changes, but other things do all the time: no server is left, and none is asked for
+/// lists again. Bookmarks come as from the real server: before the end of a watch, if there is progress at all.
+fn quiet(progress: bool) -> Result<()> {
+    let (town, both) = scene()?;
+    for server in &both {
+        server.bookmark_every(Duration::from_secs(3600));
+        if !progress {
+            server.without_progress();
+        }
+    }
+    let [first, second] = &both;
+    let _servers = servers(&town, &["b"])?;
+    let _controller = web(first, &town, "web", 1, &["b"], |plan| plan)?;
+    let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
+    let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
+    answers(town.place("a"), service(1)[0], "b")?;
+    connected(&agent, true)?;
+    let (begun, listed) = (Instant::now(), lists(first));
+    while begun.elapsed() < NOTICED + FOLLOWED {
+        first.put(&node("other", &[], &[], &[]));
+        sleep(Duration::from_millis(200));
+    }
+    let slices = |path: &&String| path.contains("/endpointslices?");
+    let asked = first.requests();
+    let asked: Vec<&String> = asked.iter().filter(slices).collect();
+    // It was begun anew, or this shows nothing.
+    ensure!((3..=9).contains(&asked.len()), "{asked:#?}");
+    ensure!(second.requests().is_empty(), "{}", agent.log_text());
+    ensure!(lists(first) == listed, "{:#?}", first.requests());
+    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"withheld\"")? == 0);
+    complains(&agent, &["API server"], false)
+}
+
+#[test]
+fn a_server_that_has_nothing_to_say_but_bookmarks_is_kept() -> Result<()> {
+    quiet(true)
+}
+
+#[test]
+fn a_server_that_has_nothing_to_say_at_all_is_kept() -> Result<()> {
+    quiet(false)
+}
