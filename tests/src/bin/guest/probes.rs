@@ -37,8 +37,8 @@ pub(crate) fn run(reports: &mut Reports, whole: bool) {
         routed(reports, scene, manifests, whole);
     }
     drop(world);
-    reports.probe("takeover, IPVS", || takeover(Mode::Ipvs));
     if whole {
+        reports.probe("takeover, IPVS", || takeover(Mode::Ipvs));
         reports.probe("takeover, nftables", || takeover(Mode::Nftables));
         reports.probe("VXLAN between nodes", || overlay(PodNetwork::Overlay));
         reports.probe("VXLAN, routed pods", || overlay(PodNetwork::RoutedOverlay));
