@@ -111,7 +111,7 @@ impl Room {
 impl Drop for Room {
     fn drop(&mut self) {
         let _ = remove_all(&self.root);
-        let _ = nix::mount::umount(self.root.path());
+        let _ = nix::mount::umount2(self.root.path(), nix::mount::MntFlags::MNT_DETACH);
         // Those that a test has made inside stand in the way if it failed before it took them away.
         for inner in fs::read_dir(&self.cgroup).into_iter().flatten().flatten() {
             let _ = fs::remove_dir(inner.path());
