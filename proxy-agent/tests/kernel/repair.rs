@@ -384,6 +384,8 @@ fn programs_of_others_are_named_in_their_order_at_interfaces_and_in_cgroups() {
     assert!(found.company.contains(&company("connect4", &["connect4"], &[], inner)), "{found:?}");
     assert_eq!((found.company.len(), found.unknown.len()), (10, 0), "{found:?}");
     remove_all(&root).unwrap();
+    // The other agent's bpffs, which it has mounted there.
+    nix::mount::umount2(root.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
     // A filter comes after what is attached by a link, whatever its priority.
     let program = room.root.generation().join("flows");
     let tc = |args: &[&str]| assert!(Command::new("tc").args(args).status().unwrap().success(), "{args:?}");
