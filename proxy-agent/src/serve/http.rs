@@ -2,9 +2,9 @@
 //!
 //! Anybody may be at the other end. A connection may be silent, send its request byte by byte, or not take its answer:
 //! after half a minute it is closed. There may be thousands of them: a listener has so many connections at a time, all
-//! listeners together so many more, and a new one takes the place of the one for which nothing has been done for the longest time.
-//! So who asks is answered, whoever else is there, and most descriptors of the process are left to the agent
-//! ([`Limits`]). All of it runs on the thread of the servers, and the loop does not know of it.
+//! listeners together so many more, and a new one takes the place of the one that has said nothing for the longest time:
+//! answers that it lets wait do not make it younger. So who asks is answered, whoever else is there, and most descriptors
+//! of the process are left to the agent ([`Limits`]). All of it runs on the thread of the servers, and the loop does not know of it.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,6 +19,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::io::InspectReader;
 use tower::ServiceExt as _;
 
 /// How long a connection may take from its beginning, or from an answer, to the end of the next request. The time to take
@@ -89,6 +90,27 @@ struct Progress {
     busy: bool,
     /// Since when it is, or is not.
     since: Instant,
+    /// When bytes came last.
+    heard: Instant,
+    /// When the last bytes of the newest request came, or the connection itself.
+    asked: Instant,
+}
+
+impl Progress {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { busy: false, since: now, heard: now, asked: now }
+    }
+
+    /// A request is whole.
+    fn begin(&mut self) {
+        (self.busy, self.since, self.asked) = (true, Instant::now(), self.heard);
+    }
+
+    /// It has its answer, which need not have been sent.
+    fn end(&mut self) {
+        (self.busy, self.since) = (false, Instant::now());
+    }
 }
 
 /// What is told of connections.
@@ -153,7 +175,7 @@ impl Connections {
         open.make_room(at, self.limits);
         let id = open.next;
         open.next += 1;
-        let progress = Arc::new(Mutex::new(Progress { busy: false, since: Instant::now() }));
+        let progress = Arc::new(Mutex::new(Progress::new()));
         let place = Place { connections: self.clone(), at, id };
         let talk = {
             let progress = progress.clone();
@@ -172,20 +194,23 @@ impl Connections {
 }
 
 impl Open {
-    /// Closes a connection where one more would be too many: of this listener, else of the one that has the most.
+    /// Closes a connection where one more would be too many: of this listener where it has its share or no other has more
+    /// than it, else of the one that has the most.
     fn make_room(&mut self, at: SocketAddr, limits: Limits) {
         let all: usize = self.by_listener.values().map(BTreeMap::len).sum();
         let here = self.by_listener.get(&at).map_or(0, BTreeMap::len);
         let from = if here >= limits.each {
             Some(at)
         } else if all >= limits.all {
-            self.by_listener.iter().max_by_key(|(_, of)| of.len()).map(|(at, _)| *at)
+            let most = self.by_listener.iter().max_by_key(|(_, of)| of.len());
+            most.map(|(most, of)| if of.len() > here { *most } else { at })
         } else {
             None
         };
         let Some(of) = from.and_then(|at| self.by_listener.get_mut(&at)) else { return };
-        // Being answered is no protection: who asks and does not listen would be the last to go.
-        let idlest = of.iter().min_by_key(|(_, connection)| look(&connection.progress).since);
+        // Neither being answered nor having been is protection: who asks much at once and does not listen would be the last
+        // to go.
+        let idlest = of.iter().min_by_key(|(_, connection)| look(&connection.progress).asked);
         if let Some(displaced) = idlest.map(|(id, _)| *id).and_then(|id| of.remove(&id)) {
             displaced.abort.abort();
             self.displaced += 1;
@@ -224,11 +249,11 @@ impl Drop for Place {
 
 /// Talks until the other end has gone, or has taken too long: whether it has not.
 async fn talk(stream: TcpStream, router: Router, progress: Arc<Mutex<Progress>>) -> bool {
-    let mark = |busy| *look(&progress) = Progress { busy, since: Instant::now() };
+    let stream = InspectReader::new(stream, |_: &[u8]| look(&progress).heard = Instant::now());
     let answer = service_fn(async |request| {
-        mark(true);
+        look(&progress).begin();
         let answer = router.clone().oneshot(request).await;
-        mark(false);
+        look(&progress).end();
         answer
     });
     let mut http = http1::Builder::new();
@@ -249,7 +274,7 @@ async fn talk(stream: TcpStream, router: Router, progress: Arc<Mutex<Progress>>)
 /// Returns when nothing has been asked for too long.
 async fn overdue(progress: &Mutex<Progress>) {
     loop {
-        let Progress { busy, since } = *look(progress);
+        let Progress { busy, since, .. } = *look(progress);
         let now = Instant::now();
         let quiet_since = if busy { now } else { since };
         let until = quiet_since + SILENCE;
@@ -359,6 +384,56 @@ mod tests {
         let _asked = ask(other).await.unwrap();
         assert!(is_closed(&mut silent[0]).await);
         until(&connections, |counts| counts == Counts { open: 8, displaced: 1, overdue: 0 }).await;
+    }
+
+    #[tokio::test]
+    async fn who_asks_once_is_not_sent_away_for_those_who_let_their_answers_wait() {
+        let limits = Limits { each: 8, all: 8, listeners: 0 };
+        let (connections, (listener, at)) = (Connections::new(limits), listener().await);
+        let soon = async || sleep(Duration::from_millis(2)).await;
+        let late = async || sleep(Duration::from_millis(500)).await;
+        let router = Router::new().route("/soon", any(soon)).route("/", any(late));
+        let server = connections.clone();
+        tokio::spawn(async move { server.serve("test", listener, router).await });
+        let mut deaf = Vec::new();
+        for _ in 0..4 {
+            let mut stream = TcpStream::connect(at).await.unwrap();
+            stream.write_all(&b"GET /soon HTTP/1.1\r\nHost: x\r\n\r\n".repeat(200)).await.unwrap();
+            deaf.push(stream);
+        }
+        until(&connections, |counts| counts.open == 4).await;
+        let asked = tokio::spawn(ask(at));
+        until(&connections, |counts| counts.open == 5).await;
+        // Each of the others is answered again and again while it waits, and three come for whom there is no room.
+        sleep(Duration::from_millis(50)).await;
+        let mut silent = Vec::new();
+        for _ in 0..6 {
+            silent.push(TcpStream::connect(at).await.unwrap());
+        }
+        until(&connections, |counts| counts.displaced >= 3).await;
+        asked.await.unwrap().unwrap();
+        assert!(is_closed(&mut deaf[0]).await);
+    }
+
+    #[tokio::test]
+    async fn a_listener_with_as_many_as_any_other_makes_room_itself() {
+        for turn in [false, true] {
+            let (connections, mut at) = served(Limits { each: 8, all: 8, listeners: 0 }).await;
+            at.sort_unstable();
+            if turn {
+                at.reverse();
+            }
+            let mut silent = Vec::new();
+            for _ in 0..4 {
+                silent.push(TcpStream::connect(at[0]).await.unwrap());
+            }
+            until(&connections, |counts| counts.open == 4).await;
+            for _ in 0..20 {
+                silent.push(TcpStream::connect(at[1]).await.unwrap());
+            }
+            until(&connections, |counts| counts.displaced == 16).await;
+            assert_eq!(connections.lock().by_listener[&at[0]].len(), 4);
+        }
     }
 
     #[tokio::test(start_paused = true)]
