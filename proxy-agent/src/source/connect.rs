@@ -29,7 +29,7 @@ use tower::{BoxError, Service, ServiceBuilder, ServiceExt};
 
 use super::body::Guarded;
 use super::requests::Requests;
-use super::servers::Servers;
+use super::servers::{Servers, Turn};
 use super::tls::AsKubectl;
 
 /// How long a connection attempt may take.
@@ -185,7 +185,7 @@ impl Way {
                 Ok(Ok(answer)) => {
                     counting.done(Some(answer.status()));
                     self.servers.answered(&turn, answer.version());
-                    self.rest(&answer);
+                    self.rest(&turn, &answer);
                     return Ok(answer.map(|body| Guarded::new(body, watch)));
                 }
                 Ok(Err(error)) => last = error,
@@ -210,13 +210,13 @@ impl Way {
     }
 
     /// Follows `Retry-After`.
-    fn rest(&self, answer: &Response<Incoming>) {
+    fn rest(&self, turn: &Turn, answer: &Response<Incoming>) {
         if ![StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&answer.status()) {
             return;
         }
         let seconds = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         if let Some(seconds) = seconds {
-            self.servers.hold(Duration::from_secs(seconds));
+            self.servers.hold(turn, Duration::from_secs(seconds));
         }
     }
 }

@@ -67,6 +67,8 @@ pub(super) struct Progress {
     pub(super) backoff: Backoff,
     /// Watches in a row that ended before they were of use.
     pub(super) cut: u32,
+    /// Who was too busy for us last, as [`Servers`] counts.
+    pub(super) busy: Option<u64>,
     /// Whether it was said that the server does not show this kind.
     pub(super) refused: bool,
     /// What was logged last.
@@ -106,6 +108,7 @@ where
             expired: None,
             backoff: Backoff::new(AGAIN),
             cut: 0,
+            busy: None,
             refused: false,
             said: String::new(),
             moved: shared.servers.subscribe(),

@@ -44,7 +44,7 @@ where
         };
         if lived >= LIVED {
             progress.backoff.reset();
-            progress.cut = 0;
+            (progress.cut, progress.busy) = (0, None);
         }
         progress.silence.forgive();
         let why = end.to_string();
@@ -124,7 +124,12 @@ where
             return Ok(());
         }
         match status.code {
-            401 | 500.. => self.elsewhere(why, progress, shared).await,
+            // Once it has its way, which the next request waits for: others may be no less busy.
+            429 if progress.busy.replace(progress.generation) != Some(progress.generation) => {
+                sleep(between(ELSEWHERE)).await;
+                Ok(())
+            }
+            401 | 429 | 500.. => self.elsewhere(why, progress, shared).await,
             _ => self.pause(why, progress, shared).await,
         }
     }

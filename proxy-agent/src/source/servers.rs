@@ -23,6 +23,8 @@ const BLAMED: Duration = Duration::from_secs(10);
 const TOLD: Duration = Duration::from_secs(300);
 /// No server makes us wait longer than this.
 const HELD: Duration = Duration::from_secs(60);
+/// One that wants to be left alone for longer than this is left for another.
+const WAITED: Duration = Duration::from_secs(5);
 
 /// Where we know a server from. The order is that in which they are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -260,10 +262,17 @@ impl Servers {
         self.moved.send_replace(state.generation);
     }
 
-    /// The server wants to be left alone for a while (`Retry-After`).
-    pub(super) fn hold(&self, pause: Duration) {
+    /// The server wants to be left alone for a while (`Retry-After`): nobody asks until then, or another is asked.
+    pub(super) fn hold(&self, turn: &Turn, pause: Duration) {
+        let why = || format!("it wants to be left alone for {pause:?}");
+        if pause > WAITED && self.blame(turn.generation, &why()) {
+            return;
+        }
         let pause = pause.min(HELD);
-        self.state().held = Some(Instant::now() + pause + pause.mul_f64(fastrand::f64() / 5.0));
+        let mut state = self.state();
+        if turn.generation == state.generation {
+            state.held = Some(Instant::now() + pause + pause.mul_f64(fastrand::f64() / 5.0));
+        }
     }
 
     /// These are the servers of this origin from now on. One that is in use stays.
@@ -365,6 +374,27 @@ mod tests {
         assert_eq!(servers.len(), 4);
         servers.set(Origin::Given, &[Uri::from_static("https://other/")]);
         assert_eq!((used(&servers), servers.len()), ("https://10.0.0.1/".into(), 4));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_busy_is_waited_for_unless_that_takes_long_and_there_is_another() {
+        let waited = async |servers: &Servers| {
+            let begun = Instant::now();
+            assert!(servers.admit().await.is_none());
+            begun.elapsed()
+        };
+        let (few, many) = (Duration::from_secs(2), Duration::from_secs(3600));
+        let servers = servers(&["https://a/", "https://b/"]);
+        let first = servers.current().unwrap();
+        servers.hold(&first, few);
+        assert!(waited(&servers).await >= few && used(&servers) == "https://a/");
+        servers.hold(&first, many);
+        assert_eq!((used(&servers).as_str(), waited(&servers).await), ("https://b/", Duration::ZERO));
+        servers.hold(&first, few);
+        assert_eq!(waited(&servers).await, Duration::ZERO, "another server is in use");
+        servers.hold(&servers.current().unwrap(), many);
+        let longest = waited(&servers).await;
+        assert!((HELD..HELD * 2).contains(&longest), "{longest:?}: the first was left a moment ago");
     }
 
     #[tokio::test(start_paused = true)]

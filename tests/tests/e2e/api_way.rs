@@ -68,6 +68,9 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     turn(&second, &first, Fault::Hang, 10)?;
     // The other one was left a moment ago.
     turn(&first, &second, Fault::Status(500), 20)?;
+    // Once it has its way, if that is not much to ask.
+    turn(&second, &first, Fault::Busy(2), 30)?;
+    turn(&first, &second, Fault::Busy(3600), 30)?;
     connected(&agent, true)?;
     // Neither: what is served stays, and goes on with the first that is back.
     first.fail(Fault::Drop);

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use proxy_tests::chaos::clients::{Clients, Term};
 use proxy_tests::chaos::fault::{Name, Options};
 use proxy_tests::chaos::report::Report;
@@ -81,10 +81,24 @@ fn a_thousand_idle_clients_at_each_port_cost_nobody_anything() -> Result<()> {
     nothing_is_lost(Name::IdleClients, 1).map(drop)
 }
 
+/// Each fault once of all API servers, and once of the one in use.
+fn changes_are_followed(faults: &[Name]) -> Result<()> {
+    faults.iter().try_for_each(|fault| nothing_is_lost(*fault, 2).map(drop).with_context(|| fault.text()))
+}
+
 #[test]
-fn api_servers_that_hang_or_cut_every_watch_cost_nothing_and_changes_are_followed() -> Result<()> {
-    nothing_is_lost(Name::ApiHang, 1)?;
-    nothing_is_lost(Name::ApiCut, 2).map(drop)
+fn api_servers_that_do_not_answer_cost_nothing_and_changes_are_followed() -> Result<()> {
+    changes_are_followed(&[Name::ApiDrop, Name::ApiHang, Name::ApiNoHeaders, Name::ApiCut])
+}
+
+#[test]
+fn api_servers_that_answer_badly_cost_nothing_and_changes_are_followed() -> Result<()> {
+    changes_are_followed(&[Name::ApiSlow, Name::ApiGarbage, Name::ApiHalf, Name::ApiError])
+}
+
+#[test]
+fn api_servers_that_answer_but_keep_changes_from_us_cost_nothing_and_changes_are_followed() -> Result<()> {
+    changes_are_followed(&[Name::ApiLie, Name::ApiBusy, Name::ApiSilent])
 }
 
 #[test]
