@@ -33,6 +33,8 @@ pub(super) struct Growth {
     at_work: Option<(Capacities, JoinHandle<Result<Prepared, LoadError>>)>,
     /// What memory or the kernel forbids.
     complaints: Vec<String>,
+    /// Complaints that an Event is still to tell.
+    news: Vec<String>,
     standing: Standing,
     failed: Option<Instant>,
 }
@@ -49,6 +51,7 @@ impl Growth {
             short: Vec::new(),
             at_work: None,
             complaints: Vec::new(),
+            news: Vec::new(),
             standing: limits.standing(&sizes),
             failed: None,
         }
@@ -66,6 +69,12 @@ impl Growth {
     /// What stands in the way.
     pub(super) fn complaints(&self) -> &[String] {
         &self.complaints
+    }
+
+    /// What has come to stand in the way since this was asked last.
+    pub(super) fn news(&mut self) -> Option<String> {
+        let news = std::mem::take(&mut self.news);
+        (!news.is_empty()).then(|| news.join("; "))
     }
 
     /// How it stands.
@@ -102,6 +111,7 @@ impl Growth {
                     let now = self.limits.standing(&self.sizes);
                     self.standing = Standing { done: times, failed: failed + 1, ..now };
                     self.complaints = vec![format!("tables stay as large as they are: {error:#}")];
+                    self.news.clone_from(&self.complaints);
                     Err(error.context("larger tables"))
                 }
             };
@@ -150,7 +160,8 @@ impl Growth {
         }
         let table = |line: &String| line.split(" has ").next().map(ToOwned::to_owned);
         let known: Vec<_> = self.complaints.iter().map(table).collect();
-        lines.iter().filter(|line| !known.contains(&table(line))).for_each(|line| tracing::warn!("{line}"));
+        let new = lines.iter().filter(|line| !known.contains(&table(line))).cloned();
+        self.news.extend(new.inspect(|line| tracing::warn!("{line}")));
         self.complaints = lines;
     }
 }

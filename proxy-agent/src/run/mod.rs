@@ -397,6 +397,9 @@ impl Agent {
                 tracing::error!("the tables cannot be opened again: {error:#}");
             }
         }
+        if let Some(news) = self.growth.news() {
+            self.repairs.tell(Event::NotGrown(news));
+        }
         self.report.growth(self.growth.standing(), self.growth.complaints());
     }
 

@@ -106,7 +106,7 @@ impl Repairs {
         })
     }
 
-    fn tell(&self, event: Event) {
+    pub(super) fn tell(&self, event: Event) {
         if let Some(events) = &self.events {
             events.tell(event);
         }

@@ -41,6 +41,8 @@ pub enum Event {
     Attached,
     /// What somebody else had removed or changed has been restored.
     Restored(String),
+    /// Tables that are nearly full cannot become larger.
+    NotGrown(String),
     /// A Service's health check port cannot be had (H-16).
     NoServiceHealth(ObjectName, String),
 }
@@ -63,6 +65,7 @@ impl Event {
                 (EventType::Normal, "AttachedPrograms", "Attach", "all hooks carry their programs".into())
             }
             Self::Restored(note) => (EventType::Warning, "RestoredDataPath", "Repair", note.clone()),
+            Self::NotGrown(note) => (EventType::Warning, "FailedToGrowTables", "Grow", note.clone()),
             Self::NoServiceHealth(_, note) => {
                 (EventType::Warning, "FailedToStartServiceHealthcheck", "Listen", note.clone())
             }
@@ -84,7 +87,8 @@ impl Event {
             | Self::NoMetrics(_)
             | Self::NotAttached(_)
             | Self::Attached
-            | Self::Restored(_) => ObjectReference {
+            | Self::Restored(_)
+            | Self::NotGrown(_) => ObjectReference {
                 api_version: Some("v1".into()),
                 kind: Some("Node".into()),
                 name: Some(node.to_owned()),

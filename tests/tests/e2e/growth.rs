@@ -63,6 +63,9 @@ fn memory_that_is_not_allowed_keeps_tables_small_and_says_so() -> Result<()> {
     ensure!(agent.status_json()?["notes"].to_string().contains("--map-memory allows"), "it says nothing");
     publish_more(&manifests, 900, town.place("c"))?;
     complains(agent, &["cannot grow", "raise --map-memory"], true)?;
+    // Without an API server the log has the Event.
+    let log = agent.log_text();
+    ensure!(log.contains("event FailedToGrowTables about Node node1"), "{log}");
     let scrape = Scrape::of(agent.place())?;
     let [taken, limit] =
         ["", "limit_"].map(|which| scrape.value(&format!("proxy_agent_table_memory_{which}bytes")));
