@@ -3,6 +3,7 @@
 //! `source` hears of changes, `model` knows the world and says what should be, `plan` compares that with
 //! what is and lists the writes, `datapath` does them, `serve` and `cli` tell, `logging` writes. `run` is the loop round it.
 
+pub mod aside;
 pub mod cli;
 pub mod config;
 pub mod datapath;

@@ -123,14 +123,21 @@ impl Queue {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// One more line; it is lost where there is no room.
     fn push(&self, line: &[u8]) {
+        let lost = !self.fits(line);
+        self.lost.fetch_add(u64::from(lost), Ordering::Relaxed);
+    }
+
+    /// Takes a line if there is room.
+    fn fits(&self, line: &[u8]) -> bool {
         let mut waiting = self.lock();
-        if waiting.text.len() + line.len() > ROOM {
-            self.lost.fetch_add(1, Ordering::Relaxed);
-            return;
+        let fits = waiting.text.len() + line.len() <= ROOM;
+        if fits {
+            waiting.text.extend_from_slice(line);
+            self.changed.notify_all();
         }
-        waiting.text.extend_from_slice(line);
-        self.changed.notify_all();
+        fits
     }
 
     fn flush(&self, patience: Duration) {
@@ -144,8 +151,7 @@ impl Queue {
         loop {
             let whole = self.write_next(&mut write);
             let lost = self.lost.load(Ordering::Relaxed);
-            if whole && lost > said {
-                self.push(lost_line(lost).as_bytes());
+            if whole && lost > said && self.fits(lost_line(lost).as_bytes()) {
                 said = lost;
             }
         }

@@ -1,5 +1,6 @@
 //! The configuration file: when it says something else, this process has to begin anew (F-3).
 
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
+use crate::aside::aside;
 use crate::config::ConfigFile;
 
 /// A file that is being written is read again until it says the same twice, this far apart.
@@ -27,7 +29,9 @@ pub(super) async fn changed(file: ConfigFile) -> Error {
     }
     let mut before = None;
     loop {
-        let now = tokio::fs::read_to_string(&file.path).await.ok().filter(|text| *text != file.text);
+        let path = file.path.clone();
+        let now = aside("configuration", || fs::read_to_string(path)).await;
+        let now = now.flatten().ok().filter(|text| *text != file.text);
         if now.is_some() && now == before {
             return anyhow!(
                 "the configuration file {} has changed: ending, to be started again with what it says now; the kernel \

@@ -63,6 +63,8 @@ const SWEEP_RUNS: u32 = 32;
 const BEAT: u64 = 8;
 /// How long another agent that ends may take to let go of the pins.
 const CLAIM: Duration = Duration::from_secs(2);
+/// How long a thread that has resolved a name stays: always.
+const THREADS_STAY: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Changes that may wait for the loop.
 const QUEUE: usize = 4096;
 
@@ -90,6 +92,8 @@ pub fn run(config: Config) -> Result<()> {
     agent.report.without(without.into_iter().chain(grace::slow(Path::new("/"))));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        // Names are resolved on threads of its own, and it panics where none can be had: one that there was stays.
+        .thread_keep_alive(THREADS_STAY)
         .build()
         .context("cannot start the event loop")?;
     runtime.block_on(agent.run())

@@ -28,6 +28,7 @@ use super::pages::{Pages, Slis};
 use super::passes::Passes;
 use super::process::Process;
 use super::repairs::Repairs;
+use crate::aside::aside;
 use crate::cli::view::MapFill;
 use crate::datapath::growth::Standing;
 use crate::model::{Family, NoLocalByFamily};
@@ -147,7 +148,7 @@ impl Metrics {
             *told = Some((begun, text.clone()));
             Ok(text)
         };
-        let scraped = tokio::task::spawn_blocking(scrape).await;
+        let scraped = aside("scrape", scrape).await;
         scraped.unwrap_or_else(|error| Err(format!("reading the metrics: {error}")))
     }
 }

@@ -21,6 +21,7 @@ use tokio::time::{sleep, timeout};
 use super::file::{self, Refusal};
 use super::manifest::{self, Content, Id, Manifest, Object};
 use super::{Change, Kind};
+use crate::aside::aside;
 use crate::model::{Node, ObjectName, Service, Slice};
 
 /// How long the directory must be quiet before it is read: an editor's save is several events.
@@ -67,7 +68,7 @@ pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -
     let mut shelf = Shelf::new(path.clone(), node_name);
     let mut first = true;
     loop {
-        let (back, read) = tokio::task::spawn_blocking(move || {
+        let (back, read) = aside("manifests", move || {
             let read = shelf.refresh();
             (shelf, read)
         })

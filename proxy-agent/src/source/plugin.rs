@@ -20,6 +20,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde::Deserialize;
 use serde_json::json;
 
+use crate::aside::aside;
+
 /// How long a plugin may take. Those of clouds ask a server, too.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How often it is looked whether it has ended.
@@ -88,8 +90,8 @@ pub(super) async fn ask(user: &mut AuthInfo, home: &Path) -> Result<Option<Times
     let name = exec.command.clone().ok_or(PluginError::Nameless)?;
     let command = if name.contains('/') { home.join(name) } else { name.into() };
     let (program, spec) = (command.clone(), exec);
-    let ran = tokio::task::spawn_blocking(move || run(&program, &spec, PATIENCE)).await;
-    let said = ran.map_err(|error| PluginError::Run { command: command.clone(), source: error.into() })??;
+    let ran = aside("plugin", move || run(&program, &spec, PATIENCE)).await;
+    let said = ran.map_err(|source| PluginError::Run { command: command.clone(), source })??;
     let useless = |source| PluginError::Useless { command: command.clone(), source };
     let answer: Answer = serde_saphyr::from_slice(&said).map_err(|error| useless(Some(Box::new(error))))?;
     let status = answer.status.ok_or_else(|| useless(None))?;

@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use nix::libc;
 
-/// A kind of call: its number, and the command of `bpf`.
+/// A kind of call: its number, and the command of `bpf` or `futex`.
 pub(super) type Kind = (u64, Option<u64>);
 
 /// Lists calls by the error with which they fail.
@@ -41,6 +41,11 @@ const INFALLIBLE: &[(i64, &str, Errno)] = calls! {
         SYS_sched_getaffinity SYS_clock_gettime SYS_getcwd SYS_umask SYS_tgkill SYS_kill SYS_shutdown SYS_getrusage
         SYS_membarrier;
 };
+
+/// `FUTEX_CMD_MASK`, without the flags for private futexes and for the clock.
+const FUTEX_COMMAND: u64 = 0x7f;
+/// `FUTEX_WAKE`.
+const FUTEX_WAKE: u64 = 1;
 
 /// Commands of `bpf`, by their number.
 const COMMANDS: [&str; 36] = [
@@ -82,10 +87,15 @@ const COMMANDS: [&str; 36] = [
     "PROG_BIND_MAP",
 ];
 
-/// What the second of a pair of a call's number and command is about.
+/// What a call is, of these arguments.
 #[must_use]
-pub(super) fn is_bpf(number: u64) -> bool {
-    i64::try_from(number) == Ok(libc::SYS_bpf)
+pub(super) fn kind(number: u64, first: u64, second: u64) -> Kind {
+    let command = match i64::try_from(number) {
+        Ok(libc::SYS_bpf) => Some(first),
+        Ok(libc::SYS_futex) => Some(second & FUTEX_COMMAND),
+        _ => None,
+    };
+    (number, command)
 }
 
 /// Its name, as strace writes it.
@@ -93,7 +103,10 @@ pub(super) fn is_bpf(number: u64) -> bool {
 pub(super) fn name((number, command): Kind) -> String {
     let known = CALLS.iter().chain(INFALLIBLE).find(|(known, ..)| is(*known, number));
     let name = known.map_or_else(|| number.to_string(), |(_, name, _)| name.replace("SYS_", ""));
-    match command.map(|command| (command, usize::try_from(command).ok().and_then(|n| COMMANDS.get(n)))) {
+    match command
+        .filter(|_| is(libc::SYS_bpf, number))
+        .map(|command| (command, usize::try_from(command).ok().and_then(|n| COMMANDS.get(n))))
+    {
         None => name,
         Some((_, Some(command))) => format!("{name} {command}"),
         Some((command, None)) => format!("{name} {command}"),
@@ -102,8 +115,10 @@ pub(super) fn name((number, command): Kind) -> String {
 
 /// The error with which it fails; none where it cannot.
 #[must_use]
-pub(super) fn error((number, _): Kind) -> Option<Errno> {
-    if INFALLIBLE.iter().any(|(known, ..)| is(*known, number)) {
+pub(super) fn error((number, command): Kind) -> Option<Errno> {
+    // To wake somebody fails for wrong arguments only.
+    let wakes = is(libc::SYS_futex, number) && command == Some(FUTEX_WAKE);
+    if wakes || INFALLIBLE.iter().any(|(known, ..)| is(*known, number)) {
         return None;
     }
     // Of what is not listed no error is known that it has by itself.
@@ -128,6 +143,9 @@ mod tests {
         assert_eq!(name((9999, None)), "9999");
         assert_eq!(error((number(libc::SYS_exit), None)), None);
         assert_eq!(error((number(libc::SYS_bpf), Some(2))), Some(Errno::ENOMEM));
+        let futex = |operation| error(kind(number(libc::SYS_futex), 0, operation));
+        // FUTEX_WAIT_BITSET and FUTEX_WAKE, of a private futex.
+        assert_eq!((futex(128 | 9), futex(128 | 1)), (Some(Errno::EINTR), None));
         let mut all: Vec<i64> = CALLS.iter().chain(INFALLIBLE).map(|(number, ..)| *number).collect();
         all.sort_unstable();
         assert!(all.windows(2).all(|pair| pair[0] != pair[1]), "{all:?}");

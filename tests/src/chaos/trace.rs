@@ -185,9 +185,8 @@ impl Trace<'_> {
             return Ok(());
         }
         let mut registers = ptrace::getregs(thread)?;
-        let command = calls::is_bpf(registers.orig_rax).then_some(registers.rdi);
         let site = Site {
-            kind: (registers.orig_rax, command),
+            kind: calls::kind(registers.orig_rax, registers.rdi, registers.rsi),
             stack: self.stack(thread, registers.rsp)?,
             of_loader: self.loader.contains(&registers.rip),
         };
