@@ -70,7 +70,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(30);
 
     fn file(path: &Path) -> ConfigFile {
-        ConfigFile { path: path.to_owned(), text: std::fs::read_to_string(path).unwrap() }
+        ConfigFile { path: path.to_owned(), text: fs::read_to_string(path).unwrap() }
     }
 
     async fn said(watched: impl Future<Output = Error>) -> String {
@@ -82,19 +82,19 @@ mod tests {
         // F-3.
         let there = tempfile::tempdir().unwrap();
         let path = there.path().join("config.conf");
-        std::fs::write(&path, "a").unwrap();
+        fs::write(&path, "a").unwrap();
         let watched = changed(file(&path));
-        std::fs::write(&path, "b").unwrap();
+        fs::write(&path, "b").unwrap();
         assert!(said(watched).await.contains("config.conf has changed"));
         let watched = tokio::spawn(changed(file(&path)));
         // What says the same again is no change, nor is one that has gone.
-        std::fs::write(&path, "b").unwrap();
-        std::fs::remove_file(&path).unwrap();
+        fs::write(&path, "b").unwrap();
+        fs::remove_file(&path).unwrap();
         sleep(QUIET * 3).await;
         assert!(!watched.is_finished());
         let other = there.path().join("other");
-        std::fs::write(&other, "c").unwrap();
-        std::fs::rename(&other, &path).unwrap();
+        fs::write(&other, "c").unwrap();
+        fs::rename(&other, &path).unwrap();
         said(async { watched.await.unwrap() }).await;
     }
 
@@ -104,14 +104,14 @@ mod tests {
         let there = tempfile::tempdir().unwrap();
         let at = |name: &str| there.path().join(name);
         for (version, text) in [("..1", "a"), ("..2", "b")] {
-            std::fs::create_dir(at(version)).unwrap();
-            std::fs::write(at(version).join("config.conf"), text).unwrap();
+            fs::create_dir(at(version)).unwrap();
+            fs::write(at(version).join("config.conf"), text).unwrap();
         }
         symlink("..1", at("..data")).unwrap();
         symlink("..data/config.conf", at("config.conf")).unwrap();
         let watched = tokio::spawn(changed(file(&at("config.conf"))));
         symlink("..2", at("..data_tmp")).unwrap();
-        std::fs::rename(at("..data_tmp"), at("..data")).unwrap();
+        fs::rename(at("..data_tmp"), at("..data")).unwrap();
         said(async { watched.await.unwrap() }).await;
     }
 }
