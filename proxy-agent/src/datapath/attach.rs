@@ -333,11 +333,12 @@ impl Loaded {
         let wanted: BTreeSet<u32> = links.iter().map(|link| link.index).collect();
         let mut gone: BTreeSet<u32> =
             self.hooks.interfaces.keys().copied().filter(|index| !wanted.contains(index)).collect();
-        if !std::mem::replace(&mut self.hooks.adopted, true) {
+        if !self.hooks.adopted {
             if let Err(error) = grace::recover(self.root()) {
                 tracing::warn!("grace periods of the kernel may stay short: {error}");
             }
             let pinned = self.root().link_names()?;
+            self.hooks.adopted = true;
             let pinned = pinned.iter().filter_map(|name| PinName::parse(name)?.interface());
             gone.extend(pinned.filter(|index| !wanted.contains(index)));
         }
@@ -367,12 +368,32 @@ impl Loaded {
     /// Attaches to an interface, in both directions or not at all, and notes what came of it.
     pub(super) fn try_interface(&mut self, link: &Link) -> Result<Attached, AttachError> {
         let result = self.attach_interface(link);
-        if result.is_err() {
-            // Half an interface would translate one way only; the error that led here matters more.
-            let _ = self.drop_interface(link.index);
+        if let Err(error) = &result {
+            self.drop_half(link.index, error);
         }
         self.hooks.note(Unit::Interface(link.index), &format!("interface {}", link.name), &result);
         result
+    }
+
+    /// Half an interface would translate one way only: what it carries goes, after this error. One that carries programs in
+    /// both directions is left as it is, whatever could not be asked or done.
+    pub(super) fn drop_half(&mut self, index: u32, error: &AttachError) {
+        let refused = matches!(error, AttachError::Attach { .. });
+        if refused || !Direction::BOTH.into_iter().all(|direction| self.is_attached(index, direction)) {
+            // The error that led here matters more.
+            let _ = self.drop_interface(index);
+        }
+    }
+
+    /// Whether an interface carries a program of ours in this direction, as far as can be told.
+    fn is_attached(&self, index: u32, direction: Direction) -> bool {
+        let is_pinned = |pin: PinName| self.root().link(&pin.to_string()).symlink_metadata().is_ok();
+        if self.tcx {
+            let pin = PinName::Tcx(index, direction);
+            return self.hooks.holds(&pin) || is_pinned(pin);
+        }
+        let running = filter::running(index, direction).map(|program| program.is_some());
+        running.unwrap_or_else(|_| is_pinned(PinName::Filter(index, direction)))
     }
 
     fn attach_interface(&mut self, link: &Link) -> Result<Attached, AttachError> {

@@ -3,14 +3,15 @@
 //! Links belong to no generation of tables: whoever comes next takes them over as they are pinned, and puts another program
 //! behind each. A filter of the clsact qdisc is replaced in its place.
 
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 
 use nix::net::if_::if_indextoname;
 
 use super::attach::{AttachError, Direction, PinName, drop_pin, open_link};
 use super::filter;
 use super::load::Loaded;
-use super::sys;
+use super::sys::{self, ProgramFacts};
 
 impl Loaded {
     /// Exchanges what is at the hooks; how many there were.
@@ -32,10 +33,7 @@ impl Loaded {
         let path = self.root().link(&pin.to_string());
         let Some((link, facts)) = open_link(&path)? else { return Ok(false) };
         // Its cgroup or interface has gone; whoever attaches next removes the pin.
-        let Ok(running) = sys::program_by_id(facts.program).and_then(|fd| sys::program_facts(fd.as_fd()))
-        else {
-            return Ok(false);
-        };
+        let Some(running) = program(pin, sys::program_by_id(facts.program))? else { return Ok(false) };
         let Some(program) = self.programs.get(&running.name) else {
             // Another layout's: nobody here can do its work.
             return drop_pin(self.root(), pin).map(|_| false);
@@ -56,9 +54,9 @@ impl Loaded {
         direction: Direction,
     ) -> Result<bool, AttachError> {
         let path = self.root().link(&pin.to_string());
-        let running = sys::obj_get(&path).and_then(|fd| sys::program_facts(fd.as_fd()));
+        let running = program(pin, sys::obj_get(&path))?;
         let interface = if_indextoname(index).ok().and_then(|name| name.into_string().ok());
-        let (Ok(running), Some(interface)) = (running, interface) else { return Ok(false) };
+        let (Some(running), Some(interface)) = (running, interface) else { return Ok(false) };
         let Some(name) = Direction::programs(direction).into_iter().find(|name| *name == running.name) else {
             return drop_pin(self.root(), pin).map(|_| false);
         };
@@ -71,16 +69,30 @@ impl Loaded {
     pub(super) fn is_used(&self, map: u32) -> Result<bool, AttachError> {
         for name in self.root().link_names()? {
             let path = self.root().link(&name);
-            let program = match PinName::parse(&name) {
-                Some(PinName::Filter(..)) => sys::obj_get(&path).ok(),
-                Some(PinName::Qdisc(_)) | None => None,
-                Some(_) => open_link(&path)?.and_then(|(_, facts)| sys::program_by_id(facts.program).ok()),
+            let Some(pin) = PinName::parse(&name) else { continue };
+            let running = match &pin {
+                PinName::Qdisc(_) => continue,
+                PinName::Filter(..) => sys::obj_get(&path),
+                PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => match open_link(&path)? {
+                    Some((_, facts)) => sys::program_by_id(facts.program),
+                    None => continue,
+                },
             };
-            let facts = program.and_then(|program| sys::program_facts(program.as_fd()).ok());
-            if facts.is_some_and(|facts| facts.maps.contains(&map)) {
+            if program(&pin, running)?.is_some_and(|facts| facts.maps.contains(&map)) {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+}
+
+/// What the kernel says of a program at a hook; `None` where there is none any more.
+fn program(pin: &PinName, found: io::Result<OwnedFd>) -> Result<Option<ProgramFacts>, AttachError> {
+    match found.and_then(|fd| sys::program_facts(fd.as_fd())) {
+        Ok(facts) => Ok(Some(facts)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(source) => {
+            Err(AttachError::Exchange { program: pin.program().to_owned(), place: pin.to_string(), source })
+        }
     }
 }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -95,24 +96,42 @@ impl Excluded {
         (before.is_empty() || before.ends_with('-')) && self.pods.values().any(|known| *known == uid)
     }
 
-    /// The cgroups below `root` that are to be left, each without those inside it.
-    fn find(&self, root: &Path) -> Vec<(PathBuf, u64)> {
-        let (mut found, mut left) = (Vec::new(), vec![root.to_owned()]);
+    /// The cgroups below `root` that are to be left, each without those inside it; and whether all could be looked at.
+    fn find(&self, root: &Path) -> (Vec<(PathBuf, u64)>, bool) {
+        let (mut found, mut left, mut whole) = (Vec::new(), vec![root.to_owned()], true);
         while let Some(directory) = left.pop() {
+            let read = self.find_in(root, &directory, &mut found, &mut left);
             // A cgroup that goes while we look is gone.
-            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
-                if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                    continue;
-                }
-                let (path, Ok(facts)) = (entry.path(), entry.metadata()) else { continue };
-                if path.strip_prefix(root).is_ok_and(|below| self.matches(below)) {
-                    found.push((path, facts.ino()));
-                } else if facts.nlink() != 2 {
-                    left.push(path);
-                }
+            let gone = [Some(libc::ENOENT), Some(libc::ENODEV)];
+            whole &= read.is_ok() || read.is_err_and(|error| gone.contains(&error.raw_os_error()));
+        }
+        (found, whole)
+    }
+
+    fn find_in(
+        &self,
+        root: &Path,
+        directory: &Path,
+        found: &mut Vec<(PathBuf, u64)>,
+        left: &mut Vec<PathBuf>,
+    ) -> io::Result<()> {
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                continue;
+            }
+            let path = entry.path();
+            let facts = match entry.metadata() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                facts => facts?,
+            };
+            if path.strip_prefix(root).is_ok_and(|below| self.matches(below)) {
+                found.push((path, facts.ino()));
+            } else if facts.nlink() != 2 {
+                left.push(path);
             }
         }
-        found
+        Ok(())
     }
 }
 
@@ -129,10 +148,10 @@ impl Loaded {
         wanted: &Excluded,
         all_known: bool,
     ) -> Result<Vec<Marked>, AttachError> {
-        let found = if wanted.is_empty() { Vec::new() } else { wanted.find(root) };
+        let (found, whole) = if wanted.is_empty() { (Vec::new(), true) } else { wanted.find(root) };
         let ids: BTreeSet<u64> = found.iter().map(|(_, id)| *id).collect();
         self.hooks.forget_excluded(&ids);
-        if all_known {
+        if all_known && whole {
             for pin in self.excluded()? {
                 if matches!(pin, PinName::Excluded(id) if !ids.contains(&id)) {
                     self.detach(&pin)?;
@@ -153,8 +172,9 @@ impl Loaded {
 
     /// Cgroups that are marked, once by an earlier agent, too.
     fn excluded(&mut self) -> Result<Vec<PinName>, AttachError> {
-        if !std::mem::replace(&mut self.hooks.excluded_adopted, true) {
+        if !self.hooks.excluded_adopted {
             let names = self.root().link_names()?;
+            self.hooks.excluded_adopted = true;
             return Ok(names.iter().filter_map(|name| PinName::parse(name)).collect());
         }
         Ok(self.hooks.held().filter(|pin| matches!(pin, PinName::Excluded(_))).cloned().collect())
@@ -181,7 +201,7 @@ mod tests {
         }
         fs::write(root.path().join("cgroup.procs"), "").unwrap();
         let below = |(path, _): (PathBuf, u64)| path.strip_prefix(root.path()).unwrap().display().to_string();
-        let mut found: Vec<String> = excluded.find(root.path()).into_iter().map(below).collect();
+        let mut found: Vec<String> = excluded.find(root.path()).0.into_iter().map(below).collect();
         found.sort();
         found
     }

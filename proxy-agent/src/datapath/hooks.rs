@@ -95,6 +95,15 @@ pub(super) struct Held {
     pub(super) pin: PinId,
 }
 
+/// What bringing a link in line has come to.
+struct Brought {
+    done: Attached,
+    /// The link, unless it was held before.
+    link: Option<OwnedFd>,
+    pin: PinId,
+    runs: u32,
+}
+
 /// Which file a pin is: device and inode.
 pub(super) type PinId = (u64, u64);
 
@@ -225,47 +234,80 @@ pub(super) fn pin_id(path: &Path) -> io::Result<PinId> {
 }
 
 impl Loaded {
-    /// One link: kept, updated, or made.
+    /// One link: kept, updated, or made. After an error a link that there was is still there, unless the error is
+    /// [`AttachError::Attach`].
     pub(super) fn ensure(
         &mut self,
         pin: &PinName,
         program: &'static str,
         spot: Spot,
     ) -> Result<Attached, AttachError> {
+        let before = self.hooks.links.remove(pin);
+        let held = before.as_ref().and_then(|held| held.link.as_ref());
+        match self.bring(pin, program, &spot, held) {
+            Ok(Brought { done, link, pin: id, runs }) => {
+                let link = link.or(before.and_then(|held| held.link)).filter(has_room);
+                self.hooks.links.insert(pin.clone(), Held { program, spot, runs, link, pin: id });
+                Ok(done)
+            }
+            Err(error) => {
+                if let (Some(before), false) = (before, matches!(error, AttachError::Attach { .. })) {
+                    // Without its pin it ends with its descriptor.
+                    self.hooks.links.insert(pin.clone(), before);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The same, to a link that is held or pinned; nothing is noted.
+    fn bring(
+        &mut self,
+        pin: &PinName,
+        program: &'static str,
+        spot: &Spot,
+        held: Option<&OwnedFd>,
+    ) -> Result<Brought, AttachError> {
         let path = self.root().link(&pin.to_string());
         let place = spot.to_string();
-        let (found, by_pin) = match self.hooks.take(pin) {
-            Some(link) => (sys::link_facts(link.as_fd()).ok().map(|facts| (link, facts)), false),
-            None => (open_link(&path)?, true),
+        let failed = |source| AttachError::Pin { path: path.clone(), source };
+        let found = match held {
+            Some(link) => Some((None, sys::link_facts(link.as_fd()).map_err(failed)?)),
+            None => open_link(&path)?.map(|(link, facts)| (Some(link), facts)),
         };
-        if let Some((link, facts)) = found
+        if let Some((opened, facts)) = found
             && facts.target == spot.target()
-            && let Some(done) = self.put_behind(&link, &facts, program, &place)?
+            && let Some(link) = opened.as_ref().or(held)
+            && let Some((done, runs)) = self.put_behind(link, &facts, program, &place)?
         {
-            let id = if by_pin || is_pinned_at(facts.id, &path) {
-                pin_id(&path).map_err(|source| AttachError::Pin { path, source })?
+            let id = if opened.is_some() || is_pinned_at(facts.id, &path) {
+                pin_id(&path).map_err(failed)?
             } else {
                 pin_at(self.root(), &path, |path| sys::obj_pin(link.as_fd(), path))?
             };
-            self.hold(pin, program, spot, link, id)?;
-            return Ok(done);
+            return Ok(Brought { done, link: opened, pin: id, runs });
         }
-        let attach = |source| AttachError::Attach { program, place, source };
-        let link = spot.attach(self.program(program)?.fd.as_fd()).map_err(attach)?;
+        let attach = |source| AttachError::Attach { program, place: place.clone(), source };
+        let ours = self.program(program)?.fd.as_fd();
+        let runs = sys::program_facts(ours).map_err(failed)?.id;
+        let link = spot.attach(ours).map_err(attach)?;
         // An older link goes in the same step as the new one comes.
-        let id = pin_at(self.root(), &path, |path| sys::obj_pin(link.as_fd(), path))?;
-        self.hold(pin, program, spot, link, id)?;
-        Ok(Attached::New)
+        match pin_at(self.root(), &path, |path| sys::obj_pin(link.as_fd(), path)) {
+            Ok(id) => Ok(Brought { done: Attached::New, link: Some(link), pin: id, runs }),
+            // It ends here, and so did the older one.
+            Err(error) => Err(attach(io::Error::other(error))),
+        }
     }
 
-    /// Sees to it that our program, or one that does the same, is behind a link; `None` if the link has gone meanwhile.
+    /// Sees to it that our program, or one that does the same, is behind a link, and tells the id of what is; `None` if the link
+    /// has gone meanwhile.
     fn put_behind(
         &mut self,
         link: &OwnedFd,
         facts: &LinkFacts,
         program: &'static str,
         place: &str,
-    ) -> Result<Option<Attached>, AttachError> {
+    ) -> Result<Option<(Attached, u32)>, AttachError> {
         let running = sys::program_by_id(facts.program).ok();
         let same = match self.hooks.same.get(&(program, facts.program)) {
             Some(same) => *same,
@@ -273,32 +315,18 @@ impl Loaded {
         };
         self.hooks.same.insert((program, facts.program), same);
         if same {
-            return Ok(Some(Attached::Kept));
+            return Ok(Some((Attached::Kept, facts.program)));
         }
+        let failed = |source| AttachError::Replace { program, place: place.into(), source };
         // The swap holds only if the link still has the program that was looked at.
         let ours = self.program(program)?;
+        let runs = sys::program_facts(ours.fd.as_fd()).map_err(failed)?.id;
         match sys::link_update(link.as_fd(), ours.fd.as_fd(), running.as_ref().map(AsFd::as_fd)) {
-            Ok(()) => Ok(Some(Attached::Updated)),
+            Ok(()) => Ok(Some((Attached::Updated, runs))),
             // The cgroup or interface went this moment.
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(None),
-            Err(source) => Err(AttachError::Replace { program, place: place.into(), source }),
+            Err(source) => Err(failed(source)),
         }
-    }
-
-    fn hold(
-        &mut self,
-        pin: &PinName,
-        program: &'static str,
-        spot: Spot,
-        link: OwnedFd,
-        id: PinId,
-    ) -> Result<(), AttachError> {
-        let facts = sys::link_facts(link.as_fd());
-        let path = self.root().link(&pin.to_string());
-        let runs = facts.map_err(|source| AttachError::Pin { path, source })?.program;
-        let link = has_room(&link).then_some(link);
-        self.hooks.links.insert(pin.clone(), Held { program, spot, runs, link, pin: id });
-        Ok(())
     }
 
     /// Attaches again where it was refused and the pause has passed: to what, and what came of it.

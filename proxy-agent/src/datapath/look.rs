@@ -113,7 +113,9 @@ impl Loaded {
             Ok(_) if pin_id(&path).ok() == Some(held.pin) => return (None, Round::Links(Some(pin.clone()))),
             Ok(_) => "pin",
             // The pin was all that was left of it.
-            Err(_) => "link",
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => "link",
+            // It cannot be told: next time.
+            Err(_) => return (None, Round::Links(Some(pin.clone()))),
         };
         let (pin, program, spot) = (pin.clone(), held.program, held.spot.clone());
         (self.restore(what, &pin, program, spot), Round::Links(Some(pin)))
@@ -153,18 +155,11 @@ impl Loaded {
                 return None;
             }
             self.hooks.note(unit, &name, &result);
-            if let Unit::Interface(index) = unit {
-                // Half an interface would translate one way only.
-                let _ = self.drop_half(index);
+            if let (Unit::Interface(index), Err(error)) = (unit, &result) {
+                self.drop_half(index, error);
             }
         }
         Some(Repair { what, object, result: result.map(drop) })
-    }
-
-    fn drop_half(&mut self, index: u32) -> Result<(), AttachError> {
-        Direction::BOTH
-            .into_iter()
-            .try_for_each(|direction| self.detach(&PinName::Tcx(index, direction)).map(drop))
     }
 
     fn look_at_next_filter(&mut self, last: Option<u32>) -> (Option<Repair>, Round) {

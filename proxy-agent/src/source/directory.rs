@@ -243,9 +243,9 @@ impl Shelf {
         changes
     }
 
-    /// Whether a file could not be read that may be readable later, without an event that tells so.
+    /// Whether the directory or a file could not be read that may be readable later, without an event that tells so.
     fn lacks(&self) -> bool {
-        self.files.values().any(|file| file.is_unread() && file.hash.is_none())
+        !self.connected || self.files.values().any(|file| file.is_unread() && file.hash.is_none())
     }
 
     fn read_file(&mut self, name: String, room: &mut u64) {

@@ -442,3 +442,16 @@ async fn the_source_ends_when_nobody_listens() {
     drop(rx);
     timeout(PATIENCE, source).await.unwrap().unwrap().unwrap();
 }
+
+#[test]
+fn a_directory_that_could_not_be_listed_is_looked_at_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut shelf = Shelf::new(directory.path().to_owned(), "n1".into());
+    shelf.refresh().unwrap();
+    assert!(!shelf.lacks());
+    // Nothing has changed in it: nobody will tell.
+    let changes = shelf.lost(&io::Error::from_raw_os_error(libc::ENFILE));
+    assert!(changes.contains(&Change::Connected(false)) && shelf.lacks());
+    let changes = shelf.refresh().unwrap();
+    assert!(changes.contains(&Change::Connected(true)) && !shelf.lacks());
+}

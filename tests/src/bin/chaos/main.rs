@@ -31,6 +31,10 @@ struct Arguments {
     /// How long the soak lasts; five minutes unless told.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: Option<u64>,
+    /// Of syscall-kill and syscall-error only the calls whose names begin so, such as --call='bpf OBJ_GET'; may be given more
+    /// than once.
+    #[arg(long, value_name = "NAME")]
+    call: Vec<String>,
     /// What random choices follow from; another one each time unless told.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -84,6 +88,7 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let options = Options {
         rounds: arguments.rounds,
         lasts: arguments.seconds.map(Duration::from_secs),
+        calls: arguments.call.clone(),
         seed,
         agent_flags: arguments.agent_flag.clone(),
     };

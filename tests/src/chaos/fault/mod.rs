@@ -105,6 +105,8 @@ pub struct Options {
     pub rounds: Option<u64>,
     /// How long the soak lasts.
     pub lasts: Option<Duration>,
+    /// Of system calls only those whose names begin so; all of them if there is none. A command of `bpf` is part of its name.
+    pub calls: Vec<String>,
     /// What random choices follow from.
     pub seed: u64,
     /// Further flags for the agent.

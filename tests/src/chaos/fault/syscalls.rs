@@ -37,6 +37,8 @@ pub(super) struct Syscalls {
     /// So many are wanted; they are chosen at random.
     most: usize,
     random: Rng,
+    /// Names of calls begin with one of these, if there is any.
+    names: Vec<String>,
     /// Sites with the number of their first call; `None` until the calls have been counted.
     left: Option<std::vec::IntoIter<(Site, u32)>>,
     made: BTreeMap<Site, Made>,
@@ -54,6 +56,7 @@ impl Syscalls {
             what,
             most,
             random: Rng::with_seed(options.seed),
+            names: options.calls.clone(),
             left: None,
             made: BTreeMap::new(),
             done: 0,
@@ -88,6 +91,10 @@ impl Syscalls {
     }
 
     fn act(&self, site: &Site) -> Option<Act> {
+        let name = calls::name(site.kind);
+        if !self.names.is_empty() && !self.names.iter().any(|wanted| name.starts_with(wanted)) {
+            return None;
+        }
         match self.what {
             What::Kill => Some(Act::Kill),
             // What the loader makes of an error is not the agent's.
