@@ -1,11 +1,15 @@
 //! What somebody else does to hooks, pins and tables is found by a look and undone.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use proxy_agent::datapath::compare::{Comparison, Found};
 use proxy_agent::datapath::look::Repair;
 use proxy_agent::datapath::others::{Company, others};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    apply_filter,
+};
 
 use super::*;
 
@@ -79,6 +83,102 @@ fn a_detached_link_is_made_again_and_a_removed_pin_comes_back_to_the_same_link()
     assert_eq!(kinds(&mut loaded), vec!["pin"; names.len()]);
     assert_eq!(links(), attached, "the very same links");
     assert_eq!(room.hooks(), names);
+}
+
+/// Commands of `bpf` with which the kernel is asked for what there is, and errors of theirs on a machine without descriptors,
+/// files or memory.
+const QUESTIONS: [(u64, i32); 4] = [
+    (7, libc::EMFILE),   // BPF_OBJ_GET
+    (13, libc::ENFILE),  // BPF_PROG_GET_FD_BY_ID
+    (15, libc::ENOMEM),  // BPF_OBJ_GET_INFO_BY_FD
+    (29, libc::ENOBUFS), // BPF_LINK_UPDATE
+];
+
+/// Does something where the kernel answers this command with an error.
+fn refused<T: Send>(command: u64, error: i32, act: impl FnOnce() -> T + Send) -> T {
+    let is_command = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, command).unwrap();
+    let rules = vec![SeccompRule::new(vec![is_command]).unwrap()];
+    let filter = SeccompFilter::new(
+        [(libc::SYS_bpf, rules)].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(error.cast_unsigned()),
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    let filter: BpfProgram = filter.unwrap().try_into().unwrap();
+    // Only the thread that sets it is bound by a filter.
+    let act = || {
+        apply_filter(&filter).unwrap();
+        act()
+    };
+    thread::scope(|scope| scope.spawn(act).join().unwrap())
+}
+
+#[test]
+fn what_carries_programs_goes_on_when_the_next_agent_cannot_look_at_it() {
+    for (command, error) in QUESTIONS {
+        let room = Room::new();
+        let mut first = attached(&room);
+        // Without its pin, a program would go with the agent.
+        // Which program it is does not matter: one that cannot be compared is exchanged.
+        let ways = || at_interface("v0").into_iter().map(|(way, _)| way).collect::<Vec<_>>();
+        let (hooks, names) = (ways(), room.hooks());
+        let found = refused(command, error, || {
+            let (repairs, _) = first.look(Instant::now() + Duration::from_secs(10));
+            repairs.into_iter().map(|repair| repair.what).collect::<Vec<_>>()
+        });
+        assert_eq!((ways(), room.hooks()), (hooks.clone(), names.clone()), "{command}: {found:?}");
+        drop(first);
+        let mut next = room.load();
+        // Programs of another object would be exchanged.
+        let failed = refused(command, error, || {
+            let sockets = next.attach_cgroup(&room.cgroup).is_err();
+            let interfaces = next.sync_interfaces(&interfaces());
+            usize::from(sockets) + interfaces.iter().filter(|(_, result)| result.is_err()).count()
+        });
+        assert_eq!((ways(), room.hooks()), (hooks.clone(), names.clone()), "{command}");
+        assert_eq!(next.refusing().len(), failed, "{command}");
+        thread::sleep(Duration::from_millis(600));
+        next.retry().into_iter().for_each(|(name, result)| assert!(result.is_ok(), "{name}: {result:?}"));
+        assert_eq!((next.refusing(), kinds(&mut next)), (vec![], vec![]), "{command}");
+        assert_eq!((ways(), room.hooks()), (hooks, names), "{command}");
+    }
+}
+
+#[test]
+fn a_link_that_has_lost_its_pin_is_held_until_it_can_be_pinned() {
+    const OBJ_PIN: u64 = 6;
+    let room = Room::new();
+    let mut loaded = attached(&room);
+    let (hooks, names) = (at_interface("v0"), room.hooks());
+    names.iter().for_each(|name| fs::remove_file(room.root.link(name)).unwrap());
+    for _ in 0..2 {
+        let failed = refused(OBJ_PIN, libc::EIO, || {
+            let (repairs, _) = loaded.look(Instant::now() + Duration::from_secs(10));
+            repairs.into_iter().filter(|repair| repair.result.is_err()).count()
+        });
+        assert_eq!(failed, names.len());
+        assert_eq!(at_interface("v0"), hooks);
+    }
+    assert_eq!(kinds(&mut loaded), vec!["pin"; names.len()]);
+    assert_eq!((at_interface("v0"), room.hooks()), (hooks, names));
+}
+
+#[test]
+fn half_an_interface_carries_nothing() {
+    const LINK_CREATE: u64 = 28;
+    let room = Room::new();
+    let mut loaded = attached(&room);
+    let (hooks, names) = (at_interface("v0"), room.hooks());
+    let egress = names.iter().find(|name| name.ends_with("_egress")).unwrap();
+    bpftool(&["link", "detach", "pinned", room.root.link(egress).to_str().unwrap()]);
+    let failed = refused(LINK_CREATE, libc::ENOMEM, || {
+        let (repairs, _) = loaded.look(Instant::now() + Duration::from_secs(10));
+        repairs.into_iter().filter(|repair| repair.result.is_err()).count()
+    });
+    assert_eq!((failed, room.hooks().len()), (1, names.len() - 2), "it goes on in one direction");
+    thread::sleep(Duration::from_millis(600));
+    loaded.retry().into_iter().for_each(|(name, result)| assert!(result.is_ok(), "{name}: {result:?}"));
+    assert_eq!((at_interface("v0").len(), room.hooks()), (hooks.len(), names));
 }
 
 #[test]

@@ -59,14 +59,6 @@ fn an_agent_goes_on_or_says_why_not_when_a_system_call_fails_and_nothing_is_lost
 }
 
 #[test]
-fn nothing_that_is_attached_is_taken_away_because_it_cannot_be_looked_at() -> Result<()> {
-    let calls = ["bpf OBJ_GET", "bpf PROG_GET_FD_BY_ID"].map(ToOwned::to_owned).to_vec();
-    let outcome = nothing_is_lost_with(Name::SyscallError, Options { calls, ..Options::default() })?;
-    ensure!(outcome.rounds >= 20, "{outcome:?}");
-    Ok(())
-}
-
-#[test]
 fn an_agent_that_retires_and_comes_back_costs_nothing() -> Result<()> {
     nothing_is_lost(Name::Retire, 2).map(drop)
 }
