@@ -6,12 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{clean_around, leftovers, rewriting, running};
+use crate::netlink::nf_tables;
+use crate::netlink::request::News;
 
 /// How often it is looked whether kube-proxy has gone.
 const AGAIN: Duration = Duration::from_secs(5);
 /// How often it is looked whether an operator has done something about what stays.
 const LATER: Duration = Duration::from_secs(60);
-/// How often it is looked whether somebody has flushed all of nftables, which a firewall does when it is loaded again.
+/// How often it is looked whether somebody has flushed all of nftables, which a firewall does when it is loaded again, besides
+/// when the kernel tells of a change.
 const OFTEN: Duration = Duration::from_secs(1);
 /// How soon it is noticed that something has changed.
 const SLICE: Duration = Duration::from_millis(200);
@@ -51,11 +54,18 @@ impl TakeOver {
 
     /// Waits so long, or until it is to be looked again: with connections that netfilter is kept rewriting also when it is not
     /// any more.
-    fn wait(&self, long: Duration, rewriting: bool) {
+    fn wait(&self, long: Duration, rewriting: bool, news: &mut Option<News>) {
         let (begun, mut looked) = (Instant::now(), Instant::now());
         while begun.elapsed() < long && !self.woken.swap(false, Ordering::Relaxed) {
-            std::thread::sleep(SLICE);
-            if rewriting && looked.elapsed() >= OFTEN {
+            let changed = match news.as_mut().filter(|_| rewriting).map(News::wait) {
+                Some(Ok(changed)) => changed,
+                // Without news it is looked now and then.
+                Some(Err(_)) | None => {
+                    std::thread::sleep(SLICE);
+                    false
+                }
+            };
+            if rewriting && (changed || looked.elapsed() >= OFTEN) {
                 looked = Instant::now();
                 if rewriting::has_gone() {
                     tracing::warn!(
@@ -94,10 +104,11 @@ impl TakeOver {
     fn run(&self, remove: bool) {
         let mut told = false;
         let mut kept = 0;
+        let mut news = nf_tables::news(SLICE).ok();
         loop {
             if self.keep.load(Ordering::Relaxed) {
                 self.tell(Vec::new());
-                self.wait(AGAIN, false);
+                self.wait(AGAIN, false, &mut news);
                 continue;
             }
             let pause = match running() {
@@ -123,7 +134,7 @@ impl TakeOver {
                 *self.lock() = None;
                 return;
             }
-            self.wait(pause, kept != 0);
+            self.wait(pause, kept != 0, &mut news);
         }
     }
 }

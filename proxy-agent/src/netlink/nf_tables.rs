@@ -2,8 +2,9 @@
 //! all at once or not at all. `iptables` of today (`iptables-nft`) keeps its tables there, too.
 
 use std::io;
+use std::time::Duration;
 
-use super::request::{self, ACK, Flags, Protocol, attributes, message, put, put_text, text_of};
+use super::request::{self, ACK, Flags, News, Protocol, attributes, message, put, put_text, text_of};
 use crate::model::Family;
 
 /// `NFNL_SUBSYS_NFTABLES`, in the upper byte of every kind of message.
@@ -56,6 +57,13 @@ pub(crate) fn tables(family: Family) -> io::Result<Vec<String>> {
         answer => answer?,
     };
     Ok(bodies.iter().filter_map(|body| find(body, HEADER, 1).map(text_of)).collect())
+}
+
+/// Tells when anything has changed in nf_tables.
+pub(crate) fn news(patience: Duration) -> io::Result<News> {
+    /// `NFNLGRP_NFTABLES`.
+    const GROUP: u32 = 7;
+    News::of(Protocol::Netfilter, GROUP, patience)
 }
 
 /// All chains of a family.

@@ -1,9 +1,11 @@
 //! One netlink request and its answers, for the few messages that no crate at hand can send.
 
-use std::io;
+use std::io::{self, ErrorKind};
+use std::time::Duration;
 
 use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::{TimeSpec, TimeVal};
 
 /// `NLM_F_REQUEST`.
 const REQUEST: u16 = 1;
@@ -29,6 +31,17 @@ pub(crate) enum Protocol {
     Netfilter,
     /// Families by name, such as IPVS.
     Generic,
+}
+
+impl Protocol {
+    fn socket(self) -> io::Result<Socket> {
+        Socket::new(match self {
+            Self::Route => netlink_sys::protocols::NETLINK_ROUTE,
+            Self::SockDiag => netlink_sys::protocols::NETLINK_SOCK_DIAG,
+            Self::Netfilter => netlink_sys::protocols::NETLINK_NETFILTER,
+            Self::Generic => netlink_sys::protocols::NETLINK_GENERIC,
+        })
+    }
 }
 
 /// What kind of answer is asked for.
@@ -58,13 +71,7 @@ pub(crate) fn ask(protocol: Protocol, messages: &[u8]) -> io::Result<Vec<Vec<u8>
 
 /// The same; the answers, with their headers, are shown to `see` as they come.
 pub(crate) fn each(protocol: Protocol, messages: &[u8], mut see: impl FnMut(&[u8])) -> io::Result<()> {
-    let number = match protocol {
-        Protocol::Route => netlink_sys::protocols::NETLINK_ROUTE,
-        Protocol::SockDiag => netlink_sys::protocols::NETLINK_SOCK_DIAG,
-        Protocol::Netfilter => netlink_sys::protocols::NETLINK_NETFILTER,
-        Protocol::Generic => netlink_sys::protocols::NETLINK_GENERIC,
-    };
-    let mut socket = Socket::new(number)?;
+    let mut socket = protocol.socket()?;
     if messages.len() > ROOM {
         // The kernel counts its own overhead, too.
         setsockopt(&socket, sockopt::SndBufForce, &(messages.len() * 2))?;
@@ -79,6 +86,38 @@ pub(crate) fn each(protocol: Protocol, messages: &[u8], mut see: impl FnMut(&[u8
         if read(datagram, &mut see)? {
             return Ok(());
         }
+    }
+}
+
+/// What the kernel tells of by itself.
+#[derive(Debug)]
+pub(crate) struct News(Socket);
+
+impl News {
+    /// Of one group of multicasts. Each wait for some lasts so long at most.
+    pub(crate) fn of(protocol: Protocol, group: u32, patience: Duration) -> io::Result<Self> {
+        let mut socket = protocol.socket()?;
+        socket.bind_auto()?;
+        socket.add_membership(group)?;
+        let patience = TimeSpec::from_duration(patience);
+        let patience = TimeVal::new(patience.tv_sec(), patience.tv_nsec() / 1000);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+        Ok(Self(socket))
+    }
+
+    /// Waits until something has changed; whether it has. What it was is not read: to look is surer.
+    pub(crate) fn wait(&mut self) -> io::Result<bool> {
+        let mut room = [0; 64];
+        match self.0.recv(&mut &mut room[..], 0) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {} // More than it could keep for us.
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+        while self.0.recv(&mut &mut room[..], libc::MSG_DONTWAIT).is_ok() {}
+        Ok(true)
     }
 }
 
@@ -133,7 +172,7 @@ fn read(mut datagram: &[u8], see: &mut impl FnMut(&[u8])) -> io::Result<bool> {
         let length = u32_at(datagram, 0) as usize;
         let kind = u32_at(datagram, 4) as u16;
         let (Some(message), Some(body)) = (datagram.get(..length), datagram.get(HEADER..length)) else {
-            return Err(io::ErrorKind::InvalidData.into());
+            return Err(ErrorKind::InvalidData.into());
         };
         match kind {
             ERROR => match u32_at(body, 0) as i32 {

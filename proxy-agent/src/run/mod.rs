@@ -96,7 +96,10 @@ pub fn run(config: Config) -> Result<()> {
         .thread_keep_alive(THREADS_STAY)
         .build()
         .context("cannot start the event loop")?;
-    runtime.block_on(agent.run())
+    let result = runtime.block_on(agent.run());
+    // Whoever still resolves a name is not waited for.
+    runtime.shutdown_background();
+    result
 }
 
 /// Sets what the node is expected to have set, before anything else (Z-7); says whether connection tracking was

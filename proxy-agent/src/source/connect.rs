@@ -186,7 +186,8 @@ impl Way {
                     counting.done(Some(answer.status()));
                     self.servers.answered(&turn, answer.version());
                     self.rest(&turn, &answer);
-                    return Ok(answer.map(|body| Guarded::new(body, watch)));
+                    let status = answer.status();
+                    return Ok(answer.map(|body| Guarded::new(body, status, watch)));
                 }
                 Ok(Err(error)) => last = error,
                 Err(_) => {

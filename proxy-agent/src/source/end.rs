@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kube::core::Status;
 
+use super::body::Unfit;
 use super::connect::cause;
 use super::follow::Progress;
 
@@ -31,6 +32,8 @@ pub(super) enum End {
     Status(Box<Status>),
     /// It cannot be understood.
     Unreadable(String),
+    /// It comes too slowly, or without end.
+    Unfit(String),
     /// A list that just ended.
     Half,
     /// A streaming list that never ends.
@@ -45,6 +48,7 @@ impl End {
         match error {
             kube::Error::Api(status) => Self::Status(status),
             kube::Error::Service(error) => Self::Unreachable(cause(&*error)),
+            error if Unfit::is_behind(&error) => Self::Unfit(cause(&error)),
             error => Self::Unreadable(cause(&error)),
         }
     }
@@ -54,6 +58,7 @@ impl End {
         match error {
             kube::Error::Api(status) => Self::Status(status),
             kube::Error::SerdeError(_) => Self::Unreadable(cause(&error)),
+            error if Unfit::is_behind(&error) => Self::Unfit(cause(&error)),
             error => Self::Broken(lived, cause(&error)),
         }
     }
@@ -75,6 +80,7 @@ impl End {
             Self::Unreachable(_) => "unreachable",
             Self::Status(_) => "status",
             Self::Unreadable(_) => "unreadable",
+            Self::Unfit(_) => "unfit",
             Self::Half => "half",
             Self::Endless => "endless",
             Self::Backwards { .. } => "backwards",
@@ -92,7 +98,7 @@ impl std::fmt::Display for End {
             Self::Moved => f.write_str("there is another server, or another account"),
             Self::Over(_) => f.write_str("the watch ends as soon as it has begun"),
             Self::Broken(_, why) => write!(f, "the watch breaks: {why}"),
-            Self::Unreachable(why) => f.write_str(why),
+            Self::Unreachable(why) | Self::Unfit(why) => f.write_str(why),
             Self::Status(status) if status.message.is_empty() => {
                 write!(f, "answered {} {}", status.code, status.reason)
             }

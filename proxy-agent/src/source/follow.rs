@@ -34,6 +34,12 @@ const PROVEN: Duration = Duration::from_secs(2);
 /// A streaming list that pauses for this long is one that the server does not know: it sent what it has and
 /// will never say that this was all.
 const STREAMING_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a list may take as a whole. Over a slow line a large cluster's takes a minute.
+const WHOLE: Duration = Duration::from_secs(180);
+/// Objects of one kind: more than a cluster can have.
+const MOST: usize = 250_000;
+/// Pages in a row without an object: a server looks for as many as were asked for.
+const EMPTY: usize = 16;
 /// Objects in a page of a list, as `client-go` has it.
 const PAGE: u32 = 500;
 
@@ -69,6 +75,8 @@ pub(super) struct Progress {
     pub(super) cut: u32,
     /// Who was too busy for us last, as [`Servers`] counts.
     pub(super) busy: Option<u64>,
+    /// Refusals in a row.
+    pub(super) refusals: u32,
     /// Whether it was said that the server does not show this kind.
     pub(super) refused: bool,
     /// What was logged last.
@@ -109,6 +117,7 @@ where
             backoff: Backoff::new(AGAIN),
             cut: 0,
             busy: None,
+            refusals: 0,
             refused: false,
             said: String::new(),
             moved: shared.servers.subscribe(),
@@ -195,15 +204,21 @@ where
         };
         let mut listing = Listing::new();
         // Of bookmarks a server may send as many as it likes.
-        let mut patience = Instant::now() + STREAMING_PATIENCE;
+        let (begun, mut objects) = (Instant::now(), 0);
+        let mut patience = begun + STREAMING_PATIENCE;
         loop {
             let end = match timeout_at(patience, events.next()).await {
+                _ if objects > MOST || begun.elapsed() > WHOLE => End::Unfit(format!(
+                    "the list does not end: {objects} objects came in {:?}",
+                    begun.elapsed()
+                )),
                 Err(_) => End::Endless,
                 Ok(None) => End::Half,
                 Ok(Some(Err(error))) => End::of_stream(error, Duration::ZERO),
                 Ok(Some(Ok(WatchEvent::Error(status)))) => End::Status(status),
                 Ok(Some(Ok(WatchEvent::Added(object) | WatchEvent::Modified(object)))) => {
                     self.listed(object, &mut listing, known).await?;
+                    objects += 1;
                     patience = Instant::now() + STREAMING_PATIENCE;
                     continue;
                 }
@@ -241,6 +256,7 @@ where
             ..ListParams::default()
         };
         let mut listing = Listing::new();
+        let (begun, mut objects, mut empty) = (Instant::now(), 0, 0);
         loop {
             let list = api.list(&params).await;
             progress.generation = *progress.moved.borrow_and_update();
@@ -252,13 +268,24 @@ where
             if kind != "List" && kind.strip_suffix("List") != Some(&*K::kind(&())) {
                 return Ok(Err(End::Unreadable(format!("a {kind} is no list of {}s", self.what))));
             }
+            (objects, empty) =
+                (objects + list.items.len(), if list.items.is_empty() { empty + 1 } else { 0 });
             for object in list.items {
                 self.listed(object, &mut listing, known).await?;
             }
             let next = list.metadata.continue_.filter(|token| !token.is_empty());
             let version = list.metadata.resource_version.filter(|version| !version.is_empty());
             match (next, version) {
-                (Some(token), _) => params.continue_token = Some(token),
+                (Some(token), _) => {
+                    let again = params.continue_token.as_ref() == Some(&token);
+                    if again || empty > EMPTY || objects > MOST || begun.elapsed() > WHOLE {
+                        return Ok(Err(End::Unfit(format!(
+                            "the list does not end: {objects} objects came in {:?}",
+                            begun.elapsed()
+                        ))));
+                    }
+                    params.continue_token = Some(token);
+                }
                 (None, Some(version)) => return self.whole(listing, version, known, progress).await,
                 (None, None) => {
                     return Ok(Err(End::Unreadable("the list says not which version it is".to_owned())));

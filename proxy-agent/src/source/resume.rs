@@ -21,6 +21,8 @@ const ELSEWHERE: [Duration; 2] = [Duration::from_millis(50), Duration::from_mill
 const DEAF: Duration = Duration::from_secs(150);
 /// A version that is too old is answered with a new list at once when the last such answer is this long ago.
 const EXPIRED_ANEW: Duration = Duration::from_secs(10);
+/// When all servers have refused, the next is asked after this many more refusals.
+const REFUSALS: u32 = 8;
 /// A kind that the server does not have, or does not show us, is asked for again after this time.
 const REFUSED: Duration = Duration::from_secs(300);
 
@@ -44,7 +46,7 @@ where
         };
         if lived >= LIVED {
             progress.backoff.reset();
-            (progress.cut, progress.busy) = (0, None);
+            (progress.cut, progress.busy, progress.refusals) = (0, None, 0);
         }
         progress.silence.forgive();
         let why = end.to_string();
@@ -74,7 +76,7 @@ where
             }
             End::Endless => self.without_streaming("it does not say where the list ends", progress),
             End::Status(status) => return self.after_status(status, &why, progress, shared).await,
-            End::Half => self.elsewhere(&why, progress, shared).await?,
+            End::Half | End::Unfit(_) => self.elsewhere(&why, progress, shared).await?,
             End::Unreadable(_) | End::Backwards { .. } => {
                 progress.version = None;
                 if progress.insists.is_some() {
@@ -110,7 +112,7 @@ where
                     tracing::info!(kind = self.what, "the API server has forgotten our version: new list");
                     return Ok(());
                 }
-                return self.pause(why, progress, shared).await;
+                return self.elsewhere(why, progress, shared).await;
             }
             504 if status.message.contains("Too large resource version") => {
                 (progress.version, progress.fresh) = (None, Freshness::Newest);
@@ -130,7 +132,16 @@ where
                 Ok(())
             }
             401 | 429 | 500.. => self.elsewhere(why, progress, shared).await,
-            _ => self.pause(why, progress, shared).await,
+            // A refusal: by one server that is not what it should be, or by all of them.
+            _ => {
+                progress.refusals += 1;
+                let servers = u32::try_from(shared.servers.len()).unwrap_or(u32::MAX);
+                if progress.refusals <= servers || progress.refusals.is_multiple_of(REFUSALS) {
+                    self.elsewhere(why, progress, shared).await
+                } else {
+                    self.pause(why, progress, shared).await
+                }
+            }
         }
     }
 
@@ -154,7 +165,11 @@ where
         if !std::mem::replace(&mut progress.refused, true) {
             tracing::info!(kind = self.what, why, "the API server does not show these: going without");
         }
-        sleep(REFUSED).await;
+        tokio::select! {
+            () = sleep(REFUSED) => {}
+            // Another server may show them.
+            _ = progress.moved.changed() => {}
+        }
     }
 
     /// Goes on with another server if there is one that was not left lately, else with the same after a pause.

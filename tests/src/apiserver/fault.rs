@@ -36,6 +36,8 @@ pub enum Fault {
     Garbage,
     /// Lists end in the middle.
     Half,
+    /// Lists have one empty page after the other.
+    Endless,
     /// What is shown is some changes old, with the versions of that time.
     Stale,
     /// New requests are answered with `429` and are to come again after these seconds.

@@ -200,6 +200,8 @@ fn watch_from(version: &str) -> Result<Option<u64>, std::num::ParseIntError> {
 fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) -> Response<Body> {
     let limit = limit.parse().ok().filter(|limit| *limit > 0);
     let token = Some(token).filter(|token| !token.is_empty());
+    let endless = shared.behaviour.borrow().fault == Fault::Endless;
+    let token = token.filter(|_| !endless);
     let Ok(store::Page { version, mut items, next }) = shared.shown().page(kind, filter, limit, token) else {
         return gone();
     };
@@ -210,6 +212,11 @@ fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) 
         item.remove("apiVersion");
     }
     let mut metadata = json!({ "resourceVersion": version.to_string() });
+    if endless {
+        items.clear();
+        let page = shared.requests.lock().unwrap_or_else(PoisonError::into_inner).len();
+        metadata["continue"] = json!(format!("page {page}"));
+    }
     if let Some((token, left)) = next {
         metadata["continue"] = json!(token);
         metadata["remainingItemCount"] = json!(left);

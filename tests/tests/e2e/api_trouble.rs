@@ -37,7 +37,7 @@ impl Trouble<'_> {
     fn broken(&self) -> Result<u64> {
         let (_, metrics) = http(self.town.place("node1"), "127.0.0.1:10249", "/metrics")?;
         let ended = metrics.lines().filter(|line| line.starts_with("proxy_agent_watches_ended_total"));
-        let broken = ended.filter(|line| line.contains("reason=\"broken\""));
+        let broken = ended.filter(|line| line.contains("reason=\"unfit\""));
         Ok(broken.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
     }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::{Agent, Feed};
 use proxy_tests::apiserver::tls::{Ca, Pair};
-use proxy_tests::apiserver::{ApiServer, Fault};
+use proxy_tests::apiserver::{ApiServer, Fault, StreamingLists};
 use proxy_tests::manifests::{Family, Phase, SlicePlan};
 use proxy_tests::probe::eventually;
 use proxy_tests::town::Town;
@@ -71,6 +71,9 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     // Once it has its way, if that is not much to ask.
     turn(&second, &first, Fault::Busy(2), 30)?;
     turn(&first, &second, Fault::Busy(3600), 30)?;
+    // A server that has just begun knows no roles yet.
+    turn(&second, &first, Fault::Status(403), 30)?;
+    turn(&first, &second, Fault::Slow, 40)?;
     connected(&agent, true)?;
     // Neither: what is served stays, and goes on with the first that is back.
     first.fail(Fault::Drop);
@@ -82,6 +85,28 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     first.fail(Fault::None);
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
     connected(&agent, true)
+}
+
+#[test]
+fn when_one_of_several_servers_refuses_or_never_ends_from_the_beginning_another_is_asked() -> Result<()> {
+    let town = one_node(&["a", "b"])?;
+    let first = server(&town)?;
+    let second = beside(&first, &town, 6444)?;
+    let _servers = servers(&town, &["b"])?;
+    let _controller = web(&first, &town, "web", 1, &["b"], |plan| plan)?;
+    first.streaming_lists(StreamingLists::Rejected);
+    for fault in [Fault::Status(400), Fault::Status(403), Fault::Status(410), Fault::Endless] {
+        first.fail(fault);
+        let asked = first.requests().len();
+        let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
+        let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
+        answers(town.place("a"), service(1)[0], "b").with_context(|| format!("{fault:?}"))?;
+        connected(&agent, true).with_context(|| agent.log_text())?;
+        let asked = first.requests().len() - asked;
+        // Three kinds are needed.
+        ensure!((1..=80).contains(&asked), "{fault:?}: {asked} requests");
+    }
+    Ok(())
 }
 
 fn answers_now(town: &Town, vip: SocketAddr, name: &str) -> Result<()> {
