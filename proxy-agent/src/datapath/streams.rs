@@ -126,8 +126,13 @@ impl Stream {
     pub fn close(&self) -> Result<bool, SocketError> {
         let endpoint = SocketAddr::new(self.entry.addr.into(), self.entry.port.number());
         let closed = self.find().and_then(|found| {
-            let Some(id) = found else { return Ok(false) };
-            exchange(Protocol::SockDiag, DESTROY, Flags::Ack, &self.request(&id))?;
+            let Some((family, id)) = found else { return Ok(false) };
+            exchange(
+                Protocol::SockDiag,
+                DESTROY,
+                Flags::Ack,
+                &request(family, libc::IPPROTO_TCP, u32::MAX, &id),
+            )?;
             Ok(true)
         });
         match closed {
@@ -137,35 +142,47 @@ impl Stream {
         }
     }
 
-    /// Its identity, if it is in this namespace. Where it is not the kernel finds who listens at its address, who must stay.
-    fn find(&self) -> io::Result<Option<Vec<u8>>> {
-        let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Ack, &self.request(&self.id()))?;
+    /// Its family and identity, if it is in this namespace. Where it is not the kernel finds who listens at its address, who must
+    /// stay. A socket of IPv6 that is connected over IPv4 is found like others, and answers with mapped addresses.
+    fn find(&self) -> io::Result<Option<(u8, Vec<u8>)>> {
+        let (plain, mapped) = (self.id(plain), self.id(mapped));
+        let family = if self.entry.addr.is_v4() { libc::AF_INET } else { libc::AF_INET6 };
+        let request = request(family as u8, libc::IPPROTO_TCP, u32::MAX, &plain);
+        let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Ack, &request)?;
         Ok(answers.iter().find_map(|answer| {
-            let (state, id) = (*answer.get(1)?, answer.get(ID_AT..ID_AT + ID)?);
+            let (family, state, id) = (*answer.first()?, *answer.get(1)?, answer.get(ID_AT..ID_AT + ID)?);
             // Ports and addresses.
-            (state != LISTENS && id[..36] == self.id()[..36]).then(|| id.to_vec())
+            let is_it = [&plain, &mapped].iter().any(|own| id[..36] == own[..36]);
+            (state != LISTENS && is_it).then(|| (family, id.to_vec()))
         }))
     }
 
-    fn request(&self, id: &[u8]) -> Vec<u8> {
-        let family = if self.entry.addr.is_v4() { libc::AF_INET } else { libc::AF_INET6 };
-        request(family as u8, libc::IPPROTO_TCP, u32::MAX, id)
-    }
-
-    /// `struct inet_diag_sockid`, without a cookie.
-    fn id(&self) -> Vec<u8> {
-        let address = |ip: IpAddr| match ip {
-            IpAddr::V4(v4) => [&v4.octets()[..], &[0; 12]].concat(),
-            IpAddr::V6(v6) => v6.octets().to_vec(),
-        };
+    /// `struct inet_diag_sockid`, without a cookie, with addresses as `written`.
+    fn id(&self, written: fn(IpAddr) -> [u8; 16]) -> Vec<u8> {
         let mut id = Vec::with_capacity(ID);
         id.extend(self.own.port().to_be_bytes());
         id.extend(self.entry.port.number().to_be_bytes());
-        id.extend(address(self.own.ip()));
-        id.extend(address(self.entry.addr.into()));
+        id.extend(written(self.own.ip()));
+        id.extend(written(self.entry.addr.into()));
         id.extend(self.device.to_ne_bytes());
         id.extend([0xff; 8]);
         id
+    }
+}
+
+/// An address as a socket of its own family has it there.
+fn plain(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(v4) => (u128::from(v4.to_bits()) << 96).to_be_bytes(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// An address as a socket of IPv6 has it.
+fn mapped(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
     }
 }
 
@@ -206,8 +223,20 @@ mod tests {
         for (family, own) in [("v4", "10.244.1.2:40000"), ("v6", "[fd00::2]:40000")] {
             let stream = read(&written(family)).unwrap();
             assert_eq!((stream.own, stream.entry.backend), (own.parse().unwrap(), 3));
-            assert_eq!(stream.id().len(), ID);
+            assert_eq!(stream.id(plain).len(), ID);
         }
+    }
+
+    #[test]
+    fn addresses_are_written_as_either_family_has_them() {
+        let ids = |family| {
+            let stream = read(&written(family)).unwrap();
+            [plain, mapped].map(|written| stream.id(written)[20..36].to_vec())
+        };
+        let v4 = [10, 244, 0, 7];
+        assert_eq!(ids("v4"), [[&v4[..], &[0; 12]].concat(), [&[0; 10][..], &[0xff; 2], &v4].concat()]);
+        let [plain, mapped] = ids("v6");
+        assert_eq!(plain, mapped);
     }
 
     #[test]

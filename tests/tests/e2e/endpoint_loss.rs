@@ -42,6 +42,12 @@ fn ends(socket: &mut Remote, ways: &[&str]) -> Result<()> {
     })
 }
 
+/// The same address of IPv4 as a socket of IPv6 has it.
+fn mapped(to: SocketAddr) -> Option<SocketAddr> {
+    let SocketAddr::V4(v4) = to else { return None };
+    Some(SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port()))
+}
+
 /// How many connections are open at port 8080 of a place.
 fn open_at(place: &Place) -> Result<usize> {
     let listed = place.netns.output("ss", &["-Htn", "state", "established", "sport", "=", ":8080"])?;
@@ -98,7 +104,8 @@ impl Scene {
         for to in at(vips(1), 80).into_iter().chain(at(node, NODE_PORT)) {
             ways.extend(["a", "outside"].map(|place| (self.town.place(place), to, "receive ECONNRESET")));
             if sockets {
-                ways.push((self.town.place("h1"), to, "receive ECONNABORTED"));
+                let own = [Some(to), mapped(to)].into_iter().flatten();
+                ways.extend(own.map(|to| (self.town.place("h1"), to, "receive ECONNABORTED")));
             }
         }
         ways
