@@ -14,6 +14,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use proxy_common::abi::maps;
+use proxy_common::lb::LONGEST_PAUSE;
 
 use super::TableError;
 use super::carry::{self, Counters};
@@ -26,10 +27,6 @@ use super::load::{LoadError, Loaded};
 use super::pin::BpfRoot;
 use super::sockets::SocketError;
 use super::sys;
-
-/// When a pause ends by itself, in nanoseconds: an agent may die in it, and a busy node may take a second where an idle one takes
-/// milliseconds.
-const LONGEST: u64 = 5_000_000_000;
 
 /// How often flows are looked through while nothing waits.
 const ROUNDS: usize = 5;
@@ -243,13 +240,13 @@ impl<'a> Pause<'a> {
     /// Begins, and waits until whatever had begun before is through. Where that takes too long packets go on, and it is tried
     /// again; the last time it takes as long as it takes.
     fn begin(of: &'a Generation) -> Result<Self, TableError> {
-        for patience in PATIENCE.into_iter().chain([LONGEST]) {
+        for patience in PATIENCE.into_iter().chain([LONGEST_PAUSE]) {
             let pause = Self { of, begun: Instant::now(), _haste: Haste::make(&of.root) };
             let until = now()? + patience;
             pause.write(until)?;
             wait_for_packets();
-            if now()? < until || patience == LONGEST {
-                pause.write(now()? + LONGEST)?;
+            if now()? < until || patience == LONGEST_PAUSE {
+                pause.write(now()? + LONGEST_PAUSE)?;
                 return Ok(pause);
             }
             drop(pause);

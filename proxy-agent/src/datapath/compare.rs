@@ -16,6 +16,7 @@ use proxy_common::abi::{
 use proxy_common::addr::Addr;
 
 use super::address_bits::AddressBits;
+use super::flow::now;
 use super::kernel::{Kernel, KernelError, LISTED};
 use super::pin::BpfRoot;
 use super::table::{Cursor, Table};
@@ -39,7 +40,7 @@ const BITS: usize = capacity::ADDRESS_BITS + capacity::ENDPOINT_BITS + capacity:
 pub struct Found {
     /// The writes that undo it.
     pub steps: Vec<Step>,
-    /// Words of tables that plans know nothing of (bits of addresses, SECRET) that were wrong, and have been written again.
+    /// Words of tables that plans know nothing of (bits of addresses, SECRET, PAUSE) that were wrong, and have been written again.
     pub words: usize,
     /// Whether the last slice has been looked at.
     pub ended: bool,
@@ -53,6 +54,7 @@ pub struct Comparison {
     /// The random numbers that keys of flows are made with, as they were when the agent started: other ones would lead no
     /// flow of IPv6 to its record.
     secret: Secret,
+    pauses: Table<u32, u64>,
 }
 
 /// The table that is being looked at, and where.
@@ -109,15 +111,23 @@ impl Comparison {
     pub fn open(root: &BpfRoot) -> Result<Self, KernelError> {
         let secrets = Table::open(root, maps::SECRET)?;
         let secret = secrets.get(&0)?.unwrap_or(Secret::NONE);
-        Ok(Self { at: At::default(), secrets, secret })
+        let pauses = Table::open(root, maps::PAUSE)?;
+        // An agent that died over an exchange may have left its own.
+        pauses.put(&0, &0)?;
+        Ok(Self { at: At::default(), secrets, secret, pauses })
     }
 
-    /// Looks at what all traffic hangs on, two reads: CONFIG, and SECRET, without which a sweep takes every flow of IPv6 for
-    /// one that nobody can find.
+    /// Looks at what all traffic hangs on, three reads: CONFIG; SECRET, without which a sweep takes every flow of IPv6 for
+    /// one that nobody can find; and PAUSE, which this agent sets only within an exchange, and never two of them at a time.
     pub fn settings(&self, kernel: &Kernel, actual: &Actual) -> Result<Found, KernelError> {
         let mut found = Found::default();
         if self.secrets.get(&0)? != Some(self.secret) {
             self.secrets.put(&0, &self.secret)?;
+            found.words += 1;
+        }
+        let now = now()?;
+        if self.pauses.get(&0)?.is_some_and(|until| until > now) {
+            self.pauses.put(&0, &0)?;
             found.words += 1;
         }
         // All zeros before the first pass.

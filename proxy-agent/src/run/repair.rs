@@ -189,7 +189,7 @@ impl Agent {
         }
         let mut done: Vec<String> = found.steps.iter().take(NAMED).map(Step::to_string).collect();
         if found.words != 0 {
-            done.push(format!("{} words of ADDRESS_BITS, ENDPOINT_BITS or SECRET", found.words));
+            done.push(format!("{} words of ADDRESS_BITS, ENDPOINT_BITS, SECRET or PAUSE", found.words));
         }
         match self.kernel.apply(&found.steps) {
             Ok(()) => {

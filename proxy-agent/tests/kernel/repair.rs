@@ -458,6 +458,32 @@ fn the_random_numbers_that_keys_are_made_with_stay_what_they_are() {
 }
 
 #[test]
+fn a_pause_that_somebody_else_has_begun_is_ended() {
+    let room = Room::new();
+    drop(room.load());
+    let mut kernel = Kernel::open(&room.root).unwrap();
+    let pin = room.root.map(maps::PAUSE);
+    let set = |value: [&str; 8]| {
+        let key = ["map", "update", "pinned", pin.to_str().unwrap(), "key", "0", "0", "0", "0", "value"];
+        bpftool(&[&key[..], &value].concat());
+    };
+    let dump = || output("bpftool", &["map", "dump", "pinned", pin.to_str().unwrap()]);
+    let (never, far) = (dump(), ["255", "255", "255", "255", "255", "255", "255", "127"]);
+    // What an agent that died has left is nobody else's.
+    set(far);
+    let mut comparison = Comparison::open(&room.root).unwrap();
+    assert_eq!(dump(), never);
+    let mut words = || compare(&mut comparison, &mut kernel, &Actual::default(), 1_000_000).words;
+    assert_eq!(words(), 0);
+    set(far);
+    assert_eq!(words(), 1);
+    assert_eq!(dump(), never);
+    // One that is over stops nobody.
+    set(["1", "0", "0", "0", "0", "0", "0", "0"]);
+    assert_eq!(words(), 0);
+}
+
+#[test]
 fn programs_of_others_are_named_in_their_order_at_interfaces_and_in_cgroups() {
     let room = Room::new();
     let loaded = attached(&room);

@@ -1100,6 +1100,38 @@ fn without_room_nothing_is_adopted_and_nothing_left_behind() {
 }
 
 #[test]
+fn a_pause_holds_what_is_new_until_it_ends_and_one_that_no_agent_can_have_begun_holds_nothing() {
+    let longest = super::LONGEST_PAUSE / 1_000_000;
+    let node = masquerading();
+    let now = node.tables.now.get();
+    let talk = Talk::open(&node, CLIENT, VIP);
+    let begins = |port| {
+        run(
+            &node.tables,
+            &frame(&key((CLIENT.0, port), VIP, Proto::TCP), SYN, b"", false),
+            Hook::INGRESS,
+            ETH,
+        )
+    };
+    node.tables.paused_until.set(now + super::LONGEST_PAUSE);
+    assert_eq!(begins(1), Outcome::Waits);
+    assert_eq!(
+        tuple(&node.leave(&node.enter(&segment(&talk.ask, ACK, [7, 9], b"", false)))).unwrap().tuple,
+        talk.heard
+    );
+    node.wait(longest - 1);
+    assert_eq!(begins(1), Outcome::Waits);
+    node.wait(1);
+    assert!(matches!(begins(1), Outcome::Rewritten(_)));
+    for (port, until) in
+        [(2, u64::MAX), (3, u64::MAX >> 1), (4, node.tables.now.get() + 2 * super::LONGEST_PAUSE)]
+    {
+        node.tables.paused_until.set(until);
+        assert!(matches!(begins(port), Outcome::Rewritten(_)), "{until}");
+    }
+}
+
+#[test]
 fn what_is_left_to_another_proxy_passes_and_what_is_there_goes_on() {
     let mut node = masquerading();
     let talk = Talk::open(&node, CLIENT, VIP);

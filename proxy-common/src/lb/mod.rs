@@ -379,6 +379,18 @@ impl Verdict {
     }
 }
 
+/// How far ahead an agent may set the end of a pause, in nanoseconds: it may die in it, and a busy node may take a second where an
+/// idle one takes milliseconds. Never less than what older agents set.
+pub const LONGEST_PAUSE: u64 = 5_000_000_000;
+
+/// Whether nothing may begin yet if a pause ends at `until`. One that is longer than any agent's has been set by somebody else, and
+/// would stop all that is new for ever; the clock of packets may be some ticks behind the agent's.
+#[inline(always)]
+#[must_use]
+pub const fn is_paused(now: u64, until: u64) -> bool {
+    now < until && until - now < 2 * LONGEST_PAUSE
+}
+
 /// How often fragments of one datagram wait for its first one. Each time lets what the processor has queued go
 /// first, a batch of up to 64 packets: enough for what was sent in one go and came in another order, and a
 /// bound on what a flood of such fragments costs.

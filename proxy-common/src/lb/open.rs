@@ -1,7 +1,7 @@
 //! A packet that belongs to no flow: if it is for a Service it opens one.
 
 use super::select::{self, Choice};
-use super::{Inserted, Stat, Tables, Verdict, adopt, masquerade};
+use super::{Inserted, Stat, Tables, Verdict, adopt, is_paused, masquerade};
 use crate::abi::{Backend, FlowId, Reason, SourceKey, address, frontend};
 use crate::addr::{Port, Proto};
 use crate::wire::{Edit, Kind, Packet};
@@ -39,7 +39,7 @@ pub(super) fn open<T: Tables>(
             return verdict;
         }
         // What begins now would begin in tables that are about to be left.
-        if tables.now() < tables.paused_until() {
+        if is_paused(tables.now(), tables.paused_until()) {
             return Verdict::Wait;
         }
         match begin(tables, packet, choice, Port(0)) {
