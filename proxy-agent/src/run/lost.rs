@@ -12,17 +12,20 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use proxy_common::abi::{Flow, ServiceName, Tuple, backend, untext};
+use proxy_common::abi::{Flow, ServiceName, Tuple, backend, flow_flags, untext};
 
 use super::segments::Segments;
 use crate::datapath::flow::{Adopted, Flows, now};
 use crate::datapath::pin::BpfRoot;
 use crate::datapath::streams::Streams;
 use crate::model::{Family, ObjectName, ServicePort, World};
+use crate::netlink::conntrack;
 use crate::plan::{Actual, Step};
 
 /// When it is looked for connections, from the moment an endpoint is gone.
 const ROUNDS: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(3)];
+/// Connections that netfilter forgets at once.
+const AT_ONCE: usize = 256;
 /// A backend's index and generation, and whose it was.
 pub(super) type Endpoints = BTreeMap<(u32, u32), String>;
 
@@ -103,7 +106,7 @@ struct Batch {
     streams: BTreeSet<Tuple>,
     /// Sockets of the node that were closed.
     closed: usize,
-    /// Flows that were reset.
+    /// Flows whose client has been told.
     reset: usize,
 }
 
@@ -172,8 +175,15 @@ impl Worker {
         for id in flows.lose(is_lost)? {
             lost.extend(flows.lost(id)?);
         }
-        batch.reset = batch.reset.max(lost.len());
-        self.silent(&lost).context("who is silent is not told, only who sends (CAP_NET_RAW is needed)")
+        // What fails of these keeps nobody else from being told.
+        let forgotten = forget(&lost);
+        let told = self
+            .silent(&lost)
+            .context("who is silent is not told, only who sends (CAP_NET_RAW is needed)")?;
+        forgotten
+            .context("who is silent is not told where netfilter translates (CAP_NET_ADMIN is needed)")?;
+        batch.reset = batch.reset.max(told);
+        Ok(())
     }
 
     /// Sockets of the node are closed; connections of pods' sockets are marked like flows.
@@ -197,22 +207,37 @@ impl Worker {
         Ok(())
     }
 
-    fn silent(&mut self, lost: &[Flow]) -> Result<()> {
+    /// How many clients have been told.
+    fn silent(&mut self, lost: &[Flow]) -> Result<usize> {
+        let mut told = 0;
         for flow in lost {
             let segments = open(&mut self.segments, || Ok(Segments::open()?))?;
             let [by_client, by_endpoint] = flow.acked;
             let (to_client, to_endpoint) = flow.between_ends();
             // One that has no way is no reason to leave out the others.
-            for (tuple, acked, other) in
-                [(to_client, by_client, by_endpoint), (to_endpoint, by_endpoint, by_client)]
-            {
-                if let Err(error) = segments.end(&tuple, acked, other) {
+            let end = |tuple: &Tuple, acked, other| {
+                let sent = segments.end(tuple, acked, other);
+                if let Err(error) = &sent {
                     tracing::debug!("no segment from {} to {}: {error}", tuple.src, tuple.dst);
                 }
-            }
+                sent.is_ok()
+            };
+            told += usize::from(end(&to_client, by_client, by_endpoint));
+            end(&to_endpoint, by_endpoint, by_client);
         }
-        Ok(())
+        Ok(told)
     }
+}
+
+/// Has netfilter forget the connections among these that it has translated: it would take what is told to an end for another
+/// connection between the same ports, and give it a port of its own.
+fn forget(lost: &[Flow]) -> std::io::Result<()> {
+    let adopted = lost.iter().filter(|flow| flow.flags & flow_flags::ADOPTED != 0);
+    let asked: Vec<Tuple> = adopted.map(|flow| flow.between_ends().0.reversed()).collect();
+    for some in asked.chunks(AT_ONCE) {
+        conntrack::forget(some.iter())?;
+    }
+    Ok(())
 }
 
 fn open<T>(place: &mut Option<T>, open: impl FnOnce() -> Result<T>) -> Result<&mut T> {

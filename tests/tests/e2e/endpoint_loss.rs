@@ -8,6 +8,7 @@ use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan
 use proxy_tests::object::{Key, Kind, Object, Publish as _};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Remote, Server, eventually};
+use proxy_tests::reference::{self, Door};
 use proxy_tests::town::{PodNetwork, Town};
 
 use crate::common::{manifests, two_nodes, vips};
@@ -288,6 +289,40 @@ fn what_leaves_while_no_agent_runs_is_reset_by_the_next_one() -> Result<()> {
     agent.wait_ready()?;
     all_have_ended(&mut open)?;
     none_is_open_at(scene.town.place("c"))
+}
+
+#[test]
+fn who_is_silent_is_told_where_netfilter_goes_on_with_what_a_kube_proxy_has_begun() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut controller = scene.service(1, &["c"], true)?;
+    let (node, c) = (scene.town.place("node1"), scene.town.place("c"));
+    // What netfilter is to translate has to have a route first.
+    node.netns.ip("route add 10.96.0.0/16 dev eth0\nroute add fd00:10:96::/112 dev eth0\n")?;
+    let doors =
+        at(vips(1), 80).map(Door::Address).into_iter().flat_map(|door| [door, Door::NodePort(NODE_PORT)]);
+    let doors: Vec<_> = doors.zip(at(c.addresses(), 8080).into_iter().flat_map(|to| [to, to])).collect();
+    reference::load_as("kube-proxy", &node.netns, &doors)?;
+    let mut open = Vec::new();
+    for (place, to, how) in scene.ways(false) {
+        open.push((connected(place, to)?, place, to, how));
+    }
+    let agent = scene.agent(&[])?;
+    eventually(SOON, || {
+        let log = agent.log_text();
+        ensure!(log.contains("stay with netfilter until they end"), "{log}");
+        Ok(())
+    })?;
+    cut_off(c)?;
+    controller.replace(&[scene.town.place("d")])?;
+    for (socket, place, to, how) in &mut open {
+        ends(socket, &[how]).with_context(|| format!("{} → {to}: {}", place.name, agent.log_text()))?;
+    }
+    let all = format!("{} connections reset", open.len());
+    eventually(SOON, || {
+        let log = agent.log_text();
+        ensure!(log.contains(&all), "not {all:?}: {log}");
+        Ok(())
+    })
 }
 
 #[test]
