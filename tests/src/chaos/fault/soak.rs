@@ -53,6 +53,8 @@ pub(super) struct Soak {
     first: Option<Figures>,
     /// Of the agent that bears the second half.
     second: Option<(Instant, Figures)>,
+    /// Whether that agent had borne each part by then.
+    warm: bool,
 }
 
 /// The place of [`Kill`] among the parts.
@@ -75,7 +77,7 @@ impl Soak {
             Part::new("idle-clients", IdleClients::default()),
             Part::new("api", Api::new(servers)),
         ];
-        Self { random, lasts, parts, left: Vec::new(), begun: None, first: None, second: None }
+        Self { random, lasts, parts, left: Vec::new(), begun: None, first: None, second: None, warm: false }
     }
 
     /// One of the parts, each of them once before any comes again.
@@ -125,8 +127,10 @@ impl Fault for Soak {
         }
         let kills = begun.elapsed() < self.lasts / 2;
         self.part(ground, kills)?;
-        if !kills && self.second.is_none() {
-            // What is kept for later has been allocated by now.
+        // What is kept for later has been allocated when each part has been played once.
+        let warm = self.left.is_empty();
+        if !kills && (self.second.is_none() || warm && !self.warm) {
+            self.warm = warm;
             ground.settle();
             self.second = Some((Instant::now(), Figures::read(ground)?));
         }
