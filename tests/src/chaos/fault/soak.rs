@@ -68,6 +68,8 @@ impl Soak {
         random.shuffle(&mut servers);
         let mut sabotages = Sabotage::ALL.to_vec();
         sabotages.retain(|sabotage| lasts >= REMEMBERED || sabotage.undone_within() < ENDS);
+        // While clients must be silent the flows of their datagrams end, which are remembered for ten seconds here.
+        sabotages.retain(|sabotage| !sabotage.leaves_packets_alone() || sabotage.undone_within() < ENDS);
         random.shuffle(&mut sabotages);
         let parts = vec![
             Part::new("kill", Kill::new(options.seed)),
