@@ -12,7 +12,7 @@ use proxy_tests::probe::{Ask, Runner, eventually};
 use proxy_tests::reference::{self, Door};
 use proxy_tests::town::{PodNetwork, Town};
 
-use crate::scene::{FAR, NEAR, SERVED, Scene, Service, answered, go_on};
+use crate::scene::{FAR, NEAR, SERVED, Scene, Service, answered, counters, go_on};
 
 /// How long a change may take to be seen on an emulated machine.
 const SOON: Duration = Duration::from_secs(60);
@@ -49,7 +49,7 @@ pub(crate) fn takeover(mode: Mode) -> Result<String> {
         ensure!(log.contains("removed what kube-proxy had left: nftables table ip kube-proxy"), "{log}");
         Ok(())
     })?;
-    go_on(&mut holds).with_context(|| format!("taken over: {}", agent.log_text()))?;
+    go_on(&mut holds).with_context(|| format!("taken over: {}", said(&agent, node)))?;
     for from in [town.place("a"), node, town.place("outside")] {
         if from.name != "outside" {
             answered(from, NEAR.vips(), "b")?;
@@ -61,7 +61,7 @@ pub(crate) fn takeover(mode: Mode) -> Result<String> {
         let kept = agent.status_json()?["complaints"].to_string();
         ensure!(kept.contains("they stay until"), "virtual servers are not told of: {kept}");
     }
-    go_on(&mut holds).with_context(|| format!("later: {}", agent.log_text()))?;
+    go_on(&mut holds).with_context(|| format!("later: {}", said(&agent, node)))?;
     let mut exchanges = 0;
     for (what, hold) in holds {
         let end = hold.stop()?;
@@ -70,6 +70,18 @@ pub(crate) fn takeover(mode: Mode) -> Result<String> {
     }
     gone(&mut agent, node)?;
     Ok(format!("{exchanges} exchanges held"))
+}
+
+/// What the agent has said, and who translates which connection: everything there is to find out why one does not go on.
+fn said(agent: &Agent, node: &Place) -> String {
+    let read = |name: &str| {
+        let path = format!("/proc/thread-self/net/{name}");
+        let text = node.netns.run_in(|| std::fs::read_to_string(&path)).ok().and_then(Result::ok);
+        format!("{name}:\n{}", text.unwrap_or_default())
+    };
+    let flows = agent.ask(&["conntrack", "list"]).map(|(_, flows)| flows).unwrap_or_default();
+    let counters = format!("{:?}", counters(agent).unwrap_or_default());
+    [agent.log_text(), counters, flows, read("nf_conntrack"), read("ip_vs_conn")].join("\n")
 }
 
 /// What kube-proxy has left goes with a cleanup at the latest.
