@@ -113,6 +113,14 @@ fn refused<T: Send>(command: u64, error: i32, act: impl FnOnce() -> T + Send) ->
     thread::scope(|scope| scope.spawn(act).join().unwrap())
 }
 
+/// What was refused is done when its pause has passed.
+fn tried_again(loaded: &mut Loaded) {
+    thread::sleep(Duration::from_millis(600));
+    for (name, result) in loaded.retry() {
+        assert!(result.is_ok(), "{name}: {result:?}");
+    }
+}
+
 #[test]
 fn what_carries_programs_goes_on_when_the_next_agent_cannot_look_at_it() {
     for (command, error) in QUESTIONS {
@@ -137,8 +145,7 @@ fn what_carries_programs_goes_on_when_the_next_agent_cannot_look_at_it() {
         });
         assert_eq!((ways(), room.hooks()), (hooks.clone(), names.clone()), "{command}");
         assert_eq!(next.refusing().len(), failed, "{command}");
-        thread::sleep(Duration::from_millis(600));
-        next.retry().into_iter().for_each(|(name, result)| assert!(result.is_ok(), "{name}: {result:?}"));
+        tried_again(&mut next);
         assert_eq!((next.refusing(), kinds(&mut next)), (vec![], vec![]), "{command}");
         assert_eq!((ways(), room.hooks()), (hooks, names), "{command}");
     }
@@ -176,8 +183,7 @@ fn half_an_interface_carries_nothing() {
         repairs.into_iter().filter(|repair| repair.result.is_err()).count()
     });
     assert_eq!((failed, room.hooks().len()), (1, names.len() - 2), "it goes on in one direction");
-    thread::sleep(Duration::from_millis(600));
-    loaded.retry().into_iter().for_each(|(name, result)| assert!(result.is_ok(), "{name}: {result:?}"));
+    tried_again(&mut loaded);
     assert_eq!((at_interface("v0").len(), room.hooks()), (hooks.len(), names));
 }
 
