@@ -32,6 +32,9 @@ pub(super) enum Look {
     Superseded,
     /// It has lost its endpoint, and whoever sends is to be told.
     Lost,
+    /// An answer that has been translated already: by IPVS, say, which goes on with connections that have become ours. If it is
+    /// the node that sends it, the flow is over.
+    Translated,
 }
 
 /// Which of a flow's pairs a packet has, and whether it goes towards the endpoint.
@@ -72,12 +75,19 @@ pub(super) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
         Look::Over => Ok((Touch::Over, false, false)),
         Look::Superseded => Ok((Touch::Superseded, false, false)),
         Look::Lost => Ok((Touch::Lost, false, false)),
-        Look::Bound(index, generation) => Err((index, generation)),
+        Look::Bound(index, generation) => Err(Some((index, generation))),
+        Look::Translated => Err(None),
     });
     let passed = match looked {
-        Some(Err((index, generation))) => {
-            if tables.backend(index).is_none_or(|b| b.generation != generation) {
-                return Touched { touch: Touch::Stale, ..found };
+        Some(Err(asked)) => {
+            let over = match asked {
+                Some((index, generation)) => {
+                    tables.backend(index).is_none_or(|b| b.generation != generation).then_some(Touch::Stale)
+                }
+                None => (!tables.is_of_others(&packet.tuple)).then_some(Touch::Over),
+            };
+            if let Some(touch) = over {
+                return Touched { touch, ..found };
             }
             tables.record(leg.id.index(), |flow| pass(tables, flow, &leg, hook, packet, now, edit))
         }
@@ -141,15 +151,19 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     if hook == Hook::EGRESS || !forward {
         // Who is asked by somebody that it once asked, or only tried to ask, is asked anew.
         let asked = hook == Hook::INGRESS && leg.role == Role::OWN && fresh;
-        // The node itself speaks from a Service's port: it has spoken first, and its answers were taken for questions.
+        // If the node itself speaks from a Service's port, it has spoken first, and its answers were taken for questions.
         let own = hook == Hook::EGRESS
             && leg.role == Role::OUTER
             && !forward
             && packet.tuple.proto == Proto::UDP
             && !flow.is_identity()
             && !left;
-        let over = asked && (flow.is_over(now) || flow.seen[REPLY] == 0) || own;
-        return if over { Look::Over } else { Look::Go };
+        let over = asked && (flow.is_over(now) || flow.seen[REPLY] == 0);
+        return match (over, own) {
+            (true, _) => Look::Over,
+            (_, true) => Look::Translated,
+            _ => Look::Go,
+        };
     }
     match leg.role {
         // UDP has no end, and a flow that nobody has answered has nobody to lose: both follow the Service when their
@@ -213,7 +227,7 @@ fn pass<T: Tables>(
             Touch::Rewrite
         }
         Role::OWN => Touch::Pass,
-        Role::OUTER if !enters && !forward && flow.is_identity() => Touch::Pass,
+        Role::OUTER if !enters && !forward => Touch::Pass,
         _ => {
             counts = false;
             Touch::Pass

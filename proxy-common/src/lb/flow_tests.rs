@@ -722,6 +722,31 @@ fn the_node_may_ask_over_udp_whom_it_has_taken_for_a_client() {
 }
 
 #[test]
+fn an_answer_that_ipvs_has_translated_is_the_flow_s_and_nothing_that_the_node_says() {
+    // IPVS knows its connections until they time out, also those that have become ours.
+    for (proto, from) in
+        [Proto::TCP, Proto::UDP].into_iter().flat_map(|proto| [(proto, false), (proto, true)])
+    {
+        let node = masquerading();
+        let ask = key(CLIENT, VIP, proto);
+        if from {
+            take(&node, &adopted(&node, None, proto, true));
+        } else {
+            node.enter(&frame(&ask, SYN, b"", false));
+        }
+        let flow = the_flow(&node);
+        node.wait(100);
+        node.tables.forwarded.set(true);
+        let answer = segment(&ask.reversed(), SYN | ACK, [500, 1], b"", false);
+        assert_eq!(run(&node.tables, &answer, Hook::EGRESS, ETH), Outcome::Passed);
+        assert_eq!(the_flow(&node).id, flow.id);
+        assert!(the_flow(&node).seen[1] > flow.seen[1], "{proto}: it is seen");
+        assert_eq!(node.tables.counted(Reason::OwnConversation), 0);
+        assert_eq!(node.tables.broken_flows(), Vec::<String>::new());
+    }
+}
+
+#[test]
 fn own_conversations_displace_only_each_other() {
     let mut node = Node::new();
     node.tables.places = Some(3);
