@@ -26,13 +26,21 @@ const SOCK: usize = 88;
 const V4_AT: usize = 0;
 /// The other's port in network order, its own in the host's.
 const PORTS_AT: usize = 12;
+/// Its state.
+const STATE_AT: usize = 18;
 /// The interface that it is bound to.
 const DEVICE_AT: usize = 20;
 /// Both addresses of IPv6.
 const V6_AT: usize = 56;
 /// What is written of each socket.
 const LENGTH: usize = SOCK + size_of::<SocketState>();
-/// `TCP_LISTEN` of `net/tcp_states.h`.
+/// A socket that is bound to no interface.
+pub const ANY_DEVICE: u32 = 0;
+/// `TCP_SYN_SENT` of `net/tcp_states.h`.
+const CONNECTS: u8 = 2;
+/// `TCP_CLOSE`.
+const CLOSED: u8 = 7;
+/// `TCP_LISTEN`.
 const LISTENS: u8 = 10;
 
 /// Writes to the reader the beginning of each socket and its storage. The context holds four pointers: `meta` (of which the
@@ -74,6 +82,7 @@ pub struct Stream {
     pub entry: SocketEntry,
     /// Its own end.
     pub own: SocketAddr,
+    state: u8,
     device: u32,
 }
 
@@ -111,10 +120,18 @@ fn read(bytes: &[u8]) -> Option<Stream> {
     let peer = (ip(0)?, u16::from_be_bytes([ports[0], ports[1]]));
     let own = SocketAddr::new(ip(1)?, u16::from_ne_bytes([ports[2], ports[3]]));
     let device = u32::from_ne_bytes(sock.get(DEVICE_AT..DEVICE_AT + 4)?.try_into().ok()?);
-    (peer == (IpAddr::from(entry.addr), entry.port.number())).then_some(Stream { entry, own, device })
+    let state = *sock.get(STATE_AT)?;
+    let connected = peer == (IpAddr::from(entry.addr), entry.port.number()) && state != CLOSED;
+    connected.then_some(Stream { entry, own, state, device })
 }
 
 impl Stream {
+    /// Whether nobody has answered it yet.
+    #[must_use]
+    pub fn is_connecting(&self) -> bool {
+        self.state == CONNECTS
+    }
+
     /// What it sends, as its packets have it.
     #[must_use]
     pub fn tuple(&self) -> Tuple {
@@ -124,50 +141,59 @@ impl Stream {
 
     /// Closes it if it is one of this network namespace, which is what true says.
     pub fn close(&self) -> Result<bool, SocketError> {
-        let endpoint = SocketAddr::new(self.entry.addr.into(), self.entry.port.number());
-        let closed = self.find().and_then(|found| {
-            let Some((family, id)) = found else { return Ok(false) };
-            exchange(
-                Protocol::SockDiag,
-                DESTROY,
-                Flags::Ack,
-                &request(family, libc::IPPROTO_TCP, u32::MAX, &id),
-            )?;
-            Ok(true)
-        });
-        match closed {
-            // Closed meanwhile.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => Ok(false),
-            closed => closed.map_err(|source| SocketError::Destroy { endpoint, source }),
-        }
+        close(self.own, self.peer(), self.device)
     }
 
-    /// Its family and identity, if it is in this namespace. Where it is not the kernel finds who listens at its address, who must
-    /// stay. A socket of IPv6 that is connected over IPv4 is found like others, and answers with mapped addresses.
-    fn find(&self) -> io::Result<Option<(u8, Vec<u8>)>> {
-        let (plain, mapped) = (self.id(plain), self.id(mapped));
-        let family = if self.entry.addr.is_v4() { libc::AF_INET } else { libc::AF_INET6 };
-        let request = request(family as u8, libc::IPPROTO_TCP, u32::MAX, &plain);
-        let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Ack, &request)?;
-        Ok(answers.iter().find_map(|answer| {
-            let (family, state, id) = (*answer.first()?, *answer.get(1)?, answer.get(ID_AT..ID_AT + ID)?);
-            // Ports and addresses.
-            let is_it = [&plain, &mapped].iter().any(|own| id[..36] == own[..36]);
-            (state != LISTENS && is_it).then(|| (family, id.to_vec()))
-        }))
+    fn peer(&self) -> SocketAddr {
+        SocketAddr::new(self.entry.addr.into(), self.entry.port.number())
     }
+}
 
-    /// `struct inet_diag_sockid`, without a cookie, with addresses as `written`.
-    fn id(&self, written: fn(IpAddr) -> [u8; 16]) -> Vec<u8> {
-        let mut id = Vec::with_capacity(ID);
-        id.extend(self.own.port().to_be_bytes());
-        id.extend(self.entry.port.number().to_be_bytes());
-        id.extend(written(self.own.ip()));
-        id.extend(written(self.entry.addr.into()));
-        id.extend(self.device.to_ne_bytes());
-        id.extend([0xff; 8]);
-        id
+/// Closes the TCP socket of this network namespace with these ends, which is bound to interface `device` or to [`ANY_DEVICE`];
+/// whether there is one.
+pub fn close(own: SocketAddr, peer: SocketAddr, device: u32) -> Result<bool, SocketError> {
+    let closed = find(own, peer, device).and_then(|found| {
+        let Some((family, id)) = found else { return Ok(false) };
+        exchange(
+            Protocol::SockDiag,
+            DESTROY,
+            Flags::Ack,
+            &request(family, libc::IPPROTO_TCP, u32::MAX, &id),
+        )?;
+        Ok(true)
+    });
+    match closed {
+        // Closed meanwhile.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => Ok(false),
+        closed => closed.map_err(|source| SocketError::Destroy { endpoint: peer, source }),
     }
+}
+
+/// Its family and identity, if it is in this namespace. Where it is not the kernel finds who listens at its address, who must
+/// stay. A socket of IPv6 that is connected over IPv4 is found like others, and answers with mapped addresses.
+fn find(own: SocketAddr, peer: SocketAddr, device: u32) -> io::Result<Option<(u8, Vec<u8>)>> {
+    let [plain, mapped] = [plain, mapped].map(|written| id(own, peer, device, written));
+    let family = if peer.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let request = request(family as u8, libc::IPPROTO_TCP, u32::MAX, &plain);
+    let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Ack, &request)?;
+    Ok(answers.iter().find_map(|answer| {
+        let (family, state, id) = (*answer.first()?, *answer.get(1)?, answer.get(ID_AT..ID_AT + ID)?);
+        // Ports and addresses.
+        let is_it = [&plain, &mapped].iter().any(|own| id[..36] == own[..36]);
+        (state != LISTENS && is_it).then(|| (family, id.to_vec()))
+    }))
+}
+
+/// `struct inet_diag_sockid`, without a cookie, with addresses as `written`.
+fn id(own: SocketAddr, peer: SocketAddr, device: u32, written: fn(IpAddr) -> [u8; 16]) -> Vec<u8> {
+    let mut id = Vec::with_capacity(ID);
+    id.extend(own.port().to_be_bytes());
+    id.extend(peer.port().to_be_bytes());
+    id.extend(written(own.ip()));
+    id.extend(written(peer.ip()));
+    id.extend(device.to_ne_bytes());
+    id.extend([0xff; 8]);
+    id
 }
 
 /// An address as a socket of its own family has it there.
@@ -210,6 +236,7 @@ mod tests {
         }
         sock[12..14].copy_from_slice(&8080_u16.to_be_bytes());
         sock[14..16].copy_from_slice(&40_000_u16.to_ne_bytes());
+        sock[18] = 2;
         let mut state = SocketState::EMPTY;
         state.entries[0].backend = 3;
         state.entries[0].proto = Proto::TCP;
@@ -223,7 +250,8 @@ mod tests {
         for (family, own) in [("v4", "10.244.1.2:40000"), ("v6", "[fd00::2]:40000")] {
             let stream = read(&written(family)).unwrap();
             assert_eq!((stream.own, stream.entry.backend), (own.parse().unwrap(), 3));
-            assert_eq!(stream.id(plain).len(), ID);
+            assert!(stream.is_connecting());
+            assert_eq!(id(stream.own, stream.peer(), 0, plain).len(), ID);
         }
     }
 
@@ -231,7 +259,7 @@ mod tests {
     fn addresses_are_written_as_either_family_has_them() {
         let ids = |family| {
             let stream = read(&written(family)).unwrap();
-            [plain, mapped].map(|written| stream.id(written)[20..36].to_vec())
+            [plain, mapped].map(|written| id(stream.own, stream.peer(), 0, written)[20..36].to_vec())
         };
         let v4 = [10, 244, 0, 7];
         assert_eq!(ids("v4"), [[&v4[..], &[0; 12]].concat(), [&[0; 10][..], &[0xff; 2], &v4].concat()]);
@@ -245,5 +273,8 @@ mod tests {
         bytes[V6_AT] ^= 1;
         assert_eq!(read(&bytes), None, "another peer, or another kernel");
         assert_eq!(read(&written("v4")[..SOCK]), None);
+        let mut bytes = written("v4");
+        bytes[18] = 7;
+        assert_eq!(read(&bytes), None, "it is over, and kept by its process");
     }
 }

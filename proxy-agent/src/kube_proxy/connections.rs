@@ -1,6 +1,6 @@
 //! Connections that a kube-proxy's rules have led to an endpoint: what is to become of each.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use proxy_common::abi::{Backend, Flow, Tuple, address, flow_flags, frontend};
 use proxy_common::addr::{Addr, Port, Proto};
@@ -22,6 +22,9 @@ pub(crate) enum Fate {
     Adopt(Box<Flow>, Tuple),
     /// It is over, or its endpoint has gone and its client asks each time (C-4): nobody must be kept from its ends.
     Forget,
+    /// No Service leads it: it goes straight to an endpoint, and netfilter has its answers come to another end than its
+    /// client's. A connection between the same two ends that becomes ours would be taken for it. Whether it is over.
+    Beside(bool),
 }
 
 /// What is in the tables, so that an endpoint is found at once.
@@ -30,23 +33,31 @@ pub(crate) struct Known<'a> {
     actual: &'a Actual,
     /// Index and generation of each, by Service and end.
     backends: HashMap<(u32, Addr, Port), (u32, u32)>,
+    ends: HashSet<(Addr, Port)>,
 }
 
 impl<'a> Known<'a> {
     pub(crate) fn of(actual: &'a Actual) -> Self {
         let live = actual.backends.iter().filter(|(_, backend)| backend.is_live());
         let end = |backend: &Backend| (backend.service, backend.addr, backend.port);
-        let backends = live.map(|(index, backend)| (end(backend), (*index, backend.generation))).collect();
-        Self { actual, backends }
+        let backends: HashMap<_, _> =
+            live.map(|(index, backend)| (end(backend), (*index, backend.generation))).collect();
+        let ends = backends.keys().map(|(_, addr, port)| (*addr, *port)).collect();
+        Self { actual, backends, ends }
     }
 }
 
 /// Decides it, from what is in the tables.
 pub(crate) fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate {
-    let Known { actual, backends } = known;
+    let Known { actual, backends, ends } = known;
     let Connection { asked, answered, status, tcp, .. } = connection;
-    if !connection.is_rewritten() || connection.zoned {
+    if connection.zoned {
         return Fate::None;
+    }
+    let over = asked.proto == Proto::TCP && matches!(tcp, Some(OVER_FROM..=OVER_TO) | None);
+    if !connection.is_rewritten() {
+        let beside = *answered != asked.reversed() && ends.contains(&(asked.dst, asked.dport));
+        return if beside { Fate::Beside(over) } else { Fate::None };
     }
     let Some(frontend) = actual.frontend_at(asked.dst, asked.dport, asked.proto) else {
         return Fate::None;
@@ -59,7 +70,7 @@ pub(crate) fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate
     let endpoint = (answered.src, answered.sport);
     let backend = backends.get(&(frontend.service, endpoint.0, endpoint.1));
     let meant = match (asked.proto, *tcp) {
-        (Proto::TCP, Some(OVER_FROM..=OVER_TO) | None) => return Fate::Forget,
+        _ if over => return Fate::Forget,
         (Proto::TCP, Some(state)) => state >= ESTABLISHED,
         // A TCP connection goes on while its endpoint answers (P-18).
         _ if backend.is_none() => return Fate::Forget,
@@ -244,6 +255,16 @@ mod tests {
             Fate::OfNode,
             "a Service address that IPVS has at an interface"
         );
+        let moved = tuple(ENDPOINT, (NODE, 61_234), Proto::TCP);
+        for (to, state, expected) in [
+            (ENDPOINT, ESTABLISHED, Fate::Beside(false)),
+            (ENDPOINT, OVER_FROM, Fate::Beside(true)),
+            ((ENDPOINT.0, 8081), ESTABLISHED, Fate::None),
+        ] {
+            let mut straight = connection(tuple(POD, to, Proto::TCP), moved, Some(state));
+            straight.answered.sport = straight.asked.dport;
+            assert_eq!(fate(&Known::of(&tables()), &straight, NOW), expected, "{to:?} {state}");
+        }
         let host_port = tuple(("198.51.100.9", 1), (NODE, 8443), Proto::TCP);
         let mut plain = of_pod(Proto::TCP, Some(ESTABLISHED));
         plain.answered = plain.asked.reversed();

@@ -5,7 +5,7 @@
 //! connections that nobody knows is a Service's again. Connections that have been adopted are translated by netfilter as before,
 //! whether there are rules or not. They are taken from it after that, some at a time: see [`Adoption::take`].
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,15 @@ struct Waiting {
     connection: Connection,
     between: Tuple,
     masqueraded: bool,
+    /// Connection tracking remembers one that is over between these ends, whose answers came to another end.
+    remembered: bool,
+}
+
+impl Waiting {
+    /// The entry to be forgotten that would stay, and have packets of this one leave under another port.
+    fn remembered(&self) -> Option<&Tuple> {
+        self.remembered.then_some(&self.between)
+    }
 }
 
 /// What has been done.
@@ -149,6 +158,7 @@ impl Adoption {
     /// Reads connection tracking once; how many connections were new, or are gone.
     fn round(&mut self, flows: &Flows, actual: &Actual) -> Result<usize> {
         let (mut adopt, mut forget, mut of_node) = (Vec::new(), Vec::new(), 0);
+        let mut beside = HashMap::new();
         let mut seen = HashSet::new();
         let (known, now) = (Known::of(actual), now()?);
         conntrack::connections(|connection| match fate(&known, connection, now) {
@@ -159,13 +169,20 @@ impl Adoption {
                 adopt.push((connection.clone(), between, flow));
             }
             Fate::Forget => forget.push(connection.asked),
+            Fate::Beside(over) => drop(beside.insert(connection.asked, over)),
         })
         .context("reading the kernel's connection tracking (CAP_NET_ADMIN, module nf_conntrack_netlink)")?;
         self.done.of_node = of_node;
         self.done.no_room = 0;
         let mut adopted = 0;
         for (connection, between, flow) in adopt {
-            let stays = stays(&connection, &flow, &actual.config);
+            let other = beside.get(&between).copied();
+            let stays = other == Some(false) || stays(&connection, &flow, &actual.config);
+            let flow = if other == Some(false) { flow.known_by_its_service() } else { *flow };
+            let waits = |id| {
+                let (masqueraded, remembered) = (flow.has_source(), other == Some(true));
+                (id, Waiting { connection: connection.clone(), between, masqueraded, remembered })
+            };
             let mut answer = flows.adopt(&flow)?;
             if let Adopted::Known(id) = answer
                 && flow.fin != [0, 0]
@@ -189,10 +206,10 @@ impl Adoption {
                     adopted += 1;
                 }
                 Adopted::Done(id) => {
-                    self.wait(id, connection, between, flow.has_source());
+                    self.wait(waits(id));
                     adopted += 1;
                 }
-                Adopted::Known(id) if !stays => self.wait(id, connection, between, flow.has_source()),
+                Adopted::Known(id) if !stays => self.wait(waits(id)),
                 Adopted::Known(_) => {}
                 Adopted::Replaced => forget.push(connection.asked),
                 Adopted::NoRoom => self.done.no_room += 1,
@@ -224,9 +241,9 @@ impl Adoption {
         Ok(())
     }
 
-    fn wait(&mut self, id: FlowId, connection: Connection, between: Tuple, masqueraded: bool) {
+    fn wait(&mut self, (id, waiting): (FlowId, Waiting)) {
         if !self.staying.contains(&id) {
-            self.waiting.insert(id, Waiting { connection, between, masqueraded });
+            self.waiting.insert(id, waiting);
         }
     }
 
@@ -313,7 +330,7 @@ impl Adoption {
     }
 }
 
-/// Whether netfilter goes on with it until it ends. Verification tags are what the kernel knows of SCTP, and an entry cannot be made
+/// Whether netfilter goes on with it until it ends, even if it is the only one between client and endpoint. Verification tags are what the kernel knows of SCTP, and an entry cannot be made
 /// with them; nor can one be taken away that a flow table of netfilter's has. And a port that the node gives out itself may
 /// become that of one of its sockets, towards the same endpoint: netfilter would give that another one, and we cannot.
 fn stays(connection: &Connection, flow: &Flow, config: &Config) -> bool {
@@ -330,6 +347,8 @@ fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>>
     let untracked = batch.values().filter(|waiting| !waiting.masqueraded).map(|waiting| &waiting.between);
     let of = |waiting: &Waiting| (waiting.connection.clone(), waiting.between);
     let masqueraded: Vec<_> = batch.values().filter(|waiting| waiting.masqueraded).map(of).collect();
+    conntrack::forget(batch.values().filter(|waiting| waiting.masqueraded).filter_map(Waiting::remembered))
+        .context(CHANGING)?;
     conntrack::add_plain(masqueraded.iter()).context(CHANGING)?;
     let untrackable = match passing::begin(untracked.clone()) {
         Err(error) if is_absent(&error) => false,
@@ -346,7 +365,10 @@ fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>>
         }
     }
     wait_for_packets();
-    conntrack::forget(taken.iter().map(|waiting| &waiting.connection.asked)).context(CHANGING)?;
+    let asked = taken.iter().map(|waiting| &waiting.connection.asked);
+    let remembered =
+        taken.iter().filter(|waiting| !waiting.masqueraded).filter_map(|waiting| waiting.remembered());
+    conntrack::forget(asked.chain(remembered)).context(CHANGING)?;
     let plain: Vec<_> =
         taken.iter().filter(|waiting| !waiting.masqueraded).map(|waiting| of(waiting)).collect();
     conntrack::add_plain(plain.iter()).context(CHANGING)?;

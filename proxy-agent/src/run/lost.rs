@@ -7,27 +7,50 @@
 //! be lost, and a connection have begun just before.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use proxy_common::abi::{Flow, ServiceName, Tuple, backend, flow_flags, untext};
+use proxy_common::abi::{Flow, REPLY, ServiceName, Tuple, backend, flow_flags, untext};
+use proxy_common::addr::{Addr, Port, Proto};
 
 use super::segments::Segments;
 use crate::datapath::flow::{Adopted, Flows, now};
 use crate::datapath::pin::BpfRoot;
-use crate::datapath::streams::Streams;
+use crate::datapath::streams::{self, Streams};
 use crate::model::{Family, ObjectName, ServicePort, World};
-use crate::netlink::conntrack;
+use crate::netlink::conntrack::{self, Connection};
 use crate::plan::{Actual, Step};
 
 /// When it is looked for connections, from the moment an endpoint is gone.
 const ROUNDS: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(3)];
 /// Connections that netfilter forgets at once.
 const AT_ONCE: usize = 256;
-/// A backend's index and generation, and whose it was.
-pub(super) type Endpoints = BTreeMap<(u32, u32), String>;
+/// By a backend's index and generation.
+pub(super) type Endpoints = BTreeMap<(u32, u32), Endpoint>;
+
+/// An endpoint that has left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Endpoint {
+    /// It, and whose it was.
+    name: String,
+    end: (Addr, Port),
+    /// Where its Service is asked for; a NodePort at no address.
+    frontends: Vec<(Addr, Port)>,
+}
+
+impl Endpoint {
+    /// Whether netfilter leads a TCP connection here, for its Service.
+    fn is_reached_by(&self, connection: &Connection) -> bool {
+        let Connection { asked, answered, .. } = connection;
+        let asked_for = |addr: Addr| self.frontends.contains(&(addr, asked.dport));
+        asked.proto == Proto::TCP
+            && connection.is_rewritten()
+            && (answered.src, answered.sport) == self.end
+            && (asked_for(asked.dst) || asked_for(asked.dst.wildcard()))
+    }
+}
 
 /// The endpoints that leave with these steps, of Services that want to know.
 pub(super) fn lost(world: &World, before: &Actual, steps: &[Step]) -> Endpoints {
@@ -40,8 +63,13 @@ pub(super) fn lost(world: &World, before: &Actual, steps: &[Step]) -> Endpoints 
             before.backends.get(&index).filter(|old| old.is_live() && old.flags & backend::RESET != 0)?;
         let owner = service_port(before.services.get(&old.service)?);
         let endpoint = (IpAddr::from(old.addr), old.port.number());
-        let text = || format!("{}:{} of Service {}", endpoint.0, endpoint.1, owner.service);
-        world.has_left(&owner, endpoint).then(|| ((index, old.generation), text()))
+        let frontends = before.frontends.iter().filter(|(_, frontend)| frontend.service == old.service);
+        let told = || Endpoint {
+            name: format!("{}:{} of Service {}", endpoint.0, endpoint.1, owner.service),
+            end: (old.addr, old.port),
+            frontends: frontends.map(|(key, _)| (key.addr, key.port)).collect(),
+        };
+        world.has_left(&owner, endpoint).then(|| ((index, old.generation), told()))
     });
     lost.collect()
 }
@@ -159,6 +187,7 @@ impl Worker {
         let done = match Flows::open(&self.root) {
             Ok(flows) => vec![
                 self.sockets(batch, &flows).context("sockets that were translated at connect are not closed"),
+                of_node(batch).context("connections of this node that netfilter translates are not closed"),
                 self.flows(batch, &flows).context("connections that pass this node are not reset"),
             ],
             Err(error) => vec![Err(error).context("its connections are not reset")],
@@ -199,7 +228,8 @@ impl Worker {
                 batch.closed += 1;
                 continue;
             }
-            let flow = Flow::lost(&stream.tuple(), [0, entry.backend, entry.generation], now()?);
+            let backend = [0, entry.backend, entry.generation];
+            let flow = Flow::lost(&stream.tuple(), backend, !stream.is_connecting(), now()?);
             if let Adopted::Done(_) = flows.adopt(&flow)? {
                 batch.streams.insert(stream.tuple());
             }
@@ -211,6 +241,11 @@ impl Worker {
     fn silent(&mut self, lost: &[Flow]) -> Result<usize> {
         let mut told = 0;
         for flow in lost {
+            if flow.seen[REPLY] == 0 {
+                // Who tries to connect sends.
+                told += 1;
+                continue;
+            }
             let segments = open(&mut self.segments, || Ok(Segments::open()?))?;
             let [by_client, by_endpoint] = flow.acked;
             let (to_client, to_endpoint) = flow.between_ends();
@@ -227,6 +262,25 @@ impl Worker {
         }
         Ok(told)
     }
+}
+
+/// Sockets of the node are closed whose connections netfilter translates: those that a kube-proxy's rules have begun stay with it
+/// until they end.
+fn of_node(batch: &mut Batch) -> Result<()> {
+    let mut found = Vec::new();
+    conntrack::connections(|connection| {
+        if batch.endpoints.values().any(|endpoint| endpoint.is_reached_by(connection)) {
+            found.push(connection.asked);
+        }
+    })
+    .context("reading the kernel's connection tracking (CAP_NET_ADMIN)")?;
+    for asked in found {
+        let end = |addr: Addr, port: Port| SocketAddr::new(addr.into(), port.number());
+        let closed =
+            streams::close(end(asked.src, asked.sport), end(asked.dst, asked.dport), streams::ANY_DEVICE)?;
+        batch.closed += usize::from(closed);
+    }
+    Ok(())
 }
 
 /// Has netfilter forget the connections among these that it has translated: it would take what is told to an end for another
@@ -251,7 +305,7 @@ fn open<T>(place: &mut Option<T>, open: impl FnOnce() -> Result<T>) -> Result<&m
 impl Batch {
     fn tell(&self) {
         let count = self.reset + self.closed;
-        let names: Vec<&str> = self.endpoints.values().map(String::as_str).collect();
+        let names: Vec<&str> = self.endpoints.values().map(|endpoint| endpoint.name.as_str()).collect();
         tracing::info!("{} left without terminating: {count} connections reset", names.join(", "));
     }
 }

@@ -633,15 +633,32 @@ impl Flow {
         flow
     }
 
-    /// A connection that is translated by nobody, from one end to the other, and has lost the endpoint that it was given when
-    /// its socket connected.
+    /// The same of a connection that stays with netfilter, because another one has the same ends between client and endpoint, and
+    /// netfilter tells them apart: nobody looks for it there.
     #[must_use]
-    pub const fn lost(tuple: &Tuple, [service, backend, generation]: [u32; 3], now: u64) -> Self {
+    pub const fn known_by_its_service(mut self) -> Self {
+        if !self.has_source() {
+            (self.near[INNER], self.pairs[INNER]) = (self.near[MIDDLE], self.pairs[MIDDLE]);
+            self.flags |= flow_flags::MASQUERADE;
+            self.source = self.pairs[INNER].seal() | 1;
+        }
+        self
+    }
+
+    /// A connection that is translated by nobody, from one end to the other, and has lost the endpoint that it was given when
+    /// its socket connected; `answered` unless it is still trying to.
+    #[must_use]
+    pub const fn lost(
+        tuple: &Tuple,
+        [service, backend, generation]: [u32; 3],
+        answered: bool,
+        now: u64,
+    ) -> Self {
         let mut flow = Self::EMPTY;
         flow.near[OUTER] = tuple.write_pair(&mut flow.pairs[OUTER]) as u8;
         (flow.service, flow.backend, flow.generation) = (service, backend, generation);
         (flow.state, flow.old, flow.legs) = (State::LOST, 1, 1);
-        (flow.seen, flow.born, flow.checked) = ([now, now], now, now);
+        (flow.seen, flow.born, flow.checked) = ([now, if answered { now } else { 0 }], now, now);
         flow
     }
 

@@ -125,7 +125,7 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     let forward = leg.forward;
     let left = flow.is_left(leg.id);
     if !left && !flow.is(leg.id) {
-        return if flow.is_lost(leg.id) { lost::look(leg, hook, packet) } else { Look::None };
+        return if flow.is_lost(leg.id) { lost::look(flow, leg, hook, packet) } else { Look::None };
     }
     if matches!(packet.kind, Kind::IcmpError) {
         return Look::Go;

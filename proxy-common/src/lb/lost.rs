@@ -6,20 +6,25 @@
 
 use super::Tables;
 use super::flow::{Look, Way, last_acked};
-use crate::abi::{FORWARD, FlowId, Hook, REPLY, Role, State, TELL};
+use crate::abi::{FORWARD, Flow, FlowId, Hook, REPLY, Role, State, TELL};
 use crate::addr::Proto;
 use crate::wire::{Kind, Packet};
 
+/// A socket that nobody answers asks again after at most 64 seconds (`tcp_syn_retries` of the kernel's ip-sysctl.rst); in
+/// nanoseconds.
+const TRIES: u64 = 70_000_000_000;
+
 /// What becomes of a packet of a flow that has lost its endpoint. A RST may reach the other end, and what leaves the node is
-/// from somebody who is told otherwise: the node itself, or an endpoint of its own, whose client answers it.
+/// from somebody who is told otherwise: the node itself, or an endpoint of its own, whose client answers it. A SYN begins
+/// something new, unless it is the connection's own that nobody has answered.
 #[inline(always)]
-pub(super) fn look(leg: &Way, hook: Hook, packet: &Packet) -> Look {
+pub(super) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look {
     let ends = packet.tcp_flags & Packet::RST != 0 || matches!(packet.kind, Kind::IcmpError);
     if ends || hook == Hook::EGRESS {
         Look::Go
     } else if leg.forward && leg.role == Role::MIDDLE {
         Look::Superseded
-    } else if leg.forward && packet.is_syn() {
+    } else if leg.forward && packet.is_syn() && flow.seen[REPLY] != 0 {
         Look::Over
     } else {
         Look::Lost
@@ -52,6 +57,9 @@ pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
 /// Takes a flow apart about which all has been told.
 #[inline(always)]
 pub(super) fn sweep<T: Tables>(tables: &T, id: FlowId, now: u64) -> u32 {
-    let told = |flow: &mut crate::abi::Flow| now.saturating_sub(flow.checked) >= TELL;
+    let told = |flow: &mut Flow| {
+        let long = if flow.seen[REPLY] == 0 { TRIES } else { TELL };
+        now.saturating_sub(flow.checked) >= long
+    };
     if tables.record(id.index(), told) == Some(true) { tables.take_apart(id) } else { 0 }
 }

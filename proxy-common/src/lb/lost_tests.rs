@@ -93,7 +93,7 @@ fn a_lost_flow_gives_everything_back_when_all_has_been_told() {
 fn a_connection_that_its_socket_was_led_through_is_reset_though_it_was_no_flow() {
     let node = node();
     let direct = key(("10.244.1.5", 50_000), ("10.244.2.7", 8080), Proto::TCP);
-    let flow = Flow::lost(&direct, [1, 1, 1], node.tables.now());
+    let flow = Flow::lost(&direct, [1, 1, 1], true, node.tables.now());
     let index = super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
         *record = Flow { id: record.id, claims: record.claims, ..flow };
         true
@@ -106,4 +106,20 @@ fn a_connection_that_its_socket_was_led_through_is_reset_though_it_was_no_flow()
     assert_eq!(enters(&node, &direct, Packet::SYN, [1, 0]), Outcome::Passed);
     assert!(node.tables.flows.borrow().is_empty());
     assert_eq!([FORWARD, REPLY], [0, 1]);
+}
+
+#[test]
+fn a_connection_that_its_socket_tries_in_vain_is_refused() {
+    let node = node();
+    let direct = key(("10.244.1.5", 50_000), ("10.244.2.7", 8080), Proto::TCP);
+    let flow = Flow::lost(&direct, [1, 1, 1], false, node.tables.now());
+    super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
+        *record = Flow { id: record.id, claims: record.claims, ..flow };
+        true
+    });
+    let Outcome::Refused(answer) = enters(&node, &direct, Packet::SYN, [7, 0]) else { panic!("not refused") };
+    let answer = tuple(&answer).unwrap();
+    // RFC 9293 section 3.5.2: a RST that acknowledges the SYN.
+    assert_eq!((answer.tuple, answer.tcp_flags), (direct.reversed(), Packet::RST | Packet::ACK));
+    assert_eq!((answer.seq, answer.ack), (0, 8));
 }

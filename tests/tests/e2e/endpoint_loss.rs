@@ -141,6 +141,44 @@ fn idle_connections_to_an_endpoint_that_has_gone_are_reset_from_every_client() -
 }
 
 #[test]
+fn who_is_still_connecting_to_an_endpoint_that_has_gone_is_told_or_led_to_another() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut controller = scene.service(1, &["c"], true)?;
+    let agent = scene.agent(&[])?;
+    let dead = scene.town.place("c");
+    // It takes every packet and answers none.
+    dead.netns.nft(
+        "table inet dead { chain input { type filter hook input priority 0; meta l4proto tcp drop; }; }\n",
+    )?;
+    let tries = |(place, to): (&Place, SocketAddr)| -> Result<Remote> {
+        let family = if to.is_ipv4() { "inet" } else { "inet6" };
+        let mut socket = Remote::open(place, family, "tcp")?;
+        let tried = socket.step("connect", &to.to_string())?;
+        ensure!(tried.failure.as_deref() == Some("connect EINPROGRESS"), "{} → {to}: {tried:?}", place.name);
+        Ok(socket)
+    };
+    let ways = scene.ways(true);
+    // All at once, as a SYN is sent again ever later.
+    let open = std::thread::scope(|scope| {
+        let tries: Vec<_> =
+            ways.iter().map(|(place, to, _)| scope.spawn(move || tries((place, *to)))).collect();
+        let tries = tries.into_iter().map(|tried| tried.join().expect("a thread that asks"));
+        tries.collect::<Result<Vec<_>>>()
+    })?;
+    controller.replace(&[scene.town.place("b")])?;
+    // Sockets that were translated when they connected are told; those whose packets are follow the Service.
+    for (mut socket, (place, to, _)) in open.into_iter().zip(&ways) {
+        match place.name.as_str() {
+            "outside" => eventually(SOON, || goes_on(&mut socket)),
+            "a" => ends(&mut socket, &["receive ECONNREFUSED"]),
+            _ => ends(&mut socket, &["receive ECONNABORTED"]),
+        }
+        .with_context(|| format!("{} → {to}: {}", place.name, agent.log_text()))?;
+    }
+    Ok(())
+}
+
+#[test]
 fn an_endpoint_that_lives_on_hears_of_it_too() -> Result<()> {
     // Its labels have changed: it is no endpoint any more, but there.
     for flags in [&[][..], &["--socket-lb=off"], &["--masquerade-all"]] {
@@ -303,7 +341,8 @@ fn who_is_silent_is_told_where_netfilter_goes_on_with_what_a_kube_proxy_has_begu
     let doors: Vec<_> = doors.zip(at(c.addresses(), 8080).into_iter().flat_map(|to| [to, to])).collect();
     reference::load_as("kube-proxy", &node.netns, &doors)?;
     let mut open = Vec::new();
-    for (place, to, how) in scene.ways(false) {
+    // Those of the node's own processes stay with netfilter in any case.
+    for (place, to, how) in scene.ways(true) {
         open.push((connected(place, to)?, place, to, how));
     }
     let agent = scene.agent(&[])?;

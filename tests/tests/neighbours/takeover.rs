@@ -151,6 +151,63 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
 
 /// Whether netfilter has kept no more of what is not the node's own than what it masquerades with ports that the node gives out
 /// itself (`--service-node-port-range`, `net.ipv4.ip_local_port_range`).
+/// What goes straight to an endpoint from the port of a connection to its Service, and has been given another port by netfilter:
+/// over, but remembered, or alive.
+#[test]
+fn connections_that_share_their_ends_with_another_go_on() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    for live in [false, true] {
+        let town = town(PodNetwork::Routed)?;
+        let (node1, a) = (town.place("node1"), town.place("a"));
+        let mut ways = Vec::new();
+        for web in WEBS {
+            let server = town.place(web.endpoint);
+            for doors in [web.cluster_ips(), node1.at(web.node_port)] {
+                ways.extend(doors.into_iter().zip(server.at(PORT)).map(|(door, end)| (server, door, end)));
+            }
+        }
+        let begin = |straight: bool| -> Result<Vec<Talk>> {
+            let mut talks = Vec::new();
+            for (port, (server, door, end)) in (20_000..).zip(&ways) {
+                for way in [Way::Tcp, Way::Udp] {
+                    let to = if straight { *end } else { *door };
+                    talks.push(Talk::begin(way, (&a.netns, port), to, (&server.netns, *end))?);
+                }
+            }
+            Ok(talks)
+        };
+        node1.netns.nft(
+            "table inet moved {
+                chain postrouting {
+                    type nat hook postrouting priority srcnat - 1;
+                    meta l4proto { tcp, udp } th sport 20000-20099 th dport 8080 masquerade to :25000-25999
+                }
+            }\n",
+        )?;
+        let mut straight = begin(true)?;
+        if !live {
+            straight.clear();
+        }
+        node1.netns.nft("delete table inet moved\n")?;
+        let webs = [WEBS, SHORT].concat();
+        leave_rules(&town, "node1", &webs)?;
+        let _servers = servers(&town, &["d", "e"])?;
+        let talks = begin(false)?;
+        let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+        let agent = serving.agent.as_ref().context("an agent")?;
+        soon(|| {
+            let log = agent.log_text();
+            ensure!(live || log.contains("are translated by this proxy now"), "{log}");
+            ensure!(log.contains("removed what kube-proxy had left"), "{log}");
+            Ok(())
+        })?;
+        for talk in straight.iter().chain(&talks) {
+            talk.exchange().and_then(|()| talk.push()).with_context(|| agent.log_text())?;
+        }
+    }
+    Ok(())
+}
+
 fn are_taken(agent: &Agent) -> Result<()> {
     let flows = agent.json(&["conntrack", "list", "-o", "json"])?;
     for flow in flows.as_array().context("a list of flows")? {

@@ -29,6 +29,15 @@ impl Line {
         Ok(Self::Udp(socket))
     }
 
+    /// Its own end.
+    pub(super) fn local(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(stream) => stream.get_ref().local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
+        .ok()
+    }
+
     /// Asks, and tells who has answered just that.
     pub(super) async fn exchange(&mut self, number: u64, timeout: Duration) -> Result<String, String> {
         let text = match self {

@@ -231,11 +231,17 @@ impl Held {
             let _ = self.reopen(crowd).await;
             return;
         };
+        let from = line.local().map_or_else(String::new, |from| format!(" from {from}"));
         let came = line.exchange(crowd.next_number(), crowd.timeout()).await;
         // A datagram may be lost and the socket is as good as before.
         let broken = came.is_err() && !self.target.udp;
-        let whole =
-            crowd.note(&self.target, self.kind, std::slice::from_ref(&self.server), came.clone(), begun);
+        let whole = crowd.note(
+            &self.target,
+            &format!("{}{from}", self.kind),
+            std::slice::from_ref(&self.server),
+            came.clone(),
+            begun,
+        );
         if broken {
             self.line = None;
         } else if let (false, Ok(other)) = (whole, came) {
