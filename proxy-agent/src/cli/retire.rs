@@ -13,7 +13,7 @@ use super::view::{Now, View};
 use crate::config::GoDuration;
 
 /// How long a running agent may take to follow.
-const FOLLOWS: Duration = Duration::from_secs(5);
+const FOLLOWS: Duration = Duration::from_secs(15);
 /// How often it is looked.
 const AGAIN: Duration = Duration::from_millis(200);
 /// How often is said how many flows are left.

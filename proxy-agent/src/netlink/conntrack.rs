@@ -115,6 +115,8 @@ pub(crate) fn add_plain<'a>(
         ];
         if let Some(state) = known.tcp {
             let liberal = |direction| ProtoInfoTCP::Other(DefaultNla::new(direction, vec![LIBERAL; 2]));
+            // In the middle of a handshake that an entry has not seen, it would take what follows for invalid.
+            let state = if matches!(state, ESTABLISHED..=LAST_ACK) { state } else { ESTABLISHED };
             let tcp = vec![ProtoInfoTCP::State(state), liberal(FLAGS[0]), liberal(FLAGS[1])];
             attributes.push(ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(tcp)]));
         }

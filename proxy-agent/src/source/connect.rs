@@ -5,6 +5,7 @@
 //! idle is asked whether its other end lives: by the kernel, and over HTTP/2 by PINGs, which a process that hangs does
 //! not answer.
 
+use std::cell::Cell;
 use std::error::Error as StdError;
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -65,6 +66,18 @@ struct Silent(Duration);
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("no API server is known")]
 struct NoServer;
+
+tokio::task_local! {
+    /// The turn of the server that answered last.
+    static ANSWERED: Cell<Option<u64>>;
+}
+
+/// Asks, and tells whose answer it was, as [`Servers`] counts: another server may be in use by the time that it is here. `None`
+/// if nobody has answered.
+pub(super) async fn answered_by<T>(asks: impl Future<Output = T>) -> (T, Option<u64>) {
+    let asked = async { (asks.await, ANSWERED.get().get()) };
+    ANSWERED.scope(Cell::new(None), asked).await
+}
 
 /// How the servers are spoken to; replaced as a whole when certificates or tokens change.
 #[derive(Clone)]
@@ -185,6 +198,8 @@ impl Way {
                 Ok(Ok(answer)) => {
                     counting.done(Some(answer.status()));
                     self.servers.answered(&turn, answer.version());
+                    // Not everybody wants to know.
+                    let _ = ANSWERED.try_with(|answered| answered.set(Some(turn.generation())));
                     self.rest(&turn, &answer);
                     let status = answer.status();
                     return Ok(answer.map(|body| Guarded::new(body, status, watch)));
@@ -369,6 +384,50 @@ pub(super) fn cause(error: &(dyn StdError + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Answers one request in a hurry after another, each with this status and when `release` says so.
+    async fn serve(
+        listener: tokio::net::TcpListener,
+        status: &'static str,
+        release: Arc<tokio::sync::Notify>,
+    ) {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await.unwrap();
+            release.notified().await;
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_told_as_that_of_the_server_that_gave_it_although_another_is_in_use_by_then() {
+        let release = Arc::new(tokio::sync::Notify::new());
+        let mut urls = Vec::new();
+        for status in ["500 Odd", "200 OK"] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            urls.push(format!("http://{}/", listener.local_addr().unwrap()).parse::<Uri>().unwrap());
+            tokio::spawn(serve(listener, status, release.clone()));
+        }
+        let config = kube::Config::new(urls[0].clone());
+        let servers = Arc::new(Servers::new(urls, prometheus_client::metrics::counter::Counter::default()));
+        let way = Way::new(servers.clone(), config, Requests::default()).unwrap();
+        let client = kube::Client::new(way, "default");
+        let ask = || client.send(Request::get("/api").body(Body::empty()).unwrap());
+        let (first, turn) = (answered_by(ask()), servers.current().unwrap().generation());
+        let move_on = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(servers.blame(turn, "somebody else has heard of it"));
+            release.notify_one();
+        };
+        let ((answer, by), ()) = tokio::join!(first, move_on);
+        assert_eq!((answer.unwrap().status().as_u16(), by), (500, Some(turn)));
+        release.notify_one();
+        let (answer, by) = answered_by(ask()).await;
+        assert_eq!((answer.unwrap().status().as_u16(), by), (200, Some(turn + 1)));
+        assert_eq!(answered_by(async {}).await.1, None);
+    }
 
     #[test]
     fn a_server_may_stand_below_a_path() {

@@ -20,6 +20,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::backoff::Backoff;
+use super::connect::answered_by;
 use super::end::{End, INSISTS, LIVED};
 use super::feed::{Closed, Feed, Known, Listing};
 use super::heard::Heard;
@@ -85,6 +86,17 @@ pub(super) struct Progress {
     pub(super) moved: watch::Receiver<u64>,
     /// Whom the last answer came from, as [`Servers`] counts.
     pub(super) generation: u64,
+}
+
+impl Progress {
+    /// Notes whom an answer came from; whatever has moved since then concerns us.
+    fn answered(&mut self, by: Option<u64>) {
+        let now = *self.moved.borrow_and_update();
+        self.generation = by.unwrap_or(now);
+        if self.generation != now {
+            self.moved.mark_changed();
+        }
+    }
 }
 
 /// What feeds share.
@@ -181,8 +193,8 @@ where
             bookmarks: true,
             send_initial_events: initial,
         };
-        let events = api.watch(&params, version).await;
-        progress.generation = *progress.moved.borrow_and_update();
+        let (events, by) = answered_by(api.watch(&params, version)).await;
+        progress.answered(by);
         Ok(events.map_err(End::of_request)?.boxed())
     }
 
@@ -258,8 +270,8 @@ where
         let mut listing = Listing::new();
         let (begun, mut objects, mut empty) = (Instant::now(), 0, 0);
         loop {
-            let list = api.list(&params).await;
-            progress.generation = *progress.moved.borrow_and_update();
+            let (list, by) = answered_by(api.list(&params)).await;
+            progress.answered(by);
             let list = match list {
                 Ok(list) => list,
                 Err(error) => return Ok(Err(End::of_request(error))),

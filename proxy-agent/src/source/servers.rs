@@ -64,8 +64,8 @@ struct State {
     /// No server answers: when the next may be asked.
     down: Option<Instant>,
     backoff: Backoff,
-    /// The server in use wants to be left alone until then.
-    held: Option<Instant>,
+    /// The server in use wants to be left alone until then; and why another is asked instead, if that is long.
+    held: Option<(Instant, Option<String>)>,
     /// When something was heard of the server in use.
     heard: Instant,
     /// Whether its connections tell by themselves that nobody is there any more.
@@ -92,6 +92,13 @@ pub(super) struct Servers {
 pub(super) struct Turn {
     pub(super) url: Uri,
     generation: u64,
+}
+
+impl Turn {
+    /// Which one it is: one more with each move.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
 }
 
 impl Servers {
@@ -142,11 +149,11 @@ impl Servers {
 
     /// Waits until a request may be made. Whoever is admitted while no server answers is alone.
     pub(super) async fn admit(&self) -> Option<Admitted<'_, ()>> {
-        let mut moved = self.subscribe();
-        let held = self.state().held;
-        if let Some(held) = held {
+        loop {
+            let mut moved = self.subscribe();
+            let Some(until) = self.held() else { break };
             tokio::select! {
-                () = tokio::time::sleep_until(held) => {}
+                () = tokio::time::sleep_until(until) => {}
                 _ = moved.changed() => {} // Another server has said nothing of the kind.
             }
         }
@@ -161,6 +168,17 @@ impl Servers {
         Some(admitted)
     }
 
+    /// Until when the server in use is left alone, or another was left too lately; that one is in use now if it was not.
+    fn held(&self) -> Option<Instant> {
+        let (now, mut state) = (Instant::now(), self.state());
+        let (until, why) = state.held.clone().filter(|(until, _)| *until > now)?;
+        let Some(why) = why else { return Some(until) };
+        match self.leave(&mut state, &why) {
+            Ok(()) => None,
+            Err(fresh) => Some(fresh.map_or(until, |fresh| fresh.min(until))),
+        }
+    }
+
     /// Something was heard of the server in use.
     pub(super) fn heard(&self) {
         self.state().heard = Instant::now();
@@ -170,7 +188,7 @@ impl Servers {
     /// tell, it wants to be left alone, or it is known to be of no use.
     pub(super) fn unheard(&self) -> Option<Duration> {
         let state = self.state();
-        let held = state.held.is_some_and(|held| held > Instant::now());
+        let held = state.held.as_ref().is_some_and(|(held, _)| *held > Instant::now());
         (!state.pings && !held && state.down.is_none()).then(|| state.heard.elapsed())
     }
 
@@ -233,16 +251,22 @@ impl Servers {
         if generation != state.generation {
             return true; // Somebody else has found that out.
         }
-        let fresh = |server: &Server| server.blamed.is_none_or(|at| at.elapsed() >= BLAMED);
-        let (n, current) = (state.list.len(), state.current);
-        let next = (1..n).map(|step| (current + step) % n).find(|i| fresh(&state.list[*i]));
-        if let Some(next) = next {
-            let url = state.list[current].url.to_string();
-            let (line, until) = (format!("{url} was left: {why}"), Some(Instant::now() + TOLD));
-            self.tell(&mut state, url, Some(Trouble { line, until }));
-            self.go(&mut state, next, why);
-        }
-        next.is_some()
+        self.leave(&mut state, why).is_ok()
+    }
+
+    /// Leaves the server in use for the next that was not left so lately. If there is none, when there will be one.
+    fn leave(&self, state: &mut State, why: &str) -> Result<(), Option<Instant>> {
+        let (n, current, now) = (state.list.len(), state.current, Instant::now());
+        let fresh = |i: &usize| state.list[*i].blamed.map_or(now, |at| at + BLAMED);
+        let others = || (1..n).map(|step| (current + step) % n);
+        let Some(next) = others().find(|i| fresh(i) <= now) else {
+            return Err(others().map(|i| fresh(&i)).min());
+        };
+        let url = state.list[current].url.to_string();
+        let (line, until) = (format!("{url} was left: {why}"), Some(now + TOLD));
+        self.tell(state, url, Some(Trouble { line, until }));
+        self.go(state, next, why);
+        Ok(())
     }
 
     fn go(&self, state: &mut State, next: usize, why: &str) {
@@ -268,14 +292,14 @@ impl Servers {
 
     /// The server wants to be left alone for a while (`Retry-After`): nobody asks until then, or another is asked.
     pub(super) fn hold(&self, turn: &Turn, pause: Duration) {
-        let why = || format!("it wants to be left alone for {pause:?}");
-        if pause > WAITED && self.blame(turn.generation, &why()) {
+        let why = (pause > WAITED).then(|| format!("it wants to be left alone for {pause:?}"));
+        if why.as_ref().is_some_and(|why| self.blame(turn.generation, why)) {
             return;
         }
         let pause = pause.min(HELD);
         let mut state = self.state();
         if turn.generation == state.generation {
-            state.held = Some(Instant::now() + pause + pause.mul_f64(fastrand::f64() / 5.0));
+            state.held = Some((Instant::now() + pause + pause.mul_f64(fastrand::f64() / 5.0), why));
         }
     }
 
@@ -398,11 +422,7 @@ mod tests {
         assert_eq!(waited(&servers).await, Duration::ZERO, "another server is in use");
         servers.hold(&servers.current().unwrap(), many);
         // The first was left a moment ago; who waits is free when it can be asked again.
-        let (longest, left) = tokio::join!(waited(&servers), async {
-            tokio::time::sleep(HELD / 2).await;
-            servers.blame(servers.current().unwrap().generation, "busy")
-        });
-        assert!((HELD / 2..HELD).contains(&longest) && left, "{longest:?}");
+        assert_eq!((waited(&servers).await, used(&servers).as_str()), (BLAMED, "https://a/"));
         servers.set(Origin::Given, &[Uri::from_static("https://a/")]);
         servers.hold(&servers.current().unwrap(), many);
         let longest = waited(&servers).await;
