@@ -22,8 +22,8 @@ pub(crate) enum Fate {
     Adopt(Box<Flow>, Tuple),
     /// It is over, or its endpoint has gone and its client asks each time (C-4): nobody must be kept from its ends.
     Forget,
-    /// No Service leads it: it goes straight to an endpoint, and netfilter has its answers come to another end than its
-    /// client's. A connection between the same two ends that becomes ours would be taken for it. Whether it is over.
+    /// Netfilter does not lead it: it goes straight to an endpoint, or a flow of ours does. A connection between the same two ends
+    /// that becomes ours would be taken for it. Whether it is over.
     Beside(bool),
 }
 
@@ -56,7 +56,9 @@ pub(crate) fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate
     }
     let over = asked.proto == Proto::TCP && matches!(tcp, Some(OVER_FROM..=OVER_TO) | None);
     if !connection.is_rewritten() {
-        let beside = *answered != asked.reversed() && ends.contains(&(asked.dst, asked.dport));
+        // Over UDP one socket has a port, whomever it speaks to: only what has another port now is another conversation.
+        let other = asked.proto == Proto::TCP || *answered != asked.reversed();
+        let beside = other && ends.contains(&(asked.dst, asked.dport));
         return if beside { Fate::Beside(over) } else { Fate::None };
     }
     let Some(frontend) = actual.frontend_at(asked.dst, asked.dport, asked.proto) else {
@@ -263,6 +265,8 @@ mod tests {
         ] {
             let mut straight = connection(tuple(POD, to, Proto::TCP), moved, Some(state));
             straight.answered.sport = straight.asked.dport;
+            assert_eq!(fate(&Known::of(&tables()), &straight, NOW), expected, "{to:?} {state}");
+            straight.answered = straight.asked.reversed();
             assert_eq!(fate(&Known::of(&tables()), &straight, NOW), expected, "{to:?} {state}");
         }
         let host_port = tuple(("198.51.100.9", 1), (NODE, 8443), Proto::TCP);

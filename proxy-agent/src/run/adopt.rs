@@ -56,12 +56,12 @@ struct Waiting {
     connection: Connection,
     between: Tuple,
     masqueraded: bool,
-    /// Connection tracking remembers one that is over between these ends, whose answers came to another end.
+    /// Connection tracking remembers one that is over between these ends.
     remembered: bool,
 }
 
 impl Waiting {
-    /// The entry to be forgotten that would stay, and have packets of this one leave under another port.
+    /// The entry to be forgotten: it would stay, and may have packets of this one leave under another port.
     fn remembered(&self) -> Option<&Tuple> {
         self.remembered.then_some(&self.between)
     }
@@ -209,7 +209,8 @@ impl Adoption {
                     self.wait(waits(id));
                     adopted += 1;
                 }
-                Adopted::Known(id) if !stays => self.wait(waits(id)),
+                // One that is ours already is seen here because an agent has died over it: the other entry is its own.
+                Adopted::Known(id) if !stays || !flows.is_left(id)? => self.wait(waits(id)),
                 Adopted::Known(_) => {}
                 Adopted::Replaced => forget.push(connection.asked),
                 Adopted::NoRoom => self.done.no_room += 1,

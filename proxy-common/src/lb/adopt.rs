@@ -16,12 +16,6 @@ pub fn leaves_new<T: Tables>(tables: &T) -> bool {
     tables.config().is_some_and(|config| config.flags & config::LEAVE_NEW != 0)
 }
 
-/// Whether connections of another proxy are being adopted.
-#[inline(always)]
-pub fn goes_on<T: Tables>(tables: &T) -> bool {
-    tables.config().is_some_and(|config| config.flags & config::LEAVE_MIDDLE != 0)
-}
-
 /// Whether a packet to a Service that belongs to no flow of ours is left to another proxy.
 #[inline(always)]
 pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
@@ -70,16 +64,17 @@ pub fn adopt<T: Tables>(tables: &T, from: From, fill: impl FnOnce(&mut Flow) -> 
     let (mut holder, mut alone) = (FlowId::NONE, false);
     for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {
         let has = tables.record(index, |flow| {
-            // Behind a masquerade the answers are for the node until they have been translated.
+            // Behind a masquerade the answers are for the node until they have been translated, and must not be taken for
+            // questions: netfilter may have chosen the port of a Service.
             let left = flow.state == State::LEFT;
-            (flow.has(role) && !(left && flow.has_source() && role != Role::OUTER), left)
+            (flow.has(role) && !(left && flow.has_source() && role == Role::MIDDLE), left)
         });
         let Some((true, left)) = has else { continue };
         let entered = enter(tables, from, id, role, &mut holder);
         if entered == Entered::Done {
             continue;
         }
-        if left && role == Role::MIDDLE {
+        if left && (role == Role::MIDDLE || role == Role::INNER) {
             alone = true;
             continue;
         }

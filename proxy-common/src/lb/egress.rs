@@ -65,7 +65,7 @@ fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
 
 /// A packet that belongs to no flow. If the node speaks from a port of a Service, or somebody else's masquerade to an
 /// endpoint from a port that we masquerade with, too, the conversation is noted, so that its answers are not taken for ours.
-/// While connections of another proxy are adopted it may be one of these.
+/// While all that is new is another proxy's nothing is.
 #[inline(always)]
 fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
     let matters = !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0;
@@ -78,7 +78,7 @@ fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
         && tables.address(&packet.tuple.src) & address::NODE != 0
         // From any other port it is nothing to us.
         && (service || tables.is_snat_port(packet.tuple.sport))
-        && !adopt::goes_on(tables)
+        && !adopt::leaves_new(tables)
     {
         if found.touch == Touch::Over {
             tables.take_apart(found.id);

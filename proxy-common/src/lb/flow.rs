@@ -133,7 +133,7 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     let fresh = packet.is_syn();
     // What the masquerade of this flow has made leaves with a mark, and is not looked at again: this is somebody else's, who
     // has chosen the same port. One that is over, or whose client is silent, gives way, or the answers would be taken for its.
-    if forward && leg.role == Role::INNER && hook == Hook::EGRESS {
+    if forward && leg.role == Role::INNER && hook == Hook::EGRESS && !left {
         let over = fresh && flow.is_over(now);
         let gone = packet.tuple.proto == Proto::UDP && now.saturating_sub(flow.seen[FORWARD]) > SILENCE;
         return if over || gone { Look::Superseded } else { Look::Go };
@@ -224,7 +224,7 @@ fn pass<T: Tables>(
         }
         Role::INNER if enters && !forward => {
             counts = false;
-            Touch::Rewrite
+            if left { Touch::Pass } else { Touch::Rewrite }
         }
         Role::OWN => Touch::Pass,
         Role::OUTER if !enters && !forward => Touch::Pass,

@@ -1076,6 +1076,38 @@ fn a_masqueraded_one_keeps_its_port() {
 }
 
 #[test]
+fn an_answer_to_a_masquerade_of_another_proxy_is_no_question_though_it_has_the_port_of_a_service() {
+    let mut node = masquerading();
+    node.service(("0.0.0.0", 30_201), Proto::UDP, frontend::NODE_PORT, &[("10.244.2.8", 8080)]);
+    let (ask, seen) = (key(CLIENT, VIP, Proto::UDP), key((NODE, 30_201), ENDPOINT, Proto::UDP));
+    let passes = |hook, tuple: &Tuple| {
+        assert_eq!(run(&node.tables, &frame(tuple, 0, b"?", false), hook, ETH), Outcome::Passed, "{tuple:?}");
+    };
+    // Not adopted yet: the masqueraded question says that the node speaks from there.
+    node.tables.forwarded.set(true);
+    passes(Hook::EGRESS, &seen);
+    passes(Hook::INGRESS, &seen.reversed());
+    assert!(the_flow(&node).is_own());
+    // Adopted: by its own pair, whoever speaks first, and however often.
+    let index = adopt(&node, &adopted(&node, Some((NODE, 30_201)), Proto::UDP, true));
+    assert!(!the_flow(&node).is_own());
+    passes(Hook::INGRESS, &seen.reversed());
+    node.wait(2_000);
+    passes(Hook::EGRESS, &seen);
+    passes(Hook::INGRESS, &seen.reversed());
+    assert!(the_flow(&node).is_left(id_at(&node, index)));
+    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
+    let Outcome::Rewritten(back) =
+        run(&node.tables, &frame(&seen.reversed(), 0, b"!", false), Hook::INGRESS, ETH)
+    else {
+        panic!("not translated");
+    };
+    assert_eq!(tuple(&back).unwrap().tuple, key(ENDPOINT, CLIENT, Proto::UDP));
+    assert_eq!(node.tables.broken_flows(), Vec::<String>::new());
+    assert_ne!(node.enter(&frame(&ask, 0, b"?", false)), frame(&ask, 0, b"?", false));
+}
+
+#[test]
 fn a_client_that_was_bound_to_its_endpoint_stays_so() {
     let node = masquerading();
     let mut flow = adopted(&node, None, Proto::TCP, true);
