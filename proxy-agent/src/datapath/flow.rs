@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 pub use proxy_common::abi::Timeouts;
-use proxy_common::abi::{Flow, FlowId, State, ask, maps};
+use proxy_common::abi::{Flow, FlowId, State, ask, flow_flags, maps};
 use proxy_common::addr::Proto;
 
 use super::pin::BpfRoot;
@@ -68,6 +68,28 @@ impl Flows {
             State((word >> (at % 8 * 8)) as u8) == State::LIVE
         };
         Ok((0..self.max() as usize).filter(lives).count() as u64)
+    }
+
+    /// Whether a TCP connection lives that another proxy has begun. Reads two words of each record in place.
+    pub fn has_adopted_streams(&self) -> Result<bool, TableError> {
+        let words = size_of::<Flow>() / 8;
+        let elements = self.records.elements()?;
+        let byte = |index: u32, at: usize| {
+            let word = elements.get(index as usize * words + at / 8);
+            (word >> (at % 8 * 8)) as u8
+        };
+        let may_be = |index: &u32| {
+            let state = State(byte(*index, std::mem::offset_of!(Flow, state)));
+            let flags = byte(*index, std::mem::offset_of!(Flow, flags));
+            matches!(state, State::LIVE | State::LEFT) && flags & flow_flags::ADOPTED != 0
+        };
+        for index in (0..self.max()).filter(may_be) {
+            let lives = |flow: Flow| flow.proto() == Proto::TCP && flow.fin != [1, 1] && !flow.is_reset();
+            if self.records.get(&index)?.is_some_and(lives) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Looks through some records and ends the flows that are over, or silent for too long; how many there were. At

@@ -34,6 +34,7 @@ pub struct World {
     settings: Settings,
     /// What is left to another proxy.
     leave: u32,
+    pods_by_packet: bool,
     services: BTreeMap<ObjectName, Service>,
     slices: HashMap<ObjectName, Slice>,
     /// Names of the slices of a Service, in order.
@@ -91,6 +92,7 @@ impl World {
         Self {
             settings,
             leave: 0,
+            pods_by_packet: false,
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
@@ -191,7 +193,18 @@ impl World {
         let mut tables =
             node_tables(&self.settings, &self.last_node, &self.links, &self.around, &self.claims, &ranges);
         tables.config.flags |= self.leave;
+        if self.pods_by_packet {
+            tables.config.flags &= !config::SOCKET_PODS;
+        }
         tables
+    }
+
+    /// Whether sockets of pods are translated by their packets, whatever the settings say; true when that is news. One that
+    /// connects straight to an endpoint may be given a port that a connection has there that was begun otherwise: a pod's kernel
+    /// tells ports apart by the address that was asked for.
+    pub fn set_pods_by_packet(&mut self, wanted: bool) -> bool {
+        std::mem::replace(&mut self.pods_by_packet, wanted) != wanted
+            && self.settings.socket_lb == super::SocketLb::All
     }
 
     /// What is left to another proxy on this node: bits of [`config`].

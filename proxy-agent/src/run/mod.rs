@@ -382,6 +382,7 @@ impl Agent {
         }
         if beat {
             self.lead_in();
+            self.lead_pods();
             self.set_conntrack();
             self.count();
             self.report.untracked(self.taken.complaint());
@@ -598,6 +599,7 @@ impl Agent {
             Ok(false) => {}
             Ok(true) => {
                 self.world.set_leave(adoption.leave());
+                self.lead_pods();
                 let now = self.now_ms();
                 self.pace.request(now);
             }
@@ -614,6 +616,28 @@ impl Agent {
         }
     }
 
+    /// Sockets of pods are translated by their packets as long as connections live that another proxy has begun.
+    fn lead_pods(&mut self) {
+        match self.sweeper.flows().has_adopted_streams() {
+            Ok(any) => {
+                if self.world.set_pods_by_packet(any) {
+                    let how = if any {
+                        "by their packets, as long as connections live that another proxy has begun"
+                    } else {
+                        "when they connect"
+                    };
+                    tracing::info!("sockets of pods are translated {how}");
+                    let now = self.now_ms();
+                    self.pace.request(now);
+                }
+            }
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "cannot see whether connections live that another proxy has begun"
+            ),
+        }
+    }
+
     /// Plans and writes. After an error the kernel must be read again.
     fn write(&mut self, now: u64) -> Result<Written> {
         let pass = if self.full || self.planner.is_none() {
@@ -626,6 +650,8 @@ impl Agent {
                 self.retired_early = false;
                 self.world.set_leave(adoption.leave());
                 self.adoption = Some(adoption);
+                // An agent may have taken them over that ran before.
+                self.lead_pods();
             }
             let planner = Planner::new(&actual, self.capacity);
             let desired = self.world.take_desired();

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod account;
 #[cfg(test)]
+mod adopted;
+#[cfg(test)]
 mod api_server;
 #[cfg(test)]
 mod api_silence;
