@@ -24,7 +24,8 @@ use super::sys;
 pub(super) struct Kept {
     object: Object,
     path: PathBuf,
-    pin: PinId,
+    /// `None` for one that had gone before it was first looked at.
+    pin: Option<PinId>,
 }
 
 /// What that is.
@@ -72,11 +73,7 @@ impl Loaded {
     pub fn look(&mut self, until: Instant) -> (Vec<Repair>, bool) {
         let mut repairs = Vec::new();
         if self.hooks.kept.is_empty() {
-            repairs.extend(self.keep().err().map(|error| Repair {
-                what: "pin",
-                object: "the maps".into(),
-                result: Err(error),
-            }));
+            self.keep();
         }
         loop {
             let round = self.hooks.round.take().unwrap_or(Round::Links(None));
@@ -186,27 +183,23 @@ impl Loaded {
     }
 
     /// Notes what is pinned besides links.
-    fn keep(&mut self) -> Result<(), AttachError> {
+    fn keep(&mut self) {
         let root = self.root();
         let of_maps = maps::ALL.into_iter().map(|name| (Object::Map(name), root.map(name)));
         let others = [(Object::Layout, root.map(maps::LAYOUT)), (Object::Flows, root.program(flow::PROGRAM))];
-        let kept = of_maps.chain(others).map(|(object, path)| match pin_id(&path) {
-            Ok(pin) => Ok(Kept { object, path, pin }),
-            Err(source) => Err(AttachError::Pin { path, source }),
-        });
-        self.hooks.kept = kept.collect::<Result<_, _>>()?;
-        Ok(())
+        let kept = of_maps.chain(others).map(|(object, path)| Kept { object, pin: pin_id(&path).ok(), path });
+        self.hooks.kept = kept.collect();
     }
 
     fn look_at_pins(&mut self) -> Vec<Repair> {
         let mut repairs = Vec::new();
         let mut all = std::mem::take(&mut self.hooks.kept);
         for kept in &mut all {
-            if pin_id(&kept.path).ok() == Some(kept.pin) {
+            if kept.pin.is_some() && pin_id(&kept.path).ok() == kept.pin {
                 continue;
             }
             let pinned = pin_at(self.root(), &kept.path, |path| self.pin(kept.object, path));
-            let result = pinned.map(|pin| kept.pin = pin);
+            let result = pinned.map(|pin| kept.pin = Some(pin));
             repairs.push(Repair { what: "pin", object: kept.object.to_string(), result });
         }
         self.hooks.kept = all;

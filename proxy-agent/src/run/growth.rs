@@ -122,10 +122,10 @@ impl Growth {
         let mut used = by_agent(actual);
         // Flows come quickly, but to count takes a look at each record: often only where it may lead to something.
         if beat || self.sizes.flows < self.limits.each.flows {
-            self.living = pinned.living()?;
+            keep(&mut self.living, pinned.living());
         }
         if beat {
-            self.bound = pinned.bound(&actual.affinity_secs())?;
+            keep(&mut self.bound, pinned.bound(&actual.affinity_secs()));
         }
         used.extend([(maps::RECORDS, self.living), (maps::AFFINITY, self.bound)]);
         let (sizes, said) = self.limits.next(&self.sizes, &used, &self.short);
@@ -163,6 +163,15 @@ impl Growth {
         let new = lines.iter().filter(|line| !known.contains(&table(line))).cloned();
         self.news.extend(new.inspect(|line| tracing::warn!("{line}")));
         self.complaints = lines;
+    }
+}
+
+/// Takes over a count. Where it cannot be made, because somebody has taken a pin away that is about to be restored, the last one
+/// holds: that is no reason to open tables anew, which might be somebody else's at this moment.
+fn keep<E: std::fmt::Display>(known: &mut u64, counted: Result<u64, E>) {
+    match counted {
+        Ok(count) => *known = count,
+        Err(error) => tracing::debug!("entries are not counted: {error}"),
     }
 }
 

@@ -221,6 +221,18 @@ fn everything_that_was_pinned_comes_back_after_all_of_it_was_removed_or_unmounte
 }
 
 #[test]
+fn what_has_gone_before_it_was_first_looked_at_comes_back() {
+    let room = Room::new();
+    let mut loaded = room.load();
+    loaded.attach_cgroup(&room.cgroup).unwrap();
+    fs::remove_dir_all(room.root.generation()).unwrap();
+    assert_eq!(kinds(&mut loaded), vec!["pin"; maps::ALL.len() + 2]);
+    assert_eq!(look(&mut loaded), []);
+    drop(loaded);
+    drop(room.load());
+}
+
+#[test]
 fn another_map_at_the_place_of_ours_gives_way() {
     let room = Room::new();
     let mut loaded = attached(&room);
