@@ -331,9 +331,10 @@ impl Adoption {
     }
 }
 
-/// Whether netfilter goes on with it until it ends, even if it is the only one between client and endpoint. Verification tags are what the kernel knows of SCTP, and an entry cannot be made
-/// with them; nor can one be taken away that a flow table of netfilter's has. And a port that the node gives out itself may
-/// become that of one of its sockets, towards the same endpoint: netfilter would give that another one, and we cannot.
+/// Whether netfilter goes on with it until it ends, even if it is the only one between client and endpoint. Verification tags are
+/// what the kernel knows of SCTP, and an entry cannot be made with them; nor can one be taken away that a flow table of netfilter's
+/// has. And a port that the node gives out itself may become that of one of its sockets, towards the same endpoint: netfilter would
+/// give that another one, and we cannot.
 fn stays(connection: &Connection, flow: &Flow, config: &Config) -> bool {
     connection.status.contains(Status::Offload)
         || flow.proto() == Proto::SCTP
@@ -367,11 +368,9 @@ fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>>
     }
     wait_for_packets();
     let asked = taken.iter().map(|waiting| &waiting.connection.asked);
-    let remembered =
-        taken.iter().filter(|waiting| !waiting.masqueraded).filter_map(|waiting| waiting.remembered());
-    conntrack::forget(asked.chain(remembered)).context(CHANGING)?;
-    let plain: Vec<_> =
-        taken.iter().filter(|waiting| !waiting.masqueraded).map(|waiting| of(waiting)).collect();
+    let straight = || taken.iter().copied().filter(|waiting| !waiting.masqueraded);
+    conntrack::forget(asked.chain(straight().filter_map(Waiting::remembered))).context(CHANGING)?;
+    let plain: Vec<_> = straight().map(of).collect();
     conntrack::add_plain(plain.iter()).context(CHANGING)?;
     if untrackable {
         passing::end(untracked).context("tracking packets again (nftables table ebpf-proxy-takeover)")?;
