@@ -1079,6 +1079,7 @@ fn a_masqueraded_one_keeps_its_port() {
 fn an_answer_to_a_masquerade_of_another_proxy_is_no_question_though_it_has_the_port_of_a_service() {
     let mut node = masquerading();
     node.service(("0.0.0.0", 30_201), Proto::UDP, frontend::NODE_PORT, &[("10.244.2.8", 8080)]);
+    node.tables.config.as_mut().unwrap().flags |= config::LEAVE_MIDDLE;
     let (ask, seen) = (key(CLIENT, VIP, Proto::UDP), key((NODE, 30_201), ENDPOINT, Proto::UDP));
     let passes = |hook, tuple: &Tuple| {
         assert_eq!(run(&node.tables, &frame(tuple, 0, b"?", false), hook, ETH), Outcome::Passed, "{tuple:?}");

@@ -10,24 +10,19 @@ use proxy_tests::reference::{self, Door};
 use proxy_tests::town::PodNetwork;
 
 use crate::common::{manifests, two_nodes, vips};
+use crate::endpoint_loss::{self, goes_on};
 use crate::life::SOON;
 use crate::scene::{at, servers, service};
 
 /// The only port that the pod's kernel may give out: towards each address that is asked for once.
 const PORT: u16 = 41_000;
 
+/// A connection from that port.
 fn connected(from: &Place, to: SocketAddr) -> Result<Remote> {
-    let family = if to.is_ipv4() { "inet" } else { "inet6" };
-    let mut socket = Remote::open(from, family, "tcp")?;
-    let done = socket.done("connect", &to.to_string()).with_context(|| format!("{} → {to}", from.name))?;
-    ensure!(done.local.is_some_and(|own| own.port() == PORT), "{done:?}");
-    exchange(&mut socket).with_context(|| format!("{} → {to}", from.name))?;
+    let mut socket = endpoint_loss::connected(from, to)?;
+    let own = socket.done("peer", "")?.local;
+    ensure!(own.is_some_and(|own| own.port() == PORT), "{} → {to} comes from {own:?}", from.name);
     Ok(socket)
-}
-
-fn exchange(socket: &mut Remote) -> Result<()> {
-    socket.done("send", "")?;
-    socket.done("receive", "").map(drop)
 }
 
 #[test]
@@ -59,7 +54,7 @@ fn new_connections_of_a_pod_may_have_the_port_of_one_that_was_taken_over() -> Re
     says(&agent, by_packet, 1)?;
     let beside = |n: u8, held: &mut [Remote]| -> Result<()> {
         let mut new = at(vips(n), 80).into_iter().map(|to| connected(a, to)).collect::<Result<Vec<_>>>()?;
-        held.iter_mut().chain(&mut new).try_for_each(exchange)
+        held.iter_mut().chain(&mut new).try_for_each(goes_on)
     };
     beside(2, &mut held).with_context(|| agent.log_text())?;
     // The next agent knows of them, too.

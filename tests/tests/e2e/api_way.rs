@@ -67,10 +67,10 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
         ensure!(!other.requests().is_empty(), "{fault:?}: the other is not asked:\n{}", agent.log_text());
         Ok(())
     };
-    turn(&first, &second, Fault::Drop, 10)?;
-    turn(&second, &first, Fault::Hang, 20)?;
+    turn(&first, &second, Fault::Drop, 5)?;
+    turn(&second, &first, Fault::Hang, 12)?;
     // The other one was left a moment ago.
-    turn(&first, &second, Fault::Status(500), 30)?;
+    turn(&first, &second, Fault::Status(500), 20)?;
     // Once it has its way, if that is not much to ask.
     turn(&second, &first, Fault::Busy(2), 30)?;
     turn(&first, &second, Fault::Busy(3600), 30)?;

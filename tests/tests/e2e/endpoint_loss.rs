@@ -20,7 +20,7 @@ const ANNOTATION: &str = "ebpf-proxy/on-endpoint-loss";
 const NODE_PORT: u16 = 30_080;
 
 /// A connection that has been answered.
-fn connected(from: &Place, to: SocketAddr) -> Result<Remote> {
+pub(crate) fn connected(from: &Place, to: SocketAddr) -> Result<Remote> {
     let family = if to.is_ipv4() { "inet" } else { "inet6" };
     let mut socket = Remote::open(from, family, "tcp")?;
     socket.done("connect", &to.to_string()).with_context(|| format!("{} → {to}", from.name))?;
@@ -28,7 +28,7 @@ fn connected(from: &Place, to: SocketAddr) -> Result<Remote> {
     Ok(socket)
 }
 
-fn goes_on(socket: &mut Remote) -> Result<()> {
+pub(crate) fn goes_on(socket: &mut Remote) -> Result<()> {
     socket.done("send", "")?;
     socket.done("receive", "").map(drop)
 }
