@@ -4,6 +4,7 @@
 //! that is killed leaves nothing half done, and the decision when a flow is over is made in one place.
 
 use std::io;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -60,28 +61,18 @@ impl Flows {
 
     /// How many living flows there are. Reads a word of each record in place.
     pub fn count(&self) -> Result<u64, TableError> {
-        let at = std::mem::offset_of!(Flow, state);
-        let words = size_of::<Flow>() / 8;
         let elements = self.records.elements()?;
-        let lives = |index: &usize| {
-            let word = elements.get(index * words + at / 8);
-            State((word >> (at % 8 * 8)) as u8) == State::LIVE
-        };
-        Ok((0..self.max() as usize).filter(lives).count() as u64)
+        let lives = |index: &u32| state_of(&elements, *index) == State::LIVE;
+        Ok((0..self.max()).filter(lives).count() as u64)
     }
 
     /// Whether a TCP connection lives that another proxy has begun. Reads two words of each record in place.
     pub fn has_adopted_streams(&self) -> Result<bool, TableError> {
-        let words = size_of::<Flow>() / 8;
         let elements = self.records.elements()?;
-        let byte = |index: u32, at: usize| {
-            let word = elements.get(index as usize * words + at / 8);
-            (word >> (at % 8 * 8)) as u8
-        };
         let may_be = |index: &u32| {
-            let state = State(byte(*index, std::mem::offset_of!(Flow, state)));
-            let flags = byte(*index, std::mem::offset_of!(Flow, flags));
-            matches!(state, State::LIVE | State::LEFT) && flags & flow_flags::ADOPTED != 0
+            let flags = byte_of(&elements, *index, offset_of!(Flow, flags));
+            let state = state_of(&elements, *index);
+            flags & flow_flags::ADOPTED != 0 && matches!(state, State::LIVE | State::LEFT)
         };
         for index in (0..self.max()).filter(may_be) {
             let lives = |flow: Flow| flow.proto() == Proto::TCP && flow.fin != [1, 1] && !flow.is_reset();
@@ -186,6 +177,16 @@ impl Flows {
         }
         Ok(answer)
     }
+}
+
+/// A byte of a record, read in place.
+fn byte_of(records: &sys::Elements, index: u32, at: usize) -> u8 {
+    let word = records.get(index as usize * (size_of::<Flow>() / 8) + at / 8);
+    (word >> (at % 8 * 8)) as u8
+}
+
+fn state_of(records: &sys::Elements, index: u32) -> State {
+    State(byte_of(records, index, offset_of!(Flow, state)))
 }
 
 /// What has become of a connection that was to be adopted.
