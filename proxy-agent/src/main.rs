@@ -3,17 +3,17 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use agent_kernel::datapath::load::{self, OBJECT};
+use agent_kernel::datapath::others::others;
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::pinned::{Pinned, PinnedError};
+use agent_kernel::datapath::probe::Features;
+use agent_kernel::datapath::remove::remove_all;
+use agent_kernel::datapath::sockets::give_back;
+use agent_kernel::kube_proxy;
 use anyhow::{Context, Result};
 use proxy_agent::cli::doctor::Trial;
 use proxy_agent::cli::{self, Opened, Rooms};
-use proxy_agent::datapath::load::{self, OBJECT};
-use proxy_agent::datapath::others::others;
-use proxy_agent::datapath::pin::BpfRoot;
-use proxy_agent::datapath::pinned::{Pinned, PinnedError};
-use proxy_agent::datapath::probe::Features;
-use proxy_agent::datapath::remove::remove_all;
-use proxy_agent::datapath::sockets::give_back;
-use proxy_agent::kube_proxy;
 use proxy_agent::run::run;
 
 fn open(root: &Path) -> Opened {

@@ -20,12 +20,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{env, fs};
 
-use proxy_agent::datapath::Datapath;
-use proxy_agent::datapath::memory::Memory;
-use proxy_agent::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
-use proxy_agent::plan::{Capacity, Plan, Planner, lint, lint_prefix};
-use proxy_agent::source::directory::Shelf;
-use proxy_agent::source::{Change, Kind};
+use agent_core::datapath::Datapath;
+use agent_core::datapath::memory::Memory;
+use agent_core::model::{Change, Kind};
+use agent_core::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
+use agent_core::plan::{Capacity, Plan, Planner, lint, lint_prefix};
+use agent_source::directory::Shelf;
 use proxy_common::abi::{FrontendKey, PortRange};
 use proxy_common::addr::{Port, Proto};
 use tempfile::TempDir;

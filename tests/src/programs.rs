@@ -5,19 +5,19 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::Path;
 
+use agent_core::datapath::Datapath as _;
+use agent_core::plan::{Actual, Step};
+use agent_kernel::datapath::flow::{Flows, Timeouts};
+use agent_kernel::datapath::kernel::Kernel;
+use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::probe::Features;
 use anyhow::{Context, Result, bail, ensure};
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, Queue};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use proxy_agent::datapath::Datapath as _;
-use proxy_agent::datapath::flow::{Flows, Timeouts};
-use proxy_agent::datapath::kernel::Kernel;
-use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
-use proxy_agent::datapath::pin::BpfRoot;
-use proxy_agent::datapath::probe::Features;
-use proxy_agent::plan::{Actual, Step};
 use proxy_common::abi::{Backend, Flow, FlowId, Hook, ask};
 use proxy_common::testing::{ByteFrame, Outcome};
 

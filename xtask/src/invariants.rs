@@ -1,7 +1,8 @@
-//! The invariants of ARCHITECTURE.md that can be seen in the source text: who may name what, and what must be
-//! absent. A test may name anything: lines after a file's `#[cfg(test)]` do not count, save for [`ABSENT`].
+//! What can be seen in the source text: nothing is unfinished or switched off, and the code map of ARCHITECTURE.md has
+//! every room. (Who may use which crate is said in Cargo.toml and deny.toml.)
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -9,48 +10,6 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::workspace;
-
-/// Words that must not occur in some folder (or must not occur outside of some).
-struct Rule {
-    id: &'static str,
-    why: &'static str,
-    words: &'static [&'static str],
-    /// The folders and files that the rule is about.
-    within: &'static [&'static str],
-    /// Those among them that may.
-    except: &'static [&'static str],
-}
-
-const RULES: [Rule; 4] = [
-    Rule {
-        id: "I1",
-        why: "model and plan are plain functions: no kernel, no cluster, no runtime, no clock",
-        words: &["aya", "kube", "k8s_openapi", "tokio", "Instant::now", "SystemTime::now"],
-        within: &["proxy-agent/src/model", "proxy-agent/src/plan"],
-        except: &[],
-    },
-    Rule {
-        id: "I2",
-        why: "Kubernetes' types stop at source/",
-        words: &["k8s_openapi", "kube::"],
-        within: &["proxy-agent/src"],
-        except: &["proxy-agent/src/source", "proxy-agent/src/cli"],
-    },
-    Rule {
-        id: "I2",
-        why: "only datapath/ names aya (the command line may: it reads the tables through datapath's types)",
-        words: &["aya", "aya_log"],
-        within: &["proxy-agent/src"],
-        except: &["proxy-agent/src/datapath", "proxy-agent/src/cli"],
-    },
-    Rule {
-        id: "I2",
-        why: "only netlink/ names netlink",
-        words: &["rtnetlink", "netlink_packet_route"],
-        within: &["proxy-agent/src"],
-        except: &["proxy-agent/src/netlink"],
-    },
-];
 
 /// What no file may hold, tests included. (In pieces, so that this file passes too.)
 const ABSENT: [(&str, &str); 3] = [
@@ -60,7 +19,17 @@ const ABSENT: [(&str, &str); 3] = [
 ];
 
 /// The folders with Rust code of ours.
-const CODE: [&str; 6] = ["proxy-common", "proxy-agent", "proxy-ebpf", "xtask", "tests", "deploy"];
+const CODE: [&str; 5] = ["proxy-common", "proxy-agent", "proxy-ebpf", "xtask", "tests"];
+
+/// The crates whose rooms, the folders of their `src`, the code map lists one by one.
+const MAPPED: [&str; 6] = [
+    "proxy-common",
+    "proxy-ebpf",
+    "proxy-agent/core",
+    "proxy-agent/kernel",
+    "proxy-agent/source",
+    "proxy-agent",
+];
 
 /// Fails with every line that breaks a rule.
 pub(crate) fn check() -> Result<()> {
@@ -69,18 +38,22 @@ pub(crate) fn check() -> Result<()> {
     let mut files = 0;
     for folder in CODE {
         for file in rust_files(&root.join(folder))? {
-            let text =
-                fs::read_to_string(&file).with_context(|| format!("could not read {}", file.display()))?;
             let name = file.strip_prefix(&root).unwrap_or(&file);
-            broken.extend(violations(name, &text));
+            broken.extend(unfinished(name, &read(&file)?));
             files += 1;
         }
     }
+    let rooms = rooms(&root)?;
+    broken.extend(off_the_map(&rooms, &read(&root.join("ARCHITECTURE.md"))?));
     if !broken.is_empty() {
         bail!("{}", broken.join("\n"));
     }
-    println!("{files} files: {} rules hold, and nothing is unfinished", RULES.len());
+    println!("{files} files: nothing is unfinished; {} rooms: all are on the map", rooms.len());
     Ok(())
+}
+
+fn read(file: &Path) -> Result<String> {
+    fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))
 }
 
 /// The Rust files below a folder, in order, without what is built.
@@ -99,87 +72,68 @@ pub(crate) fn rust_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// What is wrong with a file, a line for each.
-fn violations(file: &Path, text: &str) -> Vec<String> {
-    let rules: Vec<&Rule> = RULES.iter().filter(|rule| rule.covers(file)).collect();
-    let mut broken = Vec::new();
-    let mut in_tests = file.file_name().is_some_and(|name| name == "tests.rs");
+/// What is not finished in a file, a line for each.
+fn unfinished(file: &Path, text: &str) -> Vec<String> {
+    let mut found = Vec::new();
     for (line, text) in (1..).zip(text.lines()) {
-        let place = format!("{}:{line}", file.display());
-        in_tests |= text.trim() == "#[cfg(test)]";
         let code = text.split("//").next().unwrap_or_default();
         for (word, what) in ABSENT.iter().filter(|(word, _)| code.contains(word)) {
-            broken.push(format!("{place}: `{word}`: {what}"));
+            found.push(format!("{}:{line}: `{word}`: {what}", file.display()));
         }
-        for rule in rules.iter().filter(|_| !in_tests) {
-            for word in rule.words.iter().filter(|word| names(code, word)) {
-                broken.push(format!("{place}: names `{word}` ({}: {})", rule.id, rule.why));
+    }
+    found
+}
+
+/// The rooms of the mapped crates, as the map writes them.
+fn rooms(root: &Path) -> Result<BTreeSet<String>> {
+    let mut rooms = BTreeSet::new();
+    for package in MAPPED {
+        let sources = root.join(package).join("src");
+        for entry in
+            fs::read_dir(&sources).with_context(|| format!("could not list {}", sources.display()))?
+        {
+            let path = entry.with_context(|| format!("could not list {}", sources.display()))?.path();
+            if path.is_dir() {
+                rooms.insert(path.strip_prefix(root).unwrap_or(&path).display().to_string());
             }
         }
     }
-    broken
+    Ok(rooms)
 }
 
-impl Rule {
-    fn covers(&self, file: &Path) -> bool {
-        let under = |folders: &[&str]| {
-            folders
-                .iter()
-                .any(|folder| file.starts_with(folder) || file == Path::new(&format!("{folder}.rs")))
-        };
-        under(self.within) && !under(self.except)
-    }
-}
-
-/// Whether the code holds the word as a name of its own, not as a part of a longer one or of a string.
-fn names(code: &str, word: &str) -> bool {
-    let part = |c: char| c.is_alphanumeric() || "_\"-./".contains(c);
-    code.match_indices(word).any(|(at, _)| {
-        let before = code.get(..at).and_then(|text| text.chars().next_back());
-        let after = code.get(at + word.len()..).and_then(|text| text.chars().next());
-        let ends = word.ends_with("::") || !after.is_some_and(part);
-        !before.is_some_and(part) && ends
-    })
+/// Rooms that the code map lacks, and places of the map that are no rooms.
+fn off_the_map(rooms: &BTreeSet<String>, architecture: &str) -> Vec<String> {
+    let mapped: BTreeSet<&str> = architecture
+        .lines()
+        .skip_while(|line| !line.starts_with("## 2. Code map"))
+        .take_while(|line| !line.starts_with("## 3."))
+        .filter_map(|line| line.strip_prefix("| `")?.split('`').next())
+        .filter(|place| place.contains("/src/") && !place.ends_with(".rs"))
+        .collect();
+    let absent = rooms.iter().filter(|room| !mapped.contains(room.as_str()));
+    let absent = absent.map(|room| format!("{room}: a room that the code map of ARCHITECTURE.md lacks"));
+    let gone = mapped.iter().filter(|place| !rooms.contains(**place));
+    absent.chain(gone.map(|place| format!("ARCHITECTURE.md: {place}: no such room"))).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn broken(file: &str, text: &str) -> usize {
-        violations(Path::new(file), text).len()
+    #[test]
+    fn unfinished_code_and_tests_that_are_switched_off_are_found_everywhere() {
+        for (word, _) in ABSENT {
+            let text = format!("#[cfg(test)]\nmod tests {{\n    {word}]\n}}\n// {word}\n");
+            assert_eq!(unfinished(Path::new("tests/src/lib.rs"), &text).len(), 1, "{word}");
+        }
     }
 
     #[test]
-    fn the_model_may_not_name_the_kernel_the_cluster_or_the_clock() {
-        assert_eq!(broken("proxy-agent/src/model/mod.rs", "use aya::maps::Array;"), 2, "I1 and I2");
-        assert_eq!(broken("proxy-agent/src/plan/ids.rs", "let now = std::time::Instant::now();"), 1);
-        assert_eq!(broken("proxy-agent/src/model/mod.rs", "// why not aya\nlet kubelet = kube_proxy();"), 0);
-    }
-
-    #[test]
-    fn each_foreign_thing_has_one_door() {
-        assert_eq!(broken("proxy-agent/src/serve/mod.rs", "use k8s_openapi::api::core::v1::Service;"), 1);
-        assert_eq!(
-            broken("proxy-agent/src/source/convert.rs", "use k8s_openapi::api::core::v1::Service;"),
-            0
-        );
-        assert_eq!(broken("proxy-agent/src/run.rs", "let handle = rtnetlink::new_connection();"), 1);
-        assert_eq!(broken("proxy-agent/src/datapath/load.rs", "let loader = aya::EbpfLoader::new();"), 0);
-        assert_eq!(broken("tests/src/lib.rs", "use aya::Ebpf;"), 0);
-    }
-
-    #[test]
-    fn tests_may_name_anything_but_may_not_be_switched_off() {
-        let text = "#[cfg(test)]\nmod tests {\n    use aya::Ebpf;\n";
-        assert_eq!(broken("proxy-agent/src/model/mod.rs", text), 0);
-        let off = format!("{text}    {}]\n", ABSENT[2].0);
-        assert_eq!(broken("proxy-agent/src/model/mod.rs", &off), 1);
-    }
-
-    #[test]
-    fn unfinished_code_is_found_everywhere() {
-        assert_eq!(broken("xtask/src/main.rs", &format!("    {})", ABSENT[0].0)), 1);
-        assert_eq!(broken("proxy-ebpf/src/main.rs", &format!("    {})", ABSENT[1].0)), 1);
+    fn a_room_is_on_the_map_and_the_map_has_no_other() {
+        let rooms = BTreeSet::from(["a/src/one".to_owned(), "a/src/two".to_owned()]);
+        let map = "## 2. Code map\n| `a/src/one` | x | y |\n| `a/src/three` | x |\n| `a/src/b.rs` | x |\n## 3. Next\n| `a/src/four` |\n";
+        let broken = off_the_map(&rooms, map);
+        assert_eq!(broken.len(), 2, "{broken:?}");
+        assert!(broken[0].starts_with("a/src/two: ") && broken[1].contains("a/src/three"));
     }
 }

@@ -73,7 +73,7 @@ const ALL: [Level; 10] = [
     Level::Kernels,
 ];
 
-/// The feature of `proxy-agent` that its tests on a real kernel stand behind.
+/// The feature of `agent-kernel` that its tests on a real kernel stand behind.
 const KERNEL_FEATURE: &str = "kernel-tests";
 
 /// `cargo xtask test`
@@ -152,14 +152,10 @@ impl Level {
         let (package, target) = match self {
             Self::Unit => return Ok(vec![]),
             Self::Kernel => {
-                if !metadata.package("proxy-agent")?.features.contains_key(KERNEL_FEATURE) {
-                    bail!("package proxy-agent has no feature `{KERNEL_FEATURE}`");
+                if !metadata.package("agent-kernel")?.features.contains_key(KERNEL_FEATURE) {
+                    bail!("package agent-kernel has no feature `{KERNEL_FEATURE}`");
                 }
-                let mut selection = vec!["-p", "proxy-agent", "--features", KERNEL_FEATURE];
-                if metadata.package("proxy-agent")?.has("test", "kernel") {
-                    // Else they are unit tests, and the others come along.
-                    selection.extend(["--test", "kernel"]);
-                }
+                let selection = vec!["-p", "agent-kernel", "--features", KERNEL_FEATURE, "--test", "kernel"];
                 return Ok(selection);
             }
             Self::Golden => ("proxy-agent", "golden"),

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use super::view::View;
-use crate::kube_proxy;
+use agent_kernel::kube_proxy;
 
 /// The file system as far as the kernel decides about it.
 pub trait Mounts {

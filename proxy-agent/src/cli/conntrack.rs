@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::table;
 use super::view::{Now, View, endpoint_text, service_text, span};
-use crate::plan::Actual;
+use agent_core::plan::Actual;
 
 /// An address, or an address and a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

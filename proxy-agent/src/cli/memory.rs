@@ -13,7 +13,7 @@ use proxy_common::abi::{
 use proxy_common::addr::{Addr, Port, Proto};
 
 use super::view::{LinkInfo, MapFill, Now, View};
-use crate::plan::Actual;
+use agent_core::plan::Actual;
 
 /// The moment of all tests.
 pub(super) const NOW: Now = Now { unix_ms: 1_800_000_000_000, mono_ns: 1_000_000_000_000 };

@@ -25,9 +25,9 @@ use clap::{ArgAction, Args, Parser, Subcommand};
 use serde::Serialize;
 
 use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
-use crate::datapath::others::Others;
-use crate::kube_proxy::{self, Cleaned};
 use crate::logging;
+use agent_kernel::datapath::others::Others;
+use agent_kernel::kube_proxy::{self, Cleaned};
 use table::Output;
 use view::{Now, View};
 

@@ -6,8 +6,8 @@ use anyhow::Result;
 use proxy_common::abi::{AgentState, Flow, FlowId, Reason, ServiceStats};
 
 use super::view::{LinkInfo, MapFill, View};
-use crate::datapath::pinned::{Pinned, Place};
-use crate::plan::Actual;
+use agent_core::plan::Actual;
+use agent_kernel::datapath::pinned::{Pinned, Place};
 
 impl View for Pinned {
     fn actual(&self) -> Result<Actual> {

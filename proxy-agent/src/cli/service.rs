@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::table;
 use super::view::{View, connections, endpoint_text, service_text};
-use crate::plan::Actual;
+use agent_core::plan::Actual;
 
 /// What an endpoint does for a frontend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use proxy_common::abi::{AgentState, Flow, FlowId, Reason, ServiceName, ServiceStats, untext};
 
-pub use crate::datapath::pinned::MapFill;
-use crate::plan::Actual;
+use agent_core::plan::Actual;
+pub use agent_kernel::datapath::pinned::MapFill;
 
 /// One pinned link.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]

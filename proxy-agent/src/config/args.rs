@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use proxy_common::abi::capacity;
 
 use super::v1alpha1::{IGNORED, KubeProxyConfiguration};
-use crate::model::SocketLb;
+use agent_core::model::SocketLb;
 
 /// Whose sockets are translated at `connect`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -227,7 +227,7 @@ pub struct Capacities {
 impl Capacities {
     /// These sizes, for the maps.
     #[must_use]
-    pub fn of_maps(&self) -> crate::datapath::load::Capacities {
+    pub fn of_maps(&self) -> agent_kernel::datapath::load::Capacities {
         let Self {
             frontends,
             slots,
@@ -242,7 +242,7 @@ impl Capacities {
             ifaces,
             memory: _,
         } = *self;
-        crate::datapath::load::Capacities {
+        agent_kernel::datapath::load::Capacities {
             frontends,
             slots,
             backends,
@@ -259,7 +259,7 @@ impl Capacities {
 
     /// What the tables may become.
     #[must_use]
-    pub fn limits(&self) -> crate::datapath::growth::Limits {
-        crate::datapath::growth::Limits { each: self.of_maps(), memory: self.memory }
+    pub fn limits(&self) -> agent_kernel::datapath::growth::Limits {
+        agent_kernel::datapath::growth::Limits { each: self.of_maps(), memory: self.memory }
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use ipnet::IpNet;
 
 use super::{Config, Host};
-use crate::model::{DetectLocal, Family, NodePortAddresses, Settings};
+use agent_core::model::{DetectLocal, Family, NodePortAddresses, Settings};
 
 /// Whether the kernel has IPv6, and nobody has switched it off. A file that is there and cannot be read says neither: to
 /// take what it says for a no would take IPv6 from a node that has it.

@@ -144,7 +144,7 @@ fn a_file_replaces_kube_proxy_s_flags_and_no_others() {
     assert!(!config.settings.masquerade_all && config.settings.masquerade_local);
     assert_eq!(config.metrics, "0.0.0.0:99".parse().unwrap());
     assert_eq!(config.source, SourceConfig::Manifests("/x".into()));
-    assert_eq!((config.settings.socket_lb, config.capacities.flows), (crate::model::SocketLb::Off, 77));
+    assert_eq!((config.settings.socket_lb, config.capacities.flows), (agent_core::model::SocketLb::Off, 77));
     assert_eq!(config.warnings, ["--config overrules these flags: --masquerade-all, --cluster-cidr"]);
     assert_eq!(&*config.settings.node_name, "of-file");
     assert_eq!(&*from_file(&text, &["--hostname-override=of-flag"]).settings.node_name, "of-flag");
@@ -368,7 +368,7 @@ fn what_does_not_fit_the_node_s_family_is_said() {
         let found = config_on(host, flags).unwrap().misfits(primary, &pod_cidrs);
         (found.errors.len(), found.warnings.len())
     };
-    use crate::model::Family::{V4, V6};
+    use agent_core::model::Family::{V4, V6};
     let dual = FakeHost::named("n1");
     let fd = "--cluster-cidr=fd00::/48";
     assert_eq!(misfits(&single(), &[], V4, &["10.0.0.0/24"]), (0, 0));

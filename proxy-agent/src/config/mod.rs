@@ -33,10 +33,10 @@ pub use host::{Host, ThisHost};
 pub use sysctl::Sysctls;
 pub use v1alpha1::KubeProxyConfiguration;
 
-use crate::datapath::exclude::Excluded;
-use crate::datapath::flow::Timeouts;
-use crate::model::{DetectLocal, NodePortAddresses, Settings};
-use crate::netlink::Devices;
+use agent_core::model::{DetectLocal, NodePortAddresses, Settings};
+use agent_kernel::datapath::exclude::Excluded;
+use agent_kernel::datapath::flow::Timeouts;
+use agent_kernel::netlink::Devices;
 use fields::Origin;
 use input::Input;
 use v1alpha1::Nftables;

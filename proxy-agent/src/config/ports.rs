@@ -7,7 +7,7 @@ use std::path::Path;
 use proxy_common::abi::PortRange;
 
 use super::Host;
-use crate::model::{NODE_PORTS, ports};
+use agent_core::model::{NODE_PORTS, ports};
 
 /// Ports that any process may have.
 const USABLE: RangeInclusive<u16> = 1024..=65535;

@@ -4,7 +4,7 @@
 
 use super::duration::GoDuration;
 use super::v1alpha1::Conntrack;
-use crate::datapath::flow::Timeouts;
+use agent_kernel::datapath::flow::Timeouts;
 
 /// No more entries than these, however many CPUs there are.
 const CAP: u64 = 1 << 20;

@@ -14,11 +14,11 @@ use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 use proxy_common::abi::{Config, Flow, FlowId, Tuple};
 use proxy_common::addr::Proto;
 
-use crate::datapath::flow::{Adopted, Flows, now, wait_for_packets};
-use crate::kube_proxy::{Fate, Known, fate, has_rules, passing};
-use crate::netlink::conntrack::{self, Connection, Status};
-use crate::netlink::nf_tables::is_absent;
-use crate::plan::Actual;
+use agent_core::plan::Actual;
+use agent_kernel::datapath::flow::{Adopted, Flows, now, wait_for_packets};
+use agent_kernel::kube_proxy::{Fate, Known, fate, has_rules, passing};
+use agent_kernel::netlink::conntrack::{self, Connection, Status};
+use agent_kernel::netlink::is_absent;
 
 /// Connections that are taken from netfilter at the same time.
 const BATCH: usize = 256;

@@ -9,8 +9,8 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use crate::aside::aside;
 use crate::config::ConfigFile;
+use agent_source::blocking::run_blocking;
 
 /// A file that is being written is read again until it says the same twice, this far apart.
 const QUIET: Duration = Duration::from_millis(100);
@@ -30,7 +30,7 @@ pub(super) async fn changed(file: ConfigFile) -> Error {
     let mut before = None;
     loop {
         let path = file.path.clone();
-        let now = aside("configuration", || fs::read_to_string(path)).await;
+        let now = run_blocking("configuration", || fs::read_to_string(path)).await;
         let now = now.flatten().ok().filter(|text| *text != file.text);
         if now.is_some() && now == before {
             return anyhow!(

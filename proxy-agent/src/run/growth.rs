@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use proxy_common::abi::maps;
 
-use crate::datapath::growth::{Against, Larger, Limits, Standing};
-use crate::datapath::load::{Capacities, LoadError, Loaded, Prepared, ProgramLog};
-use crate::datapath::pin::BpfRoot;
-use crate::datapath::pinned::Pinned;
-use crate::datapath::probe::Features;
-use crate::plan::Actual;
+use agent_core::plan::Actual;
+use agent_kernel::datapath::growth::{Against, Larger, Limits, Standing};
+use agent_kernel::datapath::load::{Capacities, LoadError, Loaded, Prepared, ProgramLog};
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::pinned::Pinned;
+use agent_kernel::datapath::probe::Features;
 
 /// How long nothing is tried again that has failed.
 const PAUSE: Duration = Duration::from_secs(60);

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use jiff::Timestamp;
 
-use crate::model::{Family, ObjectName, Slice};
-use crate::source::Change;
+use agent_core::model::Change;
+use agent_core::model::{Family, ObjectName, Slice};
 
 /// When endpoints changed that are not programmed yet.
 #[derive(Debug)]

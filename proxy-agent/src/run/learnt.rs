@@ -1,18 +1,21 @@
 //! API servers that were learnt, from one agent to the next: a note beside the tables.
 
-use crate::datapath::note::Note;
-use crate::source::kubernetes::Memory;
+use agent_kernel::datapath::note::Note;
+use agent_source::kubernetes::Memory;
 
-impl Memory for Note {
+/// The note that holds them.
+pub(super) struct Learnt(pub(super) Note);
+
+impl Memory for Learnt {
     fn recall(&self) -> String {
-        self.read().unwrap_or_else(|error| {
+        self.0.read().unwrap_or_else(|error| {
             tracing::warn!("API servers that an earlier agent has learnt cannot be read: {error}");
             String::new()
         })
     }
 
     fn keep(&self, text: &str) {
-        if let Err(error) = self.write(text) {
+        if let Err(error) = self.0.write(text) {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "API servers that were learnt are not kept for the next agent"

@@ -16,12 +16,12 @@ use proxy_common::abi::{Flow, REPLY, ServiceName, Tuple, backend, flow_flags, un
 use proxy_common::addr::{Addr, Port, Proto};
 
 use super::segments::Segments;
-use crate::datapath::flow::{Adopted, Flows, now};
-use crate::datapath::pin::BpfRoot;
-use crate::datapath::streams::{self, Streams};
-use crate::model::{Family, ObjectName, ServicePort, World};
-use crate::netlink::conntrack::{self, Connection};
-use crate::plan::{Actual, Step};
+use agent_core::model::{Family, ObjectName, ServicePort, World};
+use agent_core::plan::{Actual, Step};
+use agent_kernel::datapath::flow::{Adopted, Flows, now};
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::streams::{self, Streams};
+use agent_kernel::netlink::conntrack::{self, Connection};
 
 /// When it is looked for connections, from the moment an endpoint is gone.
 const ROUNDS: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(3)];

@@ -31,25 +31,26 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::{Config, ConfigFile, SourceConfig};
-use crate::datapath::Datapath;
-use crate::datapath::attach::AttachError;
-use crate::datapath::exclude::Excluded;
-use crate::datapath::flow::Sweeper;
-use crate::datapath::grace;
-use crate::datapath::kernel::Kernel;
-use crate::datapath::load::{Loaded, ProgramLog};
-use crate::datapath::note::Note;
-use crate::datapath::pin::{BpfRoot, RootLock};
-use crate::datapath::probe::Features;
-use crate::datapath::retired::Retired;
-use crate::model::World;
-use crate::netlink;
 use crate::pace::{Limits, Pace};
-use crate::plan::{Capacity, Plan, Planner, Step};
-use crate::source::events::{Event, Events, Untold};
-use crate::source::kubernetes::{Account, Cluster};
-use crate::source::requests::Requests;
-use crate::source::{Change, Kind, directory};
+use agent_core::datapath::Datapath;
+use agent_core::model::World;
+use agent_core::model::{Change, Kind};
+use agent_core::plan::{Capacity, Plan, Planner, Step};
+use agent_kernel::datapath::attach::AttachError;
+use agent_kernel::datapath::exclude::Excluded;
+use agent_kernel::datapath::flow::Sweeper;
+use agent_kernel::datapath::grace;
+use agent_kernel::datapath::kernel::Kernel;
+use agent_kernel::datapath::load::{Loaded, ProgramLog};
+use agent_kernel::datapath::note::Note;
+use agent_kernel::datapath::pin::{BpfRoot, RootLock};
+use agent_kernel::datapath::probe::Features;
+use agent_kernel::datapath::retired::Retired;
+use agent_kernel::netlink;
+use agent_source::directory;
+use agent_source::events::{Event, Events, Untold};
+use agent_source::kubernetes::{Account, Cluster};
+use agent_source::requests::Requests;
 use report::Report;
 
 /// Once an hour everything is compared with what is really in the kernel (Y-20).
@@ -799,7 +800,7 @@ async fn hear(
         SourceConfig::ApiServer(servers) => Account { kubeconfig: None, servers },
         SourceConfig::InCluster => Account { kubeconfig: None, servers: Vec::new() },
     };
-    let cluster = Cluster::open(account, &requests, Box::new(learnt)).await?;
+    let cluster = Cluster::open(account, &requests, Box::new(learnt::Learnt(learnt))).await?;
     tokio::spawn(events.publish(Some(cluster.client()), node.clone()));
     cluster.run(node, pods, tx).await;
     Ok(())

@@ -8,12 +8,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
 use super::Agent;
-use crate::datapath::Datapath as _;
-use crate::datapath::compare::{Comparison, Found, entries};
-use crate::datapath::kernel::KernelError;
-use crate::datapath::pin::{BpfRoot, RootLock};
-use crate::plan::Step;
-use crate::source::events::{Event, Events};
+use agent_core::datapath::Datapath as _;
+use agent_core::plan::Step;
+use agent_kernel::datapath::compare::{Comparison, Found, entries};
+use agent_kernel::datapath::kernel::KernelError;
+use agent_kernel::datapath::pin::{BpfRoot, RootLock};
+use agent_source::events::{Event, Events};
 
 /// What one tick may take for a look at hooks: some 1,000 of them. Where there are more the next tick goes on.
 const SLICE: Duration = Duration::from_millis(2);

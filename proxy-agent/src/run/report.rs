@@ -10,21 +10,21 @@ use proxy_common::abi::{AgentState, NOTE, PROBLEM, text};
 use tokio::sync::mpsc;
 
 use crate::config::{Config, SourceConfig};
-use crate::datapath::attach::{AttachError, Attached};
-use crate::datapath::growth::Standing;
-use crate::datapath::pin::BpfRoot;
-use crate::datapath::pinned::Pinned;
-use crate::datapath::probe::Features;
-use crate::kube_proxy::TakeOver;
 use crate::logging;
-use crate::model::{Family, ObjectName, World};
-use crate::plan::{Actual, Plan};
 use crate::serve::health::{Health, SystemClock};
 use crate::serve::service_health::Wanted;
 use crate::serve::{self, Connections, Limits, Metrics, ServiceHealth, Snapshot};
-use crate::source::events::{Event, Events};
-use crate::source::requests::Requests;
-use crate::source::{Change, Kind};
+use agent_core::model::{Change, Kind};
+use agent_core::model::{Family, ObjectName, World};
+use agent_core::plan::{Actual, Plan};
+use agent_kernel::datapath::attach::{AttachError, Attached};
+use agent_kernel::datapath::growth::Standing;
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::pinned::Pinned;
+use agent_kernel::datapath::probe::Features;
+use agent_kernel::kube_proxy::TakeOver;
+use agent_source::events::{Event, Events};
+use agent_source::requests::Requests;
 
 use super::latency::Latency;
 

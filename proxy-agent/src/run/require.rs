@@ -6,8 +6,8 @@ use anyhow::{Context, Result, bail};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::config::Config;
-use crate::datapath::probe;
-use crate::model::SocketLb;
+use agent_core::model::SocketLb;
+use agent_kernel::datapath::probe;
 
 /// Numbers of `linux/capability.h`.
 const NET_ADMIN: u32 = 12;

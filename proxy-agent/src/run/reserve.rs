@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use proxy_common::abi::{Flow, State, Tuple};
 use proxy_common::addr::Proto;
 
-use crate::datapath::TableError;
-use crate::datapath::flow::Flows;
-use crate::netlink::conntrack::{self, Connection, ESTABLISHED, Status};
+use agent_kernel::datapath::TableError;
+use agent_kernel::datapath::flow::Flows;
+use agent_kernel::netlink::conntrack::{self, Connection, ESTABLISHED, Status};
 
 /// How long an entry lasts that nobody renews: no packet does, and an agent that has ended leaves none for long.
 const LASTS: Duration = Duration::from_secs(90);

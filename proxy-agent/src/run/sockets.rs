@@ -14,11 +14,11 @@ use std::time::Instant;
 use proxy_common::abi::SocketEntry;
 use proxy_common::addr::{Addr, Port, Proto};
 
-use crate::datapath::pin::BpfRoot;
-use crate::datapath::sockets::{Connected, LedOn, SocketError, Storage, lead_on};
-use crate::model::Family;
-use crate::plan::{Actual, Step};
 use crate::serve::metrics::Metrics;
+use agent_core::model::Family;
+use agent_core::plan::{Actual, Step};
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::sockets::{Connected, LedOn, SocketError, Storage, lead_on};
 
 /// What is known between two passes.
 pub(super) struct Sockets {

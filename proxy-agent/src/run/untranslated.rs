@@ -12,9 +12,9 @@ use anyhow::{Context, Result};
 use proxy_common::abi::Tuple;
 use proxy_common::addr::{Addr, Port, Proto};
 
-use crate::datapath::sockets::{Connected, lead_in, untranslated};
-use crate::netlink::conntrack::{self, Connection};
-use crate::plan::Actual;
+use agent_core::plan::Actual;
+use agent_kernel::datapath::sockets::{Connected, lead_in, untranslated};
+use agent_kernel::netlink::conntrack::{self, Connection};
 
 /// How long nobody has asked or answered.
 const IDLE: Duration = Duration::from_secs(4);
@@ -167,7 +167,7 @@ impl Seen {
 mod tests {
     use std::net::IpAddr;
 
-    use crate::netlink::conntrack::Status;
+    use agent_kernel::netlink::conntrack::Status;
 
     use super::*;
 

@@ -15,7 +15,7 @@ use axum::routing::any;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::model::Family;
+use agent_core::model::Family;
 
 /// Twice the default sync period (H-4).
 pub const TIMEOUT: Duration = Duration::from_secs(60);

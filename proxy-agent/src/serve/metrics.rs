@@ -28,11 +28,11 @@ use super::pages::{Pages, Slis};
 use super::passes::Passes;
 use super::process::Process;
 use super::repairs::Repairs;
-use crate::aside::aside;
 use crate::cli::view::MapFill;
-use crate::datapath::growth::Standing;
-use crate::model::{Family, NoLocalByFamily};
-use crate::source::requests::Requests;
+use agent_core::model::{Family, NoLocalByFamily};
+use agent_kernel::datapath::growth::Standing;
+use agent_source::blocking::run_blocking;
+use agent_source::requests::Requests;
 
 /// What the run loop and the tables know at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -148,7 +148,7 @@ impl Metrics {
             *told = Some((begun, text.clone()));
             Ok(text)
         };
-        let scraped = aside("scrape", scrape).await;
+        let scraped = run_blocking("scrape", scrape).await;
         scraped.unwrap_or_else(|error| Err(format!("reading the metrics: {error}")))
     }
 }
@@ -423,8 +423,8 @@ mod tests {
 
     use super::super::health::SystemClock;
     use super::*;
-    use crate::datapath::growth::Against;
-    use crate::model::NoLocal;
+    use agent_core::model::NoLocal;
+    use agent_kernel::datapath::growth::Against;
 
     fn metrics() -> Arc<Metrics> {
         let snapshot = || Snapshot {

@@ -8,7 +8,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use super::health::family_name;
-use crate::model::Family;
+use agent_core::model::Family;
 
 type Labels = [(&'static str, &'static str); 1];
 type Histograms = family::Family<Labels, Histogram, fn() -> Histogram>;

@@ -24,8 +24,8 @@ use tokio::time::sleep;
 
 use super::health::family_name;
 use super::{Connections, Health};
-use crate::model::{Accepted, Family, HealthCheck, ObjectName, World};
-use crate::source::events::{Event, Events};
+use agent_core::model::{Accepted, Family, HealthCheck, ObjectName, World};
+use agent_source::events::{Event, Events};
 
 /// When what could not be opened is tried again, if no pass comes first (H-16).
 const RETRY: Duration = Duration::from_secs(5);

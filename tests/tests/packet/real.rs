@@ -8,11 +8,11 @@ use std::fmt::Debug;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::stage::NOBODY;
+use agent_core::plan::Step;
+use agent_kernel::datapath::load::Capacities;
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, Queue};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
-use proxy_agent::datapath::load::Capacities;
-use proxy_agent::plan::Step;
 use proxy_common::abi::{
     Affinity, AffinityKey, Config, FORWARD, Flow, FlowId, Fragment, FragmentKey, Hook, Key, Leg, Pair, REPLY,
     Reason, Role, ServiceStats, Tuple, frontend, maps,

@@ -3,10 +3,10 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+use agent_core::plan::{Actual, Capacity, Step};
+use agent_kernel::datapath::load::Capacities;
 use anyhow::{Context as _, Result};
 use aya::maps::{HashMap, MapData};
-use proxy_agent::datapath::load::Capacities;
-use proxy_agent::plan::{Actual, Capacity, Step};
 use proxy_common::abi::{Affinity, AffinityKey, Hook, REPLY, capacity, maps};
 use proxy_common::addr::Proto;
 use proxy_common::testing::{ByteFrame, Outcome};

@@ -7,10 +7,10 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 
+use agent_kernel::datapath::load::Loaded;
 use anyhow::{Context as _, Result};
 use nix::sched::{CloneFlags, setns};
 use proxy_agent::config::{Host as _, ThisHost};
-use proxy_agent::datapath::load::Loaded;
 use proxy_common::addr::Proto;
 use proxy_tests::cgroup::Tree;
 use proxy_tests::netns::Netns;

@@ -5,7 +5,7 @@ use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 
-use proxy_agent::model::SocketLb;
+use agent_core::model::SocketLb;
 
 use super::facts::{
     Detect, Edit, EndpointFacts, Facts, Hints, NodeFacts, Operator, ServiceFacts, SliceFacts,

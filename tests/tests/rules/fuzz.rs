@@ -8,15 +8,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use agent_core::datapath::Datapath as _;
+use agent_core::datapath::memory::Memory;
+use agent_core::model::{Change, Kind};
+use agent_core::model::{DetectLocal, Link, NodePortAddresses, Settings, SocketLb, World};
+use agent_core::plan::{Capacity, Planner, lint};
+use agent_source::directory::Shelf;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::Config;
-use proxy_agent::datapath::Datapath as _;
-use proxy_agent::datapath::memory::Memory;
-use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, Settings, SocketLb, World};
-use proxy_agent::plan::{Capacity, Planner, lint};
-use proxy_agent::source::directory::Shelf;
-use proxy_agent::source::{Change, Kind};
 use proxy_common::abi::{PortRange, untext};
 use serde_json::{Value, json};
 

@@ -1,8 +1,8 @@
 //! The proxy without its kernel: the functions that the programs are made of, over tables in memory.
 
-use proxy_agent::datapath::Datapath as _;
-use proxy_agent::datapath::memory::Memory;
-use proxy_agent::plan::{Actual, Capacity, Step};
+use agent_core::datapath::Datapath as _;
+use agent_core::datapath::memory::Memory;
+use agent_core::plan::{Actual, Capacity, Step};
 use proxy_common::abi::{Hook, REPLY, SocketEntry};
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::Tables as _;

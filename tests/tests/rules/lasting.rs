@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use proxy_agent::source::Change;
+use agent_core::model::Change;
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};
 

@@ -1,9 +1,10 @@
 //! The facts as Kubernetes objects, and those as the agent hears them.
 
+use agent_core::model::Change;
+use agent_core::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings};
+use agent_source::convert;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use proxy_agent::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings};
-use proxy_agent::source::{Change, convert};
 use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};

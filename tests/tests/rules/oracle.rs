@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use agent_core::model::SocketLb;
 use ipnet::IpNet;
-use proxy_agent::model::SocketLb;
 use proxy_common::addr::Proto;
 
 use super::facts::{

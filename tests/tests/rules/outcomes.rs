@@ -11,7 +11,7 @@ use super::scene::{
     port, reached, remote, service, slice, word,
 };
 use super::system::{Caller, Observed, Programs};
-use proxy_agent::source::Change;
+use agent_core::model::Change;
 
 const ALL: &[&str] = &[LOCAL, REMOTE];
 const HERE: &[&str] = &[LOCAL];

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use agent_core::model::Change;
+use agent_core::model::{DetectLocal, NodePortAddresses, ObjectName, Settings, SocketLb};
+use agent_source::convert;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
-use proxy_agent::model::{DetectLocal, NodePortAddresses, ObjectName, Settings, SocketLb};
-use proxy_agent::source::{Change, convert};
 use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use serde_json::{Value, json};

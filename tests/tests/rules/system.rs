@@ -4,9 +4,9 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use proxy_agent::model::{Settings, World};
-use proxy_agent::plan::{Actual, Capacity, Planner, Step, lint};
-use proxy_agent::source::{Change, Kind};
+use agent_core::model::{Change, Kind};
+use agent_core::model::{Settings, World};
+use agent_core::plan::{Actual, Capacity, Planner, Step, lint};
 use proxy_common::abi::{Hook, Tuple};
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::testing::{ByteFrame, Outcome, segment, tuple, verify};

@@ -14,7 +14,7 @@ fn pids(node: &Node<'_>, name: &str) -> Vec<String> {
 
 fn kube_proxy(node: &Node<'_>) -> Check {
     const NAME: &str = "kube-proxy";
-    match crate::kube_proxy::process(&node.path("/proc")) {
+    match agent_kernel::kube_proxy::process(&node.path("/proc")) {
         // In a pod without hostPID only the pod's own processes are seen.
         None => Check::ok(NAME, "no such process seen"),
         Some(why) => Check::warn(

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
+use agent_core::model::Link;
+use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::probe::Features;
+use agent_kernel::datapath::remove::remove_all;
+use agent_kernel::netlink;
 use anyhow::{Context, Result, ensure};
-use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
-use proxy_agent::datapath::pin::BpfRoot;
-use proxy_agent::datapath::probe::Features;
-use proxy_agent::datapath::remove::remove_all;
-use proxy_agent::model::Link;
-use proxy_agent::netlink;
 use proxy_tests::netns::Netns;
 
 use crate::figure::{Figures, progress};

@@ -9,12 +9,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use agent_kernel::datapath::load::OBJECT;
+use agent_kernel::datapath::probe::Features;
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, MapData};
 use aya::programs::SchedClassifier;
 use aya::{Ebpf, EbpfLoader, Pod};
-use proxy_agent::datapath::load::OBJECT;
-use proxy_agent::datapath::probe::Features;
 use proxy_common::abi::{
     Backend, Config, Flow, FlowId, Frontend, FrontendKey, Leg, PortRange, Role, Run, Secret, State, Timeouts,
     Tuple, address, ask, backend, capacity, frontend, maps,

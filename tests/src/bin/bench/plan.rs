@@ -3,19 +3,19 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use proxy_agent::datapath::Datapath as _;
-use proxy_agent::datapath::compare::{Comparison, entries};
-use proxy_agent::datapath::kernel::Kernel;
-use proxy_agent::datapath::load::{Capacities, Loaded, ProgramLog};
-use proxy_agent::datapath::pin::BpfRoot;
-use proxy_agent::datapath::probe::Features;
-use proxy_agent::datapath::remove::remove_all;
-use proxy_agent::model::{
+use agent_core::datapath::Datapath as _;
+use agent_core::model::{
     Affinity, Endpoint, Family, ObjectName, Port, Service, Settings, Slice, SlicePort, World,
 };
-use proxy_agent::plan::{Actual, Capacity, Pass, Planner, Step};
-use proxy_agent::source::{Change, Kind};
+use agent_core::model::{Change, Kind};
+use agent_core::plan::{Actual, Capacity, Pass, Planner, Step};
+use agent_kernel::datapath::compare::{Comparison, entries};
+use agent_kernel::datapath::kernel::Kernel;
+use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
+use agent_kernel::datapath::pin::BpfRoot;
+use agent_kernel::datapath::probe::Features;
+use agent_kernel::datapath::remove::remove_all;
+use anyhow::{Context, Result, anyhow, ensure};
 use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use tempfile::TempDir;

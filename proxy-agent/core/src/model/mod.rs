@@ -1,0 +1,39 @@
+//! Know and wish: compact node-local copies of the fields that matter, and every policy as a pure function.
+//!
+//! No I/O, no clock, no Kubernetes types, no maps.
+
+#[cfg(test)]
+mod around_tests;
+mod change;
+mod claims;
+mod compile;
+mod complaints;
+mod desired;
+mod endpoint;
+mod frontends;
+mod local;
+mod masquerade;
+mod merge;
+mod names;
+mod no_local;
+mod node;
+pub mod ports;
+mod service;
+mod settings;
+mod tables;
+#[cfg(test)]
+mod tests;
+pub mod topology;
+mod uplinks;
+mod world;
+
+pub use change::{Change, Kind};
+pub use complaints::Complaint;
+pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
+pub use endpoint::{Endpoint, Slice, SlicePort};
+pub use no_local::{NoLocal, NoLocalByFamily};
+pub use node::{Device, Link, Node, NodeIps, Route};
+pub use service::{Affinity, Family, ObjectName, Port, Service};
+pub use settings::{DetectLocal, NodePortAddresses, Settings, SocketLb};
+pub use tables::{Accepted, NODE_PORTS};
+pub use world::{HealthCheck, World};

@@ -1,0 +1,41 @@
+//! See and write: the only room that talks to BPF.
+
+mod address_bits;
+pub mod attach;
+mod capacity;
+mod carry;
+mod carry_flows;
+mod carry_sockets;
+pub mod change;
+pub mod compare;
+mod exchange;
+pub mod exclude;
+mod filter;
+pub mod flow;
+mod generation;
+pub mod grace;
+pub mod growth;
+mod hooks;
+mod instruction;
+pub mod kernel;
+mod layout;
+pub mod load;
+pub mod look;
+pub mod netns;
+pub mod note;
+pub mod others;
+pub mod pin;
+pub mod pinned;
+pub mod probe;
+mod program_log;
+mod refusal;
+pub mod remove;
+pub mod retired;
+pub mod sockets;
+pub mod streams;
+mod sys;
+mod table;
+pub mod taken;
+pub mod xtables;
+
+pub use table::{TableError, size_flag};
