@@ -30,8 +30,8 @@ pub fn start(verbose: u8) -> io::Result<()> {
     // Of requests that fail the source tells itself, with what happens next.
     let default = match verbose {
         0 => "info,kube_client=off",
-        1 => "info,kube_client=off,proxy_agent=debug",
-        2 => "debug,proxy_agent=trace",
+        1 => "info,kube_client=off,proxy_agent=debug,agent_core=debug,agent_kernel=debug,agent_source=debug",
+        2 => "debug,proxy_agent=trace,agent_core=trace,agent_kernel=trace,agent_source=trace",
         _ => "trace",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
