@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use agent_kernel::datapath::attach::others::others;
+use agent_kernel::datapath::flow::sockets::give_back;
+use agent_kernel::datapath::load::remove::remove_all;
 use agent_kernel::datapath::load::{self, OBJECT};
-use agent_kernel::datapath::others::others;
-use agent_kernel::datapath::pin::BpfRoot;
 use agent_kernel::datapath::pinned::{Pinned, PinnedError};
 use agent_kernel::datapath::probe::Features;
-use agent_kernel::datapath::remove::remove_all;
-use agent_kernel::datapath::sockets::give_back;
+use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::kube_proxy;
 use anyhow::{Context, Result};
 use proxy_agent::cli::doctor::Trial;

@@ -84,18 +84,15 @@ fn unfinished(file: &Path, text: &str) -> Vec<String> {
     found
 }
 
-/// The rooms of the mapped crates, as the map writes them.
+/// The rooms of the mapped crates, as the map writes them: every folder with code.
 fn rooms(root: &Path) -> Result<BTreeSet<String>> {
     let mut rooms = BTreeSet::new();
     for package in MAPPED {
         let sources = root.join(package).join("src");
-        for entry in
-            fs::read_dir(&sources).with_context(|| format!("could not list {}", sources.display()))?
-        {
-            let path = entry.with_context(|| format!("could not list {}", sources.display()))?.path();
-            if path.is_dir() {
-                rooms.insert(path.strip_prefix(root).unwrap_or(&path).display().to_string());
-            }
+        for file in rust_files(&sources)? {
+            let room = file.parent().filter(|room| *room != sources);
+            let room = room.and_then(|room| room.strip_prefix(root).ok());
+            rooms.extend(room.map(|room| room.display().to_string()));
         }
     }
     Ok(rooms)

@@ -26,7 +26,7 @@ use serde::Serialize;
 
 use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
 use crate::logging;
-use agent_kernel::datapath::others::Others;
+use agent_kernel::datapath::attach::others::Others;
 use agent_kernel::kube_proxy::{self, Cleaned};
 use table::Output;
 use view::{Now, View};

@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use super::table;
 use super::view::{LinkInfo, MapFill, Now, View, span};
-use agent_kernel::datapath::{probe, size_flag};
+use agent_kernel::datapath::probe;
+use agent_kernel::datapath::store::table::size_flag;
 
 /// An agent that has not written its record for this long does not run.
 pub const BEAT_LIMIT_MS: u64 = 15_000;

@@ -259,7 +259,7 @@ impl Capacities {
 
     /// What the tables may become.
     #[must_use]
-    pub fn limits(&self) -> agent_kernel::datapath::growth::Limits {
-        agent_kernel::datapath::growth::Limits { each: self.of_maps(), memory: self.memory }
+    pub fn limits(&self) -> agent_kernel::datapath::tables::growth::Limits {
+        agent_kernel::datapath::tables::growth::Limits { each: self.of_maps(), memory: self.memory }
     }
 }

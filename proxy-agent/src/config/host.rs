@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use agent_kernel::datapath::netns;
+use agent_kernel::datapath::probe::netns;
 
 /// The machine as far as settings depend on it.
 pub trait Host {

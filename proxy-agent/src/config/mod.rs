@@ -34,7 +34,7 @@ pub use sysctl::Sysctls;
 pub use v1alpha1::KubeProxyConfiguration;
 
 use agent_core::model::{DetectLocal, NodePortAddresses, Settings};
-use agent_kernel::datapath::exclude::Excluded;
+use agent_kernel::datapath::attach::exclude::Excluded;
 use agent_kernel::datapath::flow::Timeouts;
 use agent_kernel::netlink::Devices;
 use fields::Origin;

@@ -316,13 +316,13 @@ fn devices_are_patterns() {
 #[test]
 fn every_size_that_an_error_names_a_flag_for_can_be_set() {
     use proxy_common::abi::maps;
-    for flag in maps::ALL.iter().filter_map(|map| agent_kernel::datapath::size_flag(map)) {
+    for flag in maps::ALL.iter().filter_map(|map| agent_kernel::datapath::store::table::size_flag(map)) {
         let capacities = config(&[&format!("{flag}=77")]).capacities.of_maps();
         let defaults = config(&[]).capacities.of_maps().each();
         let sized: Vec<_> = capacities.each().into_iter().filter(|one| !defaults.contains(one)).collect();
         assert!(!sized.is_empty(), "{flag}");
         assert!(
-            sized.iter().all(|(map, _)| agent_kernel::datapath::size_flag(map) == Some(flag)),
+            sized.iter().all(|(map, _)| agent_kernel::datapath::store::table::size_flag(map) == Some(flag)),
             "{flag}: {sized:?}"
         );
     }

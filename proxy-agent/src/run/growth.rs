@@ -9,11 +9,11 @@ use anyhow::{Context, Result, anyhow};
 use proxy_common::abi::maps;
 
 use agent_core::plan::Actual;
-use agent_kernel::datapath::growth::{Against, Larger, Limits, Standing};
 use agent_kernel::datapath::load::{Capacities, LoadError, Loaded, Prepared, ProgramLog};
-use agent_kernel::datapath::pin::BpfRoot;
 use agent_kernel::datapath::pinned::Pinned;
 use agent_kernel::datapath::probe::Features;
+use agent_kernel::datapath::store::pin::BpfRoot;
+use agent_kernel::datapath::tables::growth::{Against, Larger, Limits, Standing};
 
 /// How long nothing is tried again that has failed.
 const PAUSE: Duration = Duration::from_secs(60);

@@ -1,6 +1,6 @@
 //! API servers that were learnt, from one agent to the next: a note beside the tables.
 
-use agent_kernel::datapath::note::Note;
+use agent_kernel::datapath::store::note::Note;
 use agent_source::kubernetes::Memory;
 
 /// The note that holds them.

@@ -18,9 +18,9 @@ use proxy_common::addr::{Addr, Port, Proto};
 use super::segments::Segments;
 use agent_core::model::{Family, ObjectName, ServicePort, World};
 use agent_core::plan::{Actual, Step};
+use agent_kernel::datapath::flow::streams::{self, Streams};
 use agent_kernel::datapath::flow::{Adopted, Flows, now};
-use agent_kernel::datapath::pin::BpfRoot;
-use agent_kernel::datapath::streams::{self, Streams};
+use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::netlink::conntrack::{self, Connection};
 
 /// When it is looked for connections, from the moment an endpoint is gone.

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use super::Agent;
 use agent_core::datapath::Datapath as _;
 use agent_core::plan::Step;
-use agent_kernel::datapath::compare::{Comparison, Found, entries};
-use agent_kernel::datapath::kernel::KernelError;
-use agent_kernel::datapath::pin::{BpfRoot, RootLock};
+use agent_kernel::datapath::store::pin::{BpfRoot, RootLock};
+use agent_kernel::datapath::tables::compare::{Comparison, Found, entries};
+use agent_kernel::datapath::tables::kernel::KernelError;
 use agent_source::events::{Event, Events};
 
 /// What one tick may take for a look at hooks: some 1,000 of them. Where there are more the next tick goes on.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use proxy_common::abi::{Flow, State, Tuple};
 use proxy_common::addr::Proto;
 
-use agent_kernel::datapath::TableError;
 use agent_kernel::datapath::flow::Flows;
+use agent_kernel::datapath::store::table::TableError;
 use agent_kernel::netlink::conntrack::{self, Connection, ESTABLISHED, Status};
 
 /// How long an entry lasts that nobody renews: no packet does, and an agent that has ended leaves none for long.

@@ -17,8 +17,8 @@ use proxy_common::addr::{Addr, Port, Proto};
 use crate::serve::metrics::Metrics;
 use agent_core::model::Family;
 use agent_core::plan::{Actual, Step};
-use agent_kernel::datapath::pin::BpfRoot;
-use agent_kernel::datapath::sockets::{Connected, LedOn, SocketError, Storage, lead_on};
+use agent_kernel::datapath::flow::sockets::{Connected, LedOn, SocketError, Storage, lead_on};
+use agent_kernel::datapath::store::pin::BpfRoot;
 
 /// What is known between two passes.
 pub(super) struct Sockets {

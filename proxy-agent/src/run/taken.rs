@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use proxy_common::abi::Timeouts;
 
-use agent_kernel::datapath::TableError;
-use agent_kernel::datapath::pin::BpfRoot;
-use agent_kernel::datapath::taken::{Taken, TakenError};
+use agent_kernel::datapath::store::pin::BpfRoot;
+use agent_kernel::datapath::store::table::TableError;
+use agent_kernel::datapath::tables::taken::{Taken, TakenError};
 
 /// From one reading to the next, at most.
 const EVERY: Duration = Duration::from_secs(10);

@@ -13,7 +13,7 @@ use proxy_common::abi::Tuple;
 use proxy_common::addr::{Addr, Port, Proto};
 
 use agent_core::plan::Actual;
-use agent_kernel::datapath::sockets::{Connected, lead_in, untranslated};
+use agent_kernel::datapath::flow::sockets::{Connected, lead_in, untranslated};
 use agent_kernel::netlink::conntrack::{self, Connection};
 
 /// How long nobody has asked or answered.

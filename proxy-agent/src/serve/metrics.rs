@@ -30,7 +30,7 @@ use super::process::Process;
 use super::repairs::Repairs;
 use crate::cli::view::MapFill;
 use agent_core::model::{Family, NoLocalByFamily};
-use agent_kernel::datapath::growth::Standing;
+use agent_kernel::datapath::tables::growth::Standing;
 use agent_source::blocking::run_blocking;
 use agent_source::requests::Requests;
 
@@ -424,7 +424,7 @@ mod tests {
     use super::super::health::SystemClock;
     use super::*;
     use agent_core::model::NoLocal;
-    use agent_kernel::datapath::growth::Against;
+    use agent_kernel::datapath::tables::growth::Against;
 
     fn metrics() -> Arc<Metrics> {
         let snapshot = || Snapshot {

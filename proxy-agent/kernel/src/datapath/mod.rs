@@ -1,41 +1,13 @@
-//! See and write: the only room that talks to BPF.
+//! See and write: the only room that talks to BPF. Its rooms, each of which knows those before it:
+//!
+//! `store` is what lies on bpffs: pins, typed tables, notes. `probe` asks the kernel what it can do. `tables` are those that
+//! the agent writes, `flow` is what the programs keep. `attach` puts programs on hooks and keeps them there; `load` makes
+//! tables and programs, and leads from one generation to the next. `pinned` is all of it for who only looks.
 
-mod address_bits;
 pub mod attach;
-mod capacity;
-mod carry;
-mod carry_flows;
-mod carry_sockets;
-pub mod change;
-pub mod compare;
-mod exchange;
-pub mod exclude;
-mod filter;
 pub mod flow;
-mod generation;
-pub mod grace;
-pub mod growth;
-mod hooks;
-mod instruction;
-pub mod kernel;
-mod layout;
 pub mod load;
-pub mod look;
-pub mod netns;
-pub mod note;
-pub mod others;
-pub mod pin;
 pub mod pinned;
 pub mod probe;
-mod program_log;
-mod refusal;
-pub mod remove;
-pub mod retired;
-pub mod sockets;
-pub mod streams;
-mod sys;
-mod table;
-pub mod taken;
-pub mod xtables;
-
-pub use table::{TableError, size_flag};
+pub mod store;
+pub mod tables;

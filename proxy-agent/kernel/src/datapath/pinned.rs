@@ -14,13 +14,13 @@ use proxy_common::abi::{
 };
 use proxy_common::lb::FRAGMENTS_LIVE;
 
-use super::attach::{Direction, PinName};
-use super::flow::Flows;
-use super::kernel::Kernel;
-use super::pin::{BpfRoot, PinError};
-use super::retired::Retired;
-use super::sys::{self, Target};
-use super::table::{Cursor, Table, TableError};
+use crate::datapath::attach::{Direction, PinName};
+use crate::datapath::flow::Flows;
+use crate::datapath::store::pin::{BpfRoot, PinError};
+use crate::datapath::store::retired::Retired;
+use crate::datapath::store::table::{Cursor, Table, TableError};
+use crate::datapath::tables::kernel::Kernel;
+use crate::sys::{self, Target};
 use agent_core::plan::Actual;
 
 /// Why there is nothing to be seen.

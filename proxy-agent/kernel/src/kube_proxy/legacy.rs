@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use super::choose::{self, Chain, Removal, Rule};
 use super::{Act, Leftover, name, names, stays, unknown};
-use crate::datapath::xtables;
+use crate::kube_proxy::xtables;
 use agent_core::model::Family;
 
 /// What to do to a table: input for `iptables-restore --noflush`, which does all of it or nothing.

@@ -13,6 +13,7 @@ pub mod passing;
 mod rewriting;
 mod running;
 mod take_over;
+mod xtables;
 
 use std::fmt;
 use std::io;

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use agent_kernel::datapath::compare::{Comparison, Found};
-use agent_kernel::datapath::look::Repair;
-use agent_kernel::datapath::others::{Company, others};
+use agent_kernel::datapath::attach::look::Repair;
+use agent_kernel::datapath::attach::others::{Company, others};
+use agent_kernel::datapath::tables::compare::{Comparison, Found};
 use aya::programs::{SchedClassifier, TcAttachType};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,

@@ -1,7 +1,7 @@
 //! Programs of others at our hooks, and devices whose packets may pass by them.
 
 use super::{Check, Node};
-use agent_kernel::datapath::others::{Company, Others};
+use agent_kernel::datapath::attach::others::{Company, Others};
 
 /// Places that a line names.
 const NAMED: usize = 4;

@@ -1,7 +1,7 @@
 //! What the kernel and its settings offer.
 
 use super::{Check, Node, Trial};
-use agent_kernel::datapath::grace;
+use agent_kernel::datapath::attach::grace;
 
 /// The oldest kernel the programs are made for.
 const OLDEST: (u32, u32) = (5, 10);

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::status::Status;
 use super::table;
-use agent_kernel::datapath::others::Others;
+use agent_kernel::datapath::attach::others::Others;
 
 /// How a check ended, the worst last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]

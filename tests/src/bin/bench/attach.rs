@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use agent_core::model::Link;
+use agent_kernel::datapath::load::remove::remove_all;
 use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
-use agent_kernel::datapath::pin::BpfRoot;
 use agent_kernel::datapath::probe::Features;
-use agent_kernel::datapath::remove::remove_all;
+use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::netlink;
 use anyhow::{Context, Result, ensure};
 use proxy_tests::netns::Netns;

@@ -9,12 +9,12 @@ use agent_core::model::{
 };
 use agent_core::model::{Change, Kind};
 use agent_core::plan::{Actual, Capacity, Pass, Planner, Step};
-use agent_kernel::datapath::compare::{Comparison, entries};
-use agent_kernel::datapath::kernel::Kernel;
+use agent_kernel::datapath::load::remove::remove_all;
 use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
-use agent_kernel::datapath::pin::BpfRoot;
 use agent_kernel::datapath::probe::Features;
-use agent_kernel::datapath::remove::remove_all;
+use agent_kernel::datapath::store::pin::BpfRoot;
+use agent_kernel::datapath::tables::compare::{Comparison, entries};
+use agent_kernel::datapath::tables::kernel::Kernel;
 use anyhow::{Context, Result, anyhow, ensure};
 use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
