@@ -22,6 +22,7 @@ use agent_kernel::datapath::flow::streams::{self, Streams};
 use agent_kernel::datapath::flow::{Adopted, Flows, now};
 use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::netlink::conntrack::{self, Connection};
+use agent_kernel::netlink::sock_diag;
 
 /// When it is looked for connections, from the moment an endpoint is gone.
 const ROUNDS: [Duration; 3] = [Duration::ZERO, Duration::from_secs(1), Duration::from_secs(3)];
@@ -277,7 +278,7 @@ fn of_node(batch: &mut Batch) -> Result<()> {
     for asked in found {
         let end = |addr: Addr, port: Port| SocketAddr::new(addr.into(), port.number());
         let closed =
-            streams::close(end(asked.src, asked.sport), end(asked.dst, asked.dport), streams::ANY_DEVICE)?;
+            streams::close(end(asked.src, asked.sport), end(asked.dst, asked.dport), sock_diag::ANY_DEVICE)?;
         batch.closed += usize::from(closed);
     }
     Ok(())

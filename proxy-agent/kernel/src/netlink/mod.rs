@@ -15,6 +15,7 @@ pub(crate) mod nf_make;
 pub(crate) mod nf_tables;
 pub(crate) mod request;
 mod routes;
+pub mod sock_diag;
 
 use std::collections::BTreeMap;
 use std::io;

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read as _};
 use std::mem::offset_of;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
@@ -24,22 +24,9 @@ use proxy_common::addr::{Addr, Port, Proto};
 
 use crate::datapath::store::pin::BpfRoot;
 use crate::datapath::store::table::Table;
-use crate::netlink::request::{Flags, Protocol, exchange, u32_at};
+use crate::netlink::sock_diag::{UdpSocket, connected_udp};
 use crate::sys;
 use crate::sys::instruction::{DOUBLE, EXIT, Register, call, load, set, skip_if_null};
-
-/// `SOCK_DIAG_BY_FAMILY` of `linux/sock_diag.h`.
-pub(crate) const BY_FAMILY: u16 = 20;
-/// `SOCK_DESTROY`.
-pub(crate) const DESTROY: u16 = 21;
-/// `TCP_ESTABLISHED` of `net/tcp_states.h`: what a connected UDP socket's state is called.
-const CONNECTED: u32 = 1 << 1;
-/// Length of `struct inet_diag_sockid`.
-pub(crate) const ID: usize = 48;
-/// Where it stands in `struct inet_diag_msg`.
-pub(crate) const ID_AT: usize = 4;
-/// Where the inode stands there.
-const INODE_AT: usize = ID_AT + ID + 16;
 
 /// The kernel's function that lists socket storage.
 const LISTS_STORAGE: &str = "bpf_iter_bpf_sk_storage_map";
@@ -97,18 +84,7 @@ pub enum SocketError {
 pub struct Connected {
     /// What it remembers of that.
     pub entry: SocketEntry,
-    socket: Listed,
-}
-
-/// A connected UDP socket, as the kernel lists it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Listed {
-    family: u8,
-    id: Vec<u8>,
-    cookie: u64,
-    inode: u32,
-    local: SocketAddr,
-    peer: SocketAddr,
+    socket: UdpSocket,
 }
 
 /// What became of sockets.
@@ -168,11 +144,11 @@ impl Storage {
         if remembered.is_empty() {
             return Ok(Vec::new());
         }
-        let listed = list()?.into_iter();
+        let listed = connected_udp().map_err(SocketError::List)?.into_iter();
         Ok(listed
             .filter_map(|socket| {
-                let state = remembered.get(&socket.cookie)?;
-                let entry = *state.entries.iter().find(|entry| leads_to(entry, socket.peer))?;
+                let state = remembered.get(&socket.cookie())?;
+                let entry = *state.entries.iter().find(|entry| leads_to(entry, socket.peer()))?;
                 Some(Connected { entry, socket })
             })
             .collect())
@@ -189,8 +165,8 @@ fn leads_to(entry: &SocketEntry, peer: SocketAddr) -> bool {
 /// Sockets of this network namespace that are connected to a Service itself: their `connect` was before programs of ours were
 /// there, and somebody else leads their packets, or nobody.
 pub fn untranslated(is_service: impl Fn(Addr, Port) -> bool) -> Result<Vec<Connected>, SocketError> {
-    let to_service = |socket: Listed| {
-        let (vip, vport) = (Addr::from(socket.peer.ip()), Port::new(socket.peer.port()));
+    let to_service = |socket: UdpSocket| {
+        let (vip, vport) = (Addr::from(socket.peer().ip()), Port::new(socket.peer().port()));
         is_service(vip, vport).then_some(Connected {
             entry: SocketEntry {
                 vip,
@@ -205,7 +181,8 @@ pub fn untranslated(is_service: impl Fn(Addr, Port) -> bool) -> Result<Vec<Conne
             socket,
         })
     };
-    Ok(list()?.into_iter().filter_map(to_service).collect())
+    let listed = connected_udp().map_err(SocketError::List)?;
+    Ok(listed.into_iter().filter_map(to_service).collect())
 }
 
 /// Has sockets go through our programs from now on, as [`lead_on`] does; those that there is no way to stay as they are. One answer
@@ -241,7 +218,7 @@ pub fn lead_on(sockets: &[Connected], proc: &Path) -> Result<LedOn, SocketError>
         match socket.reconnect(owners.get(&socket.socket.inode).map_or(&[], Vec::as_slice)) {
             Some(Ok(())) => done.moved += 1,
             Some(Err(error)) => {
-                tracing::debug!("a UDP socket stays connected to {}: {error}", socket.socket.peer);
+                tracing::debug!("a UDP socket stays connected to {}: {error}", socket.socket.peer());
                 done.left += 1;
             }
             None => match socket.destroy() {
@@ -263,14 +240,14 @@ impl Connected {
     /// What the kernel knows it by, as long as it is there.
     #[must_use]
     pub fn cookie(&self) -> u64 {
-        self.socket.cookie
+        self.socket.cookie()
     }
 
     /// From its own end to what its process named.
     #[must_use]
     pub fn asks(&self) -> Tuple {
         let SocketEntry { vip, vport, .. } = self.entry;
-        let local = self.socket.local;
+        let local = self.socket.local();
         Tuple::new(Addr::from(local.ip()), Port::new(local.port()), vip, vport, Proto::UDP)
     }
 
@@ -280,12 +257,12 @@ impl Connected {
             let own = sys::descriptor_of(*process, *descriptor).ok()?;
             // The number may stand for something else by now.
             let cookie = sys::socket_u64(own.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE).ok()?;
-            (cookie == self.socket.cookie).then_some(own)
+            (cookie == self.socket.cookie()).then_some(own)
         })?;
         // Its process may have connected it elsewhere.
         let named = self.named();
         let mapped = match named.ip() {
-            IpAddr::V4(ip) if self.socket.family == libc::AF_INET6 as u8 => {
+            IpAddr::V4(ip) if self.socket.is_v6() => {
                 SocketAddr::new(ip.to_ipv6_mapped().into(), named.port())
             }
             _ => named,
@@ -298,13 +275,8 @@ impl Connected {
     }
 
     fn destroy(&self) -> Result<(), SocketError> {
-        let request = request(self.socket.family, libc::IPPROTO_UDP, CONNECTED, &self.socket.id);
-        match exchange(Protocol::SockDiag, DESTROY, Flags::Ack, &request) {
-            Ok(_) => Ok(()),
-            // Closed meanwhile.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-            Err(source) => Err(SocketError::Destroy { endpoint: self.socket.peer, source }),
-        }
+        let destroyed = self.socket.destroy().map(drop);
+        destroyed.map_err(|source| SocketError::Destroy { endpoint: self.socket.peer(), source })
     }
 }
 
@@ -333,76 +305,11 @@ fn owners(proc: &Path, wanted: impl Fn(u32) -> bool) -> BTreeMap<u32, Vec<(i32, 
     owners
 }
 
-/// Every connected UDP socket of this network namespace.
-fn list() -> Result<Vec<Listed>, SocketError> {
-    let mut sockets = Vec::new();
-    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let answers = exchange(
-            Protocol::SockDiag,
-            BY_FAMILY,
-            Flags::Dump,
-            &request(family, libc::IPPROTO_UDP, CONNECTED, &[0; ID]),
-        )
-        .map_err(SocketError::List)?;
-        sockets.extend(answers.iter().filter_map(|answer| read(family, answer)));
-    }
-    Ok(sockets)
-}
-
-/// `struct inet_diag_req_v2`.
-pub(crate) fn request(family: u8, proto: i32, states: u32, id: &[u8]) -> Vec<u8> {
-    let mut request = vec![family, proto as u8, 0, 0];
-    request.extend(states.to_ne_bytes());
-    request.extend(id);
-    request
-}
-
-/// A socket in `struct inet_diag_msg`.
-fn read(family: u8, message: &[u8]) -> Option<Listed> {
-    let id = message.get(ID_AT..ID_AT + ID)?;
-    let end = |port_at: usize, at: usize| {
-        let port = u16::from_be_bytes(id.get(port_at..port_at + 2)?.try_into().ok()?);
-        let address: [u8; 16] = id.get(at..at + 16)?.try_into().ok()?;
-        let ip = if family == libc::AF_INET as u8 {
-            IpAddr::from([address[0], address[1], address[2], address[3]])
-        } else {
-            IpAddr::from(Ipv6Addr::from(address)).to_canonical()
-        };
-        Some(SocketAddr::new(ip, port))
-    };
-    let inode = u32::from_ne_bytes(message.get(INODE_AT..INODE_AT + 4)?.try_into().ok()?);
-    let cookie = u64::from(u32_at(id, 44)) << 32 | u64::from(u32_at(id, 40));
-    Some(Listed { family, id: id.to_vec(), cookie, inode, local: end(0, 4)?, peer: end(2, 20)? })
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-
-    #[test]
-    fn a_socket_is_read_from_where_the_kernel_writes_it() {
-        let mut message = vec![0; 72];
-        message[ID_AT..ID_AT + 2].copy_from_slice(&40_000_u16.to_be_bytes());
-        message[ID_AT + 2..ID_AT + 4].copy_from_slice(&53_u16.to_be_bytes());
-        message[ID_AT + 4..ID_AT + 8].copy_from_slice(&[192, 168, 10, 1]);
-        message[ID_AT + 20..ID_AT + 24].copy_from_slice(&[10, 244, 0, 7]);
-        message[ID_AT + 40..ID_AT + 44].copy_from_slice(&7_u32.to_ne_bytes());
-        message[ID_AT + 44..ID_AT + 48].copy_from_slice(&1_u32.to_ne_bytes());
-        message[68..72].copy_from_slice(&4711_u32.to_ne_bytes());
-        let socket = read(libc::AF_INET as u8, &message).unwrap();
-        assert_eq!(socket.id.len(), ID);
-        assert_eq!(socket.local, "192.168.10.1:40000".parse().unwrap());
-        assert_eq!(socket.peer, "10.244.0.7:53".parse().unwrap());
-        assert_eq!((socket.cookie, socket.inode), (1 << 32 | 7, 4711));
-        assert!(read(libc::AF_INET as u8, &message[..70]).is_none());
-    }
-
-    #[test]
-    fn a_request_has_the_length_the_kernel_asks_for() {
-        assert_eq!(request(2, libc::IPPROTO_UDP, CONNECTED, &[0; ID]).len(), 56);
-    }
 
     #[test]
     fn owners_of_a_socket_are_found_among_processes() {

@@ -5,15 +5,14 @@
 //! socket, where its ends stand. A socket of this namespace is destroyed: the kernel resets its peer, and its process hears
 //! `ECONNABORTED`. One of a pod is reset by packets, see `proxy_common::lb::lost`.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proxy_common::abi::{SocketEntry, SocketState, Tuple};
 use proxy_common::addr::{Port, Proto};
 
-use super::sockets::{BY_FAMILY, DESTROY, ID, ID_AT, SEQ_WRITE, SocketError, Storage, request};
+use super::sockets::{SEQ_WRITE, SocketError, Storage};
 use crate::datapath::store::pin::BpfRoot;
-use crate::netlink::request::{Flags, Protocol, exchange};
+use crate::netlink::sock_diag;
 use crate::sys;
 use crate::sys::instruction::{DOUBLE, EXIT, Register, add, call, load, move_register, set, skip_if_null};
 
@@ -34,14 +33,10 @@ const DEVICE_AT: usize = 20;
 const V6_AT: usize = 56;
 /// What is written of each socket.
 const LENGTH: usize = SOCK + size_of::<SocketState>();
-/// A socket that is bound to no interface.
-pub const ANY_DEVICE: u32 = 0;
 /// `TCP_SYN_SENT` of `net/tcp_states.h`.
 const CONNECTS: u8 = 2;
 /// `TCP_CLOSE`.
 const CLOSED: u8 = 7;
-/// `TCP_LISTEN`.
-const LISTENS: u8 = 10;
 
 /// Writes to the reader the beginning of each socket and its storage. The context holds four pointers: `meta` (of which the
 /// first word is the file), the map, the socket, the value.
@@ -149,67 +144,10 @@ impl Stream {
     }
 }
 
-/// Closes the TCP socket of this network namespace with these ends, which is bound to interface `device` or to [`ANY_DEVICE`];
-/// whether there is one.
+/// Closes the TCP socket of this network namespace with these ends, which is bound to interface `device` or to
+/// [`sock_diag::ANY_DEVICE`]; whether there is one.
 pub fn close(own: SocketAddr, peer: SocketAddr, device: u32) -> Result<bool, SocketError> {
-    let closed = find(own, peer, device).and_then(|found| {
-        let Some((family, id)) = found else { return Ok(false) };
-        exchange(
-            Protocol::SockDiag,
-            DESTROY,
-            Flags::Ack,
-            &request(family, libc::IPPROTO_TCP, u32::MAX, &id),
-        )?;
-        Ok(true)
-    });
-    match closed {
-        // Closed meanwhile.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => Ok(false),
-        closed => closed.map_err(|source| SocketError::Destroy { endpoint: peer, source }),
-    }
-}
-
-/// Its family and identity, if it is in this namespace. Where it is not the kernel finds who listens at its address, who must
-/// stay. A socket of IPv6 that is connected over IPv4 is found like others, and answers with mapped addresses.
-fn find(own: SocketAddr, peer: SocketAddr, device: u32) -> io::Result<Option<(u8, Vec<u8>)>> {
-    let [plain, mapped] = [plain, mapped].map(|written| id(own, peer, device, written));
-    let family = if peer.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let request = request(family as u8, libc::IPPROTO_TCP, u32::MAX, &plain);
-    let answers = exchange(Protocol::SockDiag, BY_FAMILY, Flags::Ack, &request)?;
-    Ok(answers.iter().find_map(|answer| {
-        let (family, state, id) = (*answer.first()?, *answer.get(1)?, answer.get(ID_AT..ID_AT + ID)?);
-        // Ports and addresses.
-        let is_it = [&plain, &mapped].iter().any(|own| id[..36] == own[..36]);
-        (state != LISTENS && is_it).then(|| (family, id.to_vec()))
-    }))
-}
-
-/// `struct inet_diag_sockid`, without a cookie, with addresses as `written`.
-fn id(own: SocketAddr, peer: SocketAddr, device: u32, written: fn(IpAddr) -> [u8; 16]) -> Vec<u8> {
-    let mut id = Vec::with_capacity(ID);
-    id.extend(own.port().to_be_bytes());
-    id.extend(peer.port().to_be_bytes());
-    id.extend(written(own.ip()));
-    id.extend(written(peer.ip()));
-    id.extend(device.to_ne_bytes());
-    id.extend([0xff; 8]);
-    id
-}
-
-/// An address as a socket of its own family has it there.
-fn plain(ip: IpAddr) -> [u8; 16] {
-    match ip {
-        IpAddr::V4(v4) => (u128::from(v4.to_bits()) << 96).to_be_bytes(),
-        IpAddr::V6(v6) => v6.octets(),
-    }
-}
-
-/// An address as a socket of IPv6 has it.
-fn mapped(ip: IpAddr) -> [u8; 16] {
-    match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    }
+    sock_diag::close_tcp(own, peer, device).map_err(|source| SocketError::Destroy { endpoint: peer, source })
 }
 
 #[cfg(test)]
@@ -251,20 +189,7 @@ mod tests {
             let stream = read(&written(family)).unwrap();
             assert_eq!((stream.own, stream.entry.backend), (own.parse().unwrap(), 3));
             assert!(stream.is_connecting());
-            assert_eq!(id(stream.own, stream.peer(), 0, plain).len(), ID);
         }
-    }
-
-    #[test]
-    fn addresses_are_written_as_either_family_has_them() {
-        let ids = |family| {
-            let stream = read(&written(family)).unwrap();
-            [plain, mapped].map(|written| id(stream.own, stream.peer(), 0, written)[20..36].to_vec())
-        };
-        let v4 = [10, 244, 0, 7];
-        assert_eq!(ids("v4"), [[&v4[..], &[0; 12]].concat(), [&[0; 10][..], &[0xff; 2], &v4].concat()]);
-        let [plain, mapped] = ids("v6");
-        assert_eq!(plain, mapped);
     }
 
     #[test]
