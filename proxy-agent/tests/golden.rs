@@ -6,7 +6,7 @@
 //! - what happens before it: `manifests [FILE]` (the text of a file in the manifest directory, new or in
 //!   the place of the old one), `delete FILE`, `links` (all interfaces), `wait MILLISECONDS`, `restart` (the
 //!   agent dies and another one begins with what it finds);
-//! - what follows: `plan` (every write, in order), `complaints` and `health` (`healthCheckNodePort`s) where
+//! - what follows: `plan` (every write, in order), `warnings` and `health` (`healthCheckNodePort`s) where
 //!   there are any, and `maps` (all tables) where the file asks for them and at the end.
 //!
 //! What follows is checked to the letter; `UPDATE_EXPECT=1` writes it anew. Beside that, the tables are linted
@@ -193,7 +193,7 @@ fn play(scenario: &Scenario) -> String {
             }
         }
         put(&mut played, "plan", if outcome.plan.is_empty() { "(nothing)\n" } else { &outcome.plan });
-        for (title, body) in [("complaints", &outcome.complaints), ("health", &outcome.health)] {
+        for (title, body) in [("warnings", &outcome.warnings), ("health", &outcome.health)] {
             if !body.is_empty() {
                 put(&mut played, title, body);
             }
@@ -206,7 +206,7 @@ fn play(scenario: &Scenario) -> String {
 }
 
 fn is_outcome(title: &str) -> bool {
-    ["plan", "complaints", "health", "maps"].contains(&title)
+    ["plan", "warnings", "health", "maps"].contains(&title)
 }
 
 fn put(out: &mut String, title: &str, body: &str) {
@@ -229,7 +229,7 @@ struct Stage {
 /// What follows from one pass.
 struct Outcome {
     plan: String,
-    complaints: String,
+    warnings: String,
     health: String,
 }
 
@@ -295,7 +295,7 @@ impl Stage {
         assert_eq!(lint(&self.memory.actual), [], "after\n{plan}\n{}", self.memory.actual.dump());
         // What waits for numbers that rest now is served at once by an agent that starts.
         let waits = pass.plan.retry_at_ms.is_some();
-        let complaints = self.complaints(&pass.plan);
+        let warnings = self.warnings(&pass.plan);
         let planner = pass.applied(now_ms);
         assert_eq!(planner.actual(), &self.memory.actual, "what the planner believes is not what is");
         self.planner = Some(planner);
@@ -303,7 +303,7 @@ impl Stage {
         if !waits {
             self.a_restart_plans_nothing();
         }
-        Outcome { plan, complaints, health: self.health() }
+        Outcome { plan, warnings, health: self.health() }
     }
 
     fn a_restart_plans_nothing(&self) {
@@ -313,10 +313,10 @@ impl Stage {
         assert_eq!(lines, "", "an agent that starts now would write");
     }
 
-    fn complaints(&self, plan: &Plan) -> String {
-        let heard = self.world.complaints().into_iter().map(|told| format!("{}: {}", told.object, told.line));
+    fn warnings(&self, plan: &Plan) -> String {
+        let heard = self.world.warnings().into_iter().map(|told| format!("{}: {}", told.object, told.line));
         let again = plan.retry_at_ms.map(|time| format!("tried again in {} ms", time - self.now_ms));
-        let lines = heard.chain(plan.complaints.iter().cloned()).chain(again);
+        let lines = heard.chain(plan.warnings.iter().cloned()).chain(again);
         lines.map(|line| format!("{line}\n")).collect()
     }
 
@@ -370,7 +370,7 @@ fn a_difference_shows_what_was_written_and_what_is() {
 
 /// All of `deploy/examples` as one cluster, then what each `.next` file makes of it.
 #[test]
-fn the_examples_load_without_a_complaint_and_go_through_their_next_step() {
+fn the_examples_load_without_a_warning_and_go_through_their_next_step() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples");
     let text = "# deploy/examples\nnode-name: node1\nlink: 2 eth0 192.0.2.10/24\n";
     let mut stage = Stage::new(&Scenario::read("examples", text));
@@ -390,7 +390,7 @@ fn the_examples_load_without_a_complaint_and_go_through_their_next_step() {
     };
 
     let outcome = stage.pass();
-    assert_eq!(outcome.complaints, "");
+    assert_eq!(outcome.warnings, "");
     assert_eq!(outcome.health, "default/shopfront V4 port 30909: 1 local endpoints\n");
     assert_eq!(endpoints(&stage, "10.100.100.150"), ["10.244.1.81", "10.244.1.82", "10.244.2.81"]);
     assert_eq!(endpoints(&stage, "10.100.100.160"), ["10.244.1.91", "10.244.2.91"]);
@@ -403,7 +403,7 @@ fn the_examples_load_without_a_complaint_and_go_through_their_next_step() {
     assert!(!next.is_empty(), "there are examples of rollouts");
     next.iter().for_each(|(title, text)| stage.happen(title, text));
     let outcome = stage.pass();
-    assert_eq!(outcome.complaints, "");
+    assert_eq!(outcome.warnings, "");
     // The endpoint that terminates is out of it, the one that still starts not yet in.
     assert_eq!(endpoints(&stage, "10.100.100.150"), ["10.244.1.82", "10.244.1.83", "10.244.2.81"]);
     assert_eq!(endpoints(&stage, "10.100.100.160"), ["10.244.1.95", "10.244.2.95"]);

@@ -6,9 +6,9 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SkStorage};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowId, Fragment, FragmentKey,
-    Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
-    SocketState, Tuple, capacity,
+    Affinity, AffinityKey, AgentState, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend,
+    FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
+    SocketState, Tuple, Warning, capacity,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb;
@@ -49,7 +49,7 @@ pub static RETIRED: Array<u32, 1> = Array::new();
 #[btf_map]
 pub static AGENT: Array<AgentState, 1> = Array::new();
 #[btf_map]
-pub static COMPLAINTS: Array<Complaint, { capacity::COMPLAINTS }> = Array::new();
+pub static COMPLAINTS: Array<Warning, { capacity::COMPLAINTS }> = Array::new();
 #[btf_map]
 pub static PAUSE: Array<u64, 1> = Array::new();
 /// Preallocated: a packet must not wait for memory.
@@ -98,4 +98,4 @@ static KEEP_RETIRED: &Array<u32, 1> = &RETIRED;
 #[used]
 static KEEP_AGENT: &Array<AgentState, 1> = &AGENT;
 #[used]
-static KEEP_COMPLAINTS: &Array<Complaint, { capacity::COMPLAINTS }> = &COMPLAINTS;
+static KEEP_COMPLAINTS: &Array<Warning, { capacity::COMPLAINTS }> = &COMPLAINTS;

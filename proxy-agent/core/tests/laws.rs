@@ -402,7 +402,7 @@ proptest! {
         for (desired, pause) in &history {
             now_ms += pause;
             let pass = planner.full(desired, now_ms);
-            prop_assert_eq!(&pass.plan.complaints, &Vec::<String>::new());
+            prop_assert_eq!(&pass.plan.warnings, &Vec::<String>::new());
             prop_assert_eq!(pass.plan.retry_at_ms, None);
             planner = tables.carry_out(pass, now_ms);
             prop_assert_eq!(observe(&tables.memory.actual), expect(desired));
@@ -487,7 +487,7 @@ proptest! {
             } else {
                 planner.dirty(&difference(&old, desired), Some(&desired.node), now_ms)
             };
-            let complaints = pass.plan.complaints.clone();
+            let warnings = pass.plan.warnings.clone();
             let before = seen(&tables.memory.actual);
             planner = tables.carry_out(pass, now_ms);
             let (is, wished) = (seen(&tables.memory.actual), expect(desired).frontends);
@@ -498,8 +498,8 @@ proptest! {
             for (port, service) in &desired.services {
                 let as_wished = service.frontends.iter().all(|f| is.get(&f.key) == wished.get(&f.key));
                 let named = format!("Service default/{} ", port.service.name);
-                let told = complaints.iter().any(|line| line.starts_with(&named));
-                prop_assert!(as_wished || told, "{} is neither served nor named: {:?}", named, complaints);
+                let told = warnings.iter().any(|line| line.starts_with(&named));
+                prop_assert!(as_wished || told, "{} is neither served nor named: {:?}", named, warnings);
             }
             old = desired.clone();
         }
@@ -509,7 +509,7 @@ proptest! {
         tables.memory.actual = actual;
         tables.restart();
         let pass = Planner::new(&tables.memory.actual, Capacity::default()).full(&old, now_ms);
-        prop_assert_eq!(&pass.plan.complaints, &Vec::<String>::new());
+        prop_assert_eq!(&pass.plan.warnings, &Vec::<String>::new());
         drop(tables.carry_out(pass, now_ms));
         prop_assert_eq!(observe(&tables.memory.actual), expect(&old));
     }
@@ -627,7 +627,7 @@ fn agents_that_are_started_again_and_again_never_run_out_of_numbers() {
         }
         tables.restart();
         let pass = Planner::new(&tables.memory.actual, capacity).full(&desired, 0);
-        assert_eq!(pass.plan.complaints, Vec::<String>::new(), "start {n}");
+        assert_eq!(pass.plan.warnings, Vec::<String>::new(), "start {n}");
         let _ = tables.carry_out(pass, 0);
         let actual = &tables.memory.actual;
         let live = actual.backends.values().filter(|backend| backend.is_live()).count();
@@ -640,15 +640,15 @@ fn a_full_table_is_named_with_its_remedy_and_tried_again() {
     let capacity = Capacity { backends: 4, ..Capacity::default() };
     let mut desired = big_world(2, 2);
     let pass = Planner::new(&Actual::default(), capacity).full(&desired, 0);
-    let complaint = "Service default/svc-1 port http (TCP, IPv4): table BACKENDS is full: 2 more needed, 1 free; \
+    let warning = "Service default/svc-1 port http (TCP, IPv4): table BACKENDS is full: 2 more needed, 1 free; \
                      raise --max-backends; until then it stays as it is";
-    assert_eq!(pass.plan.complaints, [complaint]);
+    assert_eq!(pass.plan.warnings, [warning]);
     assert_eq!(pass.plan.retry_at_ms, Some(GRACE_MS));
     let planner = pass.applied(0);
     desired.services.remove(&port(0));
     let planner = planner.dirty(&[(port(0), None)], None, 10).applied(10);
     let pass = planner.dirty(&[], None, 10 + GRACE_MS);
-    assert_eq!(pass.plan.complaints, Vec::<String>::new());
+    assert_eq!(pass.plan.warnings, Vec::<String>::new());
     assert_eq!(observe(pass.applied(10 + GRACE_MS).actual()), expect(&desired));
 }
 

@@ -643,12 +643,12 @@ fn what_the_agent_says_of_itself_is_read_back() {
     pinned.write_agent(&state).unwrap();
     assert_eq!(pinned.agent().unwrap(), state);
 
-    assert_eq!(pinned.complaints().unwrap(), Vec::<String>::new());
+    assert_eq!(pinned.warnings().unwrap(), Vec::<String>::new());
     let lines: Vec<String> = (0..70).map(|n| format!("Service default/web{n}: no")).collect();
-    pinned.write_complaints(&lines).unwrap();
-    assert_eq!(pinned.complaints().unwrap(), lines[6..]);
-    pinned.write_complaints(&lines[..1]).unwrap();
-    assert_eq!(pinned.complaints().unwrap(), lines[..1]);
+    pinned.write_warnings(&lines).unwrap();
+    assert_eq!(pinned.warnings().unwrap(), lines[6..]);
+    pinned.write_warnings(&lines[..1]).unwrap();
+    assert_eq!(pinned.warnings().unwrap(), lines[..1]);
 
     assert!(pinned.reasons().unwrap().len() > 10);
     assert!(pinned.service_stats().unwrap().is_empty());

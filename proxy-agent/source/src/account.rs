@@ -27,7 +27,7 @@ const BEFORE: SignedDuration = SignedDuration::from_secs(60);
 const PLUGIN: Duration = Duration::from_secs(15);
 /// Where a pod finds its account.
 const POD: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-/// What the complaint of an account that cannot be read is about.
+/// What the warning of an account that cannot be read is about.
 const ABOUT: &str = "account";
 
 /// What was given.

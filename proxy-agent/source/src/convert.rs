@@ -37,9 +37,9 @@ const MAX_AFFINITY_SECS: i32 = 86_400;
 
 /// Lines about parts of an object that could not be used.
 #[derive(Debug, Default)]
-struct Complaints(Vec<String>);
+struct Warnings(Vec<String>);
 
-impl Complaints {
+impl Warnings {
     fn add(&mut self, part: impl std::fmt::Display, why: impl std::fmt::Display) {
         self.0.push(format!("{part} {why}"));
     }
@@ -112,7 +112,7 @@ pub fn object_name(metadata: &ObjectMeta) -> ObjectName {
 /// A Service, or `None` when it is to be left alone (S-1…S-5).
 #[must_use]
 pub fn service(object: &core::Service) -> (Option<Service>, Vec<String>) {
-    let mut complaints = Complaints::default();
+    let mut warnings = Warnings::default();
     let service = object.spec.as_ref().filter(|spec| is_proxied(object, spec)).map(|spec| {
         let local = |policy: &Option<String>| policy.as_deref() == Some("Local");
         let kind = spec.type_.as_deref().unwrap_or("ClusterIP");
@@ -121,20 +121,20 @@ pub fn service(object: &core::Service) -> (Option<Service>, Vec<String>) {
             matches!(kind, "LoadBalancer" | "NodePort") || kind == "ClusterIP" && listed_external;
         let external_local = local(&spec.external_traffic_policy) && takes_external; // S-18
         Service {
-            cluster_ips: cluster_ips(spec, &mut complaints),
-            ports: ports(spec, &mut complaints),
-            external_ips: external_ips(spec, &mut complaints),
-            load_balancer_ips: load_balancer_ips(object, &mut complaints),
-            source_ranges: source_ranges(spec, &mut complaints),
-            affinity: affinity(spec, &mut complaints),
+            cluster_ips: cluster_ips(spec, &mut warnings),
+            ports: ports(spec, &mut warnings),
+            external_ips: external_ips(spec, &mut warnings),
+            load_balancer_ips: load_balancer_ips(object, &mut warnings),
+            source_ranges: source_ranges(spec, &mut warnings),
+            affinity: affinity(spec, &mut warnings),
             internal_local: local(&spec.internal_traffic_policy), // S-17
             external_local,
-            health_check_node_port: health_check_node_port(spec, kind, external_local, &mut complaints),
-            reset_on_loss: reset_on_loss(&object.metadata, &mut complaints),
+            health_check_node_port: health_check_node_port(spec, kind, external_local, &mut warnings),
+            reset_on_loss: reset_on_loss(&object.metadata, &mut warnings),
             created: object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         }
     });
-    (service, complaints.0)
+    (service, warnings.0)
 }
 
 fn is_proxied(object: &core::Service, spec: &core::ServiceSpec) -> bool {
@@ -146,11 +146,11 @@ fn is_proxied(object: &core::Service, spec: &core::ServiceSpec) -> bool {
 }
 
 /// At most one ClusterIP a family (S-9).
-fn cluster_ips(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<IpAddr> {
+fn cluster_ips(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Vec<IpAddr> {
     let families = spec.ip_families.as_deref().unwrap_or_default();
     if families.is_empty() {
         let text = spec.cluster_ip.as_deref().unwrap_or_default();
-        return complaints.ip("spec.clusterIP", text).into_iter().collect();
+        return warnings.ip("spec.clusterIP", text).into_iter().collect();
     }
     let texts = spec.cluster_ips.as_deref().unwrap_or_default();
     let mut ips = Vec::new();
@@ -158,12 +158,12 @@ fn cluster_ips(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<IpA
         let Some(index) = families.iter().position(|listed| listed == name) else { continue };
         let Some(text) = texts.get(index) else { continue };
         let part = format!("spec.clusterIPs[{index}]");
-        let Some(ip) = complaints.ip(&part, text) else { continue };
+        let Some(ip) = warnings.ip(&part, text) else { continue };
         if Family::of(&ip) == family {
             ips.push(ip);
         } else {
             //
-            complaints.add(
+            warnings.add(
                 part,
                 format_args!("{text:?} is not of family {name}, as spec.ipFamilies says: skipped"),
             );
@@ -172,20 +172,20 @@ fn cluster_ips(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<IpA
     ips
 }
 
-fn ports(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<Port> {
+fn ports(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Vec<Port> {
     let mut seen = BTreeSet::new();
     let mut ports: Vec<Port> = Vec::new();
     for (i, port) in spec.ports.iter().flatten().enumerate() {
         let part = format!("spec.ports[{i}]");
         let name: Arc<str> = port.name.as_deref().unwrap_or_default().into();
-        let Some(proto) = complaints.proto(&part, port.protocol.as_deref()) else { continue };
-        let Some(number) = complaints.port(&part, port.port) else { continue };
+        let Some(proto) = warnings.proto(&part, port.protocol.as_deref()) else { continue };
+        let Some(number) = warnings.port(&part, port.port) else { continue };
         let node_port = match port.node_port {
             None | Some(0) => 0,
-            Some(node_port) => complaints.port(format_args!("{part}.nodePort"), node_port).unwrap_or(0),
+            Some(node_port) => warnings.port(format_args!("{part}.nodePort"), node_port).unwrap_or(0),
         };
         if !seen.insert((name.clone(), proto)) {
-            complaints.add(&part, format_args!("repeats {proto} port {name:?}: the last one counts"));
+            warnings.add(&part, format_args!("repeats {proto} port {name:?}: the last one counts"));
             ports.retain(|known| known.name != name || known.proto != proto);
         }
         ports.push(Port { name, proto, port: number, node_port });
@@ -193,13 +193,13 @@ fn ports(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<Port> {
     ports
 }
 
-fn external_ips(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<IpAddr> {
+fn external_ips(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Vec<IpAddr> {
     let listed = spec.external_ips.iter().flatten().enumerate();
     let told = listed.filter(|(_, text)| !text.trim().is_empty()); // blank ones are no news.
-    told.filter_map(|(i, text)| complaints.ip(format_args!("spec.externalIPs[{i}]"), text)).collect()
+    told.filter_map(|(i, text)| warnings.ip(format_args!("spec.externalIPs[{i}]"), text)).collect()
 }
 
-fn load_balancer_ips(object: &core::Service, complaints: &mut Complaints) -> Vec<IpAddr> {
+fn load_balancer_ips(object: &core::Service, warnings: &mut Warnings) -> Vec<IpAddr> {
     let status = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = status.and_then(|status| status.ingress.as_deref()).unwrap_or_default();
     // V-9: in any other mode the load balancer wants to see the traffic itself.
@@ -207,18 +207,18 @@ fn load_balancer_ips(object: &core::Service, complaints: &mut Complaints) -> Vec
         ingress.iter().enumerate().filter(|(_, i)| matches!(i.ip_mode.as_deref(), None | Some("VIP")));
     captured
         .filter_map(|(i, entry)| Some((i, entry.ip.as_deref().filter(|ip| !ip.is_empty())?)))
-        .filter_map(|(i, text)| complaints.ip(format_args!("status.loadBalancer.ingress[{i}].ip"), text))
+        .filter_map(|(i, text)| warnings.ip(format_args!("status.loadBalancer.ingress[{i}].ip"), text))
         .collect()
 }
 
-fn source_ranges(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<IpNet> {
+fn source_ranges(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Vec<IpNet> {
     let mut ranges = Vec::new();
     for (i, text) in spec.load_balancer_source_ranges.iter().flatten().enumerate() {
         let text = text.trim(); // V-15
         match address::range(text) {
             Ok(range) => ranges.push(range),
             Err(_) if text.is_empty() => {}
-            Err(fault) => complaints.add(
+            Err(fault) => warnings.add(
                 format_args!("spec.loadBalancerSourceRanges[{i}]"),
                 format_args!("{text:?} {fault}: skipped"),
             ),
@@ -227,7 +227,7 @@ fn source_ranges(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Vec<I
     ranges
 }
 
-fn affinity(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Affinity {
+fn affinity(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Affinity {
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => Affinity::None,
         Some("ClientIP") => {
@@ -238,7 +238,7 @@ fn affinity(spec: &core::ServiceSpec, complaints: &mut Complaints) -> Affinity {
             }))
         }
         Some(other) => {
-            complaints.add("spec.sessionAffinity", format_args!("{other:?} is not known: taken as None"));
+            warnings.add("spec.sessionAffinity", format_args!("{other:?} is not known: taken as None"));
             Affinity::None
         }
     }
@@ -248,27 +248,27 @@ fn health_check_node_port(
     spec: &core::ServiceSpec,
     kind: &str,
     external_local: bool,
-    complaints: &mut Complaints,
+    warnings: &mut Warnings,
 ) -> u16 {
     if kind != "LoadBalancer" || !external_local {
         return 0; // S-20
     }
     match spec.health_check_node_port {
         None | Some(0) => {
-            complaints
+            warnings
                 .add("spec.healthCheckNodePort", "is not set: load balancers cannot tell which nodes serve");
             0
         }
-        Some(port) => complaints.port("spec.healthCheckNodePort", port).unwrap_or(0),
+        Some(port) => warnings.port("spec.healthCheckNodePort", port).unwrap_or(0),
     }
 }
 
-fn reset_on_loss(metadata: &ObjectMeta, complaints: &mut Complaints) -> bool {
+fn reset_on_loss(metadata: &ObjectMeta, warnings: &mut Warnings) -> bool {
     match metadata.annotations.as_ref().and_then(|all| all.get(ANNOTATION_ON_LOSS)).map(String::as_str) {
         None | Some("keep") => false,
         Some("reset") => true,
         Some(other) => {
-            complaints.add(
+            warnings.add(
                 format_args!("the annotation {ANNOTATION_ON_LOSS}"),
                 format_args!("{other:?} is neither keep nor reset: taken as keep"),
             );
@@ -280,33 +280,33 @@ fn reset_on_loss(metadata: &ObjectMeta, complaints: &mut Complaints) -> bool {
 /// An EndpointSlice, or `None` when it belongs to no Service that could be proxied (E-2, E-4, E-5).
 #[must_use]
 pub fn slice(object: &discovery::EndpointSlice) -> (Option<Slice>, Vec<String>) {
-    let mut complaints = Complaints::default();
+    let mut warnings = Warnings::default();
     let labels = object.metadata.labels.as_ref();
     if labels.is_some_and(|labels| labels.contains_key(LABEL_HEADLESS)) {
-        return (None, complaints.0);
+        return (None, warnings.0);
     }
     let owner = labels.and_then(|labels| labels.get(LABEL_SERVICE_NAME)).filter(|name| !name.is_empty());
     let Some(owner) = owner else {
-        complaints
+        warnings
             .add("label", format_args!("{LABEL_SERVICE_NAME} is missing: the slice belongs to no Service"));
-        return (None, complaints.0);
+        return (None, warnings.0);
     };
     let family = match object.address_type.as_str() {
         "IPv4" => Family::V4,
         "IPv6" => Family::V6,
-        "FQDN" => return (None, complaints.0),
+        "FQDN" => return (None, warnings.0),
         other => {
-            complaints.add("addressType", format_args!("{other:?} is not known: the slice is left alone"));
-            return (None, complaints.0);
+            warnings.add("addressType", format_args!("{other:?} is not known: the slice is left alone"));
+            return (None, warnings.0);
         }
     };
     let service = ObjectName { name: owner.as_str().into(), ..object_name(&object.metadata) };
-    let ports = slice_ports(object, &mut complaints);
+    let ports = slice_ports(object, &mut warnings);
     let mut names = Names::default();
     let endpoints = object.endpoints.iter().flatten().enumerate();
-    let endpoints = endpoints.filter_map(|(i, e)| slice_endpoint(i, e, family, &mut names, &mut complaints));
+    let endpoints = endpoints.filter_map(|(i, e)| slice_endpoint(i, e, family, &mut names, &mut warnings));
     let endpoints = endpoints.collect();
-    (Some(Slice { service, family, ports, endpoints }), complaints.0)
+    (Some(Slice { service, family, ports, endpoints }), warnings.0)
 }
 
 /// When the endpoints of a slice changed, as its controller says (E-24).
@@ -315,20 +315,20 @@ pub fn triggered(object: &discovery::EndpointSlice) -> Option<Timestamp> {
     object.metadata.annotations.as_ref()?.get(ANNOTATION_TRIGGERED)?.parse().ok()
 }
 
-fn slice_ports(object: &discovery::EndpointSlice, complaints: &mut Complaints) -> Vec<SlicePort> {
+fn slice_ports(object: &discovery::EndpointSlice, warnings: &mut Warnings) -> Vec<SlicePort> {
     let mut ports = Vec::new();
     for (i, port) in object.ports.iter().flatten().enumerate() {
         let part = format!("ports[{i}]");
         let Some(name) = port.name.as_deref() else {
-            complaints.add(part, "has no name: skipped"); // E-11
+            warnings.add(part, "has no name: skipped"); // E-11
             continue;
         };
         let Some(number) = port.port else {
-            complaints.add(part, "has no port number: skipped"); // E-12
+            warnings.add(part, "has no port number: skipped"); // E-12
             continue;
         };
-        let Some(proto) = complaints.proto(&part, port.protocol.as_deref()) else { continue };
-        let Some(port) = complaints.port(&part, number) else { continue };
+        let Some(proto) = warnings.proto(&part, port.protocol.as_deref()) else { continue };
+        let Some(port) = warnings.port(&part, number) else { continue };
         ports.push(SlicePort { name: name.into(), proto, port });
     }
     ports
@@ -339,16 +339,16 @@ fn slice_endpoint(
     endpoint: &discovery::Endpoint,
     family: Family,
     names: &mut Names,
-    complaints: &mut Complaints,
+    warnings: &mut Warnings,
 ) -> Option<Endpoint> {
     let part = format!("endpoints[{i}].addresses");
     let Some(text) = endpoint.addresses.first() else {
-        complaints.add(part, "is empty: skipped"); // E-16
+        warnings.add(part, "is empty: skipped"); // E-16
         return None;
     };
-    let ip = complaints.ip(format_args!("{part}[0]"), text)?;
+    let ip = warnings.ip(format_args!("{part}[0]"), text)?;
     if Family::of(&ip) != family {
-        complaints.add(part, format_args!("{text:?} is not of the slice's addressType: skipped"));
+        warnings.add(part, format_args!("{text:?} is not of the slice's addressType: skipped"));
         return None;
     }
     let conditions = endpoint.conditions.as_ref();
@@ -384,9 +384,9 @@ impl Names {
 /// A legacy `Endpoints` object: a slice for each subset and family that has addresses.
 #[must_use]
 pub fn endpoints(object: &core::Endpoints) -> (Vec<Slice>, Vec<String>) {
-    let mut complaints = Complaints::default();
+    let mut warnings = Warnings::default();
     if object.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(LABEL_HEADLESS)) {
-        return (Vec::new(), complaints.0);
+        return (Vec::new(), warnings.0);
     }
     let service = object_name(&object.metadata);
     let mut slices = Vec::new();
@@ -394,12 +394,12 @@ pub fn endpoints(object: &core::Endpoints) -> (Vec<Slice>, Vec<String>) {
         let mut ports = Vec::new();
         for (j, port) in subset.ports.iter().flatten().enumerate() {
             let part = format!("subsets[{i}].ports[{j}]");
-            let Some(proto) = complaints.proto(&part, port.protocol.as_deref()) else { continue };
-            let Some(number) = complaints.port(&part, port.port) else { continue };
+            let Some(proto) = warnings.proto(&part, port.protocol.as_deref()) else { continue };
+            let Some(number) = warnings.port(&part, port.port) else { continue };
             let name = port.name.as_deref().unwrap_or_default().into();
             ports.push(SlicePort { name, proto, port: number });
         }
-        let endpoints = subset_endpoints(i, subset, &mut complaints);
+        let endpoints = subset_endpoints(i, subset, &mut warnings);
         for family in [Family::V4, Family::V6] {
             let endpoints: Vec<Endpoint> =
                 endpoints.iter().filter(|endpoint| Family::of(&endpoint.ip) == family).cloned().collect();
@@ -408,17 +408,17 @@ pub fn endpoints(object: &core::Endpoints) -> (Vec<Slice>, Vec<String>) {
             }
         }
     }
-    (slices, complaints.0)
+    (slices, warnings.0)
 }
 
-fn subset_endpoints(i: usize, subset: &core::EndpointSubset, complaints: &mut Complaints) -> Vec<Endpoint> {
+fn subset_endpoints(i: usize, subset: &core::EndpointSubset, warnings: &mut Warnings) -> Vec<Endpoint> {
     let mut names = Names::default();
     let lists =
         [("addresses", &subset.addresses, true), ("notReadyAddresses", &subset.not_ready_addresses, false)];
     let mut endpoints = Vec::new();
     for (list, addresses, ready) in lists {
         for (j, address) in addresses.iter().flatten().enumerate() {
-            let Some(ip) = complaints.ip(format_args!("subsets[{i}].{list}[{j}].ip"), &address.ip) else {
+            let Some(ip) = warnings.ip(format_args!("subsets[{i}].{list}[{j}].ip"), &address.ip) else {
                 continue;
             };
             endpoints.push(Endpoint {
@@ -438,7 +438,7 @@ fn subset_endpoints(i: usize, subset: &core::EndpointSubset, complaints: &mut Co
 /// The node's own object.
 #[must_use]
 pub fn node(object: &core::Node) -> (Node, Vec<String>) {
-    let mut complaints = Complaints::default();
+    let mut warnings = Warnings::default();
     let labels = object.metadata.labels.as_ref();
     let zone = labels.and_then(|labels| labels.get(LABEL_ZONE)).filter(|zone| !zone.is_empty());
     let spec = object.spec.as_ref();
@@ -446,20 +446,20 @@ pub fn node(object: &core::Node) -> (Node, Vec<String>) {
         .and_then(|spec| spec.taints.as_deref())
         .is_some_and(|taints| taints.iter().any(|taint| taint.key == TAINT_TO_BE_DELETED));
     let node = Node {
-        ips: node_ips(object, &mut complaints),
-        pod_cidrs: spec.map(|spec| pod_cidrs(spec, &mut complaints)).unwrap_or_default(),
+        ips: node_ips(object, &mut warnings),
+        pod_cidrs: spec.map(|spec| pod_cidrs(spec, &mut warnings)).unwrap_or_default(),
         zone: zone.map(|zone| zone.as_str().into()),
         eligible: !doomed && object.metadata.deletion_timestamp.is_none(),
     };
-    (node, complaints.0)
+    (node, warnings.0)
 }
 
 /// The ranges of ClusterIPs that a ServiceCIDR adds, whatever its status says (Y-16).
 #[must_use]
 pub fn service_cidr(object: &networking::ServiceCIDR) -> (Vec<IpNet>, Vec<String>) {
-    let mut complaints = Complaints::default();
+    let mut warnings = Warnings::default();
     let texts = object.spec.as_ref().and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
-    (complaints.ranges("spec.cidrs", texts), complaints.0)
+    (warnings.ranges("spec.cidrs", texts), warnings.0)
 }
 
 /// What a pod's cgroup is named after, if its sockets are to be left to their packets: its UID, or the hash that
@@ -468,7 +468,7 @@ pub fn service_cidr(object: &networking::ServiceCIDR) -> (Vec<IpNet>, Vec<String
 pub fn excluded(object: &core::Pod) -> (Option<String>, Vec<String>) {
     let annotation = |name: &str| object.metadata.annotations.as_ref().and_then(|all| all.get(name));
     let host_network = object.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true));
-    let complaint = match annotation(ANNOTATION_SOCKET_LB).map(String::as_str) {
+    let warning = match annotation(ANNOTATION_SOCKET_LB).map(String::as_str) {
         None | Some("true") => return (None, Vec::new()),
         Some("false") if host_network => "cannot be: packets of the node's own network are not translated",
         Some("false") => {
@@ -476,31 +476,31 @@ pub fn excluded(object: &core::Pod) -> (Option<String>, Vec<String>) {
         }
         Some(_) => "must be \"true\" or \"false\"",
     };
-    (None, vec![format!("the annotation {ANNOTATION_SOCKET_LB} {complaint}")])
+    (None, vec![format!("the annotation {ANNOTATION_SOCKET_LB} {warning}")])
 }
 
 /// InternalIPs first, then ExternalIPs (Y-10).
-fn node_ips(object: &core::Node, complaints: &mut Complaints) -> Vec<IpAddr> {
+fn node_ips(object: &core::Node, warnings: &mut Warnings) -> Vec<IpAddr> {
     let addresses = object.status.as_ref().and_then(|status| status.addresses.as_deref()).unwrap_or_default();
     let mut ips = Vec::new();
     for kind in ["InternalIP", "ExternalIP"] {
         for (i, address) in addresses.iter().enumerate().filter(|(_, address)| address.type_ == kind) {
-            let ip = complaints.ip(format_args!("status.addresses[{i}]"), &address.address);
+            let ip = warnings.ip(format_args!("status.addresses[{i}]"), &address.address);
             ips.extend(ip.filter(|ip| !ips.contains(ip)));
         }
     }
     ips
 }
 
-fn pod_cidrs(spec: &core::NodeSpec, complaints: &mut Complaints) -> Vec<IpNet> {
+fn pod_cidrs(spec: &core::NodeSpec, warnings: &mut Warnings) -> Vec<IpNet> {
     let listed = spec.pod_cidrs.as_deref().filter(|listed| !listed.is_empty());
     let texts = listed.or(spec.pod_cidr.as_ref().map(std::slice::from_ref)).unwrap_or_default();
-    let mut ranges = complaints.ranges("spec.podCIDRs", texts);
+    let mut ranges = warnings.ranges("spec.podCIDRs", texts);
     // Pods win over Services that claim their addresses: no Service would be left.
     ranges.retain(|range| {
         let some = range.prefix_len() > 0;
         if !some {
-            complaints
+            warnings
                 .add("spec.podCIDRs", format_args!("{range} is every address, and no node's own: skipped"));
         }
         some

@@ -19,14 +19,11 @@ fn a_pod_says_by_annotation_that_its_sockets_are_left() {
     assert_eq!(excluded(says("false"), false), (Some("0a1b".into()), vec![]));
     let fixed = json!({ "ebpf-proxy/socket-lb": "false", "kubernetes.io/config.mirror": "c0ffee" });
     assert_eq!(excluded(fixed, false), (Some("c0ffee".into()), vec![]));
-    for (word, host_network, complaint) in
+    for (word, host_network, warning) in
         [("off", false, "\"true\" or \"false\""), ("false", true, "node's own")]
     {
-        let (uid, complaints) = excluded(says(word), host_network);
-        assert!(
-            uid.is_none() && complaints.len() == 1 && complaints[0].contains(complaint),
-            "{complaints:?}"
-        );
+        let (uid, warnings) = excluded(says(word), host_network);
+        assert!(uid.is_none() && warnings.len() == 1 && warnings[0].contains(warning), "{warnings:?}");
     }
 }
 
@@ -58,8 +55,8 @@ fn convert_service(object: Value) -> (Option<Service>, Vec<String>) {
 
 /// The Service and what was said, with this in the spec.
 fn with(overlay: Value) -> (Service, Vec<String>) {
-    let (service, complaints) = convert_service(spec(&overlay));
-    (service.unwrap(), complaints)
+    let (service, warnings) = convert_service(spec(&overlay));
+    (service.unwrap(), warnings)
 }
 
 fn texts<T: ToString>(values: &[T]) -> Vec<String> {
@@ -80,9 +77,9 @@ fn services_that_are_not_ours_are_left_alone() {
         (json!({"type": null}), true),
         (json!({"type": "LoadBalancer"}), true),
     ] {
-        let (service, complaints) = convert_service(spec(&overlay));
+        let (service, warnings) = convert_service(spec(&overlay));
         assert_eq!(service.is_some(), proxied, "{overlay}");
-        assert!(complaints.is_empty(), "{overlay}: {complaints:?}");
+        assert!(warnings.is_empty(), "{overlay}: {warnings:?}");
     }
     for (label, proxied) in
         [("service.kubernetes.io/service-proxy-name", false), ("service.kubernetes.io/headless", true)]
@@ -97,7 +94,7 @@ fn services_that_are_not_ours_are_left_alone() {
 #[test]
 fn a_service_has_at_most_one_cluster_ip_a_family() {
     // S-9, X-1, X-3, X-6.
-    for (overlay, ips, complaints) in [
+    for (overlay, ips, warnings) in [
         (
             json!({"clusterIPs": ["10.96.0.1", "fd00::1"], "ipFamilies": ["IPv4", "IPv6"]}),
             &["10.96.0.1", "fd00::1"][..],
@@ -123,14 +120,14 @@ fn a_service_has_at_most_one_cluster_ip_a_family() {
     ] {
         let (service, found) = with(overlay.clone());
         assert_eq!(texts(&service.cluster_ips), ips, "{overlay}");
-        assert_eq!(found.len(), complaints, "{overlay}: {found:?}");
+        assert_eq!(found.len(), warnings, "{overlay}: {found:?}");
     }
 }
 
 #[test]
 fn bad_ports_are_skipped_alone() {
     // S-13, S-21, X-11, X-12.
-    let (service, complaints) = with(json!({"ports": [
+    let (service, warnings) = with(json!({"ports": [
         {"name": "tcp", "port": 80},
         {"name": "udp", "port": 80, "protocol": "UDP", "nodePort": 30_080},
         {"name": "sctp", "port": 80, "protocol": "SCTP"},
@@ -150,7 +147,7 @@ fn bad_ports_are_skipped_alone() {
     ];
     assert_eq!(found, expected);
     assert_eq!(
-        complaints,
+        warnings,
         [
             "spec.ports[3] has protocol \"HTTP\", which is not TCP, UDP or SCTP: skipped",
             "spec.ports[4] has port 0, which is not in 1…65535: skipped",
@@ -158,19 +155,19 @@ fn bad_ports_are_skipped_alone() {
             "spec.ports[6].nodePort has port 70000, which is not in 1…65535: skipped",
         ]
     );
-    let (service, complaints) = with(json!({"ports": [{"port": 80}, {"port": 81}]}));
-    assert_eq!((service.ports.len(), service.ports[0].port, complaints.len()), (1, 81, 1), "X-13");
+    let (service, warnings) = with(json!({"ports": [{"port": 80}, {"port": 81}]}));
+    assert_eq!((service.ports.len(), service.ports[0].port, warnings.len()), (1, 81, 1), "X-13");
 }
 
 #[test]
 fn bad_addresses_are_skipped_alone() {
     //
-    let (service, complaints) = with(json!({
+    let (service, warnings) = with(json!({
         "externalIPs": ["192.168.099.022", " 1.2.3.4", "", "  ", "2001:db8::1", "fe80::1%eth0", "224.0.0.1"],
     }));
     assert_eq!(texts(&service.external_ips), ["192.168.99.22", "2001:db8::1"]);
     assert_eq!(
-        complaints,
+        warnings,
         [
             "spec.externalIPs[1] \" 1.2.3.4\" is not an IP address: skipped",
             "spec.externalIPs[5] \"fe80::1%eth0\" carries a zone index, which means nothing to other machines: skipped",
@@ -188,21 +185,21 @@ fn bad_addresses_are_skipped_alone() {
         {"ip": "garbage"},
         {"ip": "2001:db8::9"},
     ]}});
-    let (service, complaints) = convert_service(object);
+    let (service, warnings) = convert_service(object);
     // T-64, V-9, X-5.
     assert_eq!(texts(&service.unwrap().load_balancer_ips), ["1.2.3.4", "1.2.3.5", "2001:db8::9"]);
-    assert_eq!(complaints, ["status.loadBalancer.ingress[6].ip \"garbage\" is not an IP address: skipped"]);
+    assert_eq!(warnings, ["status.loadBalancer.ingress[6].ip \"garbage\" is not an IP address: skipped"]);
 }
 
 #[test]
 fn source_ranges_are_trimmed_and_masked() {
     // V-15, X-2.
-    let (service, complaints) = with(json!({"loadBalancerSourceRanges":
+    let (service, warnings) = with(json!({"loadBalancerSourceRanges":
         ["192.168.0.0/24", " 203.0.113.000/025 ", "10.1.2.3/8", "garbage", "", " ", "2001:db8::/32", "1.2.3.4"]}));
     let expected = ["192.168.0.0/24", "203.0.113.0/25", "10.0.0.0/8", "2001:db8::/32"];
     assert_eq!(texts(&service.source_ranges), expected);
-    assert_eq!(complaints.len(), 2, "{complaints:?}");
-    assert!(complaints[0].starts_with("spec.loadBalancerSourceRanges[3] \"garbage\""), "{complaints:?}");
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
+    assert!(warnings[0].starts_with("spec.loadBalancerSourceRanges[3] \"garbage\""), "{warnings:?}");
 }
 
 #[test]
@@ -222,11 +219,11 @@ fn policies_count_where_they_are_honoured() {
             true,
         ),
     ] {
-        let (service, complaints) = with(overlay.clone());
+        let (service, warnings) = with(overlay.clone());
         assert_eq!((service.internal_local, service.external_local), (internal, external), "{overlay}");
-        assert!(complaints.is_empty(), "{overlay}: {complaints:?}");
+        assert!(warnings.is_empty(), "{overlay}: {warnings:?}");
     }
-    for (overlay, port, complaints) in [
+    for (overlay, port, warnings) in [
         (
             json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 31_000}),
             31_000,
@@ -241,7 +238,7 @@ fn policies_count_where_they_are_honoured() {
         (json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"}), 0, 1),
     ] {
         let (service, found) = with(overlay.clone());
-        assert_eq!((service.health_check_node_port, found.len()), (port, complaints), "{overlay}");
+        assert_eq!((service.health_check_node_port, found.len()), (port, warnings), "{overlay}");
     }
 }
 
@@ -249,7 +246,7 @@ fn policies_count_where_they_are_honoured() {
 fn affinity_is_read_leniently() {
     // S-21, X-10.
     let config = |secs: i32| json!({"clientIP": {"timeoutSeconds": secs}});
-    for (overlay, expected, complaints) in [
+    for (overlay, expected, warnings) in [
         (json!({}), Affinity::None, 0),
         (json!({"sessionAffinity": "None"}), Affinity::None, 0),
         (json!({"sessionAffinity": "ClientIP"}), Affinity::ClientIp(10_800), 0),
@@ -272,7 +269,7 @@ fn affinity_is_read_leniently() {
         (json!({"sessionAffinity": "Cookie"}), Affinity::None, 1),
     ] {
         let (service, found) = with(overlay.clone());
-        assert_eq!((service.affinity, found.len()), (expected, complaints), "{overlay}");
+        assert_eq!((service.affinity, found.len()), (expected, warnings), "{overlay}");
     }
 }
 
@@ -341,7 +338,7 @@ fn slices_of_nobody_are_left_alone() {
     // E-2, E-3, E-4, E-5.
     let labels =
         |labels: Value| json!({"metadata": {"namespace": "shop", "name": "web-1", "labels": labels}});
-    for (overlay, ours, complaints) in [
+    for (overlay, ours, warnings) in [
         (json!({}), true, 0),
         (labels(json!({})), false, 1),
         (labels(json!({"kubernetes.io/service-name": ""})), false, 1),
@@ -362,7 +359,7 @@ fn slices_of_nobody_are_left_alone() {
         (json!({"addressType": "IPv6"}), true, 0),
     ] {
         let (slice, found) = convert_slice(&overlay);
-        assert_eq!((slice.is_some(), found.len()), (ours, complaints), "{overlay}: {found:?}");
+        assert_eq!((slice.is_some(), found.len()), (ours, warnings), "{overlay}: {found:?}");
         assert!(slice.is_none_or(|slice| slice.service == ObjectName::new("shop", "web")));
     }
 }
@@ -386,7 +383,7 @@ fn conditions_that_are_not_set_have_their_defaults() {
 #[test]
 fn bad_parts_of_a_slice_are_skipped_alone() {
     // E-11, E-12, E-13, E-16, E-17, E-20, X-7, X-11.
-    let (slice, complaints) = convert_slice(&json!({
+    let (slice, warnings) = convert_slice(&json!({
         "ports": [
             {"name": "http", "port": 80},
             {"port": 81},
@@ -412,7 +409,7 @@ fn bad_parts_of_a_slice_are_skipped_alone() {
     assert_eq!(slice.endpoints[0].node.as_deref(), Some("n1"));
     assert_eq!(slice.endpoints[0].zone_hints, ["a".into(), "b".into()]);
     assert_eq!(slice.endpoints[0].node_hints, ["n1".into()]);
-    let parts: Vec<&str> = complaints.iter().map(|line| line.split(' ').next().unwrap()).collect();
+    let parts: Vec<&str> = warnings.iter().map(|line| line.split(' ').next().unwrap()).collect();
     assert_eq!(
         parts,
         [
@@ -425,7 +422,7 @@ fn bad_parts_of_a_slice_are_skipped_alone() {
             "endpoints[3].addresses[0]",
             "endpoints[5].addresses[0]",
         ],
-        "{complaints:?}"
+        "{warnings:?}"
     );
 }
 
@@ -440,14 +437,14 @@ fn legacy_endpoints_become_slices() {
             {"addresses": [{"ip": "10.0.0.3"}], "ports": [{"port": 9090}]},
         ],
     });
-    let (slices, complaints) = endpoints(&serde_json::from_value(object).unwrap());
+    let (slices, warnings) = endpoints(&serde_json::from_value(object).unwrap());
     let shape: Vec<_> =
         slices.iter().map(|slice| (slice.family, slice.ports.len(), slice.endpoints.len())).collect();
     assert_eq!(shape, [(Family::V4, 2, 2), (Family::V6, 2, 1), (Family::V4, 1, 1)]);
     assert!(slices.iter().all(|slice| slice.service == ObjectName::new("default", "web")));
     let not_ready = &slices[0].endpoints[1];
     assert_eq!((not_ready.ready, not_ready.serving, not_ready.terminating), (false, false, false));
-    assert_eq!(complaints.len(), 2, "{complaints:?}");
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
 }
 
 #[test]
@@ -464,11 +461,11 @@ fn the_node_tells_its_addresses_by_rank() {
             {"type": "InternalIP", "address": "fd00::2"},
         ]},
     });
-    let (found, complaints) = node(&serde_json::from_value(object).unwrap());
+    let (found, warnings) = node(&serde_json::from_value(object).unwrap());
     assert_eq!(texts(&found.ips), ["192.168.0.2", "fd00::2", "203.0.113.1"]);
     assert_eq!(texts(&found.pod_cidrs), ["10.244.1.0/24", "fd00:1::/64"]);
     assert_eq!((found.zone.as_deref(), found.eligible), (Some("a"), true));
-    assert_eq!(complaints.len(), 4, "{complaints:?}");
+    assert_eq!(warnings.len(), 4, "{warnings:?}");
 
     for (object, eligible) in [
         (json!({"metadata": {"deletionTimestamp": "2024-01-01T00:00:00Z"}}), false),
@@ -487,17 +484,17 @@ fn the_node_tells_its_addresses_by_rank() {
 #[test]
 fn a_service_says_by_annotation_what_becomes_of_connections_to_a_lost_endpoint() {
     let converted = |annotations: Value| {
-        let (service, complaints) = convert_service(json!({
+        let (service, warnings) = convert_service(json!({
             "metadata": { "name": "web", "annotations": annotations },
             "spec": { "clusterIP": "10.96.0.1", "ports": [{ "port": 80 }] },
         }));
-        (service.unwrap().reset_on_loss, complaints)
+        (service.unwrap().reset_on_loss, warnings)
     };
     assert_eq!(converted(json!({})), (false, vec![]));
     assert_eq!(converted(json!({ "ebpf-proxy/on-endpoint-loss": "keep" })), (false, vec![]));
     assert_eq!(converted(json!({ "ebpf-proxy/on-endpoint-loss": "reset" })), (true, vec![]));
-    let (reset, complaints) = converted(json!({ "ebpf-proxy/on-endpoint-loss": "close" }));
+    let (reset, warnings) = converted(json!({ "ebpf-proxy/on-endpoint-loss": "close" }));
     let told =
         "the annotation ebpf-proxy/on-endpoint-loss \"close\" is neither keep nor reset: taken as keep";
-    assert_eq!((reset, complaints), (false, vec![told.to_owned()]));
+    assert_eq!((reset, warnings), (false, vec![told.to_owned()]));
 }

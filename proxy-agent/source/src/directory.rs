@@ -178,7 +178,7 @@ struct Said {
     slices: BTreeMap<ObjectName, Slice>,
     node: Option<Node>,
     service_ranges: BTreeMap<String, Vec<IpNet>>,
-    complaints: BTreeMap<String, Vec<String>>,
+    warnings: BTreeMap<String, Vec<String>>,
     /// Something was never understood.
     torn: bool,
 }
@@ -235,8 +235,8 @@ impl Shelf {
     fn lost(&mut self, error: &io::Error) -> Vec<Change> {
         let object = self.path.display().to_string();
         let lines = vec![format!("cannot be read: {error}; what it said before stays")];
-        self.said.complaints.insert(object.clone(), lines.clone());
-        let mut changes = vec![Change::Complaints { object, lines }];
+        self.said.warnings.insert(object.clone(), lines.clone());
+        let mut changes = vec![Change::Warnings { object, lines }];
         if std::mem::replace(&mut self.connected, false) {
             changes.push(Change::Connected(false));
         }
@@ -301,9 +301,9 @@ impl Shelf {
         difference(&self.said.service_ranges, &new.service_ranges, |name, ranges| {
             changes.push(Change::ServiceRanges(name.clone(), ranges.cloned()));
         });
-        difference(&self.said.complaints, &new.complaints, |object, lines| {
+        difference(&self.said.warnings, &new.warnings, |object, lines| {
             let lines = lines.cloned().unwrap_or_default();
-            changes.push(Change::Complaints { object: object.clone(), lines });
+            changes.push(Change::Warnings { object: object.clone(), lines });
         });
         if self.said.torn != new.torn {
             changes.push(Change::Whole(!new.torn));
@@ -317,22 +317,22 @@ impl Shelf {
         let mut said = Said::default();
         let mut chosen: BTreeMap<&Id, (&str, &Object)> = BTreeMap::new();
         for (name, file) in &self.files {
-            let mut complain = |line: u64, text: &str| {
-                said.complaints.entry(format!("{name}:{line}")).or_default().push(text.to_owned());
+            let mut warn = |line: u64, text: &str| {
+                said.warnings.entry(format!("{name}:{line}")).or_default().push(text.to_owned());
             };
             if let Some((line, text)) = &file.broken {
                 let then = match file.manifest.objects.is_empty() {
                     true => "nothing in the file is used until it can be read",
                     false => "what the file said before stays",
                 };
-                complain(*line, &format!("{text}; {then}"));
+                warn(*line, &format!("{text}; {then}"));
             }
             said.torn |= file.is_unread() && !file.known;
             for fault in &file.manifest.faults {
                 let kept = file.manifest.objects.iter().any(|object| Some(&object.id) == fault.id.as_ref());
                 let stays = if kept { "; what it said before stays" } else { "" };
                 said.torn |= !kept;
-                complain(fault.line, &format!("{}{stays}", fault.text));
+                warn(fault.line, &format!("{}{stays}", fault.text));
             }
             for object in &file.manifest.objects {
                 match chosen.get(&object.id) {
@@ -340,7 +340,7 @@ impl Shelf {
                         chosen.insert(&object.id, (name, object));
                     }
                     Some((first, _)) => said
-                        .complaints
+                        .warnings
                         .entry(object.id.to_string())
                         .or_default()
                         .push(format!("in {name} is ignored: {first} has it already and comes first")),
@@ -355,7 +355,7 @@ impl Shelf {
                 self.total,
                 over.count()
             );
-            said.complaints.entry(self.path.display().to_string()).or_default().push(line);
+            said.warnings.entry(self.path.display().to_string()).or_default().push(line);
         }
         let sliced: BTreeSet<ObjectName> = chosen
             .values()
@@ -365,10 +365,10 @@ impl Shelf {
             })
             .collect();
         for (id, (name, object)) in chosen {
-            let told = object.complaints.iter().map(|line| format!("in {name}: {line}"));
+            let told = object.warnings.iter().map(|line| format!("in {name}: {line}"));
             let told: Vec<String> = told.collect();
             if !told.is_empty() {
-                said.complaints.entry(id.to_string()).or_default().extend(told);
+                said.warnings.entry(id.to_string()).or_default().extend(told);
             }
             said.put(id, &object.content, &sliced);
         }

@@ -34,7 +34,7 @@ struct Heard {
     slices: BTreeMap<String, String>,
     node: Option<Node>,
     service_ranges: BTreeMap<String, Vec<String>>,
-    complaints: BTreeMap<String, Vec<String>>,
+    warnings: BTreeMap<String, Vec<String>>,
     synced: Vec<Kind>,
     connected: bool,
     torn: bool,
@@ -58,11 +58,11 @@ impl Heard {
                 self.service_ranges.insert(name, ranges.iter().map(ToString::to_string).collect());
             }
             Change::ServiceRanges(name, None) => assert!(self.service_ranges.remove(&name).is_some()),
-            Change::Complaints { object, lines } if lines.is_empty() => {
-                assert!(self.complaints.remove(&object).is_some());
+            Change::Warnings { object, lines } if lines.is_empty() => {
+                assert!(self.warnings.remove(&object).is_some());
             }
-            Change::Complaints { object, lines } => {
-                self.complaints.insert(object, lines);
+            Change::Warnings { object, lines } => {
+                self.warnings.insert(object, lines);
             }
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected = connected,
@@ -142,7 +142,7 @@ fn every_way_to_write_objects_is_read() {
     assert_eq!(bench.heard.services, expected);
     assert_eq!(bench.heard.slices, map(&[("default/one-x", "10.0.0.1")]));
     assert_eq!(bench.heard.node.as_ref().unwrap().zone.as_deref(), Some("a"));
-    assert_eq!(bench.heard.complaints, BTreeMap::new());
+    assert_eq!(bench.heard.warnings, BTreeMap::new());
     assert_eq!(bench.look(), 0, "nothing has changed");
 }
 
@@ -159,12 +159,12 @@ fn a_broken_file_keeps_what_it_said_and_says_where_it_is_broken() {
     bench.look();
     assert_eq!(bench.heard.services, before);
     assert!(bench.heard.torn, "other.json was never understood");
-    let places: Vec<&String> = bench.heard.complaints.keys().collect();
-    assert_eq!(places.len(), 2, "{:?}", bench.heard.complaints);
+    let places: Vec<&String> = bench.heard.warnings.keys().collect();
+    assert_eq!(places.len(), 2, "{:?}", bench.heard.warnings);
     assert_eq!(places[0], "other.json:2");
     assert!(places[1].starts_with("web.yaml:"), "{places:?}");
     let ends = ["nothing in the file is used until it can be read", "what the file said before stays"];
-    for (lines, end) in bench.heard.complaints.values().zip(ends) {
+    for (lines, end) in bench.heard.warnings.values().zip(ends) {
         assert!(lines[0].ends_with(end), "{lines:?}");
     }
 
@@ -172,7 +172,7 @@ fn a_broken_file_keeps_what_it_said_and_says_where_it_is_broken() {
     fs::remove_file(bench.dir.path().join("other.json")).unwrap();
     bench.look();
     assert_eq!(bench.heard.services["default/web"], "10.96.0.9");
-    assert_eq!(bench.heard.complaints, BTreeMap::new());
+    assert_eq!(bench.heard.warnings, BTreeMap::new());
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn an_object_that_cannot_be_read_does_not_stop_its_neighbours() {
     bench.write("all.yaml", &("# one line\n".to_owned() + &bad + &service("good", "10.96.0.3")));
     bench.look();
     assert_eq!(bench.heard.services, map(&[("default/bad", "10.96.0.1"), ("default/good", "10.96.0.3")]));
-    let (place, lines) = bench.heard.complaints.first_key_value().unwrap();
+    let (place, lines) = bench.heard.warnings.first_key_value().unwrap();
     assert_eq!(place, "all.yaml:2");
     assert!(lines[0].starts_with("Service default/bad cannot be read"), "{lines:?}");
     assert!(lines[0].ends_with("; what it said before stays"), "{lines:?}");
@@ -192,7 +192,7 @@ fn an_object_that_cannot_be_read_does_not_stop_its_neighbours() {
     bench.write("all.yaml", "just a text\n---\nkind: Service\napiVersion: v1\n");
     bench.look();
     assert_eq!(bench.heard.services, BTreeMap::new());
-    let lines: Vec<&str> = bench.heard.complaints.values().map(|lines| lines[0].as_str()).collect();
+    let lines: Vec<&str> = bench.heard.warnings.values().map(|lines| lines[0].as_str()).collect();
     assert_eq!(lines, ["is not a Kubernetes object: it has no `kind`", "has no `metadata.name`"]);
 }
 
@@ -204,12 +204,12 @@ fn of_an_object_in_two_files_the_first_one_counts_until_it_goes() {
     bench.write("a.yaml", &service("web", "10.96.0.1"));
     bench.look();
     assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.1")]));
-    let lines = &bench.heard.complaints["Service default/web"];
+    let lines = &bench.heard.warnings["Service default/web"];
     assert_eq!(*lines, ["in b.yaml is ignored: a.yaml has it already and comes first"]);
     fs::remove_file(bench.dir.path().join("a.yaml")).unwrap();
     bench.look();
     assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.2")]));
-    assert_eq!(bench.heard.complaints, BTreeMap::new());
+    assert_eq!(bench.heard.warnings, BTreeMap::new());
 }
 
 #[test]
@@ -229,11 +229,11 @@ fn legacy_endpoints_give_way_to_slices() {
 }
 
 #[test]
-fn complaints_name_the_file_and_the_part() {
+fn warnings_name_the_file_and_the_part() {
     let mut bench = Bench::new();
     bench.write("web.yaml", &service("web", "10.96.0.1").replace("ports:", "externalIPs: [bad], ports:"));
     bench.look();
-    let lines = &bench.heard.complaints["Service default/web"];
+    let lines = &bench.heard.warnings["Service default/web"];
     assert_eq!(*lines, ["in web.yaml: spec.externalIPs[0] \"bad\" is not an IP address: skipped"]);
 }
 
@@ -256,7 +256,7 @@ fn what_is_no_file_any_more_keeps_what_it_said_and_holds_up_nobody() {
     for (n, (said, make)) in kinds.into_iter().enumerate() {
         bench.write("a.yaml", &service("web", "10.96.0.1"));
         bench.look();
-        assert_eq!(bench.heard.complaints, BTreeMap::new());
+        assert_eq!(bench.heard.warnings, BTreeMap::new());
         fs::remove_file(&at).unwrap();
         make(&at);
         other(&bench, n as u8 + 1);
@@ -267,7 +267,7 @@ fn what_is_no_file_any_more_keeps_what_it_said_and_holds_up_nobody() {
             map(&[("default/other", &*expected), ("default/web", "10.96.0.1")]),
             "{said}"
         );
-        let [line] = &bench.heard.complaints["a.yaml:1"][..] else { panic!("{:?}", bench.heard.complaints) };
+        let [line] = &bench.heard.warnings["a.yaml:1"][..] else { panic!("{:?}", bench.heard.warnings) };
         assert!(line.starts_with(said) && line.ends_with("; what the file said before stays"), "{line}");
         assert!(bench.heard.connected && !bench.heard.torn);
         if fs::symlink_metadata(&at).unwrap().is_dir() {
@@ -299,12 +299,12 @@ fn files_that_are_too_much_together_keep_what_they_said() {
     let as_before =
         map(&[("default/a", "10.96.0.1"), ("default/b", "10.96.0.2"), ("default/c", "10.96.0.4")]);
     assert_eq!(bench.heard.services, as_before);
-    let line = &bench.heard.complaints[&bench.dir.path().display().to_string()][0];
+    let line = &bench.heard.warnings[&bench.dir.path().display().to_string()][0];
     assert!(line.contains("more than 1000 bytes") && line.contains("b.yaml and 0 files after it"), "{line}");
     bench.write("b.yaml", &service("b", "10.96.0.9"));
     bench.look();
     assert_eq!(bench.heard.services["default/b"], "10.96.0.9");
-    assert_eq!(bench.heard.complaints, BTreeMap::new());
+    assert_eq!(bench.heard.warnings, BTreeMap::new());
 }
 
 #[test]
@@ -321,8 +321,8 @@ fn aliases_that_stand_for_more_than_a_file_may_hold_are_refused() {
     bench.write("web.yaml", &service("web", "10.96.0.1"));
     bench.look();
     assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.1")]));
-    let told: Vec<&String> = bench.heard.complaints.keys().collect();
-    assert_eq!(told.len(), 2, "{:?}", bench.heard.complaints);
+    let told: Vec<&String> = bench.heard.warnings.keys().collect();
+    assert_eq!(told.len(), 2, "{:?}", bench.heard.warnings);
 }
 
 /// A running source and what it has said so far.
@@ -372,7 +372,7 @@ async fn edits_additions_and_removals_are_noticed() {
 
     fs::remove_file(path("b.yaml")).unwrap();
     running.until("a removal is heard", |heard| heard.services.len() == 1).await;
-    assert_eq!(running.heard.complaints, BTreeMap::new());
+    assert_eq!(running.heard.warnings, BTreeMap::new());
     assert_eq!(running.heard.synced, [Kind::Service, Kind::Slice, Kind::Node]);
 }
 
@@ -400,9 +400,9 @@ async fn what_a_link_leads_to_is_read_when_it_comes() {
     let target = elsewhere.path().join("web.yaml");
     symlink(&target, dir.path().join("web.yaml")).unwrap();
     let mut running = Running::start(dir.path()).await;
-    running.until("it complains", |heard| heard.complaints.contains_key("web.yaml:1")).await;
+    running.until("it warns", |heard| heard.warnings.contains_key("web.yaml:1")).await;
     fs::write(&target, service("web", "10.96.0.1")).unwrap();
-    running.until("it is read", |heard| heard.services.len() == 1 && heard.complaints.is_empty()).await;
+    running.until("it is read", |heard| heard.services.len() == 1 && heard.warnings.is_empty()).await;
 }
 
 #[tokio::test]
@@ -429,7 +429,7 @@ async fn a_directory_that_is_replaced_is_found_again_and_its_absence_takes_nothi
     fs::write(path.join("a.yaml"), service("web", "10.96.0.2")).unwrap();
     running.until("the new one is heard", |heard| heard.connected).await;
     running.until("it is read", |heard| heard.services["default/web"] == "10.96.0.2").await;
-    assert_eq!(running.heard.complaints, BTreeMap::new());
+    assert_eq!(running.heard.warnings, BTreeMap::new());
 }
 
 #[tokio::test]

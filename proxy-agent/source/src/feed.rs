@@ -81,7 +81,7 @@ pub(super) struct Feed<K, T> {
 #[derive(Default)]
 struct Sent {
     fingerprint: Option<u64>,
-    complaints: Vec<String>,
+    warnings: Vec<String>,
 }
 
 /// What was sent of all objects.
@@ -98,7 +98,7 @@ struct News<T> {
     object: Option<T>,
     fingerprint: Option<u64>,
     triggered: Option<Timestamp>,
-    complaints: Vec<String>,
+    warnings: Vec<String>,
 }
 
 /// A list that is coming in.
@@ -128,7 +128,7 @@ where
     ) -> Result<(), Closed> {
         let news = self.convert(&heard, known);
         listing.names.insert(news.name.clone());
-        let same = |sent: &Sent| sent.fingerprint == news.fingerprint && sent.complaints == news.complaints;
+        let same = |sent: &Sent| sent.fingerprint == news.fingerprint && sent.warnings == news.warnings;
         if !known.synced || known.sent.get(&news.name).is_some_and(same) {
             return self.tell(news, known).await;
         }
@@ -172,21 +172,21 @@ where
                     hook(object);
                 }
                 let triggered = (self.triggered)(object);
-                let (object, complaints) = (self.convert)(object);
+                let (object, warnings) = (self.convert)(object);
                 let fingerprint = object.as_ref().map(fingerprint);
-                News { name, object, fingerprint, triggered, complaints }
+                News { name, object, fingerprint, triggered, warnings }
             }
             // What was known of it stays, as with every object that has become unreadable.
             Err(error) => {
                 let fingerprint = known.sent.get(&name).and_then(|sent| sent.fingerprint);
-                let complaints = vec![format!("cannot be read: {error}")];
-                News { name, object: None, fingerprint, triggered: None, complaints }
+                let warnings = vec![format!("cannot be read: {error}")];
+                News { name, object: None, fingerprint, triggered: None, warnings }
             }
         }
     }
 
     async fn tell(&self, news: News<T>, known: &mut Known) -> Result<(), Closed> {
-        let News { name, object, fingerprint, triggered, complaints } = news;
+        let News { name, object, fingerprint, triggered, warnings } = news;
         let sent = known.sent.remove(&name).unwrap_or_default();
         if fingerprint != sent.fingerprint {
             if let (Some(at), true) = (triggered, fingerprint.is_some()) {
@@ -196,19 +196,19 @@ where
         } else if object.is_some() {
             self.line.send(Change::Repeated(self.line.kind)).await?;
         }
-        if sent.complaints != complaints {
-            self.complain(&name, complaints.clone()).await?;
+        if sent.warnings != warnings {
+            self.warn(&name, warnings.clone()).await?;
         }
-        if fingerprint.is_some() || !complaints.is_empty() {
-            known.sent.insert(name, Sent { fingerprint, complaints });
+        if fingerprint.is_some() || !warnings.is_empty() {
+            known.sent.insert(name, Sent { fingerprint, warnings });
         }
         Ok(())
     }
 
     async fn remove(&self, name: ObjectName, known: &mut Known) -> Result<(), Closed> {
         let Some(sent) = known.sent.remove(&name) else { return Ok(()) };
-        if !sent.complaints.is_empty() {
-            self.complain(&name, Vec::new()).await?;
+        if !sent.warnings.is_empty() {
+            self.warn(&name, Vec::new()).await?;
         }
         if sent.fingerprint.is_some() {
             self.line.send((self.change)(name, None)).await?;
@@ -216,12 +216,12 @@ where
         Ok(())
     }
 
-    async fn complain(&self, name: &ObjectName, lines: Vec<String>) -> Result<(), Closed> {
+    async fn warn(&self, name: &ObjectName, lines: Vec<String>) -> Result<(), Closed> {
         let object = match self.line.kind {
             Kind::Node | Kind::ServiceCidr => format!("{} {}", self.what, name.name),
             Kind::Service | Kind::Slice | Kind::Pod => format!("{} {name}", self.what),
         };
-        self.line.send(Change::Complaints { object, lines }).await
+        self.line.send(Change::Warnings { object, lines }).await
     }
 }
 

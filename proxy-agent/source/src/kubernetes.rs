@@ -158,7 +158,7 @@ impl Cluster {
                 learn::cluster_info(way, servers.clone(), &scheme).await;
                 std::future::pending().await
             } => {}
-            () = complain(&servers, &tx) => {}
+            () = warn(&servers, &tx) => {}
             () = tx.closed() => {}
         }
     }
@@ -197,13 +197,13 @@ fn learner(
 }
 
 /// Has what is wrong with the API servers shown, until nobody listens.
-async fn complain(servers: &Servers, tx: &mpsc::Sender<Change>) {
+async fn warn(servers: &Servers, tx: &mpsc::Sender<Change>) {
     let mut said = Vec::new();
     loop {
         let lines = servers.troubles().await;
         if lines != said {
-            let complaints = Change::Complaints { object: "API server".to_owned(), lines: lines.clone() };
-            if tx.send(complaints).await.is_err() {
+            let warnings = Change::Warnings { object: "API server".to_owned(), lines: lines.clone() };
+            if tx.send(warnings).await.is_err() {
                 return;
             }
             said = lines;
@@ -249,8 +249,8 @@ async fn feeds(
         labels: None,
         fields: Some(format!("metadata.name={node_name}")),
         convert: |object| {
-            let (node, complaints) = convert::node(object);
-            (Some(node), complaints)
+            let (node, warnings) = convert::node(object);
+            (Some(node), warnings)
         },
         change: |_, node| Change::Node(node),
         triggered: |_| None,
@@ -262,8 +262,8 @@ async fn feeds(
         labels: None,
         fields: None,
         convert: |object| {
-            let (ranges, complaints) = convert::service_cidr(object);
-            (Some(ranges), complaints)
+            let (ranges, warnings) = convert::service_cidr(object);
+            (Some(ranges), warnings)
         },
         change: |name, ranges| Change::ServiceRanges(name.name.to_string(), ranges),
         triggered: |_| None,

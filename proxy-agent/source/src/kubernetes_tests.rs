@@ -128,7 +128,7 @@ fn status(code: u16, reason: &str) -> Value {
 struct Listener {
     rx: mpsc::Receiver<Change>,
     services: HashMap<String, String>,
-    complaints: HashMap<String, Vec<String>>,
+    warnings: HashMap<String, Vec<String>>,
     ranges: HashMap<String, Vec<IpNet>>,
     synced: Vec<Kind>,
     connected: Vec<bool>,
@@ -145,8 +145,8 @@ impl Listener {
         let (server, cluster) = Server::start(replies, service_cidrs).await;
         let (tx, rx) = mpsc::channel(64);
         tokio::spawn(cluster.run("n1".into(), false, tx));
-        let (services, complaints, ranges, synced, connected, repeated) = Default::default();
-        (server, Self { rx, services, complaints, ranges, synced, connected, repeated, changes: 0 })
+        let (services, warnings, ranges, synced, connected, repeated) = Default::default();
+        (server, Self { rx, services, warnings, ranges, synced, connected, repeated, changes: 0 })
     }
 
     async fn until(&mut self, what: &str, done: impl Fn(&Self) -> bool) {
@@ -156,12 +156,7 @@ impl Listener {
                 self.take(change);
             }
         });
-        assert!(
-            waited.await.is_ok(),
-            "waited in vain until {what}: {:?} {:?}",
-            self.services,
-            self.complaints
-        );
+        assert!(waited.await.is_ok(), "waited in vain until {what}: {:?} {:?}", self.services, self.warnings);
     }
 
     fn take(&mut self, change: Change) {
@@ -174,8 +169,8 @@ impl Listener {
                 self.changes += 1;
                 assert!(self.services.remove(&*name.name).is_some());
             }
-            Change::Complaints { object, lines } => {
-                self.complaints.insert(object, lines);
+            Change::Warnings { object, lines } => {
+                self.warnings.insert(object, lines);
             }
             Change::ServiceRanges(name, Some(ranges)) => drop(self.ranges.insert(name, ranges)),
             Change::ServiceRanges(name, None) => assert!(self.ranges.remove(&name).is_some()),
@@ -229,8 +224,8 @@ async fn ranges_of_cluster_ips_are_followed() {
     listener.until("the ranges are in", |l| l.ranges.contains_key("more") && l.ranges.len() == 1).await;
     let ranges: Vec<String> = listener.ranges["more"].iter().map(ToString::to_string).collect();
     assert_eq!(ranges, ["10.200.0.0/24", "fd00:200::/112"]);
-    listener.until("the bad one is told", |l| l.complaints.contains_key("ServiceCIDR more")).await;
-    let [line] = &listener.complaints["ServiceCIDR more"][..] else { panic!("{:?}", listener.complaints) };
+    listener.until("the bad one is told", |l| l.warnings.contains_key("ServiceCIDR more")).await;
+    let [line] = &listener.warnings["ServiceCIDR more"][..] else { panic!("{:?}", listener.warnings) };
     assert!(line.contains("spec.cidrs[1]") && line.contains("\"x\""), "{line}");
 }
 
@@ -311,11 +306,11 @@ async fn an_object_that_cannot_be_decoded_is_told_and_stops_nobody() {
         event("MODIFIED", object("bad", "10.96.0.1", "4")),
     ])])
     .await;
-    listener.until("the bad one is told", |l| !l.complaints.is_empty()).await;
-    let lines = &listener.complaints["Service default/bad"];
+    listener.until("the bad one is told", |l| !l.warnings.is_empty()).await;
+    let lines = &listener.warnings["Service default/bad"];
     assert!(lines[0].starts_with("cannot be read:"), "{lines:?}");
     listener.until("both are in", |l| l.has(&[("bad", "10.96.0.1"), ("good", "10.96.0.2")])).await;
-    listener.until("the complaint is taken back", |l| l.complaints["Service default/bad"].is_empty()).await;
+    listener.until("the warning is taken back", |l| l.warnings["Service default/bad"].is_empty()).await;
 }
 
 #[tokio::test]
@@ -375,7 +370,7 @@ async fn a_later_list_that_is_older_or_not_whole_changes_nothing_before_it_is_be
     ])
     .await;
     listener
-        .until("an older state is told", |l| l.complaints.values().flatten().any(|c| c.contains("older")))
+        .until("an older state is told", |l| l.warnings.values().flatten().any(|c| c.contains("older")))
         .await;
     assert!(listener.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")]), "{:?}", listener.services);
     listener.until("a newer list is in", |l| l.has(&[("a", "10.96.0.4")])).await;
@@ -399,7 +394,7 @@ async fn a_list_of_another_kind_is_none() {
         Reply::Whole(200, list("ServiceList")),
     ])
     .await;
-    let told = |l: &Listener| l.complaints.values().flatten().any(|line| line.contains("PodList is no list"));
+    let told = |l: &Listener| l.warnings.values().flatten().any(|line| line.contains("PodList is no list"));
     listener.until("the wrong kind is told", told).await;
     assert!(listener.services.is_empty());
     listener.until("the right kind is in", |l| l.has(&[("a", "10.96.0.1")])).await;

@@ -65,7 +65,7 @@ pub struct Object {
     /// What it says.
     pub content: Content,
     /// What is wrong with parts of it.
-    pub complaints: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// Something in a file that could not be used.
@@ -133,7 +133,7 @@ fn json_documents(text: &str) -> Result<Vec<(u64, Value)>, Fault> {
     }
 }
 
-/// The parser's message without its picture of the place: a complaint is one line.
+/// The parser's message without its picture of the place: a warning is one line.
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
@@ -162,25 +162,25 @@ impl Manifest {
             }
             ("v1", "Service") => self.decode(document, line, Id::Service, |mut object: core::Service| {
                 default_service(&mut object);
-                let (service, complaints) = convert::service(&object);
-                (Content::Service(service), complaints)
+                let (service, warnings) = convert::service(&object);
+                (Content::Service(service), warnings)
             }),
             ("v1", "Endpoints") => self.decode(document, line, Id::Endpoints, |object: core::Endpoints| {
-                let (slices, complaints) = convert::endpoints(&object);
-                (Content::Endpoints(slices), complaints)
+                let (slices, warnings) = convert::endpoints(&object);
+                (Content::Endpoints(slices), warnings)
             }),
             ("discovery.k8s.io/v1", "EndpointSlice") => {
                 self.decode(document, line, Id::Slice, |mut object: discovery::EndpointSlice| {
                     default_slice(&mut object);
-                    let (slice, complaints) = convert::slice(&object);
-                    (Content::Slice(slice), complaints)
+                    let (slice, warnings) = convert::slice(&object);
+                    (Content::Slice(slice), warnings)
                 });
             }
             ("networking.k8s.io/v1", "ServiceCIDR") => {
                 let id = |name: ObjectName| Id::ServiceCidr(name.name.to_string());
                 self.decode(document, line, id, |object: networking::ServiceCIDR| {
-                    let (ranges, complaints) = convert::service_cidr(&object);
-                    (Content::ServiceRanges(ranges), complaints)
+                    let (ranges, warnings) = convert::service_cidr(&object);
+                    (Content::ServiceRanges(ranges), warnings)
                 });
             }
             ("v1", "Node") => {
@@ -191,8 +191,8 @@ impl Manifest {
                         line,
                         |_| Id::Node,
                         |object: core::Node| {
-                            let (node, complaints) = convert::node(&object);
-                            (Content::Node(node), complaints)
+                            let (node, warnings) = convert::node(&object);
+                            (Content::Node(node), warnings)
                         },
                     );
                 }
@@ -237,8 +237,8 @@ impl Manifest {
         let id = id(ObjectName::new(namespace, name));
         match serde_json::from_value::<K>(document) {
             Ok(object) => {
-                let (content, complaints) = convert(object);
-                self.objects.push(Object { id, content, complaints });
+                let (content, warnings) = convert(object);
+                self.objects.push(Object { id, content, warnings });
             }
             Err(error) => {
                 self.faults.push(Fault { line, text: format!("{id} cannot be read: {error}"), id: Some(id) });

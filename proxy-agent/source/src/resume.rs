@@ -71,7 +71,7 @@ where
             }
             End::Unreachable(_) => {
                 // Whoever asks next waits until somebody may.
-                self.complain_of(&why, progress, shared);
+                self.warn_of(&why, progress, shared);
                 self.line.connected(false).await?;
             }
             End::Endless => self.without_streaming("it does not say where the list ends", progress),
@@ -151,7 +151,7 @@ where
             (progress.version, progress.heard) = (None, Instant::now());
         }
         if !shared.servers.blame(progress.generation, &format!("{}s: {why}", self.what)) {
-            self.complain_of(why, progress, shared);
+            self.warn_of(why, progress, shared);
         }
     }
 
@@ -182,7 +182,7 @@ where
     }
 
     async fn pause(&self, why: &str, progress: &mut Progress, shared: &Shared) -> Result<(), Closed> {
-        self.complain_of(why, progress, shared);
+        self.warn_of(why, progress, shared);
         self.line.connected(false).await?;
         let pause = progress.backoff.pause();
         tracing::debug!(kind = self.what, ?pause, "pausing");
@@ -195,7 +195,7 @@ where
     }
 
     /// Logs what is wrong when it is news, and has it shown.
-    fn complain_of(&self, why: &str, progress: &mut Progress, shared: &Shared) {
+    fn warn_of(&self, why: &str, progress: &mut Progress, shared: &Shared) {
         shared.servers.trouble(self.what, Some(format!("{}s: {why}", self.what)));
         if progress.said != why {
             tracing::warn!(kind = self.what, why, "cannot watch; what is known stays, trying again");

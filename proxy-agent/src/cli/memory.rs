@@ -22,7 +22,7 @@ pub(super) struct Memory {
     pub(super) actual: Actual,
     pub(super) agent: AgentState,
     pub(super) running: bool,
-    pub(super) complaints: Vec<String>,
+    pub(super) warnings: Vec<String>,
     pub(super) reasons: Vec<(Reason, u64)>,
     pub(super) stats: BTreeMap<u32, ServiceStats>,
     pub(super) flows: RefCell<Vec<Flow>>,
@@ -40,8 +40,8 @@ impl View for Memory {
     fn is_running(&self) -> Result<bool> {
         Ok(self.running)
     }
-    fn complaints(&self) -> Result<Vec<String>> {
-        Ok(self.complaints.clone())
+    fn warnings(&self) -> Result<Vec<String>> {
+        Ok(self.warnings.clone())
     }
     fn reasons(&self) -> Result<Vec<(Reason, u64)>> {
         Ok(self.reasons.clone())
@@ -151,7 +151,7 @@ pub(super) fn small_cluster() -> Memory {
         actual: Actual::default(),
         agent: agent(),
         running: true,
-        complaints: vec![],
+        warnings: vec![],
         reasons: Reason::ALL.iter().map(|r| (*r, u64::from(*r == Reason::NewFlow) * 12)).collect(),
         stats: BTreeMap::from([(1, ServiceStats { chosen: 41, refused: 0, dropped: 2 })]),
         flows: RefCell::default(),

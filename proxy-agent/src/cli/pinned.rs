@@ -22,8 +22,8 @@ impl View for Pinned {
         Ok(Self::is_running(self)?)
     }
 
-    fn complaints(&self) -> Result<Vec<String>> {
-        Ok(Self::complaints(self)?)
+    fn warnings(&self) -> Result<Vec<String>> {
+        Ok(Self::warnings(self)?)
     }
 
     fn reasons(&self) -> Result<Vec<(Reason, u64)>> {

@@ -65,7 +65,7 @@ pub struct Agent {
     /// Endpoints known.
     pub endpoints: u32,
     /// Objects left out.
-    pub complaints: u32,
+    pub warnings: u32,
     /// Interfaces with programs.
     pub interfaces: u32,
     /// Interfaces that refused a program.
@@ -120,7 +120,7 @@ pub struct Status {
     /// Counters that are not zero.
     pub reasons: Vec<ReasonCount>,
     /// Objects left out, in the agent's words.
-    pub complaints: Vec<String>,
+    pub object_warnings: Vec<String>,
     /// What is as it should be, and should be known.
     pub notes: Vec<String>,
 }
@@ -146,7 +146,7 @@ impl Status {
             tables: vec![],
             fall_backs: vec![],
             reasons: vec![],
-            complaints: vec![],
+            object_warnings: vec![],
             notes: vec![],
         }
     }
@@ -154,12 +154,12 @@ impl Status {
     /// The page of this moment.
     pub fn read(view: &dyn View, kernel: &str, now: Now) -> Result<Self> {
         let state = view.agent()?;
-        let (links, tables, complaints) = (view.links()?, view.fill()?, view.complaints()?);
-        let (notes, complaints): (Vec<String>, Vec<String>) =
-            complaints.into_iter().partition(|line| line.starts_with(NOTE));
+        let (links, tables, lines) = (view.links()?, view.fill()?, view.warnings()?);
+        let (notes, lines): (Vec<String>, Vec<String>) =
+            lines.into_iter().partition(|line| line.starts_with(NOTE));
         let notes = notes.iter().filter_map(|line| line.strip_prefix(NOTE)).map(str::to_owned).collect();
-        let (refusals, complaints): (Vec<String>, Vec<String>) =
-            complaints.into_iter().partition(|line| line.starts_with(PROBLEM));
+        let (refusals, object_warnings): (Vec<String>, Vec<String>) =
+            lines.into_iter().partition(|line| line.starts_with(PROBLEM));
         let agent = match state.started_ms {
             0 => None,
             _ => Some(agent(&state, view.is_running()?, now)),
@@ -176,7 +176,7 @@ impl Status {
         Ok(Self {
             healthy: problems.is_empty(),
             problems,
-            warnings: warnings(agent.as_ref(), &links, &complaints),
+            warnings: warnings(agent.as_ref(), &links, &object_warnings),
             version: env!("CARGO_PKG_VERSION"),
             kernel: kernel.to_owned(),
             agent,
@@ -192,7 +192,7 @@ impl Status {
                     meaning: reason.meaning(),
                 })
                 .collect(),
-            complaints,
+            object_warnings,
             notes,
         })
     }
@@ -215,7 +215,7 @@ fn agent(state: &AgentState, running: bool, now: Now) -> Agent {
         generation: state.generation,
         services: state.services,
         endpoints: state.endpoints,
-        complaints: state.complaints,
+        warnings: state.complaints,
         interfaces: state.interfaces,
         interfaces_failed: state.interfaces_failed,
     }
@@ -283,7 +283,7 @@ fn refusal(line: &str) -> Remark {
     remark(line, "see `proxy-agent doctor` for who else is at the hook; the agent goes on trying")
 }
 
-fn warnings(agent: Option<&Agent>, links: &[LinkInfo], complaints: &[String]) -> Vec<Remark> {
+fn warnings(agent: Option<&Agent>, links: &[LinkInfo], object_warnings: &[String]) -> Vec<Remark> {
     let mut found = Vec::new();
     let Some(agent) = agent else { return found };
     if agent.synced && !agent.connected {
@@ -304,9 +304,9 @@ fn warnings(agent: Option<&Agent>, links: &[LinkInfo], complaints: &[String]) ->
             "a running agent attaches it again within seconds: see its log if it does not",
         ));
     }
-    if !complaints.is_empty() {
+    if !object_warnings.is_empty() {
         found.push(remark(
-            format!("complaints about objects: {}, listed below", complaints.len()),
+            format!("warnings about objects: {}, listed below", object_warnings.len()),
             "correct the objects; everything else is served",
         ));
     }
@@ -353,7 +353,7 @@ pub fn text(status: &Status) -> String {
         page += "\n";
         page += &table::table(&["REASON", "COUNT", "MEANING"], rows.collect());
     }
-    for (title, lines) in [("COMPLAINTS", &status.complaints), ("NOTES", &status.notes)] {
+    for (title, lines) in [("WARNINGS", &status.object_warnings), ("NOTES", &status.notes)] {
         if !lines.is_empty() {
             page += "\n";
             page += &table::table(&[title], lines.iter().map(|line| vec![line.clone()]).collect());
@@ -427,7 +427,7 @@ mod tests {
         memory.agent.beat_ms = NOW.unix_ms - 15_000;
         memory.agent.connected = 0;
         memory.agent.interfaces_failed = 1;
-        memory.complaints = vec!["Service default/bad: port 0 is out of range".to_owned()];
+        memory.warnings = vec!["Service default/bad: port 0 is out of range".to_owned()];
         memory.links[1].attached = false;
         golden("status_unhealthy", &text(&read(&memory)));
     }
@@ -499,7 +499,7 @@ mod tests {
             "tables",
             "fall_backs",
             "reasons",
-            "complaints",
+            "object_warnings",
             "notes",
         ];
         expected.sort_unstable();

@@ -30,7 +30,7 @@ pub trait View {
     /// Whether an agent runs here, whatever it last said of itself.
     fn is_running(&self) -> Result<bool>;
     /// Objects that were left out, newest last.
-    fn complaints(&self) -> Result<Vec<String>>;
+    fn warnings(&self) -> Result<Vec<String>>;
     /// The counters of REASONS.
     fn reasons(&self) -> Result<Vec<(Reason, u64)>>;
     /// Counters by service id, summed over CPUs.

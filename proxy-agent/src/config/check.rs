@@ -7,7 +7,7 @@ use super::v1alpha1::KubeProxyConfiguration;
 /// Modes that kube-proxy knows.
 const MODES: [&str; 4] = ["", "iptables", "ipvs", "nftables"];
 
-/// Complains about every value out of its range. Addresses and ranges are checked where they are parsed.
+/// Warns of every value out of its range. Addresses and ranges are checked where they are parsed.
 pub(super) fn check(kube: &KubeProxyConfiguration, errors: &mut Errors) {
     let mut range = |name, value: i64, allowed: std::ops::RangeInclusive<i64>| {
         if !allowed.contains(&value) {

@@ -47,7 +47,7 @@ pub(super) struct Adoption {
     /// Whether packets may be kept out of connection tracking, by us or by an agent that has died.
     untracked: bool,
     /// Why none are taken.
-    complaint: String,
+    warning: String,
 }
 
 /// A connection, and its ends between client and endpoint.
@@ -108,7 +108,7 @@ impl Adoption {
             waiting: BTreeMap::new(),
             staying: Vec::new(),
             untracked: true,
-            complaint: String::new(),
+            warning: String::new(),
         }
     }
 
@@ -272,10 +272,10 @@ impl Adoption {
             return;
         }
         if let Err(error) = self.take_some(flows) {
-            let complaint = format!("{error:#}");
-            if self.complaint != complaint {
-                tracing::warn!("connections of kube-proxy's rules stay with netfilter for now: {complaint}");
-                self.complaint = complaint;
+            let warning = format!("{error:#}");
+            if self.warning != warning {
+                tracing::warn!("connections of kube-proxy's rules stay with netfilter for now: {warning}");
+                self.warning = warning;
             }
         }
     }

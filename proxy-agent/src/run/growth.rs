@@ -32,8 +32,8 @@ pub(super) struct Growth {
     short: Vec<&'static str>,
     at_work: Option<(Capacities, JoinHandle<Result<Prepared, LoadError>>)>,
     /// What memory or the kernel forbids.
-    complaints: Vec<String>,
-    /// Complaints that an Event is still to tell.
+    warnings: Vec<String>,
+    /// Warnings that an Event is still to tell.
     news: Vec<String>,
     standing: Standing,
     failed: Option<Instant>,
@@ -50,7 +50,7 @@ impl Growth {
             bound: 0,
             short: Vec::new(),
             at_work: None,
-            complaints: Vec::new(),
+            warnings: Vec::new(),
             news: Vec::new(),
             standing: limits.standing(&sizes),
             failed: None,
@@ -67,8 +67,8 @@ impl Growth {
     }
 
     /// What stands in the way.
-    pub(super) fn complaints(&self) -> &[String] {
-        &self.complaints
+    pub(super) fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     /// What has come to stand in the way since this was asked last.
@@ -110,8 +110,8 @@ impl Growth {
                     self.failed = Some(Instant::now());
                     let now = self.limits.standing(&self.sizes);
                     self.standing = Standing { done: times, failed: failed + 1, ..now };
-                    self.complaints = vec![format!("tables stay as large as they are: {error:#}")];
-                    self.news.clone_from(&self.complaints);
+                    self.warnings = vec![format!("tables stay as large as they are: {error:#}")];
+                    self.news.clone_from(&self.warnings);
                     Err(error.context("larger tables"))
                 }
             };
@@ -159,10 +159,10 @@ impl Growth {
             self.standing.blocked.extend(larger.against.map(|against| (larger.map, against)));
         }
         let table = |line: &String| line.split(" has ").next().map(ToOwned::to_owned);
-        let known: Vec<_> = self.complaints.iter().map(table).collect();
+        let known: Vec<_> = self.warnings.iter().map(table).collect();
         let new = lines.iter().filter(|line| !known.contains(&table(line))).cloned();
         self.news.extend(new.inspect(|line| tracing::warn!("{line}")));
-        self.complaints = lines;
+        self.warnings = lines;
     }
 }
 

@@ -386,7 +386,7 @@ impl Agent {
             self.lead_pods();
             self.set_conntrack();
             self.count();
-            self.report.untracked(self.taken.complaint());
+            self.report.untracked(self.taken.warning());
             self.report.write(&self.world, self.pace.queued_ms().is_some());
         }
     }
@@ -409,7 +409,7 @@ impl Agent {
         if let Some(news) = self.growth.news() {
             self.repairs.tell(Event::NotGrown(news));
         }
-        self.report.growth(self.growth.standing(), self.growth.complaints());
+        self.report.growth(self.growth.standing(), self.growth.warnings());
     }
 
     /// From now on these programs and their tables are at work.

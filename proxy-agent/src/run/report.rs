@@ -63,7 +63,7 @@ pub(super) struct Report {
     untracked: Option<String>,
     /// Whether what is new is left to another proxy.
     retired: bool,
-    /// Complaints that have been logged: each is logged once.
+    /// Warnings that have been logged: each is logged once.
     logged: std::collections::BTreeSet<String>,
     /// Why the last pass failed.
     failure: Option<String>,
@@ -271,7 +271,7 @@ impl Report {
                     }
                 }
             }
-            Change::Complaints { object, lines } => {
+            Change::Warnings { object, lines } => {
                 for line in lines {
                     if self.logged.insert(format!("{object}: {line}")) {
                         tracing::warn!("{object}: {line}");
@@ -437,8 +437,8 @@ impl Report {
     }
 
     /// What connection tracking does not tell; it has been logged.
-    pub(super) fn untracked(&mut self, complaint: Option<String>) {
-        self.untracked = complaint;
+    pub(super) fn untracked(&mut self, warning: Option<String>) {
+        self.untracked = warning;
     }
 
     pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
@@ -454,8 +454,8 @@ impl Report {
         self.service_health.want(Wanted::of(world)); // Y-25: after success only.
         self.failure = None;
         self.state.synced_ms = unix_ms();
-        self.refused.clone_from(&plan.complaints);
-        for line in &plan.complaints {
+        self.refused.clone_from(&plan.warnings);
+        for line in &plan.warnings {
             if self.logged.insert(line.clone()) {
                 tracing::error!("{line}");
             }
@@ -500,7 +500,7 @@ impl Report {
             world.endpoint_count(),
             self.state.interfaces,
             plan.steps.len(),
-            match world.complaints().len() {
+            match world.warnings().len() {
                 0 => String::new(),
                 n => format!("; {n} objects need attention, see `proxy-agent status`"),
             }
@@ -514,11 +514,11 @@ impl Report {
         lines.extend(self.refused.iter().cloned());
         lines.extend(self.untracked.iter().cloned());
         lines.extend(self.cramped.iter().cloned());
-        let not_served = self.service_health.complaints();
+        let not_served = self.service_health.warnings();
         lines.extend(not_served.iter().cloned());
-        let complaints = world.complaints();
-        lines.extend(complaints.iter().map(|c| format!("{}: {}", c.object, c.line)));
-        lines.extend(self.take_over.complaints());
+        let warnings = world.warnings();
+        lines.extend(warnings.iter().map(|c| format!("{}: {}", c.object, c.line)));
+        lines.extend(self.take_over.warnings());
         if let lost @ 1.. = logging::lost() {
             lines.push(format!(
                 "the log: {lost} lines were lost: is the disk of stderr full, or does nobody read it?"
@@ -541,11 +541,11 @@ impl Report {
         self.state.services = u32::try_from(world.service_count()).unwrap_or(u32::MAX);
         self.state.endpoints = u32::try_from(world.endpoint_count()).unwrap_or(u32::MAX);
         self.state.complaints =
-            u32::try_from(complaints.len() + self.refused.len() + not_served.len()).unwrap_or(u32::MAX);
+            u32::try_from(warnings.len() + self.refused.len() + not_served.len()).unwrap_or(u32::MAX);
         self.state.synced = u32::from(world.synced() && self.state.synced_ms != 0);
         self.state.connected = u32::from(world.connected());
         if let Err(error) =
-            self.pinned.write_complaints(&lines).and_then(|()| self.pinned.write_agent(&self.state))
+            self.pinned.write_warnings(&lines).and_then(|()| self.pinned.write_agent(&self.state))
         {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
@@ -558,6 +558,6 @@ impl Report {
         snapshot.interfaces = self.state.interfaces.into();
         snapshot.interfaces_failed = self.state.interfaces_failed.into();
         snapshot.generation = self.state.generation;
-        snapshot.complaints = self.state.complaints.into();
+        snapshot.warnings = self.state.complaints.into();
     }
 }

@@ -23,7 +23,7 @@ const SHARE: u32 = 50;
 pub(super) struct Follower {
     state: State,
     every: Duration,
-    complaint: Arc<Mutex<Option<String>>>,
+    warning: Arc<Mutex<Option<String>>>,
 }
 
 enum State {
@@ -40,7 +40,7 @@ impl Follower {
         let shortest = timeouts.udp.min(timeouts.tcp_syn).min(timeouts.sctp_init);
         let every = (Duration::from_secs(shortest.into()) / 3).clamp(SOON, EVERY);
         let state = State::Idle(Box::new(Taken::open(root)?));
-        Ok(Self { state, every, complaint: Arc::default() })
+        Ok(Self { state, every, warning: Arc::default() })
     }
 
     /// The tables have been written; with `news` there are endpoints or addresses that were not there before. The first time
@@ -59,7 +59,7 @@ impl Follower {
     }
 
     fn begin(&mut self, taken: Box<Taken>) {
-        let mut reader = Reader { taken, complaint: self.complaint.clone(), said: None };
+        let mut reader = Reader { taken, warning: self.warning.clone(), said: None };
         let mut pause = reader.read(self.every);
         let (wake, woken) = sync_channel(1);
         let every = self.every;
@@ -72,16 +72,16 @@ impl Follower {
             Ok(_) => self.state = State::Reading(wake),
             Err(error) => {
                 let line =
-                    complaint(&format!("the kernel's connection tracking is not read: no thread: {error}"));
+                    warning(&format!("the kernel's connection tracking is not read: no thread: {error}"));
                 tracing::warn!("{line}");
-                *self.complaint.lock().unwrap_or_else(PoisonError::into_inner) = Some(line);
+                *self.warning.lock().unwrap_or_else(PoisonError::into_inner) = Some(line);
             }
         }
     }
 
     /// What is wrong.
-    pub(super) fn complaint(&self) -> Option<String> {
-        self.complaint.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(super) fn warning(&self) -> Option<String> {
+        self.warning.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -115,7 +115,7 @@ fn wait(woken: &Receiver<()>, pause: Pause) -> bool {
 
 struct Reader {
     taken: Box<Taken>,
-    complaint: Arc<Mutex<Option<String>>>,
+    warning: Arc<Mutex<Option<String>>>,
     /// What was wrong with the last reading: said once, though the numbers in it change.
     said: Option<Discriminant<TakenError>>,
 }
@@ -126,18 +126,18 @@ impl Reader {
         let failed = self.taken.follow().err();
         let took = started.elapsed();
         let kind = failed.as_ref().map(discriminant);
-        let line = failed.map(|error| complaint(&format!("{:#}", anyhow::Error::from(error))));
+        let line = failed.map(|error| warning(&format!("{:#}", anyhow::Error::from(error))));
         if let Some(line) = line.as_ref().filter(|_| kind != self.said) {
             tracing::warn!("{line}");
         }
         self.said = kind;
         let failed = line.is_some();
-        *self.complaint.lock().unwrap_or_else(PoisonError::into_inner) = line;
+        *self.warning.lock().unwrap_or_else(PoisonError::into_inner) = line;
         Pause::after(took, if failed { SOON } else { every })
     }
 }
 
-fn complaint(what: &str) -> String {
+fn warning(what: &str) -> String {
     format!(
         "{what}; masqueraded flows may take source ports that somebody else's masquerade uses towards the same endpoint"
     )

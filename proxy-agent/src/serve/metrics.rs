@@ -54,7 +54,7 @@ pub struct Snapshot {
     /// Passes that changed a table.
     pub generation: u64,
     /// Objects left out.
-    pub complaints: u64,
+    pub warnings: u64,
     /// Slice changes heard and not yet programmed (H-36).
     pub endpoint_changes_pending: u64,
     /// Slice changes heard (H-37).
@@ -308,7 +308,7 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
         interfaces,
         interfaces_failed,
         generation,
-        complaints,
+        warnings,
         connections,
         reasons,
         tables,
@@ -324,7 +324,7 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
     page.gauge("proxy_agent_interfaces", "Interfaces that carry programs", *interfaces)?;
     page.gauge("proxy_agent_interfaces_failed", "Interfaces that refused a program", *interfaces_failed)?;
     page.gauge("proxy_agent_generation", "Passes that changed a table", *generation)?;
-    page.gauge("proxy_agent_complaints", "Objects left out because they are wrong", *complaints)?;
+    page.gauge("proxy_agent_warnings", "Objects left out because they are wrong", *warnings)?;
     page.gauge("proxy_agent_http_connections", "Connections to the agent's own ports", connections.open)?;
     page.counters(
         "proxy_agent_http_connections_closed",
@@ -436,7 +436,7 @@ mod tests {
             interfaces: 4,
             interfaces_failed: 1,
             generation: 17,
-            complaints: 6,
+            warnings: 6,
             endpoint_changes_pending: 7,
             endpoint_changes: 8,
             service_changes_pending: 9,
@@ -509,7 +509,7 @@ mod tests {
             "proxy_agent_interfaces 4",
             "proxy_agent_interfaces_failed 1",
             "proxy_agent_generation 17",
-            "proxy_agent_complaints 6",
+            "proxy_agent_warnings 6",
             "proxy_agent_log_lines_lost_total 0",
             "proxy_agent_http_connections 3",
             r#"proxy_agent_http_connections_closed_total{why="displaced"} 2"#,

@@ -1,7 +1,7 @@
 //! `healthCheckNodePort`: tells load balancers whether this node has endpoints of a Service (H-14…H-25).
 //!
 //! The loop says after each pass what is wanted ([`ServiceHealth::want`]); a [`Server`] beside the other
-//! servers brings the listeners in line. What cannot be opened is tried again, and told as a complaint.
+//! servers brings the listeners in line. What cannot be opened is tried again, and told as a warning.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -89,7 +89,7 @@ impl ServiceHealth {
 
     /// What is not served and why, one line each.
     #[must_use]
-    pub fn complaints(&self) -> Vec<String> {
+    pub fn warnings(&self) -> Vec<String> {
         let failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
         failures.iter().map(|((service, _), line)| format!("Service {service}: {line}")).collect()
     }
@@ -477,17 +477,17 @@ mod tests {
         // H-16.
         assert!(server.reconcile(&both).await);
         assert!(is_closed(SocketAddr::new(LOCAL, port)).await);
-        let [complaint] = service_health.complaints().try_into().unwrap();
+        let [warning] = service_health.warnings().try_into().unwrap();
         for part in ["Service shop/web: ", &format!("{port} (IPv4)"), &format!("127.0.0.2:{port}"), "in use"]
         {
-            assert!(complaint.contains(part), "{complaint}");
+            assert!(warning.contains(part), "{warning}");
         }
         drop(taken);
         assert!(!server.reconcile(&both).await);
         for ip in at {
             assert!(ask(SocketAddr::new(ip, port), "GET /").await.contains("200 OK"));
         }
-        assert!(service_health.complaints().is_empty());
+        assert!(service_health.warnings().is_empty());
         // H-17: an address that goes takes its listener along and no other.
         server.reconcile(&wanted(&both.checks, &[LOCAL])).await;
         assert!(is_closed(SocketAddr::new(second, port)).await);
@@ -502,7 +502,7 @@ mod tests {
         let running = tokio::spawn(server.run());
         let settled = async |done: &dyn Fn(&[String]) -> bool| {
             let wait = async {
-                while !done(&service_health.complaints()) {
+                while !done(&service_health.warnings()) {
                     tokio::task::yield_now().await;
                 }
             };

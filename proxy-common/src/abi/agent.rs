@@ -111,7 +111,7 @@ table_type! {
     }
 }
 
-/// How the text of a [`Complaint`] begins that is none, but something to be known.
+/// How the text of a [`Warning`] begins that is none, but something to be known.
 pub const NOTE: &str = "note: ";
 
 /// How the text of one begins without which traffic is not served.
@@ -141,7 +141,7 @@ pub mod absent {
 
 table_type! {
     /// One object that was left out, or one thing that went wrong: text for a person.
-    pub struct Complaint {
+    pub struct Warning {
         /// Zero-padded UTF-8.
         pub text: [u8; 256],
     }

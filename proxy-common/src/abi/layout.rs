@@ -11,9 +11,9 @@ use alloc::vec::Vec;
 use core::mem::size_of;
 
 use super::{
-    Affinity, AffinityKey, AgentState, Backend, Complaint, Config, Flow, FlowId, Fragment, FragmentKey,
-    Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, RouteKey, Secret, ServiceName, ServiceStats,
-    SocketEntry, SocketState, SourceKey, State, Tuple, maps,
+    Affinity, AffinityKey, AgentState, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend,
+    FrontendKey, Iface, Key, Leg, PeerKey, Reason, RouteKey, Secret, ServiceName, ServiceStats, SocketEntry,
+    SocketState, SourceKey, State, Tuple, Warning, maps,
 };
 use crate::addr::{Addr, Port, Proto};
 
@@ -126,7 +126,7 @@ pub fn tables() -> Vec<Table> {
         table::<u32, ServiceName>(maps::SERVICES),
         table::<u32, u32>(maps::RETIRED),
         table::<u32, AgentState>(maps::AGENT),
-        table::<u32, Complaint>(maps::COMPLAINTS),
+        table::<u32, Warning>(maps::COMPLAINTS),
         table::<u32, u64>(maps::PAUSE),
         table::<Key, Leg>(maps::FLOWS),
         table::<u32, Flow>(maps::RECORDS),

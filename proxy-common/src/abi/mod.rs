@@ -17,7 +17,7 @@
 //! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
 //! | [`maps::RETIRED`] | array of 1 | → 1 while the agent is to leave what is new to another proxy | command line | agent, command line | – |
 //! | [`maps::AGENT`] | array of 1 | → [`AgentState`] | agent | command line | – |
-//! | [`maps::COMPLAINTS`] | array | n → [`Complaint`] | agent | command line | the newest are kept |
+//! | [`maps::COMPLAINTS`] | array | n → [`Warning`] | agent | command line | the newest are kept |
 //! | [`maps::PAUSE`] | array of 1 | → until when nothing new begins, on the clock of flows | agent, while it exchanges the programs | TC | – |
 //! | [`maps::FLOWS`] | hash | [`Key`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
 //! | [`maps::RECORDS`] | array | index → [`Flow`] | TC, `flows` | TC, agent, command line | as FLOWS |
@@ -54,7 +54,7 @@ mod source;
 
 pub use affinity::{Affinity, AffinityKey};
 pub use agent::{
-    AgentState, Complaint, NOTE, PROBLEM, ServiceName, ServiceStats, TEXT_LEN, absent, text, untext,
+    AgentState, NOTE, PROBLEM, ServiceName, ServiceStats, TEXT_LEN, Warning, absent, text, untext,
 };
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
@@ -197,7 +197,7 @@ pub mod capacity {
     pub const SERVICE_PORTS: usize = 1_024;
     /// Service ports with a name and counters.
     pub const SERVICES: usize = 65_536;
-    /// Complaints kept for the operator.
+    /// Warnings kept for the operator.
     pub const COMPLAINTS: usize = 64;
     /// Flows; index 0 is never used.
     pub const RECORDS: usize = 163_840;

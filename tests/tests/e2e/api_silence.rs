@@ -15,13 +15,13 @@ use proxy_tests::town::Town;
 use crate::api_server::{connected, server};
 use crate::common::web;
 use crate::health::http;
-use crate::life::{FLAGS, answers, complains, one_node, quick, servers, service};
+use crate::life::{FLAGS, answers, one_node, quick, servers, service, warns};
 
 /// A watch of 15 s says nothing, then one of as long, which the server may end 3 s late.
 const NOTICED: Duration = Duration::from_secs(33);
 /// From there to an answer, on a machine that is busy.
 const FOLLOWED: Duration = Duration::from_secs(7);
-/// How the complaint begins.
+/// How the warning begins.
 const WITHHELD: [&str; 2] = ["API server", "EndpointSlices: it withholds"];
 
 /// A town with endpoints and two servers of one cluster.
@@ -75,7 +75,7 @@ fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() ->
     controller.replace(&[town.place("c")])?;
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: another server is followed after {:?}", begun.elapsed());
-    complains(&agent, &[&first.url(), WITHHELD[1]], true)?;
+    warns(&agent, &[&first.url(), WITHHELD[1]], true)?;
     ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"withheld\"")? == 1);
     ensure!(lists(&second) == 0, "watches go on from their version: {:#?}", second.requests());
     ensure!(!first.is_watched() && second.is_watched());
@@ -83,7 +83,7 @@ fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() ->
 }
 
 #[test]
-fn one_server_that_withholds_what_it_knows_is_listed_and_complained_of_until_it_speaks() -> Result<()> {
+fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_speaks() -> Result<()> {
     let (town, [server, _]) = scene()?;
     let _servers = servers(&town, &["b", "c"])?;
     let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
@@ -96,17 +96,17 @@ fn one_server_that_withholds_what_it_knows_is_listed_and_complained_of_until_it_
     controller.replace(&[town.place("c")])?;
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: listed after {:?}", begun.elapsed());
-    complains(&agent, &WITHHELD, true)?;
+    warns(&agent, &WITHHELD, true)?;
     // A watch that is only accepted is not taken for one that works.
     sleep(Duration::from_secs(4));
-    complains(&agent, &WITHHELD, true)?;
+    warns(&agent, &WITHHELD, true)?;
     ensure!(lists(&server) == listed + 1, "{:#?}", server.requests());
     let asked = server.requests().len() - asked;
     ensure!(asked <= 40, "{asked} requests in {:?}", begun.elapsed());
     server.fail(Fault::None);
     controller.replace(&[town.place("b")])?;
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
-    complains(&agent, &WITHHELD, false)
+    warns(&agent, &WITHHELD, false)
 }
 
 /// Nothing of what an agent watches changes, but other things do all the time: no server is left, and none is asked for
@@ -139,7 +139,7 @@ fn quiet(progress: bool) -> Result<()> {
     ensure!(second.requests().is_empty(), "{}", agent.log_text());
     ensure!(lists(first) == listed, "{:#?}", first.requests());
     ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"withheld\"")? == 0);
-    complains(&agent, &["API server"], false)
+    warns(&agent, &["API server"], false)
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::api_server::{connected, server};
 use crate::api_way::kubeconfig;
 use crate::common::web;
 use crate::health::http;
-use crate::life::{FLAGS, answers, complains, one_node, quick, servers, service, status_until};
+use crate::life::{FLAGS, answers, one_node, quick, servers, service, status_until, warns};
 
 /// How long a fault lasts here.
 const LASTS: Duration = Duration::from_secs(12);
@@ -66,7 +66,7 @@ impl Trouble<'_> {
         let broken = self.broken()?;
         controller.replace(&[town.place(other)])?;
         if !words.is_empty() {
-            complains(agent, words, true)?;
+            warns(agent, words, true)?;
             let (code, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
             ensure!(code == 200 && metrics.contains("proxy_agent_watches_ended_total{"), "{metrics}");
         }
@@ -87,7 +87,7 @@ impl Trouble<'_> {
         let served = over.elapsed();
         connected(agent, true)?;
         if !words.is_empty() {
-            complains(agent, words, false)?;
+            warns(agent, words, false)?;
         }
         eprintln!("{fault:?}: {} requests in {LASTS:?}, served again after {:?}", asked.len(), served);
         Ok(())
@@ -175,7 +175,7 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
         Ok(())
     })?;
     eprintln!("hang: noticed after {:?}", begun.elapsed());
-    complains(&agent, &["API server", "no answer within"], true)?;
+    warns(&agent, &["API server", "no answer within"], true)?;
     sleep(LASTS);
     // While nobody answers one request at a time is made.
     let asked = server.requests().len() - asked;
@@ -185,7 +185,7 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
     server.fail(Fault::None);
     answers(town.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
     connected(&agent, true)?;
-    status_until(&agent, "no complaint", |status| !status["complaints"].to_string().contains("API server"))
+    status_until(&agent, "no warning", |status| !status["object_warnings"].to_string().contains("API server"))
         .map(drop)
 }
 
@@ -230,5 +230,5 @@ fn while_nothing_listens_it_is_tried_one_at_a_time() -> Result<()> {
     ensure!((3..=20).contains(&tries), "{tries} tries");
     let log = agent.log_text();
     ensure!(log.lines().filter(|line| line.contains("cannot watch")).count() <= 12, "{log}");
-    complains(&agent, &["API server", "refused"], true)
+    warns(&agent, &["API server", "refused"], true)
 }

@@ -17,7 +17,7 @@ use proxy_tests::town::Town;
 use crate::account::in_pod;
 use crate::api_server::{connected, server};
 use crate::common::web;
-use crate::life::{FLAGS, SOON, answers, complains, one_node, servers, service};
+use crate::life::{FLAGS, SOON, answers, one_node, servers, service, warns};
 
 /// Account files are looked at every five seconds.
 const ROTATED: Duration = Duration::from_secs(20);
@@ -177,7 +177,7 @@ fn an_agent_that_starts_while_its_server_is_down_asks_one_that_an_earlier_agent_
     // A server of another cluster, or a kubelet, has that address now: its certificate is not for an API server.
     other.secure(&ca.server(&["127.0.0.1"])?, None)?;
     agent.spawn()?;
-    complains(&agent, &["API server", ":6444", "certificate"], true)?;
+    warns(&agent, &["API server", ":6444", "certificate"], true)?;
     answers_now(&town, vip, "b")?;
     ensure!(other.requests().is_empty(), "{:?}", other.requests());
     agent.kill()?;
@@ -265,18 +265,18 @@ fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Resu
     let begun = Instant::now();
     server.secure(&new.server(&["127.0.0.1"])?, Some(&clients))?;
     controller.replace(&[town.place("c")])?;
-    complains(&agent, &["API server", "certificate"], true)?;
+    warns(&agent, &["API server", "certificate"], true)?;
     install("v3", &new, &two, "second")?;
     answers(pod, vip, "c").with_context(|| agent.log_text())?;
     eprintln!("CA: used after {:?}", begun.elapsed());
 
     // A file that is written half is not used, and said.
     fs::write(home.path().join("v3/ca.crt"), "-----BEGIN CERTIFICATE-----\nAAAA\n")?;
-    complains(&agent, &["API server", "stays in use"], true)?;
+    warns(&agent, &["API server", "stays in use"], true)?;
     controller.replace(&[town.place("b")])?;
     answers(pod, vip, "b")?;
     fs::write(home.path().join("v3/ca.crt"), new.pem())?;
-    complains(&agent, &["API server", "stays in use"], false)
+    warns(&agent, &["API server", "stays in use"], false)
 }
 
 #[test]

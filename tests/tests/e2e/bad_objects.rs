@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::common::{ip, manifests, vips};
 
-use crate::life::{FLAGS, answers, complains, nobody_answers, one_node, servers, service};
+use crate::life::{FLAGS, answers, nobody_answers, one_node, servers, service, warns};
 
 fn town() -> Result<Town> {
     one_node(&["a", "b"])
@@ -147,20 +147,20 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
         answers(pod, vip, "b")?;
     }
     for (n, bad) in (10..).zip(&BAD) {
-        complains(agent, &[&format!("Service default/{}", bad.name), bad.said], true)?;
+        warns(agent, &[&format!("Service default/{}", bad.name), bad.said], true)?;
         for (vip, works) in service(n).into_iter().zip(bad.works) {
             let seen = if works { answers(pod, vip, "b") } else { nobody_answers(pod, vip) };
             seen.with_context(|| format!("{} at {vip}", bad.name))?;
         }
     }
-    complains(agent, &["EndpointSlice default/x7-more", "10.244.1.300"], true)?;
-    complains(agent, &["EndpointSlice default/x7-more", "fd00:244:1::11"], true)?;
+    warns(agent, &["EndpointSlice default/x7-more", "10.244.1.300"], true)?;
+    warns(agent, &["EndpointSlice default/x7-more", "fd00:244:1::11"], true)?;
     answers(pod, service(30)[0], "b")?;
-    complains(agent, &["x16", "cannot be read"], true)?;
+    warns(agent, &["x16", "cannot be read"], true)?;
     for vip in service(32) {
         answers(pod, vip, "b")?;
     }
-    complains(agent, &["x17-", "198.51.100.9"], true)?;
+    warns(agent, &["x17-", "198.51.100.9"], true)?;
     for n in [33, 34] {
         answers(pod, service(n)[0], "b")?;
     }
@@ -170,12 +170,12 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
 
     for (n, bad) in (10..).zip(&BAD) {
         to.publish(&Object::from(&plan(bad.name, n)))?;
-        complains(agent, &[bad.name], false)?;
+        warns(agent, &[bad.name], false)?;
         answers(pod, service(n)[0], "b").with_context(|| format!("{} is mended", bad.name))?;
     }
     endpoints("x16")?;
     to.publish(&Object::from(&plan("x16", 31)))?;
-    complains(agent, &["x16"], false)?;
+    warns(agent, &["x16"], false)?;
     answers(pod, service(31)[0], "b")
 }
 

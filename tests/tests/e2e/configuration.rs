@@ -111,7 +111,7 @@ fn a_configmap_of_kube_proxy_is_followed_and_a_changed_one_ends_the_agent() -> R
     answers(a, service(1)[0], "b")?;
     answers(town.place("outside"), node_ports(&town, "node1", 30081)[0], "b")?;
     let status = agent.status_json()?;
-    let said = status["complaints"].to_string();
+    let said = status["object_warnings"].to_string();
     for words in [
         "these settings have no effect here: mode=ipvs, ipvs.scheduler=rr",
         "overrules these flags: --masquerade-all",
@@ -177,7 +177,7 @@ fn a_configmap_of_kubeadm_is_all_that_an_agent_needs() -> Result<()> {
         status["agent"]["source"] == format!("kubeconfig {}", kubeconfig.display()).as_str(),
         "{status:#}"
     );
-    ensure!(status["complaints"] == serde_json::json!([]), "{status:#}");
+    ensure!(status["object_warnings"] == serde_json::json!([]), "{status:#}");
     Ok(())
 }
 

@@ -11,8 +11,8 @@ use proxy_tests::probe::get;
 
 use crate::common::{manifests, vips, web};
 use crate::life::{
-    FLAGS, answers, complains, fails, generation, nobody_answers, one_node, quick, servers, service,
-    status_until, with_node_ports,
+    FLAGS, answers, fails, generation, nobody_answers, one_node, quick, servers, service, status_until,
+    warns, with_node_ports,
 };
 use proxy_tests::manifests::ServicePlan;
 
@@ -109,7 +109,7 @@ fn a_broken_file_is_reported_with_its_line_and_keeps_what_it_said() -> Result<()
         (wrong, ["service-default-web.yaml:2", "Service default/web cannot be read"]),
     ] {
         dir.write(&file, text)?;
-        complains(&agent, &words, true)?;
+        warns(&agent, &words, true)?;
         let (status, page) = agent.ask(&["status"])?;
         ensure!(status.success() && page.contains(words[0]), "{page}");
         answers(pod, service(1)[0], "b")?;
@@ -117,7 +117,7 @@ fn a_broken_file_is_reported_with_its_line_and_keeps_what_it_said() -> Result<()
         other.replace(&[town.place("c")])?;
         answers(pod, service(2)[0], "c")?;
         dir.publish(&Object::from(&with_node_ports("web", 1, 30080).build()))?;
-        complains(&agent, &words, false)?;
+        warns(&agent, &words, false)?;
         answers(town.place("outside"), crate::life::node_ports(&town, "node1", 30080)[0], "b")?;
         other.replace(&[town.place("b")])?;
         answers(pod, service(2)[0], "b")?;

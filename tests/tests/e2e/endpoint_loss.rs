@@ -13,7 +13,7 @@ use proxy_tests::town::{PodNetwork, Town};
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::growth_traffic::least;
-use crate::life::{answers, complains, generation, nobody_answers};
+use crate::life::{answers, generation, nobody_answers, warns};
 use crate::scene::{SOON, at, servers, service};
 
 const ANNOTATION: &str = "ebpf-proxy/on-endpoint-loss";
@@ -305,13 +305,13 @@ fn each_service_speaks_for_its_own_connections_and_may_change_its_mind() -> Resu
     all_go_on(&mut third)?;
     // What cannot be understood is told, and changes nothing.
     scene.wish(2, "Reset")?;
-    complains(&agent, &["Service default/s2", ANNOTATION, "\"Reset\" is neither keep nor reset"], true)?;
+    warns(&agent, &["Service default/s2", ANNOTATION, "\"Reset\" is neither keep nor reset"], true)?;
     let mut fifth = scene.open(2)?;
     controllers[1].replace(&[c])?;
     is_led_to(&scene, 2, "c")?;
     all_go_on(&mut fifth)?;
     scene.wish(2, "reset")?;
-    complains(&agent, &[ANNOTATION], false)
+    warns(&agent, &[ANNOTATION], false)
 }
 
 #[test]

@@ -8,7 +8,7 @@ use proxy_tests::chaos::services::publish_more;
 use proxy_tests::manifests::ManifestDir;
 
 use crate::growth_traffic::least;
-use crate::life::{complains, status_until};
+use crate::life::{status_until, warns};
 use crate::metrics::Scrape;
 
 /// No sizes: those of an agent that nobody has told any.
@@ -62,7 +62,7 @@ fn memory_that_is_not_allowed_keeps_tables_small_and_says_so() -> Result<()> {
     let agent = &ground.agent;
     ensure!(agent.status_json()?["notes"].to_string().contains("--map-memory allows"), "it says nothing");
     publish_more(&manifests, 900, town.place("c"))?;
-    complains(agent, &["cannot grow", "raise --map-memory"], true)?;
+    warns(agent, &["cannot grow", "raise --map-memory"], true)?;
     // Without an API server the log has the Event.
     let log = agent.log_text();
     ensure!(log.contains("event FailedToGrowTables about Node node1"), "{log}");

@@ -16,7 +16,7 @@ use proxy_tests::town::{PodNetwork, Town};
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::growth::size;
-use crate::life::{complains, one_node};
+use crate::life::{one_node, warns};
 use crate::metrics::Scrape;
 use crate::scene::{at, counted, servers, service};
 
@@ -158,7 +158,7 @@ fn where_memory_ends_it_is_told_old_flows_go_on_and_young_ones_make_room() -> Re
             break now;
         }
     };
-    complains(&scene.agent, &["table RECORDS", "cannot grow", "raise --map-memory"], true)?;
+    warns(&scene.agent, &["table RECORDS", "cannot grow", "raise --map-memory"], true)?;
     ensure!(scene.agent.log_text().contains("table RECORDS"), "nothing is logged");
     let memory = scene.metric("proxy_agent_table_memory_bytes")?;
     let limit = scene.metric("proxy_agent_table_memory_limit_bytes")?;
@@ -179,14 +179,14 @@ fn where_memory_ends_it_is_told_old_flows_go_on_and_young_ones_make_room() -> Re
     scene.go_on()?;
     ensure!(size(&scene.agent, "RECORDS")? == last, "it has grown");
     ensure!(counted(&scene.agent, "flow_table_full")? == full, "what is old finds no room");
-    // When flows go, so does the complaint.
+    // When flows go, so does the warning.
     scene.clients.end()?;
     let client = scene.town.place("a").v4.to_string();
     for client in [scene.town.place("outside").v4.to_string(), client] {
         let (status, said) = scene.agent.ask(&["conntrack", "flush", "--client", &client])?;
         ensure!(status.success(), "{said}");
     }
-    complains(&scene.agent, &["table RECORDS"], false)?;
+    warns(&scene.agent, &["table RECORDS"], false)?;
     ensure!(scene.metric(blocked).is_err(), "a metric stays");
     Ok(())
 }

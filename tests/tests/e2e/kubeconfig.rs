@@ -22,7 +22,7 @@ use crate::account::in_pod;
 use crate::api_server::{connected, server};
 use crate::api_way::kubeconfig_of;
 use crate::common::web;
-use crate::life::{FLAGS, SOON, answers, complains, one_node, servers, service};
+use crate::life::{FLAGS, SOON, answers, one_node, servers, service, warns};
 
 /// No source by its own flag.
 fn nowhere() -> Feed {
@@ -45,7 +45,7 @@ fn a_server_shows_a_certificate_for_the_name_that_the_kubeconfig_gives_it() -> R
     // The address is not its name.
     server.secure(&ca.server(&["127.0.0.1"])?, None)?;
     connected(&agent, false)?;
-    complains(&agent, &["API server", "certificate"], true)?;
+    warns(&agent, &["API server", "certificate"], true)?;
     server.secure(&ca.server(&["api.internal"])?, None)?;
     connected(&agent, true)
 }
@@ -207,7 +207,7 @@ fn a_credential_plugin_is_asked_in_time_and_one_that_hangs_delays_nothing() -> R
     controller.replace(&[town.place("c")])?;
     answers(town.place("a"), service(1)[0], "c")?;
     ensure!(begun.elapsed() < Duration::from_secs(5), "served only after {:?}", begun.elapsed());
-    complains(&agent, &["API server", "plugin has not ended within 15s", "stays in use"], true)?;
+    warns(&agent, &["API server", "plugin has not ended within 15s", "stays in use"], true)?;
     plugin(home.path(), "")?;
-    eventually(SOON, || complains(&agent, &["API server", "plugin"], false))
+    eventually(SOON, || warns(&agent, &["API server", "plugin"], false))
 }

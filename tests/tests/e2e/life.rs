@@ -217,11 +217,11 @@ pub(crate) fn status_until(agent: &Agent, what: &str, wish: impl Fn(&Value) -> b
     })
 }
 
-/// Waits until a complaint of `status` contains all of these words, or, with `false`, until none does.
-pub(crate) fn complains(agent: &Agent, words: &[&str], wanted: bool) -> Result<()> {
+/// Waits until a warning of `status` contains all of these words, or, with `false`, until none does.
+pub(crate) fn warns(agent: &Agent, words: &[&str], wanted: bool) -> Result<()> {
     let about = |line: &str| words.iter().all(|word| line.contains(word));
-    status_until(agent, &format!("complaints about {words:?}: {wanted}"), |status| {
-        let lines = status["complaints"].as_array().map_or(&[][..], Vec::as_slice);
+    status_until(agent, &format!("warnings about {words:?}: {wanted}"), |status| {
+        let lines = status["object_warnings"].as_array().map_or(&[][..], Vec::as_slice);
         lines.iter().filter_map(Value::as_str).any(about) == wanted
     })
     .map(drop)

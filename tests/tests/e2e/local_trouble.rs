@@ -23,9 +23,7 @@ use serde_json::Value;
 
 use crate::common::{ip, manifests, vips, web};
 use crate::health::http;
-use crate::life::{
-    FLAGS, SOON, answers, complains, one_node, servers, service, status_until, with_node_ports,
-};
+use crate::life::{FLAGS, SOON, answers, one_node, servers, service, status_until, warns, with_node_ports};
 use proxy_tests::manifests::ServicePlan;
 
 /// An agent that a shell has prepared.
@@ -195,7 +193,7 @@ fn logs_to(stderr: Stderr) -> Result<()> {
     town.add_pod("node1", "d")?;
     web.replace(&[town.place("c")])?;
     answers(town.place("d"), service(1)[0], "c")?;
-    complains(&agent, &["the log: ", "lines were lost"], true)?;
+    warns(&agent, &["the log: ", "lines were lost"], true)?;
     ensure!(http(&host, "127.0.0.1:10256", "/healthz")?.0 == 200);
     if let Some(pipe) = pipe {
         said_when_read(pipe)?;
@@ -269,15 +267,15 @@ fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> R
     for (n, (said, make)) in kinds.into_iter().enumerate() {
         std::fs::remove_file(&file)?;
         make(&file)?;
-        complains(&agent, &["service-default-web.yaml:1", said, "before stays"], true)?;
+        warns(&agent, &["service-default-web.yaml:1", said, "before stays"], true)?;
         let to = ["c", "b"][n % 2];
         other.replace(&[town.place(to)])?;
         answers(pod, service(2)[0], to)?;
         answers(pod, service(1)[0], "b")?;
         ensure!(http(&host, "127.0.0.1:10256", "/healthz")?.0 == 200);
         eventually(SOON, || {
-            let complaints = figure(&host, "proxy_agent_complaints")?;
-            ensure!(complaints == 1.0, "{complaints} complaints");
+            let warnings = figure(&host, "proxy_agent_warnings")?;
+            ensure!(warnings == 1.0, "{warnings} warnings");
             Ok(())
         })?;
         if n == 0 {
@@ -285,7 +283,7 @@ fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> R
             agent.kill()?;
             agent.spawn()?;
             agent.wait_ready()?;
-            complains(&agent, &["service-default-web.yaml:1", said], true)?;
+            warns(&agent, &["service-default-web.yaml:1", said], true)?;
             answers(pod, service(1)[0], "b")?;
         }
         if file.is_dir() && !file.is_symlink() {
@@ -294,7 +292,7 @@ fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> R
             std::fs::remove_file(&file)?;
         }
         dir.publish(&Object::from(&with_node_ports("web", 1, 30080).build()))?;
-        complains(&agent, &["service-default-web.yaml"], false)?;
+        warns(&agent, &["service-default-web.yaml"], false)?;
         answers(town.place("outside"), host.at(30080)[0], "b")?;
     }
     let grown = figure(&host, "process_resident_memory_bytes")? - resident;
@@ -353,8 +351,8 @@ fn an_agent_that_is_started_again_and_again_runs_out_of_nothing_and_uses_no_more
         agent.wait_ready()?;
         answers(town.place("a"), service(1)[0], to)?;
         let status = agent.status_json()?;
-        let complaints = status["complaints"].to_string();
-        ensure!(!complaints.contains("is full"), "start {n}: {complaints}");
+        let warnings = status["object_warnings"].to_string();
+        ensure!(!warnings.contains("is full"), "start {n}: {warnings}");
     }
     dir.retract(&Key { kind: Kind::Service, namespace: "default".into(), name })?;
     eventually(SOON, || {

@@ -203,7 +203,7 @@ fn what_belongs_to_the_node_or_its_pods_is_not_a_services() -> Result<()> {
         for (client, server) in [("b", "a"), ("a", "c"), ("node1", "a"), ("node1", "c"), ("outside", "a")] {
             is_served(town.place(client), town.place(server).at(8080), server)?;
         }
-        let said = agent.status_json()?["complaints"].to_string();
+        let said = agent.status_json()?["object_warnings"].to_string();
         for part in
             ["Service default/node", "Service default/near", "Service default/far", "is not served, because"]
         {
@@ -258,7 +258,7 @@ fn a_cache_on_the_node_keeps_its_queries_and_the_service_takes_over_when_it_goes
             soon(|| all_by("cache"))?;
             let status = agent.status_json()?;
             ensure!(
-                status["healthy"] == true && status["complaints"].as_array().is_some_and(Vec::is_empty),
+                status["healthy"] == true && status["object_warnings"].as_array().is_some_and(Vec::is_empty),
                 "{status}"
             );
             ensure!(status["notes"].to_string().contains("nodelocaldns"), "{status}");

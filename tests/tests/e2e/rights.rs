@@ -235,7 +235,7 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
     let mut agent = Running::start(&own, scene.node())?;
     let status = agent.wait_ready()?;
     ensure!(without(&status) == lacks, "{status:#}");
-    ensure!(status["complaints"] == serde_json::json!([]), "{status:#}");
+    ensure!(status["object_warnings"] == serde_json::json!([]), "{status:#}");
     ensure!(setting(scene.node())? == "3600");
     if own.mounts.iter().any(|mount| mount.to == Path::new(EXPEDITED)) {
         // It was set, and set back: this is not what stood there at first.

@@ -111,7 +111,7 @@ fn a_load_balancer_is_sent_away_before_the_last_endpoint_has_gone() -> Result<()
     dir.publish(&Object::from(&local(plan()).build()))?;
     expect(outside, node1, "200", 1)?;
 
-    // H-16: a second Service with the same port is complained of, and the first one answers on.
+    // H-16: a second Service with the same port is warned of, and the first one answers on.
     let other = proxy_tests::manifests::ServicePlan::new("zweb", &vips(2))
         .port("tcp", "TCP", 80, 8080)
         .load_balancer(&[ip("203.0.113.8")])
@@ -119,10 +119,7 @@ fn a_load_balancer_is_sent_away_before_the_last_endpoint_has_gone() -> Result<()
     dir.publish(&Object::from(&other.build()))?;
     eventually(SOON, || {
         let status = agent.status_json()?.to_string();
-        ensure!(
-            status.contains("Service default/zweb: healthCheckNodePort 30999"),
-            "no complaint in {status}"
-        );
+        ensure!(status.contains("Service default/zweb: healthCheckNodePort 30999"), "no warning in {status}");
         Ok(())
     })?;
     expect(outside, node1, "200", 1)

@@ -317,7 +317,7 @@ impl Agent {
     /// Reads the directory and writes what follows.
     fn look(&mut self) {
         for change in self.shelf.refresh().expect("a directory") {
-            if let Change::Complaints { object, lines } = &change {
+            if let Change::Warnings { object, lines } = &change {
                 self.told.insert(object.clone(), lines.clone());
             }
             self.world.hear(change);
@@ -422,6 +422,6 @@ proptest! {
         // Of the Node what was last seen counts (Y-13).
         prop_assert_eq!(agent.world.desired().services, desired);
         prop_assert_eq!(&agent.told, &BTreeMap::new());
-        prop_assert_eq!(agent.world.complaints(), Vec::new());
+        prop_assert_eq!(agent.world.warnings(), Vec::new());
     }
 }

@@ -131,7 +131,7 @@ impl<'a, P: Programs> System<'a, P> {
         let desired = self.world.take_desired();
         let actual = self.programs.read();
         let pass = Planner::new(&actual, self.programs.capacity()).full(&desired, self.now_ms);
-        assert_eq!(pass.plan.complaints, [""; 0], "room in the tables");
+        assert_eq!(pass.plan.warnings, [""; 0], "room in the tables");
         self.programs.apply(&pass.plan.steps);
         let writes = pass.plan.steps.len();
         self.planner = Some(pass.applied(self.now_ms));
@@ -147,7 +147,7 @@ impl<'a, P: Programs> System<'a, P> {
         let dirty = self.world.take_dirty();
         let planner = self.planner.take().expect("a planner is always put back");
         let pass = planner.dirty(&dirty, Some(&self.world.node()), self.now_ms);
-        assert_eq!(pass.plan.complaints, [""; 0], "room in the tables");
+        assert_eq!(pass.plan.warnings, [""; 0], "room in the tables");
         self.programs.apply(&pass.plan.steps);
         self.planner = Some(pass.applied(self.now_ms));
         self.programs.forget_half_open();

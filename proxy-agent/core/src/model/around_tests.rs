@@ -285,8 +285,8 @@ fn frontends(world: &mut World, of: &str) -> Vec<String> {
         .collect()
 }
 
-fn complaints(world: &World) -> Vec<String> {
-    world.complaints().iter().map(|complaint| format!("{}: {}", complaint.object, complaint.line)).collect()
+fn warnings(world: &World) -> Vec<String> {
+    world.warnings().iter().map(|warning| format!("{}: {}", warning.object, warning.line)).collect()
 }
 
 fn slice(service: &str, ips: &[&str], node: Option<&str>) -> Slice {
@@ -327,7 +327,7 @@ fn addresses_of_the_node_and_of_pods_win_over_cluster_ips() {
         assert!(
             served.contains(&"198.51.100.1:53".to_owned()) && served.contains(&"0.0.0.0:30053".to_owned())
         );
-        let said = complaints(&world);
+        let said = warnings(&world);
         assert!(
             said.iter().any(|line| line.starts_with("Service default/web: ") && line.contains(why)),
             "{said:?}"
@@ -340,7 +340,7 @@ fn addresses_of_the_node_and_of_pods_win_over_cluster_ips() {
         world.hear(Change::Service(name("web"), Some(service(cluster_ip))));
         assert_eq!(frontends(&mut world, "web"), [format!("{cluster_ip}:53")]);
     }
-    assert_eq!(complaints(&world), Vec::<String>::new());
+    assert_eq!(warnings(&world), Vec::<String>::new());
     let own: Vec<String> = world.node().addresses.keys().map(ToString::to_string).collect();
     assert_eq!(own, ["192.168.10.11"]);
 }
@@ -357,15 +357,15 @@ fn a_cluster_ip_is_served_again_when_its_pod_or_address_has_gone() {
     {
         world.hear(change);
         world.take_dirty();
-        assert_eq!(complaints(&world).is_empty(), served);
+        assert_eq!(warnings(&world).is_empty(), served);
         assert_eq!(!frontends(&mut world, "web").is_empty(), served);
     }
     world.hear(Change::Links(vec![link(2, "eth0", "192.168.10.11/24 10.244.2.7/32")]));
     assert_eq!(world.take_dirty().len(), 1);
-    assert_eq!(complaints(&world).len(), 1);
+    assert_eq!(warnings(&world).len(), 1);
     world.hear(Change::Links(vec![link(2, "eth0", "192.168.10.11/24")]));
     assert_eq!(world.take_dirty().len(), 1);
-    assert_eq!(complaints(&world).len(), 0);
+    assert_eq!(warnings(&world).len(), 0);
 }
 
 #[test]
@@ -405,7 +405,7 @@ fn pods_of_the_node_win_over_external_addresses_and_the_nodes_own_do_not() {
     web.load_balancer_ips = vec![ip("10.244.1.7"), ip("10.244.1.1"), ip("10.244.9.9")];
     world.hear(Change::Service(name("web"), Some(web)));
     assert_eq!(frontends(&mut world, "web"), ["10.96.0.1:53", "10.244.1.1:53", "10.244.9.9:53"]);
-    assert!(complaints(&world)[0].contains("10.244.1.7:53/TCP is not served"));
+    assert!(warnings(&world)[0].contains("10.244.1.7:53/TCP is not served"));
 }
 
 #[test]
@@ -417,7 +417,7 @@ fn the_agents_own_ports_are_no_node_ports() {
     web.ports.push(udp);
     world.hear(Change::Service(name("web"), Some(web)));
     assert_eq!(frontends(&mut world, "web"), ["10.96.0.1:53", "0.0.0.0:10256", "10.96.0.1:53"]);
-    let said = complaints(&world);
+    let said = warnings(&world);
     assert!(
         said.len() == 1 && said[0].contains("NodePort 10256/TCP is not served, because the agent"),
         "{said:?}"
@@ -434,7 +434,7 @@ fn a_local_cache_keeps_its_cluster_ip_while_its_device_has_it() {
         world.hear(Change::Links(vec![eth0(), link(3, device, "10.96.0.10/32 169.254.20.10/32")]));
         assert_eq!(world.take_dirty().len(), 1);
         assert_eq!(frontends(&mut world, "dns").len(), 0);
-        assert_eq!(complaints(&world), Vec::<String>::new());
+        assert_eq!(warnings(&world), Vec::<String>::new());
         let notes = world.notes();
         assert!(
             notes.len() == 1 && notes[0].line.contains(device) && notes[0].object == "Service default/dns"
@@ -451,7 +451,7 @@ fn a_range_of_cluster_ips_with_pods_or_nodes_in_it_is_not_enforced() {
     let ranges = |world: &mut World, range: &str| {
         let ranges = vec![range.parse().unwrap()];
         world.hear(Change::ServiceRanges("mine".into(), Some(ranges)));
-        (world.node().config.service_range_count, complaints(world).len())
+        (world.node().config.service_range_count, warnings(world).len())
     };
     let eth0 = || vec![link(2, "eth0", "10.0.0.5/8"), link(3, "nodelocaldns", "10.96.0.10/32")];
     let mut plain = world(node(&[], &["10.244.1.0/24"]), eth0(), &[]);
@@ -465,9 +465,9 @@ fn a_range_of_cluster_ips_with_pods_or_nodes_in_it_is_not_enforced() {
         assert_eq!(ranges(&mut plain, range), if enforced { (1, 0) } else { (0, 1) }, "{range}");
     }
     plain.hear(Change::Slice(name("s"), Some(slice("others", &["10.241.0.9"], Some("n2")))));
-    assert_eq!((plain.node().config.service_range_count, complaints(&plain).len()), (0, 1));
+    assert_eq!((plain.node().config.service_range_count, warnings(&plain).len()), (0, 1));
     plain.hear(Change::Slice(name("s"), None));
-    assert_eq!((plain.node().config.service_range_count, complaints(&plain).len()), (1, 0));
+    assert_eq!((plain.node().config.service_range_count, warnings(&plain).len()), (1, 0));
     // A pod range around everything says nothing against Services in it.
     let mut settings = Settings::of_node("n1");
     settings.cluster_cidrs = vec!["10.0.0.0/8".parse().unwrap()];

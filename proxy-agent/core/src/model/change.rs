@@ -40,9 +40,9 @@ pub enum Change {
     Excluded(ObjectName, Option<String>),
     /// The first complete list of a kind has been delivered.
     Synced(Kind),
-    /// What is wrong with an object, whole or in part; an empty list takes earlier complaints back.
+    /// What is wrong with an object, whole or in part; an empty list takes earlier warnings back.
     /// `object` is its name for a person: `Service default/web`, `web.yaml:12`.
-    Complaints {
+    Warnings {
         /// The object.
         object: String,
         /// One line each.

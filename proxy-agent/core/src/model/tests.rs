@@ -524,10 +524,10 @@ fn a_contested_destination_has_one_holder_whatever_the_order_and_is_handed_over_
         assert_eq!(found["198.51.100.1:80/TCP"], "old");
         assert_eq!(found["0.0.0.0:30000/TCP"], "old");
         assert_eq!(found["10.96.1.20:80/TCP"], "a-young");
-        let complaints = world.complaints();
-        assert_eq!(complaints.len(), 2, "{complaints:?}");
-        assert!(complaints.iter().all(|c| c.object == "Service default/a-young"), "{complaints:?}");
-        assert!(complaints.iter().all(|c| c.line.contains("Service default/old")), "{complaints:?}");
+        let warnings = world.warnings();
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings.iter().all(|c| c.object == "Service default/a-young"), "{warnings:?}");
+        assert!(warnings.iter().all(|c| c.line.contains("Service default/old")), "{warnings:?}");
 
         world.take_dirty();
         world.hear(Change::Service(name("old"), None));
@@ -536,7 +536,7 @@ fn a_contested_destination_has_one_holder_whatever_the_order_and_is_handed_over_
         let (_, taken_over) = dirty.iter().find(|(port, _)| &*port.service.name == "a-young").unwrap();
         assert_eq!(taken_over.as_ref().unwrap().frontends.len(), 3);
         assert!(dirty.iter().any(|(port, desired)| &*port.service.name == "old" && desired.is_none()));
-        assert!(world.complaints().is_empty());
+        assert!(world.warnings().is_empty());
     }
 }
 
@@ -788,16 +788,15 @@ fn services_do_not_wait_for_pod_cidrs_and_follow_them() {
     let known = |world: &World| pods.map(|pod| world.node().config.is_pod(&ip(pod).into()));
     assert!(world.synced() && !world.desired().services.is_empty());
     assert_eq!(known(&world), [false, false]);
-    let complains =
-        |world: &World| world.complaints().iter().any(|said| said.line.contains("has no podCIDRs"));
-    assert!(complains(&world));
+    let warns = |world: &World| world.warnings().iter().any(|said| said.line.contains("has no podCIDRs"));
+    assert!(warns(&world));
     for (cidrs, expected) in
         [(&[][..], [false, false]), (&["10.1.0.0/24"], [true, false]), (&["10.2.0.0/24"], [false, true])]
     {
         let pod_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
         world.hear(Change::Node(Some(Node { pod_cidrs, ..node(None, &[]) })));
         assert_eq!(known(&world), expected);
-        assert_eq!(complains(&world), cidrs.is_empty());
+        assert_eq!(warns(&world), cidrs.is_empty());
     }
 }
 
@@ -936,20 +935,20 @@ fn local_ready_addresses_are_counted_once_for_the_health_check() {
 }
 
 #[test]
-fn complaints_are_kept_by_object_until_taken_back() {
-    let complain = |lines: &[&str]| Change::Complaints {
+fn warnings_are_kept_by_object_until_taken_back() {
+    let warn = |lines: &[&str]| Change::Warnings {
         object: "Service default/web".to_owned(),
         lines: lines.iter().map(|line| (*line).to_owned()).collect(),
     };
-    let mut world = world([complain(&["spec.externalIPs[0] is wrong"])]);
-    assert!(!world.hear(complain(&["spec.externalIPs[0] is wrong"])));
-    assert_eq!(world.complaints().len(), 1);
-    assert!(world.hear(complain(&[])));
-    assert!(world.complaints().is_empty());
+    let mut world = world([warn(&["spec.externalIPs[0] is wrong"])]);
+    assert!(!world.hear(warn(&["spec.externalIPs[0] is wrong"])));
+    assert_eq!(world.warnings().len(), 1);
+    assert!(world.hear(warn(&[])));
+    assert!(world.warnings().is_empty());
     let many: Vec<String> = (0..50).map(|i| i.to_string()).collect();
-    world.hear(Change::Complaints { object: "x".to_owned(), lines: many });
-    assert_eq!(world.complaints().len(), 16);
-    assert!(world.complaints().iter().any(|complaint| complaint.line == "… and 35 more"));
+    world.hear(Change::Warnings { object: "x".to_owned(), lines: many });
+    assert_eq!(world.warnings().len(), 16);
+    assert!(world.warnings().iter().any(|warning| warning.line == "… and 35 more"));
 }
 
 /// Few names and addresses, so that Services collide often.
@@ -1003,7 +1002,7 @@ proptest! {
     ) {
         let (a, b) = (world(sorted), world(shuffled));
         prop_assert_eq!(a.desired(), b.desired());
-        prop_assert_eq!(a.complaints(), b.complaints());
+        prop_assert_eq!(a.warnings(), b.warnings());
     }
 
     #[test]

@@ -11,12 +11,12 @@ use proxy_common::abi::{FrontendKey, config};
 
 use super::claims::Claims;
 use super::compile::{Here, compile, objections};
-use super::complaints::{Complaint, Complaints};
 use super::local::{Local, Owner};
 use super::merge::{merge, sorted};
 use super::names::Names;
 use super::no_local::NoLocalByFamily;
 use super::tables::{self, Accepted, Around, global_addresses, node_tables};
+use super::warnings::{Warning, Warnings};
 use super::{
     Desired, DesiredService, DetectLocal, Family, Link, Node, NodeIps, NodeTables, ObjectName, Route, Service,
 };
@@ -25,7 +25,7 @@ use crate::model::{Change, Kind};
 
 type Ports = BTreeMap<ServicePort, DesiredService>;
 
-/// Complaints about contested destinations that are told; the rest is the same story.
+/// Warnings about contested destinations that are told; the rest is the same story.
 const MAX_CONTESTED: usize = 1_000;
 
 /// Everything heard so far.
@@ -55,7 +55,7 @@ pub struct World {
     /// Destinations that Services do not get.
     objections: BTreeMap<ObjectName, Vec<(FrontendKey, Owner)>>,
     claims: Claims,
-    complaints: Complaints,
+    warnings: Warnings,
     names: Names,
     synced: HashSet<Kind>,
     links_known: bool,
@@ -106,7 +106,7 @@ impl World {
             here,
             objections: BTreeMap::new(),
             claims: Claims::default(),
-            complaints: Complaints::default(),
+            warnings: Warnings::default(),
             names: Names::default(),
             synced: HashSet::new(),
             links_known: false,
@@ -127,7 +127,7 @@ impl World {
             Change::Links(links) => self.hear_links(links),
             Change::Routes(routes) => self.hear_routes(routes),
             Change::Synced(kind) => self.synced.insert(kind),
-            Change::Complaints { object, lines } => self.complaints.replace(object, lines),
+            Change::Warnings { object, lines } => self.warnings.replace(object, lines),
             Change::Whole(whole) => std::mem::replace(&mut self.whole, whole) != whole,
             Change::Triggered(..) | Change::Repeated(_) | Change::Excluded(..) => false,
             Change::Connected(connected) => std::mem::replace(&mut self.connected, connected) != connected,
@@ -283,8 +283,8 @@ impl World {
 
     /// What is wrong with the input, contested destinations included (X-17); by object.
     #[must_use]
-    pub fn complaints(&self) -> Vec<Complaint> {
-        let contested = self.claims.lost().take(MAX_CONTESTED).map(|(key, loser, holder)| Complaint {
+    pub fn warnings(&self) -> Vec<Warning> {
+        let contested = self.claims.lost().take(MAX_CONTESTED).map(|(key, loser, holder)| Warning {
             object: format!("Service {}", loser.service),
             line: format!(
                 "{} is held by Service {}, which comes first (ClusterIPs, then age, then name)",
@@ -292,12 +292,12 @@ impl World {
                 holder.service
             ),
         });
-        let mut all: Vec<Complaint> = self.complaints.iter().chain(contested).collect();
+        let mut all: Vec<Warning> = self.warnings.iter().chain(contested).collect();
         all.extend(self.no_pod_cidrs());
         all.extend(self.covering_ranges());
         let objected = |(name, all): (&ObjectName, &Vec<(FrontendKey, Owner)>)| {
             let lines = all.iter().filter_map(|(key, owner)| objection(key, owner));
-            lines.map(|line| Complaint { object: format!("Service {name}"), line }).collect::<Vec<_>>()
+            lines.map(|line| Warning { object: format!("Service {name}"), line }).collect::<Vec<_>>()
         };
         all.extend(self.objections.iter().flat_map(objected));
         all.sort();
@@ -307,12 +307,12 @@ impl World {
 
     /// What should be known and is as it should be; by object.
     #[must_use]
-    pub fn notes(&self) -> Vec<Complaint> {
+    pub fn notes(&self) -> Vec<Warning> {
         let mut all = Vec::new();
         for (name, taken) in &self.objections {
             for (key, owner) in taken {
                 if let Owner::LocalService(device) = owner {
-                    all.push(Complaint {
+                    all.push(Warning {
                         object: format!("Service {name}"),
                         line: format!(
                             "{} is served on this node by what has bound it on {device} (such as NodeLocal DNSCache), \
@@ -327,25 +327,25 @@ impl World {
     }
 
     /// Ranges of ClusterIPs with something else in them.
-    fn covering_ranges(&self) -> Vec<Complaint> {
+    fn covering_ranges(&self) -> Vec<Warning> {
         let ranges =
             self.service_ranges.iter().flat_map(|(name, ranges)| ranges.iter().map(move |r| (name, r)));
         let drops = self.settings.drop_unallocated;
-        let complaint = |(name, range): (&String, &IpNet)| {
+        let warning = |(name, range): (&String, &IpNet)| {
             let inside = self.lies_inside(range)?;
             let line = format!(
                 "{range} covers {inside}: packets to addresses of no Service in it are not dropped; give Services \
                  a range of their own"
             );
-            Some(Complaint { object: format!("ServiceCIDR {name}"), line })
+            Some(Warning { object: format!("ServiceCIDR {name}"), line })
         };
-        ranges.filter(|_| drops).filter_map(complaint).collect()
+        ranges.filter(|_| drops).filter_map(warning).collect()
     }
 
     /// A Node whose podCIDRs were asked for and are not there: kube-proxy would not start (Y-9).
-    fn no_pod_cidrs(&self) -> Option<Complaint> {
+    fn no_pod_cidrs(&self) -> Option<Warning> {
         let wanted = self.settings.detect_local == DetectLocal::NodeCidr;
-        (wanted && self.synced() && self.last_node.pod_cidrs.is_empty()).then(|| Complaint {
+        (wanted && self.synced() && self.last_node.pod_cidrs.is_empty()).then(|| Warning {
             object: format!("Node {}", self.settings.node_name),
             line: "has no podCIDRs: until it has, no source counts as a pod (--detect-local-mode NodeCIDR)"
                 .to_owned(),

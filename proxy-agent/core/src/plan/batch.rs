@@ -43,7 +43,7 @@ pub(super) struct Batch {
     new_sources: usize,
     new_addresses: HashSet<Addr>,
     pub(super) released: Released,
-    pub(super) complaints: Vec<String>,
+    pub(super) warnings: Vec<String>,
     /// Tables that found no room for something.
     pub(super) short: Vec<&'static str>,
 }
@@ -140,7 +140,7 @@ impl Batch {
                 None if room == 0 => {
                     whole = false;
                     self.short.push(maps::IFACES);
-                    self.complaints.push(format!(
+                    self.warnings.push(format!(
                         "interface {index}: table IFACES is full ({} entries): answers to what comes in there leave as the routes say; \
                          remove interfaces the node does not need",
                         capacity.ifaces
@@ -159,7 +159,7 @@ impl Batch {
             if self.free_addresses(mirror, capacity) == 0 {
                 whole = false;
                 self.short.push(maps::ADDRESSES);
-                self.complaints.push(format!("node address {addr}: {}", Shortage::addresses(1, 0)));
+                self.warnings.push(format!("node address {addr}: {}", Shortage::addresses(1, 0)));
             } else {
                 self.new_addresses.insert(*addr);
             }
@@ -190,7 +190,7 @@ impl Batch {
             }
         }
         if let Some(key) = first_refused {
-            self.complaints.push(format!(
+            self.warnings.push(format!(
                 "routes: table MASQUERADE is full ({} entries): {refused} routes, the first of them to {}/{} by \
                  interface {}, are masqueraded as shorter ones of their interfaces; give routes with the same \
                  source a common prefix",
@@ -233,7 +233,7 @@ impl Batch {
         steps.append(&mut self.late_sources);
         steps.append(&mut self.late_names);
         steps.append(&mut self.late_node);
-        (steps, self.released, self.complaints)
+        (steps, self.released, self.warnings)
     }
 
     /// Puts that add bits, and puts and deletes that take bits away.
@@ -342,9 +342,9 @@ impl Batch {
         }
     }
 
-    pub(super) fn complain_of_claim(&mut self, what: &str, key: &FrontendKey) {
+    pub(super) fn warn_of_claim(&mut self, what: &str, key: &FrontendKey) {
         let id = self.claims.get(key).copied().unwrap_or(0);
-        self.complaints.push(format!(
+        self.warnings.push(format!(
             "{what}: {} already belongs to service id {id} in this plan and stays there",
             Destination(key)
         ));

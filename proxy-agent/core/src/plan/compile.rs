@@ -247,7 +247,7 @@ fn unclaimed(batch: &mut Batch, port: &ServicePort, want: &DesiredService) -> Ve
     let mut frontends: BTreeMap<FrontendKey, u32> = BTreeMap::new();
     for wanted in &want.frontends {
         if batch.is_claimed(&wanted.key) {
-            batch.complain_of_claim(&describe(port), &wanted.key);
+            batch.warn_of_claim(&describe(port), &wanted.key);
         } else {
             frontends.entry(wanted.key).or_insert(wanted.flags);
         }

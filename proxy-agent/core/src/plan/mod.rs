@@ -24,7 +24,7 @@
 //! A program may have read a frontend just before it flipped. It can still follow the old run, so slots,
 //! backend indices and service ids rest for [`GRACE_MS`] before they are used again.
 //!
-//! A Service port for which a table has no room is left as it is, whole, with a complaint that names the
+//! A Service port for which a table has no room is left as it is, whole, with a warning that names the
 //! remedy; the others go on, and it is tried again with every later plan.
 
 mod actual;
@@ -50,7 +50,7 @@ pub struct Plan {
     /// The writes. Done in this order, each prefix is safe.
     pub steps: Vec<Step>,
     /// What found no room, with the remedy: all of it, not only what is new.
-    pub complaints: Vec<String>,
+    pub warnings: Vec<String>,
     /// Tables that found no room for something.
     pub short: Vec<&'static str>,
     /// When to plan again although nothing has changed: something found no room, and room comes free.

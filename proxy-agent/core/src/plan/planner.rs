@@ -184,19 +184,19 @@ impl Planner {
         if let Refusal::Full(shortage) = &why {
             batch.short.push(shortage.table());
         }
-        batch.complaints.push(format!("{}: {why}; until then it stays as it is", describe(port)));
+        batch.warnings.push(format!("{}: {why}; until then it stays as it is", describe(port)));
         self.refused.insert(port.clone(), service.clone());
     }
 
     fn pass(self, mut batch: Batch, node: Option<&NodeTables>, everything: bool, now_ms: u64) -> Pass {
         let short = std::mem::take(&mut batch.short);
-        let (steps, mut released, complaints) = batch.finish(&self.mirror, node, everything);
+        let (steps, mut released, warnings) = batch.finish(&self.mirror, node, everything);
         released.runs.retain(|run| !self.tainted.contains(run));
         let waits = !self.refused.is_empty() || self.node_refused.is_some();
         let comes_free =
             !steps.is_empty() || self.ids.resting() + self.indices.resting() + self.runs.resting() != 0;
         let retry_at_ms = (waits && comes_free).then_some(now_ms.saturating_add(GRACE_MS));
-        Pass { planner: self, released, plan: Plan { steps, complaints, short, retry_at_ms } }
+        Pass { planner: self, released, plan: Plan { steps, warnings, short, retry_at_ms } }
     }
 }
 

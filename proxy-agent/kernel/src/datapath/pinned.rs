@@ -9,8 +9,8 @@ use std::time::Duration;
 use aya::Pod;
 use nix::time::{ClockId, clock_gettime};
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Complaint, Flow, FlowId, Fragment, FragmentKey, Key, Leg, Reason,
-    ServiceName, ServiceStats, maps, text, untext,
+    Affinity, AffinityKey, AgentState, Flow, FlowId, Fragment, FragmentKey, Key, Leg, Reason, ServiceName,
+    ServiceStats, Warning, maps, text, untext,
 };
 use proxy_common::lb::FRAGMENTS_LIVE;
 
@@ -102,7 +102,7 @@ pub struct Pinned {
     root: BpfRoot,
     kernel: Kernel,
     agent: Table<u32, AgentState>,
-    complaints: Table<u32, Complaint>,
+    warnings: Table<u32, Warning>,
     services: Table<u32, ServiceName>,
     reasons: Table<u32, u64>,
     stats: Table<u32, ServiceStats>,
@@ -130,7 +130,7 @@ impl Pinned {
                 root: root.clone(),
                 kernel: Kernel::open(root)?,
                 agent: Table::open(root, maps::AGENT)?,
-                complaints: Table::open(root, maps::COMPLAINTS)?,
+                warnings: Table::open(root, maps::COMPLAINTS)?,
                 services: Table::open(root, maps::SERVICES)?,
                 reasons: Table::open(root, maps::REASONS)?,
                 stats: Table::open(root, maps::SERVICE_STATS)?,
@@ -190,11 +190,11 @@ impl Pinned {
         Ok(self.agent.put(&0, state)?)
     }
 
-    /// What the agent complains of.
-    pub fn complaints(&self) -> Result<Vec<String>, PinnedError> {
+    /// What the agent warns of.
+    pub fn warnings(&self) -> Result<Vec<String>, PinnedError> {
         let mut found = Vec::new();
-        self.complaints.scan(|_, complaint| {
-            let text = untext(&complaint.text);
+        self.warnings.scan(|_, warning| {
+            let text = untext(&warning.text);
             if !text.is_empty() {
                 found.push(text.to_owned());
             }
@@ -202,14 +202,14 @@ impl Pinned {
         Ok(found)
     }
 
-    /// Replaces the complaints; of more than there is room for, the last ones are kept.
-    pub fn write_complaints(&self, lines: &[String]) -> Result<(), PinnedError> {
-        let room = self.complaints.max() as usize;
+    /// Replaces the warnings; of more than there is room for, the last ones are kept.
+    pub fn write_warnings(&self, lines: &[String]) -> Result<(), PinnedError> {
+        let room = self.warnings.max() as usize;
         let kept = lines.get(lines.len().saturating_sub(room)..).unwrap_or(&[]);
-        let entry = |n: usize| Complaint { text: kept.get(n).map_or([0; 256], |line| text(line)) };
-        let keys: Vec<u32> = (0..self.complaints.max()).collect();
-        let values: Vec<Complaint> = (0..room).map(entry).collect();
-        Ok(self.complaints.put_many(&keys, &values).map_err(|(_, error)| error)?)
+        let entry = |n: usize| Warning { text: kept.get(n).map_or([0; 256], |line| text(line)) };
+        let keys: Vec<u32> = (0..self.warnings.max()).collect();
+        let values: Vec<Warning> = (0..room).map(entry).collect();
+        Ok(self.warnings.put_many(&keys, &values).map_err(|(_, error)| error)?)
     }
 
     /// How often each [`Reason`] occurred, summed over the CPUs.

@@ -84,7 +84,7 @@ impl TakeOver {
 
     /// What is still there of kube-proxy, and why.
     #[must_use]
-    pub fn complaints(&self) -> Vec<String> {
+    pub fn warnings(&self) -> Vec<String> {
         self.lock().clone().unwrap_or_default()
     }
 
@@ -92,7 +92,7 @@ impl TakeOver {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells what is new, in the log and as complaints.
+    /// Tells what is new, in the log and as warnings.
     fn tell(&self, lines: Vec<String>) {
         let mut known = self.lock();
         if known.as_ref() != Some(&lines) {
@@ -129,7 +129,7 @@ impl TakeOver {
                     LATER
                 }
             };
-            if self.complaints().is_empty() && pause == LATER && kept == 0 {
+            if self.warnings().is_empty() && pause == LATER && kept == 0 {
                 // It may begin once more.
                 *self.lock() = None;
                 return;

@@ -87,7 +87,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
     let begun = Instant::now();
     let pass = Planner::new(&Actual::default(), capacity).full(&world.take_desired(), 0);
     times.full_ms.push(begun.elapsed().as_secs_f64() * 1e3);
-    ensure!(pass.plan.complaints.is_empty(), "the plan found no room: {:?}", pass.plan.complaints);
+    ensure!(pass.plan.warnings.is_empty(), "the plan found no room: {:?}", pass.plan.warnings);
     let begun = Instant::now();
     apply(&mut kernel, &pass.plan.steps)?;
     times.write_ms.push(begun.elapsed().as_secs_f64() * 1e3);

@@ -55,8 +55,8 @@ pub(crate) fn load_modules() -> Result<()> {
     Ok(())
 }
 
-/// What the kernel has complained about since it started, a line each.
-pub(crate) fn complaints() -> Result<Vec<String>> {
+/// What the kernel has warned of since it started, a line each.
+pub(crate) fn warnings() -> Result<Vec<String>> {
     const PATH: &str = "/dev/kmsg";
     let nonblocking = nix::fcntl::OFlag::O_NONBLOCK.bits();
     let mut log = File::options()
@@ -74,7 +74,7 @@ pub(crate) fn complaints() -> Result<Vec<String>> {
                 // "priority,number,time,flags;text", then lines of further facts.
                 let line =
                     text.lines().next().and_then(|line| line.split_once(';')).map_or("", |(_, line)| line);
-                if is_complaint(line) {
+                if is_warning(line) {
                     found.push(line.to_owned());
                 }
             }
@@ -86,7 +86,7 @@ pub(crate) fn complaints() -> Result<Vec<String>> {
     }
 }
 
-fn is_complaint(line: &str) -> bool {
+fn is_warning(line: &str) -> bool {
     ["BUG:", "WARNING:", "Oops", "Call Trace", "rcu: INFO:", "soft lockup", "unregister_netdevice: waiting"]
         .iter()
         .any(|sign| line.contains(sign))
@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn what_a_kernel_says_when_it_is_ill_is_told_from_what_it_always_says() {
-        assert!(is_complaint("WARNING: CPU: 0 PID: 77 at kernel/bpf/verifier.c:9 do_check+0x1/0x2"));
-        assert!(!is_complaint("Linux version 6.1.0-56-cloud-amd64 (debian-kernel@lists.debian.org)"));
+        assert!(is_warning("WARNING: CPU: 0 PID: 77 at kernel/bpf/verifier.c:9 do_check+0x1/0x2"));
+        assert!(!is_warning("Linux version 6.1.0-56-cloud-amd64 (debian-kernel@lists.debian.org)"));
     }
 }

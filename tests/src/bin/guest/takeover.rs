@@ -58,7 +58,7 @@ pub(crate) fn takeover(mode: Mode) -> Result<String> {
     }
     if mode == Mode::Ipvs {
         // It leads connections of the node itself.
-        let kept = agent.status_json()?["complaints"].to_string();
+        let kept = agent.status_json()?["object_warnings"].to_string();
         ensure!(kept.contains("they stay until"), "virtual servers are not told of: {kept}");
     }
     go_on(&mut holds).with_context(|| format!("later: {}", said(&agent, node)))?;

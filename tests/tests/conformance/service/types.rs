@@ -102,7 +102,7 @@ fn should_be_able_to_change_the_type_from_external_name_to_node_port() -> Result
     from_external_name(PodNetwork::Overlay, true)
 }
 
-/// To ExternalName: its addresses lead nowhere, and no agent complains of it.
+/// To ExternalName: its addresses lead nowhere, and no agent warns of it.
 fn to_external_name(network: PodNetwork, plan: &ServicePlan) -> Result<()> {
     let cluster = Cluster::raise(network)?;
     let _servers = cluster.serve(&["b", "c"])?;
@@ -114,8 +114,8 @@ fn to_external_name(network: PodNetwork, plan: &ServicePlan) -> Result<()> {
     down([client], cluster.place("node2").at(NODE_PORT))?;
     for agent in &cluster.agents {
         let status = agent.status_json()?;
-        let complaints = status["complaints"].as_array().context("no complaints in status")?;
-        ensure!(complaints.is_empty(), "{complaints:?}");
+        let warnings = status["object_warnings"].as_array().context("no warnings in status")?;
+        ensure!(warnings.is_empty(), "{warnings:?}");
     }
     Ok(())
 }

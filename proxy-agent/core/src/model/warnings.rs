@@ -9,18 +9,18 @@ const MAX_LINES: usize = 16;
 
 /// One line about one object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Complaint {
+pub struct Warning {
     /// The object, for a person: `Service default/web`.
     pub object: String,
     /// What is wrong with it.
     pub line: String,
 }
 
-/// Complaints by object. Bounded: input that is wrong on purpose must not cost memory without end.
+/// Warnings by object. Bounded: input that is wrong on purpose must not cost memory without end.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(BTreeMap<String, Vec<String>>);
+pub(super) struct Warnings(BTreeMap<String, Vec<String>>);
 
-impl Complaints {
+impl Warnings {
     /// Replaces what is known of an object; tells whether that changed anything.
     pub(super) fn replace(&mut self, object: String, mut lines: Vec<String>) -> bool {
         if lines.is_empty() {
@@ -48,9 +48,9 @@ impl Complaints {
     }
 
     /// All lines, by object.
-    pub(super) fn iter(&self) -> impl Iterator<Item = Complaint> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = Warning> {
         self.0.iter().flat_map(|(object, lines)| {
-            lines.iter().map(|line| Complaint { object: object.clone(), line: line.clone() })
+            lines.iter().map(|line| Warning { object: object.clone(), line: line.clone() })
         })
     }
 }
