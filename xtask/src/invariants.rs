@@ -1,11 +1,7 @@
 //! What can be seen in the source text: nothing is unfinished or switched off, and the code map of ARCHITECTURE.md has
 //! every room. (Who may use which crate is said in Cargo.toml and deny.toml.)
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -37,7 +33,7 @@ pub(crate) fn check() -> Result<()> {
     let mut broken = Vec::new();
     let mut files = 0;
     for folder in CODE {
-        for file in rust_files(&root.join(folder))? {
+        for file in workspace::files(&root.join(folder), "rs")? {
             let name = file.strip_prefix(&root).unwrap_or(&file);
             broken.extend(unfinished(name, &read(&file)?));
             files += 1;
@@ -54,22 +50,6 @@ pub(crate) fn check() -> Result<()> {
 
 fn read(file: &Path) -> Result<String> {
     fs::read_to_string(file).with_context(|| format!("could not read {}", file.display()))
-}
-
-/// The Rust files below a folder, in order, without what is built.
-pub(crate) fn rust_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    let Ok(entries) = fs::read_dir(folder) else { return Ok(files) };
-    for entry in entries {
-        let path = entry.with_context(|| format!("could not list {}", folder.display()))?.path();
-        if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
-            files.extend(rust_files(&path)?);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 /// What is not finished in a file, a line for each.
@@ -89,7 +69,7 @@ fn rooms(root: &Path) -> Result<BTreeSet<String>> {
     let mut rooms = BTreeSet::new();
     for package in MAPPED {
         let sources = root.join(package).join("src");
-        for file in rust_files(&sources)? {
+        for file in workspace::files(&sources, "rs")? {
             let room = file.parent().filter(|room| *room != sources);
             let room = room.and_then(|room| room.strip_prefix(root).ok());
             rooms.extend(room.map(|room| room.display().to_string()));

@@ -53,7 +53,7 @@ enum Command {
     Chaos(scenario::Args),
     /// What CI demands besides the tests: format, lints, docs, licences, invariants.
     Check,
-    /// Write `tests/conformance.md`: every rule with the tests that cite it.
+    /// Write `tests/conformance.md`: every rule with the tests that cite it, with links to `docs/service-semantics.md`.
     Conformance,
     /// Write a container image (OCI layout and docker archive in one tar file).
     Image(image::Args),

@@ -37,6 +37,36 @@ pub(crate) fn tools_bin() -> PathBuf {
     tools_dir().join("bin")
 }
 
+/// The files below a folder whose names end so, in order, without what is built.
+pub(crate) fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in entries(folder)? {
+        if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+            files.extend(self::files(&path, extension)?);
+        } else if path.extension().is_some_and(|found| found == extension) {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+/// Those in the folder itself.
+pub(crate) fn files_beside(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let mut files = entries(folder)?;
+    files.retain(|path| path.is_file() && path.extension().is_some_and(|found| found == extension));
+    Ok(files)
+}
+
+/// What a folder holds, in order.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let listed = || format!("could not list {}", folder.display());
+    let entries = std::fs::read_dir(folder).with_context(listed)?;
+    let mut entries =
+        entries.map(|entry| Ok(entry.with_context(listed)?.path())).collect::<Result<Vec<_>>>()?;
+    entries.sort();
+    Ok(entries)
+}
+
 /// The part of `cargo metadata` that we use.
 #[derive(Deserialize)]
 pub(crate) struct Metadata {

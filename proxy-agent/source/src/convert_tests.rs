@@ -1,4 +1,4 @@
-//! Tables of odd input: sections 1, 2 and 11 of the Service rules.
+//! Tables of odd input: sections 1, 2 and 11 of docs/service-semantics.md.
 
 use serde_json::{Value, json};
 

@@ -10,7 +10,7 @@ use crate::addr::{Addr, Port, Proto};
 /// How often a frontend that is being rewritten is read again.
 const READS: usize = 3;
 
-/// Who sends, as far as traffic policies care (0.2 of the semantics).
+/// Who sends, as far as traffic policies care (docs/service-semantics.md, 0.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Source {
     /// A pod.

@@ -1,4 +1,5 @@
-//! What a new flow gets, read from the rules alone: slow, without tables, sharing no decision with the proxy.
+//! What a new flow gets, read from the rules (docs/service-semantics.md) alone: slow, without tables, sharing no
+//! decision with the proxy.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

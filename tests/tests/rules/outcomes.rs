@@ -1,4 +1,4 @@
-//! Packet outcomes, row by row: sections 4, 5 and 14.2 of the semantics.
+//! Packet outcomes, row by row: sections 4, 5 and 14.2 of docs/service-semantics.md.
 
 use std::collections::BTreeSet;
 
