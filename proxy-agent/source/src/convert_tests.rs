@@ -498,3 +498,11 @@ fn a_service_says_by_annotation_what_becomes_of_connections_to_a_lost_endpoint()
         "the annotation ebpf-proxy/on-endpoint-loss \"close\" is neither keep nor reset: taken as keep";
     assert_eq!((reset, warnings), (false, vec![told.to_owned()]));
 }
+
+#[test]
+fn the_annotations_of_the_proxy_are_documented() {
+    let page = include_str!("../../../docs/metrics.md");
+    for annotation in [ANNOTATION_ON_LOSS, ANNOTATION_SOCKET_LB] {
+        assert!(page.contains(&format!("\n| `{annotation}` |")), "docs/metrics.md lacks {annotation}");
+    }
+}

@@ -82,3 +82,39 @@ impl Counting<'_> {
         requests.total.get_or_create(&[("code", code), ("method", method), ("host", host)]).inc();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_counted_is_under_its_documented_name() {
+        // H-48.
+        let requests = Requests::default();
+        requests.begin("GET", "host").done(None);
+        requests.ended("services", "expired");
+        let mut registry = Registry::default();
+        requests.register(&mut registry);
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let page = include_str!("../../../docs/metrics.md");
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+        let names =
+            types.map(|(name, of)| if of == "counter" { format!("{name}_total") } else { name.to_owned() });
+        let missing: Vec<_> = names.filter(|name| !page.contains(&format!("\n| `{name}` |"))).collect();
+        assert!(missing.is_empty(), "docs/metrics.md lacks {missing:?}");
+        assert!(
+            text.contains(r#"rest_client_requests_total{code="<error>",method="GET",host="host"} 1"#),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"rest_client_request_duration_seconds_count{verb="GET",host="host"} 1"#),
+            "{text}"
+        );
+        assert!(
+            text.contains(r#"proxy_agent_watches_ended_total{resource="services",reason="expired"} 1"#),
+            "{text}"
+        );
+        assert!(text.contains("proxy_agent_apiserver_moves_total 0"), "{text}");
+    }
+}

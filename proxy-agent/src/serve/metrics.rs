@@ -417,7 +417,7 @@ fn written(text: Result<String, String>, headers: &HeaderMap) -> Response {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::ask;
     use std::time::Duration;
 
@@ -426,7 +426,7 @@ mod tests {
     use agent_core::model::NoLocal;
     use agent_kernel::datapath::tables::growth::Against;
 
-    fn metrics() -> Arc<Metrics> {
+    pub(in super::super) fn metrics() -> Arc<Metrics> {
         let snapshot = || Snapshot {
             source: "manifests /x".to_owned(),
             connected: true,

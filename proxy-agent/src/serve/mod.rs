@@ -5,6 +5,8 @@ mod exposition;
 pub mod health;
 pub mod http;
 pub mod metrics;
+#[cfg(test)]
+mod metrics_page_tests;
 mod pages;
 pub mod passes;
 pub mod process;
