@@ -67,7 +67,7 @@ pub(crate) fn write(binary: Option<&Path>, output: &Path) -> Result<String> {
     };
     build::require_static(&binary)?;
     let elf = fs::read(&binary).with_context(|| format!("could not read {}", binary.display()))?;
-    let version = Metadata::read()?.package("proxy-agent")?.version.clone();
+    let version = Metadata::read()?.package("proxy-agent")?.version.to_string();
     let tag = format!("{NAME}:{version}");
     let image = pack(&elf, &version)?;
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -163,9 +163,12 @@ fn path(descriptor: &Value) -> Result<String> {
 }
 
 fn digest(contents: &[u8]) -> String {
-    let hash = Sha256::digest(contents);
-    let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+    format!("sha256:{}", sha256(contents))
+}
+
+/// The SHA-256 of something, in hexadecimal.
+pub(crate) fn sha256(contents: &[u8]) -> String {
+    Sha256::digest(contents).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn gzip(contents: &[u8]) -> Result<Vec<u8>> {
@@ -209,7 +212,7 @@ fn header(kind: tar::EntryType, size: u64, mode: u32) -> tar::Header {
 }
 
 /// Go's name of the architecture, which images use.
-fn architecture(elf: &[u8]) -> Result<&'static str> {
+pub(crate) fn architecture(elf: &[u8]) -> Result<&'static str> {
     match object::File::parse(elf).context("not an ELF file")?.architecture() {
         Architecture::X86_64 => Ok("amd64"),
         Architecture::Aarch64 => Ok("arm64"),

@@ -16,6 +16,7 @@ mod image;
 mod invariants;
 mod kind;
 mod matrix;
+mod release;
 mod scenario;
 mod setup;
 mod test;
@@ -57,6 +58,8 @@ enum Command {
     Conformance,
     /// Write a container image (OCI layout and docker archive in one tar file).
     Image(image::Args),
+    /// Set the version, and build what a release consists of. `--dry-run` only looks whether it could.
+    Release(release::Args),
     /// Create a kind cluster without kube-proxy and install the proxy in it.
     Kind(kind::Args),
 }
@@ -85,6 +88,7 @@ fn run(command: Command) -> Result<()> {
         Command::Check => check::run(),
         Command::Conformance => conformance::run(),
         Command::Image(args) => image::run(&args),
+        Command::Release(args) => release::run(&args),
         Command::Kind(args) => kind::run(&args),
     }
 }

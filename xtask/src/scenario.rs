@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 
 use crate::{
     build_ebpf, cmd,
-    workspace::{self, Metadata},
+    workspace::{self, Metadata, Targets as _},
 };
 
 /// Handed to the program as it stands; `--help` there tells what it takes.

@@ -36,8 +36,9 @@ enum Missing {
     CargoDeny,
 }
 
-/// What the tests and the demo call, with the package it comes in.
-const PROGRAMS: [(&str, &str); 12] = [
+/// What tests, demo and release call, with the package it comes in.
+const PROGRAMS: [(&str, &str); 13] = [
+    ("git", "git"),
     ("ip", "iproute2"),
     ("tc", "iproute2"),
     ("nft", "nftables"),

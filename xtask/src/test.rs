@@ -14,7 +14,7 @@ use clap::ValueEnum;
 
 use crate::{
     build_ebpf, cmd, image, matrix,
-    workspace::{self, Metadata},
+    workspace::{self, Metadata, Targets as _},
 };
 
 /// Which tests to run.

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use object::read::elf::ElfFile64;
+use semver::Version;
 
 use crate::{cmd, workspace};
 
@@ -21,7 +22,7 @@ pub(crate) const LLVM: u32 = 22;
 /// cargo-deny that `setup` installs, and the oldest one that is accepted.
 pub(crate) const CARGO_DENY: &str = "0.20.2";
 /// The first rustc that compiles the kernel programs (its BPF target is new enough for aya-ebpf).
-pub(crate) const OLDEST_RUSTC: &str = "1.87";
+pub(crate) const OLDEST_RUSTC: &str = "1.87.0";
 /// The kernel programs' target.
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
@@ -211,13 +212,10 @@ fn field(text: &str, name: &str) -> Result<String> {
     Ok(line.with_context(|| format!("rustc -vV printed no `{name}`"))?.trim().to_owned())
 }
 
-/// Compares versions number by number; a suffix such as `-nightly` does not count.
+/// Whether a version is as new as another; what follows the three numbers (`-nightly`, `+dfsg1`) does not count.
 pub(crate) fn at_least(version: &str, wanted: &str) -> bool {
-    let numbers = |text: &str| -> Vec<u32> {
-        let core = text.split(['-', '+']).next().unwrap_or_default();
-        core.split('.').map_while(|part| part.parse().ok()).collect()
-    };
-    numbers(version) >= numbers(wanted)
+    let numbers = |text: &str| Version::parse(text.split(['-', '+']).next()?).ok();
+    numbers(version).zip(numbers(wanted)).is_some_and(|(version, wanted)| version >= wanted)
 }
 
 #[cfg(test)]
@@ -227,12 +225,12 @@ mod tests {
     #[test]
     fn versions_compare_by_number() {
         for (version, wanted, enough) in [
-            ("1.96.0", "1.87", true),
-            ("1.87.0", "1.87", true),
-            ("1.100.0-nightly", "1.87", true),
-            ("1.85.0+dfsg3", "1.87", false),
+            ("1.96.0", "1.87.0", true),
+            ("1.87.0", "1.87.0", true),
+            ("1.100.0-nightly", "1.87.0", true),
+            ("1.85.0+dfsg3", "1.87.0", false),
             ("0.9.15", "0.13.0", false),
-            ("nonsense", "0.1", false),
+            ("nonsense", "0.1.0", false),
         ] {
             assert_eq!(at_least(version, wanted), enough, "{version} >= {wanted}");
         }

@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use serde::Deserialize;
-
-use crate::cmd;
+use cargo_metadata::{MetadataCommand, Package};
 
 /// The folder that holds the workspace's `Cargo.toml`.
 pub(crate) fn root() -> PathBuf {
@@ -58,7 +56,7 @@ pub(crate) fn files_beside(folder: &Path, extension: &str) -> Result<Vec<PathBuf
 }
 
 /// What a folder holds, in order.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let listed = || format!("could not list {}", folder.display());
     let entries = std::fs::read_dir(folder).with_context(listed)?;
     let mut entries =
@@ -67,50 +65,35 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries)
 }
 
-/// The part of `cargo metadata` that we use.
-#[derive(Deserialize)]
+/// What cargo knows of the workspace.
 pub(crate) struct Metadata {
     pub(crate) target_directory: PathBuf,
     packages: Vec<Package>,
 }
 
-/// One package of the workspace.
-#[derive(Deserialize)]
-pub(crate) struct Package {
-    name: String,
-    pub(crate) version: String,
-    pub(crate) features: serde_json::Map<String, serde_json::Value>,
-    targets: Vec<Target>,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-    kind: Vec<String>,
-}
-
 impl Metadata {
     /// Asks cargo.
     pub(crate) fn read() -> Result<Self> {
-        let mut command = cmd::cargo();
-        command.args(["metadata", "--no-deps", "--format-version=1"]).current_dir(root());
-        serde_json::from_str(&cmd::output(&mut command)?)
-            .context("could not read what `cargo metadata` printed")
+        let metadata = MetadataCommand::new().no_deps().current_dir(root()).exec()?;
+        Ok(Self { target_directory: metadata.target_directory.into(), packages: metadata.packages })
     }
 
     /// A package of the workspace by name.
     pub(crate) fn package(&self, name: &str) -> Result<&Package> {
-        self.packages
-            .iter()
-            .find(|package| package.name == name)
-            .with_context(|| format!("the workspace has no package `{name}`"))
+        let package = self.packages.iter().find(|package| package.name == name);
+        package.with_context(|| format!("the workspace has no package `{name}`"))
     }
 }
 
-impl Package {
+/// What can be asked of a package.
+pub(crate) trait Targets {
     /// Whether the package has a target of this kind (`bin`, `lib`, `test`) and name.
-    pub(crate) fn has(&self, kind: &str, name: &str) -> bool {
-        self.targets.iter().any(|target| target.name == name && target.kind.iter().any(|k| k == kind))
+    fn has(&self, kind: &str, name: &str) -> bool;
+}
+
+impl Targets for Package {
+    fn has(&self, kind: &str, name: &str) -> bool {
+        self.targets.iter().any(|target| target.name == name && target.kind.contains(&kind.into()))
     }
 }
 
