@@ -14,7 +14,7 @@ use crate::abi::{
 use crate::addr::{Addr, Port, Proto};
 use crate::lb::masquerade::Allowance;
 use crate::lb::socket::{self, Call, Memory};
-use crate::lb::{Inserted, Ring, Stat, Tables, Verdict, egress, ingress};
+use crate::lb::{Inserted, Ring, Stat, Subprograms, Tables, Verdict, egress, ingress};
 use crate::wire::answer::{self, Answer};
 use crate::wire::{
     Edit, End, Frame, Kind, MAX_OFFSET, Packet, Words, checksum, mend, parse, rewrite, rewrite_error,
@@ -356,6 +356,8 @@ impl Tables for MemoryTables {
     }
 }
 
+impl Subprograms for MemoryTables {}
+
 /// Whether the first `bits` bits of a word and an address are those of another word and address.
 fn is_prefix(bits: u32, word: u32, addr: &Addr, other_word: u32, other_addr: &Addr) -> bool {
     let bytes = |word: u32, addr: &Addr| {
@@ -626,13 +628,13 @@ pub enum Outcome {
 }
 
 /// Runs an Ethernet frame through the decision of a hook and applies it, as the kernel programs do.
-pub fn run(tables: &impl Tables, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
+pub fn run(tables: &impl Subprograms, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
     run_on::<true>(tables, frame, hook, ifindex)
 }
 
 /// The same; with `ETHERNET` false the frame begins at the IP header.
 pub fn run_on<const ETHERNET: bool>(
-    tables: &impl Tables,
+    tables: &impl Subprograms,
     frame: &ByteFrame,
     hook: Hook,
     ifindex: u32,

@@ -4,11 +4,12 @@
 #![feature(asm_experimental_arch)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
-mod cut;
 mod hook;
 mod maps;
+mod scratch;
 mod skb;
 mod sock;
+mod subprog;
 mod tables;
 
 #[cfg(not(test))]

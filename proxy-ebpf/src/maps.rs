@@ -1,5 +1,5 @@
 //! One static per map, in the order of the table in `proxy_common::abi`, which says for each who writes it,
-//! who reads it and what happens when it is full.
+//! who reads it and what happens when it is full. SCRATCH is in [`crate::scratch`], beside what lies in it.
 
 use aya_ebpf::Global;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
@@ -12,8 +12,6 @@ use proxy_common::abi::{
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb;
-
-use crate::cut;
 
 /// Written only by the agent, in low numbers: memory is taken as entries come.
 const SPARSE: usize = BPF_F_NO_PREALLOC as usize;
@@ -64,8 +62,6 @@ pub static SECRET: Array<Secret, 1> = Array::new();
 pub static FREE: Queue<u32, { capacity::RECORDS }> = Queue::new();
 #[btf_map]
 pub static RING: Array<FlowId, { capacity::RING }> = Array::new();
-#[btf_map]
-pub static SCRATCH: PerCpuArray<[u64; cut::WORDS], 1> = PerCpuArray::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { capacity::FRAGMENTS }> = LruHashMap::new();
 #[btf_map]

@@ -13,7 +13,7 @@ use aya_ebpf::helpers::generated::{
 use proxy_common::abi::{Flow, ask, feature};
 use proxy_common::lb::Tables as _;
 use proxy_common::wire::answer::Answer;
-use proxy_common::wire::{Frame, MAX_OFFSET, Words, mend};
+use proxy_common::wire::{Frame, MAX_OFFSET, Words, crc32c, mend};
 
 use crate::tables::{Kernel, has};
 
@@ -283,6 +283,13 @@ impl Frame for Skb {
 
     #[inline(always)]
     fn crc_difference(&self, diff: u32, following: u32) -> u32 {
-        crate::cut::cut_crc(diff, following)
+        subprog_crc(diff, following)
     }
+}
+
+/// A global function like those of [`crate::subprog`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_crc(diff: u32, following: u32) -> u32 {
+    crc32c::difference(diff, following)
 }

@@ -12,19 +12,19 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, Timeouts, Tuple, capacity,
-    feature,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, Tuple, capacity, feature,
 };
 use proxy_common::addr::{Addr, Port, Proto};
-use proxy_common::lb::{Choice, Entered, Inserted, Recalled, Ring, Stat, Tables, Verdict};
-use proxy_common::wire::{Edit, Packet};
+use proxy_common::lb::{Inserted, Ring, Stat, Tables};
+use proxy_common::wire::Packet;
 
-use crate::{cut, maps};
+use crate::maps;
+use crate::scratch::{Scratch, scratch};
 
 /// The maps of the kernel, and the context of the TC program at work, or none. With `PACKET` the programs have the working
-/// storage [`cut::Scratch`]: the packet that the functions are given is always the one in there, and so are edit and
-/// choice, and the cut points find them; keys are made up there, too.
-pub struct Over<const PACKET: bool>(*mut __sk_buff);
+/// storage [`Scratch`]: the packet that the functions are given is always the one in there, and so are edit and
+/// choice, and subprograms find them; keys are made up there, too.
+pub struct Over<const PACKET: bool>(pub *mut __sk_buff);
 
 /// What TC programs work with.
 pub type Kernel = Over<true>;
@@ -95,7 +95,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
         if !PACKET {
             return clock();
         }
-        let Some(scratch) = cut::scratch() else { return clock() };
+        let Some(scratch) = scratch() else { return clock() };
         // The tick costs next to nothing, since it is read in place; the clock goes on with it.
         // SAFETY: takes no arguments.
         let tick = unsafe { bpf_jiffies64() };
@@ -176,7 +176,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr> {
-        let key = &mut cut::scratch()?.route;
+        let key = &mut scratch()?.route;
         *key = RouteKey::exact(ifindex, *dst);
         // SAFETY: the key is as large as the map's, and lives in the working storage.
         let found = unsafe {
@@ -196,7 +196,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn is_socket(&self, tuple: &Tuple) -> bool {
-        let Some(scratch) = cut::scratch() else { return false };
+        let Some(scratch) = scratch() else { return false };
         let asked = &mut scratch.asked;
         // As a packet from the other end would ask: addresses, then ports.
         let (v4, ports) = (tuple.src.is_v4(), u32::from(tuple.dport.0) | u32::from(tuple.sport.0) << 16);
@@ -278,7 +278,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn may_search_on(&self) -> bool {
-        cut::scratch().is_some_and(|scratch| scratch.allowance.take(self.now()))
+        scratch().is_some_and(|scratch| scratch.allowance.take(self.now()))
     }
 
     #[inline(always)]
@@ -315,7 +315,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
         let key = flow.pairs[role.index()].key(secret);
         if PACKET {
-            let Some(scratch) = cut::scratch() else { return Inserted::Full };
+            let Some(scratch) = scratch() else { return Inserted::Full };
             insert_leg(&key, flow, role, &mut scratch.leg)
         } else {
             insert_leg(&key, flow, role, &mut Leg { ..Leg::NONE })
@@ -372,7 +372,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn stand(&self, ring: Ring, id: FlowId) -> FlowId {
-        let Some(scratch) = cut::scratch() else { return FlowId::NONE };
+        let Some(scratch) = scratch() else { return FlowId::NONE };
         let size = maps::PLACES.load();
         let Some(place) = scratch.places.get_mut(ring.0 as usize) else { return FlowId::NONE };
         let at = *place;
@@ -430,127 +430,15 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
             }
         }
     }
-
-    #[inline(always)]
-    fn is_service_range(&self, addr: &Addr) -> bool {
-        self.config().is_some_and(|config| config.is_service_range(addr))
-    }
-
-    #[inline(always)]
-    fn snat_port(&self, n: u32) -> Port {
-        Port(cut::cut_snat_port(n) as u16)
-    }
-
-    #[inline(always)]
-    fn is_snat_port(&self, port: Port) -> bool {
-        cut::cut_is_snat_port(port.0.into()) != 0
-    }
-
-    #[inline(always)]
-    fn ingress_slow(&self, _packet: &Packet, known: u32, _edit: &mut Edit) -> Verdict {
-        Verdict::from_number(cut::cut_slow(known))
-    }
-
-    #[inline(always)]
-    fn choose(&self, _packet: &Packet, known: u32, attempt: u32, _choice: &mut Choice) -> Verdict {
-        Verdict::from_number(cut::cut_choose(known, attempt))
-    }
-
-    /// The choice is the one that lies in the working storage, from the call before.
-    #[inline(always)]
-    fn make(&self, _packet: &Packet, _choice: &Choice, middle_port: Port) -> FlowId {
-        FlowId(cut::cut_make(middle_port.0.into()))
-    }
-
-    #[inline(always)]
-    fn join(&self, _packet: &Packet, id: FlowId) -> Inserted {
-        Inserted::from_number(cut::cut_join(id.0))
-    }
-
-    #[inline(always)]
-    fn progress(&self, _packet: &Packet, id: FlowId, forward: bool) -> u32 {
-        cut::cut_progress(id.0, forward.into())
-    }
-
-    #[inline(always)]
-    fn look_after(&self, id: FlowId) -> u32 {
-        cut::cut_look_after(id.0)
-    }
-
-    #[inline(always)]
-    fn enter(&self, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
-        let answer = match PACKET {
-            true => cut::cut_enter(id.0, role.0.into()),
-            false => cut::cut_enter_adopted(id.0, role.0.into()),
-        };
-        *holder = FlowId(answer & !cut::ENTERED);
-        Entered::from_number(((answer & cut::ENTERED) >> cut::ENTERED_AT) as u32)
-    }
-
-    #[inline(always)]
-    fn dissolve(&self, id: FlowId) -> u32 {
-        cut::cut_dissolve(id.0)
-    }
-
-    #[inline(always)]
-    fn take_apart(&self, id: FlowId) -> u32 {
-        cut::cut_take_apart(id.0)
-    }
-
-    #[inline(always)]
-    fn make_own(&self, _packet: &Packet, guest: bool) -> FlowId {
-        FlowId(cut::cut_make_own(guest.into()))
-    }
-
-    #[inline(always)]
-    fn join_own(&self, id: FlowId) -> u32 {
-        cut::cut_join_own(id.0)
-    }
-
-    /// The times are those that lie in the working storage.
-    #[inline(always)]
-    fn sweep(&self, index: u32, _timeouts: &Timeouts) -> u32 {
-        cut::cut_sweep(index)
-    }
-
-    #[inline(always)]
-    fn find_source(&self, _packet: &mut Packet) -> u32 {
-        cut::cut_find_source(self.0)
-    }
-
-    #[inline(always)]
-    fn find_port(&self, _packet: &mut Packet, at: u32) -> u32 {
-        cut::cut_port(self.0, at)
-    }
-
-    #[inline(always)]
-    fn price(&self, _packet: &Packet) -> u64 {
-        cut::cut_price(self.0)
-    }
-
-    #[inline(always)]
-    fn enter_source(&self, _packet: &Packet, id: FlowId) -> Entered {
-        Entered::from_number(cut::cut_source(id.0))
-    }
-
-    #[inline(always)]
-    fn recall_fragment(&self, _packet: &mut Packet) -> Recalled {
-        Recalled::from_number(cut::cut_recall())
-    }
-
-    #[inline(always)]
-    fn remember_fragment(&self, _packet: &Packet) -> u32 {
-        cut::cut_remember()
-    }
 }
 
 /// The key, in its place in the working storage if there is one.
 #[inline(always)]
 fn keep<'a, const PACKET: bool, K: Copy + 'static>(
     key: &'a K,
-    place: impl FnOnce(&'static mut cut::Scratch) -> &'static mut K,
+    place: impl FnOnce(&'static mut Scratch) -> &'static mut K,
 ) -> &'a K {
-    if PACKET && let Some(scratch) = cut::scratch() {
+    if PACKET && let Some(scratch) = scratch() {
         let place = place(scratch);
         *place = *key;
         return place;

@@ -91,11 +91,11 @@ impl Toolchain {
             // v3 has 32-bit jumps and fetching atomics; generic is v1.
             "-Ctarget-cpu=v3",
             // Working storage lies in one per-CPU value that functions reach by themselves and not by their arguments
-            // (see proxy-ebpf/src/cut.rs): a reference into it does not mean that nobody else reads or writes there.
+            // (see proxy-ebpf/src/scratch.rs): a reference into it does not mean that nobody else reads or writes there.
             "-Zmutable-noalias=no",
             // Type information: the kernel needs it for maps with locks and timers, people for bpftool.
             "-Clink-arg=--btf",
-            // What is no cut point is inlined, closures too, which cannot be told so one by one: a function that is left
+            // What is no subprogram is inlined, closures too, which cannot be told so one by one: a function that is left
             // over gets pointers into frames and working storage that old verifiers do not follow.
             "-Clink-arg=--llvm-args=--inline-threshold=100000",
             // Without it small memset and memcpy become byte loops: three times the instructions to verify.

@@ -5,7 +5,8 @@
 //! Then the agent sees to it that neither the kernel's connection tracking is in the way of the same packets translated by us,
 //! nor anybody misses an entry there, and [`take`] has them translated.
 
-use super::{Entered, Tables, flow, select};
+use super::flow::{self, Entered};
+use super::{Subprograms, Tables, select};
 use crate::abi::{Flow, FlowId, Role, State, ask, config, flow_flags};
 use crate::addr::Proto;
 use crate::wire::Packet;
@@ -40,7 +41,7 @@ pub enum From {
 /// Makes a flow of what others have begun, which `fill` writes to a record: everything but its id and claims. What another proxy
 /// has begun is left to netfilter until [`take`], or has lost its endpoint already. The answer is that of [`ask::ADOPT`].
 #[inline(always)]
-pub fn adopt<T: Tables>(tables: &T, from: From, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
+pub fn adopt<T: Subprograms>(tables: &T, from: From, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
     let Some(index) = tables.take_record() else {
         return ask::NO_ROOM;
     };
@@ -110,7 +111,7 @@ fn is_the_same<T: Tables>(tables: &T, id: FlowId, other: FlowId) -> bool {
 
 /// Enters a leg of a flow that is being adopted: see [`From`].
 #[inline(always)]
-fn enter<T: Tables>(tables: &T, from: From, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
+fn enter<T: Subprograms>(tables: &T, from: From, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
     for _ in 0..2 {
         match tables.enter(id, role, holder) {
             Entered::Done | Entered::Kept => return Entered::Done,
@@ -154,7 +155,7 @@ fn dissolve_at<T: Tables>(tables: &T, index: u32) {
 
 /// A flow that has been adopted is translated by us from now on, if all its pairs can be had; 1 if it is.
 #[inline(always)]
-pub fn take<T: Tables>(tables: &T, id: FlowId) -> u32 {
+pub fn take<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
     let index = id.index();
     if !tables.claim(index) {
         return 0;

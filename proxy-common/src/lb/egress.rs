@@ -1,12 +1,14 @@
 //! Behind the stack: answers get the VIP as source, masqueraded packets get an address of the node.
 
-use super::{Recalled, Tables, Touch, Touched, Verdict, adopt, flow, masquerade};
+use super::flow::{self, Touch, Touched};
+use super::fragment::Recalled;
+use super::{Subprograms, Tables, Verdict, adopt, masquerade};
 use crate::abi::{FlowId, Hook, Reason, address};
 use crate::wire::{Edit, Kind, Packet};
 
 /// Decides about a packet that leaves the node.
 #[inline(always)]
-pub fn egress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
+pub fn egress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
     match packet.kind {
         Kind::Whole | Kind::FirstFragment | Kind::IcmpError => {}
         Kind::LaterFragment => {
@@ -67,7 +69,7 @@ fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
 /// endpoint from a port that we masquerade with, too, the conversation is noted, so that its answers are not taken for ours.
 /// While all that is new is another proxy's nothing is.
 #[inline(always)]
-fn unknown<T: Tables>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
+fn unknown<T: Subprograms>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
     let matters = !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0;
     if !matters {
         return Verdict::Pass;

@@ -4,7 +4,7 @@ use std::string::String;
 use std::vec::Vec;
 
 use super::tests::{ETH, Node, Talk, addr, answer, key, shown};
-use super::{Tables as _, flow};
+use super::{Subprograms as _, Tables as _, flow};
 use crate::abi::{
     FORWARD, Flow, FlowId, FrontendKey, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, config,
     frontend,

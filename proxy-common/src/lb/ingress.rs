@@ -1,14 +1,16 @@
 //! Before the stack: the client's packets get the endpoint as destination, answers to a masqueraded flow
 //! get the client.
 
-use super::{Choice, Recalled, Tables, Touch, Verdict, adopt, flow, open};
+use super::flow::{self, Touch};
+use super::fragment::Recalled;
+use super::{Choice, Subprograms, Tables, Verdict, adopt, open};
 use crate::abi::{Hook, Reason, address};
 use crate::addr::Proto;
 use crate::wire::{Edit, Kind, Packet};
 
 /// Decides about a packet that enters the node, whatever the interface.
 #[inline(always)]
-pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
+pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
     match packet.kind {
         Kind::Whole => {}
         Kind::FirstFragment => drop(tables.remember_fragment(packet)),
@@ -44,7 +46,7 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
     // An address that is nobody's is the quick way out for all other traffic.
     let known = tables.address(&packet.tuple.dst);
     if known == 0 {
-        return past(tables, packet);
+        return unallocated(tables, packet);
     }
     tables.ingress_slow(packet, known, edit)
 }
@@ -52,8 +54,8 @@ pub fn ingress<T: Tables>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> V
 /// A packet to an address that is nobody's: dropped if it lies inside a Service range, since the packet would only
 /// wander (P-22).
 #[inline(always)]
-fn past<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
-    if tables.is_service_range(&packet.tuple.dst) {
+fn unallocated<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
+    if tables.config().is_some_and(|config| config.is_service_range(&packet.tuple.dst)) {
         tables.count(Reason::UnallocatedClusterIp);
         return Verdict::Drop;
     }
@@ -64,14 +66,14 @@ fn past<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
 #[inline(always)]
 fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     match tables.address(&packet.tuple.dst) {
-        0 => past(tables, packet),
+        0 => unallocated(tables, packet),
         known => open::fragment_of_nothing(tables, known),
     }
 }
 
 /// A packet to an address of a Service or of the node that belongs to no living flow.
 #[inline(always)]
-pub fn slow<T: Tables>(
+pub fn slow<T: Subprograms>(
     tables: &T,
     packet: &Packet,
     known: u32,
@@ -103,7 +105,7 @@ fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     };
     let known = tables.address(&packet.tuple.dst);
     if known == 0 {
-        return past(tables, packet);
+        return unallocated(tables, packet);
     }
     if quiet || adopt::leaves_new(tables) || known & address::CLUSTER_IP == 0 {
         return Verdict::Pass;

@@ -4,8 +4,8 @@
 //! with a RST, built from the packet, so that its numbers fit. Who is silent is sent one by the agent; if its numbers do not fit
 //! it is answered (RFC 5961 section 3.2), and the answer gets one that does.
 
-use super::Tables;
 use super::flow::{Look, Way, last_acked};
+use super::{Subprograms, Tables};
 use crate::abi::{FORWARD, Flow, FlowId, Hook, REPLY, Role, State, TELL};
 use crate::addr::Proto;
 use crate::wire::{Kind, Packet};
@@ -56,7 +56,7 @@ pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
 
 /// Takes a flow apart about which all has been told.
 #[inline(always)]
-pub(super) fn sweep<T: Tables>(tables: &T, id: FlowId, now: u64) -> u32 {
+pub(super) fn sweep<T: Subprograms>(tables: &T, id: FlowId, now: u64) -> u32 {
     let told = |flow: &mut Flow| {
         let long = if flow.seen[REPLY] == 0 { TRIES } else { TELL };
         now.saturating_sub(flow.checked) >= long

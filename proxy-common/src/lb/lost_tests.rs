@@ -1,7 +1,7 @@
 //! What becomes of connections whose endpoint has left without terminating.
 
 use super::tests::{ETH, Node, Talk, addr, key};
-use super::{Tables as _, lost};
+use super::{Subprograms as _, Tables as _, lost};
 use crate::abi::{FORWARD, Flow, Hook, REPLY, Reason, State, TELL, Timeouts, Tuple};
 use crate::addr::Proto;
 use crate::testing::{Outcome, run, segment, tuple};

@@ -1,6 +1,7 @@
 //! When a source must be rewritten, and to what.
 
-use super::{Entered, Tables, Verdict, flow, select};
+use super::flow::{self, Entered};
+use super::{Subprograms, Tables, Verdict, select};
 use crate::abi::{Backend, Config, FlowId, Reason, Role, config, frontend};
 use crate::addr::{Addr, Port};
 use crate::lb::select::Source;
@@ -47,7 +48,7 @@ pub(super) fn is_needed(
 /// Chooses the source of a masqueraded flow at the interface it leaves by, and enters its inner leg. The packet is on
 /// its way from the client to the endpoint.
 #[inline(always)]
-pub(super) fn choose_source<T: Tables>(
+pub(super) fn choose_source<T: Subprograms>(
     tables: &T,
     packet: &mut Packet,
     id: FlowId,
@@ -89,7 +90,7 @@ pub(super) fn choose_source<T: Tables>(
 
 /// Enters the inner leg of a flow: from the source that has been found to the endpoint, as `packet` says.
 #[inline(always)]
-pub fn enter_source<T: Tables>(tables: &T, packet: &Packet, id: FlowId) -> Entered {
+pub fn enter_source<T: Subprograms>(tables: &T, packet: &Packet, id: FlowId) -> Entered {
     if !tables.claim(id.index()) {
         return Entered::Taken;
     }
@@ -115,7 +116,7 @@ pub fn enter_source<T: Tables>(tables: &T, packet: &Packet, id: FlowId) -> Enter
 }
 
 #[inline(always)]
-fn enter_inner<T: Tables>(tables: &T, id: FlowId) -> Entered {
+fn enter_inner<T: Subprograms>(tables: &T, id: FlowId) -> Entered {
     let mut holder = FlowId::NONE;
     for _ in 0..2 {
         match flow::enter_for(tables, id, Role::INNER, &mut holder) {
@@ -157,7 +158,7 @@ impl Allowance {
 /// that is to be had (see [`find_port`]), of all there are. 0 if there is none; counted. The search begins anywhere, so
 /// that a packet that is sent again looks elsewhere.
 #[inline(always)]
-pub fn find_source<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
+pub fn find_source<T: Subprograms>(tables: &T, packet: &mut Packet) -> u32 {
     let addr = tables.masquerade_address(packet.ifindex, &packet.tuple.dst);
     let Some(addr) = addr.filter(|addr| !addr.is_unspecified()) else {
         tables.count(Reason::NoSourceAddress);
@@ -185,7 +186,7 @@ pub fn find_source<T: Tables>(tables: &T, packet: &mut Packet) -> u32 {
 /// on this node uses towards that destination is not to be had. Of all ports, which are numbered, those from the one with
 /// the number `at` on are looked at. 0 if there is none.
 #[inline(always)]
-pub fn find_port<T: Tables>(tables: &T, packet: &mut Packet, mut at: u32) -> u32 {
+pub fn find_port<T: Subprograms>(tables: &T, packet: &mut Packet, mut at: u32) -> u32 {
     let total = tables.config().map_or(0, |config| config.snat_total);
     let step = STEP.checked_rem(total).unwrap_or(0);
     // The lowest cost so far, and the port that it buys.

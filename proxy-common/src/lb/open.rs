@@ -1,7 +1,7 @@
 //! A packet that belongs to no flow: if it is for a Service it opens one.
 
 use super::select::{self, Choice};
-use super::{Inserted, Stat, Tables, Verdict, adopt, is_paused, masquerade};
+use super::{Inserted, Stat, Subprograms, Tables, Verdict, adopt, is_paused, masquerade};
 use crate::abi::{Backend, FlowId, Reason, SourceKey, address, frontend};
 use crate::addr::{Port, Proto};
 use crate::wire::{Edit, Kind, Packet};
@@ -19,7 +19,7 @@ const SELECTIONS: usize = 3;
 /// If the tuple behind the Service belongs to another flow of the same client port (D-5), other backends
 /// are tried, and then other source ports.
 #[inline(always)]
-pub(super) fn open<T: Tables>(
+pub(super) fn open<T: Subprograms>(
     tables: &T,
     packet: &Packet,
     known: u32,
@@ -93,7 +93,7 @@ const fn opens_nothing(packet: &Packet, known: u32) -> bool {
 
 /// Begins the packet's flow. `middle_port` replaces the client's port behind the Service unless zero.
 #[inline(always)]
-fn begin<T: Tables>(tables: &T, packet: &Packet, choice: &Choice, middle_port: Port) -> Inserted {
+fn begin<T: Subprograms>(tables: &T, packet: &Packet, choice: &Choice, middle_port: Port) -> Inserted {
     let behind = if middle_port.0 == 0 { packet.tuple.sport } else { middle_port };
     // A pod that reaches itself from the port it serves: its packets and its answers would be one tuple behind the
     // Service (M-10, D-5).

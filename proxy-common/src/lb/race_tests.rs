@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::vec::Vec;
 
 use super::tests::{ETH, Node, addr, key};
-use super::{Inserted, Ring, Stat, Tables};
+use super::{Inserted, Ring, Stat, Subprograms, Tables};
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
     Iface, Key, Leg, Notes, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
@@ -509,6 +509,8 @@ impl Tables for World {
         self.tables.count_service(service, stat);
     }
 }
+
+impl Subprograms for World {}
 
 /// Some bursts, in which `chance` of a thousand steps are followed by something else; the reasons that were counted, how
 /// often processors met, and how many old flows there were.

@@ -8,11 +8,13 @@ use aya_ebpf::programs::TcContext;
 use proxy_common::abi::{FlowId, Timeouts, ask};
 use proxy_common::wire::Frame as _;
 
-use crate::cut::{
-    FROM_OLD_TABLES, FROM_TABLES, cut_adopt, cut_lose, cut_sweep, cut_take, cut_take_apart, scratch,
-};
 use crate::maps;
+use crate::scratch::scratch;
 use crate::skb::Skb;
+use crate::subprog::{
+    FROM_OLD_TABLES, FROM_TABLES, subprog_adopt, subprog_lose, subprog_sweep, subprog_take,
+    subprog_take_apart,
+};
 
 /// What it is asked is in [`ask`].
 #[classifier]
@@ -31,7 +33,7 @@ fn answer(skb: &Skb) -> Option<i32> {
                 if n >= count {
                     break;
                 }
-                done += cut_sweep(first.wrapping_add(n));
+                done += subprog_sweep(first.wrapping_add(n));
             }
         }
         ask::END => {
@@ -40,28 +42,28 @@ fn answer(skb: &Skb) -> Option<i32> {
                     break;
                 }
                 let [low, high] = skb.load::<[u32; 2]>(ask::BODY + n as usize * 8)?;
-                done += cut_take_apart(FlowId(u64::from(high) << 32 | u64::from(low)).0);
+                done += subprog_take_apart(FlowId(u64::from(high) << 32 | u64::from(low)).0);
             }
         }
         ask::ADOPT => {
-            done = cut_adopt(skb.0, ask::BODY as u32, 0);
+            done = subprog_adopt(skb.0, ask::BODY as u32, 0);
         }
         ask::CARRY => {
             let from = if first == 1 { FROM_TABLES } else { FROM_OLD_TABLES };
-            done = cut_adopt(skb.0, ask::BODY as u32, from);
+            done = subprog_adopt(skb.0, ask::BODY as u32, from);
         }
         ask::COUNT => {
             let [low, high] = skb.load::<[u32; 2]>(ask::BODY)?;
             done = u32::from(add_count(first, u64::from(high) << 32 | u64::from(low)));
         }
-        ask::TAKE => done = cut_take(u64::from(count) << 32 | u64::from(first)),
+        ask::TAKE => done = subprog_take(u64::from(count) << 32 | u64::from(first)),
         ask::LOSE => {
             for n in 0..ask::MOST_IDS {
                 if n >= first {
                     break;
                 }
                 let [low, high] = skb.load::<[u32; 2]>(ask::BODY + n as usize * 8)?;
-                done += cut_lose(u64::from(high) << 32 | u64::from(low));
+                done += subprog_lose(u64::from(high) << 32 | u64::from(low));
             }
         }
         _ => return None,

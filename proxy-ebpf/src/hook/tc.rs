@@ -10,8 +10,9 @@ use proxy_common::abi::Reason;
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
 use proxy_common::wire::{Edit, End, Kind, Packet, answer, parse, rewrite};
 
-use crate::cut::{cut_parse, cut_rewrite_error, scratch};
+use crate::scratch::scratch;
 use crate::skb::Skb;
+use crate::subprog::{subprog_parse, subprog_rewrite_error};
 use crate::tables::Kernel;
 
 /// Go on with the next program, or the stack: TCX_NEXT, which clsact calls TC_ACT_UNSPEC.
@@ -56,14 +57,14 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
     packet.begin(skb.ifindex());
     if parse::<_, ETHERNET>(&skb, packet).is_none()
-        && !(skb.has_more() && cut_parse(skb.0, ETHERNET.into()) != 0)
+        && !(skb.has_more() && subprog_parse(skb.0, ETHERNET.into()) != 0)
     {
         return NEXT;
     }
     match ingress::ingress(&Kernel::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
-        Verdict::Refuse => cut_refuse(skb.0, ETHERNET.into()),
+        Verdict::Refuse => subprog_refuse(skb.0, ETHERNET.into()),
         Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
     }
@@ -80,7 +81,7 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
     packet.begin(skb.ifindex());
     if parse::<_, ETHERNET>(&skb, packet).is_none()
-        && !(skb.has_more() && cut_parse(skb.0, ETHERNET.into()) != 0)
+        && !(skb.has_more() && subprog_parse(skb.0, ETHERNET.into()) != 0)
     {
         return NEXT;
     }
@@ -102,7 +103,7 @@ fn apply(skb: &mut Skb, packet: &Packet, end: End, edit: &Edit) -> i32 {
     let done = if !matches!(packet.kind, Kind::IcmpError) {
         rewrite(skb, packet, end, edit)
     } else {
-        cut_rewrite_error(skb.0, matches!(end, End::Dst).into()) != 0
+        subprog_rewrite_error(skb.0, matches!(end, End::Dst).into()) != 0
     };
     if done {
         NEXT
@@ -123,7 +124,7 @@ fn send_back(ifindex: u32) -> i32 {
 /// Answers the packet with a refusal, out of the interface it came in by. A global function, since few packets come here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn cut_refuse(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
+pub extern "C" fn subprog_refuse(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
     let mut skb = Skb(ctx);
     let Some(scratch) = scratch() else { return DROP };
     let (packet, answer) = (&scratch.packet, &mut scratch.answer);

@@ -8,7 +8,7 @@ use proxy_common::abi::{
     Config, Flow, FlowId, Hook, Key, Leg, Notes, PortRange, Reason, Role, Timeouts, Tuple,
 };
 use proxy_common::addr::{Port, Proto};
-use proxy_common::lb::Tables as _;
+use proxy_common::lb::Subprograms as _;
 use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, SECRET, run_on};
 use proxy_tests::packet::{Packet, View, check, describe, protocol};
 

@@ -5,7 +5,7 @@ use agent_core::datapath::memory::Memory;
 use agent_core::plan::{Actual, Capacity, Step};
 use proxy_common::abi::{Hook, REPLY, SocketEntry};
 use proxy_common::addr::{Addr, Port, Proto};
-use proxy_common::lb::Tables as _;
+use proxy_common::lb::Subprograms as _;
 use proxy_common::lb::socket::{Answer, Call};
 use proxy_common::testing::{ByteFrame, MemorySocket, MemoryTables, Outcome, run};
 

@@ -1,0 +1,19 @@
+//! The life of a flow: found by its packets, begun whole, taken apart whole.
+
+mod begin;
+mod end;
+mod leg;
+mod progress;
+mod sweep;
+mod touch;
+
+pub use begin::{join, join_own, make, make_own};
+pub use end::{dissolve, take_apart};
+pub use leg::{Entered, enter, look_after};
+pub use progress::progress;
+pub use sweep::sweep;
+
+pub(crate) use end::{displace, enter_free, give_back};
+pub(crate) use leg::enter_for;
+pub(crate) use progress::care_for;
+pub(crate) use touch::{Look, Touch, Touched, Way, last_acked, touch};

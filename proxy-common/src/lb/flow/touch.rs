@@ -1,0 +1,323 @@
+//! What a packet's flow wants done with it.
+
+use super::progress::is_due;
+use crate::abi::{FORWARD, Flow, FlowId, Hook, Notes, REPLY, Role, SILENCE, State, flow_flags, window};
+use crate::addr::{Port, Proto};
+use crate::lb::{Tables, lost};
+use crate::wire::{Edit, Kind, Packet};
+
+/// Longer than a packet takes from one hook to the other, in nanoseconds.
+const MOMENT: u64 = SILENCE / 10;
+
+/// What a look at a packet's flow found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Touch {
+    /// No living flow.
+    None,
+    /// The packet goes on as it is.
+    Pass,
+    /// The edit is filled in.
+    Rewrite,
+    /// A packet of a masqueraded flow at egress: its source is still to be chosen.
+    Masquerade,
+    /// The flow's backend has gone: choose anew.
+    Stale,
+    /// The flow is over.
+    Over,
+    /// The flow is over, and the packet is none of its.
+    Superseded,
+    /// The flow's endpoint has gone: whoever sends is told.
+    Lost,
+}
+
+/// A packet's flow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Touched {
+    /// What is to be done.
+    pub(crate) touch: Touch,
+    /// The flow, if there is one.
+    pub(crate) id: FlowId,
+    /// Whether the packet goes towards the endpoint.
+    pub(crate) forward: bool,
+    /// Whether [`Tables::progress`] is wanted.
+    pub(crate) care: bool,
+}
+
+impl Touched {
+    /// No flow.
+    pub(crate) const NONE: Self = Self { touch: Touch::None, id: FlowId::NONE, forward: false, care: false };
+}
+
+/// What a first look at a packet's flow found.
+pub(crate) enum Look {
+    /// No living flow.
+    None,
+    /// Go on.
+    Go,
+    /// Go on if the backend is still the one of this generation.
+    Bound(u32, u32),
+    /// Its client begins anew, or the node speaks for itself: it is over.
+    Over,
+    /// Its client speaks past the Service to the endpoint, or another masquerade has its port: it is over.
+    Superseded,
+    /// It has lost its endpoint, and whoever sends is to be told.
+    Lost,
+    /// An answer that has been translated already: by IPVS, say, which goes on with connections that have become ours. If it is
+    /// the node that sends it, the flow is over.
+    Translated,
+}
+
+/// Which of a flow's pairs a packet has, and whether it goes towards the endpoint.
+pub(crate) struct Way {
+    pub(crate) id: FlowId,
+    pub(crate) role: Role,
+    pub(crate) forward: bool,
+}
+
+/// Finds a packet's flow, refreshes it and fills in the edit that it asks for.
+#[inline(always)]
+pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &mut Edit) -> Touched {
+    let (source, Some((leg, place))) = tables.leg_of(packet) else {
+        return Touched::NONE;
+    };
+    // What it says is taken over at once, whether it will be wanted or not: the kernel's stack need not keep it.
+    edit.addr = leg.addr(packet.v4);
+    edit.port = leg.port();
+    edit.other_port = leg.other_port();
+    edit.out = 0;
+    let (notes, now) = (leg.notes(), tables.now());
+    let leg = Way { id: leg.id, role: leg.role(), forward: source == leg.near() };
+    let found = Touched { touch: Touch::None, id: leg.id, forward: leg.forward, care: false };
+    let noted = packet.v4 && leg.leads(hook);
+    // UDP towards its endpoint asks each time whether that is still there.
+    let goes_on = noted && packet.goes_on() && !(packet.tuple.proto == Proto::UDP && leg.role == Role::OUTER);
+    let acked = if packet.tcp_flags & Packet::ACK != 0 { packet.ack } else { notes.acked };
+    if goes_on && notes.asked == window(now) {
+        // Nothing counts at an inner leg.
+        if notes.acked != acked && leg.role != Role::INNER {
+            tables.note(place, leg.id, Notes { acked, ..notes });
+        }
+        return Touched { touch: Touch::Rewrite, ..found };
+    }
+    let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now) {
+        Look::Go => Ok(pass(tables, flow, &leg, hook, packet, now, edit)),
+        Look::None => Ok((Touch::None, false, false)),
+        Look::Over => Ok((Touch::Over, false, false)),
+        Look::Superseded => Ok((Touch::Superseded, false, false)),
+        Look::Lost => Ok((Touch::Lost, false, false)),
+        Look::Bound(index, generation) => Err(Some((index, generation))),
+        Look::Translated => Err(None),
+    });
+    let passed = match looked {
+        Some(Err(asked)) => {
+            let over = match asked {
+                Some((index, generation)) => {
+                    tables.backend(index).is_none_or(|b| b.generation != generation).then_some(Touch::Stale)
+                }
+                None => (!tables.is_of_others(&packet.tuple)).then_some(Touch::Over),
+            };
+            if let Some(touch) = over {
+                return Touched { touch, ..found };
+            }
+            tables.record(leg.id.index(), |flow| pass(tables, flow, &leg, hook, packet, now, edit))
+        }
+        Some(Ok(passed)) => Some(passed),
+        None => None,
+    };
+    let Some((touch, care, settled)) = passed else {
+        return found;
+    };
+    // A RST acknowledges nothing that need be believed.
+    if noted && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
+        // Of a flow that may have to leave by another interface the record is asked each time.
+        let stays = edit.out == 0 || edit.out == packet.ifindex;
+        let asked = if goes_on && settled && stays { window(now) } else { 0 };
+        tables.note(place, leg.id, Notes { asked, acked });
+    }
+    Touched { touch, care, ..found }
+}
+
+impl Way {
+    /// Whether the leg itself says what is written over a packet that goes this way.
+    #[inline(always)]
+    fn leads(&self, hook: Hook) -> bool {
+        match self.role {
+            Role::OUTER => hook == Hook::INGRESS && self.forward,
+            Role::MIDDLE => hook == Hook::EGRESS && !self.forward,
+            Role::INNER => hook == Hook::INGRESS && !self.forward,
+            _ => false,
+        }
+    }
+}
+
+#[inline(always)]
+fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
+    let forward = leg.forward;
+    let left = flow.is_left(leg.id);
+    if !left && !flow.is(leg.id) {
+        return if flow.is_lost(leg.id) { lost::look(flow, leg, hook, packet) } else { Look::None };
+    }
+    if matches!(packet.kind, Kind::IcmpError) {
+        return Look::Go;
+    }
+    let fresh = packet.is_syn();
+    // What the masquerade of this flow has made leaves with a mark, and is not looked at again: this is somebody else's, who
+    // has chosen the same port. One that is over, or whose client is silent, gives way, or the answers would be taken for its.
+    if forward && leg.role == Role::INNER && hook == Hook::EGRESS && !left {
+        let over = fresh && flow.is_over(now);
+        let gone = packet.tuple.proto == Proto::UDP && now.saturating_sub(flow.seen[FORWARD]) > SILENCE;
+        return if over || gone { Look::Superseded } else { Look::Go };
+    }
+    // Past the Service to its endpoint. If a flow from that port is over, or its client silent, answers must not be
+    // translated any more (D-5, D-19). A bridge shows the packet only where it leaves; there a packet of the flow itself
+    // comes, too, but that has been seen as such a moment before. What netfilter has rewritten looks the same.
+    if forward && leg.role == Role::MIDDLE {
+        let silent = now.saturating_sub(flow.seen[FORWARD]);
+        let over =
+            fresh && (flow.is_reset() || flow.fin[REPLY] != 0) && (hook == Hook::INGRESS || silent > MOMENT);
+        let gone = packet.tuple.proto == Proto::UDP && silent > SILENCE;
+        return if (over || gone) && !left { Look::Superseded } else { Look::Go };
+    }
+    if hook == Hook::EGRESS || !forward {
+        // Who is asked by somebody that it once asked, or only tried to ask, is asked anew.
+        let asked = hook == Hook::INGRESS && leg.role == Role::OWN && fresh;
+        // If the node itself speaks from a Service's port, it has spoken first, and its answers were taken for questions.
+        let own = hook == Hook::EGRESS
+            && leg.role == Role::OUTER
+            && !forward
+            && packet.tuple.proto == Proto::UDP
+            && !flow.is_identity()
+            && !left;
+        let over = asked && (flow.is_over(now) || flow.seen[REPLY] == 0);
+        return match (over, own) {
+            (true, _) => Look::Over,
+            (_, true) => Look::Translated,
+            _ => Look::Go,
+        };
+    }
+    match leg.role {
+        // UDP has no end, and a flow that nobody has answered has nobody to lose: both follow the Service when their
+        // backend goes (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it ends (P-18), but a new
+        // connection from the same port is a new flow (P-26).
+        Role::OUTER => {
+            if fresh && flow.may_begin_anew() {
+                Look::Over
+            } else if packet.tuple.proto == Proto::UDP || flow.seen[REPLY] == 0 || fresh {
+                Look::Bound(flow.backend, flow.generation)
+            } else {
+                Look::Go
+            }
+        }
+        _ => Look::Go,
+    }
+}
+
+/// What the flow wants done with the packet, whether it wants to be looked after, and whether its legs may speak for it: one
+/// that has been reset is watched closely.
+#[inline(always)]
+fn pass<T: Tables>(
+    tables: &T,
+    flow: &mut Flow,
+    leg: &Way,
+    hook: Hook,
+    packet: &Packet,
+    now: u64,
+    edit: &mut Edit,
+) -> (Touch, bool, bool) {
+    let forward = leg.forward;
+    let error = matches!(packet.kind, Kind::IcmpError);
+    let enters = hook == Hook::INGRESS;
+    let left = flow.state == State::LEFT;
+    let mut counts = true;
+    let touch = match leg.role {
+        Role::OUTER if left && enters == forward => Touch::Pass,
+        Role::OUTER if enters && forward => Touch::Rewrite,
+        Role::MIDDLE if !enters && !forward => {
+            edit.out = flow.uplink;
+            Touch::Rewrite
+        }
+        Role::MIDDLE | Role::OUTER
+            if !enters && forward && flow.is_masqueraded() && leg.role == flow.innermost() =>
+        {
+            counts = false;
+            match flow.has_source() {
+                true => {
+                    let (addr, port) = flow.node();
+                    edit.addr = *addr;
+                    edit.port = port;
+                    edit.other_port = Port(0);
+                    Touch::Rewrite
+                }
+                false if error => Touch::Pass,
+                false => Touch::Masquerade,
+            }
+        }
+        Role::INNER if enters && !forward => {
+            counts = false;
+            if left { Touch::Pass } else { Touch::Rewrite }
+        }
+        Role::OWN => Touch::Pass,
+        Role::OUTER if !enters && !forward => Touch::Pass,
+        _ => {
+            counts = false;
+            Touch::Pass
+        }
+    };
+    // The two places at which a direction counts are the outermost on its way through the node.
+    let mut care = false;
+    if counts && !error {
+        let direction = if forward { FORWARD } else { REPLY };
+        if packet.tcp_flags & (Packet::FIN | Packet::RST) != 0 {
+            end_of(tables, flow, packet, direction, now);
+        } else {
+            flow.seen[direction] = now;
+        }
+        if packet.tcp_flags & Packet::ACK != 0 {
+            flow.acked[direction] = packet.ack;
+        }
+        care = flow.old == 0 || forward && is_due(flow, now);
+    }
+    // The record may have been given to another flow while it was read.
+    let settled = flow.old != 0 && flow.last_reset() == 0;
+    if flow.id == leg.id { (touch, care, settled) } else { (Touch::None, false, false) }
+}
+
+/// How far from what the other end has acknowledged a FIN or RST may stand to be believed: a forged one does not know
+/// where that is.
+const BELIEVED: u32 = 1 << 20;
+
+/// What a direction has last acknowledged: the leg at which it counts has seen packets that the record has not.
+#[inline(always)]
+pub(crate) fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -> u32 {
+    let (known, role) = if direction == FORWARD {
+        (flow.acked[FORWARD], Role::OUTER)
+    } else {
+        (flow.acked[REPLY], Role::MIDDLE)
+    };
+    let pair = &flow.pairs[role.index()];
+    if !flow.has(role) || !pair.ends[0].is_v4() {
+        return known;
+    }
+    match tables.leg(pair) {
+        Some(leg) if leg.id == flow.id => leg.notes().acked,
+        _ => known,
+    }
+}
+
+/// A FIN or RST passes.
+#[inline(always)]
+fn end_of<T: Tables>(tables: &T, flow: &mut Flow, packet: &Packet, direction: usize, now: u64) {
+    let acked = last_acked(tables, flow, direction ^ 1);
+    // Before a handshake is complete there is nothing to compare with, and little to lose; nor is there in a flow that has
+    // been adopted, until its other end speaks.
+    let unknown = flow.old == 0 || flow.flags & flow_flags::ADOPTED != 0 && acked == 0;
+    let believed = unknown || packet.seq.wrapping_sub(acked) < BELIEVED;
+    if packet.tcp_flags & Packet::RST == 0 {
+        flow.seen[direction] = now;
+        if believed {
+            flow.fin[direction] = 1;
+        }
+    } else if believed {
+        flow.rst[direction] = now;
+    }
+}

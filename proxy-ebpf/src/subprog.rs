@@ -1,0 +1,328 @@
+//! [`Subprograms`] as global functions: the verifier checks each once, whatever its callers know. They take numbers and
+//! the program's context only, since kernels before 5.12 allow no other pointers; what they work on lies in [`Scratch`].
+
+use aya_ebpf::bindings::__sk_buff;
+use proxy_common::abi::{FlowId, Role, Timeouts, capacity};
+use proxy_common::addr::Port;
+use proxy_common::lb::{
+    Choice, Entered, Inserted, Recalled, Subprograms, Tables as _, Verdict, adopt, flow, fragment, ingress,
+    lost, masquerade, open,
+};
+use proxy_common::wire::{Edit, End, Packet, parse, rewrite_error};
+
+use crate::scratch::scratch;
+use crate::skb::Skb;
+use crate::tables::{Kernel, Over, Socket};
+
+impl<const PACKET: bool> Subprograms for Over<PACKET> {
+    #[inline(always)]
+    fn snat_port(&self, n: u32) -> Port {
+        Port(subprog_snat_port(n) as u16)
+    }
+
+    #[inline(always)]
+    fn is_snat_port(&self, port: Port) -> bool {
+        subprog_is_snat_port(port.0.into()) != 0
+    }
+
+    #[inline(always)]
+    fn ingress_slow(&self, _packet: &Packet, known: u32, _edit: &mut Edit) -> Verdict {
+        Verdict::from_number(subprog_ingress_slow(known))
+    }
+
+    #[inline(always)]
+    fn choose(&self, _packet: &Packet, known: u32, attempt: u32, _choice: &mut Choice) -> Verdict {
+        Verdict::from_number(subprog_choose(known, attempt))
+    }
+
+    /// The choice is the one that lies in the working storage, from the call before.
+    #[inline(always)]
+    fn make(&self, _packet: &Packet, _choice: &Choice, middle_port: Port) -> FlowId {
+        FlowId(subprog_make(middle_port.0.into()))
+    }
+
+    #[inline(always)]
+    fn join(&self, _packet: &Packet, id: FlowId) -> Inserted {
+        Inserted::from_number(subprog_join(id.0))
+    }
+
+    #[inline(always)]
+    fn progress(&self, _packet: &Packet, id: FlowId, forward: bool) -> u32 {
+        subprog_progress(id.0, forward.into())
+    }
+
+    #[inline(always)]
+    fn look_after(&self, id: FlowId) -> u32 {
+        subprog_look_after(id.0)
+    }
+
+    #[inline(always)]
+    fn enter(&self, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
+        let answer = match PACKET {
+            true => subprog_enter(id.0, role.0.into()),
+            false => subprog_enter_adopted(id.0, role.0.into()),
+        };
+        *holder = FlowId(answer & !ENTERED);
+        Entered::from_number(((answer & ENTERED) >> ENTERED_AT) as u32)
+    }
+
+    #[inline(always)]
+    fn dissolve(&self, id: FlowId) -> u32 {
+        subprog_dissolve(id.0)
+    }
+
+    #[inline(always)]
+    fn take_apart(&self, id: FlowId) -> u32 {
+        subprog_take_apart(id.0)
+    }
+
+    #[inline(always)]
+    fn make_own(&self, _packet: &Packet, guest: bool) -> FlowId {
+        FlowId(subprog_make_own(guest.into()))
+    }
+
+    #[inline(always)]
+    fn join_own(&self, id: FlowId) -> u32 {
+        subprog_join_own(id.0)
+    }
+
+    /// The times are those that lie in the working storage.
+    #[inline(always)]
+    fn sweep(&self, index: u32, _timeouts: &Timeouts) -> u32 {
+        subprog_sweep(index)
+    }
+
+    #[inline(always)]
+    fn find_source(&self, _packet: &mut Packet) -> u32 {
+        subprog_find_source(self.0)
+    }
+
+    #[inline(always)]
+    fn find_port(&self, _packet: &mut Packet, at: u32) -> u32 {
+        subprog_find_port(self.0, at)
+    }
+
+    #[inline(always)]
+    fn price(&self, _packet: &Packet) -> u64 {
+        subprog_price(self.0)
+    }
+
+    #[inline(always)]
+    fn enter_source(&self, _packet: &Packet, id: FlowId) -> Entered {
+        Entered::from_number(subprog_enter_source(id.0))
+    }
+
+    #[inline(always)]
+    fn recall_fragment(&self, _packet: &mut Packet) -> Recalled {
+        Recalled::from_number(subprog_recall_fragment())
+    }
+
+    #[inline(always)]
+    fn remember_fragment(&self, _packet: &Packet) -> u32 {
+        subprog_remember_fragment()
+    }
+}
+
+/// Where the answer of [`subprog_enter`] has what came of it: in the highest bits of the holder's index, of which so many
+/// records there never are.
+pub const ENTERED_AT: u32 = 29;
+/// Those bits.
+pub const ENTERED: u64 = 0x7 << ENTERED_AT;
+const _: () = assert!(capacity::RECORDS < 1 << ENTERED_AT);
+
+/// Parses a packet whose headers are longer than most, and not where they could be read; 0 for what is not ours to read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_parse(ctx: *mut __sk_buff, ethernet: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    let skb = Skb(ctx);
+    skb.pull_more();
+    let parsed = if ethernet != 0 {
+        parse::<_, true>(&skb, &mut s.packet)
+    } else {
+        parse::<_, false>(&skb, &mut s.packet)
+    };
+    parsed.is_some().into()
+}
+
+/// Applies the edit to an ICMP error, to its destination or its source; 0 when that fails.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_rewrite_error(ctx: *mut __sk_buff, dst: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    let mut skb = Skb(ctx);
+    skb.pull_more();
+    rewrite_error(&mut skb, &s.packet, if dst != 0 { End::Dst } else { End::Src }, &s.edit).into()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_ingress_slow(known: u32) -> u32 {
+    let Some(s) = scratch() else { return Verdict::Drop as u32 };
+    ingress::slow(&Kernel::NOWHERE, &s.packet, known, &mut s.edit, &mut s.choice) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_choose(known: u32, attempt: u32) -> u32 {
+    let Some(s) = scratch() else { return Verdict::Drop as u32 };
+    open::choose(&Kernel::NOWHERE, &s.packet, known, attempt, &mut s.choice) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_make(middle_port: u32) -> u64 {
+    let Some(s) = scratch() else { return 0 };
+    flow::make(&Kernel::NOWHERE, &s.packet, &s.choice, Port(middle_port as u16)).0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_join(id: u64) -> u32 {
+    let Some(s) = scratch() else { return Inserted::Full as u32 };
+    flow::join(&Kernel::NOWHERE, &s.packet, FlowId(id)) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_progress(id: u64, forward: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    flow::progress(&Kernel::NOWHERE, &s.packet, FlowId(id), forward != 0)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_look_after(id: u64) -> u32 {
+    flow::look_after(&Kernel::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_enter(id: u64, role: u32) -> u64 {
+    let mut holder = FlowId::NONE;
+    let entered = flow::enter(&Kernel::NOWHERE, FlowId(id), Role(role as u8), &mut holder);
+    holder.0 & !ENTERED | (entered as u64) << ENTERED_AT
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_dissolve(id: u64) -> u32 {
+    flow::dissolve(&Kernel::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_take_apart(id: u64) -> u32 {
+    flow::take_apart(&Kernel::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_make_own(guest: u32) -> u64 {
+    let Some(s) = scratch() else { return 0 };
+    flow::make_own(&Kernel::NOWHERE, &s.packet, guest != 0).0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_join_own(id: u64) -> u32 {
+    flow::join_own(&Kernel::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_snat_port(n: u32) -> u32 {
+    Kernel::NOWHERE.config().map_or(0, |config| config.snat_port(n).0.into())
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_is_snat_port(port: u32) -> u32 {
+    Kernel::NOWHERE.config().is_some_and(|config| config.is_snat_port(Port(port as u16))).into()
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_find_source(ctx: *mut __sk_buff) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    masquerade::find_source(&Kernel::new(ctx), &mut s.packet)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_find_port(ctx: *mut __sk_buff, at: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    masquerade::find_port(&Kernel::new(ctx), &mut s.packet, at)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_price(ctx: *mut __sk_buff) -> u64 {
+    let Some(s) = scratch() else { return u64::MAX };
+    masquerade::price(&Kernel::new(ctx), &s.packet)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_enter_source(id: u64) -> u32 {
+    let Some(s) = scratch() else { return Entered::Full as u32 };
+    masquerade::enter_source(&Kernel::NOWHERE, &s.packet, FlowId(id)) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_sweep(index: u32) -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    flow::sweep(&Kernel::NOWHERE, index, &s.timeouts)
+}
+
+/// Makes a flow of the record that lies in the packet from `at` on. Like all of `flows` it has no working storage.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_adopt(ctx: *mut __sk_buff, at: u32, from: u32) -> u32 {
+    let from = match from {
+        FROM_TABLES => adopt::From::Tables,
+        FROM_OLD_TABLES => adopt::From::OldTables,
+        _ => adopt::From::Proxy,
+    };
+    adopt::adopt(&Socket::NOWHERE, from, |flow| Skb(ctx).copy_record(at, flow))
+}
+
+/// See [`adopt::From::Tables`].
+pub const FROM_TABLES: u32 = 1;
+/// See [`adopt::From::OldTables`].
+pub const FROM_OLD_TABLES: u32 = 2;
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_enter_adopted(id: u64, role: u32) -> u64 {
+    let mut holder = FlowId::NONE;
+    let entered = flow::enter(&Socket::NOWHERE, FlowId(id), Role(role as u8), &mut holder);
+    holder.0 & !ENTERED | (entered as u64) << ENTERED_AT
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_take(id: u64) -> u32 {
+    adopt::take(&Socket::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_lose(id: u64) -> u32 {
+    lost::lose(&Socket::NOWHERE, FlowId(id))
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_recall_fragment() -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    fragment::recall(&Kernel::NOWHERE, &mut s.packet) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_remember_fragment() -> u32 {
+    let Some(s) = scratch() else { return 0 };
+    fragment::remember(&Kernel::NOWHERE, &s.packet)
+}
