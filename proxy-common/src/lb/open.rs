@@ -1,17 +1,15 @@
 //! A packet that belongs to no flow: if it is for a Service it opens one.
 
-use super::select::{self, Choice};
+use super::select::{self, Asker, Choice, Refusal, Selected, Source};
 use super::{Inserted, Stat, Subprograms, Tables, Verdict, adopt, is_paused, masquerade};
-use crate::abi::{Backend, FlowId, Reason, SourceKey, address, frontend};
-use crate::addr::{Port, Proto};
+use crate::abi::{FlowId, Reason, Tuple, address, frontend};
+use crate::addr::{Addr, Port, Proto};
 use crate::wire::{Edit, Kind, Packet};
 
 /// Backends that are tried when a flow's tuple behind the Service is taken.
 const BACKENDS: u32 = 4;
 /// Source ports that are tried after that.
 const PORTS: u32 = 8;
-/// How often a selection that met a table in the middle of a change starts anew.
-const SELECTIONS: usize = 3;
 
 /// Chooses a backend for the packet's flow and begins it. `known` is what is known of the destination
 /// address. On [`Verdict::Rewrite`] the edit is filled in.
@@ -133,31 +131,9 @@ pub fn choose<T: Tables>(
         return Verdict::Pass;
     };
     let source = select::source_of(tables, config, &key.src, packet.ifindex);
-    for _ in 0..SELECTIONS {
-        let frontend = match select::frontend_for(tables, &key.dst, key.dport, key.proto, known) {
-            Ok(frontend) => frontend,
-            Err(select::Refusal::NotService) => return Verdict::Pass,
-            Err(refusal) => return deny(tables, refusal),
-        };
-        if frontend.flags & frontend::SOURCE_RANGES != 0
-            && !tables.source_allowed(&SourceKey::exact(frontend.service, key.src))
-        {
-            tables.count(Reason::SourceRange);
-            tables.count_service(frontend.service, Stat::Dropped);
-            return Verdict::Drop;
-        }
-        let (run, flag) = match select::usable(&frontend, source) {
-            Ok(usable) => usable,
-            Err(refusal) => return deny(tables, refusal),
-        };
-        let chosen = match select::remembered(tables, &frontend, flag, key.src) {
-            None => select::pick(tables, &frontend, run, spread(tables, packet, attempt)),
-            chosen => chosen,
-        };
-        // Looked up once more, so that two ways lead to a number and not to a whole backend.
-        if let Some(index) = chosen
-            && let Some(backend) = tables.backend(index).filter(Backend::is_live)
-        {
+    let asker = Question { tuple: key, source, seed: config.seed, attempt };
+    match select::backend_for(tables, &asker, (&key.dst, key.dport, key.proto), known) {
+        Ok(Selected { frontend, index, backend }) => {
             choice.addr = backend.addr;
             choice.port = backend.port;
             choice.index = index;
@@ -166,21 +142,47 @@ pub fn choose<T: Tables>(
             choice.flags = frontend.flags;
             choice.masquerade =
                 u32::from(masquerade::is_needed(config, frontend.flags, &backend, &key.src, source));
-            return Verdict::Rewrite;
+            Verdict::Rewrite
         }
+        Err(Refusal::NotOurs) => Verdict::Pass,
+        Err(refusal) if refusal.count(tables) => Verdict::Refuse,
+        Err(_) => Verdict::Drop,
     }
-    tables.count(Reason::BadSlot);
-    Verdict::Drop
 }
 
-/// The hash that chooses; another one for each attempt.
-#[inline(always)]
-fn spread<T: Tables>(tables: &T, packet: &Packet, attempt: u32) -> u32 {
-    let hash = select::flow_hash(&packet.tuple, tables.config().map_or(0, |config| config.seed));
-    if attempt == 0 { hash } else { select::scramble(hash.wrapping_add(attempt)) }
+/// A packet that asks for a backend.
+struct Question<'a> {
+    tuple: &'a Tuple,
+    source: Source,
+    seed: u32,
+    attempt: u32,
 }
 
-#[inline(always)]
-fn deny<T: Tables>(tables: &T, refusal: select::Refusal) -> Verdict {
-    if refusal.count(tables) { Verdict::Refuse } else { Verdict::Drop }
+impl Asker for Question<'_> {
+    #[inline(always)]
+    fn source(&self) -> Source {
+        self.source
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Addr {
+        self.tuple.src
+    }
+
+    #[inline(always)]
+    fn client(&self) -> Addr {
+        self.tuple.src
+    }
+
+    #[inline(always)]
+    fn leaves(&self, _flags: u32) -> bool {
+        false
+    }
+
+    /// Another one for each attempt.
+    #[inline(always)]
+    fn hash<T: Tables>(&self, _tables: &T) -> u32 {
+        let hash = select::flow_hash(self.tuple, self.seed);
+        if self.attempt == 0 { hash } else { select::scramble(hash.wrapping_add(self.attempt)) }
+    }
 }

@@ -2,13 +2,15 @@
 
 use super::{Stat, Tables};
 use crate::abi::{
-    Affinity, AffinityKey, Config, Frontend, FrontendKey, Reason, Run, Tuple, address, backend, config,
-    frontend, iface,
+    Affinity, AffinityKey, Backend, Config, Frontend, FrontendKey, Reason, Run, SourceKey, Tuple, address,
+    backend, config, frontend, iface,
 };
 use crate::addr::{Addr, Port, Proto};
 
 /// How often a frontend that is being rewritten is read again.
 const READS: usize = 3;
+/// How often a selection that met a table in the middle of a change starts anew.
+const SELECTIONS: usize = 3;
 
 /// Who sends, as far as traffic policies care (docs/service-semantics.md, 0.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,6 +21,27 @@ pub(super) enum Source {
     Host,
     /// Anybody else.
     External,
+}
+
+/// Who asks for a backend: a packet or a socket.
+pub(super) trait Asker {
+    /// What traffic policies take it for.
+    fn source(&self) -> Source;
+    /// The address that source ranges are about.
+    fn address(&self) -> Addr;
+    /// Whom session affinity knows it as.
+    fn client(&self) -> Addr;
+    /// Whether a frontend with these flags is somebody else's to decide about.
+    fn leaves(&self, flags: u32) -> bool;
+    /// The word that chooses among the backends.
+    fn hash<T: Tables>(&self, tables: &T) -> u32;
+}
+
+/// What was chosen.
+pub(super) struct Selected {
+    pub(super) frontend: Frontend,
+    pub(super) index: u32,
+    pub(super) backend: Backend,
 }
 
 /// A choice, as it passes between separately verified functions of the kernel programs.
@@ -60,14 +83,16 @@ impl Choice {
 /// Why nothing was chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Refusal {
-    /// The destination is no Service.
-    NotService,
+    /// The destination is no Service, or [`Asker::leaves`] it.
+    NotOurs,
     /// A ClusterIP without such a port.
     UndefinedPort,
     /// No endpoint anywhere.
     NoEndpoint(u32),
     /// Policy Local and no local endpoint.
     NoLocalEndpoint(u32),
+    /// The Service does not admit the source.
+    SourceRange(u32),
     /// The tables were rewritten under the reader each time it looked.
     Torn(Reason),
 }
@@ -77,7 +102,7 @@ impl Refusal {
     #[inline(always)]
     pub(super) fn count<T: Tables>(self, tables: &T) -> bool {
         match self {
-            Self::NotService => false,
+            Self::NotOurs => false,
             Self::UndefinedPort => {
                 tables.count(Reason::UndefinedPort);
                 true
@@ -92,6 +117,11 @@ impl Refusal {
                 tables.count_service(service, Stat::Dropped);
                 false
             }
+            Self::SourceRange(service) => {
+                tables.count(Reason::SourceRange);
+                tables.count_service(service, Stat::Dropped);
+                false
+            }
             Self::Torn(reason) => {
                 tables.count(reason);
                 false
@@ -100,9 +130,42 @@ impl Refusal {
     }
 }
 
+/// The backend for a destination. `known` is what is known of its address.
+#[inline(always)]
+pub(super) fn backend_for<T: Tables, A: Asker>(
+    tables: &T,
+    asker: &A,
+    (addr, port, proto): (&Addr, Port, Proto),
+    known: u32,
+) -> Result<Selected, Refusal> {
+    for _ in 0..SELECTIONS {
+        let frontend = frontend_for(tables, addr, port, proto, known)?;
+        if asker.leaves(frontend.flags) {
+            return Err(Refusal::NotOurs);
+        }
+        if frontend.flags & frontend::SOURCE_RANGES != 0
+            && !tables.source_allowed(&SourceKey::exact(frontend.service, asker.address()))
+        {
+            return Err(Refusal::SourceRange(frontend.service));
+        }
+        let (run, flag) = usable(&frontend, asker.source())?;
+        let chosen = match remembered(tables, &frontend, flag, asker.client()) {
+            None => pick(tables, &frontend, run, asker.hash(tables)),
+            chosen => chosen,
+        };
+        // Looked up once more, so that two ways lead to a number and not to a whole backend.
+        if let Some(index) = chosen
+            && let Some(backend) = tables.backend(index).filter(Backend::is_live)
+        {
+            return Ok(Selected { frontend, index, backend });
+        }
+    }
+    Err(Refusal::Torn(Reason::BadSlot))
+}
+
 /// The frontend for a destination: exact first, then the NodePort if the address accepts them (V-1, V-2).
 #[inline(always)]
-pub(super) fn frontend_for<T: Tables>(
+fn frontend_for<T: Tables>(
     tables: &T,
     addr: &Addr,
     port: Port,
@@ -120,7 +183,7 @@ pub(super) fn frontend_for<T: Tables>(
             Some(frontend) if frontend.is_sealed_for(&key) => return Ok(frontend),
             Some(_) => found = tables.frontend(&key),
             None if known & address::CLUSTER_IP != 0 => return Err(Refusal::UndefinedPort),
-            None => return Err(Refusal::NotService),
+            None => return Err(Refusal::NotOurs),
         }
     }
     Err(Refusal::Torn(Reason::TornFrontend))
@@ -128,7 +191,7 @@ pub(super) fn frontend_for<T: Tables>(
 
 /// The run of slots a source may use (P-9), and the flag its backends carry.
 #[inline(always)]
-pub(super) fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Refusal> {
+fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Refusal> {
     let internal = frontend.flags & frontend::INTERNAL != 0;
     let local = frontend.flags & frontend::LOCAL != 0 && (internal || matches!(source, Source::External));
     let (run, flag) =
@@ -144,7 +207,7 @@ pub(super) fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), 
 
 /// The backend in the slot that `hash` falls on.
 #[inline(always)]
-pub(super) fn pick<T: Tables>(tables: &T, frontend: &Frontend, run: Run, hash: u32) -> Option<u32> {
+fn pick<T: Tables>(tables: &T, frontend: &Frontend, run: Run, hash: u32) -> Option<u32> {
     // A multiplication spreads like a remainder, without a division.
     let slot = run.first + ((u64::from(hash) * u64::from(run.count)) >> 32) as u32;
     let index = tables.slot(slot)?;
@@ -154,7 +217,7 @@ pub(super) fn pick<T: Tables>(tables: &T, frontend: &Frontend, run: Run, hash: u
 
 /// The backend a client went to before, while it may still be used.
 #[inline(always)]
-pub(super) fn remembered<T: Tables>(tables: &T, frontend: &Frontend, flag: u16, client: Addr) -> Option<u32> {
+fn remembered<T: Tables>(tables: &T, frontend: &Frontend, flag: u16, client: Addr) -> Option<u32> {
     if frontend.flags & frontend::AFFINITY == 0 {
         return None;
     }

@@ -6,17 +6,13 @@
 //! connected over IPv4), is left alone. What an unconnected socket cannot remember goes by packet, and so does
 //! everything new of that socket from then on, so that no Service changes its endpoint by changing its way.
 
-use super::select::{self, Refusal, Source};
+use super::select::{self, Asker, Refusal, Selected, Source};
 use super::{Stat, Tables};
 use crate::abi::socket::{BY_PACKET, EXCLUDED, MORE};
 use crate::abi::{
-    Backend, Config, PeerKey, Reason, SOCKET_ENTRIES, SocketEntry, SocketState, SourceKey, address, config,
-    frontend,
+    Config, PeerKey, Reason, SOCKET_ENTRIES, SocketEntry, SocketState, address, config, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
-
-/// How often a selection that met a table in the middle of a change starts anew.
-const SELECTIONS: usize = 3;
 
 /// A socket call.
 #[derive(Clone, Copy, Debug)]
@@ -181,58 +177,64 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Answer
         tables.count(Reason::UnallocatedClusterIp);
         return Answer::Deny;
     }
-    for _ in 0..SELECTIONS {
-        let frontend = match select::frontend_for(tables, &call.dst, call.dport, call.proto, known) {
-            Ok(frontend) => frontend,
-            Err(Refusal::NotService) => return Answer::Leave,
-            Err(refusal) => return refuse(tables, refusal),
+    let asker = Caller { call, config, host };
+    let Selected { frontend, index, backend } =
+        match select::backend_for(tables, &asker, (&call.dst, call.dport, call.proto), known) {
+            Ok(selected) => selected,
+            Err(Refusal::NotOurs) => return Answer::Leave,
+            Err(refusal) if refusal.count(tables) => return Answer::Refuse,
+            Err(_) => return Answer::Deny,
         };
-        let flags = frontend.flags;
-        if !host && needs_address(config, flags) {
-            return Answer::Leave;
-        }
-        if flags & frontend::SOURCE_RANGES != 0 {
-            let source = if call.dst.is_v4() { config.node_v4 } else { config.node_v6 };
-            if !tables.source_allowed(&SourceKey::exact(frontend.service, source)) {
-                tables.count(Reason::SourceRange);
-                tables.count_service(frontend.service, Stat::Dropped);
-                return Answer::Deny;
-            }
-        }
-        let source = if host { Source::Host } else { Source::Pod };
-        let (run, flag) = match select::usable(&frontend, source) {
-            Ok(usable) => usable,
-            Err(refusal) => return refuse(tables, refusal),
-        };
-        let client = client(call);
-        let chosen = match select::remembered(tables, &frontend, flag, client) {
-            None => select::pick(tables, &frontend, run, select::scramble(tables.random())),
-            chosen => chosen,
-        };
-        // Looked up once more, so that two ways lead to a number and not to a whole backend.
-        if let Some(index) = chosen
-            && let Some(backend) = tables.backend(index).filter(Backend::is_live)
-        {
-            if flags & frontend::AFFINITY != 0 {
-                select::remember(tables, frontend.service, index, backend.generation, client);
-            }
-            tables.count(Reason::SocketChosen);
-            tables.count_service(frontend.service, Stat::Chosen);
-            *entry = SocketEntry {
-                vip: call.dst,
-                addr: backend.addr,
-                vport: call.dport,
-                port: backend.port,
-                backend: index,
-                generation: backend.generation,
-                proto: call.proto,
-                pad: [0; 3],
-            };
-            return Answer::Use;
-        }
+    if frontend.flags & frontend::AFFINITY != 0 {
+        select::remember(tables, frontend.service, index, backend.generation, client(call));
     }
-    tables.count(Reason::BadSlot);
-    Answer::Deny
+    tables.count(Reason::SocketChosen);
+    tables.count_service(frontend.service, Stat::Chosen);
+    *entry = SocketEntry {
+        vip: call.dst,
+        addr: backend.addr,
+        vport: call.dport,
+        port: backend.port,
+        backend: index,
+        generation: backend.generation,
+        proto: call.proto,
+        pad: [0; 3],
+    };
+    Answer::Use
+}
+
+/// A socket that asks for a backend.
+struct Caller<'a> {
+    call: &'a Call,
+    config: &'a Config,
+    host: bool,
+}
+
+impl Asker for Caller<'_> {
+    #[inline(always)]
+    fn source(&self) -> Source {
+        if self.host { Source::Host } else { Source::Pod }
+    }
+
+    #[inline(always)]
+    fn address(&self) -> Addr {
+        if self.call.dst.is_v4() { self.config.node_v4 } else { self.config.node_v6 }
+    }
+
+    #[inline(always)]
+    fn client(&self) -> Addr {
+        client(self.call)
+    }
+
+    #[inline(always)]
+    fn leaves(&self, flags: u32) -> bool {
+        !self.host && needs_address(self.config, flags)
+    }
+
+    #[inline(always)]
+    fn hash<T: Tables>(&self, tables: &T) -> u32 {
+        select::scramble(tables.random())
+    }
 }
 
 /// Whether a pod's socket is better left to its packets: affinity and source ranges go by the pod's address, which
@@ -259,11 +261,6 @@ fn is_host(config: &Config, call: &Call) -> bool {
 #[inline(always)]
 fn client(call: &Call) -> Addr {
     Addr([0, 0, (call.netns >> 32) as u32, call.netns as u32])
-}
-
-#[inline(always)]
-fn refuse<T: Tables>(tables: &T, refusal: Refusal) -> Answer {
-    if refusal.count(tables) { Answer::Refuse } else { Answer::Deny }
 }
 
 impl SocketEntry {
