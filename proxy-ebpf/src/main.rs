@@ -4,6 +4,7 @@
 #![feature(asm_experimental_arch)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod feature;
 mod hook;
 mod maps;
 mod scratch;

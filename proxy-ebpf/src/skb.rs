@@ -15,7 +15,8 @@ use proxy_common::lb::Tables as _;
 use proxy_common::wire::answer::Answer;
 use proxy_common::wire::{Frame, MAX_OFFSET, Words, crc32c, mend};
 
-use crate::tables::{Kernel, has};
+use crate::feature::has;
+use crate::tables::Kernel;
 
 /// `BPF_F_IPV6` (6.16): newer than the bindings.
 const BPF_F_IPV6: u64 = 1 << 7;

@@ -13,8 +13,8 @@ use proxy_common::abi::{PeerKey, SocketEntry, SocketState, feature};
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::socket::{Call, Memory};
 
+use crate::feature::{has, netns_cookie};
 use crate::maps::{PEERS, SOCKETS};
-use crate::tables::{has, netns_cookie};
 
 /// Let the call go on.
 pub const ALLOW: i32 = 1;

@@ -6,7 +6,7 @@ use proxy_common::abi::{FlowId, Role, Timeouts, capacity};
 use proxy_common::addr::Port;
 use proxy_common::lb::{
     Choice, Entered, Inserted, Recalled, Subprograms, Tables as _, Verdict, adopt, flow, fragment, ingress,
-    lost, masquerade, open,
+    masquerade, open,
 };
 use proxy_common::wire::{Edit, End, Packet, parse, rewrite_error};
 
@@ -310,7 +310,7 @@ pub extern "C" fn subprog_take(id: u64) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_lose(id: u64) -> u32 {
-    lost::lose(&Socket::NOWHERE, FlowId(id))
+    flow::lose(&Socket::NOWHERE, FlowId(id))
 }
 
 #[unsafe(no_mangle)]

@@ -2,7 +2,7 @@
 //!
 //! An endpoint has left when no slice of its Service names it any more (one that is not ready may come back, C-2), and the
 //! Service and its port are still there. Of its life the tables know enough: a backend that is not terminating bears a flag
-//! ([`backend::RESET`]), also from one agent to the next. What becomes of packets then is told in `proxy_common::lb::lost`; here
+//! ([`backend::RESET`]), also from one agent to the next. What becomes of packets then is told in `proxy_common::lb::flow`; here
 //! the silent are told, and sockets that were translated at `connect`. All of it happens on a thread, and in rounds: a packet may
 //! be lost, and a connection have begun just before.
 

@@ -11,7 +11,6 @@ pub mod egress;
 pub mod flow;
 pub mod fragment;
 pub mod ingress;
-pub mod lost;
 pub mod masquerade;
 pub mod open;
 pub mod select;
@@ -19,12 +18,6 @@ pub mod socket;
 mod subprog;
 mod tables;
 
-#[cfg(test)]
-mod flow_tests;
-#[cfg(test)]
-mod lost_tests;
-#[cfg(test)]
-mod race_tests;
 #[cfg(test)]
 mod tests;
 

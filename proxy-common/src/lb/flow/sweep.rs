@@ -1,8 +1,9 @@
 //! The sweep, which ends flows that are silent for too long.
 
 use super::end::enter_free;
+use super::lost;
 use crate::abi::{Flow, FlowId, Role, State, Timeouts};
-use crate::lb::{Subprograms, lost};
+use crate::lb::Subprograms;
 
 /// Looks at one record: a new one becomes free, a flow that is silent for too long is taken apart, and so is one that its
 /// packets cannot find any more. How many flows were taken apart.

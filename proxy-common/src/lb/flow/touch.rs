@@ -1,9 +1,10 @@
 //! What a packet's flow wants done with it.
 
+use super::lost;
 use super::progress::is_due;
 use crate::abi::{FORWARD, Flow, FlowId, Hook, Notes, REPLY, Role, SILENCE, State, flow_flags, window};
 use crate::addr::{Port, Proto};
-use crate::lb::{Tables, lost};
+use crate::lb::Tables;
 use crate::wire::{Edit, Kind, Packet};
 
 /// Longer than a packet takes from one hook to the other, in nanoseconds.

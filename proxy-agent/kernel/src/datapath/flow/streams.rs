@@ -3,7 +3,7 @@
 //! Their packets belong to no flow, and those of the node pass no program where they enter. A socket's storage says which
 //! endpoint it was given, whichever network namespace it is in; an iterator reads that (5.9), and with it the beginning of the
 //! socket, where its ends stand. A socket of this namespace is destroyed: the kernel resets its peer, and its process hears
-//! `ECONNABORTED`. One of a pod is reset by packets, see `proxy_common::lb::lost`.
+//! `ECONNABORTED`. One of a pod is reset by packets, see `proxy_common::lb::flow`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -3,13 +3,13 @@
 use std::string::String;
 use std::vec::Vec;
 
-use super::tests::{ETH, Node, Talk, addr, answer, key, shown};
-use super::{Subprograms as _, Tables as _, flow};
 use crate::abi::{
     FORWARD, Flow, FlowId, FrontendKey, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, config,
     frontend,
 };
 use crate::addr::{Port, Proto};
+use crate::lb::tests::{ETH, Node, Talk, addr, answer, key, shown};
+use crate::lb::{LONGEST_PAUSE, Subprograms as _, Tables as _, adopt, flow};
 use crate::testing::{ByteFrame, Outcome, SECRET, frame, run, segment, tuple};
 use crate::wire::Packet;
 
@@ -921,7 +921,7 @@ fn adopted(node: &Node, source: Option<(&str, u16)>, proto: Proto, meant: bool) 
 
 /// Has the tables adopt it; the index of its record.
 fn adopt(node: &Node, flow: &Flow) -> u32 {
-    super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
+    adopt::adopt(&node.tables, adopt::From::Proxy, |record| {
         *record = Flow { id: record.id, claims: record.claims, ..*flow };
         true
     })
@@ -935,7 +935,7 @@ fn id_at(node: &Node, index: u32) -> FlowId {
 /// The same, and it is ours from then on.
 fn take(node: &Node, flow: &Flow) -> u32 {
     let index = adopt(node, flow);
-    assert_eq!(super::adopt::take(&node.tables, id_at(node, index)), 1, "{index:#x}");
+    assert_eq!(adopt::take(&node.tables, id_at(node, index)), 1, "{index:#x}");
     index
 }
 
@@ -968,8 +968,8 @@ fn what_another_proxy_has_begun_is_netfilter_s_until_it_is_taken_and_then_a_flow
         // An answer that netfilter has left alone.
         let Outcome::Rewritten(back) = run_at(Hook::EGRESS, &asked.reversed()) else { panic!("{proto}") };
         assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
-        assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
-        assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1, "it is");
+        assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 1);
+        assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 1, "it is");
         let Outcome::Rewritten(there) = run_at(Hook::INGRESS, &ask) else { panic!("{proto}") };
         assert_eq!(tuple(&there).unwrap().tuple, asked);
         assert_eq!(run_at(Hook::INGRESS, &asked.reversed()), Outcome::Passed);
@@ -1021,7 +1021,7 @@ fn one_whose_middle_pair_is_another_s_stays_netfilter_s() {
     flow.near[0] = asked.write_pair(&mut flow.pairs[0]) as u8;
     let answer = adopt(&node, &flow);
     assert_ne!(answer & crate::abi::ask::ALONE, 0);
-    assert_eq!(super::adopt::take(&node.tables, id_at(&node, answer & !crate::abi::ask::ALONE)), 0);
+    assert_eq!(adopt::take(&node.tables, id_at(&node, answer & !crate::abi::ask::ALONE)), 0);
     let passes = segment(&asked, ACK, [7, 9], b"", false);
     assert_eq!(run(&node.tables, &passes, Hook::INGRESS, ETH), Outcome::Passed);
     talk.goes_on();
@@ -1030,7 +1030,7 @@ fn one_whose_middle_pair_is_another_s_stays_netfilter_s() {
     let asked = key(CLIENT, (NODE, 30_998), Proto::TCP);
     flow.near[0] = asked.write_pair(&mut flow.pairs[0]) as u8;
     let index = adopt(&node, &flow);
-    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 0);
+    assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 0);
     talk.goes_on();
     assert_eq!(node.tables.live().len(), 3);
 }
@@ -1067,7 +1067,7 @@ fn a_masqueraded_one_keeps_its_port() {
     ] {
         assert_eq!(run_at(hook, &tuple), Outcome::Passed, "{tuple:?}");
     }
-    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
+    assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 1);
     let left = node.leave(&node.enter(&frame(&ask, 0, b"?", false)));
     assert_eq!(tuple(&left).unwrap().tuple, seen);
     let back = node.leave(&node.enter(&frame(&seen.reversed(), 0, b"!", false)));
@@ -1097,7 +1097,7 @@ fn an_answer_to_a_masquerade_of_another_proxy_is_no_question_though_it_has_the_p
     passes(Hook::EGRESS, &seen);
     passes(Hook::INGRESS, &seen.reversed());
     assert!(the_flow(&node).is_left(id_at(&node, index)));
-    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
+    assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 1);
     let Outcome::Rewritten(back) =
         run(&node.tables, &frame(&seen.reversed(), 0, b"!", false), Hook::INGRESS, ETH)
     else {
@@ -1116,7 +1116,7 @@ fn a_client_that_was_bound_to_its_endpoint_stays_so() {
     let index = adopt(&node, &flow);
     let found: Vec<u32> = node.tables.affinity.borrow().values().map(|bound| bound.backend).collect();
     assert_eq!(found, [flow.backend]);
-    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 1);
+    assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 1);
 }
 
 #[test]
@@ -1146,7 +1146,7 @@ fn without_room_nothing_is_adopted_and_nothing_left_behind() {
     node.tables.max_flows = Some(2);
     let masqueraded = adopted(&node, Some((NODE, 61_234)), Proto::TCP, true);
     let index = adopt(&node, &masqueraded);
-    assert_eq!(super::adopt::take(&node.tables, id_at(&node, index)), 0);
+    assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 0);
     assert!(the_flow(&node).state == State::LEFT, "it stays netfilter's");
     node.tables.max_flows = Some(0);
     assert_eq!(adopt(&node, &adopted(&node, None, Proto::UDP, true)), crate::abi::ask::NO_ROOM);
@@ -1159,7 +1159,7 @@ fn without_room_nothing_is_adopted_and_nothing_left_behind() {
 
 #[test]
 fn a_pause_holds_what_is_new_until_it_ends_and_one_that_no_agent_can_have_begun_holds_nothing() {
-    let longest = super::LONGEST_PAUSE / 1_000_000;
+    let longest = LONGEST_PAUSE / 1_000_000;
     let node = masquerading();
     let now = node.tables.now.get();
     let talk = Talk::open(&node, CLIENT, VIP);
@@ -1171,7 +1171,7 @@ fn a_pause_holds_what_is_new_until_it_ends_and_one_that_no_agent_can_have_begun_
             ETH,
         )
     };
-    node.tables.paused_until.set(now + super::LONGEST_PAUSE);
+    node.tables.paused_until.set(now + LONGEST_PAUSE);
     assert_eq!(begins(1), Outcome::Waits);
     assert_eq!(
         tuple(&node.leave(&node.enter(&segment(&talk.ask, ACK, [7, 9], b"", false)))).unwrap().tuple,
@@ -1181,9 +1181,7 @@ fn a_pause_holds_what_is_new_until_it_ends_and_one_that_no_agent_can_have_begun_
     assert_eq!(begins(1), Outcome::Waits);
     node.wait(1);
     assert!(matches!(begins(1), Outcome::Rewritten(_)));
-    for (port, until) in
-        [(2, u64::MAX), (3, u64::MAX >> 1), (4, node.tables.now.get() + 2 * super::LONGEST_PAUSE)]
-    {
+    for (port, until) in [(2, u64::MAX), (3, u64::MAX >> 1), (4, node.tables.now.get() + 2 * LONGEST_PAUSE)] {
         node.tables.paused_until.set(until);
         assert!(matches!(begins(port), Outcome::Rewritten(_)), "{until}");
     }

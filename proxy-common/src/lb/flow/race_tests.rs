@@ -5,13 +5,13 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::vec::Vec;
 
-use super::tests::{ETH, Node, addr, key};
-use super::{Inserted, Ring, Stat, Subprograms, Tables};
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
     Iface, Key, Leg, Notes, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
+use crate::lb::tests::{ETH, Node, addr, key};
+use crate::lb::{Inserted, Ring, Stat, Subprograms, Tables};
 use crate::testing::{ByteFrame, MemoryTables, Outcome, run, segment, tuple, verify};
 use crate::wire::Packet;
 

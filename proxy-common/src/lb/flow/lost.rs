@@ -4,10 +4,10 @@
 //! with a RST, built from the packet, so that its numbers fit. Who is silent is sent one by the agent; if its numbers do not fit
 //! it is answered (RFC 5961 section 3.2), and the answer gets one that does.
 
-use super::flow::{Look, Way, last_acked};
-use super::{Subprograms, Tables};
+use super::touch::{Look, Way, last_acked};
 use crate::abi::{FORWARD, Flow, FlowId, Hook, REPLY, Role, State, TELL};
 use crate::addr::Proto;
+use crate::lb::{Subprograms, Tables};
 use crate::wire::{Kind, Packet};
 
 /// A socket that nobody answers asks again after at most 64 seconds (`tcp_syn_retries` of the kernel's ip-sysctl.rst); in
@@ -18,7 +18,7 @@ const TRIES: u64 = 70_000_000_000;
 /// from somebody who is told otherwise: the node itself, or an endpoint of its own, whose client answers it. A SYN begins
 /// something new, unless it is the connection's own that nobody has answered.
 #[inline(always)]
-pub(super) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look {
+pub(crate) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look {
     let ends = packet.tcp_flags & Packet::RST != 0 || matches!(packet.kind, Kind::IcmpError);
     if ends || hook == Hook::EGRESS {
         Look::Go
@@ -56,7 +56,7 @@ pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
 
 /// Takes a flow apart about which all has been told.
 #[inline(always)]
-pub(super) fn sweep<T: Subprograms>(tables: &T, id: FlowId, now: u64) -> u32 {
+pub(crate) fn sweep<T: Subprograms>(tables: &T, id: FlowId, now: u64) -> u32 {
     let told = |flow: &mut Flow| {
         let long = if flow.seen[REPLY] == 0 { TRIES } else { TELL };
         now.saturating_sub(flow.checked) >= long

@@ -1,23 +1,25 @@
 //! [`Tables`] over the maps: the only reader of configuration, the only writer of flows.
 
+mod leg;
+mod socket;
+
 use core::arch::asm;
 
-use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST, bpf_sock_tuple};
+use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::Array;
 use aya_ebpf::helpers::generated::{
-    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
-    bpf_map_lookup_elem, bpf_map_pop_elem, bpf_map_push_elem, bpf_sk_lookup_udp, bpf_sk_release,
-    bpf_skc_lookup_tcp,
+    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_map_lookup_elem, bpf_map_pop_elem,
+    bpf_map_push_elem,
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, Tuple, capacity, feature,
+    Iface, Leg, Notes, Pair, Reason, Role, RouteKey, SourceKey, Tuple, capacity,
 };
-use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::addr::{Addr, Port};
 use proxy_common::lb::{Inserted, Ring, Stat, Tables};
 use proxy_common::wire::Packet;
 
+use crate::feature::clock;
 use crate::maps;
 use crate::scratch::{Scratch, scratch};
 
@@ -30,32 +32,6 @@ pub struct Over<const PACKET: bool>(pub *mut __sk_buff);
 pub type Kernel = Over<true>;
 /// What socket programs work with. They may be interrupted by their like, and keep everything on the stack.
 pub type Socket = Over<false>;
-
-const EEXIST: i32 = -17;
-/// `BPF_F_CURRENT_NETNS` of `linux/bpf.h`, as the helpers take it.
-const CURRENT_NETNS: u64 = u32::MAX as u64;
-/// `AF_INET` addresses and ports in a `bpf_sock_tuple`.
-const TUPLE_V4: u32 = 12;
-/// The same for `AF_INET6`.
-const TUPLE_V6: u32 = 36;
-
-/// Whether the kernel has a feature; folded by the verifier.
-#[inline(always)]
-pub fn has(bit: u32) -> bool {
-    maps::FEATURES.load() & bit != 0
-}
-
-/// `CLOCK_MONOTONIC_COARSE`, or the precise clock where the kernel has no other.
-#[inline(always)]
-fn clock() -> u64 {
-    if has(feature::COARSE_CLOCK) {
-        // SAFETY: takes no arguments.
-        unsafe { bpf_ktime_get_coarse_ns() }
-    } else {
-        // SAFETY: takes no arguments.
-        unsafe { bpf_ktime_get_ns() }
-    }
-}
 
 impl<const PACKET: bool> Over<PACKET> {
     /// Without a packet.
@@ -196,73 +172,12 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn is_socket(&self, tuple: &Tuple) -> bool {
-        let Some(scratch) = scratch() else { return false };
-        let asked = &mut scratch.asked;
-        // As a packet from the other end would ask: addresses, then ports.
-        let (v4, ports) = (tuple.src.is_v4(), u32::from(tuple.dport.0) | u32::from(tuple.sport.0) << 16);
-        if v4 {
-            (asked[0], asked[1], asked[2]) = (tuple.dst.word_v4(), tuple.src.word_v4(), ports);
-        } else {
-            let (s, d) = (&tuple.dst.0, &tuple.src.0);
-            *asked = [s[0], s[1], s[2], s[3], d[0], d[1], d[2], d[3], ports];
-        }
-        let asked = asked.as_mut_ptr().cast::<bpf_sock_tuple>();
-        // SAFETY: the tuple is written as far as its length says, and a socket that is found is released.
-        unsafe {
-            match tuple.proto {
-                Proto::TCP => {
-                    let found = if v4 {
-                        bpf_skc_lookup_tcp(self.0.cast(), asked, TUPLE_V4, CURRENT_NETNS, 0)
-                    } else {
-                        bpf_skc_lookup_tcp(self.0.cast(), asked, TUPLE_V6, CURRENT_NETNS, 0)
-                    };
-                    !found.is_null() && bpf_sk_release(found.cast()) == 0
-                }
-                Proto::UDP => {
-                    let found = if v4 {
-                        bpf_sk_lookup_udp(self.0.cast(), asked, TUPLE_V4, CURRENT_NETNS, 0)
-                    } else {
-                        bpf_sk_lookup_udp(self.0.cast(), asked, TUPLE_V6, CURRENT_NETNS, 0)
-                    };
-                    !found.is_null() && bpf_sk_release(found.cast()) == 0
-                }
-                _ => false,
-            }
-        }
+        socket::is_there(self.0, tuple)
     }
 
     #[inline(always)]
     fn is_of_others(&self, tuple: &Tuple) -> bool {
-        // SAFETY: the context is the one the program was called with.
-        if unsafe { (&raw const (*self.0).ingress_ifindex).read_volatile() } != 0 {
-            return true;
-        }
-        // SAFETY: as above; the pointer is read once, and the verifier sees that it is compared with null.
-        let sock = unsafe { (&raw const (*self.0).__bindgen_anon_2.sk).read_volatile() };
-        if sock.is_null() {
-            return false;
-        }
-        // SAFETY: the packet holds its socket while it is looked at. Of the addresses one is meant; all are read, because the
-        // verifier knows no place that is one or the other.
-        let (port, other_port, v4, v6) = unsafe {
-            let word = |n: usize| (&raw const (*sock).src_ip6[n]).read_volatile();
-            (
-                (&raw const (*sock).src_port).read_volatile(),
-                (&raw const (*sock).dst_port).read_volatile(),
-                (&raw const (*sock).src_ip4).read_volatile(),
-                [word(0), word(1), word(2), word(3)],
-            )
-        };
-        // A packet of a tunnel has the socket of what it carries, which has another destination, too.
-        if port == 0 || other_port != 0 && other_port != tuple.dport.0 {
-            return false;
-        }
-        let [a, b, c, d] =
-            if tuple.src.is_v4() { [tuple.src.0[0], tuple.src.0[1], tuple.src.0[2], v4] } else { v6 };
-        let own = &tuple.src.0;
-        let differs = (a ^ own[0]) | (b ^ own[1]) | (c ^ own[2]) | (d ^ own[3]) != 0;
-        // A socket that sends from any address has none.
-        port != u32::from(tuple.sport.number()) || differs && d != 0
+        socket::is_of_others(self.0, tuple)
     }
 
     #[inline(always)]
@@ -283,13 +198,13 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn leg(&self, pair: &Pair) -> Option<Leg> {
-        leg_at(&pair.key(secret)).map(|(leg, _)| leg)
+        leg::at(&pair.key(leg::secret)).map(|(found, _)| found)
     }
 
     #[inline(always)]
     fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, *mut Leg)>) {
-        let (key, source) = packet.tuple.key(packet.v4, secret);
-        (source, leg_at(&key))
+        let (key, source) = packet.tuple.key(packet.v4, leg::secret);
+        (source, leg::at(&key))
     }
 
     #[inline(always)]
@@ -306,19 +221,19 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn is_broken(&self, pair: &Pair) -> bool {
-        let key = pair.key(secret);
-        // SAFETY: as in `leg_at`.
+        let key = pair.key(leg::secret);
+        // SAFETY: as in `leg::at`.
         unsafe { maps::FLOWS.get(&key) }.copied().is_some_and(|leg| !leg.is_of(&key))
     }
 
     #[inline(always)]
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted {
-        let key = flow.pairs[role.index()].key(secret);
+        let key = flow.pairs[role.index()].key(leg::secret);
         if PACKET {
             let Some(scratch) = scratch() else { return Inserted::Full };
-            insert_leg(&key, flow, role, &mut scratch.leg)
+            leg::insert(&key, flow, role, &mut scratch.leg)
         } else {
-            insert_leg(&key, flow, role, &mut Leg { ..Leg::NONE })
+            leg::insert(&key, flow, role, &mut Leg { ..Leg::NONE })
         }
     }
 
@@ -326,7 +241,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     fn delete_leg(&self, pair: &Pair) {
         // An absent key is what was wanted; one that stays behind counts no more after its window, and its place is taken
         // when needed.
-        let _ = maps::FLOWS.remove(&pair.key(secret));
+        let _ = maps::FLOWS.remove(&pair.key(leg::secret));
     }
 
     #[inline(always)]
@@ -451,41 +366,4 @@ fn keep<'a, const PACKET: bool, K: Copy + 'static>(
 fn is_set(bits: &Array<u64, { capacity::ADDRESS_BITS }>, addr: &Addr) -> bool {
     let place = addr.place();
     bits.get(place / 64).is_some_and(|word| word >> (place % 64) & 1 != 0)
-}
-
-/// Inserts a leg that is made up in its place.
-#[inline(always)]
-fn insert_leg(key: &Key, flow: &Flow, role: Role, leg: &mut Leg) -> Inserted {
-    flow.write_leg(role, leg);
-    leg.seal(key);
-    match maps::FLOWS.insert(key, &*leg, BPF_NOEXIST.into()) {
-        Ok(()) => Inserted::Done,
-        Err(EEXIST) => Inserted::Exists,
-        Err(_) => Inserted::Full,
-    }
-}
-
-/// What keys are made with.
-#[inline(always)]
-fn secret() -> Option<&'static Secret> {
-    maps::SECRET.get(0)
-}
-
-#[inline(always)]
-fn leg_at(key: &Key) -> Option<(Leg, *mut Leg)> {
-    let place = maps::FLOWS.get_ptr_mut(key)?;
-    // SAFETY: the memory may be given to another key while it is copied: the seal tells.
-    let leg = unsafe { place.read() };
-    leg.is_of(key).then_some((leg, place))
-}
-
-/// The cookie of the network namespace that a socket call is made in; 0 when the kernel does not tell it.
-#[inline(always)]
-pub fn netns_cookie(ctx: &aya_ebpf::programs::SockAddrContext) -> u64 {
-    if has(feature::NETNS_COOKIE) {
-        // SAFETY: the context is the one the program was called with.
-        unsafe { aya_ebpf::helpers::generated::bpf_get_netns_cookie(ctx.as_ptr()) }
-    } else {
-        0
-    }
 }

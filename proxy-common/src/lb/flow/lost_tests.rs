@@ -1,9 +1,10 @@
 //! What becomes of connections whose endpoint has left without terminating.
 
-use super::tests::{ETH, Node, Talk, addr, key};
-use super::{Subprograms as _, Tables as _, lost};
+use super::lost;
 use crate::abi::{FORWARD, Flow, Hook, REPLY, Reason, State, TELL, Timeouts, Tuple};
 use crate::addr::Proto;
+use crate::lb::tests::{ETH, Node, Talk, addr, key};
+use crate::lb::{Subprograms as _, Tables as _, adopt};
 use crate::testing::{Outcome, run, segment, tuple};
 use crate::wire::Packet;
 
@@ -94,7 +95,7 @@ fn a_connection_that_its_socket_was_led_through_is_reset_though_it_was_no_flow()
     let node = node();
     let direct = key(("10.244.1.5", 50_000), ("10.244.2.7", 8080), Proto::TCP);
     let flow = Flow::lost(&direct, [1, 1, 1], true, node.tables.now());
-    let index = super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
+    let index = adopt::adopt(&node.tables, adopt::From::Proxy, |record| {
         *record = Flow { id: record.id, claims: record.claims, ..flow };
         true
     });
@@ -113,7 +114,7 @@ fn a_connection_that_its_socket_tries_in_vain_is_refused() {
     let node = node();
     let direct = key(("10.244.1.5", 50_000), ("10.244.2.7", 8080), Proto::TCP);
     let flow = Flow::lost(&direct, [1, 1, 1], false, node.tables.now());
-    super::adopt::adopt(&node.tables, super::adopt::From::Proxy, |record| {
+    adopt::adopt(&node.tables, adopt::From::Proxy, |record| {
         *record = Flow { id: record.id, claims: record.claims, ..flow };
         true
     });

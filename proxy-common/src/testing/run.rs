@@ -1,0 +1,79 @@
+//! A packet through a hook, as the kernel programs do it.
+
+use std::vec::Vec;
+
+use super::ByteFrame;
+use crate::abi::{Hook, Reason};
+use crate::lb::{Subprograms, Verdict, egress, ingress};
+use crate::wire::answer::{self, Answer};
+use crate::wire::{Edit, End, Kind, Packet, parse, rewrite, rewrite_error};
+
+/// What became of a frame at a hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Went on unchanged.
+    Passed,
+    /// Went on changed.
+    Rewritten(ByteFrame),
+    /// Was answered.
+    Refused(ByteFrame),
+    /// Was put at the end of the queue, to come again.
+    Waits,
+    /// Was discarded.
+    Dropped,
+}
+
+/// Runs an Ethernet frame through the decision of a hook and applies it, as the kernel programs do.
+pub fn run(tables: &impl Subprograms, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
+    run_on::<true>(tables, frame, hook, ifindex)
+}
+
+/// The same; with `ETHERNET` false the frame begins at the IP header.
+pub fn run_on<const ETHERNET: bool>(
+    tables: &impl Subprograms,
+    frame: &ByteFrame,
+    hook: Hook,
+    ifindex: u32,
+) -> Outcome {
+    let mut packet = Packet::at(ifindex);
+    if parse::<_, ETHERNET>(frame, &mut packet).is_none() {
+        return Outcome::Passed;
+    }
+    let mut edit = Edit::NONE;
+    let (verdict, end) = if hook == Hook::INGRESS {
+        (ingress::ingress(tables, &mut packet, &mut edit), End::Dst)
+    } else {
+        (egress::egress(tables, &mut packet, &mut edit), End::Src)
+    };
+    match verdict {
+        Verdict::Pass => Outcome::Passed,
+        Verdict::Rewrite => {
+            let mut out = frame.clone();
+            let done = match packet.kind {
+                Kind::IcmpError => rewrite_error(&mut out, &packet, end, &edit),
+                _ => rewrite(&mut out, &packet, end, &edit),
+            };
+            if done {
+                return Outcome::Rewritten(out);
+            }
+            tables.count(Reason::RewriteFailed);
+            Outcome::Dropped
+        }
+        Verdict::Refuse if hook == Hook::INGRESS => {
+            let mut answer = Answer { words: [0; 24], len: 0 };
+            if !answer::build(frame, &packet, &mut answer) {
+                return Outcome::Dropped;
+            }
+            let mut bytes = Vec::new();
+            if ETHERNET {
+                bytes.extend(&frame.bytes[6..12]);
+                bytes.extend(&frame.bytes[..6]);
+                bytes.extend(&frame.bytes[12..14]);
+            }
+            bytes.extend(answer.words.iter().take(answer.len).flat_map(|w| w.to_ne_bytes()));
+            Outcome::Refused(ByteFrame { bytes, partial: false })
+        }
+        Verdict::Wait if hook == Hook::INGRESS => Outcome::Waits,
+        Verdict::Refuse | Verdict::Wait | Verdict::Drop => Outcome::Dropped,
+    }
+}
