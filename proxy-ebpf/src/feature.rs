@@ -25,7 +25,7 @@ pub fn clock() -> u64 {
     }
 }
 
-/// The cookie of the network namespace that a socket call is made in; 0 when the kernel does not tell it.
+/// The cookie of the network namespace that a socket call is made in; 0 when the kernel does not say.
 #[inline(always)]
 pub fn netns_cookie(ctx: &SockAddrContext) -> u64 {
     if has(feature::NETNS_COOKIE) {

@@ -5,7 +5,7 @@ use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{AffinityKey, FragmentKey, FrontendKey, Leg, RouteKey, SourceKey, Timeouts};
 use proxy_common::lb::masquerade::Allowance;
 use proxy_common::lb::{Choice, Ring};
-use proxy_common::wire::answer::Answer;
+use proxy_common::wire::reject::Reply;
 use proxy_common::wire::{Edit, Packet};
 
 /// Working storage of one CPU. TC programs are not interrupted by their like, so each has it for itself while it runs.
@@ -25,7 +25,7 @@ pub struct Scratch {
     pub fragment: FragmentKey,
     /// What is asked of the node's sockets: a `bpf_sock_tuple`.
     pub asked: [u32; 9],
-    pub answer: Answer,
+    pub reply: Reply,
     /// The time, and the tick at which it was read.
     pub now: u64,
     pub tick: u64,
@@ -33,7 +33,7 @@ pub struct Scratch {
     pub places: [u32; Ring::COUNT as usize],
     /// How far searches for source ports may still go.
     pub allowance: Allowance,
-    /// What `flows` was told.
+    /// What `flows` was given.
     pub timeouts: Timeouts,
 }
 

@@ -12,8 +12,8 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{Flow, ask, feature};
 use proxy_common::lb::Tables as _;
-use proxy_common::wire::answer::Answer;
-use proxy_common::wire::{Frame, MAX_OFFSET, Words, crc32c, mend};
+use proxy_common::wire::reject::Reply;
+use proxy_common::wire::{Frame, MAX_OFFSET, Words, checksum, crc32c};
 
 use crate::feature::has;
 use crate::tables::Kernel;
@@ -170,10 +170,10 @@ impl Skb {
         if start + off + size_of::<T>() > self.data_end() { None } else { Some((start + off) as *mut T) }
     }
 
-    /// Replaces the packet by `answer`, its Ethernet header (if there is one) turned round. False when a
+    /// Replaces the packet by `reply`, its Ethernet header (if there is one) turned round. False when a
     /// helper fails.
     #[inline(always)]
-    pub fn become_answer<const ETHERNET: bool>(&mut self, answer: &Answer) -> bool {
+    pub fn become_reject_reply<const ETHERNET: bool>(&mut self, reply: &Reply) -> bool {
         let l3: u32 = if ETHERNET { 14 } else { 0 };
         if ETHERNET {
             let Some(macs) = self.load::<[u32; 3]>(0) else {
@@ -186,30 +186,30 @@ impl Skb {
                 return false;
             }
         }
-        let [rst4, icmp4, rst6, icmp6] = Answer::SIZES;
+        let [rst4, icmp4, rst6, icmp6] = Reply::SIZES;
         // A constant length at each call: the verifier wants to know how much of the stack is read.
-        if answer.len == rst4 {
-            self.resize_and_store(l3, answer, (rst4 * 4) as u32)
-        } else if answer.len == icmp4 {
-            self.resize_and_store(l3, answer, (icmp4 * 4) as u32)
-        } else if answer.len == rst6 {
-            self.resize_and_store(l3, answer, (rst6 * 4) as u32)
-        } else if answer.len == icmp6 {
-            self.resize_and_store(l3, answer, (icmp6 * 4) as u32)
+        if reply.len == rst4 {
+            self.resize_and_store(l3, reply, (rst4 * 4) as u32)
+        } else if reply.len == icmp4 {
+            self.resize_and_store(l3, reply, (icmp4 * 4) as u32)
+        } else if reply.len == rst6 {
+            self.resize_and_store(l3, reply, (rst6 * 4) as u32)
+        } else if reply.len == icmp6 {
+            self.resize_and_store(l3, reply, (icmp6 * 4) as u32)
         } else {
             false
         }
     }
 
     #[inline(always)]
-    fn resize_and_store(&mut self, l3: u32, answer: &Answer, len: u32) -> bool {
+    fn resize_and_store(&mut self, l3: u32, reply: &Reply, len: u32) -> bool {
         // SAFETY: the context is valid, and `len` bytes of `words` are initialised.
         unsafe {
             bpf_skb_change_tail(self.0, l3 + len, 0) == 0
                 && bpf_skb_store_bytes(
                     self.0,
                     l3,
-                    answer.words.as_ptr().cast(),
+                    reply.words.as_ptr().cast(),
                     len,
                     BPF_F_RECOMPUTE_CSUM.into(),
                 ) == 0
@@ -257,15 +257,15 @@ impl Frame for Skb {
     }
 
     #[inline(always)]
-    fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool {
+    fn update_checksum(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool {
         // A size of zero in the low bits: `to` is a difference.
         let mut mode = 0;
-        if flags & mend::UDP != 0 {
+        if flags & checksum::UDP != 0 {
             mode |= u64::from(BPF_F_MARK_MANGLED_0);
         }
         if pseudo != 0 {
             let mut mode = mode | u64::from(BPF_F_PSEUDO_HDR);
-            if flags & mend::IPV6 != 0 && has(feature::CSUM_IPV6) {
+            if flags & checksum::IPV6 != 0 && has(feature::CSUM_IPV6) {
                 mode |= BPF_F_IPV6;
             }
             // SAFETY: the context is valid.

@@ -94,7 +94,7 @@ pub fn call<const V6: bool>(ctx: &SockAddrContext, connect: bool) -> Call {
     }
 }
 
-/// Whom alone the kernel hears on the socket. A disconnect clears the port, and the address only of IPv4.
+/// The only peer the socket receives from. A disconnect clears the port, and the address only of IPv4.
 #[inline(always)]
 fn connected_to<const V6: bool>(ctx: &SockAddrContext) -> (Addr, Port) {
     let sk = field!(ctx, __bindgen_anon_1.sk);
@@ -133,7 +133,7 @@ pub fn set<const V6: bool>(ctx: &SockAddrContext, addr: &Addr, port: Port) {
 
 /// Fails the call with "connection refused", or with EPERM where the kernel knows no other way.
 #[inline(always)]
-pub fn refuse(_ctx: &SockAddrContext) -> i32 {
+pub fn reject(_ctx: &SockAddrContext) -> i32 {
     if has(feature::SET_RETVAL) {
         // SAFETY: takes a number.
         unsafe { bpf_set_retval(-ECONNREFUSED) };

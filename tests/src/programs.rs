@@ -189,7 +189,7 @@ impl Programs {
             (2, _) => Outcome::Dropped,
             // Behind the stack nothing is refused: an answer leaves by another interface.
             (7, true) if hook == Hook::EGRESS => Outcome::Rewritten(frame),
-            (7, true) => Outcome::Refused(frame),
+            (7, true) => Outcome::Rejected(frame),
             (7, false) => Outcome::Waits,
             (other, _) => bail!("the program returned {other}"),
         }))

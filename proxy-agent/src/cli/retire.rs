@@ -93,7 +93,7 @@ fn left(view: &dyn View) -> Result<usize> {
     let now = Now::read()?.mono_ns;
     let mut count = 0;
     // Those that are left to netfilter need nothing of this proxy.
-    let needs = |flow: &Flow| !flow.is_own() && !flow.is_over(now) && flow.state == State::LIVE;
+    let needs = |flow: &Flow| !flow.is_own() && !flow.is_closed(now) && flow.state == State::LIVE;
     view.flows(&mut |flow| count += usize::from(needs(flow)))?;
     Ok(count)
 }

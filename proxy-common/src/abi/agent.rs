@@ -53,7 +53,7 @@ table_type! {
     pub struct ServiceStats {
         /// Flows and connects that got a backend.
         pub chosen: u64,
-        /// Refused: no endpoint anywhere.
+        /// Rejected: no endpoint anywhere.
         pub refused: u64,
         /// Dropped: policy, source ranges, or nothing local.
         pub dropped: u64,
@@ -72,7 +72,7 @@ impl ServiceStats {
 }
 
 table_type! {
-    /// How the agent fares, rewritten after each pass. Unix times in milliseconds.
+    /// How the agent fares, rewritten after each sync. Unix times in milliseconds.
     pub struct AgentState {
         /// Process id in the agent's own pid namespace.
         pub pid: u64,
@@ -82,15 +82,15 @@ table_type! {
         pub beat_ms: u64,
         /// When tables last equalled what is wanted.
         pub synced_ms: u64,
-        /// When a pass was first wanted that has not succeeded yet; 0 when none.
+        /// When the sync was first due that has not succeeded yet; 0 when none is.
         pub queued_ms: u64,
-        /// Passes so far that changed a table.
+        /// Syncs so far that changed a table.
         pub generation: u64,
         /// Services known.
         pub services: u32,
         /// Endpoints known.
         pub endpoints: u32,
-        /// Objects left out because they are wrong.
+        /// Warnings: objects left out because they are wrong, and what else is amiss.
         pub complaints: u32,
         /// 1 when every source has delivered its first complete list.
         pub synced: u32,
@@ -98,7 +98,7 @@ table_type! {
         pub connected: u32,
         /// Interfaces that carry programs.
         pub interfaces: u32,
-        /// Interfaces that refused a program.
+        /// Interfaces that a program could not be attached to.
         pub interfaces_failed: u32,
         /// What the kernel lacks and the agent does without: bits of [`absent`].
         pub absent: u32,
@@ -111,10 +111,10 @@ table_type! {
     }
 }
 
-/// How the text of a [`Warning`] begins that is none, but something to be known.
+/// How the text of a [`Warning`] begins that only informs.
 pub const NOTE: &str = "note: ";
 
-/// How the text of one begins without which traffic is not served.
+/// How the text of one begins because of which traffic is not served.
 pub const PROBLEM: &str = "problem: ";
 
 /// Bits of [`AgentState::absent`]: what a kernel may lack, and what something else stands in for.

@@ -19,9 +19,9 @@ pub const POD_RANGE_V4: u32 = 1 << 4;
 pub const POD_RANGE_V6: u32 = 1 << 5;
 /// Host processes reach NodePorts at 127.0.0.1 and ::1, too.
 pub const LOCALHOST_NODE_PORTS: u32 = 1 << 6;
-/// Pods are told by the interface they send through ([`iface::POD`]), not by their address (M-1).
+/// Pods are known by the interface they send through ([`iface::POD`]), not by their address (M-1).
 pub const POD_INTERFACES: u32 = 1 << 7;
-/// What is new is left to another proxy on this node: flows that are there go on, none begins, and nothing is refused.
+/// What is new is left to another proxy on this node: flows that are there go on, none begins, and nothing is rejected.
 pub const LEAVE_NEW: u32 = 1 << 8;
 /// The middle of a TCP connection that has no flow is left to the kernel's connection tracking: it may be another proxy's.
 pub const LEAVE_MIDDLE: u32 = 1 << 9;
@@ -36,7 +36,7 @@ pub const PORT_RANGES: usize = 8;
 pub mod feature {
     /// `bpf_ktime_get_coarse_ns` (5.11); otherwise the precise clock, which costs 30 ns more.
     pub const COARSE_CLOCK: u32 = 1 << 0;
-    /// `bpf_set_retval` for socket hooks (5.18); otherwise a refused connect fails with EPERM.
+    /// `bpf_set_retval` for socket hooks (5.18); otherwise a rejected connect fails with EPERM.
     pub const SET_RETVAL: u32 = 1 << 1;
     /// `BPF_F_IPV6` in `bpf_l4_csum_replace` (6.16, backported): keeps a hardware checksum of IPv6 true.
     pub const CSUM_IPV6: u32 = 1 << 2;
@@ -49,7 +49,7 @@ pub mod feature {
 
 /// What is known of an address: values of `ADDRESSES`.
 pub mod address {
-    /// A programmed ClusterIP: ports that the Service does not define are refused (P-21).
+    /// A programmed ClusterIP: ports that the Service does not define are rejected (P-21).
     pub const CLUSTER_IP: u32 = 1 << 0;
     /// An external IP or load-balancer IP.
     pub const EXTERNAL: u32 = 1 << 1;
@@ -71,7 +71,7 @@ pub mod iface {
 table_type! {
     /// Settings of the node, in an array of one: changed live.
     pub struct Config {
-        /// Cookie of the node's network namespace: tells host sockets from pods' (0: not known).
+        /// Cookie of the node's network namespace: distinguishes host sockets from pods' (0: not known).
         pub host_netns: u64,
         /// First address of the IPv4 pod range (IPv4-mapped).
         pub pod_v4: Addr,
@@ -87,7 +87,7 @@ table_type! {
         pub pod_v4_mask: u32,
         /// Bits of this module.
         pub flags: u32,
-        /// Number of source ports for masquerading in all of `snat_ports`; 0 refuses it.
+        /// Number of source ports for masquerading in all of `snat_ports`; 0 rules it out.
         pub snat_total: u32,
         /// Seed of the selection hash.
         pub seed: u32,
@@ -178,7 +178,7 @@ impl Config {
         }
     }
 
-    /// Whether pods of `addr`'s family can be told from others.
+    /// Whether pods of `addr`'s family can be distinguished from others.
     #[inline(always)]
     pub const fn knows_pods(&self, addr: &Addr) -> bool {
         let bit = if addr.is_v4() { POD_RANGE_V4 } else { POD_RANGE_V6 };

@@ -9,7 +9,7 @@ use crate::addr::{Addr, Port, Proto};
 pub const INTERNAL: u32 = 1 << 0;
 /// The traffic policy that applies to this destination is `Local` (P-9).
 pub const LOCAL: u32 = 1 << 1;
-/// Some endpoint in the cluster could serve: an empty set drops instead of refusing (P-8, P-14…P-16).
+/// Some endpoint in the cluster could serve: an empty set drops instead of rejecting (P-8, P-14…P-16).
 pub const ANY: u32 = 1 << 2;
 /// Session affinity `ClientIP`.
 pub const AFFINITY: u32 = 1 << 3;

@@ -1,7 +1,7 @@
 //! What a layout says of itself: for each table the names, places and sizes of the fields of its keys and values.
 //!
 //! Every generation of tables is pinned with this description, so that an agent of another layout, also an older one that
-//! has never heard of it, reads the tables by the names of their fields: what it knows is taken over, what it does not
+//! does not know it, reads the tables by the names of their fields: what it knows is taken over, what it does not
 //! know is left out, and what is missing has its default.
 
 use alloc::format;
@@ -30,7 +30,7 @@ pub struct Field {
     pub count: usize,
 }
 
-/// A type that can tell its fields.
+/// A type that describes its fields.
 pub trait Described {
     /// Whether it is a single number (or an address), so that several of them are one field.
     const NUMBER: bool = false;

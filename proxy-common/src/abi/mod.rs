@@ -75,100 +75,51 @@ use crate::addr::Addr;
 /// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say of themselves.
 pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 7 } else { 6 };
 
-/// Map names as `bpftool map` shows them: at most 15 bytes.
+/// Map names as `bpftool map` shows them: at most 15 bytes. The table of [`abi`](self) says what is in each.
 pub mod maps {
-    /// See the table of [`super`].
-    pub const FRONTENDS: &str = "FRONTENDS";
-    /// See the table of [`super`].
-    pub const SLOTS: &str = "SLOTS";
-    /// See the table of [`super`].
-    pub const BACKENDS: &str = "BACKENDS";
-    /// See the table of [`super`].
-    pub const ENDPOINT_BITS: &str = "ENDPOINT_BITS";
-    /// See the table of [`super`].
-    pub const TAKEN: &str = "TAKEN";
-    /// See the table of [`super`].
-    pub const ADDRESSES: &str = "ADDRESSES";
-    /// See the table of [`super`].
-    pub const ADDRESS_BITS: &str = "ADDRESS_BITS";
-    /// See the table of [`super`].
-    pub const SOURCES: &str = "SOURCES";
-    /// See the table of [`super`].
-    pub const IFACES: &str = "IFACES";
-    /// See the table of [`super`].
-    pub const MASQUERADE: &str = "MASQUERADE";
-    /// See the table of [`super`].
-    pub const SERVICE_PORTS: &str = "SERVICE_PORTS";
-    /// See the table of [`super`].
-    pub const CONFIG: &str = "CONFIG";
-    /// See the table of [`super`].
-    pub const SERVICES: &str = "SERVICES";
-    /// See the table of [`super`].
-    pub const RETIRED: &str = "RETIRED";
-    /// See the table of [`super`].
-    pub const AGENT: &str = "AGENT";
-    /// See the table of [`super`].
-    pub const COMPLAINTS: &str = "COMPLAINTS";
-    /// See the table of [`super`].
-    pub const PAUSE: &str = "PAUSE";
-    /// See the table of [`super`].
-    pub const FLOWS: &str = "FLOWS";
-    /// See the table of [`super`].
-    pub const RECORDS: &str = "RECORDS";
-    /// See the table of [`super`].
-    pub const SECRET: &str = "SECRET";
-    /// See the table of [`super`].
-    pub const FREE: &str = "FREE";
-    /// See the table of [`super`].
-    pub const RING: &str = "RING";
-    /// See the table of [`super`].
-    pub const SCRATCH: &str = "SCRATCH";
-    /// See the table of [`super`].
-    pub const FRAGMENTS: &str = "FRAGMENTS";
-    /// See the table of [`super`].
-    pub const AFFINITY: &str = "AFFINITY";
-    /// See the table of [`super`].
-    pub const SOCKETS: &str = "SOCKETS";
-    /// See the table of [`super`].
-    pub const PEERS: &str = "PEERS";
-    /// See the table of [`super`].
-    pub const REASONS: &str = "REASONS";
-    /// See the table of [`super`].
-    pub const SERVICE_STATS: &str = "SERVICE_STATS";
-    /// See the table of [`super`]. The agent's own: no program knows it.
-    pub const LAYOUT: &str = "LAYOUT";
+    macro_rules! pinned {
+        ($($name:ident)*) => {
+            $(#[expect(missing_docs, reason = "the table says it")] pub const $name: &str = stringify!($name);)*
+            /// Every map of the programs that is pinned, in the order of the table.
+            pub const ALL: [&str; 28] = [$($name),*];
+        };
+    }
 
-    /// Every map of the programs that is pinned, in the order of the table.
-    pub const ALL: [&str; 28] = [
-        FRONTENDS,
-        SLOTS,
-        BACKENDS,
-        ENDPOINT_BITS,
-        TAKEN,
-        ADDRESSES,
-        ADDRESS_BITS,
-        SOURCES,
-        IFACES,
-        MASQUERADE,
-        SERVICE_PORTS,
-        CONFIG,
-        SERVICES,
-        RETIRED,
-        AGENT,
-        COMPLAINTS,
-        PAUSE,
-        FLOWS,
-        RECORDS,
-        SECRET,
-        FREE,
-        RING,
-        FRAGMENTS,
-        AFFINITY,
-        SOCKETS,
-        PEERS,
-        REASONS,
-        SERVICE_STATS,
-    ];
+    pinned! {
+        FRONTENDS
+        SLOTS
+        BACKENDS
+        ENDPOINT_BITS
+        TAKEN
+        ADDRESSES
+        ADDRESS_BITS
+        SOURCES
+        IFACES
+        MASQUERADE
+        SERVICE_PORTS
+        CONFIG
+        SERVICES
+        RETIRED
+        AGENT
+        COMPLAINTS
+        PAUSE
+        FLOWS
+        RECORDS
+        SECRET
+        FREE
+        RING
+        FRAGMENTS
+        AFFINITY
+        SOCKETS
+        PEERS
+        REASONS
+        SERVICE_STATS
+    }
+
+    /// Each processor's own, and not pinned.
+    pub const SCRATCH: &str = "SCRATCH";
+    /// The agent's own: no program knows it.
+    pub const LAYOUT: &str = "LAYOUT";
 }
 
 /// Entries a map is made for, unless the agent says otherwise when it loads the programs.

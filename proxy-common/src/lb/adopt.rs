@@ -115,7 +115,7 @@ fn enter<T: Subprograms>(tables: &T, from: From, id: FlowId, role: Role, holder:
     for _ in 0..2 {
         match tables.enter(id, role, holder) {
             Entered::Done | Entered::Kept => return Entered::Done,
-            Entered::Over => {}
+            Entered::Ended => {}
             Entered::Taken => {
                 let held = *holder;
                 let again = from == From::Proxy && role == Role::OUTER;

@@ -36,8 +36,8 @@ pub fn egress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit) 
             tables.take_apart(found.id);
             return Verdict::Pass;
         }
-        // The last is for packets that enter.
-        Touch::None | Touch::Over | Touch::Stale | Touch::Lost => return unknown(tables, packet, &found),
+        // The last one is for packets that enter.
+        Touch::None | Touch::Ended | Touch::Stale | Touch::Lost => return unknown(tables, packet, &found),
     }
     if matches!(packet.kind, Kind::IcmpError) {
         tables.count(Reason::IcmpTranslated);
@@ -82,7 +82,7 @@ fn unknown<T: Subprograms>(tables: &T, packet: &Packet, found: &Touched) -> Verd
         && (service || tables.is_snat_port(packet.tuple.sport))
         && !adopt::leaves_new(tables)
     {
-        if found.touch == Touch::Over {
+        if found.touch == Touch::Ended {
             tables.take_apart(found.id);
         }
         let id = tables.make_own(packet, guest);

@@ -1,4 +1,4 @@
-//! Fragments of a datagram: the first one has the ports, and those that follow are told them.
+//! Fragments of a datagram: only the first one has the ports; they are kept for those that follow.
 
 use super::Tables;
 use crate::abi::{Fragment, FragmentKey};

@@ -34,16 +34,16 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         Touch::None | Touch::Masquerade => {}
         Touch::Lost => {
             tables.count(Reason::EndpointLost);
-            return Verdict::Refuse;
+            return Verdict::Reject;
         }
-        Touch::Stale | Touch::Over | Touch::Superseded => {
+        Touch::Stale | Touch::Ended | Touch::Superseded => {
             tables.take_apart(found.id);
             if found.touch == Touch::Stale {
                 tables.count(Reason::Reselected);
             }
         }
     }
-    // An address that is nobody's is the quick way out for all other traffic.
+    // The quick way out for all other traffic.
     let known = tables.address(&packet.tuple.dst);
     if known == 0 {
         return unallocated(tables, packet);
@@ -51,7 +51,7 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
     tables.ingress_slow(packet, known, edit)
 }
 
-/// A packet to an address that is nobody's: dropped if it lies inside a Service range, since the packet would only
+/// A packet to an address that is neither a Service's nor the node's: dropped if it lies inside a Service range, since the packet would only
 /// wander (P-22).
 #[inline(always)]
 fn unallocated<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
@@ -94,8 +94,8 @@ fn error<T: Tables>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
     }
 }
 
-/// Echo requests and protocols without ports have no business at a ClusterIP: refused (P-21). Other ICMP
-/// messages are left alone: answers would answer each other (RFC 1122 §3.2.2).
+/// Echo requests and protocols without ports have no business at a ClusterIP: rejected (P-21). Other ICMP messages pass:
+/// errors about errors would never end (RFC 1122 §3.2.2).
 #[inline(always)]
 fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     let quiet = match packet.tuple.proto {
@@ -111,5 +111,5 @@ fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
         return Verdict::Pass;
     }
     tables.count(Reason::UndefinedPort);
-    Verdict::Refuse
+    Verdict::Reject
 }

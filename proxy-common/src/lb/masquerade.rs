@@ -182,7 +182,7 @@ pub fn find_source<T: Subprograms>(tables: &T, packet: &mut Packet) -> u32 {
 }
 
 /// Looks for a port towards the destination of `packet`, from its source address: one that is free, or of a flow that is
-/// over, the longest ago, or of the oldest of the young ones; these make room when the leg is entered. What anybody else
+/// closed, the longest ago, or of the oldest of the young ones; these make room when the leg is entered. What anybody else
 /// on this node uses towards that destination is not to be had. Of all ports, which are numbered, those from the one with
 /// the number `at` on are looked at. 0 if there is none.
 #[inline(always)]
@@ -219,7 +219,7 @@ const fn further(at: u32, step: u32, total: u32) -> u32 {
     if next < total { next } else { next - total }
 }
 
-/// What the source of `packet` costs: nothing if it is free; if it has a flow that is over, the time of that flow's last
+/// What the source of `packet` costs: nothing if it is free; if it has a flow that is closed, the time of that flow's last
 /// packet; if that flow is young, when it began, which is always more. `u64::MAX` if it is not to be had.
 #[inline(always)]
 pub fn price<T: Tables>(tables: &T, packet: &Packet) -> u64 {
@@ -229,7 +229,7 @@ pub fn price<T: Tables>(tables: &T, packet: &Packet) -> u64 {
         None => 0,
         Some((leg, _)) => tables
             .record(leg.id.index(), |flow| {
-                if !flow.is(leg.id) || flow.is_over(now) {
+                if !flow.is(leg.id) || flow.is_closed(now) {
                     flow.last_seen() | 1
                 } else if flow.old == 0 && leg.role() == Role::INNER {
                     YOUNG | flow.born

@@ -36,8 +36,8 @@ pub enum Verdict {
     Pass = 0,
     /// Apply the edit and let it go on.
     Rewrite,
-    /// Answer it with a refusal.
-    Refuse,
+    /// Discard it and send a reject reply.
+    Reject,
     /// Discard it.
     Drop,
     /// Put it at the end of the queue, to come again.
@@ -51,7 +51,7 @@ impl Verdict {
         match number {
             0 => Self::Pass,
             1 => Self::Rewrite,
-            2 => Self::Refuse,
+            2 => Self::Reject,
             4 => Self::Wait,
             _ => Self::Drop,
         }
@@ -62,8 +62,8 @@ impl Verdict {
 /// idle one takes milliseconds. Never less than what older agents set.
 pub const LONGEST_PAUSE: u64 = 5_000_000_000;
 
-/// Whether nothing may begin yet if a pause ends at `until`. One that is longer than any agent's has been set by somebody else, and
-/// would stop all that is new for ever; the clock of packets may be some ticks behind the agent's.
+/// Whether nothing may begin yet if a pause ends at `until`. One that is longer than any agent's does
+/// not count: it would stop all that is new for ever; the clock of packets may be some ticks behind the agent's.
 #[inline(always)]
 #[must_use]
 pub const fn is_paused(now: u64, until: u64) -> bool {

@@ -1,6 +1,6 @@
 //! A packet that belongs to no flow: if it is for a Service it opens one.
 
-use super::select::{self, Asker, Choice, Refusal, Selected, Source};
+use super::select::{self, Asker, Choice, Rejection, Selected, Source};
 use super::{Inserted, Stat, Subprograms, Tables, Verdict, adopt, is_paused, masquerade};
 use crate::abi::{FlowId, Reason, Tuple, address, frontend};
 use crate::addr::{Addr, Port, Proto};
@@ -24,7 +24,7 @@ pub(super) fn open<T: Subprograms>(
     edit: &mut Edit,
     choice: &mut Choice,
 ) -> Verdict {
-    // A later fragment opens nothing: the first one has opened the flow or been refused.
+    // A later fragment opens nothing: the first one has opened the flow or been rejected.
     if matches!(packet.kind, Kind::LaterFragment) {
         return fragment_of_nothing(tables, known);
     }
@@ -78,7 +78,7 @@ pub(super) fn fragment_of_nothing<T: Tables>(tables: &T, known: u32) -> Verdict 
 
 /// Whether a TCP packet outside all flows is no question: a RST, an answer, or, at an address of the node, anything but
 /// the beginning of a connection, which is the node's own affair. Elsewhere the middle of a connection opens a flow: the
-/// address is nobody's but the Service's, and the hash finds the endpoint that it had.
+/// address is the Service's alone, and the hash finds the endpoint that it had.
 #[inline(always)]
 const fn opens_nothing(packet: &Packet, known: u32) -> bool {
     let flags = packet.tcp_flags;
@@ -144,8 +144,8 @@ pub fn choose<T: Tables>(
                 u32::from(masquerade::is_needed(config, frontend.flags, &backend, &key.src, source));
             Verdict::Rewrite
         }
-        Err(Refusal::NotOurs) => Verdict::Pass,
-        Err(refusal) if refusal.count(tables) => Verdict::Refuse,
+        Err(Rejection::NotOurs) => Verdict::Pass,
+        Err(rejection) if rejection.count(tables) => Verdict::Reject,
         Err(_) => Verdict::Drop,
     }
 }

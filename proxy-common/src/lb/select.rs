@@ -31,7 +31,7 @@ pub(super) trait Asker {
     fn address(&self) -> Addr;
     /// Whom session affinity knows it as.
     fn client(&self) -> Addr;
-    /// Whether a frontend with these flags is somebody else's to decide about.
+    /// Whether a frontend with these flags is decided about elsewhere.
     fn leaves(&self, flags: u32) -> bool;
     /// The word that chooses among the backends.
     fn hash<T: Tables>(&self, tables: &T) -> u32;
@@ -82,7 +82,7 @@ impl Choice {
 
 /// Why nothing was chosen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Refusal {
+pub(super) enum Rejection {
     /// The destination is no Service, or [`Asker::leaves`] it.
     NotOurs,
     /// A ClusterIP without such a port.
@@ -97,8 +97,8 @@ pub(super) enum Refusal {
     Torn(Reason),
 }
 
-impl Refusal {
-    /// Counts it; true when the sender is to be told, false when its packet is dropped.
+impl Rejection {
+    /// Counts it; true when the sender gets a reject reply, false when its packet is dropped.
     #[inline(always)]
     pub(super) fn count<T: Tables>(self, tables: &T) -> bool {
         match self {
@@ -109,7 +109,7 @@ impl Refusal {
             }
             Self::NoEndpoint(service) => {
                 tables.count(Reason::Refused);
-                tables.count_service(service, Stat::Refused);
+                tables.count_service(service, Stat::Rejected);
                 true
             }
             Self::NoLocalEndpoint(service) => {
@@ -137,16 +137,16 @@ pub(super) fn backend_for<T: Tables, A: Asker>(
     asker: &A,
     (addr, port, proto): (&Addr, Port, Proto),
     known: u32,
-) -> Result<Selected, Refusal> {
+) -> Result<Selected, Rejection> {
     for _ in 0..SELECTIONS {
         let frontend = frontend_for(tables, addr, port, proto, known)?;
         if asker.leaves(frontend.flags) {
-            return Err(Refusal::NotOurs);
+            return Err(Rejection::NotOurs);
         }
         if frontend.flags & frontend::SOURCE_RANGES != 0
             && !tables.source_allowed(&SourceKey::exact(frontend.service, asker.address()))
         {
-            return Err(Refusal::SourceRange(frontend.service));
+            return Err(Rejection::SourceRange(frontend.service));
         }
         let (run, flag) = usable(&frontend, asker.source())?;
         let chosen = match remembered(tables, &frontend, flag, asker.client()) {
@@ -160,7 +160,7 @@ pub(super) fn backend_for<T: Tables, A: Asker>(
             return Ok(Selected { frontend, index, backend });
         }
     }
-    Err(Refusal::Torn(Reason::BadSlot))
+    Err(Rejection::Torn(Reason::BadSlot))
 }
 
 /// The frontend for a destination: exact first, then the NodePort if the address accepts them (V-1, V-2).
@@ -171,7 +171,7 @@ fn frontend_for<T: Tables>(
     port: Port,
     proto: Proto,
     known: u32,
-) -> Result<Frontend, Refusal> {
+) -> Result<Frontend, Rejection> {
     let mut key = FrontendKey::new(*addr, port, proto);
     let mut found = tables.frontend(&key);
     if found.is_none() && known & address::NODE_PORT != 0 {
@@ -182,16 +182,16 @@ fn frontend_for<T: Tables>(
         match found {
             Some(frontend) if frontend.is_sealed_for(&key) => return Ok(frontend),
             Some(_) => found = tables.frontend(&key),
-            None if known & address::CLUSTER_IP != 0 => return Err(Refusal::UndefinedPort),
-            None => return Err(Refusal::NotOurs),
+            None if known & address::CLUSTER_IP != 0 => return Err(Rejection::UndefinedPort),
+            None => return Err(Rejection::NotOurs),
         }
     }
-    Err(Refusal::Torn(Reason::TornFrontend))
+    Err(Rejection::Torn(Reason::TornFrontend))
 }
 
 /// The run of slots a source may use (P-9), and the flag its backends carry.
 #[inline(always)]
-fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Refusal> {
+fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Rejection> {
     let internal = frontend.flags & frontend::INTERNAL != 0;
     let local = frontend.flags & frontend::LOCAL != 0 && (internal || matches!(source, Source::External));
     let (run, flag) =
@@ -199,9 +199,9 @@ fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Refusal> {
     if run.count != 0 {
         Ok((run, flag))
     } else if frontend.flags & frontend::ANY != 0 {
-        Err(Refusal::NoLocalEndpoint(frontend.service))
+        Err(Rejection::NoLocalEndpoint(frontend.service))
     } else {
-        Err(Refusal::NoEndpoint(frontend.service))
+        Err(Rejection::NoEndpoint(frontend.service))
     }
 }
 

@@ -44,7 +44,7 @@ pub trait Tables {
     /// Whether a socket of this node holds the tuple that the node would send; one that listens at its source counts.
     fn is_socket(&self, tuple: &Tuple) -> bool;
     /// Whether the source of the packet in hand, which is that of `tuple`, is none of a socket of this node that sends it:
-    /// it has come in by an interface, or somebody has rewritten it.
+    /// it has come in by an interface, or its source has been rewritten.
     fn is_of_others(&self, tuple: &Tuple) -> bool;
     /// Whether an address is that of an endpoint; true for a few others, too.
     fn is_endpoint(&self, addr: &Addr) -> bool;
@@ -75,10 +75,10 @@ pub trait Tables {
     fn take_record(&self) -> Option<u32>;
     /// Gives a record back. False when it could not be entered among the free ones.
     fn give_record(&self, index: u32) -> bool;
-    /// Puts a flow into the next place of this CPU's ring, or nobody; who stood there.
-    fn stand(&self, ring: Ring, id: FlowId) -> FlowId;
-    /// Who stands at some place of some ring.
-    fn anybody(&self) -> FlowId;
+    /// Puts a flow, or none, into the next place of this CPU's ring; the one that stood there.
+    fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId;
+    /// The flow at some place of some ring.
+    fn any_in_rings(&self) -> FlowId;
     /// Lets `f` read and change in place what is known of a fragmented datagram.
     fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R>;
     /// Remembers something of a fragmented datagram; with `replace` false only if nothing is known yet.
@@ -141,10 +141,10 @@ impl Inserted {
 /// Which counter of a Service port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stat {
-    /// A backend was chosen.
+    /// A flow or socket got a backend.
     Chosen,
-    /// Refused.
-    Refused,
+    /// No endpoint: the sender got a reject reply.
+    Rejected,
     /// Dropped.
     Dropped,
 }

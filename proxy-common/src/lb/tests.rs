@@ -327,7 +327,7 @@ fn a_service_without_endpoints_refuses_at_once() {
             let mut node = Node::new();
             node.service((vip, 80), proto, frontend::INTERNAL, &[]);
             let sent = frame(&key((client, 40000), (vip, 80), proto), Packet::SYN, b"hello", false);
-            let Outcome::Refused(back) = run(&node.tables, &sent, Hook::INGRESS, ETH) else {
+            let Outcome::Rejected(back) = run(&node.tables, &sent, Hook::INGRESS, ETH) else {
                 panic!("not refused");
             };
             assert_eq!(verify(&back), Ok(()));
@@ -353,7 +353,7 @@ fn an_undefined_port_of_a_cluster_ip_is_refused_and_of_an_external_ip_left_alone
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 80)]);
     node.service(("203.0.113.1", 80), Proto::TCP, 0, &[("10.244.2.7", 80)]);
     let to = |vip| frame(&key(("10.244.1.5", 40000), (vip, 81), Proto::TCP), Packet::SYN, b"", false);
-    assert!(matches!(run(&node.tables, &to("10.96.0.1"), Hook::INGRESS, ETH), Outcome::Refused(_)));
+    assert!(matches!(run(&node.tables, &to("10.96.0.1"), Hook::INGRESS, ETH), Outcome::Rejected(_)));
     assert_eq!(run(&node.tables, &to("203.0.113.1"), Hook::INGRESS, ETH), Outcome::Passed);
     assert_eq!(run(&node.tables, &to("198.51.100.1"), Hook::INGRESS, ETH), Outcome::Passed);
 }

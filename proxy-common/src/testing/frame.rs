@@ -2,7 +2,7 @@
 
 use std::vec::Vec;
 
-use crate::wire::{Frame, MAX_OFFSET, Words, checksum, mend};
+use crate::wire::{Frame, MAX_OFFSET, Words, checksum};
 
 /// A [`Frame`] over bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,21 +46,21 @@ impl Frame for ByteFrame {
         true
     }
 
-    fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool {
+    fn update_checksum(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool {
         let Some(field) = self.load::<u16>(off) else {
             return false;
         };
-        if flags & mend::UDP != 0 && field == 0 {
+        if flags & checksum::UDP != 0 && field == 0 {
             return true;
         }
         if self.partial {
             let sum = checksum::fold(checksum::add(u32::from(field), pseudo));
             return self.store(off, sum);
         }
-        let mut mended = checksum::apply(field, checksum::add(pseudo, body));
-        if flags & mend::UDP != 0 && mended == 0 {
-            mended = 0xffff;
+        let mut updated = checksum::apply(field, checksum::add(pseudo, body));
+        if flags & checksum::UDP != 0 && updated == 0 {
+            updated = 0xffff;
         }
-        self.store(off, mended)
+        self.store(off, updated)
     }
 }

@@ -5,7 +5,7 @@ use std::vec::Vec;
 use super::ByteFrame;
 use crate::abi::{Hook, Reason};
 use crate::lb::{Subprograms, Verdict, egress, ingress};
-use crate::wire::answer::{self, Answer};
+use crate::wire::reject::{self, Reply};
 use crate::wire::{Edit, End, Kind, Packet, parse, rewrite, rewrite_error};
 
 /// What became of a frame at a hook.
@@ -15,8 +15,8 @@ pub enum Outcome {
     Passed,
     /// Went on changed.
     Rewritten(ByteFrame),
-    /// Was answered.
-    Refused(ByteFrame),
+    /// Was discarded, and this was sent back.
+    Rejected(ByteFrame),
     /// Was put at the end of the queue, to come again.
     Waits,
     /// Was discarded.
@@ -59,9 +59,9 @@ pub fn run_on<const ETHERNET: bool>(
             tables.count(Reason::RewriteFailed);
             Outcome::Dropped
         }
-        Verdict::Refuse if hook == Hook::INGRESS => {
-            let mut answer = Answer { words: [0; 24], len: 0 };
-            if !answer::build(frame, &packet, &mut answer) {
+        Verdict::Reject if hook == Hook::INGRESS => {
+            let mut reply = Reply { words: [0; 24], len: 0 };
+            if !reject::build(frame, &packet, &mut reply) {
                 return Outcome::Dropped;
             }
             let mut bytes = Vec::new();
@@ -70,10 +70,10 @@ pub fn run_on<const ETHERNET: bool>(
                 bytes.extend(&frame.bytes[..6]);
                 bytes.extend(&frame.bytes[12..14]);
             }
-            bytes.extend(answer.words.iter().take(answer.len).flat_map(|w| w.to_ne_bytes()));
-            Outcome::Refused(ByteFrame { bytes, partial: false })
+            bytes.extend(reply.words.iter().take(reply.len).flat_map(|w| w.to_ne_bytes()));
+            Outcome::Rejected(ByteFrame { bytes, partial: false })
         }
         Verdict::Wait if hook == Hook::INGRESS => Outcome::Waits,
-        Verdict::Refuse | Verdict::Wait | Verdict::Drop => Outcome::Dropped,
+        Verdict::Reject | Verdict::Wait | Verdict::Drop => Outcome::Dropped,
     }
 }

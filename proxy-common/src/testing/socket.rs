@@ -38,7 +38,7 @@ impl MemorySocket {
     pub const COOKIE: u64 = 77;
 
     /// A call of this socket, and where it leads.
-    pub fn call(&mut self, tables: &MemoryTables, call: &Call) -> (socket::Answer, SocketEntry) {
+    pub fn call(&mut self, tables: &MemoryTables, call: &Call) -> (socket::Decision, SocketEntry) {
         let used = Cell::new(self.has_state);
         let (old, new) = match self.has_state {
             true => (Some(&mut self.state), None),
@@ -46,9 +46,9 @@ impl MemorySocket {
         };
         let beside = Beside { storage: Cell::new(new), used: &used, peers: &self.peers };
         let mut entry = SocketEntry::EMPTY;
-        let answer = socket::translate(tables, &beside, old, call, &mut entry);
+        let decision = socket::translate(tables, &beside, old, call, &mut entry);
         self.has_state = used.get();
-        (answer, entry)
+        (decision, entry)
     }
 
     /// What the process is shown of a peer.

@@ -53,7 +53,7 @@ pub struct MemoryTables {
     pub free: RefCell<VecDeque<u32>>,
     /// RING: the next place in each, and who stands there.
     pub rings: RefCell<[(usize, Vec<FlowId>); Ring::COUNT as usize]>,
-    /// Places in a ring; `None` stands for so many that nobody is displaced.
+    /// Places in a ring; `None` stands for so many that no flow is displaced.
     pub places: Option<usize>,
     /// Tuples that sockets of the node hold, as they send.
     pub sockets: HashSet<Tuple>,
@@ -69,7 +69,7 @@ pub struct MemoryTables {
     pub fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     /// REASONS.
     pub reasons: RefCell<HashMap<Reason, u64>>,
-    /// SERVICE_STATS: chosen, refused, dropped.
+    /// SERVICE_STATS: chosen, rejected, dropped.
     pub stats: RefCell<HashMap<u32, [u64; 3]>>,
 }
 
@@ -128,7 +128,7 @@ impl MemoryTables {
                 }
             }
         }
-        wrong.extend(legs.iter().map(|leg| std::format!("nobody's leg {leg:?}")));
+        wrong.extend(legs.iter().map(|leg| std::format!("a leg without a flow {leg:?}")));
         wrong
     }
 
@@ -306,7 +306,7 @@ impl Tables for MemoryTables {
         true
     }
 
-    fn stand(&self, ring: Ring, id: FlowId) -> FlowId {
+    fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId {
         let mut rings = self.rings.borrow_mut();
         let (next, places) = &mut rings[ring.0 as usize];
         match self.places {
@@ -323,7 +323,7 @@ impl Tables for MemoryTables {
         }
     }
 
-    fn anybody(&self) -> FlowId {
+    fn any_in_rings(&self) -> FlowId {
         let at = self.random() as usize;
         let rings = self.rings.borrow();
         let all = rings.iter().map(|(_, places)| places.len()).sum::<usize>().max(1);

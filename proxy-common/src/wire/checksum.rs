@@ -6,6 +6,12 @@
 
 use crate::addr::{Addr, Port};
 
+/// A flag of an update: UDP over IPv4, where zero means "no checksum" and stays; a checksum that becomes zero is sent as
+/// 0xffff (RFC 768).
+pub const UDP: u32 = 1;
+/// A flag of an update: IPv6, where no IP header checksum balances the change of an address.
+pub const IPV6: u32 = 2;
+
 /// One's complement sum of two 32-bit partial sums.
 #[inline(always)]
 pub const fn add(a: u32, b: u32) -> u32 {
@@ -77,23 +83,23 @@ mod tests {
 
     proptest::proptest! {
         #[test]
-        fn a_mended_checksum_equals_one_from_scratch(
+        fn an_updated_checksum_equals_one_from_scratch(
             old in proptest::array::uniform4(0_u32..), new in proptest::array::uniform4(0_u32..), rest in 1_u32..
         ) {
             let bytes = |addr: [u32; 4]| -> Vec<u8> {
                 addr.iter().chain([&rest]).flat_map(|w| w.to_ne_bytes()).collect()
             };
-            let mended = apply(checksum(&bytes(old)), addr_diff(&Addr(old), &Addr(new)));
-            proptest::prop_assert_eq!(mended, checksum(&bytes(new)));
+            let updated = apply(checksum(&bytes(old)), addr_diff(&Addr(old), &Addr(new)));
+            proptest::prop_assert_eq!(updated, checksum(&bytes(new)));
         }
 
         #[test]
-        fn a_port_change_is_mended(old: u16, new: u16, rest in 1_u32..) {
+        fn a_checksum_follows_a_port_change(old: u16, new: u16, rest in 1_u32..) {
             let bytes = |port: u16| -> Vec<u8> {
                 port.to_ne_bytes().into_iter().chain([0, 17]).chain(rest.to_ne_bytes()).collect()
             };
-            let mended = apply(checksum(&bytes(old)), port_diff(Port(old), Port(new)));
-            proptest::prop_assert_eq!(mended, checksum(&bytes(new)));
+            let updated = apply(checksum(&bytes(old)), port_diff(Port(old), Port(new)));
+            proptest::prop_assert_eq!(updated, checksum(&bytes(new)));
         }
     }
 }

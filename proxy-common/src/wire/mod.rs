@@ -1,9 +1,9 @@
 //! Bytes to meaning, and back: headers, checksums, and the few reads and writes that a hook lends.
 
-pub mod answer;
 pub mod checksum;
 pub mod crc32c;
 mod parse;
+pub mod reject;
 mod rewrite;
 
 pub use parse::{Kind, Packet, parse};
@@ -39,24 +39,15 @@ pub trait Frame {
     #[must_use]
     fn update<T: Words>(&mut self, off: usize, f: impl FnOnce(&mut T)) -> bool;
 
-    /// Mends the transport checksum at `off` after changes whose one's complement differences are `pseudo`
+    /// Updates the transport checksum at `off` after changes whose one's complement differences are `pseudo`
     /// (in the pseudo header) and `body` (in the segment itself). The frame knows whether the checksum is
     /// complete or still to be finished by the hardware, in which case it holds the pseudo header only.
-    /// `flags` are bits of [`mend`]. False when it cannot be done.
+    /// `flags` are [`checksum::UDP`] and [`checksum::IPV6`]. False when it cannot be done.
     #[must_use]
-    fn mend(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool;
+    fn update_checksum(&mut self, off: usize, pseudo: u32, body: u32, flags: u32) -> bool;
 
     /// [`crc32c::difference`]; the kernel overrides it by a separately verified function.
     fn crc_difference(&self, diff: u32, following: u32) -> u32 {
         crc32c::difference(diff, following)
     }
-}
-
-/// Flags of [`Frame::mend`].
-pub mod mend {
-    /// UDP over IPv4: zero means "no checksum" and stays; a checksum that becomes zero is sent as 0xffff
-    /// (RFC 768).
-    pub const UDP: u32 = 1;
-    /// IPv6: no IP header checksum balances the change of an address.
-    pub const IPV6: u32 = 2;
 }

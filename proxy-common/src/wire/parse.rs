@@ -12,7 +12,7 @@ use crate::addr::{Addr, Port, Proto};
 const ETHERTYPE_IPV4: u16 = 0x0800_u16.to_be();
 const ETHERTYPE_IPV6: u16 = 0x86dd_u16.to_be();
 
-/// IPv6 extension headers that are walked before a packet is left alone (D-20).
+/// IPv6 extension headers that are walked before a packet is ignored (D-20).
 const MAX_EXTENSIONS: usize = 4;
 
 /// What kind of packet it is, as far as translation cares.
@@ -150,7 +150,7 @@ impl Packet {
 }
 
 /// Parses the frame into `packet`; with `ETHERNET` false it begins at the IP header. `None` for what is not
-/// IP, or is cut off or contradicts itself: such frames are nobody's to translate.
+/// IP, or is cut off or contradicts itself: such frames are not translated.
 #[inline(always)]
 pub fn parse<F: Frame, const ETHERNET: bool>(frame: &F, packet: &mut Packet) -> Option<()> {
     if ETHERNET {

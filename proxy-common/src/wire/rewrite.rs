@@ -1,6 +1,6 @@
-//! An address and its port exchanged in a packet, checksums mended: the one place that writes headers.
+//! An address and its port exchanged in a packet, checksums updated: the one place that writes headers.
 
-use super::{Frame, Kind, Packet, checksum, mend};
+use super::{Frame, Kind, Packet, checksum};
 use crate::addr::{Addr, Port, Proto};
 
 /// Which end of the tuple gets a new address.
@@ -21,7 +21,7 @@ pub struct Edit {
     pub addr: Addr,
     /// The new port.
     pub port: Port,
-    /// The other end's new port; zero leaves it alone.
+    /// The other end's new port; zero keeps it.
     pub other_port: Port,
     /// The interface that the packet leaves by instead; zero leaves that to the routes.
     pub out: u32,
@@ -54,12 +54,12 @@ pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &Edit) 
     };
     let (field, flags) = match packet.tuple.proto {
         Proto::TCP => (16, 0),
-        Proto::UDP => (6, mend::UDP),
+        Proto::UDP => (6, checksum::UDP),
         Proto::SCTP => return ports == 0 || patch_sctp(frame, packet, end, edit),
         _ => return true,
     };
-    let v6 = if packet.v4 { 0 } else { mend::IPV6 };
-    frame.mend(usize::from(packet.l4) + field, diff, ports, flags | v6)
+    let v6 = if packet.v4 { 0 } else { checksum::IPV6 };
+    frame.update_checksum(usize::from(packet.l4) + field, diff, ports, flags | v6)
 }
 
 /// The difference that replacing an address of the packet's makes.
@@ -146,7 +146,7 @@ pub fn rewrite_error<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &
             pseudo = diff;
         }
     }
-    frame.mend(usize::from(packet.l4) + 2, pseudo, body, if v4 { 0 } else { mend::IPV6 })
+    frame.update_checksum(usize::from(packet.l4) + 2, pseudo, body, if v4 { 0 } else { checksum::IPV6 })
 }
 
 #[inline(always)]

@@ -4,9 +4,9 @@ use aya_ebpf::macros::{cgroup_sock, cgroup_sock_addr};
 use aya_ebpf::programs::{SockAddrContext, SockContext};
 use proxy_common::abi::SocketEntry;
 use proxy_common::abi::socket::EXCLUDED;
-use proxy_common::lb::socket::{Answer, original, translate};
+use proxy_common::lb::socket::{Decision, original, translate};
 
-use crate::sock::{ALLOW, FAIL, Of, addr, call, exclude, port, proto, refuse, set};
+use crate::sock::{ALLOW, FAIL, Of, addr, call, exclude, port, proto, reject, set};
 use crate::tables::Socket;
 
 #[cgroup_sock_addr(connect4)]
@@ -64,10 +64,10 @@ fn decide<const V6: bool>(ctx: &SockAddrContext, connect: bool) -> i32 {
     };
     let mut entry = SocketEntry::EMPTY;
     match translate(&Socket::NOWHERE, &socket, socket.state(), &call, &mut entry) {
-        Answer::Leave => ALLOW,
-        Answer::Refuse => refuse(ctx),
-        Answer::Deny => FAIL,
-        Answer::Use => {
+        Decision::Pass => ALLOW,
+        Decision::Reject => reject(ctx),
+        Decision::Deny => FAIL,
+        Decision::Translate => {
             set::<V6>(ctx, &entry.addr, entry.port);
             ALLOW
         }

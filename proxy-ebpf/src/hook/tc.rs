@@ -8,7 +8,7 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::abi::Reason;
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
-use proxy_common::wire::{Edit, End, Kind, Packet, answer, parse, rewrite};
+use proxy_common::wire::{Edit, End, Kind, Packet, parse, reject, rewrite};
 
 use crate::scratch::scratch;
 use crate::skb::Skb;
@@ -20,7 +20,7 @@ const NEXT: i32 = -1;
 /// Drop: TCX_DROP, TC_ACT_SHOT.
 const DROP: i32 = 2;
 /// What `tc_index` says of a packet whose source has been rewritten: other interfaces that it leaves through on its way
-/// (a bridge's port, a VLAN's parent) leave it alone. Every ingress hook wipes it out.
+/// (a bridge's port, a VLAN's parent) ignore it. Every ingress hook clears it.
 const LEFT: u16 = 0xeb9f;
 
 #[classifier]
@@ -64,7 +64,7 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     match ingress::ingress(&Kernel::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
-        Verdict::Refuse => subprog_refuse(skb.0, ETHERNET.into()),
+        Verdict::Reject => subprog_reject(skb.0, ETHERNET.into()),
         Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
     }
@@ -92,8 +92,8 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
             skb.set_mark(LEFT);
             if edit.out != 0 && done == NEXT { send_back(edit.out) } else { done }
         }
-        // Nothing is refused behind the stack, and nothing waits there.
-        Verdict::Refuse | Verdict::Wait | Verdict::Drop => DROP,
+        // Nothing is rejected behind the stack, and nothing waits there.
+        Verdict::Reject | Verdict::Wait | Verdict::Drop => DROP,
     }
 }
 
@@ -121,30 +121,33 @@ fn send_back(ifindex: u32) -> i32 {
     if done == TC_ACT_REDIRECT as i32 { done } else { NEXT }
 }
 
-/// Answers the packet with a refusal, out of the interface it came in by. A global function, since few packets come here.
+/// Sends a reject reply out of the interface the packet came in by. A global function, since few packets come here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_refuse(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
+pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
     let mut skb = Skb(ctx);
     let Some(scratch) = scratch() else { return DROP };
-    let (packet, answer) = (&scratch.packet, &mut scratch.answer);
+    let (packet, reply) = (&scratch.packet, &mut scratch.reply);
     debug!(
         TcContext::new(ctx),
-        "refused: protocol {} port {} on interface {}",
+        "rejected: protocol {} port {} on interface {}",
         packet.tuple.proto.0,
         packet.tuple.dport.number(),
         skb.ifindex()
     );
-    answer.len = 0;
-    if !answer::build(&skb, packet, answer) {
+    reply.len = 0;
+    if !reject::build(&skb, packet, reply) {
         return DROP;
     }
-    let answered =
-        if ethernet != 0 { skb.become_answer::<true>(answer) } else { skb.become_answer::<false>(answer) };
-    if !answered {
+    let replied = if ethernet != 0 {
+        skb.become_reject_reply::<true>(reply)
+    } else {
+        skb.become_reject_reply::<false>(reply)
+    };
+    if !replied {
         Kernel::NOWHERE.count(Reason::AnswerFailed);
         return DROP;
     }
-    // SAFETY: takes numbers. The answer leaves by the same interface, straight to who asked.
+    // SAFETY: takes numbers. The reply leaves by the same interface, straight to who asked.
     unsafe { bpf_redirect(skb.ifindex(), 0) as i32 }
 }

@@ -29,7 +29,7 @@ pub(super) fn secret() -> Option<&'static Secret> {
 #[inline(always)]
 pub(super) fn at(key: &Key) -> Option<(Leg, *mut Leg)> {
     let place = maps::FLOWS.get_ptr_mut(key)?;
-    // SAFETY: the memory may be given to another key while it is copied: the seal tells.
+    // SAFETY: the memory may be given to another key while it is copied: the seal shows it.
     let leg = unsafe { place.read() };
     leg.is_of(key).then_some((leg, place))
 }

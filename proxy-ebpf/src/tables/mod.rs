@@ -95,7 +95,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
 
     #[inline(always)]
     fn address(&self, addr: &Addr) -> u32 {
-        // Most packets are for nobody that is known, and a bit is cheaper to look at than a hash table.
+        // Most packets are for addresses without an entry, and a bit is cheaper to look at than a hash table.
         if !is_set(&maps::ADDRESS_BITS, addr) {
             return 0;
         }
@@ -106,7 +106,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<Frontend> {
         let key = keep::<PACKET, _>(key, |scratch| &mut scratch.frontend);
-        // SAFETY: the memory may be given to another key while it is copied: the seal tells.
+        // SAFETY: the memory may be given to another key while it is copied: the seal shows it.
         unsafe { maps::FRONTENDS.get(key) }.copied()
     }
 
@@ -211,7 +211,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     fn note(&self, place: *mut Leg, id: FlowId, notes: Notes) {
         // SAFETY: a value of FLOWS, which stays memory of that map. If it becomes another pair's between look and write,
         // that one's record is not asked for the rest of a window, and a FIN of its may not be believed; if it becomes one
-        // of IPv6, its seal does not fit any more: its flow loses a leg, as if somebody had deleted it.
+        // of IPv6, its seal does not fit any more: its flow loses a leg, as if it had been deleted.
         unsafe {
             if (&raw const (*place).id).read_volatile() == id {
                 (&raw mut (*place).upper).write_volatile(notes.word());
@@ -248,7 +248,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
         let flow = maps::RECORDS.get_ptr_mut(index)?;
         // SAFETY: the element stays mapped while the program runs. Who writes which field is said there; `claims` is
-        // touched by nobody who comes this way.
+        // never touched this way.
         Some(f(unsafe { &mut *flow }))
     }
 
@@ -286,7 +286,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn stand(&self, ring: Ring, id: FlowId) -> FlowId {
+    fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId {
         let Some(scratch) = scratch() else { return FlowId::NONE };
         let size = maps::PLACES.load();
         let Some(place) = scratch.places.get_mut(ring.0 as usize) else { return FlowId::NONE };
@@ -302,7 +302,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn anybody(&self) -> FlowId {
+    fn any_in_rings(&self) -> FlowId {
         let all = maps::PLACES.load() * Ring::COUNT * maps::CPUS.load();
         let at = (u64::from(self.random()) * u64::from(all)) >> 32;
         maps::RING.get(at as u32).copied().unwrap_or(FlowId::NONE)
@@ -340,7 +340,7 @@ impl<const PACKET: bool> Tables for Over<PACKET> {
             let stats = unsafe { &mut *stats };
             match stat {
                 Stat::Chosen => stats.chosen += 1,
-                Stat::Refused => stats.refused += 1,
+                Stat::Rejected => stats.refused += 1,
                 Stat::Dropped => stats.dropped += 1,
             }
         }

@@ -504,7 +504,7 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
         memory.sent = stage.framed(&bytes);
         memory.egress = egress;
         memory.came = match outcome {
-            Outcome::Rewritten(frame) | Outcome::Refused(frame) => stage.framed(&frame.bytes),
+            Outcome::Rewritten(frame) | Outcome::Rejected(frame) => stage.framed(&frame.bytes),
             Outcome::Passed | Outcome::Waits | Outcome::Dropped => memory.sent.clone(),
         };
     }

@@ -241,7 +241,7 @@ impl Stage {
                 verified.err()
             }
             // What it embeds may be cut off, or wrong since it was sent.
-            Outcome::Refused(frame) => {
+            Outcome::Rejected(frame) => {
                 View::ethernet(&self.framed(&frame.bytes)).and_then(|view| view.verify()).err()
             }
             Outcome::Rewritten(_) | Outcome::Passed | Outcome::Waits | Outcome::Dropped => None,
@@ -266,7 +266,7 @@ impl Stage {
             Outcome::Dropped => "dropped".into(),
             Outcome::Waits => "put at the end of the queue".into(),
             Outcome::Rewritten(frame) => format!("rewritten to {}", show(frame)),
-            Outcome::Refused(frame) => format!("refused with {}", show(frame)),
+            Outcome::Rejected(frame) => format!("refused with {}", show(frame)),
         }
     }
 
@@ -508,13 +508,13 @@ impl Seen<'_> {
     #[track_caller]
     pub(crate) fn answered_with(self, frame: &[u8]) {
         let bytes = self.stage.reform(frame);
-        self.is(&Outcome::Refused(ByteFrame { bytes, partial: false }));
+        self.is(&Outcome::Rejected(ByteFrame { bytes, partial: false }));
     }
 
     /// It is answered.
     #[track_caller]
     pub(crate) fn gets_refused(self) {
-        assert!(matches!(self.outcome, Outcome::Refused(_)), "{}", self.stage.tell(&self.outcome));
+        assert!(matches!(self.outcome, Outcome::Rejected(_)), "{}", self.stage.tell(&self.outcome));
     }
 
     /// It goes on rewritten: the ports and addresses it has now, `source > destination`.

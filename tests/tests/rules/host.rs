@@ -6,7 +6,7 @@ use agent_core::plan::{Actual, Capacity, Step};
 use proxy_common::abi::{Hook, REPLY, SocketEntry};
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::Subprograms as _;
-use proxy_common::lb::socket::{Answer, Call};
+use proxy_common::lb::socket::{Call, Decision};
 use proxy_common::testing::{ByteFrame, MemorySocket, MemoryTables, Outcome, run};
 
 use super::oracle::Target;
@@ -52,12 +52,12 @@ fn call(to: Target, proto: Proto, who: Caller, connect: bool) -> Call {
     }
 }
 
-fn observed((answer, entry): (Answer, SocketEntry)) -> Observed {
+fn observed((answer, entry): (Decision, SocketEntry)) -> Observed {
     match answer {
-        Answer::Leave => Observed::Pass,
-        Answer::Refuse => Observed::Refuse,
-        Answer::Deny => Observed::Drop,
-        Answer::Use => Observed::Forward(target(entry.addr, entry.port), None),
+        Decision::Pass => Observed::Pass,
+        Decision::Reject => Observed::Refuse,
+        Decision::Deny => Observed::Drop,
+        Decision::Translate => Observed::Forward(target(entry.addr, entry.port), None),
     }
 }
 

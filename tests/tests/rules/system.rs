@@ -193,7 +193,7 @@ impl<'a, P: Programs> System<'a, P> {
         match self.programs.run(&sent, Hook::INGRESS, self.way_to(from.0)) {
             Outcome::Passed => {}
             Outcome::Rewritten(out) => frame = out,
-            Outcome::Refused(answer) => return refusal(&answer, from, to),
+            Outcome::Rejected(answer) => return refusal(&answer, from, to),
             Outcome::Dropped => return Ok(Observed::Drop),
             Outcome::Waits => return Err("a whole packet was made to wait".into()),
         }

@@ -1,4 +1,4 @@
-//! Records that the agent makes, of connections that somebody else has begun.
+//! Records that the agent makes, of connections that began without it.
 
 use super::record::{INNER, MIDDLE, OUTER};
 use super::{Flow, State, Tuple, flow_flags};
@@ -36,7 +36,7 @@ impl Flow {
     }
 
     /// The same of a connection that stays with netfilter, because another one has the same ends between client and endpoint, and
-    /// netfilter tells them apart: nobody looks for it there.
+    /// netfilter tells them apart: it is never looked up there.
     #[must_use]
     pub const fn known_by_its_service(mut self) -> Self {
         if !self.has_source() {
@@ -47,7 +47,7 @@ impl Flow {
         self
     }
 
-    /// A connection that is translated by nobody, from one end to the other, and has lost the endpoint that it was given when
+    /// A connection whose packets are not translated, from one end to the other, and has lost the endpoint that it was given when
     /// its socket connected; `answered` unless it is still trying to.
     #[must_use]
     pub const fn lost(

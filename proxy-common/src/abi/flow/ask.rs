@@ -2,7 +2,7 @@
 //! with it: the [`Timeouts`](super::Timeouts), ids, or a record. All words are in host order.
 
 /// Look through the records from the first number on, as many as the second says (at most [`MOST`]): free those that
-/// are new, take apart those that are over. The answer is how many were taken apart.
+/// are new, take apart those that have timed out. The answer is how many were taken apart.
 pub const SWEEP: u32 = 1;
 /// Take apart the flows whose ids follow; the first number says how many (at most [`MOST_IDS`]). The answer is how
 /// many there were.

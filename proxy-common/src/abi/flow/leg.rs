@@ -113,7 +113,7 @@ impl Leg {
         Port(self.rest as u16)
     }
 
-    /// Written over the port of the other end; zero leaves it alone.
+    /// Written over the port of the other end; zero keeps it.
     #[inline(always)]
     #[must_use]
     pub const fn other_port(&self) -> Port {

@@ -54,7 +54,7 @@ impl Role {
     pub const MIDDLE: Self = Self(1);
     /// Node ↔ endpoint.
     pub const INNER: Self = Self(2);
-    /// The node ↔ somebody: not translated.
+    /// The node ↔ another end: not translated.
     pub const OWN: Self = Self(4);
 
     /// Which of [`Flow::pairs`] it is.

@@ -19,12 +19,12 @@ impl State {
     pub const FREE: Self = Self(1);
     /// A flow whose packets are translated.
     pub const LIVE: Self = Self(2);
-    /// Over: its legs count no more and are about to be deleted.
+    /// Ended: its legs count no more and are about to be deleted.
     pub const ENDED: Self = Self(3);
     /// A connection that another proxy has begun, and that is still translated by netfilter: its packets pass. An answer that
     /// netfilter has not translated is.
     pub const LEFT: Self = Self(4);
-    /// A TCP connection that has lost its endpoint, about which its ends are to be told: who goes on is answered with a RST, for
+    /// A TCP connection that has lost its endpoint, about which its ends are notified: who goes on gets a RST, for
     /// [`TELL`].
     pub const LOST: Self = Self(5);
 }
@@ -48,7 +48,7 @@ pub mod flow_flags {
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
 pub const SILENCE: u64 = 1_000_000_000;
 
-/// How long the ends of a flow that has lost its endpoint are told so, in nanoseconds.
+/// How long the ends of a flow that has lost its endpoint are notified, in nanoseconds.
 pub const TELL: u64 = 10_000_000_000;
 
 /// Towards the endpoint: an index of [`Flow::seen`] and its like.
@@ -163,7 +163,7 @@ impl Flow {
         self.id.0 == id.0 && self.state.0 == State::LEFT.0
     }
 
-    /// Whether this is the flow `id`, and somebody translates its packets.
+    /// Whether this is the flow `id`, and we or netfilter translate its packets.
     #[inline(always)]
     #[must_use]
     pub fn lives(&self, id: FlowId) -> bool {
@@ -343,11 +343,11 @@ impl Flow {
         reset != 0 && self.last_seen() < reset.saturating_add(SILENCE)
     }
 
-    /// Whether the connection is over, whoever asks: both ends have closed it, or it has been reset and there has been
-    /// silence since. Only TCP tells.
+    /// Whether the connection is closed, whoever asks: both ends have closed it, or it has been reset and there has been
+    /// silence since. Only TCP says so.
     #[inline(always)]
     #[must_use]
-    pub const fn is_over(&self, now: u64) -> bool {
+    pub const fn is_closed(&self, now: u64) -> bool {
         self.fin[FORWARD] & self.fin[REPLY] != 0
             || self.is_reset() && now.saturating_sub(self.last_reset()) > SILENCE
     }

@@ -31,7 +31,7 @@ table_type! {
 }
 
 impl Timeouts {
-    /// As the numbers that the agent tells the program which sweeps, in the order of the fields.
+    /// As numbers in the order of the fields, for the program that sweeps.
     #[must_use]
     pub const fn words(&self) -> [u32; 10] {
         [
@@ -48,7 +48,7 @@ impl Timeouts {
         ]
     }
 
-    /// What [`Self::words`] tells.
+    /// From [`Self::words`].
     #[must_use]
     #[inline(always)]
     pub const fn from_words(words: [u32; 10]) -> Self {

@@ -23,9 +23,9 @@ fn take_record<T: Subprograms>(tables: &T, ring: Ring) -> Option<FlowId> {
             enter_free(tables, index);
             continue;
         }
-        displace(tables, tables.stand(ring, FlowId::NONE));
+        displace(tables, tables.put_in_ring(ring, FlowId::NONE));
         // Where this CPU has no young flows, others have.
-        displace(tables, tables.anybody());
+        displace(tables, tables.any_in_rings());
     }
     None
 }
@@ -81,18 +81,18 @@ pub fn join<T: Subprograms>(tables: &T, packet: &Packet, id: FlowId) -> Inserted
     match entered {
         Entered::Done | Entered::Kept => {
             tables.unclaim(id.index());
-            displace(tables, tables.stand(ring, id));
+            displace(tables, tables.put_in_ring(ring, id));
             Inserted::Done
         }
         // Another CPU has opened the flow meanwhile, with another endpoint.
-        Entered::Taken | Entered::Over => {
+        Entered::Taken | Entered::Ended => {
             tables.dissolve(id);
             Inserted::Raced
         }
         Entered::Full => {
             tables.dissolve(id);
             // The oldest young flow makes room for the next one that asks.
-            displace(tables, tables.stand(ring, FlowId::NONE));
+            displace(tables, tables.put_in_ring(ring, FlowId::NONE));
             Inserted::Full
         }
     }
@@ -146,7 +146,7 @@ fn clear(flow: &mut Flow, packet: &Packet, now: u64) {
     flow.last = 0;
 }
 
-/// Makes the record of a conversation of the node's own, whose first packet leaves: its answers are nobody's question. It
+/// Makes the record of a conversation of the node's own, whose first packet leaves: its answers are not taken for questions. It
 /// stays claimed; [`FlowId::NONE`] if there is no room.
 #[inline(always)]
 pub fn make_own<T: Subprograms>(tables: &T, packet: &Packet, guest: bool) -> FlowId {
@@ -173,7 +173,7 @@ pub fn join_own<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
         return 0;
     }
     tables.unclaim(id.index());
-    displace(tables, tables.stand(Ring::OWN, id));
+    displace(tables, tables.put_in_ring(Ring::OWN, id));
     tables.count(Reason::OwnConversation);
     1
 }

@@ -3,8 +3,8 @@
 use crate::abi::{FlowId, Reason, Role, State};
 use crate::lb::{Subprograms, Tables};
 
-/// Takes a flow apart. 0 if somebody else is at work on it; then it is to be left alone for now. A flow that is gone
-/// already counts as taken apart.
+/// Takes a flow apart. 0 if somebody else is at work on it; then it stays for now. One that has ended already counts as
+/// taken apart.
 #[inline(always)]
 pub fn take_apart<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
     if !tables.claim(id.index()) {
@@ -24,7 +24,7 @@ pub fn dissolve<T: Tables>(tables: &T, id: FlowId) -> u32 {
     let _ = tables.record(id.index(), |flow| flow.state = State::ENDED);
     for role in [Role::OUTER, Role::MIDDLE, Role::INNER] {
         let _ = tables.record(id.index(), |flow| {
-            // The inner leg may be there although its choice has not been told yet.
+            // The inner leg may be there although the record does not say so yet.
             let pair = &flow.pairs[role.index()];
             if tables.leg(pair).is_some_and(|leg| leg.id == id) {
                 tables.delete_leg(pair);

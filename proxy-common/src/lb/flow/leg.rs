@@ -1,4 +1,4 @@
-//! Legs are entered where there is none, or where the one that is there is nobody's.
+//! Legs are entered where there is none, or where the one that is there belongs to no flow any more.
 
 use crate::abi::{FlowId, Reason, Role};
 use crate::lb::{Inserted, Subprograms, Tables};
@@ -11,8 +11,8 @@ pub enum Entered {
     Done = 0,
     /// It was there already.
     Kept,
-    /// The pair belongs to another flow, which is over.
-    Over,
+    /// The pair belongs to another flow, which has ended.
+    Ended,
     /// The pair belongs to another flow.
     Taken,
     /// No room.
@@ -26,7 +26,7 @@ impl Entered {
         match number {
             0 => Self::Done,
             1 => Self::Kept,
-            2 => Self::Over,
+            2 => Self::Ended,
             3 => Self::Taken,
             _ => Self::Full,
         }
@@ -46,7 +46,7 @@ pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId)
                 Inserted::Full | Inserted::Raced => Ok(Entered::Full),
                 Inserted::Exists => {
                     let found = tables.leg(pair).map(|found| found.id);
-                    // Gone again, or written at this moment; if that lasts, it is no whole leg and nobody's.
+                    // Deleted again, or written at this moment; if that lasts, it is no whole leg and belongs to no flow.
                     if found.is_none() && attempt != 0 && tables.is_broken(pair) {
                         tables.delete_leg(pair);
                     }
@@ -65,12 +65,12 @@ pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId)
         }
         let now = tables.now();
         let state =
-            tables.record(found.index(), |flow| (flow.id == found, flow.lives(found), flow.is_over(now)));
-        if let Some((true, lives, over)) = state {
+            tables.record(found.index(), |flow| (flow.id == found, flow.lives(found), flow.is_closed(now)));
+        if let Some((true, lives, closed)) = state {
             *holder = found;
-            return if lives && !over { Entered::Taken } else { Entered::Over };
+            return if lives && !closed { Entered::Taken } else { Entered::Ended };
         }
-        // Its flow is gone, and nobody else is certain to clear it away; somebody may have done so by now.
+        // Its flow has ended, and it is not certain that anybody else removes it; it may be another one by now.
         let _ = tables.record(id.index(), |flow| {
             let pair = &flow.pairs[role.index()];
             if tables.leg(pair).is_some_and(|leg| leg.id == found) {
@@ -81,12 +81,12 @@ pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId)
     Entered::Taken
 }
 
-/// The same; a flow that is over makes room.
+/// The same; a flow that has ended makes room.
 #[inline(always)]
 pub(crate) fn enter_for<T: Subprograms>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
     for _ in 0..2 {
         let entered = tables.enter(id, role, holder);
-        if entered != Entered::Over {
+        if entered != Entered::Ended {
             return entered;
         }
         if tables.take_apart(*holder) == 0 {
@@ -97,8 +97,8 @@ pub(crate) fn enter_for<T: Subprograms>(tables: &T, id: FlowId, role: Role, hold
     Entered::Taken
 }
 
-/// Sees to it that all legs of a flow are there: one that somebody has deleted is written again; if another flow has
-/// taken its place, this one ends.
+/// Checks that all legs of a flow are there. One that was deleted is written again; if another flow has taken its place,
+/// this one ends.
 #[inline(always)]
 pub fn look_after<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
     // Under the claim the flow cannot be taken apart, so no leg can be left behind.
@@ -111,7 +111,7 @@ pub fn look_after<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
             match tables.enter(id, role, &mut FlowId(0)) {
                 Entered::Kept => {}
                 Entered::Done => tables.count(Reason::Mended),
-                Entered::Over | Entered::Taken | Entered::Full => lost = true,
+                Entered::Ended | Entered::Taken | Entered::Full => lost = true,
             }
         }
     }

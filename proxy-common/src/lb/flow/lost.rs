@@ -15,7 +15,7 @@ use crate::wire::{Kind, Packet};
 const TRIES: u64 = 70_000_000_000;
 
 /// What becomes of a packet of a flow that has lost its endpoint. A RST may reach the other end, and what leaves the node is
-/// from somebody who is told otherwise: the node itself, or an endpoint of its own, whose client answers it. A SYN begins
+/// from an end that is notified in another way: the node itself, or an endpoint of its own, whose client answers it. A SYN begins
 /// something new, unless it is the connection's own that nobody has answered.
 #[inline(always)]
 pub(crate) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look {
@@ -25,7 +25,7 @@ pub(crate) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look 
     } else if leg.forward && leg.role == Role::MIDDLE {
         Look::Superseded
     } else if leg.forward && packet.is_syn() && flow.seen[REPLY] != 0 {
-        Look::Over
+        Look::Ended
     } else {
         Look::Lost
     }
@@ -54,12 +54,12 @@ pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
     u32::from(lost == Some(true))
 }
 
-/// Takes a flow apart about which all has been told.
+/// Takes a flow apart whose ends have been notified long enough.
 #[inline(always)]
 pub(crate) fn sweep<T: Subprograms>(tables: &T, id: FlowId, now: u64) -> u32 {
-    let told = |flow: &mut Flow| {
+    let notified = |flow: &mut Flow| {
         let long = if flow.seen[REPLY] == 0 { TRIES } else { TELL };
         now.saturating_sub(flow.checked) >= long
     };
-    if tables.record(id.index(), told) == Some(true) { tables.take_apart(id) } else { 0 }
+    if tables.record(id.index(), notified) == Some(true) { tables.take_apart(id) } else { 0 }
 }

@@ -28,7 +28,7 @@ fn enters(node: &Node, tuple: &Tuple, flags: u8, numbers: [u32; 2]) -> Outcome {
 /// A segment that enters is answered with a RST of this sequence number.
 #[track_caller]
 fn is_reset(node: &Node, sent: &Tuple, numbers: [u32; 2]) {
-    let Outcome::Refused(answer) = enters(node, sent, Packet::ACK, numbers) else { panic!("not refused") };
+    let Outcome::Rejected(answer) = enters(node, sent, Packet::ACK, numbers) else { panic!("not refused") };
     let answer = tuple(&answer).unwrap();
     assert_eq!((answer.tuple, answer.tcp_flags, answer.seq), (sent.reversed(), Packet::RST, numbers[1]));
 }
@@ -118,7 +118,9 @@ fn a_connection_that_its_socket_tries_in_vain_is_refused() {
         *record = Flow { id: record.id, claims: record.claims, ..flow };
         true
     });
-    let Outcome::Refused(answer) = enters(&node, &direct, Packet::SYN, [7, 0]) else { panic!("not refused") };
+    let Outcome::Rejected(answer) = enters(&node, &direct, Packet::SYN, [7, 0]) else {
+        panic!("not refused")
+    };
     let answer = tuple(&answer).unwrap();
     // RFC 9293 section 3.5.2: a RST that acknowledges the SYN.
     assert_eq!((answer.tuple, answer.tcp_flags), (direct.reversed(), Packet::RST | Packet::ACK));

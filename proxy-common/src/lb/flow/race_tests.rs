@@ -489,12 +489,12 @@ impl Tables for World {
         let full = self.chance.get() != 0 && self.below(100) == 0;
         !full && self.tables.give_record(index)
     }
-    fn stand(&self, ring: Ring, id: FlowId) -> FlowId {
+    fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId {
         self.meet();
-        self.tables.stand(ring, id)
+        self.tables.put_in_ring(ring, id)
     }
-    fn anybody(&self) -> FlowId {
-        self.tables.anybody()
+    fn any_in_rings(&self) -> FlowId {
+        self.tables.any_in_rings()
     }
     fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
         self.tables.with_fragment(key, f)

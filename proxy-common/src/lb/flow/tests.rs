@@ -217,7 +217,7 @@ fn a_flow_that_has_been_reset_and_goes_on_is_watched_closely() {
         talk.goes_on();
         talk.says(ACK, false);
         assert_eq!(the_flow(&node).seen, [node.tables.now(); 2]);
-        assert!(!the_flow(&node).is_over(node.tables.now()));
+        assert!(!the_flow(&node).is_closed(node.tables.now()));
     }
     assert!(!the_flow(&node).is_reset());
 }
@@ -296,7 +296,7 @@ fn a_connection_that_goes_on_after_a_rst_has_not_been_reset() {
     talk.goes_on();
     assert!(the_flow(&node).is_reset(), "that was under way");
     node.wait(1_100);
-    assert!(the_flow(&node).is_over(node.tables.now()));
+    assert!(the_flow(&node).is_closed(node.tables.now()));
     talk.goes_on();
     assert!(!the_flow(&node).is_reset());
     node.wait(80_000_000);
@@ -332,7 +332,7 @@ fn a_refused_connection_is_over_after_a_second() {
     let back = talk.answers(RST | ACK, 0, Talk::CLIENT.wrapping_add(1));
     assert_eq!(tuple(&back).unwrap().tuple, talk.ask.reversed());
     let first = the_flow(&node);
-    assert!(first.is_reset() && !first.is_over(node.tables.now()));
+    assert!(first.is_reset() && !first.is_closed(node.tables.now()));
     // Once more from the same port: a new flow.
     Talk::begin(&node, CLIENT, VIP).answers(RST | ACK, 0, Talk::CLIENT.wrapping_add(1));
     assert_ne!(the_flow(&node).id, first.id);
@@ -626,7 +626,7 @@ fn a_flow_that_is_over_leaves_its_port_to_somebody_else_s_masquerade() {
     assert_ne!(back(&node, &talk.heard, SYN | ACK), Outcome::Passed);
     talk.says(FIN_ACK, true);
     talk.says(FIN_ACK, false);
-    assert!(the_flow(&node).is_over(node.tables.now()));
+    assert!(the_flow(&node).is_closed(node.tables.now()));
     // The rest of it is its own.
     talk.goes_on();
     node.leave(&frame(&talk.heard, SYN, b"", false));
@@ -773,7 +773,7 @@ fn a_service_that_is_its_own_endpoint_is_followed_and_not_translated() {
     assert_eq!(node.tables.flows.borrow().len(), 1);
     talk.says(FIN_ACK, true);
     talk.says(FIN_ACK, false);
-    assert!(the_flow(&node).is_over(node.tables.now()));
+    assert!(the_flow(&node).is_closed(node.tables.now()));
 }
 
 #[test]

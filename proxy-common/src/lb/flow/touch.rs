@@ -21,13 +21,13 @@ pub(crate) enum Touch {
     Rewrite,
     /// A packet of a masqueraded flow at egress: its source is still to be chosen.
     Masquerade,
-    /// The flow's backend has gone: choose anew.
+    /// The flow's backend has been removed: choose anew.
     Stale,
-    /// The flow is over.
-    Over,
-    /// The flow is over, and the packet is none of its.
+    /// The flow has ended.
+    Ended,
+    /// The flow has ended, and the packet is none of its.
     Superseded,
-    /// The flow's endpoint has gone: whoever sends is told.
+    /// The flow's endpoint is lost: whoever sends gets a reset.
     Lost,
 }
 
@@ -57,14 +57,14 @@ pub(crate) enum Look {
     Go,
     /// Go on if the backend is still the one of this generation.
     Bound(u32, u32),
-    /// Its client begins anew, or the node speaks for itself: it is over.
-    Over,
-    /// Its client speaks past the Service to the endpoint, or another masquerade has its port: it is over.
+    /// It has ended: its client begins anew, or the node speaks for itself.
+    Ended,
+    /// It has ended: its client speaks to the endpoint directly, or another masquerade has its port.
     Superseded,
-    /// It has lost its endpoint, and whoever sends is to be told.
+    /// It has lost its endpoint, and whoever sends gets a reset.
     Lost,
     /// An answer that has been translated already: by IPVS, say, which goes on with connections that have become ours. If it is
-    /// the node that sends it, the flow is over.
+    /// the node that sends it, the flow has ended.
     Translated,
 }
 
@@ -103,7 +103,7 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now) {
         Look::Go => Ok(pass(tables, flow, &leg, hook, packet, now, edit)),
         Look::None => Ok((Touch::None, false, false)),
-        Look::Over => Ok((Touch::Over, false, false)),
+        Look::Ended => Ok((Touch::Ended, false, false)),
         Look::Superseded => Ok((Touch::Superseded, false, false)),
         Look::Lost => Ok((Touch::Lost, false, false)),
         Look::Bound(index, generation) => Err(Some((index, generation))),
@@ -111,13 +111,13 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     });
     let passed = match looked {
         Some(Err(asked)) => {
-            let over = match asked {
+            let ended = match asked {
                 Some((index, generation)) => {
                     tables.backend(index).is_none_or(|b| b.generation != generation).then_some(Touch::Stale)
                 }
-                None => (!tables.is_of_others(&packet.tuple)).then_some(Touch::Over),
+                None => (!tables.is_of_others(&packet.tuple)).then_some(Touch::Ended),
             };
-            if let Some(touch) = over {
+            if let Some(touch) = ended {
                 return Touched { touch, ..found };
             }
             tables.record(leg.id.index(), |flow| pass(tables, flow, &leg, hook, packet, now, edit))
@@ -162,25 +162,25 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
         return Look::Go;
     }
     let fresh = packet.is_syn();
-    // What the masquerade of this flow has made leaves with a mark, and is not looked at again: this is somebody else's, who
-    // has chosen the same port. One that is over, or whose client is silent, gives way, or the answers would be taken for its.
+    // What the masquerade of this flow has made leaves with a mark, and is not looked at again: this is another masquerade's, which
+    // has chosen the same port. One that is closed, or whose client is silent, gives way, or the answers would be taken for its.
     if forward && leg.role == Role::INNER && hook == Hook::EGRESS && !left {
-        let over = fresh && flow.is_over(now);
-        let gone = packet.tuple.proto == Proto::UDP && now.saturating_sub(flow.seen[FORWARD]) > SILENCE;
-        return if over || gone { Look::Superseded } else { Look::Go };
+        let closed = fresh && flow.is_closed(now);
+        let idle = packet.tuple.proto == Proto::UDP && now.saturating_sub(flow.seen[FORWARD]) > SILENCE;
+        return if closed || idle { Look::Superseded } else { Look::Go };
     }
-    // Past the Service to its endpoint. If a flow from that port is over, or its client silent, answers must not be
+    // Past the Service to its endpoint. If a flow from that port is closed, or its client silent, answers must not be
     // translated any more (D-5, D-19). A bridge shows the packet only where it leaves; there a packet of the flow itself
     // comes, too, but that has been seen as such a moment before. What netfilter has rewritten looks the same.
     if forward && leg.role == Role::MIDDLE {
         let silent = now.saturating_sub(flow.seen[FORWARD]);
-        let over =
+        let closed =
             fresh && (flow.is_reset() || flow.fin[REPLY] != 0) && (hook == Hook::INGRESS || silent > MOMENT);
-        let gone = packet.tuple.proto == Proto::UDP && silent > SILENCE;
-        return if (over || gone) && !left { Look::Superseded } else { Look::Go };
+        let idle = packet.tuple.proto == Proto::UDP && silent > SILENCE;
+        return if (closed || idle) && !left { Look::Superseded } else { Look::Go };
     }
     if hook == Hook::EGRESS || !forward {
-        // Who is asked by somebody that it once asked, or only tried to ask, is asked anew.
+        // The other end begins a connection of its own, from the address and port that the node once asked.
         let asked = hook == Hook::INGRESS && leg.role == Role::OWN && fresh;
         // If the node itself speaks from a Service's port, it has spoken first, and its answers were taken for questions.
         let own = hook == Hook::EGRESS
@@ -189,20 +189,20 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
             && packet.tuple.proto == Proto::UDP
             && !flow.is_identity()
             && !left;
-        let over = asked && (flow.is_over(now) || flow.seen[REPLY] == 0);
-        return match (over, own) {
-            (true, _) => Look::Over,
+        let ended = asked && (flow.is_closed(now) || flow.seen[REPLY] == 0);
+        return match (ended, own) {
+            (true, _) => Look::Ended,
             (_, true) => Look::Translated,
             _ => Look::Go,
         };
     }
     match leg.role {
-        // UDP has no end, and a flow that nobody has answered has nobody to lose: both follow the Service when their
-        // backend goes (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it ends (P-18), but a new
+        // UDP has no end, and a flow without an answer has no endpoint to lose: both follow the Service when their
+        // backend is removed (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it ends (P-18), but a new
         // connection from the same port is a new flow (P-26).
         Role::OUTER => {
             if fresh && flow.may_begin_anew() {
-                Look::Over
+                Look::Ended
             } else if packet.tuple.proto == Proto::UDP || flow.seen[REPLY] == 0 || fresh {
                 Look::Bound(flow.backend, flow.generation)
             } else {

@@ -3,7 +3,7 @@
 //!
 //! A socket is dealt with in one way in every hook. What the kernel has connected it to is the decision that was
 //! taken at `connect`: who sends to that address again, by name or because the kernel names it (an IPv6 socket
-//! connected over IPv4), is left alone. What an unconnected socket cannot remember goes by packet, and so does
+//! connected over IPv4), is ignored. What an unconnected socket cannot remember goes by packet, and so does
 //! everything new of that socket from then on, so that no Service changes its endpoint by changing its way.
 
 mod state;
@@ -13,7 +13,7 @@ mod tests;
 
 pub use state::{Memory, original};
 
-use super::select::{self, Asker, Refusal, Selected, Source};
+use super::select::{self, Asker, Rejection, Selected, Source};
 use super::{Stat, Tables};
 use crate::abi::socket::{BY_PACKET, EXCLUDED};
 use crate::abi::{Config, Reason, SocketEntry, SocketState, address, config, frontend};
@@ -28,12 +28,12 @@ pub struct Call {
     pub dport: Port,
     /// Transport protocol.
     pub proto: Proto,
-    /// Cookie of the socket's network namespace; 0 when the kernel does not tell it.
+    /// Cookie of the socket's network namespace; 0 when the kernel does not say.
     pub netns: u64,
     /// Whether it is a `connect`.
     pub connect: bool,
-    /// With a `sendmsg`: the address that the kernel hears alone, because the socket is connected to it, or over IPv6
-    /// has once been; else unspecified.
+    /// With a `sendmsg`: the only address that the socket receives from, because it is connected to it, or over IPv6 has
+    /// once been; else unspecified.
     pub peer: Addr,
     /// The port of that; zero for a socket that is not connected.
     pub peer_port: Port,
@@ -49,13 +49,13 @@ impl Call {
 /// What becomes of a socket call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
-pub enum Answer {
+pub enum Decision {
     /// Not ours, or better done per packet.
-    Leave,
+    Pass,
     /// Write the destination that was chosen.
-    Use,
+    Translate,
     /// Fail with "connection refused".
-    Refuse,
+    Reject,
     /// Fail with "operation not permitted".
     Deny,
 }
@@ -68,52 +68,52 @@ pub fn translate<'a, T: Tables, M: Memory<'a>>(
     mut state: Option<&'a mut SocketState>,
     call: &Call,
     entry: &mut SocketEntry,
-) -> Answer {
+) -> Decision {
     if call.names_peer() {
-        return Answer::Leave;
+        return Decision::Pass;
     }
     let mut by_packet = false;
     if let Some(state) = &mut state {
         if state.flags & EXCLUDED != 0 {
-            return Answer::Leave;
+            return Decision::Pass;
         }
         if !call.connect {
             if state.translation(tables, memory, call, entry) {
-                return Answer::Use;
+                return Decision::Translate;
             }
             by_packet = state.flags & BY_PACKET != 0;
         }
     }
-    let answer = if by_packet { Answer::Leave } else { decide(tables, call, entry) };
-    match answer {
+    let decision = if by_packet { Decision::Pass } else { decide(tables, call, entry) };
+    match decision {
         // An IPv6 call cannot be given an IPv4 endpoint, nor the other way round.
-        Answer::Use if entry.addr.is_v4() != call.dst.is_v4() => Answer::Leave,
-        Answer::Use => {
+        Decision::Translate if entry.addr.is_v4() != call.dst.is_v4() => Decision::Pass,
+        Decision::Translate => {
             let host = tables.config().is_some_and(|config| is_host(config, call));
             let state = match state {
                 Some(state) => Some(state),
                 None => memory.new_state(),
             };
             if state.is_some_and(|state| state.remember(tables, memory, call, entry, !host)) {
-                return answer;
+                return decision;
             }
             tables.count(Reason::SocketStorage);
             // What the node sends passes no program that could do it later.
-            if host { answer } else { Answer::Leave }
+            if host { decision } else { Decision::Pass }
         }
-        Answer::Leave => {
+        Decision::Pass => {
             if let Some(state) = state {
                 state.turn_to(memory, &call.dst, call.dport, call.proto);
             }
-            answer
+            decision
         }
-        Answer::Refuse | Answer::Deny => answer,
+        Decision::Reject | Decision::Deny => decision,
     }
 }
 
 /// Decides a call whose socket remembers nothing that fits.
 #[inline(always)]
-fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Answer {
+fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Decision {
     let loopback = call.dst.is_loopback();
     let known = match call.dst.is_never_service() {
         true if loopback => address::NODE_PORT,
@@ -121,10 +121,10 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Answer
         false => tables.address(&call.dst),
     };
     let Some(config) = tables.config() else {
-        return Answer::Leave;
+        return Decision::Pass;
     };
     if known == 0 && !config.is_service_range(&call.dst) || config.flags & config::LEAVE_NEW != 0 {
-        return Answer::Leave;
+        return Decision::Pass;
     }
     // A pod's loopback is its own: there the socket must be known to be the host's.
     if loopback
@@ -132,31 +132,31 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Answer
             || call.netns == 0
             || call.netns != config.host_netns)
     {
-        return Answer::Leave;
+        return Decision::Pass;
     }
     let host = is_host(config, call);
     let wanted = if host { config::SOCKET_HOST } else { config::SOCKET_PODS };
     if config.flags & wanted == 0 {
-        return Answer::Leave;
+        return Decision::Pass;
     }
     // A connected UDP socket of a pod must follow its Service when endpoints go: per packet it does. And what another one
-    // sends to a port of the node may be an answer to a process there, which only packets tell.
+    // sends to a port of the node may be an answer to a process there, which only packets show.
     let leave = u32::from(call.connect) | u32::from(known & address::NODE != 0);
     if !host && call.proto == Proto::UDP && leave != 0 {
-        return Answer::Leave;
+        return Decision::Pass;
     }
     if known == 0 {
         // P-22: what would only wander fails at once.
         tables.count(Reason::UnallocatedClusterIp);
-        return Answer::Deny;
+        return Decision::Deny;
     }
     let asker = Caller { call, config, host };
     let Selected { frontend, index, backend } =
         match select::backend_for(tables, &asker, (&call.dst, call.dport, call.proto), known) {
             Ok(selected) => selected,
-            Err(Refusal::NotOurs) => return Answer::Leave,
-            Err(refusal) if refusal.count(tables) => return Answer::Refuse,
-            Err(_) => return Answer::Deny,
+            Err(Rejection::NotOurs) => return Decision::Pass,
+            Err(rejection) if rejection.count(tables) => return Decision::Reject,
+            Err(_) => return Decision::Deny,
         };
     if frontend.flags & frontend::AFFINITY != 0 {
         select::remember(tables, frontend.service, index, backend.generation, client(call));
@@ -173,7 +173,7 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Answer
         proto: call.proto,
         pad: [0; 3],
     };
-    Answer::Use
+    Decision::Translate
 }
 
 /// A socket that asks for a backend.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::string::String;
 use std::vec::Vec;
 
-use super::{Answer, Call};
+use super::{Call, Decision};
 use crate::abi::socket::EXCLUDED;
 use crate::abi::{
     Backend, Config, Frontend, FrontendKey, Range, Reason, Run, address, backend, config, frontend,
@@ -93,8 +93,8 @@ fn connected(call: Call, peer: (&str, u16)) -> Call {
 /// Where a call goes.
 fn goes(socket: &mut MemorySocket, tables: &MemoryTables, call: &Call) -> (Addr, Port) {
     match socket.call(tables, call) {
-        (Answer::Use, entry) => (entry.addr, entry.port),
-        (Answer::Leave, _) => (call.dst, call.dport),
+        (Decision::Translate, entry) => (entry.addr, entry.port),
+        (Decision::Pass, _) => (call.dst, call.dport),
         other => panic!("{call:?}: {other:?}"),
     }
 }
@@ -103,7 +103,7 @@ fn at(to: (&str, u16)) -> (Addr, Port) {
     (addr(to.0), Port::new(to.1))
 }
 
-fn once(tables: &MemoryTables, call: &Call) -> Answer {
+fn once(tables: &MemoryTables, call: &Call) -> Decision {
     MemorySocket::default().call(tables, call).0
 }
 
@@ -121,14 +121,14 @@ fn a_socket_is_translated_once_and_shows_what_was_asked_for() {
     }
     // A pod's connected UDP socket is left to TC; its unconnected one and the host's are translated.
     let to = ("10.96.0.10", 53);
-    assert_eq!(once(&tables, &connect(to, Proto::UDP, POD)), Answer::Leave);
-    assert!(matches!(once(&tables, &send(to, POD)), Answer::Use));
-    assert!(matches!(once(&tables, &connect(to, Proto::UDP, HOST)), Answer::Use));
+    assert_eq!(once(&tables, &connect(to, Proto::UDP, POD)), Decision::Pass);
+    assert!(matches!(once(&tables, &send(to, POD)), Decision::Translate));
+    assert!(matches!(once(&tables, &connect(to, Proto::UDP, HOST)), Decision::Translate));
     // No Service, undefined port, loopback.
     let tcp = |dst, port| once(&tables, &connect((dst, port), Proto::TCP, POD));
-    assert_eq!(tcp("198.51.100.1", 80), Answer::Leave);
-    assert_eq!(tcp("10.96.0.1", 81), Answer::Refuse);
-    assert_eq!(tcp("127.0.0.1", 80), Answer::Leave);
+    assert_eq!(tcp("198.51.100.1", 80), Decision::Pass);
+    assert_eq!(tcp("10.96.0.1", 81), Decision::Reject);
+    assert_eq!(tcp("127.0.0.1", 80), Decision::Pass);
 }
 
 #[test]
@@ -320,8 +320,8 @@ fn a_socket_of_a_pod_that_is_left_to_its_packets_is_left() {
     ] {
         let mut socket = MemorySocket { has_state: true, ..MemorySocket::default() };
         socket.state.flags = EXCLUDED;
-        assert_eq!(socket.call(&tables, &call).0, Answer::Leave, "{call:?}");
-        assert_ne!(once(&tables, &call), Answer::Leave, "{call:?}");
+        assert_eq!(socket.call(&tables, &call).0, Decision::Pass, "{call:?}");
+        assert_ne!(once(&tables, &call), Decision::Pass, "{call:?}");
     }
 }
 
@@ -350,7 +350,7 @@ fn a_pod_s_socket_leaves_to_its_packets_what_counts_there() {
         if let Some(config) = &mut tables.config {
             config.flags |= switch;
         }
-        !matches!(once(&tables, &connect((dst, 80), Proto::TCP, netns)), Answer::Use)
+        !matches!(once(&tables, &connect((dst, 80), Proto::TCP, netns)), Decision::Translate)
     };
     let left = |switch| ["10.96.0.1", "203.0.113.1", "203.0.113.2"].map(|dst| decide(switch, dst, POD));
     assert_eq!(left(0), [false, false, true]);
@@ -366,19 +366,19 @@ fn a_socket_to_nobody_s_cluster_ip_fails_at_once() {
     let mut tables = node();
     service(&mut tables, 1, ("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, ("10.244.2.7", 8080));
     let ask = |tables: &MemoryTables, netns| once(tables, &connect(("10.96.0.77", 80), Proto::TCP, netns));
-    assert_eq!(ask(&tables, HOST), Answer::Leave);
+    assert_eq!(ask(&tables, HOST), Decision::Pass);
     if let Some(config) = &mut tables.config {
         config.service_range_count = 1;
         config.service_ranges[0] =
             Range { first: addr("10.96.0.0"), mask: addr("ffff:ffff:ffff:ffff:ffff:ffff:ffff:0") };
     }
-    assert_eq!(ask(&tables, HOST), Answer::Deny);
+    assert_eq!(ask(&tables, HOST), Decision::Deny);
     assert_eq!(tables.counted(Reason::UnallocatedClusterIp), 1);
     // Sockets that are left alone are left alone.
     if let Some(config) = &mut tables.config {
         config.flags &= !config::SOCKET_PODS;
     }
-    assert_eq!(ask(&tables, POD), Answer::Leave);
+    assert_eq!(ask(&tables, POD), Decision::Pass);
 }
 
 #[test]
@@ -392,11 +392,11 @@ fn host_processes_reach_node_ports_at_loopback_and_pods_do_not() {
         once(tables, &connect((dst, port), Proto::TCP, netns))
     };
     for dst in ["127.0.0.1", "127.1.2.3", "::1"] {
-        assert!(matches!(decide(&tables, dst, 30200, HOST), Answer::Use), "{dst}");
-        assert_eq!(decide(&tables, dst, 30201, HOST), Answer::Leave);
-        assert_eq!(decide(&tables, dst, 30200, POD), Answer::Leave);
-        assert_eq!(decide(&tables, dst, 30200, 0), Answer::Leave);
+        assert!(matches!(decide(&tables, dst, 30200, HOST), Decision::Translate), "{dst}");
+        assert_eq!(decide(&tables, dst, 30201, HOST), Decision::Pass);
+        assert_eq!(decide(&tables, dst, 30200, POD), Decision::Pass);
+        assert_eq!(decide(&tables, dst, 30200, 0), Decision::Pass);
     }
     tables.config.as_mut().unwrap().flags &= !config::LOCALHOST_NODE_PORTS;
-    assert_eq!(decide(&tables, "127.0.0.1", 30200, HOST), Answer::Leave);
+    assert_eq!(decide(&tables, "127.0.0.1", 30200, HOST), Decision::Pass);
 }

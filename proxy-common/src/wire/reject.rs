@@ -1,32 +1,32 @@
-//! The refusal of a packet, built from the packet: an RST for TCP (RFC 9293 §3.5.2), "port unreachable" for
-//! everything else (RFC 792, RFC 4443 §3.1), which a connected client reads as "connection refused" (P-19).
+//! The reject reply: what a packet that is not served is answered with, built from the packet. An RST for TCP (RFC 9293
+//! §3.5.2), "port unreachable" for everything else (RFC 792, RFC 4443 §3.1), which a connected client reads as "connection refused" (P-19).
 
 use super::{Frame, Packet, checksum};
 use crate::addr::Proto;
 
-/// Words of the longest answer behind the link-layer header: IPv6, ICMPv6, and the refused packet's IPv6
-/// header with eight bytes more.
+/// Words of the longest reply behind the link-layer header: IPv6, ICMPv6, and the rejected packet's IPv6 header with
+/// eight bytes more.
 const MAX_WORDS: usize = 24;
 
-/// An answer, ready to be stored behind the link-layer header.
+/// A reply, ready to be stored behind the link-layer header.
 #[derive(Clone, Copy, Debug)]
-pub struct Answer {
+pub struct Reply {
     /// Headers and body in memory order.
     pub words: [u32; MAX_WORDS],
     /// How many of the words count: one of [`Self::SIZES`].
     pub len: usize,
 }
 
-impl Answer {
-    /// The lengths an answer can have, in words: RST and ICMP over IPv4, then over IPv6.
+impl Reply {
+    /// The lengths it can have, in words: RST and ICMP over IPv4, then over IPv6.
     pub const SIZES: [usize; 4] = [10, 14, 15, 24];
 }
 
-/// Builds the answer into `out`. False when the packet must not be answered (an RST, a truncated packet, an
+/// Builds the reply into `out`. False when the packet must not be answered (an RST, a truncated packet, an
 /// IPv4 packet with options, a source that is no host's, RFC 1122 §3.2.2): it is dropped in silence.
 #[inline(always)]
 #[must_use]
-pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
+pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool {
     if packet.tuple.src.is_never_service() {
         return false;
     }
@@ -40,7 +40,7 @@ pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
 }
 
 #[inline(always)]
-fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Answer) -> bool {
+fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Reply) -> bool {
     let Some(tcp) = frame.load::<[u32; 5]>(packet.l4.into()) else {
         return false;
     };
@@ -87,8 +87,8 @@ fn halves(first: u16, second: u16) -> u32 {
 }
 
 #[inline(always)]
-fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
-    // Without options the refused packet's header has a fixed size, and so has the answer.
+fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool {
+    // Without options the rejected packet's header has a fixed size, and so has the reply.
     if packet.l4 != packet.l3 + 20 {
         return false;
     }
@@ -111,7 +111,7 @@ fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> boo
 }
 
 #[inline(always)]
-fn unreachable_v6<F: Frame>(frame: &F, packet: &Packet, out: &mut Answer) -> bool {
+fn unreachable_v6<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool {
     let Some(original) = frame.load::<[u32; 12]>(packet.l3.into()) else {
         return false;
     };
@@ -156,9 +156,9 @@ fn pseudo(packet: &Packet, proto: Proto, len: u32) -> u32 {
     checksum::add(sum, checksum::add(len.to_be(), u32::from(proto.0).to_be()))
 }
 
-/// An IPv4 header from the refused packet's destination to its source, `len` bytes of payload behind it.
+/// An IPv4 header from the rejected packet's destination to its source, `len` bytes of payload behind it.
 #[inline(always)]
-fn head_v4(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
+fn head_v4(packet: &Packet, len: u32, proto: Proto, out: &mut Reply) {
     let mut ip = [
         (0x4500_0000 | (20 + len)).to_be(),
         // Don't fragment.
@@ -175,9 +175,9 @@ fn head_v4(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
     }
 }
 
-/// An IPv6 header from the refused packet's destination to its source.
+/// An IPv6 header from the rejected packet's destination to its source.
 #[inline(always)]
-fn head_v6(packet: &Packet, len: u32, proto: Proto, out: &mut Answer) {
+fn head_v6(packet: &Packet, len: u32, proto: Proto, out: &mut Reply) {
     out.words[0] = 0x6000_0000_u32.to_be();
     out.words[1] = (len << 16 | (proto.0 as u32) << 8 | 64).to_be();
     let mut n = 0;
