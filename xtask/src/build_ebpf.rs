@@ -4,7 +4,11 @@ use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result};
 
-use crate::{bpf_loops, bpf_object, bpf_stack, cmd, toolchain::Toolchain, workspace};
+use crate::{
+    bpf_loops, bpf_object, bpf_stack, cmd,
+    toolchain::{PROFILE, TARGET, Toolchain},
+    workspace,
+};
 
 /// `cargo xtask build-ebpf`
 #[derive(clap::Args)]
@@ -53,7 +57,7 @@ fn compile(object: &Path, next: bool) -> Result<()> {
     }
     cmd::quiet(&mut build)?;
 
-    let built = target_dir.join(crate::toolchain::TARGET).join("release/proxy-ebpf");
+    let built = target_dir.join(TARGET).join(PROFILE).join("proxy-ebpf");
     let elf =
         fs::read(&built).with_context(|| format!("no compiled kernel programs at {}", built.display()))?;
     let functions = bpf_object::functions(&elf).with_context(|| format!("refused {}", built.display()))?;

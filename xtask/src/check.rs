@@ -1,7 +1,5 @@
 //! What CI demands besides the tests. Runs everything, then says what failed.
 
-use std::path::PathBuf;
-
 use anyhow::{Context as _, Result, bail};
 
 use crate::{cmd, conformance, invariants, setup, toolchain::Toolchain, workspace};
@@ -34,17 +32,9 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// The two workspaces: ours and that of the kernel programs.
-fn workspaces() -> [PathBuf; 2] {
-    [workspace::root(), workspace::root().join("proxy-ebpf")]
-}
-
 fn format() -> Result<()> {
     require_component("fmt", "rustfmt")?;
-    for workspace in workspaces() {
-        cmd::run(cmd::cargo().current_dir(workspace).args(["fmt", "--all", "--", "--check"]))?;
-    }
-    Ok(())
+    cmd::run(cmd::cargo().current_dir(workspace::root()).args(["fmt", "--all", "--", "--check"]))
 }
 
 fn lints() -> Result<()> {
@@ -79,30 +69,23 @@ fn docs() -> Result<()> {
 }
 
 fn deny() -> Result<()> {
-    /// One configuration serves both workspaces, and each needs only a part of it.
-    const UNUSED: [&str; 4] = ["--allow", "license-exception-not-encountered", "--allow", "unused-wrapper"];
     let path = setup::cargo_deny().context("no cargo-deny; run: cargo xtask setup")?;
-    let config = workspace::root().join("deny.toml");
-    for workspace in workspaces() {
-        let deny = |args: &[&str]| {
-            let mut command = cmd::with(&path, ["--manifest-path"]);
-            command.arg(workspace.join("Cargo.toml")).arg("--config").arg(&config).args(args);
-            command
-        };
-        let check = [&["check"][..], &UNUSED, &["licenses", "bans", "sources"]].concat();
-        cmd::run(&mut deny(&check))?;
-        // The database is a git repository elsewhere: not being able to fetch it says nothing about us.
-        if let Err(error) = cmd::output(&mut deny(&["fetch", "db"])) {
-            let why = error.to_string();
-            println!(
-                "advisories NOT checked, the database could not be fetched: {}",
-                why.lines().last().unwrap_or("")
-            );
-            continue;
-        }
-        cmd::run(&mut deny(&["check", "advisories"]))?;
+    let deny = |args: &[&str]| {
+        let mut command = cmd::with(&path, args);
+        command.current_dir(workspace::root());
+        command
+    };
+    cmd::run(&mut deny(&["check", "licenses", "bans", "sources"]))?;
+    // The database is a git repository elsewhere: not being able to fetch it says nothing about us.
+    if let Err(error) = cmd::output(&mut deny(&["fetch", "db"])) {
+        let why = error.to_string();
+        println!(
+            "advisories NOT checked, the database could not be fetched: {}",
+            why.lines().last().unwrap_or("")
+        );
+        return Ok(());
     }
-    Ok(())
+    cmd::run(&mut deny(&["check", "advisories"]))
 }
 
 fn require_component(subcommand: &str, component: &str) -> Result<()> {

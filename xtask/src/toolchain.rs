@@ -25,6 +25,8 @@ pub(crate) const CARGO_DENY: &str = "0.20.2";
 pub(crate) const OLDEST_RUSTC: &str = "1.87.0";
 /// The kernel programs' target.
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
+/// The profile of the workspace that they are compiled with.
+pub(crate) const PROFILE: &str = "bpf";
 
 /// A pair of tools that fit each other.
 #[derive(Debug)]
@@ -73,8 +75,9 @@ impl Toolchain {
             }
         }
         command
-            .current_dir(workspace::root().join("proxy-ebpf"))
-            .args([subcommand, "--release", "-Z", "build-std=core", "--target", TARGET, "--target-dir"])
+            .current_dir(workspace::root())
+            .args([subcommand, "--package", "proxy-ebpf", "--profile", PROFILE])
+            .args(["-Z", "build-std=core", "--target", TARGET, "--target-dir"])
             .arg(target_dir)
             .env("RUSTC", &self.rustc.path)
             .env("RUSTC_BOOTSTRAP", "1")
