@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use proxy_common::abi::capacity;
 
-use super::v1alpha1::{IGNORED, KubeProxyConfiguration};
+use super::kube_proxy::v1alpha1::{IGNORED, KubeProxyConfiguration};
 use agent_core::model::SocketLb;
 
 /// Whose sockets are translated at `connect`.

@@ -1,8 +1,8 @@
 //! What kube-proxy's settings may not be, whoever uses them (F-11).
 
 use super::Errors;
-use super::duration::GoDuration;
-use super::v1alpha1::KubeProxyConfiguration;
+use super::kube_proxy::duration::GoDuration;
+use super::kube_proxy::v1alpha1::KubeProxyConfiguration;
 
 /// Modes that kube-proxy knows.
 const MODES: [&str; 4] = ["", "iptables", "ipvs", "nftables"];

@@ -1,8 +1,9 @@
 //! kube-proxy's settings: those of the flags, or those of the file that replaces them (F-1).
 
-use super::fields::{self, Origin};
-use super::v1alpha1::Nftables;
-use super::{ConfigErrors, ConfigFile, FlagError, Host, KubeProxyConfiguration, RunArgs, file};
+use super::kube_proxy::fields::{self, Origin};
+use super::kube_proxy::file;
+use super::kube_proxy::v1alpha1::Nftables;
+use super::{ConfigErrors, ConfigFile, FlagError, Host, KubeProxyConfiguration, RunArgs};
 
 /// kube-proxy's settings, from flags or from a file.
 pub(super) struct Input {

@@ -1,6 +1,6 @@
 //! kube-proxy's file and flags: what is taken, what is refused, what is passed over.
 
-use super::file::decode;
+use super::kube_proxy::file::decode;
 use super::tests::{FakeHost, config_on};
 use super::*;
 

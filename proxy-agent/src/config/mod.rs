@@ -6,18 +6,15 @@
 mod args;
 mod bootstrap;
 mod check;
-mod duration;
+mod errors;
 mod families;
-mod fields;
-mod file;
-mod gates;
 mod host;
 mod input;
+mod kube_proxy;
 mod ports;
+mod source;
 mod sysctl;
-mod v1alpha1;
 
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,59 +24,28 @@ use ipnet::IpNet;
 use proxy_common::abi::PortRange;
 
 pub use args::{Capacities, RunArgs, Scheduler, SocketLbArg};
-pub use duration::GoDuration;
+pub use errors::{ConfigErrors, FlagError};
 pub use families::Misfits;
 pub use host::{Host, ThisHost};
+pub use kube_proxy::duration::GoDuration;
+pub use kube_proxy::v1alpha1::KubeProxyConfiguration;
+pub use source::SourceConfig;
 pub use sysctl::Sysctls;
-pub use v1alpha1::KubeProxyConfiguration;
 
 use agent_core::model::{DetectLocal, NodePortAddresses, Settings};
 use agent_kernel::datapath::attach::exclude::Excluded;
 use agent_kernel::datapath::flow::Timeouts;
 use agent_kernel::netlink::Devices;
-use fields::Origin;
+use errors::Errors;
 use input::Input;
-use v1alpha1::Nftables;
+use kube_proxy::v1alpha1::Nftables;
+use kube_proxy::{fields, file, gates};
 
 /// Where pins live unless `--bpf-root` says otherwise.
 pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/ebpf-proxy";
 
 /// Seed of the selection hash. Fixed: nodes must agree on where a flow goes.
 const SELECTION_SEED: u32 = 0x7f4a_7c15;
-
-/// Where Services come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SourceConfig {
-    /// An API server, as a kubeconfig says.
-    Kubeconfig {
-        /// The kubeconfig.
-        file: PathBuf,
-        /// The servers' URLs, if others than the file's (Y-1).
-        servers: Vec<String>,
-    },
-    /// API servers of one cluster, at these URLs.
-    ApiServer(Vec<String>),
-    /// A directory of manifests.
-    Manifests(PathBuf),
-    /// The API server of the cluster we are a pod of.
-    InCluster,
-}
-
-impl fmt::Display for SourceConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Kubeconfig { file, servers } if servers.is_empty() => {
-                write!(f, "kubeconfig {}", file.display())
-            }
-            Self::Kubeconfig { file, servers } => {
-                write!(f, "kubeconfig {} at {}", file.display(), servers.join(","))
-            }
-            Self::ApiServer(servers) => write!(f, "API server {}", servers.join(",")),
-            Self::Manifests(dir) => write!(f, "manifests {}", dir.display()),
-            Self::InCluster => f.write_str("in-cluster API server"),
-        }
-    }
-}
 
 /// All settings of `run`, checked.
 #[derive(Clone, Debug)]
@@ -139,46 +105,6 @@ pub struct ConfigFile {
     pub text: String,
 }
 
-/// One setting that cannot be followed.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{flag} {value:?}: {reason}")]
-pub struct FlagError {
-    /// The flag, or the field of the file.
-    pub flag: &'static str,
-    /// Its value.
-    pub value: String,
-    /// What is wrong with it.
-    pub reason: String,
-}
-
-/// Every setting that cannot be followed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfigErrors(pub Vec<FlagError>);
-
-impl fmt::Display for ConfigErrors {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of the settings cannot be followed:", self.0.len())?;
-        self.0.iter().try_for_each(|error| write!(f, "\n  {error}"))
-    }
-}
-
-impl std::error::Error for ConfigErrors {}
-
-/// Collects what is wrong.
-#[derive(Default)]
-struct Errors {
-    origin: Origin,
-    errors: Vec<FlagError>,
-}
-
-impl Errors {
-    /// `flag` may be one of kube-proxy's: in a file it has another name.
-    fn add(&mut self, flag: &'static str, value: impl Into<String>, reason: impl Into<String>) {
-        let flag = self.origin.name(flag);
-        self.errors.push(FlagError { flag, value: value.into(), reason: reason.into() });
-    }
-}
-
 impl Config {
     /// The settings that these flags, and the file that they name, mean on this host.
     pub fn new(args: &RunArgs, bpf_root: &Path, host: &dyn Host) -> Result<Self, ConfigErrors> {
@@ -188,8 +114,8 @@ impl Config {
         check::check(&kube, &mut errors);
         warnings.extend(gates::without_effect(&kube.feature_gates));
         default_addresses(&mut kube);
-        let source = source(args, &kube, &mut errors);
-        let servers = servers(&source, host, &mut errors);
+        let source = source::of(args, &kube, &mut errors);
+        let servers = source::servers(&source, host, &mut errors);
         warnings.extend(bootstrap::depends_on_itself(host, &source, &servers));
         let (snat_ports, warning) = ports::snat_ports(host);
         warnings.extend(warning);
@@ -281,49 +207,6 @@ fn settings(
         snat_ports,
         own_ports: Vec::new(),
         seed: SELECTION_SEED,
-    }
-}
-
-/// The one source that was named; without any the cluster we are a pod of.
-fn source(args: &RunArgs, kube: &KubeProxyConfiguration, errors: &mut Errors) -> SourceConfig {
-    // Empty values are what templates leave of an unset option.
-    let kubeconfig = Some(&kube.client_connection.kubeconfig).filter(|path| !path.is_empty());
-    let given = args.apiserver.iter().map(|url| url.trim()).filter(|url| !url.is_empty());
-    let apiserver: Vec<String> = given.map(str::to_owned).collect();
-    let manifests = args.manifests.as_ref().filter(|path| !path.as_os_str().is_empty());
-    for url in &apiserver {
-        let known = url.starts_with("https://") || url.starts_with("http://");
-        if !known || bootstrap::url_host(url).is_empty() {
-            errors.add("--apiserver", url, "must be a URL such as https://10.0.0.10:6443");
-        }
-    }
-    if let Some(dir) = manifests {
-        // A file is made for a cluster, and says where that is; the flag is for who has none.
-        if !apiserver.is_empty() || kubeconfig.is_some() && errors.origin == Origin::Flags {
-            let reason = "only one of --kubeconfig, --apiserver and --manifests may be given";
-            errors.add("--manifests", dir.display().to_string(), reason);
-        }
-        return SourceConfig::Manifests(dir.clone());
-    }
-    match kubeconfig {
-        Some(file) => SourceConfig::Kubeconfig { file: file.into(), servers: apiserver },
-        None if apiserver.is_empty() => SourceConfig::InCluster,
-        None => SourceConfig::ApiServer(apiserver),
-    }
-}
-
-/// The URLs of the API servers where they are known.
-fn servers(source: &SourceConfig, host: &dyn Host, errors: &mut Errors) -> Vec<String> {
-    match source {
-        SourceConfig::Kubeconfig { file, servers } if servers.is_empty() => {
-            let server = bootstrap::kubeconfig_server(host, file);
-            server.map(|url| vec![url]).unwrap_or_else(|reason| {
-                errors.add("--kubeconfig", file.display().to_string(), reason);
-                Vec::new()
-            })
-        }
-        SourceConfig::ApiServer(servers) | SourceConfig::Kubeconfig { servers, .. } => servers.clone(),
-        SourceConfig::Manifests(_) | SourceConfig::InCluster => Vec::new(),
     }
 }
 

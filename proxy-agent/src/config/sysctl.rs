@@ -2,8 +2,8 @@
 //!
 //! Our own flows need none of it; what else masquerades on the node does.
 
-use super::duration::GoDuration;
-use super::v1alpha1::Conntrack;
+use super::kube_proxy::duration::GoDuration;
+use super::kube_proxy::v1alpha1::Conntrack;
 use agent_kernel::datapath::flow::Timeouts;
 
 /// No more entries than these, however many CPUs there are.

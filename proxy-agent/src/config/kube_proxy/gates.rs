@@ -3,17 +3,17 @@
 use std::collections::BTreeMap;
 
 /// When false, external IPs are not served (V-8).
-pub(super) const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
+pub(in crate::config) const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
 
 /// Gates that change nothing here, misspelt ones among them: every release knows other names, and one that this
 /// program has not heard of is no reason not to start.
-pub(super) fn without_effect(gates: &BTreeMap<String, bool>) -> Option<String> {
+pub(in crate::config) fn without_effect(gates: &BTreeMap<String, bool>) -> Option<String> {
     let others: Vec<&str> = gates.keys().map(String::as_str).filter(|name| *name != EXTERNAL_IPS).collect();
     (!others.is_empty()).then(|| format!("these feature gates have no effect here: {}", others.join(", ")))
 }
 
 /// `NAME=BOOL,...`, as Go's flag takes it.
-pub(super) fn parse(text: &str) -> Result<BTreeMap<String, bool>, String> {
+pub(in crate::config) fn parse(text: &str) -> Result<BTreeMap<String, bool>, String> {
     let gate = |item: &str| {
         let (name, value) =
             item.split_once('=').ok_or_else(|| format!("{item:?} is not NAME=true or NAME=false"))?;

@@ -9,11 +9,11 @@ use super::v1alpha1::{API_VERSION, KIND, KubeProxyConfiguration};
 
 /// What a file says.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Decoded {
+pub(in crate::config) struct Decoded {
     /// With defaults for what it does not say.
-    pub(super) configuration: KubeProxyConfiguration,
+    pub(in crate::config) configuration: KubeProxyConfiguration,
     /// What was passed over.
-    pub(super) warnings: Vec<String>,
+    pub(in crate::config) warnings: Vec<String>,
 }
 
 /// Fields whose zero (`""`, `0`, `0s`) means their default, because installers write out what is unset.
@@ -37,7 +37,7 @@ const ZERO_IS_UNSET: [&str; 16] = [
 ];
 
 /// The configuration that a file's text means, YAML or JSON.
-pub(super) fn decode(text: &str) -> Result<Decoded, String> {
+pub(in crate::config) fn decode(text: &str) -> Result<Decoded, String> {
     let mut warnings = Vec::new();
     let mut value: Value = match serde_saphyr::from_str(text) {
         Ok(value) => value,
@@ -63,7 +63,7 @@ pub(super) fn decode(text: &str) -> Result<Decoded, String> {
 }
 
 /// The configuration as a file that says the same.
-pub(super) fn encode(configuration: &KubeProxyConfiguration) -> Result<String, String> {
+pub(in crate::config) fn encode(configuration: &KubeProxyConfiguration) -> Result<String, String> {
     // By way of a value: then it is in order of names, as installers write it.
     let value = super::fields::value(configuration);
     serde_saphyr::to_string(&value).map_err(|e| e.to_string())

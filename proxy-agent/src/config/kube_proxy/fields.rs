@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::v1alpha1::KubeProxyConfiguration;
 
 /// One setting.
-pub(super) struct Field {
+pub(in crate::config) struct Field {
     /// Its flag; empty where there is none.
     flag: &'static str,
     /// Its place in the file.
@@ -28,7 +28,7 @@ const fn silent(flag: &'static str, path: &'static str) -> Field {
 }
 
 /// All of them.
-pub(super) const FIELDS: &[Field] = &[
+pub(in crate::config) const FIELDS: &[Field] = &[
     followed("--feature-gates", "featureGates"),
     followed("--kubeconfig", "clientConnection.kubeconfig"),
     ignored("", "clientConnection.acceptContentTypes"),
@@ -82,7 +82,7 @@ pub(super) const FIELDS: &[Field] = &[
 
 /// Where a setting comes from, and so what it is called.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Origin {
+pub(in crate::config) enum Origin {
     /// The command line.
     #[default]
     Flags,
@@ -92,14 +92,14 @@ pub(super) enum Origin {
 
 impl Origin {
     /// What the operator calls the setting that is called like this here: a flag, or a field without one.
-    pub(super) fn name(self, name: &'static str) -> &'static str {
+    pub(in crate::config) fn name(self, name: &'static str) -> &'static str {
         let path = FIELDS.iter().find(|field| field.flag == name).map_or(name, |field| field.path);
         if self == Self::File { path } else { name }
     }
 }
 
 /// Settings that were set and change nothing.
-pub(super) fn without_effect(given: &KubeProxyConfiguration, origin: Origin) -> Vec<String> {
+pub(in crate::config) fn without_effect(given: &KubeProxyConfiguration, origin: Origin) -> Vec<String> {
     let ignored = differences(given).into_iter().filter(|(field, _)| field.ignored);
     ignored
         .map(|(field, value)| {
@@ -110,7 +110,7 @@ pub(super) fn without_effect(given: &KubeProxyConfiguration, origin: Origin) -> 
 }
 
 /// Flags that were set and are overruled by a file.
-pub(super) fn overruled(given: &KubeProxyConfiguration) -> Vec<&'static str> {
+pub(in crate::config) fn overruled(given: &KubeProxyConfiguration) -> Vec<&'static str> {
     let set = differences(given).into_iter().map(|(field, _)| field.flag);
     set.filter(|flag| !flag.is_empty()).collect()
 }
@@ -129,7 +129,7 @@ fn differences(given: &KubeProxyConfiguration) -> Vec<(&'static Field, Value)> {
 }
 
 /// A configuration as its file has it.
-pub(super) fn value(configuration: &KubeProxyConfiguration) -> Value {
+pub(in crate::config) fn value(configuration: &KubeProxyConfiguration) -> Value {
     serde_json::to_value(configuration).unwrap_or_default()
 }
 

@@ -11,12 +11,12 @@ use serde_json::Value;
 use super::duration::GoDuration;
 
 /// `apiVersion` of the file.
-pub(super) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
+pub(in crate::config) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 /// `kind` of the file.
-pub(super) const KIND: &str = "KubeProxyConfiguration";
+pub(in crate::config) const KIND: &str = "KubeProxyConfiguration";
 
 /// Heading of the flags that change nothing.
-pub(super) const IGNORED: &str = "Accepted because kube-proxy has them; without effect here";
+pub(in crate::config) const IGNORED: &str = "Accepted because kube-proxy has them; without effect here";
 const CONNTRACK: &str = "The kernel's connection tracking";
 const SOURCE: &str = "Where Services come from (none: in-cluster)";
 
