@@ -38,7 +38,7 @@ const WISHED: [(&str, u32, &str); 3] = [
 ];
 
 /// Refuses to begin what would fail half-way; gives what is done without.
-pub(super) fn rights() -> Result<Vec<String>> {
+pub(in crate::run) fn rights() -> Result<Vec<String>> {
     // Where there is no such file, the kernel says itself what it refuses.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let Some(effective) = effective(&status) else { return Ok(Vec::new()) };
@@ -79,7 +79,7 @@ fn wished(effective: u64) -> Vec<String> {
 }
 
 /// The cgroup for the socket programs; `None` when there are to be none.
-pub(super) fn cgroup_root(config: &Config) -> Result<Option<PathBuf>> {
+pub(in crate::run) fn cgroup_root(config: &Config) -> Result<Option<PathBuf>> {
     if config.settings.socket_lb == SocketLb::Off {
         return Ok(None);
     }

@@ -18,14 +18,14 @@ const EVERY: Duration = Duration::from_secs(30);
 
 /// When it is to be done.
 #[derive(Debug, Default)]
-pub(super) struct Reserve {
+pub(in crate::run) struct Reserve {
     /// When it was last done, and whether what is new was another's by then.
     done: Option<(Instant, bool)>,
 }
 
 /// Why it is not done.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ReserveError {
+pub(in crate::run) enum ReserveError {
     /// The flows cannot be read.
     #[error(transparent)]
     Flows(#[from] TableError),
@@ -37,7 +37,7 @@ pub(super) enum ReserveError {
 impl Reserve {
     /// Tells connection tracking of the source ports of all flows, if it is time; how many there are. `settled` says that no
     /// flows begin any more.
-    pub(super) fn keep_up(&mut self, flows: &Flows, settled: bool) -> Result<usize, ReserveError> {
+    pub(in crate::run) fn keep_up(&mut self, flows: &Flows, settled: bool) -> Result<usize, ReserveError> {
         if self.done.is_some_and(|(done, was)| was == settled && done.elapsed() < EVERY) {
             return Ok(0);
         }

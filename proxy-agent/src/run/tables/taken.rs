@@ -20,7 +20,7 @@ const SOON: Duration = Duration::from_millis(500);
 const SHARE: u32 = 50;
 
 /// Who reads.
-pub(super) struct Follower {
+pub(in crate::run) struct Follower {
     state: State,
     every: Duration,
     warning: Arc<Mutex<Option<String>>>,
@@ -35,7 +35,7 @@ enum State {
 }
 
 impl Follower {
-    pub(super) fn open(root: &BpfRoot, timeouts: &Timeouts) -> Result<Self, TableError> {
+    pub(in crate::run) fn open(root: &BpfRoot, timeouts: &Timeouts) -> Result<Self, TableError> {
         // Three times while a note of a conversation lasts that has only just been seen.
         let shortest = timeouts.udp.min(timeouts.tcp_syn).min(timeouts.sctp_init);
         let every = (Duration::from_secs(shortest.into()) / 3).clamp(SOON, EVERY);
@@ -45,7 +45,7 @@ impl Follower {
 
     /// The tables have been written; with `news` there are endpoints or addresses that were not there before. The first time
     /// connection tracking is read before this returns, so that no flow is masqueraded before; later, soon after news.
-    pub(super) fn wrote(&mut self, news: bool) {
+    pub(in crate::run) fn wrote(&mut self, news: bool) {
         match std::mem::replace(&mut self.state, State::Dead) {
             State::Idle(taken) => self.begin(taken),
             state => {
@@ -80,7 +80,7 @@ impl Follower {
     }
 
     /// What is wrong.
-    pub(super) fn warning(&self) -> Option<String> {
+    pub(in crate::run) fn warning(&self) -> Option<String> {
         self.warning.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

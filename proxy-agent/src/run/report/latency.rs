@@ -9,7 +9,7 @@ use agent_core::model::{Family, ObjectName, Slice};
 
 /// When endpoints changed that are not programmed yet.
 #[derive(Debug)]
-pub(super) struct Latency {
+pub(in crate::run) struct Latency {
     /// What happened before is not our delay.
     since: Timestamp,
     /// Times of slices whose change comes next.
@@ -18,12 +18,16 @@ pub(super) struct Latency {
 }
 
 impl Latency {
-    pub(super) fn new(since: Timestamp) -> Self {
+    pub(in crate::run) fn new(since: Timestamp) -> Self {
         Self { since, announced: HashMap::new(), waiting: BTreeMap::new() }
     }
 
     /// To be told of each change before the world is; `slices` still has what the change replaces.
-    pub(super) fn heard<'a>(&mut self, change: &Change, slices: impl Fn(&ObjectName) -> Option<&'a Slice>) {
+    pub(in crate::run) fn heard<'a>(
+        &mut self,
+        change: &Change,
+        slices: impl Fn(&ObjectName) -> Option<&'a Slice>,
+    ) {
         match change {
             Change::Triggered(slice, at) if *at > self.since => {
                 self.announced.insert(slice.clone(), *at);
@@ -45,7 +49,7 @@ impl Latency {
     }
 
     /// Everything heard so far is programmed: the delays in seconds.
-    pub(super) fn programmed(&mut self, now: Timestamp) -> Vec<(Family, f64)> {
+    pub(in crate::run) fn programmed(&mut self, now: Timestamp) -> Vec<(Family, f64)> {
         // Clocks of two machines: what seems to come from the future has just happened.
         let delay = |at: Timestamp| now.duration_since(at).as_secs_f64().max(0.0);
         let waiting = std::mem::take(&mut self.waiting).into_iter();

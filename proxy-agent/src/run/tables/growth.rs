@@ -19,7 +19,7 @@ use agent_kernel::datapath::tables::growth::{Against, Larger, Limits, Standing};
 const PAUSE: Duration = Duration::from_secs(60);
 
 /// How large the tables are, and what becomes of them.
-pub(super) struct Growth {
+pub(in crate::run) struct Growth {
     limits: Limits,
     sizes: Capacities,
     features: Features,
@@ -40,7 +40,12 @@ pub(super) struct Growth {
 }
 
 impl Growth {
-    pub(super) fn new(limits: Limits, sizes: Capacities, features: Features, log: ProgramLog) -> Self {
+    pub(in crate::run) fn new(
+        limits: Limits,
+        sizes: Capacities,
+        features: Features,
+        log: ProgramLog,
+    ) -> Self {
         Self {
             limits,
             sizes,
@@ -58,7 +63,7 @@ impl Growth {
     }
 
     /// A plan has found these tables too small.
-    pub(super) fn short(&mut self, tables: impl IntoIterator<Item = &'static str>) {
+    pub(in crate::run) fn short(&mut self, tables: impl IntoIterator<Item = &'static str>) {
         for table in tables {
             if !self.short.contains(&table) {
                 self.short.push(table);
@@ -67,24 +72,24 @@ impl Growth {
     }
 
     /// What stands in the way.
-    pub(super) fn warnings(&self) -> &[String] {
+    pub(in crate::run) fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
     /// What has come to stand in the way since this was asked last.
-    pub(super) fn news(&mut self) -> Option<String> {
+    pub(in crate::run) fn news(&mut self) -> Option<String> {
         let news = std::mem::take(&mut self.news);
         (!news.is_empty()).then(|| news.join("; "))
     }
 
     /// How it stands.
-    pub(super) fn standing(&self) -> &Standing {
+    pub(in crate::run) fn standing(&self) -> &Standing {
         &self.standing
     }
 
     /// Looks whether a table is so full that it is to grow, and begins with that; once it is ready, programs and tables have
     /// been exchanged and are returned.
-    pub(super) fn go_on(
+    pub(in crate::run) fn go_on(
         &mut self,
         root: &BpfRoot,
         actual: &Actual,

@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_secs(5);
 /// nothing.
 ///
 /// The directory is watched, not the file: a ConfigMap is changed by exchanging a link beside it.
-pub(super) async fn changed(file: ConfigFile) -> Error {
+pub(in crate::run) async fn changed(file: ConfigFile) -> Error {
     let (wake, mut woken) = mpsc::channel(1);
     let watcher = watch(&file.path, wake);
     if let Err(error) = &watcher {

@@ -17,7 +17,7 @@ const OOM_SCORE_ADJ: &str = "proc/self/oom_score_adj";
 
 /// Whether connection tracking is there to be set.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Applied {
+pub(in crate::run) enum Applied {
     /// It is as it should be; the lines say where it could not be.
     Done(Vec<String>),
     /// This kernel tracks no connections, or does not yet: the module comes with its first rule.
@@ -25,7 +25,7 @@ pub(super) enum Applied {
 }
 
 /// Sets what is to be set, and writes only what differs (Z-7).
-pub(super) fn apply(root: &Path, wanted: &Sysctls) -> Result<Applied> {
+pub(in crate::run) fn apply(root: &Path, wanted: &Sysctls) -> Result<Applied> {
     let directory = root.join(NETFILTER);
     if !directory.join("nf_conntrack_max").exists() {
         return Ok(Applied::Absent);
@@ -76,7 +76,7 @@ fn size(root: &Path, max: u64) -> Result<Option<String>> {
 }
 
 /// How readily the kernel ends this process when memory runs out.
-pub(super) fn oom_score_adj(root: &Path, wanted: i32) -> io::Result<()> {
+pub(in crate::run) fn oom_score_adj(root: &Path, wanted: i32) -> io::Result<()> {
     let path = root.join(OOM_SCORE_ADJ);
     if std::fs::read_to_string(&path)?.trim().parse() == Ok(wanted) {
         return Ok(());

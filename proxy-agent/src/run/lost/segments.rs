@@ -15,14 +15,14 @@ const HOPS: u8 = 64;
 
 /// Raw sockets of both families.
 #[derive(Debug)]
-pub(super) struct Segments {
+pub(in crate::run) struct Segments {
     v4: OwnedFd,
     v6: OwnedFd,
 }
 
 impl Segments {
     /// Opens them, which takes `CAP_NET_RAW`.
-    pub(super) fn open() -> io::Result<Self> {
+    pub(in crate::run) fn open() -> io::Result<Self> {
         let open = |family| socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw);
         Ok(Self { v4: open(AddressFamily::Inet)?, v6: open(AddressFamily::Inet6)? })
     }
@@ -30,7 +30,7 @@ impl Segments {
     /// Tells the destination of `tuple` that the connection is over. `acked` is what it has last acknowledged, and so the number
     /// that a RST has to have; if that is not known (0) it is asked instead, with a number that does not fit, and the answer is
     /// reset where it passes (RFC 9293 section 3.10.7.4). `other` is what the source has last acknowledged.
-    pub(super) fn end(&self, tuple: &Tuple, acked: u32, other: u32) -> io::Result<()> {
+    pub(in crate::run) fn end(&self, tuple: &Tuple, acked: u32, other: u32) -> io::Result<()> {
         let (from, to) = (IpAddr::from(tuple.src), IpAddr::from(tuple.dst));
         let (socket, packet) = match (from, to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {

@@ -6,6 +6,8 @@
 //! the silent are told, and sockets that were translated at `connect`. All of it happens on a thread, and in rounds: a packet may
 //! be lost, and a connection have begun just before.
 
+mod segments;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -15,7 +17,7 @@ use anyhow::{Context, Result};
 use proxy_common::abi::{Flow, REPLY, ServiceName, Tuple, backend, flow_flags, untext};
 use proxy_common::addr::{Addr, Port, Proto};
 
-use super::segments::Segments;
+use self::segments::Segments;
 use agent_core::model::{Family, ObjectName, ServicePort, World};
 use agent_core::plan::{Actual, Step};
 use agent_kernel::datapath::flow::streams::{self, Streams};

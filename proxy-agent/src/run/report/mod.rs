@@ -1,5 +1,7 @@
 //! What the loop tells: the log, the record for the command line, health and metrics.
 
+mod latency;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -26,7 +28,7 @@ use agent_kernel::kube_proxy::TakeOver;
 use agent_source::events::{Event, Events};
 use agent_source::requests::Requests;
 
-use super::latency::Latency;
+use self::latency::Latency;
 
 /// How often progress is logged while the first lists come in.
 const PROGRESS: Duration = Duration::from_secs(2);

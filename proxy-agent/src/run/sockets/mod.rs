@@ -4,6 +4,9 @@
 //! change while there is one that no endpoint could be found for. To lead sockets on can take a walk through all
 //! processes, so a thread does that.
 
+pub(super) mod untranslated;
+
+use super::Agent;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -180,6 +183,24 @@ fn fate(actual: &Actual, endpoints: &BTreeMap<u32, Vec<(Addr, Port)>>, entry: &S
         None => Fate::Waits,
         Some(ends) if ends.contains(&(entry.addr, entry.port)) => Fate::Stays,
         Some(_) => Fate::Moves,
+    }
+}
+
+impl Agent {
+    /// Host processes whose UDP socket was connected before this proxy came are led through it.
+    pub(super) fn lead_in(&mut self) {
+        let ours = self.adoption.as_ref().is_some_and(|adoption| adoption.leave() == 0);
+        if let (true, Some(_), Some(planner)) = (ours, &self.cgroup_root, &self.planner) {
+            self.untranslated.look(planner.actual());
+        }
+    }
+
+    /// Host processes whose connected UDP socket leads to an endpoint that has gone are led on; flows that pass an
+    /// interface need no such thing.
+    pub(super) fn follow_sockets(&mut self, retired: bool, changed: bool) {
+        if let Some(planner) = &self.planner {
+            self.sockets.follow(planner.actual(), retired, changed);
+        }
     }
 }
 

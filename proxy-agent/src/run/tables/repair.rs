@@ -7,7 +7,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
-use super::Agent;
+use super::super::Agent;
 use agent_core::datapath::Datapath as _;
 use agent_core::plan::Step;
 use agent_kernel::datapath::store::pin::{BpfRoot, RootLock};
@@ -49,7 +49,7 @@ impl Round {
 }
 
 /// How far looking is, and what has been told.
-pub(super) struct Repairs {
+pub(in crate::run) struct Repairs {
     compare: Round,
     comparison: Comparison,
     claim: Claim,
@@ -60,7 +60,7 @@ pub(super) struct Repairs {
     /// Whether the tables could not be compared, which is told once.
     blind: bool,
     /// `None` before the loop runs.
-    pub(super) events: Option<Events>,
+    pub(in crate::run) events: Option<Events>,
 }
 
 /// The claim on the root, and the directory that it is on.
@@ -94,7 +94,7 @@ impl Claim {
 }
 
 impl Repairs {
-    pub(super) fn open(root: &BpfRoot, lock: RootLock) -> Result<Self, KernelError> {
+    pub(in crate::run) fn open(root: &BpfRoot, lock: RootLock) -> Result<Self, KernelError> {
         Ok(Self {
             compare: Round::default(),
             comparison: Comparison::open(root)?,
@@ -106,7 +106,7 @@ impl Repairs {
         })
     }
 
-    pub(super) fn tell(&self, event: Event) {
+    pub(in crate::run) fn tell(&self, event: Event) {
         if let Some(events) = &self.events {
             events.tell(event);
         }
@@ -115,7 +115,7 @@ impl Repairs {
 
 impl Agent {
     /// A little of everything, with each tick once the programs are attached.
-    pub(super) fn repair(&mut self) {
+    pub(in crate::run) fn repair(&mut self) {
         let retried = self.loaded.retry();
         self.report.retried(retried);
         self.look();
@@ -164,7 +164,7 @@ impl Agent {
     }
 
     /// What the next sweep hangs on, before it.
-    pub(super) fn look_at_settings(&mut self) {
+    pub(in crate::run) fn look_at_settings(&mut self) {
         let Some(planner) = &self.planner else { return };
         let found = self.repairs.comparison.settings(&self.kernel, planner.actual());
         self.undo(found);
@@ -224,7 +224,7 @@ impl Agent {
     }
 
     /// Whether all hooks carry their programs, for everybody who asks; an Event when that changes.
-    pub(super) fn tell_hooks(&mut self) {
+    pub(in crate::run) fn tell_hooks(&mut self) {
         let refusing = self.loaded.refusing();
         self.report.hooks(self.loaded.interfaces(), &refusing);
         if refusing == self.repairs.refusing {

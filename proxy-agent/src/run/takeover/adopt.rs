@@ -33,7 +33,7 @@ const CHANGING: &str = "changing the kernel's connection tracking";
 
 /// How far it is.
 #[derive(Debug)]
-pub(super) struct Adoption {
+pub(in crate::run) struct Adoption {
     /// Bits of the settings: what is left to kube-proxy.
     leave: u32,
     /// All of it is, because the operator wants it so.
@@ -79,7 +79,7 @@ struct Done {
 
 impl Adoption {
     /// What is to be done on this node: `served` says that programs of ours have served it already, with these tables.
-    pub(super) fn plan(served: bool, actual: &Actual) -> Self {
+    pub(in crate::run) fn plan(served: bool, actual: &Actual) -> Self {
         let known = Known::of(actual);
         let leave = match served {
             // Another agent has died over it.
@@ -113,23 +113,23 @@ impl Adoption {
     }
 
     /// The operator wants what is new left to kube-proxy, or taken back from it.
-    pub(super) fn retire(&mut self, retired: bool) {
+    pub(in crate::run) fn retire(&mut self, retired: bool) {
         *self = Self::begin(LEAVE_NEW | LEAVE_MIDDLE, retired);
     }
 
     /// Whether it is left to kube-proxy until the operator says something else.
-    pub(super) fn is_retired(&self) -> bool {
+    pub(in crate::run) fn is_retired(&self) -> bool {
         self.retired
     }
 
     /// What is left to kube-proxy now: bits of the settings.
-    pub(super) fn leave(&self) -> u32 {
+    pub(in crate::run) fn leave(&self) -> u32 {
         self.leave
     }
 
     /// The settings are in the kernel, and the programs attached, to all interfaces that they should be at or not. Adopts what
     /// there is; true when another bit has gone.
-    pub(super) fn go_on(&mut self, flows: &Flows, actual: &Actual, attached: bool) -> Result<bool> {
+    pub(in crate::run) fn go_on(&mut self, flows: &Flows, actual: &Actual, attached: bool) -> Result<bool> {
         // What was decided before has to be in the kernel.
         let written = actual.config.flags & (LEAVE_NEW | LEAVE_MIDDLE) == self.leave;
         let late = self.begun.elapsed() >= PATIENCE;
@@ -249,7 +249,7 @@ impl Adoption {
     }
 
     /// How many connections are netfilter's still, of those that have been adopted.
-    pub(super) fn left(&self) -> usize {
+    pub(in crate::run) fn left(&self) -> usize {
         self.waiting.len() + self.staying.len()
     }
 
@@ -267,7 +267,7 @@ impl Adoption {
     /// steps 1 and 4 are not needed.
     ///
     /// What fails is tried again the next time; until then netfilter goes on with them.
-    pub(super) fn take(&mut self, flows: &Flows) {
+    pub(in crate::run) fn take(&mut self, flows: &Flows) {
         if self.retired || self.leave != 0 || self.waiting.is_empty() && !self.untracked {
             return;
         }
@@ -317,7 +317,7 @@ impl Adoption {
 
     /// The flows are in other tables, under other ids. Those that are netfilter's still are looked for again; whether there are
     /// any.
-    pub(super) fn move_on(&mut self) -> bool {
+    pub(in crate::run) fn move_on(&mut self) -> bool {
         let any = self.left() != 0 && !self.retired;
         if any {
             *self = Self { done: std::mem::take(&mut self.done), ..Self::begin(LEAVE_MIDDLE, false) };
@@ -326,7 +326,7 @@ impl Adoption {
     }
 
     /// Those that had to stay with netfilter and have ended are forgotten.
-    pub(super) fn tidy(&mut self, flows: &Flows) {
+    pub(in crate::run) fn tidy(&mut self, flows: &Flows) {
         self.staying.retain(|id| flows.is_left(*id).unwrap_or(true));
     }
 }

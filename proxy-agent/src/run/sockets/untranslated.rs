@@ -23,7 +23,7 @@ const AGAIN: Duration = Duration::from_secs(60);
 
 /// What is known between two looks.
 #[derive(Debug, Default)]
-pub(super) struct Untranslated {
+pub(in crate::run) struct Untranslated {
     seen: Option<Seen>,
     at_work: Option<JoinHandle<Seen>>,
 }
@@ -39,7 +39,7 @@ struct Seen {
 
 impl Untranslated {
     /// Looks for such sockets; what is found is seen to by a thread, since it takes a walk through all processes.
-    pub(super) fn look(&mut self, actual: &Actual) {
+    pub(in crate::run) fn look(&mut self, actual: &Actual) {
         let mut seen = match self.at_work.take() {
             Some(thread) if !thread.is_finished() => return self.at_work = Some(thread),
             Some(thread) => thread.join().unwrap_or_default(),

@@ -10,7 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 const FEW: u64 = 1024;
 
 /// Raises the soft limit to the hard one; what to say where that leaves few.
-pub(super) fn raise() -> Option<String> {
+pub(in crate::run) fn raise() -> Option<String> {
     let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok(limits) => limits,
         Err(error) => return Some(format!("cannot ask how many file descriptors are allowed: {error}")),

@@ -1,0 +1,48 @@
+//! The machine, before and beside the loop: what it must offer, what is set on it, and the file the settings came from.
+
+pub(super) mod config_file;
+pub(super) mod descriptors;
+pub(super) mod require;
+pub(super) mod sysctl;
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::config::{Config, ConfigFile};
+
+/// Sets what the node is expected to have set, before anything else (Z-7); says whether connection tracking was
+/// there to be set.
+pub(super) fn tune(config: &Config) -> Result<bool> {
+    let root = Path::new("/");
+    if let Err(error) = sysctl::oom_score_adj(root, config.oom_score_adj) {
+        tracing::warn!("oom_score_adj is not set to {}: {error}", config.oom_score_adj);
+    }
+    set_conntrack(config)
+}
+
+pub(super) fn set_conntrack(config: &Config) -> Result<bool> {
+    match sysctl::apply(Path::new("/"), &config.sysctls)? {
+        sysctl::Applied::Done(notes) => {
+            notes.into_iter().for_each(|note| tracing::warn!("{note}"));
+            Ok(true)
+        }
+        sysctl::Applied::Absent => Ok(false),
+    }
+}
+
+/// Before 5.11 maps count against this limit; where it cannot be raised the kernel says so at the first map.
+pub(super) fn lift_memlock() {
+    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+    }
+}
+
+/// Ends when the configuration file says something else; without one, never.
+pub(super) async fn file_changed(file: Option<ConfigFile>) -> anyhow::Error {
+    match file {
+        Some(file) => config_file::changed(file).await,
+        None => std::future::pending().await,
+    }
+}
