@@ -6,6 +6,6 @@
 pub mod cli;
 pub mod config;
 pub mod logging;
-pub mod pace;
 pub mod run;
 pub mod serve;
+pub mod sync_runner;

@@ -1,15 +1,15 @@
-//! When to do the next pass: at most so often, at least so often, again after a failure.
+//! When to do the next sync: at most so often, at least so often, again after a failure.
 //!
 //! No clock of its own: times are milliseconds that the caller passes in.
 
-/// How often passes are made.
+/// How often syncs are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// How long a request waits for others of the same burst.
     pub settle_ms: u64,
-    /// Least time from the end of a pass to the start of the next (Y-18).
+    /// Least time from the end of a sync to the start of the next (Y-18).
     pub min_gap_ms: u64,
-    /// Longest time from the end of a pass to the start of the next, wanted or not (Y-20).
+    /// Longest time from the end of a sync to the start of the next, wanted or not (Y-20).
     pub max_gap_ms: u64,
     /// Time from the first failure to the next try; doubled with each further failure.
     pub retry_first_ms: u64,
@@ -19,22 +19,22 @@ pub struct Limits {
 
 /// Requests in, due times out.
 #[derive(Clone, Debug)]
-pub struct Pace {
+pub struct SyncRunner {
     limits: Limits,
-    /// The first request that no successful pass has answered yet.
+    /// The first request that no successful sync has answered yet.
     queued_ms: Option<u64>,
-    /// The first request since the last pass began.
+    /// The first request since the last sync began.
     requested_ms: Option<u64>,
-    /// The end of the last pass, or when all began.
+    /// The end of the last sync, or when all began.
     ended_ms: u64,
-    /// Whether a pass has ended at all.
+    /// Whether a sync has ended at all.
     ended: bool,
-    /// A pass wanted at a set time.
+    /// A sync wanted at a set time.
     not_later_ms: Option<u64>,
     failures: u32,
 }
 
-impl Pace {
+impl SyncRunner {
     /// Nothing requested, nothing done.
     #[must_use]
     pub const fn new(limits: Limits, now_ms: u64) -> Self {
@@ -55,12 +55,12 @@ impl Pace {
         self.requested_ms.get_or_insert(now_ms);
     }
 
-    /// A pass is wanted at `at_ms` even if nothing changes until then.
+    /// A sync is wanted at `at_ms` even if nothing changes until then.
     pub fn request_at(&mut self, at_ms: u64) {
         self.not_later_ms = Some(self.not_later_ms.map_or(at_ms, |before| before.min(at_ms)));
     }
 
-    /// When the next pass is due; may be in the past.
+    /// When the next sync is due; may be in the past.
     #[must_use]
     pub fn due_ms(&self) -> u64 {
         let Limits { settle_ms, min_gap_ms, max_gap_ms, .. } = self.limits;
@@ -68,11 +68,11 @@ impl Pace {
         let latest = if self.failures == 0 { after(max_gap_ms) } else { after(self.retry_gap_ms()) };
         let wanted = self.requested_ms.map(|since| since.saturating_add(settle_ms));
         let due = [wanted, self.not_later_ms].into_iter().flatten().fold(latest, u64::min);
-        // The first pass of all waits for nothing; a retry keeps the gap like any other pass.
+        // The first sync of all waits for nothing; a retry keeps the gap like any other sync.
         if self.ended { due.max(after(min_gap_ms)) } else { due }
     }
 
-    /// How long to sleep until the next pass.
+    /// How long to sleep until the next sync.
     #[must_use]
     pub fn wait_ms(&self, now_ms: u64) -> u64 {
         self.due_ms().saturating_sub(now_ms)
@@ -84,32 +84,32 @@ impl Pace {
         self.wait_ms(now_ms) == 0
     }
 
-    /// Since when the oldest request waits for a successful pass: what health is measured by (H-4).
+    /// Since when the oldest request waits for a successful sync: what health is measured by (H-4).
     #[must_use]
     pub const fn queued_ms(&self) -> Option<u64> {
         self.queued_ms
     }
 
-    /// Passes that have failed since the last one that did not.
+    /// Syncs that have failed since the last one that did not.
     #[must_use]
     pub const fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// A pass begins: it answers all requests so far. Later ones ask for another.
+    /// A sync begins: it answers all requests so far. Later ones ask for another.
     pub fn begin(&mut self) {
         self.requested_ms = None;
         self.not_later_ms = None;
     }
 
-    /// The pass has succeeded.
+    /// The sync has succeeded.
     pub fn succeeded(&mut self, now_ms: u64) {
         self.end(now_ms);
         self.failures = 0;
         self.queued_ms = self.requested_ms;
     }
 
-    /// The pass has failed: there will be another soon, and sooner if something changes.
+    /// The sync has failed: there will be another soon, and sooner if something changes.
     pub fn failed(&mut self, now_ms: u64) {
         self.end(now_ms);
         self.failures = self.failures.saturating_add(1);
@@ -139,106 +139,106 @@ mod tests {
         retry_max_ms: 1_000,
     };
 
-    fn idle_since(ended_ms: u64) -> Pace {
-        let mut pace = Pace::new(LIMITS, 0);
-        pace.begin();
-        pace.succeeded(ended_ms);
-        pace
+    fn idle_since(ended_ms: u64) -> SyncRunner {
+        let mut runner = SyncRunner::new(LIMITS, 0);
+        runner.begin();
+        runner.succeeded(ended_ms);
+        runner
     }
 
     #[test]
     fn the_first_request_after_an_idle_time_waits_only_for_its_burst() {
         // Y-18.
-        let mut pace = idle_since(1_000);
-        pace.request(5_000);
-        pace.request(5_004);
-        assert_eq!(pace.due_ms(), 5_005);
-        assert!(!pace.is_due(5_004) && pace.is_due(5_005));
-        assert_eq!(pace.wait_ms(5_001), 4);
+        let mut runner = idle_since(1_000);
+        runner.request(5_000);
+        runner.request(5_004);
+        assert_eq!(runner.due_ms(), 5_005);
+        assert!(!runner.is_due(5_004) && runner.is_due(5_005));
+        assert_eq!(runner.wait_ms(5_001), 4);
     }
 
     #[test]
     fn the_first_pass_of_all_keeps_no_gap() {
-        let mut pace = Pace::new(LIMITS, 1_000);
-        pace.request(1_010);
-        assert_eq!(pace.due_ms(), 1_015);
+        let mut runner = SyncRunner::new(LIMITS, 1_000);
+        runner.request(1_010);
+        assert_eq!(runner.due_ms(), 1_015);
     }
 
     #[test]
     fn requests_in_a_row_are_answered_at_most_so_often() {
         // Y-18.
-        let mut pace = idle_since(1_000);
-        pace.request(1_001);
-        assert_eq!(pace.due_ms(), 1_100);
-        pace.begin();
-        pace.succeeded(1_110);
-        pace.request(1_111);
-        assert_eq!(pace.due_ms(), 1_210);
+        let mut runner = idle_since(1_000);
+        runner.request(1_001);
+        assert_eq!(runner.due_ms(), 1_100);
+        runner.begin();
+        runner.succeeded(1_110);
+        runner.request(1_111);
+        assert_eq!(runner.due_ms(), 1_210);
     }
 
     #[test]
     fn a_pass_comes_at_least_so_often() {
         // Y-20.
-        let pace = idle_since(1_000);
-        assert_eq!(pace.due_ms(), 3_601_000);
+        let runner = idle_since(1_000);
+        assert_eq!(runner.due_ms(), 3_601_000);
     }
 
     #[test]
     fn a_request_during_a_pass_asks_for_another() {
-        let mut pace = idle_since(0);
-        pace.request(500);
-        pace.begin();
-        pace.request(510);
-        pace.succeeded(520);
-        assert_eq!((pace.queued_ms(), pace.due_ms()), (Some(510), 620));
-        pace.begin();
-        pace.succeeded(630);
-        assert_eq!((pace.queued_ms(), pace.due_ms()), (None, 3_600_630));
+        let mut runner = idle_since(0);
+        runner.request(500);
+        runner.begin();
+        runner.request(510);
+        runner.succeeded(520);
+        assert_eq!((runner.queued_ms(), runner.due_ms()), (Some(510), 620));
+        runner.begin();
+        runner.succeeded(630);
+        assert_eq!((runner.queued_ms(), runner.due_ms()), (None, 3_600_630));
     }
 
     #[test]
     fn failures_are_retried_ever_later_up_to_a_limit() {
         // Y-19.
-        let mut pace = idle_since(0);
-        pace.request(1_000);
+        let mut runner = idle_since(0);
+        runner.request(1_000);
         let mut gaps = Vec::new();
         for n in 0..5 {
             let now = 10_000 * (n + 1);
-            pace.begin();
-            pace.failed(now);
-            gaps.push(pace.due_ms() - now);
+            runner.begin();
+            runner.failed(now);
+            gaps.push(runner.due_ms() - now);
         }
         assert_eq!(gaps, [200, 400, 800, 1_000, 1_000]);
-        assert_eq!((pace.failures(), pace.queued_ms()), (5, Some(1_000)));
-        pace.begin();
-        pace.succeeded(60_000);
-        assert_eq!((pace.failures(), pace.queued_ms(), pace.due_ms()), (0, None, 3_660_000));
+        assert_eq!((runner.failures(), runner.queued_ms()), (5, Some(1_000)));
+        runner.begin();
+        runner.succeeded(60_000);
+        assert_eq!((runner.failures(), runner.queued_ms(), runner.due_ms()), (0, None, 3_660_000));
     }
 
     #[test]
     fn a_request_after_a_failure_comes_sooner_but_keeps_the_gap() {
         // Y-19.
-        let mut pace = idle_since(0);
+        let mut runner = idle_since(0);
         for now in [10_000, 20_000, 30_000, 40_000] {
-            pace.begin();
-            pace.failed(now);
+            runner.begin();
+            runner.failed(now);
         }
-        pace.request(40_010);
-        assert_eq!(pace.due_ms(), 40_100);
-        pace.begin();
-        pace.failed(40_110);
-        pace.request(40_500);
-        assert_eq!(pace.due_ms(), 40_505);
+        runner.request(40_010);
+        assert_eq!(runner.due_ms(), 40_100);
+        runner.begin();
+        runner.failed(40_110);
+        runner.request(40_500);
+        assert_eq!(runner.due_ms(), 40_505);
     }
 
     #[test]
     fn a_pass_can_be_ordered_for_a_time() {
-        let mut pace = idle_since(0);
-        pace.request_at(9_000);
-        pace.request_at(7_000);
-        assert_eq!((pace.due_ms(), pace.queued_ms()), (7_000, None));
-        pace.begin();
-        pace.succeeded(7_001);
-        assert_eq!(pace.due_ms(), 3_607_001);
+        let mut runner = idle_since(0);
+        runner.request_at(9_000);
+        runner.request_at(7_000);
+        assert_eq!((runner.due_ms(), runner.queued_ms()), (7_000, None));
+        runner.begin();
+        runner.succeeded(7_001);
+        assert_eq!(runner.due_ms(), 3_607_001);
     }
 }

@@ -13,7 +13,7 @@ use agent_kernel::datapath::store::table::size_flag;
 
 /// An agent that has not written its record for this long does not run.
 pub const BEAT_LIMIT_MS: u64 = 15_000;
-/// A pass that is wanted for this long is late (H-4).
+/// A sync that is wanted for this long is late (H-4).
 const QUEUE_LIMIT_MS: u64 = 60_000;
 /// A table fuller than this is about to refuse entries.
 const FULL_PERCENT: u64 = 90;
@@ -56,9 +56,9 @@ pub struct Agent {
     pub beat_age_ms: u64,
     /// Milliseconds since tables last equalled what is wanted; null when they never did.
     pub sync_age_ms: Option<u64>,
-    /// Milliseconds a pass has been wanted without success; null when none is.
+    /// Milliseconds a sync has been wanted without success; null when none is.
     pub queued_age_ms: Option<u64>,
-    /// Passes that changed a table.
+    /// Syncs that changed a table.
     pub generation: u64,
     /// Services known.
     pub services: u32,
@@ -229,7 +229,7 @@ fn fall_backs(state: &AgentState) -> Vec<FallBack> {
 fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
     let Some(agent) = agent else {
         let text = "tables are pinned, but the agent has never written to them";
-        return vec![remark(text, "look at the agent's log: it did not get as far as its first pass")];
+        return vec![remark(text, "look at the agent's log: it did not get as far as its first sync")];
     };
     let mut found = Vec::new();
     if !agent.alive && agent.beat_age_ms < BEAT_LIMIT_MS {

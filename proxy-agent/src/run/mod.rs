@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::{Config, SourceConfig};
-use crate::pace::{Limits, Pace};
+use crate::sync_runner::{Limits, SyncRunner};
 use agent_core::model::{Change, Kind, World};
 use agent_core::plan::{Capacity, Planner};
 use agent_kernel::datapath::attach::exclude::Excluded;
@@ -92,7 +92,7 @@ pub fn run(config: Config) -> Result<()> {
     result
 }
 
-/// When passes are made: bursts are taken together, and nothing waits longer than a few milliseconds unless it is to
+/// When syncs are made: bursts are taken together, and nothing waits longer than a few milliseconds unless it is to
 /// (Y-18, Y-19).
 fn limits(config: &Config) -> Limits {
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -110,7 +110,7 @@ struct Agent {
     /// `None` without socket programs.
     cgroup_root: Option<PathBuf>,
     world: World,
-    /// `None` only between a failed pass and the reading that follows.
+    /// `None` only between a failed sync and the reading that follows.
     planner: Option<Planner>,
     capacity: Capacity,
     growth: tables::growth::Growth,
@@ -123,7 +123,7 @@ struct Agent {
     taken: tables::taken::Follower,
     /// Whether programs of ours have served this node before this agent.
     served: bool,
-    /// `None` before the first pass.
+    /// `None` before the first sync.
     adoption: Option<takeover::adopt::Adoption>,
     /// Source ports of ours that another proxy is told of.
     reserve: takeover::reserve::Reserve,
@@ -136,13 +136,13 @@ struct Agent {
     excluded: Excluded,
     /// Whether all pods have been listed that say that they are to be left to their packets.
     pods_known: bool,
-    pace: Pace,
+    runner: SyncRunner,
     report: Report,
     requests: Requests,
     clock: Instant,
     /// Whether the tables have been brought in line once and the programs are attached.
     ready: bool,
-    /// The next pass reads the kernel and compares everything.
+    /// The next sync reads the kernel and compares everything.
     full: bool,
     full_at_ms: u64,
     /// Whether the kernel's connection tracking has been set; it comes with the first rule that needs it.
@@ -181,7 +181,7 @@ impl Agent {
         let taken = tables::taken::Follower::open(root, &config.flow_timeouts)?;
         Ok(Self {
             world: World::new(config.settings.clone()),
-            pace: Pace::new(limits(&config), 0),
+            runner: SyncRunner::new(limits(&config), 0),
             config,
             cgroup_root,
             planner: None,
@@ -237,7 +237,7 @@ impl Agent {
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
         let mut beats = 0_u64;
         loop {
-            let due = self.world.synced().then(|| Duration::from_millis(self.pace.wait_ms(self.now_ms())));
+            let due = self.world.synced().then(|| Duration::from_millis(self.runner.wait_ms(self.now_ms())));
             tokio::select! {
                 biased;
                 _ = terminate.recv() => return self.leave("SIGTERM"),
@@ -253,10 +253,10 @@ impl Agent {
                     events.tell_last(event).await;
                     return Err(why);
                 }
-                () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.pass()?,
+                () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.sync()?,
                 Some(change) = changes.recv() => {
                     self.hear(change);
-                    // A burst is taken in at once: the pass looks at its end.
+                    // A burst is taken in at once: the sync looks at its end.
                     while let Ok(change) = changes.try_recv() {
                         self.hear(change);
                     }
@@ -300,11 +300,11 @@ impl Agent {
             return;
         }
         if links && self.ready {
-            // A new pod's first packet must find the programs there (D-17): they do not wait for a pass.
+            // A new pod's first packet must find the programs there (D-17): they do not wait for a sync.
             self.attach_interfaces();
         }
         let now = self.now_ms();
-        self.pace.request(now);
+        self.runner.request(now);
         self.report.queued();
     }
 
@@ -348,7 +348,7 @@ impl Agent {
             self.set_conntrack();
             self.count();
             self.report.untracked(self.taken.warning());
-            self.report.write(&self.world, self.pace.queued_ms().is_some());
+            self.report.write(&self.world, self.runner.queued_ms().is_some());
         }
     }
 }

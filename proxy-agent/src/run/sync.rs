@@ -37,7 +37,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Counting takes a walk through all endpoints: now and then, not with each pass.
+    /// Counting takes a walk through all endpoints: now and then, not with each sync.
     pub(super) fn count(&self) {
         if let Some(planner) = &self.planner {
             self.report.count(planner.actual());
@@ -45,20 +45,20 @@ impl Agent {
     }
 
     /// Brings the tables in line with the world.
-    pub(super) fn pass(&mut self) -> Result<()> {
+    pub(super) fn sync(&mut self) -> Result<()> {
         self.fit()?;
         let started = Instant::now();
         let now = self.now_ms();
         if now.saturating_sub(self.full_at_ms) >= MAX_GAP_MS {
             self.full = true;
         }
-        self.pace.begin();
+        self.runner.begin();
         let full = self.full;
         match self.write(now) {
             Ok(Written { plan, retired }) => {
-                self.pace.succeeded(self.now_ms());
+                self.runner.succeeded(self.now_ms());
                 if let Some(at) = plan.retry_at_ms {
-                    self.pace.request_at(at);
+                    self.runner.request_at(at);
                 }
                 if full {
                     self.full_at_ms = now;
@@ -81,7 +81,7 @@ impl Agent {
                 self.adopt();
             }
             Err(error) => {
-                self.pace.failed(self.now_ms());
+                self.runner.failed(self.now_ms());
                 self.full = true;
                 self.report.failed(&self.world, &error, full, started.elapsed());
             }
@@ -91,7 +91,7 @@ impl Agent {
 
     /// Plans and writes. After an error the kernel must be read again.
     fn write(&mut self, now: u64) -> Result<Written> {
-        let pass = if self.full || self.planner.is_none() {
+        let sync = if self.full || self.planner.is_none() {
             let actual = self.kernel.read().context("reading the tables")?;
             if self.adoption.is_none() {
                 let mut adoption = Adoption::plan(self.served, &actual);
@@ -112,22 +112,22 @@ impl Agent {
             let node = self.world.node();
             match self.planner.take() {
                 Some(planner) => planner.dirty(&dirty, Some(&node), now),
-                None => bail!("no planner between two passes"),
+                None => bail!("no planner between two syncs"),
             }
         };
-        let retired = sockets::retires_udp(pass.before(), &pass.plan.steps);
-        let lost = lost::lost(&self.world, pass.before(), &pass.plan.steps);
-        if let Err((done, error)) = self.kernel.apply(&pass.plan.steps) {
-            let failed = pass.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
+        let retired = sockets::retires_udp(sync.before(), &sync.plan.steps);
+        let lost = lost::lost(&self.world, sync.before(), &sync.plan.steps);
+        if let Err((done, error)) = self.kernel.apply(&sync.plan.steps) {
+            let failed = sync.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
             return Err(anyhow!(error).context(format!(
                 "step {} of {} was not done: {failed}",
                 done + 1,
-                pass.plan.steps.len()
+                sync.plan.steps.len()
             )));
         }
-        let plan = pass.plan.clone();
+        let plan = sync.plan.clone();
         self.growth.short(plan.short.iter().copied());
-        self.planner = Some(pass.applied(self.now_ms()));
+        self.planner = Some(sync.applied(self.now_ms()));
         self.full = false;
         self.lost.reset(lost);
         Ok(Written { plan, retired })

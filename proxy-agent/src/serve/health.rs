@@ -76,7 +76,7 @@ struct Answers {
 /// How the proxy fares, shared between the run loop and the servers.
 pub struct Health {
     clock: Box<dyn Clock>,
-    /// How long a wanted pass may take to succeed.
+    /// How long a wanted sync may take to succeed.
     timeout: Duration,
     state: Mutex<State>,
     answers: Answers,
@@ -87,9 +87,9 @@ pub struct Health {
 pub struct Times {
     /// The family.
     pub family: Family,
-    /// Last request for a pass.
+    /// Last request for a sync.
     pub queued: Option<f64>,
-    /// Last successful pass.
+    /// Last successful sync.
     pub synced: Option<f64>,
 }
 
@@ -118,7 +118,7 @@ impl Health {
         self
     }
 
-    /// The loop has begun to serve `family`: it counts as in step until a pass is wanted (H-6).
+    /// The loop has begun to serve `family`: it counts as in step until a sync is wanted (H-6).
     pub fn started(&self, family: Family) {
         let now = self.clock.now();
         let mut state = self.lock();
@@ -127,7 +127,7 @@ impl Health {
         sync.last_queued = Some(now.wall);
     }
 
-    /// A pass of `family` is wanted. Only the first request since the last success starts the clock (H-4).
+    /// A sync of `family` is wanted. Only the first request since the last success starts the clock (H-4).
     pub fn queued(&self, family: Family) {
         let now = self.clock.now();
         let mut state = self.lock();
@@ -136,7 +136,7 @@ impl Health {
         sync.last_queued = Some(now.wall);
     }
 
-    /// A pass of `family` has succeeded (H-5).
+    /// A sync of `family` has succeeded (H-5).
     pub fn synced(&self, family: Family) {
         let now = self.clock.now();
         let mut state = self.lock();

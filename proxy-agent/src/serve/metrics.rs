@@ -25,9 +25,9 @@ use super::exposition;
 use super::health::{Health, family_name};
 use super::http::Counts;
 use super::pages::{Pages, Slis};
-use super::passes::Passes;
 use super::process::Process;
 use super::repairs::Repairs;
+use super::syncs::Syncs;
 use crate::cli::view::MapFill;
 use agent_core::model::{Family, NoLocalByFamily};
 use agent_kernel::datapath::tables::growth::Standing;
@@ -51,7 +51,7 @@ pub struct Snapshot {
     pub interfaces: u64,
     /// Interfaces that refused a program.
     pub interfaces_failed: u64,
-    /// Passes that changed a table.
+    /// Syncs that changed a table.
     pub generation: u64,
     /// Objects left out.
     pub warnings: u64,
@@ -87,7 +87,7 @@ type Labels = [(&'static str, &'static str); 1];
 pub struct Metrics {
     registry: Registry,
     slis: Registry,
-    passes: Passes,
+    syncs: Syncs,
     repairs: Repairs,
     pages: Arc<Pages>,
     /// What was last told, and when that was begun.
@@ -104,22 +104,22 @@ impl Metrics {
     /// Metrics over what `snapshots` and `health` tell.
     #[must_use]
     pub fn new(snapshots: Box<Snapshots>, health: Arc<Health>, requests: &Requests) -> Self {
-        let (passes, repairs, pages) = (Passes::default(), Repairs::default(), Arc::new(Pages::new()));
+        let (syncs, repairs, pages) = (Syncs::default(), Repairs::default(), Arc::new(Pages::new()));
         let mut registry = Registry::default();
-        passes.register(&mut registry);
+        syncs.register(&mut registry);
         repairs.register(&mut registry);
         requests.register(&mut registry);
         registry.register_collector(Box::new(Scrape { snapshots, health: health.clone() }));
         registry.register_collector(Box::new(Process::this()));
         let mut slis = Registry::default();
         slis.register_collector(Box::new(Slis { health, pages: pages.clone() }));
-        Self { registry, slis, passes, repairs, pages, told: Arc::default() }
+        Self { registry, slis, syncs, repairs, pages, told: Arc::default() }
     }
 
     /// Where what passes by is counted.
     #[must_use]
-    pub fn passes(&self) -> &Passes {
-        &self.passes
+    pub fn syncs(&self) -> &Syncs {
+        &self.syncs
     }
 
     /// Where what was restored is counted.
@@ -231,7 +231,7 @@ fn of_kube_proxy(page: &mut Page<'_>, snapshot: &Snapshot, health: &Health) -> f
     )?;
     page.gauges(
         "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
-        "When a pass was last wanted, Unix time",
+        "When a sync was last wanted, Unix time",
         times.iter().filter_map(|t| Some((label(t.family), t.queued?))),
     )?;
     page.gauge(
@@ -323,7 +323,7 @@ fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result {
     page.gauge("proxy_agent_frontends", "Frontends programmed", *frontends)?;
     page.gauge("proxy_agent_interfaces", "Interfaces that carry programs", *interfaces)?;
     page.gauge("proxy_agent_interfaces_failed", "Interfaces that refused a program", *interfaces_failed)?;
-    page.gauge("proxy_agent_generation", "Passes that changed a table", *generation)?;
+    page.gauge("proxy_agent_generation", "Syncs that changed a table", *generation)?;
     page.gauge("proxy_agent_warnings", "Objects left out because they are wrong", *warnings)?;
     page.gauge("proxy_agent_http_connections", "Connections to the agent's own ports", connections.open)?;
     page.counters(
@@ -468,11 +468,11 @@ pub(super) mod tests {
     fn every_figure_is_under_its_documented_name() {
         // H-30…H-42, H-45.
         let metrics = metrics();
-        let passes = metrics.passes();
-        passes.took(Family::V4, true, Duration::from_millis(3));
-        passes.took(Family::V4, false, Duration::from_millis(5));
-        passes.programmed(Family::V6, 59.5);
-        passes.reconciled(Family::V4, 2, Duration::from_millis(1));
+        let syncs = metrics.syncs();
+        syncs.took(Family::V4, true, Duration::from_millis(3));
+        syncs.took(Family::V4, false, Duration::from_millis(5));
+        syncs.programmed(Family::V6, 59.5);
+        syncs.reconciled(Family::V4, 2, Duration::from_millis(1));
         metrics.repairs().count("link", 2);
         let text = metrics.text().unwrap();
         for line in [

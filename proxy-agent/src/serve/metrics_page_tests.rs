@@ -24,10 +24,10 @@ struct Metric {
 #[tokio::test]
 async fn the_page_names_the_metrics_that_there_are() {
     let metrics = metrics();
-    metrics.passes().took(Family::V4, true, Duration::from_millis(3));
-    metrics.passes().took(Family::V4, false, Duration::from_millis(5));
-    metrics.passes().programmed(Family::V4, 1.0);
-    metrics.passes().reconciled(Family::V4, 1, Duration::from_millis(1));
+    metrics.syncs().took(Family::V4, true, Duration::from_millis(3));
+    metrics.syncs().took(Family::V4, false, Duration::from_millis(5));
+    metrics.syncs().programmed(Family::V4, 1.0);
+    metrics.syncs().reconciled(Family::V4, 1, Duration::from_millis(1));
     let all = parse(&ask(router(metrics.clone()), "GET", "/metrics").await);
     let slis = parse(&ask(router(metrics), "GET", "/metrics/slis").await);
     let named = |prefixes: &[&str]| {

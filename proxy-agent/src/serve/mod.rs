@@ -8,10 +8,10 @@ pub mod metrics;
 #[cfg(test)]
 mod metrics_page_tests;
 mod pages;
-pub mod passes;
 pub mod process;
 mod repairs;
 pub mod service_health;
+pub mod syncs;
 
 use std::io;
 use std::net::SocketAddr;

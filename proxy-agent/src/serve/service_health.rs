@@ -1,6 +1,6 @@
 //! `healthCheckNodePort`: tells load balancers whether this node has endpoints of a Service (H-14…H-25).
 //!
-//! The loop says after each pass what is wanted ([`ServiceHealth::want`]); a [`Server`] beside the other
+//! The loop says after each sync what is wanted ([`ServiceHealth::want`]); a [`Server`] beside the other
 //! servers brings the listeners in line. What cannot be opened is tried again, and told as a warning.
 
 use std::collections::BTreeMap;
@@ -27,11 +27,11 @@ use super::{Connections, Health};
 use agent_core::model::{Accepted, Family, HealthCheck, ObjectName, World};
 use agent_source::events::{Event, Events};
 
-/// When what could not be opened is tried again, if no pass comes first (H-16).
+/// When what could not be opened is tried again, if no sync comes first (H-16).
 const RETRY: Duration = Duration::from_secs(5);
 const BACKLOG: u32 = 128;
 
-/// What should be served, as of the last pass.
+/// What should be served, as of the last sync.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
     /// Services and counts.
@@ -82,7 +82,7 @@ impl Default for ServiceHealth {
 }
 
 impl ServiceHealth {
-    /// To be called after each successful pass, even when nothing has changed: what failed is tried again.
+    /// To be called after each successful sync, even when nothing has changed: what failed is tried again.
     pub fn want(&self, wanted: Wanted) {
         self.wanted.send_replace(wanted);
     }

@@ -1,4 +1,4 @@
-//! A pass that fails: tried again, told, and nothing that belongs after a pass happens before one succeeds.
+//! A sync that fails: tried again, reported, and nothing that belongs after a sync happens before one succeeds.
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
@@ -42,7 +42,7 @@ fn health_checks_of_a_service_wait_for_a_pass_that_succeeds() -> Result<()> {
         .load_balancer(&[ip("203.0.113.7")])
         .external_local(Some(30_999));
     dir.publish(&Object::from(&checked.build()))?;
-    status_until(&agent, "a pass that failed", |status| status.to_string().contains("the last pass failed"))?;
+    status_until(&agent, "a sync that failed", |status| status.to_string().contains("the last sync failed"))?;
     eventually(SOON, || {
         let now = http(host, "127.0.0.1:10249", "/metrics")?.1;
         ensure!(figure(&now, PASSES)? >= figure(&before, PASSES)? + 2.0, "it is not tried again:\n{now}");

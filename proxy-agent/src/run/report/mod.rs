@@ -67,7 +67,7 @@ pub(super) struct Report {
     retired: bool,
     /// Warnings that have been logged: each is logged once.
     logged: std::collections::BTreeSet<String>,
-    /// Why the last pass failed.
+    /// Why the last sync failed.
     failure: Option<String>,
     started: Instant,
     told: Instant,
@@ -175,7 +175,7 @@ impl Report {
         Ok(report)
     }
 
-    /// Serves health and metrics from a thread of their own, so that neither waits for a pass.
+    /// Serves health and metrics from a thread of their own, so that neither waits for a sync.
     ///
     /// With `--bind-address-hard-fail` the event says why the agent must end.
     pub(super) fn serve(&self, config: &Config, events: &Events) -> Result<mpsc::Receiver<Event>> {
@@ -446,10 +446,10 @@ impl Report {
     pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
         for family in self.families {
             self.health.synced(*family);
-            self.metrics.passes().took(*family, full, took);
+            self.metrics.syncs().took(*family, full, took);
         }
         for (family, seconds) in self.latency.programmed(Timestamp::now()) {
-            self.metrics.passes().programmed(family, seconds);
+            self.metrics.syncs().programmed(family, seconds);
         }
         self.eligible = world.node_object().map_or(self.eligible, |node| node.eligible);
         self.health.node_eligible(self.eligible);
@@ -465,7 +465,7 @@ impl Report {
         if !plan.steps.is_empty() {
             self.state.generation += 1;
             tracing::info!(
-                "pass {}: {} writes in {:.1} ms{}",
+                "sync {}: {} writes in {:.1} ms{}",
                 self.state.generation,
                 plan.steps.len(),
                 took.as_secs_f64() * 1000.0,
@@ -486,10 +486,10 @@ impl Report {
 
     pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, full: bool, took: Duration) {
         for family in self.families {
-            self.metrics.passes().took(*family, full, took);
+            self.metrics.syncs().took(*family, full, took);
         }
         tracing::error!("{error:#}; reading the tables and trying again");
-        self.failure = Some(format!("the last pass failed: {error:#}"));
+        self.failure = Some(format!("the last sync failed: {error:#}"));
         self.write(world, true);
     }
 

@@ -23,7 +23,7 @@ use agent_core::plan::{Actual, Step};
 use agent_kernel::datapath::flow::sockets::{Connected, LedOn, SocketError, Storage, lead_on};
 use agent_kernel::datapath::store::pin::BpfRoot;
 
-/// What is known between two passes.
+/// What is known between two syncs.
 pub(super) struct Sockets {
     root: BpfRoot,
     /// Opened when it is needed first: that takes the kernel's types.
@@ -100,7 +100,7 @@ impl Sockets {
 
 fn count(metrics: &Metrics, started: Instant, done: [usize; 2]) {
     for (family, done) in [Family::V4, Family::V6].into_iter().zip(done) {
-        metrics.passes().reconciled(family, done, started.elapsed());
+        metrics.syncs().reconciled(family, done, started.elapsed());
     }
 }
 

@@ -65,7 +65,7 @@ impl Agent {
         // What found no room is planned again.
         self.full = true;
         let now = self.now_ms();
-        self.pace.request(now);
+        self.runner.request(now);
         Ok(())
     }
 }

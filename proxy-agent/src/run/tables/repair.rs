@@ -154,7 +154,7 @@ impl Agent {
         }
     }
 
-    /// Between two passes the planner's copy is what must stand in the tables; after a failed one there is none.
+    /// Between two syncs the planner's copy is what must stand in the tables; after a failed one there is none.
     fn compare(&mut self) {
         let Some(planner) = &self.planner else { return };
         let room = (entries(planner.actual()) / TICKS).max(FEWEST);
@@ -236,6 +236,6 @@ impl Agent {
             Some((first, more)) => Event::NotAttached(format!("{first}; and {} more", more.len())),
         });
         self.repairs.refusing = refusing;
-        self.report.write(&self.world, self.pace.queued_ms().is_some());
+        self.report.write(&self.world, self.runner.queued_ms().is_some());
     }
 }

@@ -31,7 +31,7 @@ impl Agent {
                 self.report.keep_rules(true);
                 self.taken_over = false;
                 let now = self.now_ms();
-                self.pace.request(now);
+                self.runner.request(now);
             }
             Ok(_) => {}
             Err(error) => {
@@ -87,7 +87,7 @@ impl Agent {
                 self.world.set_leave(adoption.leave());
                 self.lead_pods();
                 let now = self.now_ms();
-                self.pace.request(now);
+                self.runner.request(now);
             }
             Err(error) => {
                 tracing::warn!("connections of kube-proxy's rules are not taken over yet: {error:#}")
@@ -114,7 +114,7 @@ impl Agent {
                     };
                     tracing::info!("sockets of pods are translated {how}");
                     let now = self.now_ms();
-                    self.pace.request(now);
+                    self.runner.request(now);
                 }
             }
             Err(error) => tracing::warn!(

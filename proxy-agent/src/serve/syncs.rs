@@ -15,7 +15,7 @@ type Histograms = family::Family<Labels, Histogram, fn() -> Histogram>;
 
 /// The histograms, under kube-proxy's names.
 #[derive(Clone, Debug)]
-pub struct Passes {
+pub struct Syncs {
     any: Histograms,
     full: Histograms,
     partial: Histograms,
@@ -24,7 +24,7 @@ pub struct Passes {
     reconciled: family::Family<Labels, Counter>,
 }
 
-impl Default for Passes {
+impl Default for Syncs {
     fn default() -> Self {
         let exponential = || Histograms::new_with_constructor(exponential);
         Self {
@@ -53,15 +53,15 @@ fn label(family: Family) -> Labels {
     [("ip_family", family_name(family))]
 }
 
-impl Passes {
+impl Syncs {
     /// Offers them to whoever scrapes `registry`.
     pub(super) fn register(&self, registry: &mut Registry) {
         let mut add = |name: &str, help: &str, histograms: &Histograms| {
             registry.register(format!("kubeproxy_{name}_seconds"), help, histograms.clone());
         };
-        add("sync_proxy_rules_duration", "How long a pass took", &self.any);
-        add("sync_full_proxy_rules_duration", "How long a pass that compared everything took", &self.full);
-        add("sync_partial_proxy_rules_duration", "How long a pass over what changed took", &self.partial);
+        add("sync_proxy_rules_duration", "How long a sync took", &self.any);
+        add("sync_full_proxy_rules_duration", "How long a sync that compared everything took", &self.full);
+        add("sync_partial_proxy_rules_duration", "How long a sync over what changed took", &self.partial);
         let help = "From a change of endpoints in the cluster to its programming";
         add("network_programming_duration", help, &self.programming);
         let help = "How long it took to close UDP sockets that led to endpoints that have gone";
@@ -70,7 +70,7 @@ impl Passes {
         registry.register("kubeproxy_conntrack_reconciler_deleted_entries", help, self.reconciled.clone());
     }
 
-    /// A pass of `family` has ended, well or not (H-30…H-32).
+    /// A sync of `family` has ended, well or not (H-30…H-32).
     pub fn took(&self, family: Family, full: bool, time: Duration) {
         let kind = if full { &self.full } else { &self.partial };
         for histograms in [&self.any, kind] {
