@@ -16,7 +16,7 @@ use proxy_common::wire::reject::Reply;
 use proxy_common::wire::{Frame, MAX_OFFSET, Words, checksum, crc32c};
 
 use crate::feature::has;
-use crate::tables::Kernel;
+use crate::tables::TcTables;
 
 /// `BPF_F_IPV6` (6.16): newer than the bindings.
 const BPF_F_IPV6: u64 = 1 << 7;
@@ -47,8 +47,7 @@ impl Skb {
         let wanted = if protocol == ETHERTYPE_IPV4 { 14 + 20 + 20 } else { 14 + 40 + 20 };
         let (start, end, len) = (self.data(), self.data_end(), self.len());
         if start + wanted > end && len as usize > end - start {
-            // SAFETY: the context is the one the program was called with; pointers are derived afresh after.
-            unsafe { bpf_skb_pull_data(self.0, if len < PULL { len } else { PULL }) };
+            self.pull_all();
         }
     }
 
@@ -62,11 +61,16 @@ impl Skb {
     /// Pulls as much as headers with options, or an ICMP error with its embedded packet, can need.
     #[inline(always)]
     pub fn pull_more(&self) {
-        let (start, end, len) = (self.data(), self.data_end(), self.len());
-        if start + PULL as usize > end && len as usize > end - start {
-            // SAFETY: as above.
-            unsafe { bpf_skb_pull_data(self.0, if len < PULL { len } else { PULL }) };
+        if self.has_more() {
+            self.pull_all();
         }
+    }
+
+    #[inline(always)]
+    fn pull_all(&self) {
+        let len = self.len();
+        // SAFETY: the context is the one the program was called with; pointers are derived afresh after.
+        unsafe { bpf_skb_pull_data(self.0, if len < PULL { len } else { PULL }) };
     }
 
     #[inline(always)]
@@ -115,7 +119,7 @@ impl Skb {
     /// because netfilter may look at it on the bridge already (br_netfilter).
     #[inline(always)]
     fn is_for_the_bridge(&self) -> bool {
-        let Some(iface) = Kernel::NOWHERE.iface(self.ifindex()) else { return false };
+        let Some(iface) = TcTables::NO_PACKET.iface(self.ifindex()) else { return false };
         let [a, b, c, d, e, f] = iface.bridge.map(u16::from);
         // One look for all of it: verifiers up to 6.1 do not see that a second one implies the first.
         let Some(to) = self.at::<[u16; 3]>(0) else { return false };

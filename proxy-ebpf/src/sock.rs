@@ -142,14 +142,14 @@ pub fn reject(_ctx: &SockAddrContext) -> i32 {
 }
 
 /// The socket of a hook, as far as it remembers something.
-pub struct Of<'a> {
+pub struct HookSocket<'a> {
     ctx: &'a SockAddrContext,
     /// What the process holds: with MPTCP not the context's socket.
     sk: *mut c_void,
     lives: PhantomData<&'a bpf_sock>,
 }
 
-impl<'a> Of<'a> {
+impl<'a> HookSocket<'a> {
     /// The socket of a call; `None` for a further subflow of an MPTCP connection, which goes where its peer says.
     #[inline(always)]
     pub fn calling(ctx: &'a SockAddrContext, call: &Call) -> Option<Self> {
@@ -194,7 +194,7 @@ fn storage(sk: *mut c_void, flags: u32) -> *mut SocketState {
     unsafe { bpf_sk_storage_get(map, sk, core::ptr::null_mut(), flags.into()).cast() }
 }
 
-impl<'a> Memory<'a> for Of<'a> {
+impl<'a> Memory<'a> for HookSocket<'a> {
     #[inline(always)]
     fn new_state(&self) -> Option<&'a mut SocketState> {
         self.storage(BPF_SK_STORAGE_GET_F_CREATE)

@@ -5,16 +5,16 @@ use aya_ebpf::bindings::__sk_buff;
 use proxy_common::abi::{FlowId, Role, Timeouts, capacity};
 use proxy_common::addr::Port;
 use proxy_common::lb::{
-    Choice, Entered, Inserted, Recalled, Subprograms, Tables as _, Verdict, adopt, flow, fragment, ingress,
+    Choice, Entered, Inserted, Recalled, Subprograms, Tables as _, Verdict, adopt, flow, fragment,
     masquerade, open,
 };
 use proxy_common::wire::{Edit, End, Packet, parse, rewrite_error};
 
 use crate::scratch::scratch;
 use crate::skb::Skb;
-use crate::tables::{Kernel, Over, Socket};
+use crate::tables::{MapTables, SocketTables, TcTables};
 
-impl<const PACKET: bool> Subprograms for Over<PACKET> {
+impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
     #[inline(always)]
     fn snat_port(&self, n: u32) -> Port {
         Port(subprog_snat_port(n) as u16)
@@ -26,8 +26,8 @@ impl<const PACKET: bool> Subprograms for Over<PACKET> {
     }
 
     #[inline(always)]
-    fn ingress_slow(&self, _packet: &Packet, known: u32, _edit: &mut Edit) -> Verdict {
-        Verdict::from_number(subprog_ingress_slow(known))
+    fn open(&self, _packet: &Packet, known: u32, _edit: &mut Edit) -> Verdict {
+        Verdict::from_number(subprog_open(known))
     }
 
     #[inline(always)]
@@ -157,123 +157,123 @@ pub extern "C" fn subprog_rewrite_error(ctx: *mut __sk_buff, dst: u32) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_ingress_slow(known: u32) -> u32 {
+pub extern "C" fn subprog_open(known: u32) -> u32 {
     let Some(s) = scratch() else { return Verdict::Drop as u32 };
-    ingress::slow(&Kernel::NOWHERE, &s.packet, known, &mut s.edit, &mut s.choice) as u32
+    open::open(&TcTables::NO_PACKET, &s.packet, known, &mut s.edit, &mut s.choice) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_choose(known: u32, attempt: u32) -> u32 {
     let Some(s) = scratch() else { return Verdict::Drop as u32 };
-    open::choose(&Kernel::NOWHERE, &s.packet, known, attempt, &mut s.choice) as u32
+    open::choose(&TcTables::NO_PACKET, &s.packet, known, attempt, &mut s.choice) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_make(middle_port: u32) -> u64 {
     let Some(s) = scratch() else { return 0 };
-    flow::make(&Kernel::NOWHERE, &s.packet, &s.choice, Port(middle_port as u16)).0
+    flow::make(&TcTables::NO_PACKET, &s.packet, &s.choice, Port(middle_port as u16)).0
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_join(id: u64) -> u32 {
     let Some(s) = scratch() else { return Inserted::Full as u32 };
-    flow::join(&Kernel::NOWHERE, &s.packet, FlowId(id)) as u32
+    flow::join(&TcTables::NO_PACKET, &s.packet, FlowId(id)) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_progress(id: u64, forward: u32) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    flow::progress(&Kernel::NOWHERE, &s.packet, FlowId(id), forward != 0)
+    flow::progress(&TcTables::NO_PACKET, &s.packet, FlowId(id), forward != 0)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_look_after(id: u64) -> u32 {
-    flow::look_after(&Kernel::NOWHERE, FlowId(id))
+    flow::look_after(&TcTables::NO_PACKET, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_enter(id: u64, role: u32) -> u64 {
     let mut holder = FlowId::NONE;
-    let entered = flow::enter(&Kernel::NOWHERE, FlowId(id), Role(role as u8), &mut holder);
+    let entered = flow::enter(&TcTables::NO_PACKET, FlowId(id), Role(role as u8), &mut holder);
     holder.0 & !ENTERED | (entered as u64) << ENTERED_AT
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_dissolve(id: u64) -> u32 {
-    flow::dissolve(&Kernel::NOWHERE, FlowId(id))
+    flow::dissolve(&TcTables::NO_PACKET, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_take_apart(id: u64) -> u32 {
-    flow::take_apart(&Kernel::NOWHERE, FlowId(id))
+    flow::take_apart(&TcTables::NO_PACKET, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_make_own(guest: u32) -> u64 {
     let Some(s) = scratch() else { return 0 };
-    flow::make_own(&Kernel::NOWHERE, &s.packet, guest != 0).0
+    flow::make_own(&TcTables::NO_PACKET, &s.packet, guest != 0).0
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_join_own(id: u64) -> u32 {
-    flow::join_own(&Kernel::NOWHERE, FlowId(id))
+    flow::join_own(&TcTables::NO_PACKET, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_snat_port(n: u32) -> u32 {
-    Kernel::NOWHERE.config().map_or(0, |config| config.snat_port(n).0.into())
+    TcTables::NO_PACKET.config().map_or(0, |config| config.snat_port(n).0.into())
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_is_snat_port(port: u32) -> u32 {
-    Kernel::NOWHERE.config().is_some_and(|config| config.is_snat_port(Port(port as u16))).into()
+    TcTables::NO_PACKET.config().is_some_and(|config| config.is_snat_port(Port(port as u16))).into()
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_find_source(ctx: *mut __sk_buff) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    masquerade::find_source(&Kernel::new(ctx), &mut s.packet)
+    masquerade::find_source(&TcTables::new(ctx), &mut s.packet)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_find_port(ctx: *mut __sk_buff, at: u32) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    masquerade::find_port(&Kernel::new(ctx), &mut s.packet, at)
+    masquerade::find_port(&TcTables::new(ctx), &mut s.packet, at)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_price(ctx: *mut __sk_buff) -> u64 {
     let Some(s) = scratch() else { return u64::MAX };
-    masquerade::price(&Kernel::new(ctx), &s.packet)
+    masquerade::price(&TcTables::new(ctx), &s.packet)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_enter_source(id: u64) -> u32 {
     let Some(s) = scratch() else { return Entered::Full as u32 };
-    masquerade::enter_source(&Kernel::NOWHERE, &s.packet, FlowId(id)) as u32
+    masquerade::enter_source(&TcTables::NO_PACKET, &s.packet, FlowId(id)) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_sweep(index: u32) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    flow::sweep(&Kernel::NOWHERE, index, &s.timeouts)
+    flow::sweep(&TcTables::NO_PACKET, index, &s.timeouts)
 }
 
 /// Makes a flow of the record that lies in the packet from `at` on. Like all of `flows` it has no working storage.
@@ -285,7 +285,7 @@ pub extern "C" fn subprog_adopt(ctx: *mut __sk_buff, at: u32, from: u32) -> u32 
         FROM_OLD_TABLES => adopt::From::OldTables,
         _ => adopt::From::Proxy,
     };
-    adopt::adopt(&Socket::NOWHERE, from, |flow| Skb(ctx).copy_record(at, flow))
+    adopt::adopt(&SocketTables::NO_PACKET, from, |flow| Skb(ctx).copy_record(at, flow))
 }
 
 /// See [`adopt::From::Tables`].
@@ -297,32 +297,32 @@ pub const FROM_OLD_TABLES: u32 = 2;
 #[inline(never)]
 pub extern "C" fn subprog_enter_adopted(id: u64, role: u32) -> u64 {
     let mut holder = FlowId::NONE;
-    let entered = flow::enter(&Socket::NOWHERE, FlowId(id), Role(role as u8), &mut holder);
+    let entered = flow::enter(&SocketTables::NO_PACKET, FlowId(id), Role(role as u8), &mut holder);
     holder.0 & !ENTERED | (entered as u64) << ENTERED_AT
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_take(id: u64) -> u32 {
-    adopt::take(&Socket::NOWHERE, FlowId(id))
+    adopt::take(&SocketTables::NO_PACKET, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_lose(id: u64) -> u32 {
-    flow::lose(&Socket::NOWHERE, FlowId(id))
+    flow::lose(&SocketTables::NO_PACKET, FlowId(id))
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_recall_fragment() -> u32 {
     let Some(s) = scratch() else { return 0 };
-    fragment::recall(&Kernel::NOWHERE, &mut s.packet) as u32
+    fragment::recall(&TcTables::NO_PACKET, &mut s.packet) as u32
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_remember_fragment() -> u32 {
     let Some(s) = scratch() else { return 0 };
-    fragment::remember(&Kernel::NOWHERE, &s.packet)
+    fragment::remember(&TcTables::NO_PACKET, &s.packet)
 }

@@ -3,7 +3,7 @@
 
 use super::flow::{self, Touch};
 use super::fragment::Recalled;
-use super::{Choice, Subprograms, Tables, Verdict, adopt, open};
+use super::{Subprograms, Tables, Verdict, adopt, open};
 use crate::abi::{Hook, Reason, address};
 use crate::addr::Proto;
 use crate::wire::{Edit, Kind, Packet};
@@ -48,7 +48,7 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
     if known == 0 {
         return unallocated(tables, packet);
     }
-    tables.ingress_slow(packet, known, edit)
+    tables.open(packet, known, edit)
 }
 
 /// A packet to an address that is neither a Service's nor the node's: dropped if it lies inside a Service range, since the packet would only
@@ -69,18 +69,6 @@ fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
         0 => unallocated(tables, packet),
         known => open::fragment_of_nothing(tables, known),
     }
-}
-
-/// A packet to an address of a Service or of the node that belongs to no living flow.
-#[inline(always)]
-pub fn slow<T: Subprograms>(
-    tables: &T,
-    packet: &Packet,
-    known: u32,
-    edit: &mut Edit,
-    choice: &mut Choice,
-) -> Verdict {
-    open::open(tables, packet, known, edit, choice)
 }
 
 /// An ICMP error about a flow goes where the flow's answers go (D-2).

@@ -17,7 +17,7 @@ const PORTS: u32 = 8;
 /// If the tuple behind the Service belongs to another flow of the same client port (D-5), other backends
 /// are tried, and then other source ports.
 #[inline(always)]
-pub(super) fn open<T: Subprograms>(
+pub fn open<T: Subprograms>(
     tables: &T,
     packet: &Packet,
     known: u32,

@@ -7,7 +7,7 @@
 use super::flow::{self, Entered};
 use super::fragment::{self, Recalled};
 use super::select::Choice;
-use super::{Inserted, Tables, Verdict, ingress, masquerade, open};
+use super::{Inserted, Tables, Verdict, masquerade, open};
 use crate::abi::{FlowId, Role, Timeouts};
 use crate::addr::Port;
 use crate::wire::{Edit, Packet};
@@ -22,9 +22,9 @@ pub trait Subprograms: Tables + Sized {
     fn is_snat_port(&self, port: Port) -> bool {
         self.config().is_some_and(|config| config.is_snat_port(port))
     }
-    /// [`ingress::slow`].
-    fn ingress_slow(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict {
-        ingress::slow(self, packet, known, edit, &mut Choice { ..Choice::NONE })
+    /// [`open::open`].
+    fn open(&self, packet: &Packet, known: u32, edit: &mut Edit) -> Verdict {
+        open::open(self, packet, known, edit, &mut Choice { ..Choice::NONE })
     }
     /// [`open::choose`].
     fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict {

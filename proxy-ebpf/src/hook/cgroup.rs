@@ -6,8 +6,8 @@ use proxy_common::abi::SocketEntry;
 use proxy_common::abi::socket::EXCLUDED;
 use proxy_common::lb::socket::{Decision, original, translate};
 
-use crate::sock::{ALLOW, FAIL, Of, addr, call, exclude, port, proto, reject, set};
-use crate::tables::Socket;
+use crate::sock::{ALLOW, FAIL, HookSocket, addr, call, exclude, port, proto, reject, set};
+use crate::tables::SocketTables;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -59,11 +59,11 @@ pub fn exclude_socket(ctx: SockContext) -> i32 {
 #[inline(always)]
 fn decide<const V6: bool>(ctx: &SockAddrContext, connect: bool) -> i32 {
     let call = call::<V6>(ctx, connect);
-    let Some(socket) = Of::calling(ctx, &call) else {
+    let Some(socket) = HookSocket::calling(ctx, &call) else {
         return ALLOW;
     };
     let mut entry = SocketEntry::EMPTY;
-    match translate(&Socket::NOWHERE, &socket, socket.state(), &call, &mut entry) {
+    match translate(&SocketTables::NO_PACKET, &socket, socket.state(), &call, &mut entry) {
         Decision::Pass => ALLOW,
         Decision::Reject => reject(ctx),
         Decision::Deny => FAIL,
@@ -76,7 +76,7 @@ fn decide<const V6: bool>(ctx: &SockAddrContext, connect: bool) -> i32 {
 
 #[inline(always)]
 fn show_original<const V6: bool>(ctx: &SockAddrContext) -> i32 {
-    let socket = Of::shown(ctx);
+    let socket = HookSocket::shown(ctx);
     if let Some(state) = socket.state()
         && let Some((vip, vport)) = original(&socket, state, &addr::<V6>(ctx), port(ctx), proto(ctx))
     {

@@ -10,10 +10,10 @@ use proxy_common::abi::Reason;
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
 use proxy_common::wire::{Edit, End, Kind, Packet, parse, reject, rewrite};
 
-use crate::scratch::scratch;
+use crate::scratch::{Scratch, scratch};
 use crate::skb::Skb;
 use crate::subprog::{subprog_parse, subprog_rewrite_error};
-use crate::tables::Kernel;
+use crate::tables::TcTables;
 
 /// Go on with the next program, or the stack: TCX_NEXT, which clsact calls TC_ACT_UNSPEC.
 const NEXT: i32 = -1;
@@ -52,16 +52,11 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     if ETHERNET && !skb.is_for_this_host() {
         return NEXT;
     }
-    skb.pull();
-    let Some(scratch) = scratch() else { return NEXT };
-    let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
-    packet.begin(skb.ifindex());
-    if parse::<_, ETHERNET>(&skb, packet).is_none()
-        && !(skb.has_more() && subprog_parse(skb.0, ETHERNET.into()) != 0)
-    {
+    let Some(Scratch { packet, edit, .. }) = scratch() else { return NEXT };
+    if !read::<ETHERNET>(&skb, packet) {
         return NEXT;
     }
-    match ingress::ingress(&Kernel::new(skb.0), packet, edit) {
+    match ingress::ingress(&TcTables::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
         Verdict::Reject => subprog_reject(skb.0, ETHERNET.into()),
@@ -76,16 +71,11 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     if skb.mark() == LEFT {
         return NEXT;
     }
-    skb.pull();
-    let Some(scratch) = scratch() else { return NEXT };
-    let (packet, edit) = (&mut scratch.packet, &mut scratch.edit);
-    packet.begin(skb.ifindex());
-    if parse::<_, ETHERNET>(&skb, packet).is_none()
-        && !(skb.has_more() && subprog_parse(skb.0, ETHERNET.into()) != 0)
-    {
+    let Some(Scratch { packet, edit, .. }) = scratch() else { return NEXT };
+    if !read::<ETHERNET>(&skb, packet) {
         return NEXT;
     }
-    match egress::egress(&Kernel::new(skb.0), packet, edit) {
+    match egress::egress(&TcTables::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => {
             let done = apply(&mut skb, packet, End::Src, edit);
@@ -95,6 +85,15 @@ fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
         // Nothing is rejected behind the stack, and nothing waits there.
         Verdict::Reject | Verdict::Wait | Verdict::Drop => DROP,
     }
+}
+
+/// Reads the packet's headers; false for what is not ours to read.
+#[inline(always)]
+fn read<const ETHERNET: bool>(skb: &Skb, packet: &mut Packet) -> bool {
+    skb.pull();
+    packet.begin(skb.ifindex());
+    parse::<_, ETHERNET>(skb, packet).is_some()
+        || skb.has_more() && subprog_parse(skb.0, ETHERNET.into()) != 0
 }
 
 /// In place, not a function of its own: a call and reading everything back costs an established flow 15 ns.
@@ -108,7 +107,7 @@ fn apply(skb: &mut Skb, packet: &Packet, end: End, edit: &Edit) -> i32 {
     if done {
         NEXT
     } else {
-        Kernel::NOWHERE.count(Reason::RewriteFailed);
+        TcTables::NO_PACKET.count(Reason::RewriteFailed);
         DROP
     }
 }
@@ -145,7 +144,7 @@ pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
         skb.become_reject_reply::<false>(reply)
     };
     if !replied {
-        Kernel::NOWHERE.count(Reason::AnswerFailed);
+        TcTables::NO_PACKET.count(Reason::AnswerFailed);
         return DROP;
     }
     // SAFETY: takes numbers. The reply leaves by the same interface, straight to who asked.

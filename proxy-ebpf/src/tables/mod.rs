@@ -26,16 +26,16 @@ use crate::scratch::{Scratch, scratch};
 /// The maps of the kernel, and the context of the TC program at work, or none. With `PACKET` the programs have the working
 /// storage [`Scratch`]: the packet that the functions are given is always the one in there, and so are edit and
 /// choice, and subprograms find them; keys are made up there, too.
-pub struct Over<const PACKET: bool>(pub *mut __sk_buff);
+pub struct MapTables<const PACKET: bool>(pub *mut __sk_buff);
 
 /// What TC programs work with.
-pub type Kernel = Over<true>;
+pub type TcTables = MapTables<true>;
 /// What socket programs work with. They may be interrupted by their like, and keep everything on the stack.
-pub type Socket = Over<false>;
+pub type SocketTables = MapTables<false>;
 
-impl<const PACKET: bool> Over<PACKET> {
+impl<const PACKET: bool> MapTables<PACKET> {
     /// Without a packet.
-    pub const NOWHERE: Self = Self(core::ptr::null_mut());
+    pub const NO_PACKET: Self = Self(core::ptr::null_mut());
 
     /// With the packet of a TC program.
     #[inline(always)]
@@ -57,7 +57,7 @@ impl<const PACKET: bool> Over<PACKET> {
     }
 }
 
-impl<const PACKET: bool> Tables for Over<PACKET> {
+impl<const PACKET: bool> Tables for MapTables<PACKET> {
     type Place = *mut Leg;
 
     #[inline(always)]

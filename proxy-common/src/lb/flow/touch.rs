@@ -40,7 +40,7 @@ pub(crate) struct Touched {
     pub(crate) id: FlowId,
     /// Whether the packet goes towards the endpoint.
     pub(crate) forward: bool,
-    /// Whether [`Tables::progress`] is wanted.
+    /// Whether [`care_for`](super::care_for) is wanted.
     pub(crate) care: bool,
 }
 
