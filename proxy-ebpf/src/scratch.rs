@@ -8,9 +8,9 @@ use proxy_common::lb::{Choice, Ring};
 use proxy_common::wire::reject::Reply;
 use proxy_common::wire::{Edit, Packet};
 
-/// Working storage of one CPU. TC programs are not interrupted by their like, so each has it for itself while it runs.
-/// The program `flows` may be interrupted by them and touches only `timeouts`, and the time, which is off by a tick at most
-/// for it.
+/// Working storage of one CPU. TC programs are not interrupted by their like, so each has it for itself while
+/// it runs. The program `flows` may be interrupted by them and touches only `timeouts`, and the time, which
+/// is off by a tick at most for it.
 #[repr(C)]
 pub struct Scratch {
     pub packet: Packet,
@@ -46,7 +46,7 @@ pub static SCRATCH: PerCpuArray<[u64; WORDS], 1> = PerCpuArray::new();
 /// This CPU's working storage.
 #[inline(always)]
 pub fn scratch() -> Option<&'static mut Scratch> {
-    // SAFETY: the value is as large and aligned as a Scratch, all of whose fields are integers and enums that were
-    // written before they are read; see there for why nobody else has it.
+    // SAFETY: the value is as large and aligned as a Scratch, all of whose fields are integers and enums that
+    // were written before they are read; see there for why nobody else has it.
     SCRATCH.get_ptr_mut(0).and_then(|words| unsafe { words.cast::<Scratch>().as_mut() })
 }

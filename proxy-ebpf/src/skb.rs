@@ -37,8 +37,8 @@ pub struct Skb(pub *mut __sk_buff);
 impl Skb {
     /// Makes the headers of most packets directly readable. A failure shows as a short packet later.
     ///
-    /// What this node sends over TCP has its headers, and nothing else, where they can be read: to ask for more would
-    /// copy that part of a packet that others hold as well.
+    /// What this node sends over TCP has its headers, and nothing else, where they can be read: to ask for
+    /// more would copy that part of a packet that others hold as well.
     #[inline(always)]
     pub fn pull(&self) {
         // SAFETY: as below.
@@ -98,8 +98,8 @@ impl Skb {
         unsafe { (&raw const (*self.0).ifindex).read_volatile() }
     }
 
-    /// Whether the stack of this host would take the frame at this interface and forward it: frames to everybody are never
-    /// forwarded, nor do they reach a TCP socket.
+    /// Whether the stack of this host would take the frame at this interface and forward it: frames to
+    /// everybody are never forwarded, nor do they reach a TCP socket.
     #[inline(always)]
     pub fn is_for_this_host(&self) -> bool {
         // SAFETY: as above.
@@ -115,8 +115,8 @@ impl Skb {
             && (tagged == 0 || tag & 0xfff == 0)
     }
 
-    /// Whether the frame is for the bridge that the interface is a port of: then it is the host's, and translated here,
-    /// because netfilter may look at it on the bridge already (br_netfilter).
+    /// Whether the frame is for the bridge that the interface is a port of: then it is the host's, and
+    /// translated here, because netfilter may look at it on the bridge already (br_netfilter).
     #[inline(always)]
     fn is_for_the_bridge(&self) -> bool {
         let Some(iface) = TcTables::NO_PACKET.iface(self.ifindex()) else { return false };
@@ -128,12 +128,13 @@ impl Skb {
         (x | y | z) != 0 && (x ^ (a << 8 | b)) | (y ^ (c << 8 | d)) | (z ^ (e << 8 | f)) == 0
     }
 
-    /// Copies the record of a flow that lies in the packet from `at` on over one of RECORDS, but for what is the record's own;
-    /// false if it is not all there.
+    /// Copies the record of a flow that lies in the packet from `at` on over one of RECORDS, but for what is
+    /// the record's own; false if it is not all there.
     #[inline(always)]
     pub fn copy_record(&self, at: u32, record: &mut Flow) -> bool {
         const LENGTH: u32 = (size_of::<Flow>() - ask::RECORD_AT) as u32;
-        // SAFETY: the bytes behind `RECORD_AT` are the record's, any bytes are a record, and the caller has claimed it.
+        // SAFETY: the bytes behind `RECORD_AT` are the record's, any bytes are a record, and the caller has
+        // claimed it.
         unsafe {
             let to = (&raw mut *record).cast::<u8>().add(ask::RECORD_AT);
             bpf_skb_load_bytes(self.0.cast(), at + ask::RECORD_AT as u32, to.cast(), LENGTH) == 0
@@ -154,7 +155,8 @@ impl Skb {
         unsafe { (&raw mut (*self.0).tc_index).write_volatile(mark.into()) };
     }
 
-    /// Puts the packet at the end of the queue of what this CPU has received, to enter by the same interface again.
+    /// Puts the packet at the end of the queue of what this CPU has received, to enter by the same interface
+    /// again.
     #[inline(always)]
     pub fn wait(&self) -> i32 {
         // SAFETY: takes numbers.
@@ -251,8 +253,8 @@ impl Frame for Skb {
     fn update<T: Words>(&mut self, off: usize, f: impl FnOnce(&mut T)) -> bool {
         match self.at::<T>(off) {
             Some(p) => {
-                // SAFETY: `at` has checked the bounds; nobody else has the packet, and words in it are aligned as its
-                // headers are.
+                // SAFETY: `at` has checked the bounds; nobody else has the packet, and words in it are
+                // aligned as its headers are.
                 f(unsafe { &mut *p });
                 true
             }

@@ -26,9 +26,9 @@ const ECONNREFUSED: i32 = 111;
 const IPPROTO_MPTCP: u32 = 262;
 /// `TCP_SYN_SENT`.
 const CONNECTING: u8 = 2;
-/// Where `skc_state` stands in the kernel's `struct sock_common`, with which every kind of socket begins: behind two
-/// addresses, a hash, two ports and the family. The verifier, and before it the agent's probe, checks that there is
-/// a number there.
+/// Where `skc_state` stands in the kernel's `struct sock_common`, with which every kind of socket begins:
+/// behind two addresses, a hash, two ports and the family. The verifier, and before it the agent's probe,
+/// checks that there is a number there.
 const STATE_AT: usize = 18;
 
 /// Reads a field of the context; volatile, since the verifier wants each read by itself.
@@ -181,8 +181,8 @@ impl<'a> HookSocket<'a> {
 
     #[inline(always)]
     fn storage(&self, flags: u32) -> Option<&'a mut SocketState> {
-        // SAFETY: storage lives as long as its socket. A socket's calls are serialised by its lock; who only shows
-        // a peer may read an entry that is being replaced.
+        // SAFETY: storage lives as long as its socket. A socket's calls are serialised by its lock; who only
+        // shows a peer may read an entry that is being replaced.
         unsafe { storage(self.sk, flags).as_mut() }
     }
 }

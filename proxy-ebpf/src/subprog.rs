@@ -1,5 +1,6 @@
-//! [`Subprograms`] as global functions: the verifier checks each once, whatever its callers know. They take numbers and
-//! the program's context only, since kernels before 5.12 allow no other pointers; what they work on lies in [`Scratch`].
+//! [`Subprograms`] as global functions: the verifier checks each once, whatever its callers know. They take
+//! numbers and the program's context only, since kernels before 5.12 allow no other pointers; what they work
+//! on lies in [`Scratch`].
 
 use aya_ebpf::bindings::__sk_buff;
 use proxy_common::abi::{FlowId, Role, Timeouts, capacity};
@@ -123,14 +124,15 @@ impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
     }
 }
 
-/// Where the answer of [`subprog_enter`] has what came of it: in the highest bits of the holder's index, of which so many
-/// records there never are.
+/// Where the answer of [`subprog_enter`] has what came of it: in the highest bits of the holder's index, of
+/// which so many records there never are.
 pub const ENTERED_AT: u32 = 29;
 /// Those bits.
 pub const ENTERED: u64 = 0x7 << ENTERED_AT;
 const _: () = assert!(capacity::RECORDS < 1 << ENTERED_AT);
 
-/// Parses a packet whose headers are longer than most, and not where they could be read; 0 for what is not ours to read.
+/// Parses a packet whose headers are longer than most, and not where they could be read; 0 for what is not
+/// ours to read.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_parse(ctx: *mut __sk_buff, ethernet: u32) -> u32 {
@@ -276,7 +278,8 @@ pub extern "C" fn subprog_sweep(index: u32) -> u32 {
     flow::sweep(&TcTables::NO_PACKET, index, &s.timeouts)
 }
 
-/// Makes a flow of the record that lies in the packet from `at` on. Like all of `flows` it has no working storage.
+/// Makes a flow of the record that lies in the packet from `at` on. Like all of `flows` it has no working
+/// storage.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_adopt(ctx: *mut __sk_buff, at: u32, from: u32) -> u32 {

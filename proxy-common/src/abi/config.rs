@@ -21,9 +21,11 @@ pub const POD_RANGE_V6: u32 = 1 << 5;
 pub const LOCALHOST_NODE_PORTS: u32 = 1 << 6;
 /// Pods are known by the interface they send through ([`iface::POD`]), not by their address (M-1).
 pub const POD_INTERFACES: u32 = 1 << 7;
-/// What is new is left to another proxy on this node: flows that are there go on, none begins, and nothing is rejected.
+/// What is new is left to another proxy on this node: flows that are there go on, none begins, and nothing is
+/// rejected.
 pub const LEAVE_NEW: u32 = 1 << 8;
-/// The middle of a TCP connection that has no flow is left to the kernel's connection tracking: it may be another proxy's.
+/// The middle of a TCP connection that has no flow is left to the kernel's connection tracking: it may be
+/// another proxy's.
 pub const LEAVE_MIDDLE: u32 = 1 << 9;
 
 /// Ranges of ClusterIPs that the programs look at, both families together.
@@ -97,8 +99,9 @@ table_type! {
         pub pad: u32,
         /// Source ports for masquerading; the ranges do not overlap, those that are not in use are empty.
         pub snat_ports: [PortRange; PORT_RANGES],
-        /// Ranges of ClusterIPs (P-22). One that is not in use is [`Range::NONE`], so that a reader in the middle of
-        /// a change sees no range that is in neither the old nor the new settings but these and single addresses.
+        /// Ranges of ClusterIPs (P-22). One that is not in use is [`Range::NONE`], so that a reader in the
+        /// middle of a change sees no range that is in neither the old nor the new settings but these and
+        /// single addresses.
         pub service_ranges: [Range; SERVICE_RANGES],
     }
 }
@@ -226,8 +229,8 @@ impl Config {
         false
     }
 
-    /// The `n`th masquerade port, wrapping round; zero when there are none (or, for the moment in which the settings
-    /// are changed, when number and ranges do not fit).
+    /// The `n`th masquerade port, wrapping round; zero when there are none (or, for the moment in which the
+    /// settings are changed, when number and ranges do not fit).
     #[inline(always)]
     pub const fn snat_port(&self, n: u32) -> Port {
         let Some(mut offset) = n.checked_rem(self.snat_total) else { return Port(0) };

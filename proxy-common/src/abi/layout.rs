@@ -1,8 +1,8 @@
 //! What a layout says of itself: for each table the names, places and sizes of the fields of its keys and values.
 //!
-//! Every generation of tables is pinned with this description, so that an agent of another layout, also an older one that
-//! does not know it, reads the tables by the names of their fields: what it knows is taken over, what it does not
-//! know is left out, and what is missing has its default.
+//! Every generation of tables is pinned with this description, so that an agent of another layout, also an
+//! older one that does not know it, reads the tables by the names of their fields: what it knows is taken
+//! over, what it does not know is left out, and what is missing has its default.
 
 use alloc::format;
 use alloc::string::String;

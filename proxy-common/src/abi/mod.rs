@@ -72,7 +72,8 @@ pub use source::SourceKey;
 #[cfg(any(doc, feature = "user"))]
 use crate::addr::Addr;
 
-/// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say of themselves.
+/// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say
+/// of themselves.
 pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 7 } else { 6 };
 
 /// Map names as `bpftool map` shows them: at most 15 bytes. The table of [`abi`](self) says what is in each.
@@ -155,8 +156,8 @@ pub mod capacity {
     /// Legs of flows: two a flow, three of a masqueraded one.
     pub const FLOWS: usize = 524_288;
     /// Places for young flows on one CPU, a quarter each for TCP, for other protocols, and for the node's own
-    /// conversations (see `lb::Ring`). At 300,000 new flows a second on one CPU each has more than 100 ms to show that it
-    /// is meant. The agent makes the map as large as there are CPUs.
+    /// conversations (see `lb::Ring`). At 300,000 new flows a second on one CPU each has more than 100 ms to
+    /// show that it is meant. The agent makes the map as large as there are CPUs.
     pub const RING: usize = 131_072;
     /// Datagrams in fragments under way.
     pub const FRAGMENTS: usize = 16_384;

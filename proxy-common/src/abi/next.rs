@@ -1,5 +1,5 @@
-//! A layout that never was: what the one after this might look like, made up so that a test can go from one to the other and
-//! back under load. Nobody but that test builds it (feature `next-layout`).
+//! A layout that never was: what the one after this might look like, made up so that a test can go from one
+//! to the other and back under load. Nobody but that test builds it (feature `next-layout`).
 //!
 //! Fields stand elsewhere, and the fields `next` are new.
 #![expect(missing_docs, reason = "fields mean what those of the real types mean")]

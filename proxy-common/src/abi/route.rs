@@ -4,8 +4,8 @@ use super::table_type;
 use crate::addr::Addr;
 
 table_type! {
-    /// Destinations behind an interface. An LPM key begins with its prefix length in bits, counted from `ifindex` on:
-    /// 32 bits of index, then those of the address (an IPv4 /n is 96 + n).
+    /// Destinations behind an interface. An LPM key begins with its prefix length in bits, counted from
+    /// `ifindex` on: 32 bits of index, then those of the address (an IPv4 /n is 96 + n).
     pub struct RouteKey {
         /// Prefix length in bits.
         pub prefix_len: u32,

@@ -41,8 +41,8 @@ table_type! {
 table_type! {
     /// All a socket remembers. A TCP or connected UDP socket uses the first entry.
     pub struct SocketState {
-        /// Cookie of a socket of the node itself that has connected to a Service over UDP, else 0: by it the agent
-        /// finds the socket when its endpoint goes.
+        /// Cookie of a socket of the node itself that has connected to a Service over UDP, else 0: by it the
+        /// agent finds the socket when its endpoint goes.
         pub cookie: u64,
         /// The entries.
         pub entries: [SocketEntry; SOCKET_ENTRIES],

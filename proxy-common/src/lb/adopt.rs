@@ -1,9 +1,9 @@
-//! Another proxy on this node: what is left to it, and how the connections that it has begun become flows. And tables of our own
-//! that are left for others: their flows are entered in the same way.
+//! Another proxy on this node: what is left to it, and how the connections that it has begun become flows.
+//! And tables of our own that are left for others: their flows are entered in the same way.
 //!
-//! A connection is first noted as a flow that is left to netfilter ([`adopt`]): its packets pass, and nothing changes for them.
-//! Then the agent sees to it that neither the kernel's connection tracking is in the way of the same packets translated by us,
-//! nor anybody misses an entry there, and [`take`] has them translated.
+//! A connection is first noted as a flow that is left to netfilter ([`adopt`]): its packets pass, and nothing
+//! changes for them. Then the agent sees to it that neither the kernel's connection tracking is in the way of
+//! the same packets translated by us, nor anybody misses an entry there, and [`take`] has them translated.
 
 use super::flow::{self, Entered};
 use super::{Subprograms, Tables, select};
@@ -28,25 +28,28 @@ pub fn leaves<T: Tables>(tables: &T, packet: &Packet) -> bool {
 /// Where a flow comes from that is entered whole.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum From {
-    /// Another proxy. A flow of ours that has one of its pairs makes room if it notes that the node speaks (for the other
-    /// proxy), or if it is UDP's and young: a datagram of the same conversation has begun it. TCP's is a newer connection, and
-    /// stays; one that has been adopted before is this one, or over since (connection tracking has each tuple once).
+    /// Another proxy. A flow of ours that has one of its pairs makes room if it notes that the node speaks
+    /// (for the other proxy), or if it is UDP's and young: a datagram of the same conversation has begun it.
+    /// TCP's is a newer connection, and stays; one that has been adopted before is this one, or has ended
+    /// since (connection tracking has each tuple once).
     Proxy,
-    /// Tables that are still in use, while these are not: whoever has one of its pairs here is what they had before.
+    /// Tables that are still in use, while these are not: a flow here with one of its pairs is what they had
+    /// before.
     Tables,
-    /// Tables that nobody looks after any more: what is here is newer.
+    /// Tables that are no longer in use: what is here is newer.
     OldTables,
 }
 
-/// Makes a flow of what others have begun, which `fill` writes to a record: everything but its id and claims. What another proxy
-/// has begun is left to netfilter until [`take`], or has lost its endpoint already. The answer is that of [`ask::ADOPT`].
+/// Makes a flow of what others have begun, which `fill` writes to a record: everything but its id and claims.
+/// What another proxy has begun is left to netfilter until [`take`], or has lost its endpoint already. The
+/// answer is that of [`ask::ADOPT`].
 #[inline(always)]
 pub fn adopt<T: Subprograms>(tables: &T, from: From, fill: impl FnOnce(&mut Flow) -> bool) -> u32 {
     let Some(index) = tables.take_record() else {
         return ask::NO_ROOM;
     };
     if !tables.claim(index) {
-        // Somebody asks after the flow that was here before: it comes round again.
+        // Another CPU still looks at the flow that was here before: the record is used later.
         flow::enter_free(tables, index);
         return ask::NO_ROOM;
     }
@@ -65,8 +68,8 @@ pub fn adopt<T: Subprograms>(tables: &T, from: From, fill: impl FnOnce(&mut Flow
     let (mut holder, mut alone) = (FlowId::NONE, false);
     for role in [Role::OUTER, Role::MIDDLE, Role::INNER, Role::OWN] {
         let has = tables.record(index, |flow| {
-            // Behind a masquerade the answers are for the node until they have been translated, and must not be taken for
-            // questions: netfilter may have chosen the port of a Service.
+            // Behind a masquerade the answers are for the node until they have been translated, and must not
+            // be taken for questions: netfilter may have chosen the port of a Service.
             let left = flow.state == State::LEFT;
             (flow.has(role) && !(left && flow.has_source() && role == Role::MIDDLE), left)
         });

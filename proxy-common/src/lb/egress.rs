@@ -51,8 +51,9 @@ pub fn egress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit) 
     Verdict::Rewrite
 }
 
-/// The uplink that an answer must leave by, if that is not the interface it is about to leave by: where the question
-/// came in, if both are uplinks. A router behind another one may refuse an address that is not of its network.
+/// The uplink that an answer must leave by, if that is not the interface it is about to leave by: where the
+/// question came in, if both are uplinks. A router behind another one may refuse an address that is not of
+/// its network.
 #[inline(always)]
 fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
     let here = tables.iface(ifindex).map_or(0, |iface| iface.uplink);
@@ -65,9 +66,9 @@ fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
     }
 }
 
-/// A packet that belongs to no flow. If the node speaks from a port of a Service, or somebody else's masquerade to an
-/// endpoint from a port that we masquerade with, too, the conversation is noted, so that its answers are not taken for ours.
-/// While all that is new is another proxy's nothing is.
+/// A packet that belongs to no flow. If the node speaks from a port of a Service, or somebody else's
+/// masquerade to an endpoint from a port that we masquerade with, too, the conversation is noted, so that its
+/// answers are not taken for ours. Nothing is while new connections are another proxy's.
 #[inline(always)]
 fn unknown<T: Subprograms>(tables: &T, packet: &Packet, found: &Touched) -> Verdict {
     let matters = !matches!(packet.kind, Kind::IcmpError) && packet.tcp_flags & Packet::RST == 0;

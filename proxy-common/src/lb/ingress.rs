@@ -15,7 +15,7 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         Kind::Whole => {}
         Kind::FirstFragment => drop(tables.remember_fragment(packet)),
         Kind::IcmpError => return error(tables, packet, edit),
-        // Whoever they are for: what is an answer is known only when it leaves, and there nothing can wait.
+        // For any destination: what is an answer is known only when it leaves, and there nothing can wait.
         Kind::LaterFragment => match tables.recall_fragment(packet) {
             Recalled::Known => {}
             Recalled::Waiting => return Verdict::Wait,
@@ -51,8 +51,8 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
     tables.open(packet, known, edit)
 }
 
-/// A packet to an address that is neither a Service's nor the node's: dropped if it lies inside a Service range, since the packet would only
-/// wander (P-22).
+/// A packet to an address that is neither a Service's nor the node's: dropped if it lies inside a Service
+/// range, since the packet would only wander (P-22).
 #[inline(always)]
 fn unallocated<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     if tables.config().is_some_and(|config| config.is_service_range(&packet.tuple.dst)) {
@@ -82,8 +82,8 @@ fn error<T: Tables>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
     }
 }
 
-/// Echo requests and protocols without ports have no business at a ClusterIP: rejected (P-21). Other ICMP messages pass:
-/// errors about errors would never end (RFC 1122 §3.2.2).
+/// Echo requests and protocols without ports have no business at a ClusterIP: rejected (P-21). Other ICMP
+/// messages pass: errors about errors would never end (RFC 1122 §3.2.2).
 #[inline(always)]
 fn other<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     let quiet = match packet.tuple.proto {

@@ -15,7 +15,7 @@ const ENOUGH: u32 = 12;
 const CALLS: u32 = 65_536 / TRIES;
 /// From one port that is looked at to the next. A prime larger than any range, so that every port has its turn.
 const STEP: u32 = 65_537;
-/// How often a port that was found is lost to somebody else before the flow is given up.
+/// How often a port that was found is lost to another flow before the flow is given up.
 const FINDS: usize = 3;
 
 /// Whether the flow's source must be rewritten when it leaves (the truth table M-12, hairpin M-10), except
@@ -45,8 +45,8 @@ pub(super) fn is_needed(
     }
 }
 
-/// Chooses the source of a masqueraded flow at the interface it leaves by, and enters its inner leg. The packet is on
-/// its way from the client to the endpoint.
+/// Chooses the source of a masqueraded flow at the interface it leaves by, and enters its inner leg. The
+/// packet is on its way from the client to the endpoint.
 #[inline(always)]
 pub(super) fn choose_source<T: Subprograms>(
     tables: &T,
@@ -54,7 +54,7 @@ pub(super) fn choose_source<T: Subprograms>(
     id: FlowId,
     edit: &mut Edit,
 ) -> Verdict {
-    // The search spends the client's end of the packet.
+    // The search writes the source that it tries to the packet, where subprograms find it.
     let (client, client_port) = (packet.tuple.src, packet.tuple.sport);
     let mut entered = Entered::Taken;
     for _ in 0..FINDS {
@@ -81,7 +81,7 @@ pub(super) fn choose_source<T: Subprograms>(
         flow.has_source() && flow.is(id)
     });
     if stands != Some(true) {
-        // Somebody has taken the flow apart at once.
+        // The flow has been taken apart meanwhile.
         tables.count(Reason::FlowBusy);
         return Verdict::Drop;
     }
@@ -94,7 +94,7 @@ pub fn enter_source<T: Subprograms>(tables: &T, packet: &Packet, id: FlowId) -> 
     if !tables.claim(id.index()) {
         return Entered::Taken;
     }
-    // Only now is it certain that nobody else chooses, or takes the flow apart.
+    // Under the claim the flow cannot be taken apart, and no other source be chosen.
     let state = tables.record(id.index(), |flow| {
         let missing = flow.is(id) && !flow.has_source();
         if missing {
@@ -128,9 +128,10 @@ fn enter_inner<T: Subprograms>(tables: &T, id: FlowId) -> Entered {
     Entered::Taken
 }
 
-/// How far the searches for a source port of one CPU may go beyond their first call: through all ports once a second. A
-/// search finds nothing in its first call only where nearly all ports have living flows to the endpoint; there a flood of
-/// new flows is not to cost the node more than about a hundredth of the CPU (some 110 ns a port).
+/// How far the searches for a source port of one CPU may go beyond their first call: through all ports once a
+/// second. A search finds nothing in its first call only where nearly all ports have living flows to the
+/// endpoint; there a flood of new flows is not to cost the node more than about a hundredth of the CPU (some
+/// 110 ns a port).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Allowance {
@@ -154,9 +155,9 @@ impl Allowance {
     }
 }
 
-/// Looks for a source towards the destination of `packet`, which becomes its source: an address of the node, and a port
-/// that is to be had (see [`find_port`]), of all there are. 0 if there is none; counted. The search begins anywhere, so
-/// that a packet that is sent again looks elsewhere.
+/// Looks for a source towards the destination of `packet`, which becomes its source: an address of the node,
+/// and a port that is to be had (see [`find_port`]), of all there are. 0 if there is none; counted. The
+/// search begins anywhere, so that a packet that is sent again looks elsewhere.
 #[inline(always)]
 pub fn find_source<T: Subprograms>(tables: &T, packet: &mut Packet) -> u32 {
     let addr = tables.masquerade_address(packet.ifindex, &packet.tuple.dst);
@@ -181,10 +182,10 @@ pub fn find_source<T: Subprograms>(tables: &T, packet: &mut Packet) -> u32 {
     0
 }
 
-/// Looks for a port towards the destination of `packet`, from its source address: one that is free, or of a flow that is
-/// closed, the longest ago, or of the oldest of the young ones; these make room when the leg is entered. What anybody else
-/// on this node uses towards that destination is not to be had. Of all ports, which are numbered, those from the one with
-/// the number `at` on are looked at. 0 if there is none.
+/// Looks for a port towards the destination of `packet`, from its source address: one that is free, or of a
+/// flow that is closed, the longest ago, or of the oldest of the young ones; these make room when the leg is
+/// entered. What others on this node use towards that destination is left out. Of all ports, which are
+/// numbered, those from the one with the number `at` on are looked at. 0 if there is none.
 #[inline(always)]
 pub fn find_port<T: Subprograms>(tables: &T, packet: &mut Packet, mut at: u32) -> u32 {
     let total = tables.config().map_or(0, |config| config.snat_total);
@@ -219,8 +220,9 @@ const fn further(at: u32, step: u32, total: u32) -> u32 {
     if next < total { next } else { next - total }
 }
 
-/// What the source of `packet` costs: nothing if it is free; if it has a flow that is closed, the time of that flow's last
-/// packet; if that flow is young, when it began, which is always more. `u64::MAX` if it is not to be had.
+/// What the source of `packet` costs: nothing if it is free; if it has a flow that is closed, the time of
+/// that flow's last packet; if that flow is young, when it began, which is always more. `u64::MAX` if it is
+/// not to be had.
 #[inline(always)]
 pub fn price<T: Tables>(tables: &T, packet: &Packet) -> u64 {
     const YOUNG: u64 = 1 << 63;

@@ -3,8 +3,8 @@
 //!
 //! The story of a packet: [`ingress`] finds its flow or [`open`]s one and names the new destination;
 //! [`egress`] finds the same flow by its tuple behind the stack and names the new source. [`socket`] is the
-//! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in [`flow`], and
-//! how those of another proxy become ours in [`adopt`].
+//! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in
+//! [`flow`], and how those of another proxy become ours in [`adopt`].
 
 pub mod adopt;
 pub mod egress;
@@ -58,8 +58,8 @@ impl Verdict {
     }
 }
 
-/// How far ahead an agent may set the end of a pause, in nanoseconds: it may die in it, and a busy node may take a second where an
-/// idle one takes milliseconds. Never less than what older agents set.
+/// How far ahead an agent may set the end of a pause, in nanoseconds: it may die in it, and a busy node may
+/// take a second where an idle one takes milliseconds. Never less than what older agents set.
 pub const LONGEST_PAUSE: u64 = 5_000_000_000;
 
 /// Whether nothing may begin yet if a pause ends at `until`. One that is longer than any agent's does

@@ -66,7 +66,8 @@ pub fn open<T: Subprograms>(
     Verdict::Drop
 }
 
-/// A later fragment of no living flow: for the node itself it is the stack's; to a Service it would leave untranslated.
+/// A later fragment of no living flow: for the node itself it is the stack's; to a Service it would leave
+/// untranslated.
 #[inline(always)]
 pub(super) fn fragment_of_nothing<T: Tables>(tables: &T, known: u32) -> Verdict {
     if adopt::leaves_new(tables) || known & address::NODE != 0 {
@@ -76,9 +77,9 @@ pub(super) fn fragment_of_nothing<T: Tables>(tables: &T, known: u32) -> Verdict 
     Verdict::Drop
 }
 
-/// Whether a TCP packet outside all flows is no question: a RST, an answer, or, at an address of the node, anything but
-/// the beginning of a connection, which is the node's own affair. Elsewhere the middle of a connection opens a flow: the
-/// address is the Service's alone, and the hash finds the endpoint that it had.
+/// Whether a TCP packet outside all flows is no question: a RST, an answer, or, at an address of the node,
+/// anything but the beginning of a connection, which is the node's own affair. Elsewhere the middle of a
+/// connection opens a flow: the address is the Service's alone, and the hash finds the endpoint that it had.
 #[inline(always)]
 const fn opens_nothing(packet: &Packet, known: u32) -> bool {
     let flags = packet.tcp_flags;
@@ -93,8 +94,8 @@ const fn opens_nothing(packet: &Packet, known: u32) -> bool {
 #[inline(always)]
 fn begin<T: Subprograms>(tables: &T, packet: &Packet, choice: &Choice, middle_port: Port) -> Inserted {
     let behind = if middle_port.0 == 0 { packet.tuple.sport } else { middle_port };
-    // A pod that reaches itself from the port it serves: its packets and its answers would be one tuple behind the
-    // Service (M-10, D-5).
+    // A pod that reaches itself from the port it serves: its packets and its answers would be one tuple
+    // behind the Service (M-10, D-5).
     if choice.port == behind && choice.addr.same(&packet.tuple.src) {
         return Inserted::Exists;
     }

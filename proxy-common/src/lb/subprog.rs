@@ -1,8 +1,8 @@
 //! Calls that stand for themselves: each is one function of this crate.
 //!
-//! The kernel programs override each by a call of a separate function, a *subprogram*, which the verifier checks once
-//! whatever its callers know: its work adds up instead of multiplying, and stack frames stay small. Everywhere else the
-//! function is called as it is.
+//! The kernel programs override each by a call of a separate function, a *subprogram*, which the verifier
+//! checks once whatever its callers know: its work adds up instead of multiplying, and stack frames stay
+//! small. Everywhere else the function is called as it is.
 
 use super::flow::{self, Entered};
 use super::fragment::{self, Recalled};

@@ -7,7 +7,7 @@ use crate::abi::{
 use crate::addr::{Addr, Port, Proto};
 use crate::wire::Packet;
 
-/// All that a decision may ask and remember. Implemented over BPF maps and over hash maps.
+/// All that a decision may read and write. Implemented over BPF maps and over hash maps.
 pub trait Tables {
     /// Where a leg stands.
     type Place: Copy;
@@ -15,8 +15,8 @@ pub trait Tables {
     fn config(&self) -> Option<&Config>;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC_COARSE`.
     fn now(&self) -> u64;
-    /// Until when nothing new begins, on the same clock: the agent is about to exchange programs and tables. It ends by
-    /// itself, whatever becomes of the agent.
+    /// Until when nothing new begins, on the same clock: the agent is about to exchange programs and tables.
+    /// It ends by itself, whatever becomes of the agent.
     fn paused_until(&self) -> u64;
     /// A random word.
     fn random(&self) -> u32;
@@ -36,36 +36,38 @@ pub trait Tables {
     fn set_affinity(&self, key: &AffinityKey, value: &Affinity);
     /// The interface with an index.
     fn iface(&self, ifindex: u32) -> Option<Iface>;
-    /// Source of masqueraded flows that leave by an interface towards `dst`, of the family of `dst` (M-13); it may be
-    /// unspecified, which is as good as none.
+    /// Source of masqueraded flows that leave by an interface towards `dst`, of the family of `dst` (M-13);
+    /// it may be unspecified, which is as good as none.
     fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr>;
     /// Whether a frontend that is no ClusterIP has this port.
     fn is_service_port(&self, port: Port) -> bool;
-    /// Whether a socket of this node holds the tuple that the node would send; one that listens at its source counts.
+    /// Whether a socket of this node holds the tuple that the node would send; one that listens at its source
+    /// counts.
     fn is_socket(&self, tuple: &Tuple) -> bool;
-    /// Whether the source of the packet in hand, which is that of `tuple`, is none of a socket of this node that sends it:
-    /// it has come in by an interface, or its source has been rewritten.
+    /// Whether the packet in hand, whose source is that of `tuple`, is not a socket's of this node: it has
+    /// come in by an interface, or its source has been rewritten.
     fn is_of_others(&self, tuple: &Tuple) -> bool;
     /// Whether an address is that of an endpoint; true for a few others, too.
     fn is_endpoint(&self, addr: &Addr) -> bool;
-    /// Whether the kernel's connection tracking had this tuple when the agent last looked, of a connection to an endpoint.
+    /// Whether the kernel's connection tracking had this tuple when the agent last looked, of a connection to
+    /// an endpoint.
     fn is_taken(&self, tuple: &Tuple) -> bool;
     /// [`Allowance::take`](super::masquerade::Allowance::take) of this CPU's.
     fn may_search_on(&self) -> bool;
     /// The leg of a pair.
     fn leg(&self, pair: &Pair) -> Option<Leg>;
-    /// At which place of the pair of a packet's ends its source is, and the leg of that pair.
+    /// The place of a packet's source in the pair of its ends, and the leg of that pair.
     fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Self::Place)>);
     /// Writes the notes of a leg of IPv4, if it is still this flow's.
     fn note(&self, place: Self::Place, id: FlowId, notes: Notes);
-    /// Whether there is something at a pair that is no whole leg.
+    /// Whether the entry of a pair is no whole leg.
     fn is_broken(&self, pair: &Pair) -> bool;
     /// Inserts a leg of a flow where there is none.
     fn insert_leg(&self, flow: &Flow, role: Role) -> Inserted;
     /// Deletes a leg if it is there.
     fn delete_leg(&self, pair: &Pair);
-    /// Lets `f` read and change a record in place, whatever flow is in it; `None` past the end. It may ask for legs
-    /// meanwhile, and for nothing else.
+    /// Lets `f` read and change a record in place, whatever flow is in it; `None` past the end. It may ask
+    /// for legs meanwhile, and for nothing else.
     fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R>;
     /// Tries to become the only one who may end the flow in a record, or change its legs.
     fn claim(&self, index: u32) -> bool;

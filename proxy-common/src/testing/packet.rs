@@ -68,8 +68,8 @@ fn ip_header(src: &Addr, dst: &Addr, proto: Proto, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// An Ethernet frame with a TCP, UDP or SCTP packet of the given tuple, checksums from scratch; with `partial` the
-/// transport checksum is left to the hardware.
+/// An Ethernet frame with a TCP, UDP or SCTP packet of the given tuple, checksums from scratch; with
+/// `partial` the transport checksum is left to the hardware.
 pub fn frame(key: &Tuple, tcp_flags: u8, payload: &[u8], partial: bool) -> ByteFrame {
     segment(key, tcp_flags, [1000, 2000], payload, partial)
 }

@@ -91,9 +91,9 @@ impl MemoryTables {
         self.records.borrow().iter().filter(|flow| flow.lives(flow.id)).copied().collect()
     }
 
-    /// What is wrong with the flow tables between two packets: every living flow has all its legs (one that is left to
-    /// netfilter at least the outer one) and every leg a living flow, nothing is claimed, and each record is free once or in
-    /// use.
+    /// What is wrong with the flow tables between two packets: every living flow has all its legs (one that
+    /// is left to netfilter at least the outer one) and every leg a living flow, nothing is claimed, and each
+    /// record is free once or in use.
     pub fn broken_flows(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         let records = self.records.borrow();

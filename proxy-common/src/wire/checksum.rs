@@ -6,8 +6,8 @@
 
 use crate::addr::{Addr, Port};
 
-/// A flag of an update: UDP over IPv4, where zero means "no checksum" and stays; a checksum that becomes zero is sent as
-/// 0xffff (RFC 768).
+/// A flag of an update: UDP over IPv4, where zero means "no checksum" and stays; a checksum that becomes zero
+/// is sent as 0xffff (RFC 768).
 pub const UDP: u32 = 1;
 /// A flag of an update: IPv6, where no IP header checksum balances the change of an address.
 pub const IPV6: u32 = 2;

@@ -135,8 +135,8 @@ impl Packet {
 }
 
 impl Packet {
-    /// Begins anew, at an interface. What [`parse`] writes in any case, or nobody reads before it is written, stays as it
-    /// is: the kernel's programs do this for each packet.
+    /// Begins anew, at an interface. What [`parse`] writes in any case, or nobody reads before it is written,
+    /// stays as it is: the kernel's programs do this for each packet.
     #[inline(always)]
     pub const fn begin(&mut self, ifindex: u32) {
         self.tuple.sport = Port(0);
@@ -276,8 +276,8 @@ fn extensions<F: Frame>(frame: &F, proto: u8, off: usize) -> Option<Next> {
     None
 }
 
-/// Ports, TCP flags and numbers of a packet that has them; anything else becomes [`Kind::Other`]. `end` is where the IP
-/// packet ends.
+/// Ports, TCP flags and numbers of a packet that has them; anything else becomes [`Kind::Other`]. `end` is
+/// where the IP packet ends.
 #[inline(always)]
 fn transport<F: Frame>(frame: &F, l4: usize, end: usize, packet: &mut Packet) -> Option<()> {
     match packet.tuple.proto {

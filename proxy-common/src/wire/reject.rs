@@ -1,11 +1,12 @@
-//! The reject reply: what a packet that is not served is answered with, built from the packet. An RST for TCP (RFC 9293
-//! §3.5.2), "port unreachable" for everything else (RFC 792, RFC 4443 §3.1), which a connected client reads as "connection refused" (P-19).
+//! The reject reply: what a packet that is not served is answered with, built from the packet. An RST for TCP
+//! (RFC 9293 §3.5.2), "port unreachable" for everything else (RFC 792, RFC 4443 §3.1), which a connected
+//! client reads as "connection refused" (P-19).
 
 use super::{Frame, Packet, checksum};
 use crate::addr::Proto;
 
-/// Words of the longest reply behind the link-layer header: IPv6, ICMPv6, and the rejected packet's IPv6 header with
-/// eight bytes more.
+/// Words of the longest reply behind the link-layer header: IPv6, ICMPv6, and the rejected packet's IPv6
+/// header with eight bytes more.
 const MAX_WORDS: usize = 24;
 
 /// A reply, ready to be stored behind the link-layer header.

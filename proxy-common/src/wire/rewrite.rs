@@ -32,7 +32,8 @@ impl Edit {
     pub const NONE: Self = Self { addr: Addr::ANY_V6, port: Port(0), other_port: Port(0), out: 0 };
 }
 
-/// Applies `edit` to a packet that is no ICMP error. False when a write fails: the packet may be half written and must be dropped.
+/// Applies `edit` to a packet that is no ICMP error. False when a write fails: the packet may be half written
+/// and must be dropped.
 #[inline(always)]
 #[must_use]
 pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &Edit) -> bool {
@@ -158,8 +159,8 @@ fn load_addr<F: Frame>(frame: &F, l3: usize, end: End, v4: bool) -> Option<Addr>
     }
 }
 
-/// Writes one address of an IP header and, in IPv4, the header's checksum, for which the change makes the difference
-/// `diff`.
+/// Writes one address of an IP header and, in IPv4, the header's checksum, for which the change makes the
+/// difference `diff`.
 #[inline(always)]
 fn replace_addr<F: Frame>(frame: &mut F, l3: usize, end: End, v4: bool, diff: u32, new: &Addr) -> bool {
     if v4 {

@@ -19,8 +19,8 @@ use crate::tables::TcTables;
 const NEXT: i32 = -1;
 /// Drop: TCX_DROP, TC_ACT_SHOT.
 const DROP: i32 = 2;
-/// What `tc_index` says of a packet whose source has been rewritten: other interfaces that it leaves through on its way
-/// (a bridge's port, a VLAN's parent) ignore it. Every ingress hook clears it.
+/// What `tc_index` says of a packet whose source has been rewritten: other interfaces that it leaves through
+/// on its way (a bridge's port, a VLAN's parent) ignore it. Every ingress hook clears it.
 const LEFT: u16 = 0xeb9f;
 
 #[classifier]
@@ -47,8 +47,8 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb(ctx.as_ptr().cast());
     skb.set_mark(0);
-    // What the stack would not take is not ours either: frames for other machines, which a bridge may forward, and those
-    // of a VLAN, which come again at its own interface.
+    // What the stack would not take is not ours either: frames for other machines, which a bridge may
+    // forward, and those of a VLAN, which come again at its own interface.
     if ETHERNET && !skb.is_for_this_host() {
         return NEXT;
     }
@@ -120,7 +120,8 @@ fn send_back(ifindex: u32) -> i32 {
     if done == TC_ACT_REDIRECT as i32 { done } else { NEXT }
 }
 
-/// Sends a reject reply out of the interface the packet came in by. A global function, since few packets come here.
+/// Sends a reject reply out of the interface the packet came in by. A global function, since few packets come
+/// here.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32) -> i32 {

@@ -23,9 +23,9 @@ use crate::feature::clock;
 use crate::maps;
 use crate::scratch::{Scratch, scratch};
 
-/// The maps of the kernel, and the context of the TC program at work, or none. With `PACKET` the programs have the working
-/// storage [`Scratch`]: the packet that the functions are given is always the one in there, and so are edit and
-/// choice, and subprograms find them; keys are made up there, too.
+/// The maps of the kernel, and the context of the TC program at work, or none. With `PACKET` the programs
+/// have the working storage [`Scratch`]: the packet that the functions are given is always the one in there,
+/// and so are edit and choice, and subprograms find them; keys are made up there, too.
 pub struct MapTables<const PACKET: bool>(pub *mut __sk_buff);
 
 /// What TC programs work with.
@@ -47,8 +47,8 @@ impl<const PACKET: bool> MapTables<PACKET> {
     #[inline(always)]
     fn add_claim(index: u32, change: i64) -> u64 {
         let Some(flow) = maps::RECORDS.get_ptr_mut(index) else { return 0 };
-        // SAFETY: the element stays mapped, and the field is touched nowhere else. An atomic addition without the old
-        // value, which kernels before 5.12 do not give.
+        // SAFETY: the element stays mapped, and the field is touched nowhere else. An atomic addition without
+        // the old value, which kernels before 5.12 do not give.
         unsafe {
             let claims = &raw mut (*flow).claims;
             asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) claims, in(reg) change, options(nostack));
@@ -209,9 +209,10 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
 
     #[inline(always)]
     fn note(&self, place: *mut Leg, id: FlowId, notes: Notes) {
-        // SAFETY: a value of FLOWS, which stays memory of that map. If it becomes another pair's between look and write,
-        // that one's record is not asked for the rest of a window, and a FIN of its may not be believed; if it becomes one
-        // of IPv6, its seal does not fit any more: its flow loses a leg, as if it had been deleted.
+        // SAFETY: a value of FLOWS, which stays memory of that map. If it becomes another pair's between look
+        // and write, that one's record is not asked for the rest of a window, and a FIN of its may not be
+        // believed; if it becomes one of IPv6, its seal does not fit any more: its flow loses a leg, as if it
+        // had been deleted.
         unsafe {
             if (&raw const (*place).id).read_volatile() == id {
                 (&raw mut (*place).upper).write_volatile(notes.word());
@@ -239,16 +240,16 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
 
     #[inline(always)]
     fn delete_leg(&self, pair: &Pair) {
-        // An absent key is what was wanted; one that stays behind counts no more after its window, and its place is taken
-        // when needed.
+        // An absent key is what was wanted; one that stays behind counts no more after its window, and its
+        // place is taken when needed.
         let _ = maps::FLOWS.remove(&pair.key(leg::secret));
     }
 
     #[inline(always)]
     fn record<R>(&self, index: u32, f: impl FnOnce(&mut Flow) -> R) -> Option<R> {
         let flow = maps::RECORDS.get_ptr_mut(index)?;
-        // SAFETY: the element stays mapped while the program runs. Who writes which field is said there; `claims` is
-        // never touched this way.
+        // SAFETY: the element stays mapped while the program runs. Who writes which field is said there;
+        // `claims` is never touched this way.
         Some(f(unsafe { &mut *flow }))
     }
 
@@ -297,7 +298,8 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
         let Some(stands) = maps::RING.get_ptr_mut((cpu * Ring::COUNT + ring.0) * size + at) else {
             return FlowId::NONE;
         };
-        // SAFETY: the element stays mapped; only this CPU writes it, and a flow's id is checked before it is used.
+        // SAFETY: the element stays mapped; only this CPU writes it, and a flow's id is checked before it is
+        // used.
         unsafe { core::mem::replace(&mut *stands, id) }
     }
 

@@ -62,8 +62,8 @@ pub(super) fn is_of_others(ctx: *mut __sk_buff, tuple: &Tuple) -> bool {
     if sock.is_null() {
         return false;
     }
-    // SAFETY: the packet holds its socket while it is looked at. Of the addresses one is meant; all are read, because the
-    // verifier knows no place that is one or the other.
+    // SAFETY: the packet holds its socket while it is looked at. Of the addresses one is meant; all are read,
+    // because the verifier knows no place that is one or the other.
     let (port, other_port, v4, v6) = unsafe {
         let word = |n: usize| (&raw const (*sock).src_ip6[n]).read_volatile();
         (

@@ -5,8 +5,9 @@ use super::{Flow, State, Tuple, flow_flags};
 use crate::addr::{Addr, Port};
 
 impl Flow {
-    /// A connection from `client` to a Service (`asked`) that another proxy has led to `endpoint`, under the address and port
-    /// `source` if it has masqueraded it: left to netfilter for now. `meant` says that both ends have shown that they mean it.
+    /// A connection from `client` to a Service (`asked`) that another proxy has led to `endpoint`, under the
+    /// address and port `source` if it has masqueraded it: left to netfilter for now. `meant` says that both
+    /// ends have shown that they mean it.
     #[must_use]
     pub const fn adopted(
         asked: &Tuple,
@@ -35,8 +36,8 @@ impl Flow {
         flow
     }
 
-    /// The same of a connection that stays with netfilter, because another one has the same ends between client and endpoint, and
-    /// netfilter tells them apart: it is never looked up there.
+    /// The same of a connection that stays with netfilter, because another one has the same ends between
+    /// client and endpoint, and netfilter tells them apart: it is never looked up there.
     #[must_use]
     pub const fn known_by_its_service(mut self) -> Self {
         if !self.has_source() {
@@ -47,8 +48,8 @@ impl Flow {
         self
     }
 
-    /// A connection whose packets are not translated, from one end to the other, and has lost the endpoint that it was given when
-    /// its socket connected; `answered` unless it is still trying to.
+    /// A connection whose packets are not translated, from one end to the other, and has lost the endpoint
+    /// that it was given when its socket connected; `answered` unless it is still trying to.
     #[must_use]
     pub const fn lost(
         tuple: &Tuple,

@@ -4,30 +4,32 @@ use crate::abi::table_type;
 use crate::addr::{Addr, Port, Proto};
 
 table_type! {
-    /// What a [`Pair`](super::Pair) is looked up by: short, because hashing it is most of what a look-up costs. Of IPv4 it is the pair
-    /// itself; of IPv6 the addresses are replaced by two sums over both of them, which nobody can foretell who does not
-    /// know the node's [`Secret`].
+    /// What a [`Pair`](super::Pair) is looked up by: short, because hashing it is most of what a look-up
+    /// costs. Of IPv4 it is the pair itself; of IPv6 the addresses are replaced by two sums over both of
+    /// them, which nobody can foretell who does not know the node's [`Secret`].
     ///
-    /// In words of 64 bits because a key is written right before it is read: a processor passes on what it has just
-    /// written only if it is not read in larger pieces.
+    /// In words of 64 bits because a key is written right before it is read: a processor passes on what it
+    /// has just written only if it is not read in larger pieces.
     pub struct Key {
-        /// The lower end: its port; from the 16th bit its address, or a sum; from the 48th the transport protocol.
+        /// The lower end: its port; from the 16th bit its address, or a sum; from the 48th the transport
+        /// protocol.
         pub low: u64,
         /// The higher end: likewise; from the 48th bit 1 for IPv6.
         pub high: u64,
     }
 }
 
-/// An end as a key has it. Ends of IPv4 are in the order of these words (see [`Tuple::is_rising`](super::Tuple::is_rising)).
+/// An end as a key has it. Ends of IPv4 are in the order of these words (see
+/// [`Tuple::is_rising`](super::Tuple::is_rising)).
 #[inline(always)]
 pub(super) const fn end(word: u32, port: Port) -> u64 {
     (word as u64) << 16 | port.0 as u64
 }
 
 table_type! {
-    /// Random numbers of the node's own, drawn when its tables are made. With such numbers two given pairs have the same
-    /// two sums in one of 2^64 cases, whoever has chosen the pairs: a multilinear sum is strongly universal (Lemire and
-    /// Kaser, "Strongly universal string hashing is fast", 2014, section 3).
+    /// Random numbers of the node's own, drawn when its tables are made. With such numbers two given pairs
+    /// have the same two sums in one of 2^64 cases, whoever has chosen the pairs: a multilinear sum is
+    /// strongly universal (Lemire and Kaser, "Strongly universal string hashing is fast", 2014, section 3).
     pub struct Secret {
         /// For each sum a start and a factor for each word of both addresses.
         pub factors: [[u64; 9]; 2],

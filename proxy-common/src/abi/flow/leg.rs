@@ -7,8 +7,8 @@ pub use crate::abi::next::Leg;
 use crate::abi::table_type;
 use crate::addr::{Addr, Port};
 
-/// What names a flow for ever: the index of its record in the low half, and how often the record has been used in the
-/// high half.
+/// What names a flow for ever: the index of its record in the low half, and how often the record has been
+/// used in the high half.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct FlowId(pub u64);
@@ -34,19 +34,20 @@ impl FlowId {
 
 #[cfg(not(feature = "next-layout"))]
 table_type! {
-    /// Where a pair of ends leads, and what is written over a packet there: everything that a packet of an old flow needs,
-    /// so that it reads little of the record.
+    /// Where a pair of ends leads, and what is written over a packet there: everything that a packet of an
+    /// old flow needs, so that it reads little of the record.
     pub struct Leg {
         /// The flow.
         pub id: FlowId,
-        /// Of IPv6 the first half of the address that is written over the destination (ingress) or the source (egress). Of
-        /// IPv4, whose addresses do without, [`Notes`]: the leg has to fit into few cache lines.
+        /// Of IPv6 the first half of the address that is written over the destination (ingress) or the source
+        /// (egress). Of IPv4, whose addresses do without, [`Notes`]: the leg has to fit into few cache lines.
         pub upper: u64,
         /// The second half.
         pub lower: u64,
-        /// The port that goes with it; from the 16th bit the port that is written over that of the other end (zero leaves
-        /// it alone); from the 32nd which of its pairs this is; from the 40th at which place of the pair the end on the
-        /// client's side (client or node) stands; from the 48th the seal, see [`Leg::is_of`].
+        /// The port that goes with it; from the 16th bit the port that is written over that of the other end
+        /// (zero leaves it alone); from the 32nd which of its pairs this is; from the 40th at which place of
+        /// the pair the end on the client's side (client or node) stands; from the 48th the seal, see
+        /// [`Leg::is_of`].
         pub rest: u64,
     }
 }
@@ -56,7 +57,8 @@ table_type! {
 pub struct Notes {
     /// In which [`window`] the record has said that an old flow goes on here.
     pub asked: u32,
-    /// What the direction that counts at this leg has last acknowledged; only of TCP, and nothing at an inner leg.
+    /// What the direction that counts at this leg has last acknowledged; only of TCP, and nothing at an inner
+    /// leg.
     pub acked: u32,
 }
 
@@ -69,7 +71,8 @@ impl Notes {
     }
 }
 
-/// The clock in steps of 2^26 ns (67 ms): for the rest of one of them a leg speaks for its record (see [`Notes::asked`]).
+/// The clock in steps of 2^26 ns (67 ms): for the rest of one of them a leg speaks for its record (see
+/// [`Notes::asked`]).
 #[inline(always)]
 #[must_use]
 pub const fn window(now: u64) -> u32 {
@@ -134,8 +137,9 @@ impl Leg {
         (self.rest >> 40) as u8 as usize
     }
 
-    /// Whether the leg was read whole and stands at `key`. A hash map may hand the memory of a deleted value to another
-    /// key while a program still reads it, so the value carries a sum over its key and what never changes in it.
+    /// Whether the leg was read whole and stands at `key`. A hash map may hand the memory of a deleted value
+    /// to another key while a program still reads it, so the value carries a sum over its key and what never
+    /// changes in it.
     #[inline(always)]
     #[must_use]
     pub const fn is_of(&self, key: &Key) -> bool {
@@ -156,8 +160,8 @@ impl Leg {
         self.rest = self.rest & UNSEALED | self.seal_at(key) << SEAL_AT;
     }
 
-    /// A sum in which each word counts by its place, folded: its low bits know nothing of the high bits of the words, nor
-    /// the high ones of the low ones.
+    /// A sum in which each word counts by its place, folded: its low bits know nothing of the high bits of
+    /// the words, nor the high ones of the low ones.
     #[inline(always)]
     const fn seal_at(&self, key: &Key) -> u64 {
         let own = self

@@ -8,10 +8,12 @@
 //! | [`Role::MIDDLE`] | client ↔ endpoint | – | from the endpoint: source := Service; from the client, if masqueraded: source := node |
 //! | [`Role::INNER`] | node ↔ endpoint, if masqueraded | from the endpoint: destination := client | – |
 //!
-//! A fourth role stands alone: [`Role::OWN`] marks a conversation of the node's own, in which nothing is translated.
+//! A fourth role stands alone: [`Role::OWN`] marks a conversation of the node's own, in which nothing is
+//! translated.
 //!
-//! The legs only point at the flow's record, which says everything about it. A leg counts while the record carries the
-//! leg's id and is alive, or was in the running [`window`]: a flow is there as a whole or not at all.
+//! The legs only point at the flow's record, which says everything about it. A leg counts while the record
+//! carries the leg's id and is alive, or was in the running [`window`]: a flow is there as a whole or not at
+//! all.
 
 mod adopted;
 pub mod ask;

@@ -21,11 +21,11 @@ impl State {
     pub const LIVE: Self = Self(2);
     /// Ended: its legs count no more and are about to be deleted.
     pub const ENDED: Self = Self(3);
-    /// A connection that another proxy has begun, and that is still translated by netfilter: its packets pass. An answer that
-    /// netfilter has not translated is.
+    /// A connection that another proxy has begun, and that is still translated by netfilter: its packets
+    /// pass. An answer that netfilter has not translated is.
     pub const LEFT: Self = Self(4);
-    /// A TCP connection that has lost its endpoint, about which its ends are notified: who goes on gets a RST, for
-    /// [`TELL`].
+    /// A TCP connection that has lost its endpoint, about which its ends are notified: who goes on gets a
+    /// RST, for [`TELL`].
     pub const LOST: Self = Self(5);
 }
 
@@ -58,8 +58,8 @@ pub const REPLY: usize = 1;
 
 #[cfg(not(feature = "next-layout"))]
 table_type! {
-    /// All there is to know about a flow. Written by the program that opens it under its claim; afterwards each word has
-    /// one writer, which is named.
+    /// All there is to know about a flow. Written by the program that opens it under its claim; afterwards
+    /// each word has one writer, which is named.
     pub struct Flow {
         /// Which flow this is. Written when the record is made and when it is given back.
         pub id: FlowId,
@@ -67,18 +67,18 @@ table_type! {
         pub claims: u64,
         /// When its legs were last looked after. The forward direction.
         pub checked: u64,
-        /// When a packet of each direction that was no RST last passed, or up to a [`window`](super::window) before that; 0 for never. Each
-        /// direction its own.
+        /// When a packet of each direction that was no RST last passed, or up to a [`window`](super::window)
+        /// before that; 0 for never. Each direction its own.
         pub seen: [u64; 2],
         /// Where it is in its life: who claims it.
         pub state: State,
         /// Bits of [`flow_flags`]. [`flow_flags::WINDOW`]: the reply direction.
         pub flags: u8,
-        /// 0 while the flow is young, that is while its ends have not shown that they mean it, and a newer flow may
-        /// displace it; then 1. The forward direction.
+        /// 0 while the flow is young, that is while its ends have not shown that they mean it, and a newer
+        /// flow may displace it; then 1. The forward direction.
         pub old: u8,
-        /// How many of `pairs` there are, the inner one not counted: 2, or 1 if the endpoint is the Service itself, or the
-        /// flow the node's own.
+        /// How many of `pairs` there are, the inner one not counted: 2, or 1 if the endpoint is the Service
+        /// itself, or the flow the node's own.
         pub legs: u8,
         /// At which place of each pair the end on the client's side stands.
         pub near: [u8; 3],
@@ -88,12 +88,13 @@ table_type! {
         pub pad: [u8; 3],
         /// The uplink that the question came in by; 0 if it was none.
         pub uplink: u32,
-        /// What each direction has last acknowledged; where it has a leg of its own, that one knows better. Each direction
-        /// its own.
+        /// What each direction has last acknowledged; where it has a leg of its own, that one knows better.
+        /// Each direction its own.
         pub acked: [u32; 2],
         /// The ends of the outer, middle and inner leg. The inner one: who claims it.
         pub pairs: [Pair; 3],
-        /// The inner pair's seal, once it has been chosen: written after it (see [`Flow::has_source`]). Who claims it.
+        /// The inner pair's seal, once it has been chosen: written after it (see [`Flow::has_source`]). Who
+        /// claims it.
         pub source: u32,
         /// Id of the Service port.
         pub service: u32,
@@ -105,11 +106,13 @@ table_type! {
         pub rst: [u64; 2],
         /// When the flow began.
         pub born: u64,
-        /// The first sequence number of the endpoint's that the client can acknowledge. The reply direction, while young.
+        /// The first sequence number of the endpoint's that the client can acknowledge. The reply direction,
+        /// while young.
         pub first: u32,
         /// The last one. The reply direction, while young.
         pub last: u32,
-        /// Zero: a record begins where a cache line does, and its first one is all that a packet of an old flow needs.
+        /// Zero: a record begins where a cache line does, and its first one is all that a packet of an old
+        /// flow needs.
         pub room: [u64; 3],
     }
 }
@@ -285,8 +288,8 @@ impl Flow {
         let index = role.index();
         let own = self.client().1;
         let behind = if self.is_identity() { own } else { self.middle_port() };
-        // The end that is written: the endpoint for the outer leg, the client for the inner one, else the Service. An
-        // index and no choice of references, which would take the kernel's stack.
+        // The end that is written: the endpoint for the outer leg, the client for the inner one, else the
+        // Service. An index and no choice of references, which would take the kernel's stack.
         let pair = matches!(role, Role::OUTER) as usize & !self.is_identity() as usize;
         let (addr, mut port) = self.end(pair & 1, matches!(role, Role::INNER));
         let [a, b, c, d] = addr.0;
@@ -343,8 +346,8 @@ impl Flow {
         reset != 0 && self.last_seen() < reset.saturating_add(SILENCE)
     }
 
-    /// Whether the connection is closed, whoever asks: both ends have closed it, or it has been reset and there has been
-    /// silence since. Only TCP says so.
+    /// Whether the connection is closed, whoever asks: both ends have closed it, or it has been reset and
+    /// there has been silence since. Only TCP says so.
     #[inline(always)]
     #[must_use]
     pub const fn is_closed(&self, now: u64) -> bool {
@@ -352,8 +355,8 @@ impl Flow {
             || self.is_reset() && now.saturating_sub(self.last_reset()) > SILENCE
     }
 
-    /// Whether its client may use its port for a new connection to the same Service: a RST from either side, or a FIN
-    /// of its own (P-26).
+    /// Whether its client may use its port for a new connection to the same Service: a RST from either side,
+    /// or a FIN of its own (P-26).
     #[inline(always)]
     #[must_use]
     pub const fn may_begin_anew(&self) -> bool {

@@ -37,8 +37,8 @@ impl Tuple {
         Self::new(self.dst, self.dport, self.src, self.sport, self.proto)
     }
 
-    /// Whether the source is the lower of the two ends. The order is any that is the same everywhere: the last words
-    /// come first because IPv4 addresses differ only there.
+    /// Whether the source is the lower of the two ends. The order is any that is the same everywhere: the
+    /// last words come first because IPv4 addresses differ only there.
     #[inline(always)]
     #[must_use]
     pub const fn is_rising(&self) -> bool {
@@ -75,8 +75,8 @@ impl Tuple {
     pub fn key<'s>(&self, v4: bool, secret: impl FnOnce() -> Option<&'s Secret>) -> (Key, usize) {
         if v4 {
             let (src, dst) = (end(self.src.word_v4(), self.sport), end(self.dst.word_v4(), self.dport));
-            // Without a branch, which would be guessed wrong for every other packet: neither word has its highest bit set,
-            // so the difference has it if the source is lower.
+            // Without a branch, which would be guessed wrong for every other packet: neither word has its
+            // highest bit set, so the difference has it if the source is lower.
             let falls = (src.wrapping_sub(dst) >> 63) ^ 1;
             let exchange = (src ^ dst) & 0_u64.wrapping_sub(falls);
             (Key::v4(src ^ exchange, dst ^ exchange, self.proto), falls as usize)

@@ -19,7 +19,7 @@ fn take_record<T: Subprograms>(tables: &T, ring: Ring) -> Option<FlowId> {
             if tables.claim(index) {
                 return tables.record(index, |flow| flow.id);
             }
-            // Somebody asks after the flow that was here before: it comes round again.
+            // Another CPU still looks at the flow that was here before: the record is used later.
             enter_free(tables, index);
             continue;
         }
@@ -30,8 +30,9 @@ fn take_record<T: Subprograms>(tables: &T, ring: Ring) -> Option<FlowId> {
     None
 }
 
-/// Makes the record of a new flow of `packet`, which is for a Service, to the backend of `choice`; it stays claimed.
-/// `middle_port` replaces the client's port behind the Service unless zero. [`FlowId::NONE`] if there is no room.
+/// Makes the record of a new flow of `packet`, which is for a Service, to the backend of `choice`; it stays
+/// claimed. `middle_port` replaces the client's port behind the Service unless zero. [`FlowId::NONE`] if
+/// there is no room.
 #[inline(always)]
 pub fn make<T: Subprograms>(tables: &T, packet: &Packet, choice: &Choice, middle_port: Port) -> FlowId {
     let tuple = &packet.tuple;
@@ -98,8 +99,8 @@ pub fn join<T: Subprograms>(tables: &T, packet: &Packet, id: FlowId) -> Inserted
     }
 }
 
-/// The middle pair is held by another flow. If that is this very one, opened by another CPU at this moment or bereft of
-/// its outer leg, the packet joins it.
+/// The middle pair is held by another flow. If that is this very one, opened by another CPU at this moment or
+/// without its outer leg, the packet joins it.
 #[inline(always)]
 fn join_holder<T: Subprograms>(tables: &T, tuple: &Tuple, holder: FlowId) -> Inserted {
     let same = tables.record(holder.index(), |flow| {
@@ -146,8 +147,8 @@ fn clear(flow: &mut Flow, packet: &Packet, now: u64) {
     flow.last = 0;
 }
 
-/// Makes the record of a conversation of the node's own, whose first packet leaves: its answers are not taken for questions. It
-/// stays claimed; [`FlowId::NONE`] if there is no room.
+/// Makes the record of a conversation of the node's own, whose first packet leaves, so that its answers are
+/// not taken for questions. It stays claimed; [`FlowId::NONE`] if there is no room.
 #[inline(always)]
 pub fn make_own<T: Subprograms>(tables: &T, packet: &Packet, guest: bool) -> FlowId {
     let Some(id) = take_record(tables, Ring::OWN) else {

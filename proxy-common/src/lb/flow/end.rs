@@ -3,8 +3,8 @@
 use crate::abi::{FlowId, Reason, Role, State};
 use crate::lb::{Subprograms, Tables};
 
-/// Takes a flow apart. 0 if somebody else is at work on it; then it stays for now. One that has ended already counts as
-/// taken apart.
+/// Takes a flow apart. 0 if another CPU is changing it; then it stays for now. One that has ended already
+/// counts as taken apart.
 #[inline(always)]
 pub fn take_apart<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
     if !tables.claim(id.index()) {

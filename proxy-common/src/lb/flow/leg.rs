@@ -33,8 +33,8 @@ impl Entered {
     }
 }
 
-/// Enters the leg of a flow that the caller has claimed, whose pair stands in the record; `holder` becomes the flow that
-/// has the pair, if another one has.
+/// Enters the leg of a flow that the caller has claimed, whose pair stands in the record; `holder` becomes
+/// the flow that has the pair, if another one has.
 #[inline(always)]
 pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId) -> Entered {
     *holder = FlowId::NONE;
@@ -46,7 +46,8 @@ pub fn enter<T: Tables>(tables: &T, id: FlowId, role: Role, holder: &mut FlowId)
                 Inserted::Full | Inserted::Raced => Ok(Entered::Full),
                 Inserted::Exists => {
                     let found = tables.leg(pair).map(|found| found.id);
-                    // Deleted again, or written at this moment; if that lasts, it is no whole leg and belongs to no flow.
+                    // Deleted again, or written at this moment; if that lasts, it is no whole leg and belongs
+                    // to no flow.
                     if found.is_none() && attempt != 0 && tables.is_broken(pair) {
                         tables.delete_leg(pair);
                     }
@@ -97,8 +98,8 @@ pub(crate) fn enter_for<T: Subprograms>(tables: &T, id: FlowId, role: Role, hold
     Entered::Taken
 }
 
-/// Checks that all legs of a flow are there. One that was deleted is written again; if another flow has taken its place,
-/// this one ends.
+/// Checks that all legs of a flow are there. One that was deleted is written again; if another flow has taken
+/// its place, this one ends.
 #[inline(always)]
 pub fn look_after<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
     // Under the claim the flow cannot be taken apart, so no leg can be left behind.

@@ -1,8 +1,9 @@
 //! TCP connections whose endpoint has left without terminating, and whose Service wants them reset.
 //!
-//! The agent sees that an endpoint has left, and has its flows marked ([`lose`]). From then on whoever still sends is answered
-//! with a RST, built from the packet, so that its numbers fit. Who is silent is sent one by the agent; if its numbers do not fit
-//! it is answered (RFC 5961 section 3.2), and the answer gets one that does.
+//! The agent sees that an endpoint has left, and has its flows marked ([`lose`]). From then on an end that
+//! still sends gets a RST built from the packet, so that its numbers fit. A silent end gets one from the
+//! agent; if its numbers do not fit, it is answered (RFC 5961 section 3.2), and the answer gets one that
+//! does.
 
 use super::touch::{Look, Way, last_acked};
 use crate::abi::{FORWARD, Flow, FlowId, Hook, REPLY, Role, State, TELL};
@@ -10,13 +11,14 @@ use crate::addr::Proto;
 use crate::lb::{Subprograms, Tables};
 use crate::wire::{Kind, Packet};
 
-/// A socket that nobody answers asks again after at most 64 seconds (`tcp_syn_retries` of the kernel's ip-sysctl.rst); in
-/// nanoseconds.
+/// A socket without an answer asks again after at most 64 seconds (`tcp_syn_retries` of the kernel's
+/// ip-sysctl.rst); in nanoseconds.
 const TRIES: u64 = 70_000_000_000;
 
-/// What becomes of a packet of a flow that has lost its endpoint. A RST may reach the other end, and what leaves the node is
-/// from an end that is notified in another way: the node itself, or an endpoint of its own, whose client answers it. A SYN begins
-/// something new, unless it is the connection's own that nobody has answered.
+/// What becomes of a packet of a flow that has lost its endpoint. A RST may reach the other end, and what
+/// leaves the node is from an end that is notified in another way: the node itself, or an endpoint of its
+/// own, whose client answers it. A SYN begins something new, unless it is the connection's own, and
+/// unanswered.
 #[inline(always)]
 pub(crate) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look {
     let ends = packet.tcp_flags & Packet::RST != 0 || matches!(packet.kind, Kind::IcmpError);
@@ -31,8 +33,8 @@ pub(crate) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look 
     }
 }
 
-/// Marks a flow if it is TCP's and has been answered: another one finds another endpoint by itself. What its ends have last
-/// acknowledged is taken from its legs, once more if it is marked already. 1 if there is one.
+/// Marks a flow if it is TCP's and has been answered: another one finds another endpoint by itself. What its
+/// ends have last acknowledged is taken from its legs, once more if it is marked already. 1 if there is one.
 #[inline(always)]
 pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
     if !tables.claim(id.index()) {

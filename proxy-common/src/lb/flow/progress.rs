@@ -6,20 +6,20 @@ use crate::addr::Proto;
 use crate::lb::{Subprograms, Tables};
 use crate::wire::Packet;
 
-/// How long a flow must have lasted, in nanoseconds, before traffic both ways makes it old where there is no handshake
-/// (as the kernel's connection tracking does for UDP).
+/// How long a flow must have lasted, in nanoseconds, before traffic both ways makes it old where there is no
+/// handshake (as the kernel's connection tracking does for UDP).
 const STREAM: u64 = 2_000_000_000;
 /// How often the legs of a flow are looked after, in nanoseconds.
 const CHECK: i64 = 1_000_000_000;
 
-/// Whether the flow's legs are to be looked after. The clock of another CPU may be a little ahead, so the difference has
-/// a sign; and a subtraction that stops at zero would cost a packet more.
+/// Whether the flow's legs are to be looked after. The clock of another CPU may be a little ahead, so the
+/// difference has a sign; and a subtraction that stops at zero would cost a packet more.
 #[inline(always)]
 pub(crate) const fn is_due(flow: &Flow, now: u64) -> bool {
     now.wrapping_sub(flow.checked) as i64 > CHECK
 }
 
-/// Does what a packet's flow wants done beside.
+/// Notes what a packet shows, and checks the legs of its flow if that is due.
 #[inline(always)]
 pub(crate) fn care_for<T: Subprograms>(tables: &T, packet: &Packet, found: &Touched) {
     if tables.progress(packet, found.id, found.forward) != 0 {
@@ -40,7 +40,7 @@ pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: boo
                 (Proto::TCP, true) => grown_tcp(flow, packet),
                 (Proto::TCP, false) => note_window(flow, packet),
                 (_, true) => grown(flow, now),
-                // An endpoint that repeats itself proves nothing: it may have been asked under a false name.
+                // An endpoint that repeats itself proves nothing: it may have been asked from a spoofed address.
                 (_, false) => {}
             }
         }
@@ -53,8 +53,8 @@ pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: boo
     u32::from(due == Some(true))
 }
 
-/// Which of its own sequence numbers the endpoint has shown (RFC 9293 §3.4): those the client can acknowledge only if it
-/// has received them.
+/// Which of its own sequence numbers the endpoint has shown (RFC 9293 §3.4): those the client can acknowledge
+/// only if it has received them.
 #[inline(always)]
 fn note_window(flow: &mut Flow, packet: &Packet) {
     if packet.tcp_flags & Packet::RST != 0 {
@@ -62,7 +62,8 @@ fn note_window(flow: &mut Flow, packet: &Packet) {
     }
     let end = packet.seq.wrapping_add(packet.seq_len());
     if packet.tcp_flags & Packet::SYN != 0 || flow.flags & flow_flags::WINDOW == 0 {
-        // A SYN takes one number, which is acknowledged by the next. With SYN cookies a resent one has another number.
+        // A SYN takes one number, which is acknowledged by the next. With SYN cookies a resent one has
+        // another number.
         flow.first = packet.seq.wrapping_add(u32::from(packet.tcp_flags & Packet::SYN != 0));
         flow.last = end;
         flow.flags |= flow_flags::WINDOW;

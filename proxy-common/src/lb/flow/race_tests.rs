@@ -24,8 +24,8 @@ const ENDPOINTS: [(&str, u16); 2] = [("10.244.2.7", 8080), ("10.244.2.8", 8080)]
 const HERE: (&str, u16) = ("+10.244.1.5", 8080);
 const SECOND: u64 = 1_000_000_000;
 
-/// What the ends of a TCP connection have said: first numbers of client and endpoint, and whether each is known to the
-/// other.
+/// What the ends of a TCP connection have said: first numbers of client and endpoint, and whether each is
+/// known to the other.
 #[derive(Clone, Copy, Default)]
 struct Talk {
     client: u32,
@@ -315,13 +315,15 @@ impl World {
             let asked = self.asked.borrow();
             let clients = &asked[&heard];
             let meant = self.meant.borrow();
-            // A client's questions to several Services from one port look alike behind them, where one has lost its
-            // legs; and while several are at work, a question may have got a source and be lost all the same.
+            // A client's questions to several Services from one port look alike behind them, where one has
+            // lost its legs; and while several are at work, a question may have got a source and be lost all
+            // the same.
             let same_client = clients.iter().any(|ask| (ask.src, ask.sport) == (arrived.dst, arrived.dport));
             let alike = (same_client || heard.src == arrived.dst || self.meetings.get() != 0)
                 && meant.contains(&(heard.dst, heard.dport, arrived.reversed()));
             let fits = clients.contains(&arrived.reversed()) || alike;
-            // Half an answer: the flow was taken apart while it passed. It must be for one who has asked all the same.
+            // Half an answer: the flow was taken apart while it passed. It must be for one who has asked all
+            // the same.
             let its_own = |ask: &Tuple| ask.src == arrived.dst && ask.proto == arrived.proto;
             let half = (arrived.src, arrived.sport) == (heard.dst, heard.dport)
                 && meant
@@ -512,8 +514,8 @@ impl Tables for World {
 
 impl Subprograms for World {}
 
-/// Some bursts, in which `chance` of a thousand steps are followed by something else; the reasons that were counted, how
-/// often processors met, and how many old flows there were.
+/// Some bursts, in which `chance` of a thousand steps are followed by something else; the reasons that were
+/// counted, how often processors met, and how many old flows there were.
 fn play(seed: u64, chance: u64) -> (HashMap<Reason, u64>, u64, usize) {
     // Shown if it fails.
     std::println!("seed {seed}");

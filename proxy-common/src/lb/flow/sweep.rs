@@ -5,8 +5,8 @@ use super::lost;
 use crate::abi::{Flow, FlowId, Role, State, Timeouts};
 use crate::lb::Subprograms;
 
-/// Looks at one record: a new one becomes free, a flow that is silent for too long is taken apart, and so is one that its
-/// packets cannot find any more. How many flows were taken apart.
+/// Looks at one record: a new one becomes free, a flow that is silent for too long is taken apart, and so is
+/// one that its packets cannot find any more. How many flows were taken apart.
 #[inline(always)]
 pub fn sweep<T: Subprograms>(tables: &T, index: u32, timeouts: &Timeouts) -> u32 {
     let now = tables.now();

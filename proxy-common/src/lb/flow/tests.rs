@@ -115,7 +115,8 @@ fn what_the_endpoint_has_sent_since_may_be_acknowledged_too() {
 
 #[test]
 fn a_connection_that_is_met_in_its_middle_becomes_old_like_others() {
-    // D-8: its record was lost. The numbers of the endpoint are learned from its next segment, across the end of all.
+    // D-8: its record was lost. The numbers of the endpoint are learned from its next segment, across the end
+    // of all.
     let mut node = Node::new();
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[ENDPOINT]);
     let ask = key(("10.244.1.5", 40_000), ("10.96.0.1", 80), Proto::TCP);

@@ -25,7 +25,7 @@ pub(crate) enum Touch {
     Stale,
     /// The flow has ended.
     Ended,
-    /// The flow has ended, and the packet is none of its.
+    /// The flow has ended, and the packet does not belong to it.
     Superseded,
     /// The flow's endpoint is lost: whoever sends gets a reset.
     Lost,
@@ -63,8 +63,8 @@ pub(crate) enum Look {
     Superseded,
     /// It has lost its endpoint, and whoever sends gets a reset.
     Lost,
-    /// An answer that has been translated already: by IPVS, say, which goes on with connections that have become ours. If it is
-    /// the node that sends it, the flow has ended.
+    /// An answer that has been translated already: by IPVS, say, which goes on with connections that have
+    /// become ours. If it is the node that sends it, the flow has ended.
     Translated,
 }
 
@@ -81,7 +81,7 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     let (source, Some((leg, place))) = tables.leg_of(packet) else {
         return Touched::NONE;
     };
-    // What it says is taken over at once, whether it will be wanted or not: the kernel's stack need not keep it.
+    // Copied at once, needed or not: so it need not stay on the kernel's small stack.
     edit.addr = leg.addr(packet.v4);
     edit.port = leg.port();
     edit.other_port = leg.other_port();
@@ -128,7 +128,7 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     let Some((touch, care, settled)) = passed else {
         return found;
     };
-    // A RST acknowledges nothing that need be believed.
+    // What a RST acknowledges does not count.
     if noted && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
         // Of a flow that may have to leave by another interface the record is asked each time.
         let stays = edit.out == 0 || edit.out == packet.ifindex;
@@ -162,16 +162,18 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
         return Look::Go;
     }
     let fresh = packet.is_syn();
-    // What the masquerade of this flow has made leaves with a mark, and is not looked at again: this is another masquerade's, which
-    // has chosen the same port. One that is closed, or whose client is silent, gives way, or the answers would be taken for its.
+    // What this flow's masquerade has made leaves with a mark, and is not looked at again: this packet is
+    // another masquerade's, which has chosen the same port. A flow that is closed, or whose client is silent,
+    // gives way, or the answers would be taken for its.
     if forward && leg.role == Role::INNER && hook == Hook::EGRESS && !left {
         let closed = fresh && flow.is_closed(now);
         let idle = packet.tuple.proto == Proto::UDP && now.saturating_sub(flow.seen[FORWARD]) > SILENCE;
         return if closed || idle { Look::Superseded } else { Look::Go };
     }
-    // Past the Service to its endpoint. If a flow from that port is closed, or its client silent, answers must not be
-    // translated any more (D-5, D-19). A bridge shows the packet only where it leaves; there a packet of the flow itself
-    // comes, too, but that has been seen as such a moment before. What netfilter has rewritten looks the same.
+    // Past the Service to its endpoint. If a flow from that port is closed, or its client silent, answers
+    // must not be translated any more (D-5, D-19). A bridge shows the packet only where it leaves; there a
+    // packet of the flow itself comes, too, but that has been seen as such a moment before. What netfilter
+    // has rewritten looks the same.
     if forward && leg.role == Role::MIDDLE {
         let silent = now.saturating_sub(flow.seen[FORWARD]);
         let closed =
@@ -182,7 +184,8 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     if hook == Hook::EGRESS || !forward {
         // The other end begins a connection of its own, from the address and port that the node once asked.
         let asked = hook == Hook::INGRESS && leg.role == Role::OWN && fresh;
-        // If the node itself speaks from a Service's port, it has spoken first, and its answers were taken for questions.
+        // If the node itself speaks from a Service's port, it has spoken first, and its answers were taken
+        // for questions.
         let own = hook == Hook::EGRESS
             && leg.role == Role::OUTER
             && !forward
@@ -197,9 +200,9 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
         };
     }
     match leg.role {
-        // UDP has no end, and a flow without an answer has no endpoint to lose: both follow the Service when their
-        // backend is removed (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it ends (P-18), but a new
-        // connection from the same port is a new flow (P-26).
+        // UDP has no end, and a flow without an answer has no endpoint to lose: both follow the Service when
+        // their backend is removed (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it
+        // ends (P-18), but a new connection from the same port is a new flow (P-26).
         Role::OUTER => {
             if fresh && flow.may_begin_anew() {
                 Look::Ended
@@ -213,8 +216,8 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
     }
 }
 
-/// What the flow wants done with the packet, whether it wants to be looked after, and whether its legs may speak for it: one
-/// that has been reset is watched closely.
+/// What the flow wants done with the packet, whether it wants to be looked after, and whether its legs may
+/// speak for it: one that has been reset is watched closely.
 #[inline(always)]
 fn pass<T: Tables>(
     tables: &T,
@@ -283,8 +286,8 @@ fn pass<T: Tables>(
     if flow.id == leg.id { (touch, care, settled) } else { (Touch::None, false, false) }
 }
 
-/// How far from what the other end has acknowledged a FIN or RST may stand to be believed: a forged one does not know
-/// where that is.
+/// How far from what the other end has acknowledged a FIN or RST may stand to be believed: a forged one does
+/// not know where that is.
 const BELIEVED: u32 = 1 << 20;
 
 /// What a direction has last acknowledged: the leg at which it counts has seen packets that the record has not.
@@ -309,8 +312,8 @@ pub(crate) fn last_acked<T: Tables>(tables: &T, flow: &Flow, direction: usize) -
 #[inline(always)]
 fn end_of<T: Tables>(tables: &T, flow: &mut Flow, packet: &Packet, direction: usize, now: u64) {
     let acked = last_acked(tables, flow, direction ^ 1);
-    // Before a handshake is complete there is nothing to compare with, and little to lose; nor is there in a flow that has
-    // been adopted, until its other end speaks.
+    // Before a handshake is complete there is nothing to compare with, and little to lose; nor is there in a
+    // flow that has been adopted, until its other end speaks.
     let unknown = flow.old == 0 || flow.flags & flow_flags::ADOPTED != 0 && acked == 0;
     let believed = unknown || packet.seq.wrapping_sub(acked) < BELIEVED;
     if packet.tcp_flags & Packet::RST == 0 {

@@ -32,8 +32,8 @@ pub struct Call {
     pub netns: u64,
     /// Whether it is a `connect`.
     pub connect: bool,
-    /// With a `sendmsg`: the only address that the socket receives from, because it is connected to it, or over IPv6 has
-    /// once been; else unspecified.
+    /// With a `sendmsg`: the only address that the socket receives from, because it is connected to it, or
+    /// over IPv6 has once been; else unspecified.
     pub peer: Addr,
     /// The port of that; zero for a socket that is not connected.
     pub peer_port: Port,
@@ -139,8 +139,8 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Decisi
     if config.flags & wanted == 0 {
         return Decision::Pass;
     }
-    // A connected UDP socket of a pod must follow its Service when endpoints go: per packet it does. And what another one
-    // sends to a port of the node may be an answer to a process there, which only packets show.
+    // A connected UDP socket of a pod must follow its Service when endpoints go: per packet it does. And what
+    // another one sends to a port of the node may be an answer to a process there, which only packets show.
     let leave = u32::from(call.connect) | u32::from(known & address::NODE != 0);
     if !host && call.proto == Proto::UDP && leave != 0 {
         return Decision::Pass;
@@ -210,9 +210,9 @@ impl Asker for Caller<'_> {
     }
 }
 
-/// Whether a pod's socket is better left to its packets: affinity and source ranges go by the pod's address, which
-/// a socket does not have yet; to masquerade takes a packet (M-6, M-8); and under an external Local policy it counts
-/// what the detector says of the packets' source (V-24, V-27).
+/// Whether a pod's socket is better left to its packets: affinity and source ranges go by the pod's address,
+/// which a socket does not have yet; to masquerade takes a packet (M-6, M-8); and under an external Local
+/// policy it counts what the detector says of the packets' source (V-24, V-27).
 #[inline(always)]
 fn needs_address(config: &Config, flags: u32) -> bool {
     let by_packet = if flags & frontend::INTERNAL != 0 {

@@ -63,8 +63,8 @@ impl SocketState {
         next: [0; 3],
     };
 
-    /// Whether the socket remembers the destination a process names, and the backend is still there; where it leads
-    /// goes to `found`.
+    /// Whether the socket remembers the destination a process names, and the backend is still there; where it
+    /// leads goes to `found`.
     #[inline(always)]
     pub(super) fn translation<'a, T: Tables, M: Memory<'a>>(
         &self,
@@ -171,8 +171,8 @@ impl SocketState {
         true
     }
 
-    /// Remembers a translation that there is no room for here; where packets can take another way it is not, which is
-    /// what false says.
+    /// Remembers a translation that there is no room for here; where packets can take another way it is not,
+    /// which is what false says.
     #[inline(always)]
     fn put_aside<'a, M: Memory<'a>>(&mut self, memory: &M, entry: &SocketEntry, by_packet: bool) -> bool {
         if by_packet {

@@ -339,8 +339,8 @@ fn without_memory_a_pod_s_socket_goes_by_packet_and_the_node_s_unseen() {
 
 #[test]
 fn a_pod_s_socket_leaves_to_its_packets_what_counts_there() {
-    // M-6, M-8: with the switches that hide pods; V-24, V-27: under an external Local policy it is the detector that
-    // tells pods from others. A host process has no such packets.
+    // M-6, M-8: with the switches that hide pods; V-24, V-27: under an external Local policy it is the
+    // detector that tells pods from others. A host process has no such packets.
     let decide = |switch: u32, dst: &str, netns: u64| {
         let mut tables = node();
         let end = ("10.244.2.7", 8080);
