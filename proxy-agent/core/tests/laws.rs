@@ -179,7 +179,7 @@ fn seen(actual: &Actual) -> BTreeMap<FrontendKey, Seen> {
 }
 
 fn name_of(actual: &Actual, id: u32) -> String {
-    let line = actual.services.get(&id).map(|name| Step::PutService(0, *name).to_string());
+    let line = actual.services.get(&id).map(|name| Step::PutService(0, Box::new(*name)).to_string());
     line.unwrap_or_else(|| format!("nameless {id}"))
 }
 
@@ -228,7 +228,7 @@ fn expect(desired: &Desired) -> Observed {
         config: desired.node.config,
     };
     for (port, service) in &desired.services {
-        let name = Step::PutService(0, service_name(port).expect("names are short")).to_string();
+        let name = Step::PutService(0, Box::new(service_name(port).expect("names are short"))).to_string();
         for DesiredFrontend { key, flags } in &service.frontends {
             let seen = Seen {
                 service: name.clone(),
@@ -591,7 +591,7 @@ fn damaged_tables_are_seen_and_repaired() {
         Step::PutBackend(9, Backend { service: 77, ..whole.backends[&1] }),
         Step::PutSlot(value.cluster.first, 0),
         Step::DeleteService(value.service),
-        Step::PutService(9, whole.services[&1]),
+        Step::PutService(9, Box::new(whole.services[&1])),
         Step::DeleteAddress(key.addr),
         Step::PutServicePorts(1023, 1),
         Step::PutAddress(addr(10, 99, 99, 99), address::CLUSTER_IP),

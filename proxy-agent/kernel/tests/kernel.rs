@@ -206,7 +206,11 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
         pad: [0; 2],
     };
     let sources = [SourceKey::range(1, addr("10.0.0.0"), 8), SourceKey::range(1, addr("fd00::"), 16)];
-    let mut steps = vec![Step::PutConfig(config), Step::PutIface(3, iface), Step::PutService(1, name)];
+    let mut steps = vec![
+        Step::PutConfig(Box::new(config)),
+        Step::PutIface(3, iface),
+        Step::PutService(1, Box::new(name)),
+    ];
     // More than one chunk, so that batches are split.
     steps.extend((1..9_000).map(|n| Step::PutBackend(n, backend(n))));
     steps.extend((1..9_000).map(|n| Step::PutSlot(n, n)));
@@ -312,7 +316,7 @@ fn what_connection_tracking_has_between_endpoints_and_our_addresses_is_taken_whi
     let at = |text: &str| Backend { addr: addr(text), ..backend(1) };
     let ports = [PortRange { first: 2000, count: 2 }, PortRange { first: 7777, count: 1 }];
     let steps = [
-        Step::PutConfig(Config::EMPTY.with_snat_ports(&ports)),
+        Step::PutConfig(Box::new(Config::EMPTY.with_snat_ports(&ports))),
         Step::PutBackend(1, at("203.0.113.7")),
         Step::PutBackend(2, at("2001:db8::7")),
         route("192.168.10.1"),
@@ -383,7 +387,7 @@ fn of_more_connections_than_there_is_room_for_as_many_as_fit_are_taken_and_the_r
     let route = Step::PutRoute(RouteKey::exact(7, node), node);
     let config = Config::EMPTY.with_snat_ports(&[PortRange { first: 1, count: u16::MAX }]);
     let endpoint_step = Step::PutBackend(1, Backend { addr: endpoint, ..backend(1) });
-    kernel.apply(&[Step::PutConfig(config), endpoint_step, route]).unwrap();
+    kernel.apply(&[Step::PutConfig(Box::new(config)), endpoint_step, route]).unwrap();
     let connection = |n: u16| {
         let seen = Tuple::new(node, Port::new(n), endpoint, Port::new(8080), Proto::UDP);
         (seen, seen.reversed())

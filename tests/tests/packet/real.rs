@@ -351,7 +351,7 @@ impl Real {
         steps.extend(tables.frontends.iter().map(|(key, frontend)| Step::PutFrontend(*key, *frontend)));
         // An array of one is never absent: it is all zeros before it is written.
         let unwritten = Config { pod_v4: Addr::ANY_V6, node_v4: Addr::ANY_V6, ..Config::EMPTY };
-        steps.push(Step::PutConfig(tables.config.unwrap_or(unwritten)));
+        steps.push(Step::PutConfig(Box::new(tables.config.unwrap_or(unwritten))));
         self.programs.apply(&steps).unwrap();
         self.follow(tables);
     }

@@ -69,14 +69,14 @@ impl Actual {
     /// Does one step.
     pub fn apply(&mut self, step: &Step) {
         match *step {
-            Step::PutConfig(config) => self.config = config,
+            Step::PutConfig(ref config) => self.config = **config,
             Step::PutIface(index, iface) => drop(self.ifaces.insert(index, iface)),
             Step::DeleteIface(index) => drop(self.ifaces.remove(&index)),
             Step::PutRoute(key, source) => drop(self.routes.insert(key, source)),
             Step::DeleteRoute(key) => drop(self.routes.remove(&key)),
             Step::PutServicePorts(word, 0) => drop(self.service_ports.remove(&word)),
             Step::PutServicePorts(word, bits) => drop(self.service_ports.insert(word, bits)),
-            Step::PutService(id, name) => drop(self.services.insert(id, name)),
+            Step::PutService(id, ref name) => drop(self.services.insert(id, **name)),
             Step::DeleteService(id) => drop(self.services.remove(&id)),
             Step::PutBackend(index, backend) => drop(self.backends.insert(index, backend)),
             Step::PutSlot(slot, 0) => drop(self.slots.remove(&slot)),
@@ -132,16 +132,28 @@ impl Actual {
 
     /// The steps that make these tables out of empty ones, table by table in key order.
     pub fn entries(&self) -> impl Iterator<Item = Step> + '_ {
-        std::iter::once(Step::PutConfig(self.config))
-            .chain(self.ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)))
-            .chain(self.routes.iter().map(|(key, source)| Step::PutRoute(*key, *source)))
-            .chain(self.service_ports.iter().map(|(word, bits)| Step::PutServicePorts(*word, *bits)))
-            .chain(self.services.iter().map(|(id, name)| Step::PutService(*id, *name)))
-            .chain(self.backends.iter().map(|(index, backend)| Step::PutBackend(*index, *backend)))
-            .chain(self.slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)))
-            .chain(self.sources.iter().map(|key| Step::PutSource(*key)))
-            .chain(self.frontends.iter().map(|(key, value)| Step::PutFrontend(*key, *value)))
-            .chain(self.addresses.iter().map(|(addr, bits)| Step::PutAddress(*addr, *bits)))
+        let Self {
+            frontends,
+            slots,
+            backends,
+            addresses,
+            sources,
+            services,
+            ifaces,
+            routes,
+            service_ports,
+            config,
+        } = self;
+        std::iter::once_with(|| Step::PutConfig(Box::new(*config)))
+            .chain(ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)))
+            .chain(routes.iter().map(|(key, source)| Step::PutRoute(*key, *source)))
+            .chain(service_ports.iter().map(|(word, bits)| Step::PutServicePorts(*word, *bits)))
+            .chain(services.iter().map(|(id, name)| Step::PutService(*id, Box::new(*name))))
+            .chain(backends.iter().map(|(index, backend)| Step::PutBackend(*index, *backend)))
+            .chain(slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)))
+            .chain(sources.iter().map(|key| Step::PutSource(*key)))
+            .chain(frontends.iter().map(|(key, value)| Step::PutFrontend(*key, *value)))
+            .chain(addresses.iter().map(|(addr, bits)| Step::PutAddress(*addr, *bits)))
     }
 
     /// Every entry as one line, as [`Step`] shows it.

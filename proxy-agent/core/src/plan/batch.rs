@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address, maps};
 use proxy_common::addr::Addr;
 
+use super::Step;
 use super::capacity::{Capacity, Shortage};
 use super::mirror::{Mirror, use_of};
-use super::step::{Destination, Step};
+use super::print::Destination;
 use crate::model::NodeTables;
 
 /// What nothing refers to once the plan has been carried out.
@@ -130,7 +131,7 @@ impl Batch {
     pub(super) fn plan_node(&mut self, mirror: &Mirror, capacity: &Capacity, node: &NodeTables) -> bool {
         let actual = mirror.actual();
         if actual.config != node.config {
-            self.node.push(Step::PutConfig(node.config));
+            self.node.push(Step::PutConfig(Box::new(node.config)));
         }
         let mut room = (capacity.ifaces as usize).saturating_sub(actual.ifaces.len());
         let mut whole = true;

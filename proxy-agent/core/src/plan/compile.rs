@@ -57,7 +57,7 @@ impl Planner {
             Some(id) => id,
             None => {
                 let id = self.ids.take().expect("a free service id has been counted");
-                batch.names.push(Step::PutService(id, name));
+                batch.names.push(Step::PutService(id, Box::new(name)));
                 id
             }
         };

@@ -7,7 +7,7 @@ use proxy_common::addr::Addr;
 
 use super::Actual;
 use super::mirror::Uses;
-use super::step::Destination;
+use super::print::Destination;
 
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -155,11 +155,11 @@ impl Mirror {
 
     pub(super) fn apply(&mut self, step: &Step) {
         match *step {
-            Step::PutService(id, name) => {
+            Step::PutService(id, ref name) => {
                 self.unname(id);
-                self.held.entry(id).or_default().name = Some(name);
+                self.held.entry(id).or_default().name = Some(**name);
                 // Of two ids with one name the first keeps it; the other is unwanted.
-                self.by_name.entry(name).or_insert(id);
+                self.by_name.entry(**name).or_insert(id);
             }
             Step::DeleteService(id) => self.unname(id),
             Step::PutBackend(index, value) => {

@@ -35,6 +35,7 @@ mod lint;
 mod mirror;
 mod planner;
 mod pool;
+mod print;
 mod step;
 
 pub use actual::Actual;

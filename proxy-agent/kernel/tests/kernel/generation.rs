@@ -34,8 +34,8 @@ fn fill(room: &Room) -> Vec<Flow> {
         pad: [0; 2],
     };
     let steps = [
-        Step::PutConfig(Config { seed: 77, ..Config::EMPTY }),
-        Step::PutService(3, name),
+        Step::PutConfig(Box::new(Config { seed: 77, ..Config::EMPTY })),
+        Step::PutService(3, Box::new(name)),
         Step::PutBackend(5, backend(5)),
         Step::PutSlot(9, 5),
         Step::PutSource(SourceKey::range(3, addr("10.0.0.0"), 8)),

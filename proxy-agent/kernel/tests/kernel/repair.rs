@@ -393,9 +393,9 @@ fn every_entry_that_somebody_changes_deletes_or_adds_is_found_with_the_write_tha
     let narrow = SourceKey::range(1, addr("10.1.0.0"), 16);
     let route = |bits| RouteKey::range(3, addr("10.0.0.0"), bits);
     let mut steps = vec![
-        Step::PutConfig(config),
+        Step::PutConfig(Box::new(config)),
         Step::PutIface(3, Iface::new(0, 3)),
-        Step::PutService(1, name),
+        Step::PutService(1, Box::new(name)),
         Step::PutSource(wide),
         Step::PutSource(narrow),
         Step::PutRoute(route(8), addr("10.0.0.1")),
@@ -421,7 +421,7 @@ fn every_entry_that_somebody_changes_deletes_or_adds_is_found_with_the_write_tha
     let stranger = FrontendKey::new(addr("192.0.2.1"), Port::new(1), Proto::UDP);
     other
         .apply(&[
-            Step::PutConfig(Config::EMPTY),
+            Step::PutConfig(Box::new(Config::EMPTY)),
             Step::DeleteIface(3),
             Step::PutIface(9, Iface::new(0, 9)),
             Step::DeleteService(1),

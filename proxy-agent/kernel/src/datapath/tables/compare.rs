@@ -132,7 +132,7 @@ impl Comparison {
         }
         // All zeros before the first pass.
         if actual.config != Config::EMPTY && kernel.config.get(&0)? != Some(actual.config) {
-            found.steps.push(Step::PutConfig(actual.config));
+            found.steps.push(Step::PutConfig(Box::new(actual.config)));
         }
         Ok(found)
     }
@@ -192,7 +192,7 @@ fn slice(
             next(map(done, At::Routes), At::Services(Half::default()))
         }
         At::Services(half) => {
-            let put = |key: &u32, value: &ServiceName| Step::PutService(*key, *value);
+            let put = |key: &u32, value: &ServiceName| Step::PutService(*key, Box::new(*value));
             let done =
                 hash(&kernel.services, &actual.services, half, room, steps, (put, Step::DeleteService))?;
             next(map(done, At::Services), At::Backends(Cursor::default()))

@@ -149,7 +149,7 @@ impl Kernel {
         self.writes += u64::from(of_trie);
         match first {
             Step::PutConfig(_) => put(&self.config, run, |step| match step {
-                Step::PutConfig(config) => Some((0, *config)),
+                Step::PutConfig(config) => Some((0, **config)),
                 _ => None,
             }),
             Step::PutIface(..) => put(&self.ifaces, run, |step| match step {
@@ -176,7 +176,7 @@ impl Kernel {
                 _ => None,
             }),
             Step::PutService(..) => put(&self.services, run, |step| match step {
-                Step::PutService(id, name) => Some((*id, *name)),
+                Step::PutService(id, name) => Some((*id, **name)),
                 _ => None,
             }),
             Step::DeleteService(_) => delete(&self.services, run, |step| match step {
@@ -383,9 +383,9 @@ mod tests {
             family: 4,
             pad: [0; 2],
         };
-        assert_eq!(object(&Step::PutService(3, name)), "Service default/web port \"http\" (id 3)");
+        assert_eq!(object(&Step::PutService(3, Box::new(name))), "Service default/web port \"http\" (id 3)");
         let full = TableError::Full { map: maps::SERVICES, max: 2, object: "3".into() };
-        let said = say(full, Some(&Step::PutService(3, name))).to_string();
+        let said = say(full, Some(&Step::PutService(3, Box::new(name)))).to_string();
         assert!(said.contains("default/web") && said.contains("--max-services"), "{said}");
     }
 }
