@@ -268,17 +268,17 @@ impl Stage {
         }
     }
 
-    /// Hears, plans and writes, as the agent's loop does.
+    /// Applies changes, plans and writes, as the agent's loop does.
     fn pass(&mut self) -> Outcome {
         let now_ms = self.now_ms;
         for change in self.shelf.refresh().unwrap() {
-            self.world.hear(change);
+            self.world.apply(change);
         }
-        self.world.hear(Change::Links(self.links.clone()));
+        self.world.apply(Change::Links(self.links.clone()));
         let pass = match self.planner.take() {
             None => {
                 for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-                    self.world.hear(Change::Synced(kind));
+                    self.world.apply(Change::Synced(kind));
                 }
                 assert!(self.world.synced());
                 let planner = Planner::new(&self.memory.read().unwrap(), self.capacity);
@@ -314,9 +314,10 @@ impl Stage {
     }
 
     fn warnings(&self, plan: &Plan) -> String {
-        let heard = self.world.warnings().into_iter().map(|told| format!("{}: {}", told.object, told.line));
+        let world =
+            self.world.warnings().into_iter().map(|warning| format!("{}: {}", warning.object, warning.line));
         let again = plan.retry_at_ms.map(|time| format!("tried again in {} ms", time - self.now_ms));
-        let lines = heard.chain(plan.warnings.iter().cloned()).chain(again);
+        let lines = world.chain(plan.warnings.iter().cloned()).chain(again);
         lines.map(|line| format!("{line}\n")).collect()
     }
 
@@ -396,8 +397,8 @@ fn the_examples_load_without_a_warning_and_go_through_their_next_step() {
     assert_eq!(endpoints(&stage, "10.100.100.160"), ["10.244.1.91", "10.244.2.91"]);
     let names: Vec<_> = stage.world.services().map(|(name, _)| name.to_string()).collect();
     assert!(names.iter().any(|name| name == "default/legacy"), "{names:?}");
-    for left_alone in ["default/database", "default/queue"] {
-        assert!(!names.iter().any(|name| name == left_alone), "{names:?}");
+    for ignored in ["default/database", "default/queue"] {
+        assert!(!names.iter().any(|name| name == ignored), "{names:?}");
     }
 
     assert!(!next.is_empty(), "there are examples of rollouts");

@@ -1,4 +1,4 @@
-//! The pure part of the node agent: what we are told becomes what we know, and that the writes that are due.
+//! The pure part of the node agent: what is reported becomes what we know, and that the writes that are due.
 //!
 //! `model` knows the world and says what should be in the tables; `plan` compares that with what is there, and lists the
 //! writes; `datapath` is the trait of whoever does them. Nothing here talks to a kernel or a cluster, or asks for the time.

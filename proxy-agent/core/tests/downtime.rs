@@ -1,4 +1,4 @@
-//! Zero downtime: endpoints come and go in every order in which they can be told, and after every single write a new
+//! Zero downtime: endpoints come and go in every order in which they can be reported, and after every single write a new
 //! connection goes to an endpoint that serves, while flows to those that still serve are left where they are.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -63,7 +63,7 @@ enum Slices {
     One,
     /// Each has its own.
     Each,
-    /// Each is in two, of which the second hears everything one change later (E-21).
+    /// Each is in two, of which the second shows everything one change later (E-21).
     Late,
 }
 
@@ -92,8 +92,8 @@ struct Trial {
     actual: Actual,
     now_ms: u64,
     slices: Slices,
-    /// What was told last, and before that.
-    told: [Vec<State>; 2],
+    /// What was reported last, and before that.
+    reported: [Vec<State>; 2],
 }
 
 fn service() -> ObjectName {
@@ -108,7 +108,7 @@ impl Trial {
             seed: 7,
             ..Settings::of_node("n1")
         });
-        world.hear(Change::Service(
+        world.apply(Change::Service(
             service(),
             Some(Service {
                 cluster_ips: vec![Ipv4Addr::new(10, 96, 0, 1).into()],
@@ -124,12 +124,12 @@ impl Trial {
                 created: 0,
             }),
         ));
-        let told = [states.to_vec(), states.to_vec()];
-        let mut trial = Self { world, planner: None, actual: Actual::default(), now_ms: 0, slices, told };
+        let reported = [states.to_vec(), states.to_vec()];
+        let mut trial = Self { world, planner: None, actual: Actual::default(), now_ms: 0, slices, reported };
         trial.tell();
-        trial.world.hear(Change::Links(Vec::new()));
+        trial.world.apply(Change::Links(Vec::new()));
         for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-            trial.world.hear(Change::Synced(kind));
+            trial.world.apply(Change::Synced(kind));
         }
         let planner = Planner::new(&trial.actual, Capacity::default());
         let pass = planner.full(&trial.world.take_desired(), 0);
@@ -138,7 +138,7 @@ impl Trial {
         trial
     }
 
-    /// Has the world hear the slices as they are now.
+    /// Reports the slices as they are now to the world.
     fn tell(&mut self) {
         let slice = |endpoints: Vec<Endpoint>| Slice {
             service: service(),
@@ -149,7 +149,7 @@ impl Trial {
         let all = |states: &[State]| -> Vec<Endpoint> {
             states.iter().enumerate().filter_map(|(n, state)| state.endpoint(n)).collect()
         };
-        let [now, before] = &self.told;
+        let [now, before] = &self.reported;
         let slices = match self.slices {
             Slices::One => vec![all(now)],
             Slices::Each => (0..now.len()).map(|n| Vec::from_iter(now[n].endpoint(n))).collect(),
@@ -157,15 +157,15 @@ impl Trial {
         };
         for (n, endpoints) in slices.into_iter().enumerate() {
             let name = ObjectName::new("default", &format!("web-{n}"));
-            self.world.hear(Change::Slice(name, Some(slice(endpoints))));
+            self.world.apply(Change::Slice(name, Some(slice(endpoints))));
         }
     }
 
     /// What the slices amount to.
     fn states(&self) -> Vec<State> {
         match self.slices {
-            Slices::One | Slices::Each => self.told[0].clone(),
-            Slices::Late => merged(&self.told[0], &self.told[1]),
+            Slices::One | Slices::Each => self.reported[0].clone(),
+            Slices::Late => merged(&self.reported[0], &self.reported[1]),
         }
     }
 
@@ -173,7 +173,7 @@ impl Trial {
     fn next(&mut self, states: &[State], pause_ms: u64) -> Result<(), String> {
         let before = self.states();
         let flows = self.backends();
-        self.told = [states.to_vec(), self.told[0].clone()];
+        self.reported = [states.to_vec(), self.reported[0].clone()];
         let after = self.states();
         self.tell();
         self.now_ms += pause_ms;
@@ -242,7 +242,7 @@ fn play(lives: &[&[State]], order: &[usize], slices: Slices, pause_ms: u64) -> R
         at[*n] += 1;
         trial.next(&states(&at), pause_ms)?;
     }
-    // The copy that hears later has its say, too.
+    // The copy that comes later has its say, too.
     trial.next(&states(&at), pause_ms)
 }
 

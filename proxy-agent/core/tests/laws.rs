@@ -183,7 +183,7 @@ fn name_of(actual: &Actual, id: u32) -> String {
     line.unwrap_or_else(|| format!("nameless {id}"))
 }
 
-/// Everything that can be told from outside, without indices.
+/// Everything that can be seen from outside, without indices.
 #[derive(Debug, PartialEq, Eq)]
 struct Observed {
     frontends: BTreeMap<FrontendKey, Seen>,
@@ -498,8 +498,8 @@ proptest! {
             for (port, service) in &desired.services {
                 let as_wished = service.frontends.iter().all(|f| is.get(&f.key) == wished.get(&f.key));
                 let named = format!("Service default/{} ", port.service.name);
-                let told = warnings.iter().any(|line| line.starts_with(&named));
-                prop_assert!(as_wished || told, "{} is neither served nor named: {:?}", named, warnings);
+                let named_in_warning = warnings.iter().any(|line| line.starts_with(&named));
+                prop_assert!(as_wished || named_in_warning, "{} is neither served nor named: {:?}", named, warnings);
             }
             old = desired.clone();
         }
@@ -543,9 +543,9 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     assert_eq!(lint(&memory.actual), []);
 
     let (port, service) = desired.services.iter_mut().nth(5_000).unwrap();
-    let gone = service.cluster.pop().unwrap();
+    let removed = service.cluster.pop().unwrap();
     let new = (addr(10, 1, 2, 3), Port::new(8080));
-    service.backends.remove(&gone);
+    service.backends.remove(&removed);
     service.backends.insert(new, 0);
     service.cluster.push(new);
     let pass = planner.dirty(&[(port.clone(), Some(service.clone()))], None, 5_000);
@@ -660,13 +660,14 @@ fn what_may_only_be_unreadable_is_not_taken_away() {
     let mut memory = Memory::new(Capacity::default());
     memory.apply(&pass.plan.steps).unwrap();
     let mut partial = desired.clone();
-    let (gone, _) = partial.services.pop_first().expect("three Services");
+    let (removed, _) = partial.services.pop_first().expect("three Services");
     let bare = partial.services.values_mut().next().expect("two are left");
     (bare.cluster, bare.backends) = (Vec::new(), BTreeMap::new());
 
     let again = || Planner::new(&memory.actual, Capacity::default());
     assert_eq!(again().full_keeping(&partial, 9).plan.steps, []);
     let whole = again().full(&partial, 9).plan.steps;
-    let id = memory.actual.services.iter().find(|(_, n)| Some(**n) == service_name(&gone)).map(|(id, _)| *id);
+    let id =
+        memory.actual.services.iter().find(|(_, n)| Some(**n) == service_name(&removed)).map(|(id, _)| *id);
     assert!(whole.contains(&Step::DeleteService(id.expect("its name is in the tables"))));
 }

@@ -1119,8 +1119,8 @@ fn masqueraded_flows_leave_under_the_address_that_the_kernel_would_choose() {
     let (links, routes) =
         runtime.block_on(async { (netlink::links().await.unwrap(), netlink::routes().await.unwrap()) });
     let mut world = World::new(Settings::of_node("n1"));
-    world.hear(Change::Routes(routes));
-    world.hear(Change::Links(links.clone()));
+    world.apply(Change::Routes(routes));
+    world.apply(Change::Links(links.clone()));
     let masquerade = world.node().routes.into_iter().collect();
     let tables = MemoryTables { masquerade, ..MemoryTables::default() };
     for (device, destinations) in [

@@ -296,7 +296,7 @@ impl Agent {
         let links = matches!(change, Change::Links(_));
         // What was kept on the suspicion that it is only unreadable can be compared now.
         self.full |= matches!(change, Change::Whole(true));
-        if !self.world.hear(change) {
+        if !self.world.apply(change) {
             return;
         }
         if links && self.ready {

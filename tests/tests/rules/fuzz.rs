@@ -304,9 +304,9 @@ impl Agent {
             addresses: vec!["192.168.10.1/24".parse().expect("an interface address")],
             ..Link::default()
         };
-        world.hear(Change::Links(vec![uplink]));
+        world.apply(Change::Links(vec![uplink]));
         for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-            world.hear(Change::Synced(kind));
+            world.apply(Change::Synced(kind));
         }
         let memory = Memory::new(Capacity::default());
         let planner = Some(Planner::new(&memory.actual, Capacity::default()));
@@ -320,7 +320,7 @@ impl Agent {
             if let Change::Warnings { object, lines } = &change {
                 self.told.insert(object.clone(), lines.clone());
             }
-            self.world.hear(change);
+            self.world.apply(change);
         }
         self.told.retain(|_, lines| !lines.is_empty());
         self.now_ms += 5_000;

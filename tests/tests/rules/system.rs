@@ -94,10 +94,10 @@ fn everything(facts: &Facts) -> Vec<Change> {
 fn world(settings: Settings, changes: Vec<Change>) -> World {
     let mut world = World::new(settings);
     for change in changes {
-        world.hear(change);
+        world.apply(change);
     }
     for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-        world.hear(Change::Synced(kind));
+        world.apply(Change::Synced(kind));
     }
     assert!(world.synced(), "a world that has heard everything is synced");
     world
@@ -141,7 +141,7 @@ impl<'a, P: Programs> System<'a, P> {
     /// Hears what has changed and writes it.
     pub(crate) fn hear(&mut self, changes: impl IntoIterator<Item = Change>) {
         for change in changes {
-            self.world.hear(change);
+            self.world.apply(change);
         }
         self.now_ms += 5_000;
         let dirty = self.world.take_dirty();

@@ -56,11 +56,11 @@ fn world(node: Node, links: Vec<Link>, routes: &[&str]) -> World {
     let mut settings = Settings::of_node("n1");
     settings.own_ports = vec![10256];
     let mut world = World::new(settings);
-    world.hear(Change::Node(Some(node)));
-    world.hear(Change::Routes(routes.iter().map(|text| route(text)).collect()));
-    world.hear(Change::Links(links));
+    world.apply(Change::Node(Some(node)));
+    world.apply(Change::Routes(routes.iter().map(|text| route(text)).collect()));
+    world.apply(Change::Links(links));
     for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-        world.hear(Change::Synced(kind));
+        world.apply(Change::Synced(kind));
     }
     world
 }
@@ -138,10 +138,10 @@ fn a_virtual_address_of_a_service_is_nobodys_source() {
     let mut web = service("10.96.0.1");
     web.external_ips = vec![ip("192.168.10.200")];
     web.load_balancer_ips = vec![ip("10.9.0.1")];
-    world.hear(Change::Service(name("web"), Some(web)));
+    world.apply(Change::Service(name("web"), Some(web)));
     assert_eq!(source(&world, 2, "192.168.10.12"), "192.168.10.11");
     assert_eq!(source(&world, 3, "10.9.8.1"), "192.168.10.11");
-    world.hear(Change::Service(name("web"), None));
+    world.apply(Change::Service(name("web"), None));
     assert_eq!(source(&world, 3, "10.9.8.1"), "10.9.0.1");
 }
 
@@ -272,7 +272,7 @@ fn uplinks_have_an_address_under_which_others_know_the_node() {
     // What holds nothing but a Service's address is none.
     let mut web = service("10.96.0.1");
     web.load_balancer_ips = vec![ip("203.0.113.7")];
-    world.hear(Change::Service(name("web"), Some(web)));
+    world.apply(Change::Service(name("web"), Some(web)));
     assert_eq!(uplinks(&world), [(2, 2), (3, 3), (9, 9), (10, 9), (12, 12)]);
 }
 
@@ -317,11 +317,11 @@ fn addresses_of_the_node_and_of_pods_win_over_cluster_ips() {
         ("10.244.2.7", "that of a pod"),
     ] {
         let mut world = world(node(&["203.0.113.5"], &["10.244.1.0/24"]), links.clone(), &[]);
-        world.hear(Change::Slice(name("others-1"), Some(slice("others", &["10.244.2.7"], Some("n2")))));
+        world.apply(Change::Slice(name("others-1"), Some(slice("others", &["10.244.2.7"], Some("n2")))));
         let mut web = service(cluster_ip);
         web.external_ips = vec![ip("192.168.10.11"), ip("198.51.100.1")];
         web.ports[0].node_port = 30053;
-        world.hear(Change::Service(name("web"), Some(web)));
+        world.apply(Change::Service(name("web"), Some(web)));
         let served = frontends(&mut world, "web");
         assert!(!served.contains(&format!("{cluster_ip}:53")) || cluster_ip == "192.168.10.11", "{served:?}");
         assert!(
@@ -335,9 +335,9 @@ fn addresses_of_the_node_and_of_pods_win_over_cluster_ips() {
     }
     let mut world = world(node(&[], &[]), links, &[]);
     // Not those that IPVS left behind, nor those of endpoints that somebody has written by hand.
-    world.hear(Change::Slice(name("others-1"), Some(slice("others", &["10.96.0.8"], None))));
+    world.apply(Change::Slice(name("others-1"), Some(slice("others", &["10.96.0.8"], None))));
     for cluster_ip in ["10.96.0.9", "10.96.0.8"] {
-        world.hear(Change::Service(name("web"), Some(service(cluster_ip))));
+        world.apply(Change::Service(name("web"), Some(service(cluster_ip))));
         assert_eq!(frontends(&mut world, "web"), [format!("{cluster_ip}:53")]);
     }
     assert_eq!(warnings(&world), Vec::<String>::new());
@@ -348,22 +348,26 @@ fn addresses_of_the_node_and_of_pods_win_over_cluster_ips() {
 #[test]
 fn a_cluster_ip_is_served_again_when_its_pod_or_address_has_gone() {
     let mut world = world(node(&[], &[]), vec![link(2, "eth0", "192.168.10.11/24")], &[]);
-    world.hear(Change::Service(name("web"), Some(service("10.244.2.7"))));
+    world.apply(Change::Service(name("web"), Some(service("10.244.2.7"))));
     assert_eq!(frontends(&mut world, "web"), ["10.244.2.7:53"]);
     let one = |n: &str| Change::Slice(name(n), Some(slice("others", &["10.244.2.7"], Some("n2"))));
-    let gone = |n: &str| Change::Slice(name(n), None);
-    for (change, served) in
-        [(one("s1"), false), (one("s2"), false), (gone("s1"), false), (one("s2"), false), (gone("s2"), true)]
-    {
-        world.hear(change);
+    let deleted = |n: &str| Change::Slice(name(n), None);
+    for (change, served) in [
+        (one("s1"), false),
+        (one("s2"), false),
+        (deleted("s1"), false),
+        (one("s2"), false),
+        (deleted("s2"), true),
+    ] {
+        world.apply(change);
         world.take_dirty();
         assert_eq!(warnings(&world).is_empty(), served);
         assert_eq!(!frontends(&mut world, "web").is_empty(), served);
     }
-    world.hear(Change::Links(vec![link(2, "eth0", "192.168.10.11/24 10.244.2.7/32")]));
+    world.apply(Change::Links(vec![link(2, "eth0", "192.168.10.11/24 10.244.2.7/32")]));
     assert_eq!(world.take_dirty().len(), 1);
     assert_eq!(warnings(&world).len(), 1);
-    world.hear(Change::Links(vec![link(2, "eth0", "192.168.10.11/24")]));
+    world.apply(Change::Links(vec![link(2, "eth0", "192.168.10.11/24")]));
     assert_eq!(world.take_dirty().len(), 1);
     assert_eq!(warnings(&world).len(), 0);
 }
@@ -372,29 +376,29 @@ fn a_cluster_ip_is_served_again_when_its_pod_or_address_has_gone() {
 fn an_endpoint_slice_takes_no_cluster_ip_from_its_service() {
     let links = vec![link(2, "eth0", "192.168.10.11/24")];
     let ranges = |texts: &[&str]| Some(texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>());
-    let heard = |texts: &[&str]| Change::ServiceRanges("kubernetes".to_owned(), ranges(texts));
+    let ranges_of = |texts: &[&str]| Change::ServiceRanges("kubernetes".to_owned(), ranges(texts));
     let mut world = world(node(&[], &["10.244.1.0/24"]), links.clone(), &[]);
-    world.hear(Change::Service(name("web"), Some(service("10.96.0.8"))));
+    world.apply(Change::Service(name("web"), Some(service("10.96.0.8"))));
     // Somebody's slice says that a pod has the address.
-    world.hear(Change::Slice(name("others-1"), Some(slice("others", &["10.96.0.8"], Some("n2")))));
+    world.apply(Change::Slice(name("others-1"), Some(slice("others", &["10.96.0.8"], Some("n2")))));
     let served = |world: &mut World| !frontends(world, "web").is_empty();
     assert!(!served(&mut world), "nothing says otherwise");
     for (range, wanted) in [
-        (heard(&["10.96.0.0/16"]), true),
-        (heard(&["10.97.0.0/16"]), false),
+        (ranges_of(&["10.96.0.0/16"]), true),
+        (ranges_of(&["10.97.0.0/16"]), false),
         // The range holds pods as well: a mistake, and pods are real.
-        (heard(&["10.0.0.0/8"]), false),
-        (heard(&["10.96.0.0/16"]), true),
+        (ranges_of(&["10.0.0.0/8"]), false),
+        (ranges_of(&["10.96.0.0/16"]), true),
     ] {
-        world.hear(range);
+        world.apply(range);
         assert_eq!(served(&mut world), wanted);
     }
     // So it is with an address of the node's in it.
-    world.hear(Change::Links(vec![link(2, "eth0", "192.168.10.11/24 10.96.0.77/16")]));
+    world.apply(Change::Links(vec![link(2, "eth0", "192.168.10.11/24 10.96.0.77/16")]));
     assert!(!served(&mut world));
-    world.hear(Change::Links(links));
+    world.apply(Change::Links(links));
     assert!(served(&mut world));
-    world.hear(Change::ServiceRanges("kubernetes".to_owned(), None));
+    world.apply(Change::ServiceRanges("kubernetes".to_owned(), None));
     assert!(!served(&mut world));
 }
 
@@ -403,7 +407,7 @@ fn pods_of_the_node_win_over_external_addresses_and_the_nodes_own_do_not() {
     let mut world = world(node(&[], &["10.244.1.0/24"]), vec![link(2, "cni0", "10.244.1.1/24")], &[]);
     let mut web = service("10.96.0.1");
     web.load_balancer_ips = vec![ip("10.244.1.7"), ip("10.244.1.1"), ip("10.244.9.9")];
-    world.hear(Change::Service(name("web"), Some(web)));
+    world.apply(Change::Service(name("web"), Some(web)));
     assert_eq!(frontends(&mut world, "web"), ["10.96.0.1:53", "10.244.1.1:53", "10.244.9.9:53"]);
     assert!(warnings(&world)[0].contains("10.244.1.7:53/TCP is not served"));
 }
@@ -415,7 +419,7 @@ fn the_agents_own_ports_are_no_node_ports() {
     web.ports[0].node_port = 10256;
     let udp = Port { proto: proxy_common::addr::Proto::UDP, name: "udp".into(), ..web.ports[0].clone() };
     web.ports.push(udp);
-    world.hear(Change::Service(name("web"), Some(web)));
+    world.apply(Change::Service(name("web"), Some(web)));
     assert_eq!(frontends(&mut world, "web"), ["10.96.0.1:53", "0.0.0.0:10256", "10.96.0.1:53"]);
     let said = warnings(&world);
     assert!(
@@ -429,9 +433,9 @@ fn a_local_cache_keeps_its_cluster_ip_while_its_device_has_it() {
     for device in ["nodelocaldns", "dummy0"] {
         let eth0 = || link(2, "eth0", "192.168.10.11/24");
         let mut world = world(node(&[], &[]), vec![eth0()], &[]);
-        world.hear(Change::Service(name("dns"), Some(service("10.96.0.10"))));
+        world.apply(Change::Service(name("dns"), Some(service("10.96.0.10"))));
         assert_eq!(frontends(&mut world, "dns").len(), 1);
-        world.hear(Change::Links(vec![eth0(), link(3, device, "10.96.0.10/32 169.254.20.10/32")]));
+        world.apply(Change::Links(vec![eth0(), link(3, device, "10.96.0.10/32 169.254.20.10/32")]));
         assert_eq!(world.take_dirty().len(), 1);
         assert_eq!(frontends(&mut world, "dns").len(), 0);
         assert_eq!(warnings(&world), Vec::<String>::new());
@@ -440,7 +444,7 @@ fn a_local_cache_keeps_its_cluster_ip_while_its_device_has_it() {
             notes.len() == 1 && notes[0].line.contains(device) && notes[0].object == "Service default/dns"
         );
         assert_eq!(world.node().addresses[&ip("10.96.0.10").into()] & address::NODE, address::NODE);
-        world.hear(Change::Links(vec![eth0()]));
+        world.apply(Change::Links(vec![eth0()]));
         assert_eq!(world.take_dirty().len(), 1);
         assert_eq!((frontends(&mut world, "dns").len(), world.notes().len()), (1, 0));
     }
@@ -450,7 +454,7 @@ fn a_local_cache_keeps_its_cluster_ip_while_its_device_has_it() {
 fn a_range_of_cluster_ips_with_pods_or_nodes_in_it_is_not_enforced() {
     let ranges = |world: &mut World, range: &str| {
         let ranges = vec![range.parse().unwrap()];
-        world.hear(Change::ServiceRanges("mine".into(), Some(ranges)));
+        world.apply(Change::ServiceRanges("mine".into(), Some(ranges)));
         (world.node().config.service_range_count, warnings(world).len())
     };
     let eth0 = || vec![link(2, "eth0", "10.0.0.5/8"), link(3, "nodelocaldns", "10.96.0.10/32")];
@@ -464,9 +468,9 @@ fn a_range_of_cluster_ips_with_pods_or_nodes_in_it_is_not_enforced() {
     ] {
         assert_eq!(ranges(&mut plain, range), if enforced { (1, 0) } else { (0, 1) }, "{range}");
     }
-    plain.hear(Change::Slice(name("s"), Some(slice("others", &["10.241.0.9"], Some("n2")))));
+    plain.apply(Change::Slice(name("s"), Some(slice("others", &["10.241.0.9"], Some("n2")))));
     assert_eq!((plain.node().config.service_range_count, warnings(&plain).len()), (0, 1));
-    plain.hear(Change::Slice(name("s"), None));
+    plain.apply(Change::Slice(name("s"), None));
     assert_eq!((plain.node().config.service_range_count, warnings(&plain).len()), (1, 0));
     // A pod range around everything says nothing against Services in it.
     let mut settings = Settings::of_node("n1");
@@ -488,13 +492,13 @@ fn masquerade_ports_leave_out_node_ports_of_any_range() {
         web.ports[0].node_port = node_port;
         web
     };
-    world.hear(Change::Service(name("a"), Some(with(30_080))));
+    world.apply(Change::Service(name("a"), Some(with(30_080))));
     assert_eq!(ports(&world), [(1024, 28_976)]);
-    world.hear(Change::Service(
+    world.apply(Change::Service(
         name("b"),
         Some(Service { cluster_ips: vec![ip("10.96.0.2")], ..with(20_000) }),
     ));
     assert_eq!(ports(&world), [(1024, 18_976), (20_001, 9_999)]);
-    world.hear(Change::Service(name("b"), None));
+    world.apply(Change::Service(name("b"), None));
     assert_eq!(ports(&world), [(1024, 28_976)]);
 }

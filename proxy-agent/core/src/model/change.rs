@@ -20,23 +20,23 @@ pub enum Kind {
     Pod,
 }
 
-/// One thing that was heard.
+/// One thing that a source reported.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
-    /// A Service as it is now; `None` when it is gone or to be left alone (S-2, S-6).
+    /// A Service as it is now; `None` when it is deleted or to be ignored (S-2, S-6).
     Service(ObjectName, Option<Service>),
-    /// An EndpointSlice as it is now; `None` when it is gone.
+    /// An EndpointSlice as it is now; `None` when it is deleted.
     Slice(ObjectName, Option<Slice>),
     /// When what changes this slice happened in the cluster; that change itself comes next (E-24).
     Triggered(ObjectName, Timestamp),
-    /// An object was heard of again, and says nothing new.
+    /// An object was reported again, and says nothing new.
     Repeated(Kind),
     /// The node's own object.
     Node(Option<Node>),
-    /// Ranges of ClusterIPs, by the name of the ServiceCIDR that has them (Y-16); `None` when it is gone.
+    /// Ranges of ClusterIPs, by the name of the ServiceCIDR that has them (Y-16); `None` when it is deleted.
     ServiceRanges(String, Option<Vec<IpNet>>),
     /// A pod of this node whose sockets are left to their packets, with the UID that its cgroup is named after; `None`
-    /// when it is gone, or says so no more.
+    /// when it is deleted, or says so no more.
     Excluded(ObjectName, Option<String>),
     /// The first complete list of a kind has been delivered.
     Synced(Kind),

@@ -8,9 +8,9 @@ use ipnet::IpNet;
 use proxy_common::abi::{FrontendKey, backend, frontend};
 use proxy_common::addr::{Addr, Port, Proto};
 
-use super::claims::Claims;
+use super::conflicts::Owners;
 use super::frontends::{Wanted, source_ranges, wanted};
-use super::local::{Local, Owner};
+use super::local::{InUse, Local};
 use super::merge::merge;
 use super::topology::{Candidate, choose};
 use super::{
@@ -26,7 +26,7 @@ pub(super) struct Here {
     pub(super) ips: Vec<IpAddr>,
     /// Every global address of the node's links.
     pub(super) addresses: BTreeSet<IpAddr>,
-    /// What no Service takes over.
+    /// What no Service gets.
     pub(super) local: Local,
 }
 
@@ -51,21 +51,25 @@ pub(super) fn compile<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice> + Clone,
     here: &Here,
-    claims: &Claims,
+    owners: &Owners,
 ) -> BTreeMap<ServicePort, DesiredService> {
     wanted(name, service)
         .into_iter()
         .map(|wanted| {
-            let desired = compile_port(&wanted, service, slices.clone(), here, claims);
+            let desired = compile_port(&wanted, service, slices.clone(), here, owners);
             (wanted.owner, desired)
         })
         .collect()
 }
 
-/// The destinations that a Service asks for and does not get, because they belong to the node or its pods.
-pub(super) fn objections(name: &ObjectName, service: &Service, here: &Here) -> Vec<(FrontendKey, Owner)> {
+/// The destinations that a Service asks for and does not get, because the node or its pods use them.
+pub(super) fn destinations_in_use(
+    name: &ObjectName,
+    service: &Service,
+    here: &Here,
+) -> Vec<(FrontendKey, InUse)> {
     let wanted = wanted(name, service).into_iter().flat_map(|wanted| wanted.frontends);
-    wanted.filter_map(|(key, flags)| Some((key, here.local.owner(&key, flags)?))).collect()
+    wanted.filter_map(|(key, flags)| Some((key, here.local.in_use(&key, flags)?))).collect()
 }
 
 fn compile_port<'a>(
@@ -73,7 +77,7 @@ fn compile_port<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a Slice>,
     here: &Here,
-    claims: &Claims,
+    owners: &Owners,
 ) -> DesiredService {
     let endpoints = merge(&wanted.owner, slices);
     let destinations: Vec<(Addr, Port)> =
@@ -108,7 +112,7 @@ fn compile_port<'a>(
         .frontends
         .iter()
         .filter(|(key, flags)| {
-            claims.holder(key) == Some(&wanted.owner) && here.local.owner(key, **flags).is_none()
+            owners.owner(key) == Some(&wanted.owner) && here.local.in_use(key, **flags).is_none()
         })
         .map(|(key, flags)| DesiredFrontend { key: *key, flags: flags | any })
         .collect();

@@ -1,4 +1,4 @@
-//! What belongs to the node and its pods already: a Service that claims it does not get it.
+//! What the node and its pods use already: a Service that asks for it does not get it.
 //!
 //! A ClusterIP is the cluster's to give: one that equals an address of the node or of a pod is a mistake of somebody's,
 //! and serving it would cut the node or the pod off. That an address is a pod's is the word of an EndpointSlice, which
@@ -16,35 +16,35 @@ use proxy_common::addr::Proto;
 use super::tables::is_global;
 use super::{Link, Node, Slice};
 
-/// Whose it is.
+/// Who uses an address already.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
+pub(super) enum InUse {
     /// A service of this node alone, by its device.
-    LocalService(Arc<str>),
+    ByLocalService(Arc<str>),
     /// The node, by the interface.
-    Interface(Arc<str>),
+    ByInterface(Arc<str>),
     /// The node, by its object.
-    Node,
+    ByNode,
     /// A pod.
-    Pod,
+    ByPod,
     /// A pod of the node has or will have it.
-    PodRange(IpNet),
+    ByPodRange(IpNet),
     /// The agent listens there.
-    Agent,
+    ByAgent,
 }
 
-impl Owner {
+impl InUse {
     /// Whether it is meant to be so.
     pub(super) fn is_meant(&self) -> bool {
-        matches!(self, Self::LocalService(_))
+        matches!(self, Self::ByLocalService(_))
     }
 }
 
-/// All that is known of it.
+/// All that is in use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Local {
     /// Of the node.
-    own: BTreeMap<IpAddr, Owner>,
+    own: BTreeMap<IpAddr, InUse>,
     /// Endpoints that run on a node, with the number of slices that have them.
     pods: HashMap<IpAddr, u32>,
     pod_cidrs: Vec<IpNet>,
@@ -59,14 +59,14 @@ impl Local {
         Self { ports: ports.to_vec(), ..Self::default() }
     }
 
-    /// Takes in what the node has; gives the addresses that changed hands.
-    pub(super) fn hear(&mut self, node: &Node, links: &[Link]) -> Vec<IpAddr> {
-        let mut own: BTreeMap<IpAddr, Owner> = node.ips.iter().map(|ip| (*ip, Owner::Node)).collect();
+    /// Replaces what the node has; returns the addresses that changed hands.
+    pub(super) fn set_node(&mut self, node: &Node, links: &[Link]) -> Vec<IpAddr> {
+        let mut own: BTreeMap<IpAddr, InUse> = node.ips.iter().map(|ip| (*ip, InUse::ByNode)).collect();
         for link in links.iter().filter(|link| !link.holds_cluster_ips()) {
             for ip in link.addresses.iter().map(IpNet::addr).filter(is_global) {
                 let name = link.name.clone();
                 let service = link.holds_local_services();
-                own.insert(ip, if service { Owner::LocalService(name) } else { Owner::Interface(name) });
+                own.insert(ip, if service { InUse::ByLocalService(name) } else { InUse::ByInterface(name) });
             }
         }
         let changed = self.own.keys().chain(own.keys()).filter(|ip| self.own.get(ip) != own.get(ip));
@@ -75,16 +75,16 @@ impl Local {
         changed
     }
 
-    /// Takes in the node's pod ranges; tells whether they changed.
-    pub(super) fn hear_pod_cidrs(&mut self, ranges: &[IpNet]) -> bool {
+    /// Replaces the node's pod ranges; says whether they changed.
+    pub(super) fn set_pod_cidrs(&mut self, ranges: &[IpNet]) -> bool {
         let changed = self.pod_cidrs != ranges;
         ranges.clone_into(&mut self.pod_cidrs);
         changed
     }
 
-    /// Takes in the ranges that ClusterIPs, and nothing else that is known, come from; gives the addresses that became or
+    /// Replaces the ranges that ClusterIPs, and nothing else that is known, come from; returns the addresses that became or
     /// ceased to be pods'.
-    pub(super) fn hear_service_ranges(&mut self, ranges: Vec<IpNet>) -> Vec<IpAddr> {
+    pub(super) fn set_service_ranges(&mut self, ranges: Vec<IpNet>) -> Vec<IpAddr> {
         if self.service_ranges == ranges {
             return Vec::new();
         }
@@ -94,16 +94,16 @@ impl Local {
         changed.copied().collect()
     }
 
-    /// Takes a slice in, or out; gives the addresses that became or ceased to be pods'.
-    pub(super) fn hear_slice(&mut self, slice: &Slice, comes: bool) -> Vec<IpAddr> {
+    /// Adds or removes a slice; returns the addresses that became or ceased to be pods'.
+    pub(super) fn count_slice(&mut self, slice: &Slice, added: bool) -> Vec<IpAddr> {
         let mut changed = Vec::new();
         // Endpoints without a node are written by hand, and may be anything.
         for ip in
             slice.endpoints.iter().filter(|endpoint| endpoint.node.is_some()).map(|endpoint| endpoint.ip)
         {
             let count = self.pods.entry(ip).or_default();
-            *count = if comes { count.saturating_add(1) } else { count.saturating_sub(1) };
-            match (*count, comes) {
+            *count = if added { count.saturating_add(1) } else { count.saturating_sub(1) };
+            match (*count, added) {
                 (0, _) => {
                     self.pods.remove(&ip);
                     changed.push(ip);
@@ -120,22 +120,22 @@ impl Local {
         self.pods.keys()
     }
 
-    /// Who has a destination already; nobody has most.
-    pub(super) fn owner(&self, key: &FrontendKey, flags: u32) -> Option<Owner> {
+    /// Who uses a destination already; nobody does most.
+    pub(super) fn in_use(&self, key: &FrontendKey, flags: u32) -> Option<InUse> {
         if flags & frontend::NODE_PORT != 0 {
             let taken = key.proto == Proto::TCP && self.ports.contains(&key.port.number());
-            return taken.then_some(Owner::Agent);
+            return taken.then_some(InUse::ByAgent);
         }
         let ip = IpAddr::from(key.addr);
         let own = self.own.get(&ip);
         let in_range =
-            || self.pod_cidrs.iter().find(|range| range.contains(&ip)).copied().map(Owner::PodRange);
+            || self.pod_cidrs.iter().find(|range| range.contains(&ip)).copied().map(InUse::ByPodRange);
         if flags & frontend::INTERNAL == 0 {
             return if own.is_some() { None } else { in_range() };
         }
         let is_pod =
             || self.pods.contains_key(&ip) && !self.service_ranges.iter().any(|range| range.contains(&ip));
-        own.cloned().or_else(|| is_pod().then_some(Owner::Pod)).or_else(in_range)
+        own.cloned().or_else(|| is_pod().then_some(InUse::ByPod)).or_else(in_range)
     }
 
     /// What of the node or its pods lies inside a range of ClusterIPs, in words.

@@ -14,7 +14,7 @@ use ipnet::{IpNet, Ipv6Net};
 use proxy_common::abi::RouteKey;
 use proxy_common::addr::Addr;
 
-use super::claims::Claims;
+use super::conflicts::Owners;
 use super::tables::is_global;
 use super::{Family, Link, Node, Route};
 
@@ -34,9 +34,9 @@ pub(super) fn sources(
     node: &Node,
     links: &[Link],
     routes: &[Route],
-    claims: &Claims,
+    owners: &Owners,
 ) -> BTreeMap<RouteKey, Addr> {
-    let choice = Choice::new(node, links, claims);
+    let choice = Choice::new(node, links, owners);
     let carrying: HashMap<u32, &Link> =
         links.iter().filter(|link| link.carries_programs()).map(|link| (link.index, link)).collect();
     let mut all = BTreeMap::new();
@@ -127,8 +127,8 @@ struct Choice<'a> {
 }
 
 impl<'a> Choice<'a> {
-    fn new(node: &'a Node, links: &'a [Link], claims: &Claims) -> Self {
-        let usable = |net: &&IpNet| is_global(&net.addr()) && !claims.is_service_address(&net.addr().into());
+    fn new(node: &'a Node, links: &'a [Link], owners: &Owners) -> Self {
+        let usable = |net: &&IpNet| is_global(&net.addr()) && !owners.is_service_address(&net.addr().into());
         let own = links.iter().filter(|link| !link.holds_cluster_ips());
         let mut all: Vec<(&Link, IpNet)> =
             own.flat_map(|link| link.addresses.iter().filter(usable).map(move |net| (link, *net))).collect();

@@ -5,8 +5,8 @@
 #[cfg(test)]
 mod around_tests;
 mod change;
-mod claims;
 mod compile;
+mod conflicts;
 mod desired;
 mod endpoint;
 mod frontends;

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use proxy_common::abi::{Config, Iface, PortRange, Range, RouteKey, SERVICE_RANGES, address, config, iface};
 use proxy_common::addr::Addr;
 
-use super::claims::Claims;
+use super::conflicts::Owners;
 use super::{
     DetectLocal, Family, Link, Node, NodePortAddresses, NodeTables, Route, Settings, SocketLb, masquerade,
     ports, uplinks,
@@ -27,11 +27,11 @@ impl Around {
         node: &Node,
         links: &[Link],
         routes: &[Route],
-        claims: &Claims,
+        owners: &Owners,
     ) -> Self {
         Self {
-            sources: masquerade::sources(node, links, routes, claims),
-            uplinks: uplinks::uplinks(settings, node, links, routes, claims),
+            sources: masquerade::sources(node, links, routes, owners),
+            uplinks: uplinks::uplinks(settings, node, links, routes, owners),
         }
     }
 }
@@ -42,11 +42,11 @@ pub(super) fn node_tables(
     node: &Node,
     links: &[Link],
     around: &Around,
-    claims: &Claims,
+    owners: &Owners,
     service_ranges: &BTreeSet<IpNet>,
 ) -> NodeTables {
     let families = settings.families(); // S-12
-    let mut config = node_config(settings, node, links).with_snat_ports(&snat_ports(settings, claims));
+    let mut config = node_config(settings, node, links).with_snat_ports(&snat_ports(settings, owners));
     if settings.drop_unallocated {
         let served = service_ranges.iter().filter(|range| families.contains(&Family::of(&range.addr())));
         put_service_ranges(&mut config, served.copied());
@@ -78,8 +78,8 @@ pub(super) fn global_addresses(links: &[Link]) -> impl Iterator<Item = IpAddr> {
 pub const NODE_PORTS: RangeInclusive<u16> = 30000..=32767;
 
 /// The ports to masquerade with: none that a NodePort has, whatever the API server's range for them is.
-fn snat_ports(settings: &Settings, claims: &Claims) -> Vec<PortRange> {
-    let taken = ports::spans(claims.node_ports_outside(&NODE_PORTS));
+fn snat_ports(settings: &Settings, owners: &Owners) -> Vec<PortRange> {
+    let taken = ports::spans(owners.node_ports_outside(&NODE_PORTS));
     if taken.is_empty() {
         return settings.snat_ports.clone();
     }

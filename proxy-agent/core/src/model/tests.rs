@@ -97,7 +97,7 @@ fn slice(service: &str, endpoints: &str) -> Slice {
 fn world(changes: impl IntoIterator<Item = Change>) -> World {
     let mut world = World::new(settings());
     for change in changes {
-        world.hear(change);
+        world.apply(change);
     }
     world
 }
@@ -188,9 +188,9 @@ fn endpoints_are_chosen_as_the_vectors_say() {
         slice.endpoints =
             endpoints.split(';').filter(|e| !e.is_empty()).map(|text| endpoint(text, own)).collect();
         let mut world = World::new(Settings { node_name: (*own).into(), ..settings() });
-        world.hear(Change::Node(Some(node(*zone, &[]))));
-        world.hear(Change::Service(name("web"), Some(service)));
-        world.hear(Change::Slice(name("web-1"), Some(slice)));
+        world.apply(Change::Node(Some(node(*zone, &[]))));
+        world.apply(Change::Service(name("web"), Some(service)));
+        world.apply(Change::Slice(name("web-1"), Some(slice)));
         let desired = only(&world);
         assert_eq!(octets(&desired.cluster), *cluster, "CL of {vector}");
         assert_eq!(octets(&desired.local), *local, "LO of {vector}");
@@ -222,7 +222,7 @@ fn each_destination_gets_its_own_policy() {
 
     both.internal_local = false;
     both.external_local = true;
-    world.hear(Change::Service(name("web"), Some(both)));
+    world.apply(Change::Service(name("web"), Some(both)));
     let desired = only(&world);
     assert_eq!(flags(&desired, "10.96.0.1", 80), Some(frontend::INTERNAL | sticky));
     assert_eq!(flags(&desired, "198.51.100.1", 80), Some(frontend::LOCAL | sticky));
@@ -252,7 +252,7 @@ fn a_family_without_cluster_ip_is_not_proxied_and_two_families_do_not_mix() {
     assert_eq!(desired.cluster, [(ip("10.244.0.1").into(), Number::new(8080))]);
 
     web.cluster_ips.push(ip("fd00:96::1"));
-    world.hear(Change::Service(name("web"), Some(web)));
+    world.apply(Change::Service(name("web"), Some(web)));
     let desired = world.desired().services;
     assert_eq!(desired.len(), 2);
     let v6 = desired.iter().find(|(port, _)| port.family == Family::V6).unwrap().1;
@@ -287,13 +287,13 @@ fn source_ranges_restrict_load_balancer_addresses_alone() {
     // V-20: listed as an external IP, too.
     assert_eq!(flags(&desired, "203.0.113.202", 80), Some(frontend::SOURCE_RANGES));
 
-    world.hear(Change::Node(Some(node(None, &["10.0.0.2"]))));
+    world.apply(Change::Node(Some(node(None, &["10.0.0.2"]))));
     assert_eq!(only(&world).source_ranges, listed);
 
     // T-63.
     for open in [&["2001:db8::/32"][..], &["0.0.0.0/0", "1.2.3.4/32"], &[]] {
         web.source_ranges = ranges(open);
-        world.hear(Change::Service(name("web"), Some(web.clone())));
+        world.apply(Change::Service(name("web"), Some(web.clone())));
         let desired = only(&world);
         assert_eq!(flags(&desired, "203.0.113.201", 80), Some(0), "{open:?}");
         assert!(desired.source_ranges.is_empty(), "{open:?}");
@@ -319,7 +319,7 @@ fn slices_are_merged_as_the_vectors_say() {
     let with = |slices: &[(&str, Slice)]| {
         let mut world = world([Change::Service(name("web"), Some(web.clone()))]);
         for (slice_name, slice) in slices {
-            world.hear(Change::Slice(name(slice_name), Some(slice.clone())));
+            world.apply(Change::Slice(name(slice_name), Some(slice.clone())));
         }
         world
     };
@@ -354,7 +354,7 @@ fn of_duplicates_the_one_that_is_not_terminating_stays() {
         for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
             let mut spread = world([Change::Service(name("web"), Some(service("10.96.0.1")))]);
             for i in order {
-                spread.hear(Change::Slice(name(&format!("s{i}")), Some(slice("web", endpoints[i]))));
+                spread.apply(Change::Slice(name(&format!("s{i}")), Some(slice("web", endpoints[i]))));
             }
             assert_eq!(octets(&only(&spread).cluster), cluster, "{vector}, in three slices, {order:?}");
             let together = order.map(|i| endpoints[i]).join(";");
@@ -379,34 +379,34 @@ fn only_what_differs_is_handed_on() {
     assert_eq!(first.len(), 2);
     assert!(world.take_dirty().is_empty());
 
-    assert!(!world.hear(Change::Slice(name("web-1"), Some(slice("web", "2 R Z=a; 1 R")))), "only reordered");
-    assert!(!world.hear(Change::Slice(name("none"), None)), "T-78");
-    assert!(!world.hear(Change::Service(name("web"), Some(service("10.96.0.1")))));
+    assert!(!world.apply(Change::Slice(name("web-1"), Some(slice("web", "2 R Z=a; 1 R")))), "only reordered");
+    assert!(!world.apply(Change::Slice(name("none"), None)), "T-78");
+    assert!(!world.apply(Change::Service(name("web"), Some(service("10.96.0.1")))));
     assert!(world.take_dirty().is_empty());
 
     // T-79, and a change that is taken back.
-    assert!(world.hear(Change::Slice(name("web-2"), Some(slice("web", "3 R")))));
-    assert!(world.hear(Change::Slice(name("web-2"), None)));
+    assert!(world.apply(Change::Slice(name("web-2"), Some(slice("web", "3 R")))));
+    assert!(world.apply(Change::Slice(name("web-2"), None)));
     assert!(world.take_dirty().is_empty());
 
     // The same endpoints, cut into slices another way.
-    world.hear(Change::Slice(name("web-2"), Some(slice("web", "2 R Z=a"))));
-    world.hear(Change::Slice(name("web-1"), Some(slice("web", "1 R"))));
+    world.apply(Change::Slice(name("web-2"), Some(slice("web", "2 R Z=a"))));
+    world.apply(Change::Slice(name("web-1"), Some(slice("web", "1 R"))));
     assert!(world.take_dirty().is_empty());
 
-    world.hear(Change::Slice(name("web-2"), None));
+    world.apply(Change::Slice(name("web-2"), None));
     let dirty = world.take_dirty();
     assert_eq!(dirty.len(), 1);
     assert_eq!(&*dirty[0].0.service.name, "web");
     assert_eq!(octets(&dirty[0].1.as_ref().unwrap().cluster), "1");
 
     // T-80, E-9: the Service stays, without endpoints.
-    world.hear(Change::Slice(name("web-1"), None));
+    world.apply(Change::Slice(name("web-1"), None));
     let dirty = world.take_dirty();
     assert_eq!(octets(&dirty[0].1.as_ref().unwrap().cluster), "");
     assert_eq!(dirty[0].1.as_ref().unwrap().frontends[0].flags, frontend::INTERNAL);
 
-    world.hear(Change::Service(name("web"), None));
+    world.apply(Change::Service(name("web"), None));
     let dirty = world.take_dirty();
     assert_eq!((dirty.len(), dirty[0].1.as_ref()), (1, None));
 }
@@ -421,7 +421,7 @@ fn a_full_pass_is_where_the_differences_start_from() {
     assert_eq!(desired, world.desired());
     assert_eq!(desired.services.len(), 1);
     assert!(world.take_dirty().is_empty());
-    world.hear(Change::Service(name("web"), None));
+    world.apply(Change::Service(name("web"), None));
     assert_eq!(world.take_dirty().len(), 1);
 }
 
@@ -433,7 +433,7 @@ fn a_slice_can_change_hands() {
         Change::Slice(name("s"), Some(slice("web", "1 R"))),
     ]);
     world.take_dirty();
-    world.hear(Change::Slice(name("s"), Some(slice("api", "1 R"))));
+    world.apply(Change::Slice(name("s"), Some(slice("api", "1 R"))));
     let dirty: BTreeMap<String, String> = world
         .take_dirty()
         .into_iter()
@@ -451,11 +451,11 @@ fn the_zone_of_the_node_concerns_every_service() {
         Change::Slice(name("web-1"), Some(slice("web", "1 Z=a R; 2 Z=b R"))),
     ]);
     assert_eq!(octets(&world.take_dirty()[0].1.as_ref().unwrap().cluster), "1");
-    assert!(world.hear(Change::Node(Some(node(Some("b"), &[])))));
+    assert!(world.apply(Change::Node(Some(node(Some("b"), &[])))));
     assert_eq!(octets(&world.take_dirty()[0].1.as_ref().unwrap().cluster), "2");
-    world.hear(Change::Node(Some(Node { eligible: false, ..node(Some("b"), &[]) })));
+    world.apply(Change::Node(Some(Node { eligible: false, ..node(Some("b"), &[]) })));
     assert!(world.take_dirty().is_empty());
-    world.hear(Change::Node(None));
+    world.apply(Change::Node(None));
     assert!(world.take_dirty().is_empty(), "a deleted Node changes nothing");
     assert_eq!(world.node_object(), None);
 }
@@ -488,13 +488,13 @@ fn an_endpoint_without_node_at_an_own_address_is_local_to_its_flows_but_not_to_t
     let key = (Addr::from(ip("10.244.0.1")), Number::new(8080));
     assert_eq!(only(&world).backends[&key], backend::DRAINING);
     world.take_dirty();
-    world.hear(Change::Links(vec![link(2, "eth0", &["192.168.0.2/24", "10.244.0.1/32"])]));
+    world.apply(Change::Links(vec![link(2, "eth0", &["192.168.0.2/24", "10.244.0.1/32"])]));
     let dirty = world.take_dirty();
     assert_eq!(dirty[0].1.as_ref().unwrap().backends[&key], backend::LOCAL | backend::DRAINING);
     assert!(dirty[0].1.as_ref().unwrap().local.is_empty(), "E-19");
 }
 
-fn claimant(created: i64, external_ip: &str) -> Service {
+fn contender(created: i64, external_ip: &str) -> Service {
     let mut service = service(&format!("10.96.1.{created}"));
     service.created = created;
     service.external_ips = vec![ip(external_ip)];
@@ -516,8 +516,8 @@ fn holders(world: &World) -> BTreeMap<String, String> {
 
 #[test]
 fn a_contested_destination_has_one_holder_whatever_the_order_and_is_handed_over_at_once() {
-    let old = Change::Service(name("old"), Some(claimant(10, "198.51.100.1")));
-    let young = Change::Service(name("a-young"), Some(claimant(20, "198.51.100.1")));
+    let old = Change::Service(name("old"), Some(contender(10, "198.51.100.1")));
+    let young = Change::Service(name("a-young"), Some(contender(20, "198.51.100.1")));
     for order in [[old.clone(), young.clone()], [young, old]] {
         let mut world = world(order);
         let found = holders(&world);
@@ -530,7 +530,7 @@ fn a_contested_destination_has_one_holder_whatever_the_order_and_is_handed_over_
         assert!(warnings.iter().all(|c| c.line.contains("Service default/old")), "{warnings:?}");
 
         world.take_dirty();
-        world.hear(Change::Service(name("old"), None));
+        world.apply(Change::Service(name("old"), None));
         let dirty = world.take_dirty();
         assert_eq!(dirty.len(), 2, "{dirty:?}");
         let (_, taken_over) = dirty.iter().find(|(port, _)| &*port.service.name == "a-young").unwrap();
@@ -613,10 +613,10 @@ fn masquerading_uses_an_address_of_the_interface_the_nodes_first() {
     );
     assert_eq!(sources(&world), expected);
 
-    world.hear(Change::Service(name("web"), None));
+    world.apply(Change::Service(name("web"), None));
     assert_eq!(sources(&world)[1], row(3, "203.0.113.1"));
 
-    world.hear(Change::Links(vec![link(7, "eth0", &["fe80::1/64", "169.254.0.1/16"])]));
+    world.apply(Change::Links(vec![link(7, "eth0", &["fe80::1/64", "169.254.0.1/16"])]));
     assert!(world.node().routes.values().all(Addr::is_unspecified));
 }
 
@@ -625,8 +625,8 @@ fn node_ports_are_accepted_where_the_setting_says() {
     // V-33, V-34.
     let accepted = |setting: NodePortAddresses, ips: &[&str]| -> Vec<String> {
         let mut world = World::new(Settings { nodeport_addresses: setting, ..settings() });
-        world.hear(Change::Links(links()));
-        world.hear(Change::Node(Some(node(None, ips))));
+        world.apply(Change::Links(links()));
+        world.apply(Change::Node(Some(node(None, ips))));
         let addresses = world.node().addresses;
         assert_eq!(addresses.len(), 7, "{addresses:?}");
         assert!(addresses.values().all(|flags| flags & address::NODE != 0));
@@ -671,7 +671,7 @@ fn the_pod_range_is_the_clusters_else_the_nodes() {
     let set =
         Settings { cluster_cidrs: cidrs, socket_lb: SocketLb::Host, masquerade_all: true, ..settings() };
     let mut world = World::new(set);
-    world.hear(Change::Node(Some(node(None, &[]))));
+    world.apply(Change::Node(Some(node(None, &[]))));
     let table = world.node().config;
     assert!(table.is_pod(&ip("10.244.2.9").into()) && !table.is_pod(&ip("10.1.0.1").into()));
     assert!(table.is_pod(&ip("fd00:10::7:1").into()) && !table.is_pod(&ip("fd00:11::1").into()));
@@ -696,8 +696,8 @@ fn interfaces_of_pods_are_marked_where_the_mode_goes_by_them() {
     ];
     let pods = |mode: DetectLocal| -> Vec<u32> {
         let mut world = World::new(Settings { detect_local: mode, ..settings() });
-        world.hear(Change::Links(links.clone()));
-        world.hear(Change::Node(Some(node(None, &[]))));
+        world.apply(Change::Links(links.clone()));
+        world.apply(Change::Node(Some(node(None, &[]))));
         let tables = world.node();
         assert_eq!(
             tables.config.flags & config::POD_INTERFACES != 0,
@@ -720,7 +720,7 @@ fn interfaces_of_pods_are_marked_where_the_mode_goes_by_them() {
 fn ranges_of_cluster_ips_are_united_until_the_last_service_cidr_has_gone() {
     // P-22, Y-16.
     let ranges = |texts: &[&str]| Some(texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>());
-    let heard = |name: &str, texts: &[&str]| Change::ServiceRanges(name.to_owned(), ranges(texts));
+    let ranges_of = |name: &str, texts: &[&str]| Change::ServiceRanges(name.to_owned(), ranges(texts));
     let inside = |world: &World| {
         let config = world.node().config;
         ["10.96.0.9", "10.97.0.9", "10.98.0.9", "fd00:96::9"]
@@ -728,24 +728,24 @@ fn ranges_of_cluster_ips_are_united_until_the_last_service_cidr_has_gone() {
     };
     let mut world = World::new(settings());
     assert_eq!(inside(&world), [false; 4]);
-    assert!(world.hear(heard("kubernetes", &["10.96.0.0/16", "fd00:96::/108"])));
-    assert!(world.hear(heard("more", &["10.97.0.0/16", "10.96.0.0/16"])));
-    assert!(!world.hear(heard("more", &["10.97.0.0/16", "10.96.0.0/16"])));
+    assert!(world.apply(ranges_of("kubernetes", &["10.96.0.0/16", "fd00:96::/108"])));
+    assert!(world.apply(ranges_of("more", &["10.97.0.0/16", "10.96.0.0/16"])));
+    assert!(!world.apply(ranges_of("more", &["10.97.0.0/16", "10.96.0.0/16"])));
     assert_eq!(inside(&world), [true, true, false, true]);
     assert_eq!(world.node().config.service_range_count, 2, "adjacent ranges are one");
-    world.hear(Change::ServiceRanges("kubernetes".into(), None));
+    world.apply(Change::ServiceRanges("kubernetes".into(), None));
     assert_eq!(inside(&world), [true, true, false, false]);
-    world.hear(Change::ServiceRanges("more".into(), None));
+    world.apply(Change::ServiceRanges("more".into(), None));
     assert_eq!(inside(&world), [false; 4]);
 
     // More than there is room for: those that are known are right.
     let many: Vec<String> = (0..20).map(|n| format!("10.96.{}.0/24", n * 2)).collect();
-    world.hear(heard("many", &many.iter().map(String::as_str).collect::<Vec<_>>()));
+    world.apply(ranges_of("many", &many.iter().map(String::as_str).collect::<Vec<_>>()));
     assert_eq!(world.node().config.service_range_count, 8);
     assert_eq!(inside(&world), [true, false, false, false]);
 
     let mut world = World::new(Settings { drop_unallocated: false, ..settings() });
-    world.hear(heard("kubernetes", &["10.96.0.0/16"]));
+    world.apply(ranges_of("kubernetes", &["10.96.0.0/16"]));
     assert_eq!(inside(&world), [false; 4]);
 }
 
@@ -754,7 +754,7 @@ fn a_detection_mode_names_the_one_range_that_counts() {
     let known = |mode: DetectLocal, cidrs: &[&str], pod_cidrs: &[&str]| {
         let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
         let mut world = World::new(Settings { detect_local: mode, cluster_cidrs: nets(cidrs), ..settings() });
-        world.hear(Change::Node(Some(Node { pod_cidrs: nets(pod_cidrs), ..node(None, &[]) })));
+        world.apply(Change::Node(Some(Node { pod_cidrs: nets(pod_cidrs), ..node(None, &[]) })));
         let table = world.node().config;
         let pods = ["10.1.0.9", "10.2.0.9", "fd00:1::9", "fd00:2::9"];
         pods.map(|pod| table.is_pod(&ip(pod).into()))
@@ -779,10 +779,10 @@ fn a_detection_mode_names_the_one_range_that_counts() {
 fn services_do_not_wait_for_pod_cidrs_and_follow_them() {
     // Y-9, Y-12.
     let mut world = World::new(Settings { detect_local: DetectLocal::NodeCidr, ..settings() });
-    world.hear(Change::Links(links()));
-    world.hear(Change::Service(name("web"), Some(service("10.96.0.1"))));
+    world.apply(Change::Links(links()));
+    world.apply(Change::Service(name("web"), Some(service("10.96.0.1"))));
     for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-        world.hear(Change::Synced(kind));
+        world.apply(Change::Synced(kind));
     }
     let pods = ["10.1.0.9", "10.2.0.9"];
     let known = |world: &World| pods.map(|pod| world.node().config.is_pod(&ip(pod).into()));
@@ -794,7 +794,7 @@ fn services_do_not_wait_for_pod_cidrs_and_follow_them() {
         [(&[][..], [false, false]), (&["10.1.0.0/24"], [true, false]), (&["10.2.0.0/24"], [false, true])]
     {
         let pod_cidrs = cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect();
-        world.hear(Change::Node(Some(Node { pod_cidrs, ..node(None, &[]) })));
+        world.apply(Change::Node(Some(Node { pod_cidrs, ..node(None, &[]) })));
         assert_eq!(known(&world), expected);
         assert_eq!(warns(&world), cidrs.is_empty());
     }
@@ -819,7 +819,7 @@ fn external_ips_and_a_family_can_be_switched_off() {
     web.load_balancer_ips = vec![ip("203.0.113.2"), ip("2001:db8::8")];
     let frontends = |settings: Settings| {
         let mut world = World::new(settings);
-        world.hear(Change::Service(name("web"), Some(web.clone())));
+        world.apply(Change::Service(name("web"), Some(web.clone())));
         let mut found: Vec<String> = world
             .desired()
             .services
@@ -845,11 +845,11 @@ fn the_bind_address_stands_for_the_node_and_changes_of_the_node_are_followed() {
     // Y-10, Y-13, V-18, V-33.
     let bound = Settings { bind_address: Some(ip("192.168.0.3")), ..settings() };
     let mut world = World::new(bound);
-    world.hear(Change::Links(links()));
+    world.apply(Change::Links(links()));
     let mut web = service("10.96.0.1");
     web.load_balancer_ips = vec![ip("203.0.113.1")];
     web.source_ranges = vec!["192.168.0.3/32".parse().unwrap()];
-    world.hear(Change::Service(name("web"), Some(web)));
+    world.apply(Change::Service(name("web"), Some(web)));
     let node_port_addresses = |world: &World| -> Vec<String> {
         let accepted = [Family::V4, Family::V6].map(|family| world.node_port_addresses(family));
         let lists = accepted.into_iter().map(|at| if let Accepted::At(ips) = at { ips } else { vec![] });
@@ -859,24 +859,24 @@ fn the_bind_address_stands_for_the_node_and_changes_of_the_node_are_followed() {
     // Before the Node is known.
     assert_eq!(node_port_addresses(&world), ["192.168.0.3"]);
     assert_eq!((own_vip_allowed(&world), world.primary_family()), (true, Family::V4));
-    world.hear(Change::Node(Some(node(None, &["2001:db8::2", "192.168.0.2"]))));
+    world.apply(Change::Node(Some(node(None, &["2001:db8::2", "192.168.0.2"]))));
     assert_eq!(node_port_addresses(&world), ["192.168.0.3", "2001:db8::2"]);
     assert_eq!((own_vip_allowed(&world), world.primary_family()), (true, Family::V4));
 
     let mut world = World::new(settings());
-    world.hear(Change::Links(links()));
+    world.apply(Change::Links(links()));
     for (ips, expected, primary) in [
         (&["2001:db8::2", "192.168.0.2"][..], &["192.168.0.2", "2001:db8::2"][..], Family::V6),
         (&["192.168.0.3"], &["192.168.0.3"], Family::V4),
     ] {
-        world.hear(Change::Node(Some(node(None, ips))));
+        world.apply(Change::Node(Some(node(None, ips))));
         assert_eq!(
             (node_port_addresses(&world), world.primary_family()),
             (expected.iter().map(|ip| (*ip).to_owned()).collect(), primary)
         );
     }
     // Y-13: a Node that goes leaves its addresses.
-    world.hear(Change::Node(None));
+    world.apply(Change::Node(None));
     assert_eq!(node_port_addresses(&world), ["192.168.0.3"]);
 }
 
@@ -884,8 +884,8 @@ fn the_bind_address_stands_for_the_node_and_changes_of_the_node_are_followed() {
 fn health_checks_are_served_where_node_ports_are_accepted() {
     let accepted = |setting: NodePortAddresses, ips: &[&str]| {
         let mut world = World::new(Settings { nodeport_addresses: setting, ..settings() });
-        world.hear(Change::Links(links()));
-        world.hear(Change::Node(Some(node(None, ips))));
+        world.apply(Change::Links(links()));
+        world.apply(Change::Node(Some(node(None, ips))));
         [Family::V4, Family::V6].map(|family| match world.node_port_addresses(family) {
             Accepted::Everywhere => "everywhere".to_owned(),
             Accepted::At(ips) => ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" "),
@@ -909,10 +909,10 @@ fn nothing_is_known_until_every_kind_has_been_listed() {
         Change::Synced(Kind::Node),
         Change::Connected(true),
     ] {
-        world.hear(change);
+        world.apply(change);
         assert!(!world.synced());
     }
-    world.hear(Change::Synced(Kind::Service));
+    world.apply(Change::Synced(Kind::Service));
     assert!(world.synced() && world.connected());
 }
 
@@ -941,12 +941,12 @@ fn warnings_are_kept_by_object_until_taken_back() {
         lines: lines.iter().map(|line| (*line).to_owned()).collect(),
     };
     let mut world = world([warn(&["spec.externalIPs[0] is wrong"])]);
-    assert!(!world.hear(warn(&["spec.externalIPs[0] is wrong"])));
+    assert!(!world.apply(warn(&["spec.externalIPs[0] is wrong"])));
     assert_eq!(world.warnings().len(), 1);
-    assert!(world.hear(warn(&[])));
+    assert!(world.apply(warn(&[])));
     assert!(world.warnings().is_empty());
     let many: Vec<String> = (0..50).map(|i| i.to_string()).collect();
-    world.hear(Change::Warnings { object: "x".to_owned(), lines: many });
+    world.apply(Change::Warnings { object: "x".to_owned(), lines: many });
     assert_eq!(world.warnings().len(), 16);
     assert!(world.warnings().iter().any(|warning| warning.line == "… and 35 more"));
 }
@@ -1019,7 +1019,7 @@ proptest! {
         let mut world = World::new(settings());
         let mut held = BTreeMap::new();
         for (i, change) in changes.into_iter().chain(removals).enumerate() {
-            world.hear(change);
+            world.apply(change);
             if i % every == 0 {
                 for (port, desired) in world.take_dirty() {
                     prop_assert_ne!(held.get(&port), desired.as_ref());

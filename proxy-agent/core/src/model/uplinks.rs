@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use super::claims::Claims;
+use super::conflicts::Owners;
 use super::tables::is_global;
 use super::{Device, Family, Link, Node, Route, Settings};
 
@@ -20,7 +20,7 @@ pub(super) fn uplinks(
     node: &Node,
     links: &[Link],
     routes: &[Route],
-    claims: &Claims,
+    owners: &Owners,
 ) -> BTreeSet<u32> {
     let routed: BTreeSet<(u32, Family)> = routes
         .iter()
@@ -34,7 +34,7 @@ pub(super) fn uplinks(
         let ip = net.addr();
         let whole_network = net.prefix_len() < net.max_prefix_len();
         is_global(&ip)
-            && !claims.is_service_address(&ip.into())
+            && !owners.is_service_address(&ip.into())
             && (node.ips.contains(&ip)
                 || !is_pods(net) && (whole_network || routed.contains(&(link.index, Family::of(&ip)))))
     };

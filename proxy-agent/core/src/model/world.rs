@@ -1,4 +1,4 @@
-//! World: everything heard so far, and what follows from it for the tables.
+//! World: everything reported so far, and what follows from it for the tables.
 //!
 //! A change marks the Services it touches; only those are compiled again, and only what really differs from
 //! the last time is handed on. The cost of a change does not depend on how many Services there are.
@@ -9,9 +9,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use proxy_common::abi::{FrontendKey, config};
 
-use super::claims::Claims;
-use super::compile::{Here, compile, objections};
-use super::local::{Local, Owner};
+use super::compile::{Here, compile, destinations_in_use};
+use super::conflicts::Owners;
+use super::local::{InUse, Local};
 use super::merge::{merge, sorted};
 use super::names::Names;
 use super::no_local::NoLocalByFamily;
@@ -25,10 +25,10 @@ use crate::model::{Change, Kind};
 
 type Ports = BTreeMap<ServicePort, DesiredService>;
 
-/// Warnings about contested destinations that are told; the rest is the same story.
-const MAX_CONTESTED: usize = 1_000;
+/// How many warnings about destinations that several Services ask for there are at most.
+const MAX_CONFLICTS: usize = 1_000;
 
-/// Everything heard so far.
+/// Everything reported so far.
 #[derive(Debug)]
 pub struct World {
     settings: Settings,
@@ -52,9 +52,9 @@ pub struct World {
     /// Pods whose addresses lie inside these ranges.
     pods_in_ranges: BTreeSet<IpAddr>,
     here: Here,
-    /// Destinations that Services do not get.
-    objections: BTreeMap<ObjectName, Vec<(FrontendKey, Owner)>>,
-    claims: Claims,
+    /// Destinations that Services do not get, because the node or its pods use them.
+    in_use: BTreeMap<ObjectName, Vec<(FrontendKey, InUse)>>,
+    owners: Owners,
     warnings: Warnings,
     names: Names,
     synced: HashSet<Kind>,
@@ -79,7 +79,7 @@ pub struct HealthCheck {
 }
 
 impl World {
-    /// Nothing heard yet.
+    /// Nothing reported yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         let ips = NodeIps::new(&[], settings.bind_address).known();
@@ -104,8 +104,8 @@ impl World {
             service_ranges: BTreeMap::new(),
             pods_in_ranges: BTreeSet::new(),
             here,
-            objections: BTreeMap::new(),
-            claims: Claims::default(),
+            in_use: BTreeMap::new(),
+            owners: Owners::default(),
             warnings: Warnings::default(),
             names: Names::default(),
             synced: HashSet::new(),
@@ -117,15 +117,15 @@ impl World {
         }
     }
 
-    /// Takes a change in; tells whether it changed anything.
-    pub fn hear(&mut self, change: Change) -> bool {
+    /// Applies a change; says whether it changed anything.
+    pub fn apply(&mut self, change: Change) -> bool {
         match change {
-            Change::Service(name, service) => self.hear_service(name, service),
-            Change::Slice(name, slice) => self.hear_slice(name, slice),
-            Change::Node(node) => self.hear_node(node),
-            Change::ServiceRanges(name, ranges) => self.hear_service_ranges(name, ranges),
-            Change::Links(links) => self.hear_links(links),
-            Change::Routes(routes) => self.hear_routes(routes),
+            Change::Service(name, service) => self.apply_service(name, service),
+            Change::Slice(name, slice) => self.apply_slice(name, slice),
+            Change::Node(node) => self.apply_node(node),
+            Change::ServiceRanges(name, ranges) => self.apply_service_ranges(name, ranges),
+            Change::Links(links) => self.apply_links(links),
+            Change::Routes(routes) => self.apply_routes(routes),
             Change::Synced(kind) => self.synced.insert(kind),
             Change::Warnings { object, lines } => self.warnings.replace(object, lines),
             Change::Whole(whole) => std::mem::replace(&mut self.whole, whole) != whole,
@@ -148,7 +148,7 @@ impl World {
         let mut dirty = Vec::new();
         for name in std::mem::take(&mut self.stale) {
             let now = self.compile(&name);
-            self.object(&name);
+            self.note_in_use(&name);
             let mut before = self.taken.remove(&name).unwrap_or_default();
             for (port, desired) in &now {
                 if before.remove(port).as_ref() != Some(desired) {
@@ -173,9 +173,9 @@ impl World {
     /// Everything that should be, for a full pass: [`Self::take_dirty`] starts from here.
     pub fn take_desired(&mut self) -> Desired {
         self.stale.clear();
-        self.objections.clear();
+        self.in_use.clear();
         for name in self.services.keys().cloned().collect::<Vec<_>>() {
-            self.object(&name);
+            self.note_in_use(&name);
         }
         self.taken = self.services.keys().map(|name| (name.clone(), self.compile(name))).collect();
         let services = self.taken.values().flatten().map(|(port, desired)| (port.clone(), desired.clone()));
@@ -191,7 +191,7 @@ impl World {
         let drops = self.leave & config::LEAVE_NEW == 0;
         let ranges = ranges.filter(|range| drops && self.lies_inside(range).is_none()).collect();
         let mut tables =
-            node_tables(&self.settings, &self.last_node, &self.links, &self.around, &self.claims, &ranges);
+            node_tables(&self.settings, &self.last_node, &self.links, &self.around, &self.owners, &ranges);
         tables.config.flags |= self.leave;
         if self.pods_by_packet {
             tables.config.flags &= !config::SOCKET_PODS;
@@ -229,7 +229,7 @@ impl World {
         self.node.as_ref()
     }
 
-    /// The family of the node's first address (Y-10), as last heard.
+    /// The family of the node's first address (Y-10), as last reported.
     #[must_use]
     pub fn primary_family(&self) -> Family {
         NodeIps::new(&self.last_node.ips, self.settings.bind_address).primary
@@ -281,25 +281,25 @@ impl World {
         self.connected
     }
 
-    /// What is wrong with the input, contested destinations included; by object.
+    /// What is wrong with the input, destinations that another Service owns included; by object.
     #[must_use]
     pub fn warnings(&self) -> Vec<Warning> {
-        let contested = self.claims.lost().take(MAX_CONTESTED).map(|(key, loser, holder)| Warning {
+        let conflicts = self.owners.conflicts().take(MAX_CONFLICTS).map(|(key, loser, owner)| Warning {
             object: format!("Service {}", loser.service),
             line: format!(
                 "{} is held by Service {}, which comes first (ClusterIPs, then age, then name)",
                 destination(key),
-                holder.service
+                owner.service
             ),
         });
-        let mut all: Vec<Warning> = self.warnings.iter().chain(contested).collect();
+        let mut all: Vec<Warning> = self.warnings.iter().chain(conflicts).collect();
         all.extend(self.no_pod_cidrs());
         all.extend(self.covering_ranges());
-        let objected = |(name, all): (&ObjectName, &Vec<(FrontendKey, Owner)>)| {
-            let lines = all.iter().filter_map(|(key, owner)| objection(key, owner));
+        let not_served = |(name, all): (&ObjectName, &Vec<(FrontendKey, InUse)>)| {
+            let lines = all.iter().filter_map(|(key, by)| why_not_served(key, by));
             lines.map(|line| Warning { object: format!("Service {name}"), line }).collect::<Vec<_>>()
         };
-        all.extend(self.objections.iter().flat_map(objected));
+        all.extend(self.in_use.iter().flat_map(not_served));
         all.sort();
         all.dedup();
         all
@@ -309,9 +309,9 @@ impl World {
     #[must_use]
     pub fn notes(&self) -> Vec<Warning> {
         let mut all = Vec::new();
-        for (name, taken) in &self.objections {
-            for (key, owner) in taken {
-                if let Owner::LocalService(device) = owner {
+        for (name, used) in &self.in_use {
+            for (key, by) in used {
+                if let InUse::ByLocalService(device) = by {
                     all.push(Warning {
                         object: format!("Service {name}"),
                         line: format!(
@@ -395,7 +395,7 @@ impl World {
             && !merge(owner, self.slices_of(&owner.service)).contains_key(&endpoint)
     }
 
-    /// A slice, as last heard of.
+    /// A slice, as last reported.
     #[must_use]
     pub fn slice(&self, name: &ObjectName) -> Option<&Slice> {
         self.slices.get(name)
@@ -413,12 +413,12 @@ impl World {
         ips.len()
     }
 
-    fn hear_service(&mut self, name: ObjectName, service: Option<Service>) -> bool {
+    fn apply_service(&mut self, name: ObjectName, service: Option<Service>) -> bool {
         let service = service.map(|service| self.permitted(service));
         if self.services.get(&name) == service.as_ref() {
             return false;
         }
-        let moved = self.claims.replace(&name, service.as_ref());
+        let moved = self.owners.replace(&name, service.as_ref());
         self.stale.extend(moved);
         let own = |service: &Service| {
             let Service { cluster_ips, external_ips, load_balancer_ips, .. } = service;
@@ -438,22 +438,22 @@ impl World {
     }
 
     fn look_around(&mut self) {
-        self.around = Around::look(&self.settings, &self.last_node, &self.links, &self.routes, &self.claims);
+        self.around = Around::look(&self.settings, &self.last_node, &self.links, &self.routes, &self.owners);
     }
 
-    /// Marks the Services that claim one of these addresses.
+    /// Marks the Services that ask for one of these addresses.
     fn changed_hands(&mut self, moved: &[IpAddr]) {
-        let claimed = |ip: &&IpAddr| self.claims.is_service_address(&(**ip).into());
-        let moved: HashSet<&IpAddr> = moved.iter().filter(claimed).collect();
+        let asked = |ip: &&IpAddr| self.owners.is_service_address(&(**ip).into());
+        let moved: HashSet<&IpAddr> = moved.iter().filter(asked).collect();
         if moved.is_empty() {
             return;
         }
-        let claims = |service: &Service| {
+        let asks = |service: &Service| {
             let Service { cluster_ips, external_ips, load_balancer_ips, .. } = service;
             cluster_ips.iter().chain(external_ips).chain(load_balancer_ips).any(|ip| moved.contains(ip))
         };
-        let claimants = self.services.iter().filter(|(_, service)| claims(service));
-        self.stale.extend(claimants.map(|(name, _)| name.clone()));
+        let asking = self.services.iter().filter(|(_, service)| asks(service));
+        self.stale.extend(asking.map(|(name, _)| name.clone()));
     }
 
     /// Which ranges of ClusterIPs hold nothing of the node's or the cluster's pods.
@@ -464,11 +464,11 @@ impl World {
         };
         let trusted = self.service_ranges.values().flatten().filter(|range| !covers(range)).copied();
         let trusted = trusted.collect();
-        let moved = self.here.local.hear_service_ranges(trusted);
+        let moved = self.here.local.set_service_ranges(trusted);
         self.changed_hands(&moved);
     }
 
-    fn hear_routes(&mut self, routes: Vec<Route>) -> bool {
+    fn apply_routes(&mut self, routes: Vec<Route>) -> bool {
         if self.routes == routes {
             return false;
         }
@@ -479,21 +479,21 @@ impl World {
         (&before.sources, &before.uplinks) != (&self.around.sources, &self.around.uplinks)
     }
 
-    /// Takes note of what a Service does not get.
-    fn object(&mut self, name: &ObjectName) {
-        let found = self.services.get(name).map(|service| objections(name, service, &self.here));
+    /// Notes which destinations of a Service the node or its pods use.
+    fn note_in_use(&mut self, name: &ObjectName) {
+        let found = self.services.get(name).map(|service| destinations_in_use(name, service, &self.here));
         match found.filter(|found| !found.is_empty()) {
-            Some(found) => drop(self.objections.insert(name.clone(), found)),
-            None => drop(self.objections.remove(name)),
+            Some(found) => drop(self.in_use.insert(name.clone(), found)),
+            None => drop(self.in_use.remove(name)),
         }
     }
 
-    /// Takes a slice's pods in, or out.
-    fn hear_pods(&mut self, slice: &Slice, comes: bool) {
-        let moved = self.here.local.hear_slice(slice, comes);
+    /// Adds or removes a slice's pods.
+    fn count_pods(&mut self, slice: &Slice, added: bool) {
+        let moved = self.here.local.count_slice(slice, added);
         self.changed_hands(&moved);
         for ip in moved {
-            if !comes {
+            if !added {
                 self.pods_in_ranges.remove(&ip);
             } else if self.service_ranges.values().flatten().any(|range| range.contains(&ip)) {
                 self.pods_in_ranges.insert(ip);
@@ -511,17 +511,17 @@ impl World {
         service
     }
 
-    fn hear_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> bool {
+    fn apply_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> bool {
         let slice = slice.map(|slice| sorted(slice, &mut self.names));
         if self.slices.get(&name) == slice.as_ref() {
             return false;
         }
         if let Some(slice) = &slice {
-            self.hear_pods(slice, true);
+            self.count_pods(slice, true);
         }
         // E-7: a slice that changes hands leaves its old Service.
         if let Some(old) = self.slices.remove(&name) {
-            self.hear_pods(&old, false);
+            self.count_pods(&old, false);
             if let Some(names) = self.slices_of.get_mut(&old.service) {
                 names.remove(&name);
                 if names.is_empty() {
@@ -538,7 +538,7 @@ impl World {
         true
     }
 
-    fn hear_node(&mut self, node: Option<Node>) -> bool {
+    fn apply_node(&mut self, node: Option<Node>) -> bool {
         if self.node == node {
             return false;
         }
@@ -550,9 +550,9 @@ impl World {
                 self.stale.extend(self.services.keys().cloned()); // Y-14
             }
             self.last_node = Node { ips, ..node.clone() };
-            let moved = self.here.local.hear(&self.last_node, &self.links);
+            let moved = self.here.local.set_node(&self.last_node, &self.links);
             self.changed_hands(&moved);
-            if self.here.local.hear_pod_cidrs(&node.pod_cidrs) {
+            if self.here.local.set_pod_cidrs(&node.pod_cidrs) {
                 self.stale.extend(self.services.keys().cloned());
             }
             self.trust_ranges();
@@ -563,7 +563,7 @@ impl World {
     }
 
     /// Y-16: in force with the next pass, whose node tables are compared each time.
-    fn hear_service_ranges(&mut self, name: String, ranges: Option<Vec<IpNet>>) -> bool {
+    fn apply_service_ranges(&mut self, name: String, ranges: Option<Vec<IpNet>>) -> bool {
         let changed = match ranges {
             Some(ranges) => self.service_ranges.insert(name, ranges.clone()) != Some(ranges),
             None => self.service_ranges.remove(&name).is_some(),
@@ -577,7 +577,7 @@ impl World {
         changed
     }
 
-    fn hear_links(&mut self, mut links: Vec<Link>) -> bool {
+    fn apply_links(&mut self, mut links: Vec<Link>) -> bool {
         links.sort_by_key(|link| link.index);
         if self.links_known && self.links == links {
             return false;
@@ -593,7 +593,7 @@ impl World {
         self.here.addresses = addresses;
         self.links = links;
         self.links_known = true;
-        let moved = self.here.local.hear(&self.last_node, &self.links);
+        let moved = self.here.local.set_node(&self.last_node, &self.links);
         self.changed_hands(&moved);
         self.trust_ranges();
         self.look_around();
@@ -602,7 +602,7 @@ impl World {
 
     fn compile(&self, name: &ObjectName) -> Ports {
         match self.services.get(name) {
-            Some(service) => compile(name, service, self.slices_of(name), &self.here, &self.claims),
+            Some(service) => compile(name, service, self.slices_of(name), &self.here, &self.owners),
             None => Ports::new(),
         }
     }
@@ -613,17 +613,17 @@ impl World {
 }
 
 /// Why a Service does not get a destination; nothing where it is meant to be so.
-fn objection(key: &FrontendKey, owner: &Owner) -> Option<String> {
-    let whose = match owner {
-        Owner::LocalService(_) => return None,
-        Owner::Interface(name) => format!("the address is the node's, on {name}"),
-        Owner::Node => "the address is the node's, by its Node object".to_owned(),
-        Owner::Pod => "the address is that of a pod".to_owned(),
-        Owner::PodRange(range) => format!("the address lies in the node's pod range {range}"),
-        Owner::Agent => "the agent serves health and metrics there".to_owned(),
+fn why_not_served(key: &FrontendKey, by: &InUse) -> Option<String> {
+    let why = match by {
+        InUse::ByLocalService(_) => return None,
+        InUse::ByInterface(name) => format!("the address is the node's, on {name}"),
+        InUse::ByNode => "the address is the node's, by its Node object".to_owned(),
+        InUse::ByPod => "the address is that of a pod".to_owned(),
+        InUse::ByPodRange(range) => format!("the address lies in the node's pod range {range}"),
+        InUse::ByAgent => "the agent serves health and metrics there".to_owned(),
     };
-    let remedy = if *owner == Owner::Agent { "port" } else { "address" };
-    Some(format!("{} is not served, because {whose}; give the Service another {remedy}", destination(key)))
+    let remedy = if *by == InUse::ByAgent { "port" } else { "address" };
+    Some(format!("{} is not served, because {why}; give the Service another {remedy}", destination(key)))
 }
 
 /// A destination for a person.

@@ -37,7 +37,7 @@ pub(super) struct Batch {
     /// Frontends that a Service of this plan no longer wants.
     dropped: BTreeSet<FrontendKey>,
     /// Which Service of this plan has a frontend.
-    claims: HashMap<FrontendKey, u32>,
+    owners: HashMap<FrontendKey, u32>,
     /// Ids whose frontends change.
     touched: BTreeSet<u32>,
     new_frontends: usize,
@@ -50,8 +50,8 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn is_claimed(&self, key: &FrontendKey) -> bool {
-        self.claims.contains_key(key)
+    pub(super) fn has_owner(&self, key: &FrontendKey) -> bool {
+        self.owners.contains_key(key)
     }
 
     pub(super) fn check_frontends(
@@ -93,7 +93,7 @@ impl Batch {
     pub(super) fn put_frontend(&mut self, mirror: &Mirror, key: FrontendKey, value: Frontend) {
         let actual = mirror.actual();
         let value = value.sealed(&key);
-        self.claims.insert(key, value.service);
+        self.owners.insert(key, value.service);
         if use_of(value.flags) != 0 && !actual.addresses.contains_key(&key.addr) {
             self.new_addresses.insert(key.addr);
         }
@@ -153,8 +153,8 @@ impl Batch {
                 }
             }
         }
-        let gone = actual.ifaces.keys().filter(|index| !node.ifaces.contains_key(index));
-        self.late_node.extend(gone.map(|index| Step::DeleteIface(*index)));
+        let removed = actual.ifaces.keys().filter(|index| !node.ifaces.contains_key(index));
+        self.late_node.extend(removed.map(|index| Step::DeleteIface(*index)));
         whole &= self.plan_routes(mirror, capacity, node);
         for addr in node.addresses.keys().filter(|addr| !actual.addresses.contains_key(addr)) {
             if self.free_addresses(mirror, capacity) == 0 {
@@ -201,8 +201,8 @@ impl Batch {
                 u32::from_be(key.ifindex)
             ));
         }
-        let gone = actual.routes.keys().filter(|key| !node.routes.contains_key(key));
-        self.late_node.extend(gone.map(|key| Step::DeleteRoute(*key)));
+        let removed = actual.routes.keys().filter(|key| !node.routes.contains_key(key));
+        self.late_node.extend(removed.map(|key| Step::DeleteRoute(*key)));
         refused == 0
     }
 
@@ -213,8 +213,8 @@ impl Batch {
         node: Option<&NodeTables>,
         everything: bool,
     ) -> (Vec<Step>, Released, Vec<String>) {
-        let claims = &self.claims;
-        self.dropped.retain(|key| !claims.contains_key(key));
+        let owners = &self.owners;
+        self.dropped.retain(|key| !owners.contains_key(key));
         let (widen, narrow) = self.addresses(mirror, node, everything);
         let (name_ports, unname_ports) = self.ports(mirror, everything);
         self.release_runs(mirror);
@@ -328,23 +328,23 @@ impl Batch {
             new.entry(value.service).or_default().extend([value.cluster, value.local]);
         }
         for id in &self.touched {
-            let mut gone = mirror.runs(*id);
+            let mut removed = mirror.runs(*id);
             let kept = mirror.held(*id).into_iter().flat_map(|held| &held.frontends);
             for key in kept.filter(|key| !self.puts.contains_key(key) && !self.dropped.contains(key)) {
                 if let Some(value) = actual.frontends.get(key) {
-                    gone.remove(&value.cluster);
-                    gone.remove(&value.local);
+                    removed.remove(&value.cluster);
+                    removed.remove(&value.local);
                 }
             }
             let new = new.get(id);
             self.released
                 .runs
-                .extend(gone.into_iter().filter(|run| new.is_none_or(|new| !new.contains(run))));
+                .extend(removed.into_iter().filter(|run| new.is_none_or(|new| !new.contains(run))));
         }
     }
 
-    pub(super) fn warn_of_claim(&mut self, what: &str, key: &FrontendKey) {
-        let id = self.claims.get(key).copied().unwrap_or(0);
+    pub(super) fn warn_of_owner(&mut self, what: &str, key: &FrontendKey) {
+        let id = self.owners.get(key).copied().unwrap_or(0);
         self.warnings.push(format!(
             "{what}: {} already belongs to service id {id} in this plan and stays there",
             Destination(key)

@@ -45,7 +45,7 @@ impl Planner {
     ) -> Result<(), Refusal> {
         let name = service_name(port).ok_or(Refusal::Name)?;
         let known = self.mirror.id(&name);
-        let frontends = unclaimed(batch, port, want);
+        let frontends = without_owner(batch, port, want);
         let endpoints = endpoints(want);
         batch.check_frontends(&self.mirror, &self.capacity, &frontends)?;
         let ranges = ranges(want, &frontends);
@@ -199,8 +199,8 @@ impl Planner {
             phase.push(Step::PutBackend(index, new));
         }
         if let Some(held) = held {
-            let gone = held.backends.iter().filter(|(endpoint, _)| !indices.contains_key(endpoint));
-            for index in gone.map(|(_, index)| index).chain(&held.strays) {
+            let removed = held.backends.iter().filter(|(endpoint, _)| !indices.contains_key(endpoint));
+            for index in removed.map(|(_, index)| index).chain(&held.strays) {
                 batch.retire_backend(&self.mirror, *index);
             }
         }
@@ -243,11 +243,11 @@ impl Planner {
 
 /// The frontends of a Service that no other one has in this plan. The model has settled who gets what
 /// where it has not, the first keeps it.
-fn unclaimed(batch: &mut Batch, port: &ServicePort, want: &DesiredService) -> Vec<(FrontendKey, u32)> {
+fn without_owner(batch: &mut Batch, port: &ServicePort, want: &DesiredService) -> Vec<(FrontendKey, u32)> {
     let mut frontends: BTreeMap<FrontendKey, u32> = BTreeMap::new();
     for wanted in &want.frontends {
-        if batch.is_claimed(&wanted.key) {
-            batch.warn_of_claim(&describe(port), &wanted.key);
+        if batch.has_owner(&wanted.key) {
+            batch.warn_of_owner(&describe(port), &wanted.key);
         } else {
             frontends.entry(wanted.key).or_insert(wanted.flags);
         }

@@ -116,7 +116,7 @@ impl Mirror {
         self.uses.get(addr).copied().unwrap_or_default()
     }
 
-    /// How many frontends beside ClusterIPs will have each of the ports that `changed` frontends (`None`: gone) have
+    /// How many frontends beside ClusterIPs will have each of the ports that `changed` frontends (`None`: removed) have
     /// or had; with `all` of every port that has or had one.
     pub(super) fn ports_after<'a>(
         &self,

@@ -1,4 +1,4 @@
-//! The planner: knows what is, hears what should be, and says what to write.
+//! The planner: knows what is, is given what should be, and says what to write.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -127,7 +127,7 @@ impl Planner {
         self.pass(batch, Some(&desired.node), true, now_ms)
     }
 
-    /// Compares the Services given (`None`: gone) and, if given, the node. Costs what they cost, whatever
+    /// Compares the Services given (`None`: removed) and, if given, the node. Costs what they cost, whatever
     /// else there is. When a destination changes hands, both Services belong in one call.
     pub fn dirty(
         mut self,

@@ -135,7 +135,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
 
 /// One endpoint of a Service has been replaced by another.
 fn change_one(world: &mut World, planner: Planner, service: u32, now_ms: u64) -> Pass {
-    world.hear(Change::Slice(slice_name(service), Some(slice(service, 1))));
+    world.apply(Change::Slice(slice_name(service), Some(slice(service, 1))));
     let dirty = world.take_dirty();
     planner.dirty(&dirty, None, now_ms)
 }
@@ -184,12 +184,12 @@ fn world(services: u32) -> World {
         ..Settings::of_node("node1")
     });
     for n in 0..services {
-        world.hear(Change::Service(name(n), Some(service(n))));
-        world.hear(Change::Slice(slice_name(n), Some(slice(n, 0))));
+        world.apply(Change::Service(name(n), Some(service(n))));
+        world.apply(Change::Slice(slice_name(n), Some(slice(n, 0))));
     }
-    world.hear(Change::Links(Vec::new()));
+    world.apply(Change::Links(Vec::new()));
     for kind in [Kind::Service, Kind::Slice, Kind::Node] {
-        world.hear(Change::Synced(kind));
+        world.apply(Change::Synced(kind));
     }
     world
 }

@@ -1,7 +1,7 @@
-//! Who holds a destination when several Service ports ask for it (X-17…X-19).
+//! Who owns a destination when several Service ports ask for it (X-17…X-19).
 //!
-//! Every claim is kept, the losers' too, so that the next one takes over in the moment the holder goes. The
-//! order is a property of the claims and not of their arrival.
+//! Every request is kept, the losers' too, so that the next one takes over in the moment the owner goes. The
+//! order is a property of the requests and not of their arrival.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::{Bound, RangeInclusive};
@@ -11,21 +11,21 @@ use proxy_common::addr::Addr;
 
 use super::{ObjectName, Service, ServicePort};
 
-/// One Service port's wish for one destination. The least claim holds it: ClusterIPs first, then the oldest
+/// One Service port asks for one destination. The least request owns it: ClusterIPs first, then the oldest
 /// Service, then by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Claim {
+pub(super) struct Request {
     external: bool,
     created: i64,
-    pub(super) owner: ServicePort,
+    pub(super) port: ServicePort,
 }
 
-/// All claims.
+/// All requests, and who owns what by them.
 #[derive(Debug, Default)]
-pub(super) struct Claims {
-    /// Claims of a destination, the holder's first.
-    by_key: HashMap<FrontendKey, Vec<Claim>>,
-    by_service: HashMap<ObjectName, Vec<(FrontendKey, Claim)>>,
+pub(super) struct Owners {
+    /// Requests for a destination, the owner's first.
+    by_key: HashMap<FrontendKey, Vec<Request>>,
+    by_service: HashMap<ObjectName, Vec<(FrontendKey, Request)>>,
     contested: BTreeSet<FrontendKey>,
     /// How many destinations an address has: what is in here is a Service's address.
     addresses: HashMap<Addr, usize>,
@@ -33,27 +33,27 @@ pub(super) struct Claims {
     node_ports: BTreeMap<u16, usize>,
 }
 
-impl Claims {
-    /// Replaces everything that `name` claims; tells which other Services won or lost a destination by it.
+impl Owners {
+    /// Replaces everything that `name` asks for; says which other Services won or lost a destination by it.
     pub(super) fn replace(&mut self, name: &ObjectName, service: Option<&Service>) -> BTreeSet<ObjectName> {
-        let new = service.map(|service| claims_of(name, service)).unwrap_or_default();
+        let new = service.map(|service| requests_of(name, service)).unwrap_or_default();
         let old = self.by_service.remove(name).unwrap_or_default();
         if old == new {
             self.remember(name, new);
             return BTreeSet::new();
         }
         let before: BTreeMap<FrontendKey, Option<ServicePort>> =
-            old.iter().chain(&new).map(|(key, _)| (*key, self.holder(key).cloned())).collect();
-        for (key, claim) in &old {
-            self.remove(key, claim);
+            old.iter().chain(&new).map(|(key, _)| (*key, self.owner(key).cloned())).collect();
+        for (key, request) in &old {
+            self.remove(key, request);
         }
-        for (key, claim) in &new {
-            self.insert(*key, claim.clone());
+        for (key, request) in &new {
+            self.insert(*key, request.clone());
         }
         self.remember(name, new);
         let mut moved = BTreeSet::new();
         for (key, before) in before {
-            let after = self.holder(&key);
+            let after = self.owner(&key);
             if before.as_ref() != after {
                 moved.extend(before.iter().chain(after).map(|port| port.service.clone()));
             }
@@ -62,9 +62,9 @@ impl Claims {
         moved
     }
 
-    /// The Service port that holds a destination.
-    pub(super) fn holder(&self, key: &FrontendKey) -> Option<&ServicePort> {
-        self.by_key.get(key).and_then(|claims| claims.first()).map(|claim| &claim.owner)
+    /// The Service port that owns a destination.
+    pub(super) fn owner(&self, key: &FrontendKey) -> Option<&ServicePort> {
+        self.by_key.get(key).and_then(|requests| requests.first()).map(|request| &request.port)
     }
 
     /// Whether `addr` is an address of a Service.
@@ -79,25 +79,27 @@ impl Claims {
         below.chain(above).map(|(port, _)| *port)
     }
 
-    /// Every claim that lost, as (destination, loser, holder).
-    pub(super) fn lost(&self) -> impl Iterator<Item = (&FrontendKey, &ServicePort, &ServicePort)> {
-        self.contested.iter().filter_map(|key| self.by_key.get(key).map(|claims| (key, claims))).flat_map(
-            |(key, claims)| claims.iter().skip(1).map(move |claim| (key, &claim.owner, &claims[0].owner)),
+    /// Every request that lost, as (destination, loser, owner).
+    pub(super) fn conflicts(&self) -> impl Iterator<Item = (&FrontendKey, &ServicePort, &ServicePort)> {
+        self.contested.iter().filter_map(|key| self.by_key.get(key).map(|requests| (key, requests))).flat_map(
+            |(key, requests)| {
+                requests.iter().skip(1).map(move |request| (key, &request.port, &requests[0].port))
+            },
         )
     }
 
-    fn remember(&mut self, name: &ObjectName, claims: Vec<(FrontendKey, Claim)>) {
-        if !claims.is_empty() {
-            self.by_service.insert(name.clone(), claims);
+    fn remember(&mut self, name: &ObjectName, requests: Vec<(FrontendKey, Request)>) {
+        if !requests.is_empty() {
+            self.by_service.insert(name.clone(), requests);
         }
     }
 
-    fn insert(&mut self, key: FrontendKey, claim: Claim) {
-        let claims = self.by_key.entry(key).or_default();
-        if let Err(place) = claims.binary_search(&claim) {
-            claims.insert(place, claim);
+    fn insert(&mut self, key: FrontendKey, request: Request) {
+        let requests = self.by_key.entry(key).or_default();
+        if let Err(place) = requests.binary_search(&request) {
+            requests.insert(place, request);
         }
-        if claims.len() > 1 {
+        if requests.len() > 1 {
             self.contested.insert(key);
         } else {
             *self.addresses.entry(key.addr).or_default() += 1;
@@ -107,14 +109,14 @@ impl Claims {
         }
     }
 
-    fn remove(&mut self, key: &FrontendKey, claim: &Claim) {
-        let Some(claims) = self.by_key.get_mut(key) else { return };
-        claims.retain(|known| known != claim);
-        if claims.len() > 1 {
+    fn remove(&mut self, key: &FrontendKey, request: &Request) {
+        let Some(requests) = self.by_key.get_mut(key) else { return };
+        requests.retain(|known| known != request);
+        if requests.len() > 1 {
             return;
         }
         self.contested.remove(key);
-        if !claims.is_empty() {
+        if !requests.is_empty() {
             return;
         }
         self.by_key.remove(key);
@@ -136,13 +138,13 @@ impl Claims {
     }
 }
 
-fn claims_of(name: &ObjectName, service: &Service) -> Vec<(FrontendKey, Claim)> {
-    let mut claims = Vec::new();
+fn requests_of(name: &ObjectName, service: &Service) -> Vec<(FrontendKey, Request)> {
+    let mut requests = Vec::new();
     for wanted in super::frontends::wanted(name, service) {
         for (key, flags) in wanted.frontends {
             let external = flags & frontend::INTERNAL == 0;
-            claims.push((key, Claim { external, created: service.created, owner: wanted.owner.clone() }));
+            requests.push((key, Request { external, created: service.created, port: wanted.owner.clone() }));
         }
     }
-    claims
+    requests
 }
