@@ -14,7 +14,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy_common::addr::{Addr, Proto};
 
 use super::address;
-use agent_core::model::{Affinity, Endpoint, Family, Node, ObjectName, Port, Service, Slice, SlicePort};
+use agent_core::model::{
+    Affinity, Endpoint, Family, Names, Node, ObjectName, Port, Service, Slice, SlicePort,
+};
 
 /// A pod whose sockets are translated at connect, or not.
 const ANNOTATION_SOCKET_LB: &str = "ebpf-proxy/socket-lb";
@@ -364,21 +366,6 @@ fn slice_endpoint(
         zone_hints: zones.iter().map(|zone| names.get(&zone.name)).collect(),
         node_hints: nodes.iter().map(|node| names.get(&node.name)).collect(),
     })
-}
-
-/// Names of nodes and zones within one object, each kept once.
-#[derive(Default)]
-struct Names(BTreeSet<Arc<str>>);
-
-impl Names {
-    fn get(&mut self, name: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(name) {
-            return known.clone();
-        }
-        let new: Arc<str> = name.into();
-        self.0.insert(new.clone());
-        new
-    }
 }
 
 /// A legacy `Endpoints` object: a slice for each subset and family that has addresses.

@@ -30,6 +30,7 @@ mod world;
 pub use change::{Change, Kind};
 pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
 pub use endpoint::{Endpoint, Slice, SlicePort};
+pub use names::Names;
 pub use no_local::{NoLocal, NoLocalByFamily};
 pub use node::{Device, Link, Node, NodeIps, Route};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
