@@ -22,7 +22,7 @@ pub struct ServicePort {
 }
 
 /// One destination of a Service port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DesiredFrontend {
     /// Address, port and protocol; a NodePort stands under the wildcard address.
     pub key: FrontendKey,
@@ -31,7 +31,7 @@ pub struct DesiredFrontend {
 }
 
 /// What should be programmed for one Service port.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct DesiredService {
     /// The destinations it has won, in key order.
     pub frontends: Vec<DesiredFrontend>,

@@ -1,6 +1,7 @@
 //! Service ports that this node serves nobody of, although the cluster could: a figure operators watch (H-42).
 
 use std::collections::BTreeMap;
+use std::iter::Sum;
 
 use proxy_common::abi::frontend;
 
@@ -22,6 +23,16 @@ pub struct NoLocalByFamily {
     pub v4: NoLocal,
     /// IPv6.
     pub v6: NoLocal,
+}
+
+impl Sum for NoLocalByFamily {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        let add = |a: NoLocal, b: NoLocal| NoLocal {
+            internal: a.internal + b.internal,
+            external: a.external + b.external,
+        };
+        all.fold(Self::default(), |sum, one| Self { v4: add(sum.v4, one.v4), v6: add(sum.v6, one.v6) })
+    }
 }
 
 impl NoLocalByFamily {

@@ -6,6 +6,7 @@
 mod apply;
 mod health;
 mod pending;
+mod taken;
 mod warn;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -15,6 +16,7 @@ use ipnet::IpNet;
 use proxy_common::abi::FrontendKey;
 
 pub use self::health::HealthCheck;
+use self::taken::Taken;
 use super::compile::Here;
 use super::conflicts::Owners;
 use super::local::{InUse, Local};
@@ -26,8 +28,6 @@ use super::{
     Change, DesiredService, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort,
     Settings, Slice, SocketLb,
 };
-
-type Ports = BTreeMap<ServicePort, DesiredService>;
 
 /// Everything reported so far.
 #[derive(Debug)]
@@ -62,8 +62,9 @@ pub struct World {
     links_known: bool,
     connected: bool,
     whole: bool,
+    /// Services to compile again.
     stale: BTreeSet<ObjectName>,
-    taken: HashMap<ObjectName, Ports>,
+    taken: Taken,
 }
 
 impl World {
@@ -101,7 +102,7 @@ impl World {
             connected: false,
             whole: true,
             stale: BTreeSet::new(),
-            taken: HashMap::new(),
+            taken: Taken::default(),
         }
     }
 

@@ -1,12 +1,17 @@
 //! What follows for the tables: all of it, or what differs from the last time.
 
+use std::collections::BTreeMap;
+
 use ipnet::IpNet;
 use proxy_common::abi::config;
 
-use super::{Ports, World};
+use super::World;
 use crate::model::compile::{compile, destinations_in_use};
 use crate::model::tables::node_tables;
 use crate::model::{Desired, DesiredService, NoLocalByFamily, NodeTables, ObjectName, ServicePort};
+
+/// What should be in the tables of one Service.
+pub(super) type Ports = BTreeMap<ServicePort, DesiredService>;
 
 impl World {
     /// The Service ports that differ from what was last taken; `None` is to be removed. A destination that
@@ -14,18 +19,9 @@ impl World {
     pub fn take_dirty(&mut self) -> Vec<(ServicePort, Option<DesiredService>)> {
         let mut dirty = Vec::new();
         for name in std::mem::take(&mut self.stale) {
-            let now = self.compile(&name);
             self.note_in_use(&name);
-            let mut before = self.taken.remove(&name).unwrap_or_default();
-            for (port, desired) in &now {
-                if before.remove(port).as_ref() != Some(desired) {
-                    dirty.push((port.clone(), Some(desired.clone())));
-                }
-            }
-            dirty.extend(before.into_keys().map(|port| (port, None)));
-            if !now.is_empty() {
-                self.taken.insert(name, now);
-            }
+            let now = self.compile(&name);
+            dirty.extend(self.taken.replace(&name, now));
         }
         dirty
     }
@@ -41,12 +37,15 @@ impl World {
     pub fn take_desired(&mut self) -> Desired {
         self.stale.clear();
         self.in_use.clear();
+        self.taken.clear();
+        let mut services = BTreeMap::new();
         for name in self.services.keys().cloned().collect::<Vec<_>>() {
             self.note_in_use(&name);
+            let now = self.compile(&name);
+            let all = self.taken.replace(&name, now);
+            services.extend(all.into_iter().filter_map(|(port, desired)| Some((port, desired?))));
         }
-        self.taken = self.services.keys().map(|name| (name.clone(), self.compile(name))).collect();
-        let services = self.taken.values().flatten().map(|(port, desired)| (port.clone(), desired.clone()));
-        Desired { services: services.collect(), node: self.node() }
+        Desired { services, node: self.node() }
     }
 
     /// What should be programmed for the node itself. It depends on Services, too (M-13), and is cheap:
@@ -70,10 +69,7 @@ impl World {
     /// which there are endpoints elsewhere (H-42).
     #[must_use]
     pub fn without_local_endpoints(&self) -> NoLocalByFamily {
-        let mut count = NoLocalByFamily::default();
-        let local = self.services.iter().filter(|(_, s)| s.internal_local || s.external_local);
-        local.filter_map(|(name, _)| self.taken.get(name)).for_each(|ports| count.add(ports));
-        count
+        self.taken.no_local()
     }
 
     fn compile(&self, name: &ObjectName) -> Ports {
