@@ -25,7 +25,7 @@ use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
 use agent_core::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
 use agent_core::plan::{Capacity, Plan, Planner, lint, lint_prefix};
-use agent_source::directory::Shelf;
+use agent_source::directory::ManifestStore;
 use proxy_common::abi::{FrontendKey, PortRange};
 use proxy_common::addr::{Port, Proto};
 use tempfile::TempDir;
@@ -221,7 +221,7 @@ struct Stage {
     links: Vec<Link>,
     memory: Memory,
     now_ms: u64,
-    shelf: Shelf,
+    store: ManifestStore,
     world: World,
     planner: Option<Planner>,
 }
@@ -242,7 +242,7 @@ impl Stage {
             links: scenario.links.clone(),
             memory: Memory::new(scenario.capacity),
             now_ms: 10_000,
-            shelf: Shelf::new(directory.path().to_owned(), settings.node_name.clone()),
+            store: ManifestStore::new(directory.path().to_owned(), settings.node_name.clone()),
             world: World::new(settings.clone()),
             planner: None,
             settings,
@@ -260,7 +260,8 @@ impl Stage {
             ("links", "") => self.links = body.lines().map(link).collect(),
             ("wait", time) => self.now_ms += time.parse::<u64>().unwrap(),
             ("restart", "") => {
-                self.shelf = Shelf::new(self.directory.path().to_owned(), self.settings.node_name.clone());
+                self.store =
+                    ManifestStore::new(self.directory.path().to_owned(), self.settings.node_name.clone());
                 self.world = World::new(self.settings.clone());
                 self.planner = None;
             }
@@ -271,7 +272,7 @@ impl Stage {
     /// Applies changes, plans and writes, as the agent's loop does.
     fn pass(&mut self) -> Outcome {
         let now_ms = self.now_ms;
-        for change in self.shelf.refresh().unwrap() {
+        for change in self.store.refresh().unwrap() {
             self.world.apply(change);
         }
         self.world.apply(Change::Links(self.links.clone()));

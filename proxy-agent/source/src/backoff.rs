@@ -1,8 +1,7 @@
-//! Pauses that grow: each about twice the last, with a chance part so that nodes do not ask in step.
+//! Exponential backoff with jitter, so that nodes do not retry in step.
 
 use std::time::Duration;
 
-/// When to try again.
 #[derive(Clone, Debug)]
 pub(super) struct Backoff {
     first: Duration,
@@ -16,20 +15,19 @@ impl Backoff {
         Self { first, longest, next: first }
     }
 
-    /// The next pause: three quarters of it at least.
+    /// The next pause; jitter takes away up to a quarter.
     pub(super) fn pause(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(self.longest);
         pause.mul_f64(0.75 + fastrand::f64() / 4.0)
     }
 
-    /// What failed works again.
     pub(super) fn reset(&mut self) {
         self.next = self.first;
     }
 }
 
-/// A time between these two, by chance.
+/// A random time between these two.
 pub(super) fn between([least, most]: [Duration; 2]) -> Duration {
     least + (most - least).mul_f64(fastrand::f64())
 }

@@ -1,7 +1,7 @@
-//! Work that waits for the kernel or for others, beside an event loop.
+//! Blocking work on a thread of its own, beside an event loop.
 //!
-//! Not by tokio's own pool: it panics where no thread can be had, which happens on a node whose processes have used up its
-//! process ids. Then the loop itself does the work, and waits.
+//! Not on tokio's pool: that panics when no thread can be started, as on a node that has run out of process ids. Here the
+//! event loop then does the work itself, and blocks.
 
 use std::io;
 use std::sync::mpsc::{self, SendError};
@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 type Work<T> = Box<dyn FnOnce() -> T + Send>;
 
-/// Has a thread of this name do some work. An error: the work has panicked.
+/// Runs work on a thread of this name. An error: the work has panicked.
 pub async fn run_blocking<T: Send + 'static>(
     name: &str,
     work: impl FnOnce() -> T + Send + 'static,
@@ -28,11 +28,11 @@ async fn on_thread<T: Send + 'static>(
     let (done, result) = oneshot::channel();
     let helper = move || {
         if let Ok(work) = handed_over.recv() {
-            let _ = done.send(work()); // Whoever wanted it may have gone.
+            let _ = done.send(work()); // An error: the caller was cancelled.
         }
     };
     if let Err(error) = start(Box::new(helper)) {
-        tracing::warn!("the thread {name} cannot be started, its work is waited for: {error}");
+        tracing::warn!("the thread {name} cannot be started, its work blocks the event loop: {error}");
     }
     match hand_over.send(work) {
         Ok(()) => result.await.map_err(|_| io::Error::other(format!("the thread {name} has panicked"))),

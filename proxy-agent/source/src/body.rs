@@ -1,7 +1,8 @@
-//! Answers that must go on, and end: a server that sends drop by drop, stops in the middle, or never stops is as good as none.
+//! Time-outs and size limits for the bodies of answers: a server that sends byte by byte, stops half-way, or never stops is
+//! as bad as one that is down.
 //!
-//! A watch may be silent for minutes, but not in the middle of a line. Anything else has to be whole in time. Neither a line nor
-//! another answer is larger than what a cluster can have in it.
+//! A watch may pause for minutes, but not within a line. Any other body has to be complete in time. Neither is larger than a
+//! cluster can make it.
 
 use std::error::Error;
 use std::io;
@@ -15,31 +16,28 @@ use tokio::time::{Sleep, sleep};
 use tower::BoxError;
 
 /// How long a line of a watch may take to arrive.
-const LINE: Duration = Duration::from_secs(10);
-/// How long an answer that is no watch may take. A real server gives up after a minute, too.
-const WHOLE: Duration = Duration::from_secs(60);
+const LINE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long another body may take. A real server gives up after a minute, too.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Bytes of a line of a watch: an object, of which etcd takes 1.5 MiB.
-const LINE_SIZE: usize = 16 << 20;
-/// Bytes of another answer: a server whose cache answers gives a whole list at once.
-const WHOLE_SIZE: usize = 512 << 20;
-/// Bytes of an answer that says why there is none.
-const REFUSAL_SIZE: usize = 1 << 20;
+/// Bytes of a line of a watch: one object. etcd accepts 1.5 MiB.
+const LINE_LIMIT: usize = 16 << 20;
+/// Bytes of another body: from its cache a server sends a whole list at once.
+const BODY_LIMIT: usize = 512 << 20;
+/// Bytes of the body of an error.
+const ERROR_LIMIT: usize = 1 << 20;
 
-/// An answer that is of no use.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-pub(super) enum Unfit {
-    /// It took too long.
+pub(super) enum BodyError {
     #[error("the answer came too slowly: {0:?} were not enough")]
-    Slow(Duration),
-    /// There was too much of it.
+    TooSlow(Duration),
     #[error("the answer does not end: more than {} MiB came", .0 >> 20)]
-    Endless(usize),
+    TooLarge(usize),
 }
 
-impl Unfit {
-    /// Whether that is what an error comes from.
-    pub(super) fn is_behind(error: &(dyn Error + 'static)) -> bool {
+impl BodyError {
+    /// Whether an error has one of these as a source.
+    pub(super) fn is_cause_of(error: &(dyn Error + 'static)) -> bool {
         let mut next = Some(error);
         while let Some(error) = next {
             if error.is::<Self>() {
@@ -54,31 +52,31 @@ impl Unfit {
     }
 }
 
-/// The body of an answer, and until when what has begun must be there.
-pub(super) struct Guarded<B> {
+/// The body of an answer, with its limits.
+pub(super) struct LimitedBody<B> {
     inner: B,
     watch: bool,
     deadline: Option<Pin<Box<Sleep>>>,
     /// Bytes of the line or of the answer so far.
     size: usize,
-    most: usize,
+    limit: usize,
 }
 
-impl<B> Guarded<B> {
-    /// Guards the body of an answer with this status, to a watch or to another request.
+impl<B> LimitedBody<B> {
+    /// Limits a body by the status of its answer and whether the request was a watch.
     pub(super) fn new(inner: B, status: StatusCode, watch: bool) -> Self {
         let watch = watch && status.is_success();
-        let most = match (status.is_success(), watch) {
-            (false, _) => REFUSAL_SIZE,
-            (true, true) => LINE_SIZE,
-            (true, false) => WHOLE_SIZE,
+        let limit = match (status.is_success(), watch) {
+            (false, _) => ERROR_LIMIT,
+            (true, true) => LINE_LIMIT,
+            (true, false) => BODY_LIMIT,
         };
-        let deadline = (!watch).then(|| Box::pin(sleep(WHOLE)));
-        Self { inner, watch, deadline, size: 0, most }
+        let deadline = (!watch).then(|| Box::pin(sleep(BODY_TIMEOUT)));
+        Self { inner, watch, deadline, size: 0, limit }
     }
 
-    /// Takes note of what has come.
-    fn came(&mut self, data: &[u8]) {
+    /// Counts data and sets the deadline of the line.
+    fn received(&mut self, data: &[u8]) {
         let end_of_line = data.iter().rposition(|byte| *byte == b'\n').filter(|_| self.watch);
         self.size = match end_of_line {
             Some(at) => data.len() - at - 1,
@@ -90,12 +88,12 @@ impl<B> Guarded<B> {
         if data.ends_with(b"\n") {
             self.deadline = None;
         } else if self.deadline.is_none() || end_of_line.is_some() {
-            self.deadline = Some(Box::pin(sleep(LINE)));
+            self.deadline = Some(Box::pin(sleep(LINE_TIMEOUT)));
         }
     }
 }
 
-impl<B> Body for Guarded<B>
+impl<B> Body for LimitedBody<B>
 where
     B: Body<Data = Bytes> + Unpin,
     B::Error: Into<BoxError>,
@@ -110,14 +108,14 @@ where
         if let Poll::Ready(frame) = Pin::new(&mut self.inner).poll_frame(context) {
             let Some(Ok(frame)) = frame else { return Poll::Ready(frame.map(|f| f.map_err(Into::into))) };
             if let Some(data) = frame.data_ref() {
-                self.came(data);
-                if self.size > self.most {
-                    return Poll::Ready(Some(Err(Unfit::Endless(self.most).into())));
+                self.received(data);
+                if self.size > self.limit {
+                    return Poll::Ready(Some(Err(BodyError::TooLarge(self.limit).into())));
                 }
             }
             let late = self.deadline.as_ref().is_some_and(|at| at.is_elapsed());
             if !late {
-                // Armed here as well, for who sends a little all the time.
+                // Polled here as well, so that steady small frames do not keep it from firing.
                 if let Some(deadline) = &mut self.deadline {
                     let _ = deadline.as_mut().poll(context);
                 }
@@ -127,7 +125,7 @@ where
             let Some(deadline) = &mut self.deadline else { return Poll::Pending };
             ready!(deadline.as_mut().poll(context));
         }
-        let slow = Unfit::Slow(if self.watch { LINE } else { WHOLE });
+        let slow = BodyError::TooSlow(if self.watch { LINE_TIMEOUT } else { BODY_TIMEOUT });
         Poll::Ready(Some(Err(slow.into())))
     }
 
@@ -157,7 +155,7 @@ mod tests {
         let inner = Box::pin(axum::body::Body::from_stream(
             pieces.map(|frame| frame.map(|frame| frame.into_data().unwrap())),
         ));
-        let mut frames = std::pin::pin!(Guarded::new(inner, StatusCode::OK, watch));
+        let mut frames = std::pin::pin!(LimitedBody::new(inner, StatusCode::OK, watch));
         let mut count = 0;
         loop {
             match std::future::poll_fn(|context| frames.as_mut().poll_frame(context)).await {
@@ -174,7 +172,7 @@ mod tests {
         assert_eq!(pieces(long, vec![b"{}\n", b"{}\n{}\n"], true).await, Ok(2));
         assert!(pieces(long, vec![b"{}\n{", b"}\n"], true).await.is_err());
         let drops = vec![&b"x"[..]; 30];
-        assert!(pieces(Duration::from_secs(1), drops, true).await.is_err(), "drop by drop is no line");
+        assert!(pieces(Duration::from_secs(1), drops, true).await.is_err(), "byte by byte is too slow");
         assert_eq!(pieces(Duration::from_secs(6), vec![b"{}\n{", b"}\n{", b"}\n"], true).await, Ok(3));
     }
 
@@ -193,7 +191,7 @@ mod tests {
         }
         let one = Bytes::from(one);
         let pieces = stream::iter((0..many).map(move |_| Ok::<_, Infallible>(one.clone())));
-        let mut frames = Guarded::new(axum::body::Body::from_stream(pieces), status, watch);
+        let mut frames = LimitedBody::new(axum::body::Body::from_stream(pieces), status, watch);
         let mut count = 0;
         while let Some(frame) =
             std::future::poll_fn(|context| Pin::new(&mut frames).poll_frame(context)).await
@@ -216,10 +214,10 @@ mod tests {
             (refused, true, true, 2),
         ] {
             let error = mebibytes(status, watch, lines, many).await.unwrap_err();
-            assert!(Unfit::is_behind(&*error), "{error}");
+            assert!(BodyError::is_cause_of(&*error), "{error}");
             // As `kube` passes it on.
-            assert!(Unfit::is_behind(&kube::Error::ReadEvents(io::Error::other(error))));
+            assert!(BodyError::is_cause_of(&kube::Error::ReadEvents(io::Error::other(error))));
         }
-        assert!(!Unfit::is_behind(&kube::Error::ReadEvents(io::ErrorKind::BrokenPipe.into())));
+        assert!(!BodyError::is_cause_of(&kube::Error::ReadEvents(io::ErrorKind::BrokenPipe.into())));
     }
 }

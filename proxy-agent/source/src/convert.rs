@@ -1,5 +1,5 @@
-//! Kubernetes objects into ours. Total: whatever an object holds, the good parts are used and the bad ones
-//! are told one by one (X-1…X-16).
+//! Converts Kubernetes objects into ours. It never fails: the valid parts of an object are used, and each invalid one gives
+//! a warning (X-1…X-16).
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -18,13 +18,13 @@ use agent_core::model::{
     Affinity, Endpoint, Family, Names, Node, ObjectName, Port, Service, Slice, SlicePort,
 };
 
-/// A pod whose sockets are translated at connect, or not.
+/// Whether a pod's sockets are translated at connect.
 const ANNOTATION_SOCKET_LB: &str = "ebpf-proxy/socket-lb";
-/// What becomes of connections to an endpoint that leaves a Service without having terminated: `keep` or `reset`.
+/// What happens to connections when an endpoint leaves a Service without terminating: `keep` or `reset`.
 const ANNOTATION_ON_LOSS: &str = "ebpf-proxy/on-endpoint-loss";
-/// On a static pod: what kubelet knows it by.
+/// The UID that kubelet gives a static pod.
 const ANNOTATION_MIRROR: &str = "kubernetes.io/config.mirror";
-/// A Service with this label is somebody else's, whatever the value (S-1).
+/// A Service with this label belongs to another proxy, whatever the value (S-1).
 pub const LABEL_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// A slice with this label belongs to a headless Service (E-2).
 pub const LABEL_HEADLESS: &str = "service.kubernetes.io/headless";
@@ -46,7 +46,7 @@ impl Warnings {
         self.0.push(format!("{part} {why}"));
     }
 
-    /// The address in `text`, if it can be one that others talk to.
+    /// The address in `text`, if it can be a Service's or an endpoint's.
     fn ip(&mut self, part: impl std::fmt::Display, text: &str) -> Option<IpAddr> {
         match address::ip(text) {
             Ok(ip) if Addr::from(ip).is_never_service() => {
@@ -64,7 +64,6 @@ impl Warnings {
         }
     }
 
-    /// The ranges among `texts`.
     fn ranges(&mut self, part: &str, texts: &[String]) -> Vec<IpNet> {
         let mut ranges = Vec::new();
         for (i, text) in texts.iter().enumerate() {
@@ -104,14 +103,14 @@ impl Warnings {
     }
 }
 
-/// Namespace and name; an object without namespace is in `default`, where a client would have put it.
+/// Namespace and name. An object without a namespace is in `default`, as with `kubectl`.
 #[must_use]
 pub fn object_name(metadata: &ObjectMeta) -> ObjectName {
     let namespace = metadata.namespace.as_deref().filter(|namespace| !namespace.is_empty());
     ObjectName::new(namespace.unwrap_or("default"), metadata.name.as_deref().unwrap_or_default())
 }
 
-/// A Service, or `None` when it is to be left alone (S-1…S-5).
+/// A Service, or `None` if it is not to be proxied (S-1…S-5).
 #[must_use]
 pub fn service(object: &core::Service) -> (Option<Service>, Vec<String>) {
     let mut warnings = Warnings::default();
@@ -197,18 +196,16 @@ fn ports(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Vec<Port> {
 
 fn external_ips(spec: &core::ServiceSpec, warnings: &mut Warnings) -> Vec<IpAddr> {
     let listed = spec.external_ips.iter().flatten().enumerate();
-    let told = listed.filter(|(_, text)| !text.trim().is_empty()); // blank ones are no news.
-    told.filter_map(|(i, text)| warnings.ip(format_args!("spec.externalIPs[{i}]"), text)).collect()
+    let listed = listed.filter(|(_, text)| !text.trim().is_empty()); // blank ones give no warning.
+    listed.filter_map(|(i, text)| warnings.ip(format_args!("spec.externalIPs[{i}]"), text)).collect()
 }
 
 fn load_balancer_ips(object: &core::Service, warnings: &mut Warnings) -> Vec<IpAddr> {
     let status = object.status.as_ref().and_then(|status| status.load_balancer.as_ref());
     let ingress = status.and_then(|status| status.ingress.as_deref()).unwrap_or_default();
-    // V-9: in any other mode the load balancer wants to see the traffic itself.
-    let captured =
-        ingress.iter().enumerate().filter(|(_, i)| matches!(i.ip_mode.as_deref(), None | Some("VIP")));
-    captured
-        .filter_map(|(i, entry)| Some((i, entry.ip.as_deref().filter(|ip| !ip.is_empty())?)))
+    // V-9: in any other mode traffic has to reach the load balancer itself.
+    let vips = ingress.iter().enumerate().filter(|(_, i)| matches!(i.ip_mode.as_deref(), None | Some("VIP")));
+    vips.filter_map(|(i, entry)| Some((i, entry.ip.as_deref().filter(|ip| !ip.is_empty())?)))
         .filter_map(|(i, text)| warnings.ip(format_args!("status.loadBalancer.ingress[{i}].ip"), text))
         .collect()
 }
@@ -298,7 +295,7 @@ pub fn slice(object: &discovery::EndpointSlice) -> (Option<Slice>, Vec<String>) 
         "IPv6" => Family::V6,
         "FQDN" => return (None, warnings.0),
         other => {
-            warnings.add("addressType", format_args!("{other:?} is not known: the slice is left alone"));
+            warnings.add("addressType", format_args!("{other:?} is not known: the slice is ignored"));
             return (None, warnings.0);
         }
     };
@@ -311,7 +308,7 @@ pub fn slice(object: &discovery::EndpointSlice) -> (Option<Slice>, Vec<String>) 
     (Some(Slice { service, family, ports, endpoints }), warnings.0)
 }
 
-/// When the endpoints of a slice changed, as its controller says (E-24).
+/// When the endpoints of a slice changed, from its controller's annotation (E-24).
 #[must_use]
 pub fn triggered(object: &discovery::EndpointSlice) -> Option<Timestamp> {
     object.metadata.annotations.as_ref()?.get(ANNOTATION_TRIGGERED)?.parse().ok()
@@ -368,7 +365,7 @@ fn slice_endpoint(
     })
 }
 
-/// A legacy `Endpoints` object: a slice for each subset and family that has addresses.
+/// A legacy `Endpoints` object: a slice for each subset and family with addresses.
 #[must_use]
 pub fn endpoints(object: &core::Endpoints) -> (Vec<Slice>, Vec<String>) {
     let mut warnings = Warnings::default();
@@ -422,26 +419,26 @@ fn subset_endpoints(i: usize, subset: &core::EndpointSubset, warnings: &mut Warn
     endpoints
 }
 
-/// The node's own object.
+/// Our own Node object.
 #[must_use]
 pub fn node(object: &core::Node) -> (Node, Vec<String>) {
     let mut warnings = Warnings::default();
     let labels = object.metadata.labels.as_ref();
     let zone = labels.and_then(|labels| labels.get(LABEL_ZONE)).filter(|zone| !zone.is_empty());
     let spec = object.spec.as_ref();
-    let doomed = spec
+    let to_be_deleted = spec
         .and_then(|spec| spec.taints.as_deref())
         .is_some_and(|taints| taints.iter().any(|taint| taint.key == TAINT_TO_BE_DELETED));
     let node = Node {
         ips: node_ips(object, &mut warnings),
         pod_cidrs: spec.map(|spec| pod_cidrs(spec, &mut warnings)).unwrap_or_default(),
         zone: zone.map(|zone| zone.as_str().into()),
-        eligible: !doomed && object.metadata.deletion_timestamp.is_none(),
+        eligible: !to_be_deleted && object.metadata.deletion_timestamp.is_none(),
     };
     (node, warnings.0)
 }
 
-/// The ranges of ClusterIPs that a ServiceCIDR adds, whatever its status says (Y-16).
+/// The ranges of ClusterIPs in a ServiceCIDR, whatever its status (Y-16).
 #[must_use]
 pub fn service_cidr(object: &networking::ServiceCIDR) -> (Vec<IpNet>, Vec<String>) {
     let mut warnings = Warnings::default();
@@ -449,8 +446,8 @@ pub fn service_cidr(object: &networking::ServiceCIDR) -> (Vec<IpNet>, Vec<String
     (warnings.ranges("spec.cidrs", texts), warnings.0)
 }
 
-/// What a pod's cgroup is named after, if its sockets are to be left to their packets: its UID, or the hash that
-/// kubelet gives a static pod.
+/// The UID after which a pod's cgroup is named, if its sockets are not to be translated at connect. Kubelet gives a static
+/// pod another UID than its object has.
 #[must_use]
 pub fn excluded(object: &core::Pod) -> (Option<String>, Vec<String>) {
     let annotation = |name: &str| object.metadata.annotations.as_ref().and_then(|all| all.get(name));
@@ -483,7 +480,7 @@ fn pod_cidrs(spec: &core::NodeSpec, warnings: &mut Warnings) -> Vec<IpNet> {
     let listed = spec.pod_cidrs.as_deref().filter(|listed| !listed.is_empty());
     let texts = listed.or(spec.pod_cidr.as_ref().map(std::slice::from_ref)).unwrap_or_default();
     let mut ranges = warnings.ranges("spec.podCIDRs", texts);
-    // Pods win over Services that claim their addresses: no Service would be left.
+    // A pod's address cannot be a Service's, so this range would disable all Services.
     ranges.retain(|range| {
         let some = range.prefix_len() > 0;
         if !some {

@@ -1,7 +1,7 @@
-//! A directory of manifests as a source: no API server needed.
+//! A directory of manifests as a source, without an API server.
 //!
-//! Edits, additions and removals are noticed. A file that is broken, or no file at all (`file.rs`), keeps what it
-//! said before; an object in two files is taken from the first by name, and from the other when that one goes.
+//! Edits, additions and removals are noticed. If a file becomes unreadable (`file.rs`), its previous content stays in use. An
+//! object in two files is taken from the first by name, and from the other when that one is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,7 +18,7 @@ use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-use super::file::{self, Refusal};
+use super::file::{self, ReadError};
 use super::manifest::{self, Content, Id, Manifest, Object};
 use crate::blocking::run_blocking;
 use agent_core::model::{Change, Kind};
@@ -28,13 +28,13 @@ use agent_core::model::{Node, ObjectName, Service, Slice};
 const QUIET: Duration = Duration::from_millis(30);
 /// Reading is not put off longer than this, however busy the directory is.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// How often to look for what inotify does not tell: whether the directory itself has been replaced, and whether what
-/// could not be read can be.
-const LOOK: Duration = Duration::from_secs(5);
-/// The most that is read of one file. Ten thousand Services as `kubectl get` writes them are about as much.
-const MAX_FILE: u64 = 16 << 20;
-/// The most that is read of all files together; what would be more is not read, by the order of names.
-const MAX_TOTAL: u64 = 64 << 20;
+/// How often to check what inotify does not report: whether the directory itself was replaced, and whether unreadable files
+/// have become readable.
+const POLL: Duration = Duration::from_secs(5);
+/// The largest file that is read: about ten thousand Services as `kubectl get` writes them.
+const FILE_LIMIT: u64 = 16 << 20;
+/// The most that is read of all files together, in the order of their names.
+const TOTAL_LIMIT: u64 = 64 << 20;
 
 /// Why a directory cannot be a source.
 #[derive(Debug, thiserror::Error)]
@@ -61,24 +61,24 @@ pub enum Error {
     },
 }
 
-/// Sends what the manifests in `path` say, and every change of it, until nobody listens.
+/// Sends the objects of the manifests in `path`, and every change, until the receiver is dropped.
 pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -> Result<(), Error> {
     let (wake, mut woken) = mpsc::channel(1);
     let mut watch = Watch::start(&path, wake.clone())?;
-    let mut shelf = Shelf::new(path.clone(), node_name);
+    let mut store = ManifestStore::new(path.clone(), node_name);
     let mut first = true;
     loop {
         let (back, read) = run_blocking("manifests", move || {
-            let read = shelf.refresh();
-            (shelf, read)
+            let read = store.refresh();
+            (store, read)
         })
         .await
         .expect("reading manifests does not panic");
-        shelf = back;
+        store = back;
         let mut changes = match read {
             Ok(changes) => changes,
             Err(source) if first => return Err(Error::Open { path, source }),
-            Err(source) => shelf.lost(&source),
+            Err(source) => store.unreadable(&source),
         };
         if std::mem::take(&mut first) {
             changes.extend([Kind::Service, Kind::Slice, Kind::Node].map(Change::Synced));
@@ -92,15 +92,15 @@ pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -
             tokio::select! {
                 _ = woken.recv() => break,
                 () = tx.closed() => return Ok(()),
-                () = sleep(LOOK) => {
+                () = sleep(POLL) => {
                     if watch.is_stale(&path) {
-                        // Watch first, read then: nothing falls between.
+                        // Watch before reading, so that no change is missed.
                         if let Ok(new) = Watch::start(&path, wake.clone()) {
                             watch = new;
                         }
                         break;
                     }
-                    if shelf.lacks() {
+                    if store.needs_retry() {
                         break;
                     }
                 }
@@ -111,7 +111,7 @@ pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -
     }
 }
 
-/// A watch on a directory, and which directory that was.
+/// A watch on a directory, and the inode that it is on.
 struct Watch {
     inode: Option<(u64, u64)>,
     _watcher: notify::RecommendedWatcher,
@@ -120,14 +120,14 @@ struct Watch {
 impl Watch {
     fn start(path: &Path, wake: mpsc::Sender<()>) -> Result<Self, Error> {
         let fault = |source| Error::Watch { path: path.to_owned(), source };
-        // Our own reading is an event, too: only what changes something counts.
+        // Our own reads are events, too: only changes matter.
         let matters = |kind: &EventKind| match kind {
             EventKind::Access(access) => *access == AccessKind::Close(AccessMode::Write),
             _ => true,
         };
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             if event.as_ref().map_or(true, |event| matters(&event.kind)) {
-                let _ = wake.try_send(()); // A full channel has woken it already.
+                let _ = wake.try_send(()); // A full channel means that it is woken already.
             }
         })
         .map_err(fault)?;
@@ -136,7 +136,7 @@ impl Watch {
         Ok(Self { inode: Some(inode), _watcher: watcher })
     }
 
-    /// Whether the path leads to another directory now, or has lost its directory since the last look.
+    /// Whether the path leads to another directory now, or to none for the first time.
     fn is_stale(&mut self, path: &Path) -> bool {
         let now = inode(path).ok();
         let changed = now != self.inode;
@@ -151,65 +151,63 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
     fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// What was loaded from one file.
+/// What was read from one file.
 #[derive(Debug, Default)]
 struct File {
     hash: Option<u64>,
     manifest: Manifest,
-    /// Whether it could ever be read.
+    /// Whether it has ever been read.
     known: bool,
-    /// Why the file as it is now could not be read, with its line.
+    /// The line and the error of its current, unreadable content.
     broken: Option<(u64, String)>,
-    /// It would be too much together with the files before it.
-    over: bool,
+    /// It would exceed the limit for all files.
+    over_limit: bool,
 }
 
 impl File {
-    /// Whether what it says now is not known.
     fn is_unread(&self) -> bool {
-        self.broken.is_some() || self.over
+        self.broken.is_some() || self.over_limit
     }
 }
 
-/// What the source has said, or should.
+/// All objects of the directory, as they were last sent or are to be sent.
 #[derive(Debug, Default)]
-struct Said {
+struct Snapshot {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, Slice>,
     node: Option<Node>,
     service_ranges: BTreeMap<String, Vec<IpNet>>,
     warnings: BTreeMap<String, Vec<String>>,
-    /// Something was never understood.
-    torn: bool,
+    /// A file or an object has never been read.
+    incomplete: bool,
 }
 
-/// The files and what they amount to: the source without its watch, for whoever decides when to look.
+/// The files and their objects: the source without the watching, for callers that decide when to read.
 #[derive(Debug)]
-pub struct Shelf {
+pub struct ManifestStore {
     path: PathBuf,
     node_name: Arc<str>,
     files: BTreeMap<String, File>,
-    said: Said,
+    snapshot: Snapshot,
     connected: bool,
-    /// [`MAX_TOTAL`].
+    /// [`TOTAL_LIMIT`].
     total: u64,
 }
 
-impl Shelf {
-    /// Nothing read yet.
+impl ManifestStore {
     #[must_use]
     pub fn new(path: PathBuf, node_name: Arc<str>) -> Self {
         Self {
             path,
             node_name,
             files: BTreeMap::new(),
-            said: Said::default(),
+            snapshot: Snapshot::default(),
             connected: false,
-            total: MAX_TOTAL,
+            total: TOTAL_LIMIT,
         }
     }
 
-    /// Reads what has changed, and says what follows. `Err` when the directory cannot be listed.
+    /// Reads changed files and returns the changes. `Err` when the directory cannot be listed.
     pub fn refresh(&mut self) -> io::Result<Vec<Change>> {
         let mut names = BTreeSet::new();
         for entry in fs::read_dir(&self.path)? {
@@ -220,22 +218,22 @@ impl Shelf {
             }
         }
         self.files.retain(|name, _| names.contains(name));
-        let mut room = self.total;
+        let mut remaining = self.total;
         for name in names {
-            self.read_file(name, &mut room);
+            self.read_file(name, &mut remaining);
         }
-        let mut changes = self.say();
+        let mut changes = self.diff();
         if !std::mem::replace(&mut self.connected, true) {
             changes.push(Change::Connected(true));
         }
         Ok(changes)
     }
 
-    /// The directory cannot be read any more: what it said stays (Y-6).
-    fn lost(&mut self, error: &io::Error) -> Vec<Change> {
+    /// The directory has become unreadable: its objects stay in use (Y-6).
+    fn unreadable(&mut self, error: &io::Error) -> Vec<Change> {
         let object = self.path.display().to_string();
-        let lines = vec![format!("cannot be read: {error}; what it said before stays")];
-        self.said.warnings.insert(object.clone(), lines.clone());
+        let lines = vec![format!("cannot be read: {error}; its previous version stays in use")];
+        self.snapshot.warnings.insert(object.clone(), lines.clone());
         let mut changes = vec![Change::Warnings { object, lines }];
         if std::mem::replace(&mut self.connected, false) {
             changes.push(Change::Connected(false));
@@ -243,24 +241,24 @@ impl Shelf {
         changes
     }
 
-    /// Whether the directory or a file could not be read that may be readable later, without an event that tells so.
-    fn lacks(&self) -> bool {
+    /// Whether something unreadable may become readable without an event.
+    fn needs_retry(&self) -> bool {
         !self.connected || self.files.values().any(|file| file.is_unread() && file.hash.is_none())
     }
 
-    fn read_file(&mut self, name: String, room: &mut u64) {
-        let read = file::read(&self.path.join(&name), MAX_FILE, *room);
+    fn read_file(&mut self, name: String, remaining: &mut u64) {
+        let read = file::read(&self.path.join(&name), FILE_LIMIT, *remaining);
         let file = self.files.entry(name.clone()).or_default();
-        file.over = matches!(read, Err(Refusal::NoRoom));
+        file.over_limit = matches!(read, Err(ReadError::OverTotal));
         let bytes = match read {
             Ok(bytes) => bytes,
-            Err(refusal) => {
+            Err(error) => {
                 file.hash = None;
-                file.broken = (!file.over).then(|| (1, refusal.to_string()));
+                file.broken = (!file.over_limit).then(|| (1, error.to_string()));
                 return;
             }
         };
-        *room -= bytes.len() as u64;
+        *remaining -= bytes.len() as u64;
         let mut hasher = DefaultHasher::new();
         bytes.hash(&mut hasher);
         let hash = Some(hasher.finish());
@@ -271,7 +269,7 @@ impl Shelf {
         match manifest::read(&String::from_utf8_lossy(&bytes), name.ends_with(".json"), &self.node_name) {
             Ok(mut manifest) => {
                 file.broken = None;
-                // An object that cannot be read now keeps what it said before.
+                // Of an unreadable object the previous version stays in use.
                 let kept =
                     manifest.faults.iter().filter_map(|fault| fault.id.as_ref()).filter_map(|id| {
                         file.manifest.objects.iter().find(|object| object.id == *id).cloned()
@@ -285,53 +283,53 @@ impl Shelf {
         }
     }
 
-    /// The difference between what the files amount to and what has been said.
-    fn say(&mut self) -> Vec<Change> {
-        let new = self.amount();
+    /// The changes since the last snapshot.
+    fn diff(&mut self) -> Vec<Change> {
+        let new = self.merge();
         let mut changes = Vec::new();
-        difference(&self.said.services, &new.services, |name, service| {
+        difference(&self.snapshot.services, &new.services, |name, service| {
             changes.push(Change::Service(name.clone(), service.cloned()));
         });
-        difference(&self.said.slices, &new.slices, |name, slice| {
+        difference(&self.snapshot.slices, &new.slices, |name, slice| {
             changes.push(Change::Slice(name.clone(), slice.cloned()));
         });
-        if self.said.node != new.node {
+        if self.snapshot.node != new.node {
             changes.push(Change::Node(new.node.clone()));
         }
-        difference(&self.said.service_ranges, &new.service_ranges, |name, ranges| {
+        difference(&self.snapshot.service_ranges, &new.service_ranges, |name, ranges| {
             changes.push(Change::ServiceRanges(name.clone(), ranges.cloned()));
         });
-        difference(&self.said.warnings, &new.warnings, |object, lines| {
+        difference(&self.snapshot.warnings, &new.warnings, |object, lines| {
             let lines = lines.cloned().unwrap_or_default();
             changes.push(Change::Warnings { object: object.clone(), lines });
         });
-        if self.said.torn != new.torn {
-            changes.push(Change::Whole(!new.torn));
+        if self.snapshot.incomplete != new.incomplete {
+            changes.push(Change::Whole(!new.incomplete));
         }
-        self.said = new;
+        self.snapshot = new;
         changes
     }
 
-    /// What all files together say: of an object in several, the first file's.
-    fn amount(&self) -> Said {
-        let mut said = Said::default();
+    /// Merges all files. An object in several is taken from the first.
+    fn merge(&self) -> Snapshot {
+        let mut snapshot = Snapshot::default();
         let mut chosen: BTreeMap<&Id, (&str, &Object)> = BTreeMap::new();
         for (name, file) in &self.files {
             let mut warn = |line: u64, text: &str| {
-                said.warnings.entry(format!("{name}:{line}")).or_default().push(text.to_owned());
+                snapshot.warnings.entry(format!("{name}:{line}")).or_default().push(text.to_owned());
             };
             if let Some((line, text)) = &file.broken {
                 let then = match file.manifest.objects.is_empty() {
-                    true => "nothing in the file is used until it can be read",
-                    false => "what the file said before stays",
+                    true => "nothing in it is used until it can be read",
+                    false => "its previous content stays in use",
                 };
                 warn(*line, &format!("{text}; {then}"));
             }
-            said.torn |= file.is_unread() && !file.known;
+            snapshot.incomplete |= file.is_unread() && !file.known;
             for fault in &file.manifest.faults {
                 let kept = file.manifest.objects.iter().any(|object| Some(&object.id) == fault.id.as_ref());
-                let stays = if kept { "; what it said before stays" } else { "" };
-                said.torn |= !kept;
+                let stays = if kept { "; its previous version stays in use" } else { "" };
+                snapshot.incomplete |= !kept;
                 warn(fault.line, &format!("{}{stays}", fault.text));
             }
             for object in &file.manifest.objects {
@@ -339,23 +337,23 @@ impl Shelf {
                     None => {
                         chosen.insert(&object.id, (name, object));
                     }
-                    Some((first, _)) => said
+                    Some((first, _)) => snapshot
                         .warnings
                         .entry(object.id.to_string())
                         .or_default()
-                        .push(format!("in {name} is ignored: {first} has it already and comes first")),
+                        .push(format!("in {name} is ignored: {first} comes first and has it, too")),
                 }
             }
         }
-        let mut over = self.files.iter().filter(|(_, file)| file.over);
-        if let Some((first, _)) = over.next() {
+        let mut over_limit = self.files.iter().filter(|(_, file)| file.over_limit);
+        if let Some((first, _)) = over_limit.next() {
             let line = format!(
                 "has more than {} bytes of manifests, the most that is read: {first} and {} files after it are not \
-                 read; what they said before stays",
+                 read; their previous content stays in use",
                 self.total,
-                over.count()
+                over_limit.count()
             );
-            said.warnings.entry(self.path.display().to_string()).or_default().push(line);
+            snapshot.warnings.entry(self.path.display().to_string()).or_default().push(line);
         }
         let sliced: BTreeSet<ObjectName> = chosen
             .values()
@@ -365,19 +363,18 @@ impl Shelf {
             })
             .collect();
         for (id, (name, object)) in chosen {
-            let told = object.warnings.iter().map(|line| format!("in {name}: {line}"));
-            let told: Vec<String> = told.collect();
-            if !told.is_empty() {
-                said.warnings.entry(id.to_string()).or_default().extend(told);
+            if !object.warnings.is_empty() {
+                let lines = object.warnings.iter().map(|line| format!("in {name}: {line}"));
+                snapshot.warnings.entry(id.to_string()).or_default().extend(lines);
             }
-            said.put(id, &object.content, &sliced);
+            snapshot.insert(id, &object.content, &sliced);
         }
-        said
+        snapshot
     }
 }
 
-impl Said {
-    fn put(&mut self, id: &Id, content: &Content, sliced: &BTreeSet<ObjectName>) {
+impl Snapshot {
+    fn insert(&mut self, id: &Id, content: &Content, sliced: &BTreeSet<ObjectName>) {
         match (id, content) {
             (Id::Service(name), Content::Service(Some(service))) => {
                 self.services.insert(name.clone(), service.clone());
@@ -385,10 +382,10 @@ impl Said {
             (Id::Slice(name), Content::Slice(Some(slice))) => {
                 self.slices.insert(name.clone(), slice.clone());
             }
-            // Endpoints are the old way of saying what slices say: both would count everything twice.
+            // A Service with slices needs no Endpoints: both would count everything twice.
             (Id::Endpoints(name), Content::Endpoints(slices)) if !sliced.contains(name) => {
                 for (i, slice) in slices.iter().enumerate() {
-                    // The slash keeps the name apart from every real slice.
+                    // No real slice has a slash in its name.
                     let name = ObjectName::new(&name.namespace, &format!("{}/endpoints-{i}", name.name));
                     self.slices.insert(name, slice.clone());
                 }
@@ -402,25 +399,25 @@ impl Said {
     }
 }
 
-/// Calls `tell` for every key whose value differs: with the new one, or `None` when it has gone.
+/// Calls `changed` for every key whose value differs, with the new one, or `None` if it was removed.
 fn difference<K: Ord, V: PartialEq>(
     old: &BTreeMap<K, V>,
     new: &BTreeMap<K, V>,
-    mut tell: impl FnMut(&K, Option<&V>),
+    mut changed: impl FnMut(&K, Option<&V>),
 ) {
     for key in old.keys().filter(|key| !new.contains_key(key)) {
-        tell(key, None);
+        changed(key, None);
     }
     for (key, value) in new {
         if old.get(key) != Some(value) {
-            tell(key, Some(value));
+            changed(key, Some(value));
         }
     }
 }
 
 fn is_manifest(name: &str) -> bool {
     let known = [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end));
-    known && !name.starts_with('.') // Editors keep their drafts in hidden files.
+    known && !name.starts_with('.') // Editors keep drafts in hidden files.
 }
 
 #[cfg(test)]

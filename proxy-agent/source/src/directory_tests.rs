@@ -27,9 +27,9 @@ fn endpoints(service: &str, ip: &str) -> String {
     )
 }
 
-/// What a listener knows after everything that was sent.
+/// What a receiver knows after all changes.
 #[derive(Debug, Default)]
-struct Heard {
+struct Received {
     services: BTreeMap<String, String>,
     slices: BTreeMap<String, String>,
     node: Option<Node>,
@@ -37,11 +37,11 @@ struct Heard {
     warnings: BTreeMap<String, Vec<String>>,
     synced: Vec<Kind>,
     connected: bool,
-    torn: bool,
+    incomplete: bool,
     count: usize,
 }
 
-impl Heard {
+impl Received {
     fn take(&mut self, change: Change) {
         self.count += 1;
         match change {
@@ -66,38 +66,38 @@ impl Heard {
             }
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected = connected,
-            Change::Whole(whole) => self.torn = !whole,
+            Change::Whole(whole) => self.incomplete = !whole,
             Change::Links(_) | Change::Routes(_) => panic!("a directory has no links"),
             Change::Triggered(..) | Change::Repeated(_) | Change::Excluded(..) => {
-                panic!("a directory says what changes and no more")
+                panic!("a directory only sends changes")
             }
         }
     }
 }
 
-/// A shelf over a directory of its own, without the watching.
+/// A store over its own directory, without the watching.
 struct Bench {
     dir: tempfile::TempDir,
-    shelf: Shelf,
-    heard: Heard,
+    store: ManifestStore,
+    received: Received,
 }
 
 impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let shelf = Shelf::new(dir.path().to_owned(), "n1".into());
-        Self { dir, shelf, heard: Heard::default() }
+        let store = ManifestStore::new(dir.path().to_owned(), "n1".into());
+        Self { dir, store, received: Received::default() }
     }
 
     fn write(&self, name: &str, text: &str) {
         fs::write(self.dir.path().join(name), text).unwrap();
     }
 
-    /// How many changes a look at the directory gave.
+    /// Reads the directory; how many changes that gave.
     fn look(&mut self) -> usize {
-        let changes = self.shelf.refresh().unwrap();
+        let changes = self.store.refresh().unwrap();
         let count = changes.len();
-        changes.into_iter().for_each(|change| self.heard.take(change));
+        changes.into_iter().for_each(|change| self.received.take(change));
         count
     }
 }
@@ -139,40 +139,40 @@ fn every_way_to_write_objects_is_read() {
         ("default/three", "10.96.0.3"),
         ("shop/two", "10.96.0.2"),
     ]);
-    assert_eq!(bench.heard.services, expected);
-    assert_eq!(bench.heard.slices, map(&[("default/one-x", "10.0.0.1")]));
-    assert_eq!(bench.heard.node.as_ref().unwrap().zone.as_deref(), Some("a"));
-    assert_eq!(bench.heard.warnings, BTreeMap::new());
+    assert_eq!(bench.received.services, expected);
+    assert_eq!(bench.received.slices, map(&[("default/one-x", "10.0.0.1")]));
+    assert_eq!(bench.received.node.as_ref().unwrap().zone.as_deref(), Some("a"));
+    assert_eq!(bench.received.warnings, BTreeMap::new());
     assert_eq!(bench.look(), 0, "nothing has changed");
 }
 
 #[test]
-fn a_broken_file_keeps_what_it_said_and_says_where_it_is_broken() {
+fn of_a_broken_file_the_previous_content_stays_and_the_line_is_named() {
     let mut bench = Bench::new();
     bench.write("web.yaml", &service("web", "10.96.0.1"));
     bench.write("other.yaml", &service("other", "10.96.0.2"));
     bench.look();
-    let before = bench.heard.services.clone();
+    let before = bench.received.services.clone();
 
     bench.write("web.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: [unclosed\n");
     bench.write("other.json", "{\n\"kind\": ");
     bench.look();
-    assert_eq!(bench.heard.services, before);
-    assert!(bench.heard.torn, "other.json was never understood");
-    let places: Vec<&String> = bench.heard.warnings.keys().collect();
-    assert_eq!(places.len(), 2, "{:?}", bench.heard.warnings);
+    assert_eq!(bench.received.services, before);
+    assert!(bench.received.incomplete, "other.json was never understood");
+    let places: Vec<&String> = bench.received.warnings.keys().collect();
+    assert_eq!(places.len(), 2, "{:?}", bench.received.warnings);
     assert_eq!(places[0], "other.json:2");
     assert!(places[1].starts_with("web.yaml:"), "{places:?}");
-    let ends = ["nothing in the file is used until it can be read", "what the file said before stays"];
-    for (lines, end) in bench.heard.warnings.values().zip(ends) {
+    let ends = ["nothing in it is used until it can be read", "its previous content stays in use"];
+    for (lines, end) in bench.received.warnings.values().zip(ends) {
         assert!(lines[0].ends_with(end), "{lines:?}");
     }
 
     bench.write("web.yaml", &service("web", "10.96.0.9"));
     fs::remove_file(bench.dir.path().join("other.json")).unwrap();
     bench.look();
-    assert_eq!(bench.heard.services["default/web"], "10.96.0.9");
-    assert_eq!(bench.heard.warnings, BTreeMap::new());
+    assert_eq!(bench.received.services["default/web"], "10.96.0.9");
+    assert_eq!(bench.received.warnings, BTreeMap::new());
 }
 
 #[test]
@@ -183,16 +183,16 @@ fn an_object_that_cannot_be_read_does_not_stop_its_neighbours() {
     let bad = service("bad", "10.96.0.7").replace("port: 80", "port: http");
     bench.write("all.yaml", &("# one line\n".to_owned() + &bad + &service("good", "10.96.0.3")));
     bench.look();
-    assert_eq!(bench.heard.services, map(&[("default/bad", "10.96.0.1"), ("default/good", "10.96.0.3")]));
-    let (place, lines) = bench.heard.warnings.first_key_value().unwrap();
+    assert_eq!(bench.received.services, map(&[("default/bad", "10.96.0.1"), ("default/good", "10.96.0.3")]));
+    let (place, lines) = bench.received.warnings.first_key_value().unwrap();
     assert_eq!(place, "all.yaml:2");
     assert!(lines[0].starts_with("Service default/bad cannot be read"), "{lines:?}");
-    assert!(lines[0].ends_with("; what it said before stays"), "{lines:?}");
+    assert!(lines[0].ends_with("; its previous version stays in use"), "{lines:?}");
 
     bench.write("all.yaml", "just a text\n---\nkind: Service\napiVersion: v1\n");
     bench.look();
-    assert_eq!(bench.heard.services, BTreeMap::new());
-    let lines: Vec<&str> = bench.heard.warnings.values().map(|lines| lines[0].as_str()).collect();
+    assert_eq!(bench.received.services, BTreeMap::new());
+    let lines: Vec<&str> = bench.received.warnings.values().map(|lines| lines[0].as_str()).collect();
     assert_eq!(lines, ["is not a Kubernetes object: it has no `kind`", "has no `metadata.name`"]);
 }
 
@@ -203,29 +203,29 @@ fn of_an_object_in_two_files_the_first_one_counts_until_it_goes() {
     bench.look();
     bench.write("a.yaml", &service("web", "10.96.0.1"));
     bench.look();
-    assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.1")]));
-    let lines = &bench.heard.warnings["Service default/web"];
-    assert_eq!(*lines, ["in b.yaml is ignored: a.yaml has it already and comes first"]);
+    assert_eq!(bench.received.services, map(&[("default/web", "10.96.0.1")]));
+    let lines = &bench.received.warnings["Service default/web"];
+    assert_eq!(*lines, ["in b.yaml is ignored: a.yaml comes first and has it, too"]);
     fs::remove_file(bench.dir.path().join("a.yaml")).unwrap();
     bench.look();
-    assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.2")]));
-    assert_eq!(bench.heard.warnings, BTreeMap::new());
+    assert_eq!(bench.received.services, map(&[("default/web", "10.96.0.2")]));
+    assert_eq!(bench.received.warnings, BTreeMap::new());
 }
 
 #[test]
-fn legacy_endpoints_give_way_to_slices() {
+fn slices_replace_legacy_endpoints() {
     let mut bench = Bench::new();
     bench.write("e.yaml", &(endpoints("web", "10.0.0.1") + &endpoints("api", "10.0.0.2")));
     bench.look();
     let legacy = map(&[("default/api/endpoints-0", "10.0.0.2"), ("default/web/endpoints-0", "10.0.0.1")]);
-    assert_eq!(bench.heard.slices, legacy);
+    assert_eq!(bench.received.slices, legacy);
     bench.write("s.yaml", &slice("web-x", "web", "10.0.0.3"));
     bench.look();
     let both = map(&[("default/api/endpoints-0", "10.0.0.2"), ("default/web-x", "10.0.0.3")]);
-    assert_eq!(bench.heard.slices, both);
+    assert_eq!(bench.received.slices, both);
     fs::remove_file(bench.dir.path().join("s.yaml")).unwrap();
     bench.look();
-    assert_eq!(bench.heard.slices, legacy);
+    assert_eq!(bench.received.slices, legacy);
 }
 
 #[test]
@@ -233,43 +233,45 @@ fn warnings_name_the_file_and_the_part() {
     let mut bench = Bench::new();
     bench.write("web.yaml", &service("web", "10.96.0.1").replace("ports:", "externalIPs: [bad], ports:"));
     bench.look();
-    let lines = &bench.heard.warnings["Service default/web"];
+    let lines = &bench.received.warnings["Service default/web"];
     assert_eq!(*lines, ["in web.yaml: spec.externalIPs[0] \"bad\" is not an IP address: skipped"]);
 }
 
 #[test]
-fn what_is_no_file_any_more_keeps_what_it_said_and_holds_up_nobody() {
+fn of_what_is_no_regular_file_any_more_the_previous_content_stays_and_nothing_blocks() {
     // Y-6.
     let mut bench = Bench::new();
     let at = bench.dir.path().join("a.yaml");
     let other = |bench: &Bench, n: u8| bench.write("b.yaml", &service("other", &format!("10.96.1.{n}")));
     type Make = fn(&Path);
     let kinds: [(&str, Make); 7] = [
-        ("leads to nothing", |at| symlink("nowhere", at).unwrap()),
+        ("is a broken link", |at| symlink("nowhere", at).unwrap()),
         ("is a FIFO", |at| nix::unistd::mkfifo(at, nix::sys::stat::Mode::S_IRWXU).unwrap()),
         ("is a directory", |at| fs::create_dir(at).unwrap()),
         ("is a device", |at| symlink("/dev/zero", at).unwrap()),
         ("is a socket", |at| drop(std::os::unix::net::UnixListener::bind(at).unwrap())),
-        ("is a file that the kernel makes up", |at| symlink("/proc/kmsg", at).unwrap()),
+        ("is a pseudo-file", |at| symlink("/proc/kmsg", at).unwrap()),
         ("has 2147483648 bytes", |at| fs::File::create(at).unwrap().set_len(2 << 30).unwrap()),
     ];
-    for (n, (said, make)) in kinds.into_iter().enumerate() {
+    for (n, (warning, make)) in kinds.into_iter().enumerate() {
         bench.write("a.yaml", &service("web", "10.96.0.1"));
         bench.look();
-        assert_eq!(bench.heard.warnings, BTreeMap::new());
+        assert_eq!(bench.received.warnings, BTreeMap::new());
         fs::remove_file(&at).unwrap();
         make(&at);
         other(&bench, n as u8 + 1);
         bench.look();
         let expected = format!("10.96.1.{}", n + 1);
         assert_eq!(
-            bench.heard.services,
+            bench.received.services,
             map(&[("default/other", &*expected), ("default/web", "10.96.0.1")]),
-            "{said}"
+            "{warning}"
         );
-        let [line] = &bench.heard.warnings["a.yaml:1"][..] else { panic!("{:?}", bench.heard.warnings) };
-        assert!(line.starts_with(said) && line.ends_with("; what the file said before stays"), "{line}");
-        assert!(bench.heard.connected && !bench.heard.torn);
+        let [line] = &bench.received.warnings["a.yaml:1"][..] else {
+            panic!("{:?}", bench.received.warnings)
+        };
+        assert!(line.starts_with(warning) && line.ends_with("; its previous content stays in use"), "{line}");
+        assert!(bench.received.connected && !bench.received.incomplete);
         if fs::symlink_metadata(&at).unwrap().is_dir() {
             fs::remove_dir(&at).unwrap();
         } else {
@@ -278,33 +280,33 @@ fn what_is_no_file_any_more_keeps_what_it_said_and_holds_up_nobody() {
     }
     // What goes altogether takes its objects along.
     bench.look();
-    assert_eq!(bench.heard.services.keys().collect::<Vec<_>>(), ["default/other"]);
+    assert_eq!(bench.received.services.keys().collect::<Vec<_>>(), ["default/other"]);
     // What was never read leaves in doubt what belongs to whom.
     symlink("nowhere", &at).unwrap();
     bench.look();
-    assert!(bench.heard.torn);
+    assert!(bench.received.incomplete);
 }
 
 #[test]
-fn files_that_are_too_much_together_keep_what_they_said() {
+fn of_files_over_the_total_limit_the_previous_content_stays() {
     let mut bench = Bench::new();
     for (name, ip) in [("a", "10.96.0.1"), ("b", "10.96.0.2"), ("c", "10.96.0.3")] {
         bench.write(&format!("{name}.yaml"), &service(name, ip));
     }
     bench.look();
-    bench.shelf.total = 1000;
+    bench.store.total = 1000;
     bench.write("b.yaml", &(service("b", "10.96.0.9") + "#" + &" ".repeat(1000)));
     bench.write("c.yaml", &service("c", "10.96.0.4"));
     bench.look();
     let as_before =
         map(&[("default/a", "10.96.0.1"), ("default/b", "10.96.0.2"), ("default/c", "10.96.0.4")]);
-    assert_eq!(bench.heard.services, as_before);
-    let line = &bench.heard.warnings[&bench.dir.path().display().to_string()][0];
+    assert_eq!(bench.received.services, as_before);
+    let line = &bench.received.warnings[&bench.dir.path().display().to_string()][0];
     assert!(line.contains("more than 1000 bytes") && line.contains("b.yaml and 0 files after it"), "{line}");
     bench.write("b.yaml", &service("b", "10.96.0.9"));
     bench.look();
-    assert_eq!(bench.heard.services["default/b"], "10.96.0.9");
-    assert_eq!(bench.heard.warnings, BTreeMap::new());
+    assert_eq!(bench.received.services["default/b"], "10.96.0.9");
+    assert_eq!(bench.received.warnings, BTreeMap::new());
 }
 
 #[test]
@@ -320,33 +322,33 @@ fn aliases_that_stand_for_more_than_a_file_may_hold_are_refused() {
     bench.write("long.yaml", &long);
     bench.write("web.yaml", &service("web", "10.96.0.1"));
     bench.look();
-    assert_eq!(bench.heard.services, map(&[("default/web", "10.96.0.1")]));
-    let told: Vec<&String> = bench.heard.warnings.keys().collect();
-    assert_eq!(told.len(), 2, "{:?}", bench.heard.warnings);
+    assert_eq!(bench.received.services, map(&[("default/web", "10.96.0.1")]));
+    let warned: Vec<&String> = bench.received.warnings.keys().collect();
+    assert_eq!(warned.len(), 2, "{:?}", bench.received.warnings);
 }
 
-/// A running source and what it has said so far.
+/// A running source and what it has sent so far.
 struct Running {
     rx: mpsc::Receiver<Change>,
-    heard: Heard,
+    received: Received,
 }
 
 impl Running {
     async fn start(path: &Path) -> Self {
         let (tx, rx) = mpsc::channel(64);
         tokio::spawn(run(path.to_owned(), "n1".into(), tx));
-        let mut running = Self { rx, heard: Heard::default() };
-        running.until("it has synced", |heard| heard.synced.len() == 3).await;
+        let mut running = Self { rx, received: Received::default() };
+        running.until("it has synced", |received| received.synced.len() == 3).await;
         running
     }
 
-    async fn until(&mut self, what: &str, done: impl Fn(&Heard) -> bool) {
+    async fn until(&mut self, what: &str, done: impl Fn(&Received) -> bool) {
         let waited = timeout(PATIENCE, async {
-            while !done(&self.heard) {
-                self.heard.take(self.rx.recv().await.unwrap());
+            while !done(&self.received) {
+                self.received.take(self.rx.recv().await.unwrap());
             }
         });
-        assert!(waited.await.is_ok(), "waited in vain until {what}: {:?}", self.heard);
+        assert!(waited.await.is_ok(), "waited in vain until {what}: {:?}", self.received);
     }
 }
 
@@ -356,24 +358,24 @@ async fn edits_additions_and_removals_are_noticed() {
     let path = |name: &str| dir.path().join(name);
     fs::write(path("a.yaml"), service("web", "10.96.0.1")).unwrap();
     let mut running = Running::start(dir.path()).await;
-    assert_eq!(running.heard.services, map(&[("default/web", "10.96.0.1")]));
-    assert!(running.heard.connected);
+    assert_eq!(running.received.services, map(&[("default/web", "10.96.0.1")]));
+    assert!(running.received.connected);
 
     fs::write(path("a.yaml"), service("web", "10.96.0.2")).unwrap();
-    running.until("an edit is heard", |heard| heard.services["default/web"] == "10.96.0.2").await;
+    running.until("an edit is noticed", |received| received.services["default/web"] == "10.96.0.2").await;
 
     fs::write(path("b.yaml"), service("api", "10.96.0.3")).unwrap();
-    running.until("an addition is heard", |heard| heard.services.contains_key("default/api")).await;
+    running.until("an addition is noticed", |received| received.services.contains_key("default/api")).await;
 
     // As editors do it: a new file takes the old one's place.
     fs::write(path("a.yaml.new"), service("web", "10.96.0.4")).unwrap();
     fs::rename(path("a.yaml.new"), path("a.yaml")).unwrap();
-    running.until("a rename is heard", |heard| heard.services["default/web"] == "10.96.0.4").await;
+    running.until("a rename is noticed", |received| received.services["default/web"] == "10.96.0.4").await;
 
     fs::remove_file(path("b.yaml")).unwrap();
-    running.until("a removal is heard", |heard| heard.services.len() == 1).await;
-    assert_eq!(running.heard.warnings, BTreeMap::new());
-    assert_eq!(running.heard.synced, [Kind::Service, Kind::Slice, Kind::Node]);
+    running.until("a removal is noticed", |received| received.services.len() == 1).await;
+    assert_eq!(running.received.warnings, BTreeMap::new());
+    assert_eq!(running.received.synced, [Kind::Service, Kind::Slice, Kind::Node]);
 }
 
 #[tokio::test]
@@ -385,13 +387,13 @@ async fn a_config_map_mount_is_followed() {
     symlink("..2024_1", path("..data")).unwrap();
     symlink("..data/web.yaml", path("web.yaml")).unwrap();
     let mut running = Running::start(dir.path()).await;
-    assert_eq!(running.heard.services, map(&[("default/web", "10.96.0.1")]));
+    assert_eq!(running.received.services, map(&[("default/web", "10.96.0.1")]));
 
     fs::create_dir(path("..2024_2")).unwrap();
     fs::write(path("..2024_2/web.yaml"), service("web", "10.96.0.2")).unwrap();
     symlink("..2024_2", path("..data_tmp")).unwrap();
     fs::rename(path("..data_tmp"), path("..data")).unwrap();
-    running.until("the swap is heard", |heard| heard.services["default/web"] == "10.96.0.2").await;
+    running.until("the swap is noticed", |received| received.services["default/web"] == "10.96.0.2").await;
 }
 
 #[tokio::test]
@@ -400,9 +402,11 @@ async fn what_a_link_leads_to_is_read_when_it_comes() {
     let target = elsewhere.path().join("web.yaml");
     symlink(&target, dir.path().join("web.yaml")).unwrap();
     let mut running = Running::start(dir.path()).await;
-    running.until("it warns", |heard| heard.warnings.contains_key("web.yaml:1")).await;
+    running.until("it warns", |received| received.warnings.contains_key("web.yaml:1")).await;
     fs::write(&target, service("web", "10.96.0.1")).unwrap();
-    running.until("it is read", |heard| heard.services.len() == 1 && heard.warnings.is_empty()).await;
+    running
+        .until("it is read", |received| received.services.len() == 1 && received.warnings.is_empty())
+        .await;
 }
 
 #[tokio::test]
@@ -422,18 +426,18 @@ async fn a_directory_that_is_replaced_is_found_again_and_its_absence_takes_nothi
     fs::write(path.join("a.yaml"), service("web", "10.96.0.1")).unwrap();
     let mut running = Running::start(&path).await;
     fs::rename(&path, parent.path().join("gone")).unwrap();
-    running.until("the loss is heard", |heard| !heard.connected).await;
-    assert_eq!(running.heard.services, map(&[("default/web", "10.96.0.1")]));
+    running.until("the loss is noticed", |received| !received.connected).await;
+    assert_eq!(running.received.services, map(&[("default/web", "10.96.0.1")]));
 
     fs::create_dir(&path).unwrap();
     fs::write(path.join("a.yaml"), service("web", "10.96.0.2")).unwrap();
-    running.until("the new one is heard", |heard| heard.connected).await;
-    running.until("it is read", |heard| heard.services["default/web"] == "10.96.0.2").await;
-    assert_eq!(running.heard.warnings, BTreeMap::new());
+    running.until("the new one is noticed", |received| received.connected).await;
+    running.until("it is read", |received| received.services["default/web"] == "10.96.0.2").await;
+    assert_eq!(running.received.warnings, BTreeMap::new());
 }
 
 #[tokio::test]
-async fn the_source_ends_when_nobody_listens() {
+async fn the_source_ends_when_its_receiver_is_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let (tx, mut rx) = mpsc::channel(64);
     let source = tokio::spawn(run(dir.path().to_owned(), "n1".into(), tx));
@@ -444,14 +448,14 @@ async fn the_source_ends_when_nobody_listens() {
 }
 
 #[test]
-fn a_directory_that_could_not_be_listed_is_looked_at_again() {
+fn a_directory_that_could_not_be_listed_is_read_again() {
     let directory = tempfile::tempdir().unwrap();
-    let mut shelf = Shelf::new(directory.path().to_owned(), "n1".into());
-    shelf.refresh().unwrap();
-    assert!(!shelf.lacks());
-    // Nothing has changed in it: nobody will tell.
-    let changes = shelf.lost(&io::Error::from_raw_os_error(libc::ENFILE));
-    assert!(changes.contains(&Change::Connected(false)) && shelf.lacks());
-    let changes = shelf.refresh().unwrap();
-    assert!(changes.contains(&Change::Connected(true)) && !shelf.lacks());
+    let mut store = ManifestStore::new(directory.path().to_owned(), "n1".into());
+    store.refresh().unwrap();
+    assert!(!store.needs_retry());
+    // Nothing has changed in it: no event will come.
+    let changes = store.unreadable(&io::Error::from_raw_os_error(libc::ENFILE));
+    assert!(changes.contains(&Change::Connected(false)) && store.needs_retry());
+    let changes = store.refresh().unwrap();
+    assert!(changes.contains(&Change::Connected(true)) && !store.needs_retry());
 }

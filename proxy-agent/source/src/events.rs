@@ -1,7 +1,6 @@
 //! What operators see with `kubectl describe` and `kubectl get events`: Events about our Node and about Services.
 //!
-//! Best effort: telling never waits, and nothing depends on anyone being told. Without an API server the log has
-//! them.
+//! Best effort: recording never waits, and nothing depends on it. Without an API server they go to the log.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,17 +15,16 @@ use tokio::time::{sleep, timeout};
 use super::backoff::Backoff;
 use agent_core::model::ObjectName;
 
-/// As what kube-proxy's replacement reports: who looks for its events finds ours (H-29).
+/// The name under which kube-proxy reports: whoever looks for its events finds ours (H-29).
 const COMPONENT: &str = "kube-proxy";
-/// Events that may wait for the API server; more are left out.
+/// Events that may wait for the API server; more are dropped.
 const QUEUE: usize = 64;
-/// Pauses before an event is sent again that the API server did not take, from the first to the longest. It is sent until it
-/// is taken or refused: those who look for it come when the server is back.
-const AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
-/// How long the last event may take before the agent ends.
-const LAST: Duration = Duration::from_secs(5);
+/// Backoff before an event is sent again. It is sent until it is accepted or rejected, because it is looked for when the
+/// server is back.
+const BACKOFF: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+/// How long the agent waits for its last event before it ends.
+const LAST_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Something to be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The agent runs (H-29).
@@ -106,49 +104,48 @@ impl fmt::Display for Event {
     }
 }
 
-/// An event, and whom to tell that it has been told.
-type Told = (Event, Option<oneshot::Sender<()>>);
+/// An event, and who waits for it to be published.
+type Queued = (Event, Option<oneshot::Sender<()>>);
 
-/// Where events are told. Clones tell the same listener.
+/// Records events; clones share the queue.
 #[derive(Clone, Debug)]
-pub struct Events(mpsc::Sender<Told>);
+pub struct Events(mpsc::Sender<Queued>);
 
-/// The other end, to be published.
+/// The other end of the queue, which publishes events.
 #[derive(Debug)]
-pub struct Untold(mpsc::Receiver<Told>);
+pub struct EventPublisher(mpsc::Receiver<Queued>);
 
 impl Events {
-    /// Both ends.
     #[must_use]
-    pub fn new() -> (Self, Untold) {
+    pub fn new() -> (Self, EventPublisher) {
         let (tx, rx) = mpsc::channel(QUEUE);
-        (Self(tx), Untold(rx))
+        (Self(tx), EventPublisher(rx))
     }
 
-    /// Tells, or does not when too much waits already.
-    pub fn tell(&self, event: Event) {
+    /// Records an event, or drops it if the queue is full.
+    pub fn record(&self, event: Event) {
         if let Err(error) = self.0.try_send((event, None)) {
-            tracing::debug!("an event is left out: {error}");
+            tracing::debug!("an event was dropped: {error}");
         }
     }
 
-    /// Tells, and waits a little for it to be known: the agent ends after this.
-    pub async fn tell_last(&self, event: Event) {
-        let (done, told) = oneshot::channel();
+    /// Records an event and waits a little until it is published, because the agent ends after this.
+    pub async fn record_last(&self, event: Event) {
+        let (done, published) = oneshot::channel();
         let last = async {
             if self.0.send((event, Some(done))).await.is_ok() {
-                // An error: whoever publishes has ended.
-                let _ = told.await;
+                // An error: the publisher has ended.
+                let _ = published.await;
             }
         };
-        if timeout(LAST, last).await.is_err() {
-            tracing::debug!("the last event was not taken in time");
+        if timeout(LAST_TIMEOUT, last).await.is_err() {
+            tracing::debug!("the last event was not accepted in time");
         }
     }
 }
 
-impl Untold {
-    /// Publishes events until nobody is left to tell any; without a client the log has them.
+impl EventPublisher {
+    /// Publishes events until all senders are dropped; without a client they go to the log.
     pub async fn publish(mut self, client: Option<Client>, node: Arc<str>) {
         let reporter = Reporter { controller: COMPONENT.into(), instance: Some(node.to_string()) };
         let recorder = client.map(|client| Recorder::new(client, reporter));
@@ -159,7 +156,7 @@ impl Untold {
                 None => log(&event, &node),
             }
             if let Some(done) = done {
-                // Whoever waited has given up.
+                // An error: the waiter has given up.
                 let _ = done.send(());
             }
         }
@@ -177,23 +174,23 @@ fn log(event: &Event, node: &str) {
     );
 }
 
-/// Sends an event, again while the API server does not take it. That it refuses events is told once.
+/// Sends an event, with retries unless the API server rejects it. A rejection is logged as a warning once.
 async fn send(recorder: &Recorder, event: &Event, node: &str, warned: &mut bool) {
     let (published, about) = (event.published(), event.about(node));
-    let mut backoff = Backoff::new(AGAIN);
+    let mut backoff = Backoff::new(BACKOFF);
     loop {
         let error = match recorder.publish(&published, &about).await {
             Ok(()) => return,
             Err(error) => error,
         };
-        let refused = matches!(&error, kube::Error::Api(status) if status.code < 500 && status.code != 429);
-        if !refused {
+        let rejected = matches!(&error, kube::Error::Api(status) if status.code < 500 && status.code != 429);
+        if !rejected {
             sleep(backoff.pause()).await;
             continue;
         }
         if !std::mem::replace(warned, true) {
             tracing::warn!(
-                "events cannot be told, such as {}: {error}; this agent may need the verbs create and patch for \
+                "events cannot be recorded, such as {}: {error}; this agent may need the verbs create and patch for \
                  events in the group events.k8s.io",
                 published.reason
             );
@@ -207,12 +204,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_tells_never_waits_and_what_waits_is_bounded() {
-        let (events, mut untold) = Events::new();
+    fn recording_never_waits_and_the_queue_is_bounded() {
+        let (events, mut publisher) = Events::new();
         for n in 0..1000 {
-            events.tell(Event::Restored(n.to_string()));
+            events.record(Event::Restored(n.to_string()));
         }
-        let waiting: Vec<Event> = std::iter::from_fn(|| Some(untold.0.try_recv().ok()?.0)).collect();
+        let waiting: Vec<Event> = std::iter::from_fn(|| Some(publisher.0.try_recv().ok()?.0)).collect();
         assert_eq!((waiting.len(), &waiting[63]), (QUEUE, &Event::Restored("63".into())));
     }
 }

@@ -1,8 +1,8 @@
-//! Reading a file of which nothing is known: only a regular file of bounded size is read, and reading it never waits.
+//! Safe reading of an unknown file: only regular files of bounded size are read, and reading never blocks.
 //!
-//! What stands in a directory of manifests may be anything: a FIFO that nobody writes to, a device, a file of the kernel
-//! that never ends, one of 2 GB. Opening some of them does something, or waits for ever. So a file is found first without
-//! opening it (`O_PATH`), looked at, and only then opened by what was found: whoever exchanges it meanwhile gains nothing.
+//! A directory of manifests may hold anything: a FIFO without a writer, a device, an endless pseudo-file, one of 2 GB. Opening
+//! some of them has effects, or blocks for ever. So a file is first opened with `O_PATH`, checked, and then reopened through
+//! that descriptor: replacing the file meanwhile has no effect.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
@@ -16,72 +16,66 @@ use nix::sys::statfs::{self, FsType, fstatfs};
 
 /// Why a file is not read.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Refusal {
-    /// A link without an end.
-    #[error("leads to nothing: what it is a link to is not there")]
+pub(super) enum ReadError {
+    /// A broken link, or one in a circle.
+    #[error("is a broken link: its target does not exist")]
     Dangling,
-    /// Something else than a file.
+    /// Not a regular file.
     #[error("is {0}, not a regular file: it is not read")]
     Kind(&'static str),
     /// A file of /proc, /sys and their like.
-    #[error("is a file that the kernel makes up, such as those of /proc: it is not read")]
-    OfKernel,
-    /// More than one file may hold.
+    #[error("is a pseudo-file, such as those of /proc: it is not read")]
+    PseudoFile,
+    /// Over the limit for one file.
     #[error("has {size} bytes, and {limit} are the most that is read of one file: split it")]
-    Large {
-        /// What it has.
-        size: u64,
-        /// What it may have.
-        limit: u64,
-    },
-    /// More than is left of what all files may hold together.
+    TooLarge { size: u64, limit: u64 },
+    /// Over the limit for all files together.
     #[error("is too large together with the files before it")]
-    NoRoom,
-    /// Somebody writes to it.
+    OverTotal,
+    /// It is being written to.
     #[error("changed while it was read: it will be read again")]
     Changing,
-    /// The kernel says no.
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Reads a regular file of at most `limit` bytes, and at most `room`, following links.
-pub(super) fn read(path: &Path, limit: u64, room: u64) -> Result<Vec<u8>, Refusal> {
+/// Reads a regular file of at most `limit` bytes, and at most `remaining`, following links.
+pub(super) fn read(path: &Path, limit: u64, remaining: u64) -> Result<Vec<u8>, ReadError> {
     let found = match open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()) {
         Ok(found) => File::from(found),
-        Err(nix::Error::ENOENT) => return Err(Refusal::Dangling),
+        Err(nix::Error::ENOENT) => return Err(ReadError::Dangling),
         Err(error) => return Err(io::Error::from(error).into()),
     };
     let before = found.metadata()?;
     if let Some(kind) = odd_kind(&before) {
-        return Err(Refusal::Kind(kind));
+        return Err(ReadError::Kind(kind));
     }
-    if of_kernel(fstatfs(&found).map_err(io::Error::from)?.filesystem_type()) {
-        return Err(Refusal::OfKernel);
+    if is_pseudo(fstatfs(&found).map_err(io::Error::from)?.filesystem_type()) {
+        return Err(ReadError::PseudoFile);
     }
     let size = before.len();
     if size > limit {
-        return Err(Refusal::Large { size, limit });
+        return Err(ReadError::TooLarge { size, limit });
     }
-    if size > room {
-        return Err(Refusal::NoRoom);
+    if size > remaining {
+        return Err(ReadError::OverTotal);
     }
     let file = fs::OpenOptions::new()
         .read(true)
         .custom_flags((OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits())
         .open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
     let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
-    // One byte more shows that it has grown, and no file system that errs about sizes makes us read on and on.
+    // One byte more shows that it has grown; a file system with wrong sizes does not make us read for ever.
     (&file).take(size + 1).read_to_end(&mut bytes)?;
     let after = file.metadata()?;
     let stamp = |of: &Metadata| (of.len(), of.mtime(), of.mtime_nsec());
     if bytes.len() as u64 != size || stamp(&before) != stamp(&after) {
-        return Err(Refusal::Changing);
+        return Err(ReadError::Changing);
     }
     Ok(bytes)
 }
 
-/// What it is, if no regular file.
+/// The kind of a file that is not a regular one.
 fn odd_kind(metadata: &Metadata) -> Option<&'static str> {
     let kind = metadata.file_type();
     match () {
@@ -93,8 +87,8 @@ fn odd_kind(metadata: &Metadata) -> Option<&'static str> {
     }
 }
 
-/// Whether files of this kind are made up when they are read: reading may wait, never end, or take something away.
-fn of_kernel(kind: FsType) -> bool {
+/// Whether the kernel generates these files when they are read: that may block, never end, or consume something.
+fn is_pseudo(kind: FsType) -> bool {
     const SYSFS: i64 = 0x6265_6572;
     const DEBUGFS: i64 = 0x6462_6720;
     const CONFIGFS: i64 = 0x6265_6570;
@@ -132,7 +126,7 @@ mod tests {
         symlink("a", &link).unwrap();
         fs::write(&file, vec![b'x'; 100]).unwrap();
         assert_eq!(read(&link, LIMIT, LIMIT).unwrap().len(), 100);
-        assert!(matches!(read(&link, LIMIT, 99), Err(Refusal::NoRoom)));
+        assert!(matches!(read(&link, LIMIT, 99), Err(ReadError::OverTotal)));
         fs::write(&file, "").unwrap();
         assert_eq!(read(&file, LIMIT, 0).unwrap(), b"");
         File::create(&file).unwrap().set_len(2 << 30).unwrap();
@@ -148,24 +142,21 @@ mod tests {
         symlink("nowhere", at("dangling")).unwrap();
         symlink("loop", at("loop")).unwrap();
         symlink("fifo", at("link")).unwrap();
-        for (path, said) in [
+        for (path, expected) in [
             (at("fifo"), "is a FIFO"),
             (at("link"), "is a FIFO"),
             (at("socket"), "is a socket"),
             (dir.path().to_owned(), "is a directory"),
-            (at("dangling"), "leads to nothing"),
+            (at("dangling"), "is a broken link"),
             (at("loop"), "cannot be read: "),
             (PathBuf::from("/dev/zero"), "is a device"),
             (PathBuf::from("/dev/null"), "is a device"),
-            (PathBuf::from("/proc/kmsg"), "is a file that the kernel makes up"),
-            (PathBuf::from("/proc/version"), "is a file that the kernel makes up"),
-            (
-                PathBuf::from("/sys/kernel/mm/transparent_hugepage/enabled"),
-                "is a file that the kernel makes up",
-            ),
+            (PathBuf::from("/proc/kmsg"), "is a pseudo-file"),
+            (PathBuf::from("/proc/version"), "is a pseudo-file"),
+            (PathBuf::from("/sys/kernel/mm/transparent_hugepage/enabled"), "is a pseudo-file"),
         ] {
             if path.exists() || !path.starts_with("/sys") {
-                assert!(why(&path).starts_with(said), "{}: {}", path.display(), why(&path));
+                assert!(why(&path).starts_with(expected), "{}: {}", path.display(), why(&path));
             }
         }
     }

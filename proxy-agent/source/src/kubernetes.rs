@@ -1,7 +1,7 @@
-//! The Kubernetes API as a source: Services, EndpointSlices and our own Node, listed and watched for ever.
+//! The Kubernetes API as a source: Services, EndpointSlices, our own Node and ServiceCIDRs are listed and watched.
 //!
-//! Here is what is asked for; `follow` asks, `feed` makes changes of the answers, and `connect` leads to the server that
-//! `servers` has chosen.
+//! Here is what is watched. `list_watch` sends the requests, `reflector` makes changes of the answers, `transport` sends
+//! requests to the server that `servers` has chosen.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,22 +11,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use http::Uri;
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1 as networking;
 use kube::{Api, Client};
 use tokio::sync::{Notify, mpsc};
 
-pub use super::account::Account;
-use super::account::Read;
-use super::connect::Way;
+pub use super::client_config::ClientConfig;
+use super::client_config::Loaded;
 use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
-use super::feed::{Feed, Hook, Line};
-use super::follow::Shared;
-use super::learn;
-use super::plugin::PluginError;
+use super::discovery;
+use super::exec_plugin::PluginError;
+use super::list_watch::Shared;
 use super::probe;
+use super::reflector::{Observer, Output, Reflector};
 use super::requests::Requests;
 use super::servers::{Origin, Servers};
+use super::transport::Transport;
 use agent_core::model::{Change, Kind};
 use agent_core::model::{Node, Service, Slice};
 
@@ -65,7 +65,7 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// The program that gives the credentials does not.
+    /// The exec plugin gives no credential.
     #[error("cannot use the credential plugin of {path}")]
     Plugin {
         /// The kubeconfig.
@@ -74,13 +74,13 @@ pub enum Error {
         #[source]
         source: PluginError,
     },
-    /// The proxy of the kubeconfig is none that can be spoken to.
+    /// The kubeconfig's proxy is of an unknown kind.
     #[error("cannot use the proxy {url}: proxy-url takes http://, https:// and socks5:// with a host")]
     Proxy {
         /// Its URL.
         url: String,
     },
-    /// The CA is no certificate, or not a whole one.
+    /// The CA holds no certificate.
     #[error("the CA for the API server {url} holds no whole certificate")]
     Authority {
         /// Its address.
@@ -97,191 +97,200 @@ pub enum Error {
     },
 }
 
-/// Where servers that were learnt are kept from one agent to the next.
-pub trait Memory: Send + Sync {
-    /// What was kept last; nothing if nothing was.
-    fn recall(&self) -> String;
-    /// Keeps this instead.
-    fn keep(&self, text: &str);
+/// Where discovered servers are saved for the next agent.
+pub trait ServerCache: Send + Sync {
+    /// What was saved last, or an empty text.
+    fn load(&self) -> String;
+    fn save(&self, text: &str);
 }
 
-/// A way to the API servers of a cluster.
+/// The API servers of a cluster.
 pub struct Cluster {
-    account: Account,
-    read: Read,
-    way: Way,
+    client_config: ClientConfig,
+    loaded: Loaded,
+    transport: Transport,
     shared: Shared,
-    memory: Option<Box<dyn Memory>>,
+    cache: Option<Box<dyn ServerCache>>,
 }
 
 impl Cluster {
-    /// Reads the account, without asking anybody yet. Requests are counted in `requests`, servers kept in `memory`.
-    pub async fn open(account: Account, requests: &Requests, memory: Box<dyn Memory>) -> Result<Self, Error> {
-        let read = account.read().await?;
-        let servers = Arc::new(Servers::new(read.servers.clone(), requests.moves()));
-        if read.pod {
-            servers.set(Origin::Local, &[Uri::from_static(learn::KUBE_PRISM)]);
+    /// Reads the configuration; sends no request yet. Requests are counted in `requests`, servers saved in `cache`.
+    pub async fn open(
+        client_config: ClientConfig,
+        requests: &Requests,
+        cache: Box<dyn ServerCache>,
+    ) -> Result<Self, Error> {
+        let loaded = client_config.read().await?;
+        let servers = Arc::new(Servers::new(loaded.servers.clone(), requests.failovers()));
+        if loaded.pod {
+            servers.set(Origin::Local, &[Uri::from_static(discovery::KUBE_PRISM)]);
         }
-        // An address of yesterday may be somebody else's today: only certificates tell.
-        let proves = scheme(&read.config) == "https" && !read.config.accept_invalid_certs;
-        let memory = Some(memory).filter(|_| proves);
-        if let Some(memory) = &memory {
-            servers.set(Origin::Kept, &learn::kept(&memory.recall(), "https"));
+        // A saved address may belong to another machine by now: only certificates show that.
+        let verified = scheme(&loaded.config) == "https" && !loaded.config.accept_invalid_certs;
+        let cache = Some(cache).filter(|_| verified);
+        if let Some(cache) = &cache {
+            servers.set(Origin::Saved, &discovery::from_text(&cache.load(), "https"));
         }
         let shared =
-            Shared { servers: servers.clone(), requests: requests.clone(), look: Arc::new(Notify::new()) };
-        let way = Way::new(servers, read.config.clone(), requests.clone());
-        let way = way.map_err(|source| Error::Client { url: read.config.cluster_url.to_string(), source })?;
-        Ok(Self { account, read, way, shared, memory })
+            Shared { servers: servers.clone(), requests: requests.clone(), reload: Arc::new(Notify::new()) };
+        let transport = Transport::new(servers, loaded.config.clone(), requests.clone());
+        let transport = transport
+            .map_err(|source| Error::Client { url: loaded.config.cluster_url.to_string(), source })?;
+        Ok(Self { client_config, loaded, transport, shared, cache })
     }
 
-    /// A client for further requests; it goes to whichever server is in use.
+    /// A client for other requests, to whichever server is in use.
     #[must_use]
     pub fn client(&self) -> Client {
-        Client::new(self.way.clone(), self.read.config.default_namespace.clone())
+        Client::new(self.transport.clone(), self.loaded.config.default_namespace.clone())
     }
 
-    /// Sends what the API server says of Services, EndpointSlices, the Node `node_name` and ServiceCIDRs, until nobody
-    /// listens (Y-4); with `pods` also of this node's pods.
+    /// Sends the changes of Services, EndpointSlices, the Node `node_name` and ServiceCIDRs until the receiver is dropped
+    /// (Y-4); with `pods` also those of this node's pods.
     pub async fn run(self, node_name: Arc<str>, pods: bool, tx: mpsc::Sender<Change>) {
         let client = self.client();
-        let Self { account, read, way, shared, memory } = self;
+        let Self { client_config, loaded, transport, shared, cache } = self;
         let servers = shared.servers.clone();
-        let scheme = scheme(&read.config);
-        let all =
-            feeds(client, &node_name, pods, &tx, &shared, learner(servers.clone(), scheme.clone(), memory));
+        let scheme = scheme(&loaded.config);
+        let all = reflectors(
+            client,
+            &node_name,
+            pods,
+            &tx,
+            &shared,
+            server_discovery(servers.clone(), scheme.clone(), cache),
+        );
         tokio::select! {
             () = all => {}
-            () = account.follow(read, way.clone(), servers.clone(), shared.look.clone()) => {}
-            () = probe::run(way.clone()) => {}
+            () = client_config.follow_changes(loaded, transport.clone(), servers.clone(), shared.reload.clone()) => {}
+            () = probe::run(transport.clone()) => {}
             () = async {
-                learn::cluster_info(way, servers.clone(), &scheme).await;
+                discovery::cluster_info(transport, servers.clone(), &scheme).await;
                 std::future::pending().await
             } => {}
-            () = warn(&servers, &tx) => {}
+            () = report_problems(&servers, &tx) => {}
             () = tx.closed() => {}
         }
     }
 }
 
-/// How the API server is spoken to.
 fn scheme(config: &kube::Config) -> String {
     config.cluster_url.scheme_str().unwrap_or("https").to_owned()
 }
 
-/// Takes the API servers out of slices, and has them kept.
-fn learner(
+/// Takes the API servers out of slices, and saves them.
+fn server_discovery(
     servers: Arc<Servers>,
     scheme: String,
-    memory: Option<Box<dyn Memory>>,
-) -> Hook<discovery::EndpointSlice> {
+    cache: Option<Box<dyn ServerCache>>,
+) -> Observer<EndpointSlice> {
     let known: Mutex<BTreeMap<String, Vec<Uri>>> = Mutex::default();
-    let kept: Mutex<String> = Mutex::default();
+    let saved: Mutex<String> = Mutex::default();
     Box::new(move |slice| {
-        let Some(urls) = learn::endpoints(slice, &scheme) else { return };
+        let Some(urls) = discovery::from_slice(slice, &scheme) else { return };
         let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
         known.insert(slice.metadata.name.clone().unwrap_or_default(), urls);
         let all: Vec<Uri> = known.values().flatten().cloned().collect();
         if all.is_empty() {
-            return; // Nobody could have told us.
+            return; // Impossible: a server has sent this.
         }
-        servers.set(Origin::Kept, &[]);
+        servers.set(Origin::Saved, &[]);
         servers.set(Origin::Endpoints, &all);
-        let text = learn::text(&all);
-        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(memory), true) = (&memory, *kept != text) {
-            memory.keep(&text);
-            *kept = text;
+        let text = discovery::to_text(&all);
+        let mut saved = saved.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(cache), true) = (&cache, *saved != text) {
+            cache.save(&text);
+            *saved = text;
         }
     })
 }
 
-/// Has what is wrong with the API servers shown, until nobody listens.
-async fn warn(servers: &Servers, tx: &mpsc::Sender<Change>) {
-    let mut said = Vec::new();
+/// Sends the problems with the API servers as warnings, until the receiver is dropped.
+async fn report_problems(servers: &Servers, tx: &mpsc::Sender<Change>) {
+    let mut reported = Vec::new();
     loop {
-        let lines = servers.troubles().await;
-        if lines != said {
+        let lines = servers.problems().await;
+        if lines != reported {
             let warnings = Change::Warnings { object: "API server".to_owned(), lines: lines.clone() };
             if tx.send(warnings).await.is_err() {
                 return;
             }
-            said = lines;
+            reported = lines;
         }
     }
 }
 
-/// Follows everything that is needed, until nobody listens.
-async fn feeds(
+/// Runs all reflectors until the receiver is dropped.
+async fn reflectors(
     client: Client,
     node_name: &str,
     pods: bool,
     tx: &mpsc::Sender<Change>,
     shared: &Shared,
-    learner: Hook<discovery::EndpointSlice>,
+    discovery: Observer<EndpointSlice>,
 ) {
-    let down = Arc::new(AtomicU32::new(0b111));
-    let line = |kind: Kind| Line { kind, tx: tx.clone(), down: down.clone() };
+    let unavailable = Arc::new(AtomicU32::new(0b111));
+    let output = |kind: Kind| Output { kind, tx: tx.clone(), unavailable: unavailable.clone() };
     let not = |label: &str| Some(format!("!{label}"));
-    let services = Feed::<core::Service, Service> {
-        line: line(Kind::Service),
-        what: "Service",
-        labels: not(LABEL_PROXY_NAME),
-        fields: Some("spec.clusterIP!=None".to_owned()), // S-1
+    let services = Reflector::<core::Service, Service> {
+        output: output(Kind::Service),
+        resource: "Service",
+        label_selector: not(LABEL_PROXY_NAME),
+        field_selector: Some("spec.clusterIP!=None".to_owned()), // S-1
         convert: convert::service,
         change: Change::Service,
-        triggered: |_| None,
-        hook: None,
+        trigger_time: |_| None,
+        observer: None,
     };
-    let slices = Feed::<discovery::EndpointSlice, Slice> {
-        line: line(Kind::Slice),
-        what: "EndpointSlice",
-        labels: not(LABEL_HEADLESS), // E-2
-        fields: None,
+    let slices = Reflector::<EndpointSlice, Slice> {
+        output: output(Kind::Slice),
+        resource: "EndpointSlice",
+        label_selector: not(LABEL_HEADLESS), // E-2
+        field_selector: None,
         convert: convert::slice,
         change: Change::Slice,
-        triggered: convert::triggered,
-        hook: Some(learner),
+        trigger_time: convert::triggered,
+        observer: Some(discovery),
     };
-    let node = Feed::<core::Node, Node> {
-        line: line(Kind::Node),
-        what: "Node",
-        labels: None,
-        fields: Some(format!("metadata.name={node_name}")),
+    let node = Reflector::<core::Node, Node> {
+        output: output(Kind::Node),
+        resource: "Node",
+        label_selector: None,
+        field_selector: Some(format!("metadata.name={node_name}")),
         convert: |object| {
             let (node, warnings) = convert::node(object);
             (Some(node), warnings)
         },
         change: |_, node| Change::Node(node),
-        triggered: |_| None,
-        hook: None,
+        trigger_time: |_| None,
+        observer: None,
     };
-    let service_cidrs = Feed::<networking::ServiceCIDR, Vec<IpNet>> {
-        line: line(Kind::ServiceCidr),
-        what: "ServiceCIDR",
-        labels: None,
-        fields: None,
+    let service_cidrs = Reflector::<networking::ServiceCIDR, Vec<IpNet>> {
+        output: output(Kind::ServiceCidr),
+        resource: "ServiceCIDR",
+        label_selector: None,
+        field_selector: None,
         convert: |object| {
             let (ranges, warnings) = convert::service_cidr(object);
             (Some(ranges), warnings)
         },
         change: |name, ranges| Change::ServiceRanges(name.name.to_string(), ranges),
-        triggered: |_| None,
-        hook: None,
+        trigger_time: |_| None,
+        observer: None,
     };
     let this_node_s_pods = async {
-        let feed = Feed::<core::Pod, String> {
-            line: line(Kind::Pod),
-            what: "Pod",
-            labels: None,
-            fields: Some(format!("spec.nodeName={node_name}")),
+        let reflector = Reflector::<core::Pod, String> {
+            output: output(Kind::Pod),
+            resource: "Pod",
+            label_selector: None,
+            field_selector: Some(format!("spec.nodeName={node_name}")),
             convert: convert::excluded,
             change: Change::Excluded,
-            triggered: |_| None,
-            hook: None,
+            trigger_time: |_| None,
+            observer: None,
         };
         if pods {
-            feed.run(Api::all(client.clone()), None, shared.clone()).await;
+            reflector.run(Api::all(client.clone()), None, shared.clone()).await;
         }
     };
     futures::future::join5(

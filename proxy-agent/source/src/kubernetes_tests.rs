@@ -52,18 +52,18 @@ impl Server {
 
 async fn cluster(kubeconfig: Option<&str>, url: &str) -> Result<Cluster, Error> {
     let servers = Some(url).filter(|url| !url.is_empty()).map(str::to_owned).into_iter().collect();
-    let account = Account { kubeconfig: kubeconfig.map(PathBuf::from), servers };
-    Cluster::open(account, &Requests::default(), Box::new(Forgetful)).await
+    let config = ClientConfig { kubeconfig: kubeconfig.map(PathBuf::from), servers };
+    Cluster::open(config, &Requests::default(), Box::new(NoCache)).await
 }
 
-struct Forgetful;
+struct NoCache;
 
-impl Memory for Forgetful {
-    fn recall(&self) -> String {
+impl ServerCache for NoCache {
+    fn load(&self) -> String {
         String::new()
     }
 
-    fn keep(&self, _: &str) {
+    fn save(&self, _: &str) {
         panic!("a server without a certificate is nothing to be kept");
     }
 }
@@ -125,7 +125,8 @@ fn status(code: u16, reason: &str) -> Value {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": reason})
 }
 
-struct Listener {
+/// Receives changes and keeps what they amount to.
+struct Receiver {
     rx: mpsc::Receiver<Change>,
     services: HashMap<String, String>,
     warnings: HashMap<String, Vec<String>>,
@@ -136,7 +137,7 @@ struct Listener {
     changes: usize,
 }
 
-impl Listener {
+impl Receiver {
     async fn start(replies: Vec<Reply>) -> (Arc<Server>, Self) {
         Self::start_with(replies, true).await
     }
@@ -177,7 +178,7 @@ impl Listener {
             Change::Synced(kind) => self.synced.push(kind),
             Change::Connected(connected) => self.connected.push(connected),
             Change::Repeated(kind) => self.repeated.push(kind),
-            other => panic!("nobody said {other:?}"),
+            other => panic!("unexpected: {other:?}"),
         }
     }
 
@@ -189,7 +190,7 @@ impl Listener {
 
 #[tokio::test]
 async fn a_streaming_list_is_followed_by_its_watch() {
-    let (server, mut listener) = Listener::start(vec![Reply::Open(vec![
+    let (server, mut receiver) = Receiver::start(vec![Reply::Open(vec![
         event("ADDED", object("a", "10.96.0.1", "1")),
         event("ADDED", object("b", "10.96.0.2", "2")),
         complete("3"),
@@ -197,8 +198,8 @@ async fn a_streaming_list_is_followed_by_its_watch() {
         event("DELETED", object("b", "10.96.0.2", "5")),
     ])])
     .await;
-    listener.until("the watch is heard", |l| l.has(&[("a", "10.96.0.3")]) && l.synced.len() == 4).await;
-    listener.until("the server answers", |l| l.connected == [true]).await;
+    receiver.until("the watch is followed", |l| l.has(&[("a", "10.96.0.3")]) && l.synced.len() == 4).await;
+    receiver.until("the server answers", |l| l.connected == [true]).await;
 
     let services = server.asked("/api/v1/services");
     assert_eq!(services.len(), 1, "{services:?}");
@@ -220,23 +221,23 @@ async fn a_streaming_list_is_followed_by_its_watch() {
 #[tokio::test]
 async fn ranges_of_cluster_ips_are_followed() {
     // Y-4, Y-16.
-    let (_server, mut listener) = Listener::start(vec![Reply::Open(vec![complete("1")])]).await;
-    listener.until("the ranges are in", |l| l.ranges.contains_key("more") && l.ranges.len() == 1).await;
-    let ranges: Vec<String> = listener.ranges["more"].iter().map(ToString::to_string).collect();
+    let (_server, mut receiver) = Receiver::start(vec![Reply::Open(vec![complete("1")])]).await;
+    receiver.until("the ranges are in", |l| l.ranges.contains_key("more") && l.ranges.len() == 1).await;
+    let ranges: Vec<String> = receiver.ranges["more"].iter().map(ToString::to_string).collect();
     assert_eq!(ranges, ["10.200.0.0/24", "fd00:200::/112"]);
-    listener.until("the bad one is told", |l| l.warnings.contains_key("ServiceCIDR more")).await;
-    let [line] = &listener.warnings["ServiceCIDR more"][..] else { panic!("{:?}", listener.warnings) };
+    receiver.until("the bad one gives a warning", |l| l.warnings.contains_key("ServiceCIDR more")).await;
+    let [line] = &receiver.warnings["ServiceCIDR more"][..] else { panic!("{:?}", receiver.warnings) };
     assert!(line.contains("spec.cidrs[1]") && line.contains("\"x\""), "{line}");
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_show_ranges_of_cluster_ips_is_connected_all_the_same() {
+async fn a_server_without_service_cidrs_is_connected_all_the_same() {
     // Y-16: as if there were none.
     let list = vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")];
-    let (server, mut listener) = Listener::start_with(vec![Reply::Open(list)], false).await;
-    listener.until("the rest is in", |l| l.has(&[("a", "10.96.0.1")]) && l.synced.len() == 3).await;
-    listener.until("the server answers", |l| l.connected == [true]).await;
-    assert!(listener.ranges.is_empty() && !listener.synced.contains(&Kind::ServiceCidr));
+    let (server, mut receiver) = Receiver::start_with(vec![Reply::Open(list)], false).await;
+    receiver.until("the rest is in", |l| l.has(&[("a", "10.96.0.1")]) && l.synced.len() == 3).await;
+    receiver.until("the server answers", |l| l.connected == [true]).await;
+    assert!(receiver.ranges.is_empty() && !receiver.synced.contains(&Kind::ServiceCidr));
     assert_eq!(
         server.asked("/apis/networking.k8s.io/v1/servicecidrs").len(),
         1,
@@ -245,7 +246,7 @@ async fn a_server_that_does_not_show_ranges_of_cluster_ips_is_connected_all_the_
 }
 
 #[tokio::test]
-async fn what_has_vanished_when_a_list_is_read_again_is_removed() {
+async fn objects_that_a_relist_lacks_are_removed() {
     let first = vec![
         event("ADDED", object("a", "10.96.0.1", "1")),
         event("ADDED", object("b", "10.96.0.2", "2")),
@@ -257,24 +258,24 @@ async fn what_has_vanished_when_a_list_is_read_again_is_removed() {
         event("ADDED", object("c", "10.96.0.3", "9")),
         complete("10"),
     ];
-    let (_server, mut listener) = Listener::start(vec![Reply::Open(first), Reply::Open(second)]).await;
-    listener.until("the second list is in", |l| l.has(&[("b", "10.96.0.2"), ("c", "10.96.0.3")])).await;
-    assert_eq!(listener.changes, 4, "only the difference is sent");
-    assert_eq!(listener.synced.iter().filter(|kind| **kind == Kind::Service).count(), 1);
+    let (_server, mut receiver) = Receiver::start(vec![Reply::Open(first), Reply::Open(second)]).await;
+    receiver.until("the second list is in", |l| l.has(&[("b", "10.96.0.2"), ("c", "10.96.0.3")])).await;
+    assert_eq!(receiver.changes, 4, "only the difference is sent");
+    assert_eq!(receiver.synced.iter().filter(|kind| **kind == Kind::Service).count(), 1);
 }
 
 #[tokio::test]
-async fn a_version_that_is_refused_outright_leads_to_a_new_list() {
-    let (server, mut listener) = Listener::start(vec![
+async fn an_expired_version_leads_to_a_relist() {
+    let (server, mut receiver) = Receiver::start(vec![
         Reply::Closed(vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")]),
         Reply::Whole(410, status(410, "Expired")),
         Reply::Open(vec![event("ADDED", object("b", "10.96.0.2", "7")), complete("8")]),
     ])
     .await;
-    listener.until("the new list is in", |l| l.has(&[("b", "10.96.0.2")])).await;
+    receiver.until("the new list is in", |l| l.has(&[("b", "10.96.0.2")])).await;
     let services = server.asked("/api/v1/services");
     assert!(services[1].contains("resourceVersion=3"), "the watch goes on where it ended: {services:?}");
-    assert!(!listener.connected.contains(&false), "a server that forgets is not lost");
+    assert!(!receiver.connected.contains(&false), "a 410 is no lost connection");
 }
 
 #[tokio::test]
@@ -283,66 +284,66 @@ async fn a_server_without_streaming_lists_is_listed_and_watched() {
         "kind": "ServiceList", "apiVersion": "v1", "metadata": {"resourceVersion": "5"},
         "items": [object("a", "10.96.0.1", "1")],
     });
-    let (server, mut listener) = Listener::start(vec![
+    let (server, mut receiver) = Receiver::start(vec![
         Reply::Whole(422, status(422, "sendInitialEvents is forbidden for watch")),
         Reply::Whole(200, list),
         Reply::Open(vec![event("ADDED", object("b", "10.96.0.2", "6"))]),
     ])
     .await;
-    listener.until("list and watch are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
+    receiver.until("list and watch are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
     let services = server.asked("/api/v1/services");
     assert!(!services[1].contains("watch=true"), "{services:?}");
     assert!(services[2].contains("resourceVersion=5"), "{services:?}");
 }
 
 #[tokio::test]
-async fn an_object_that_cannot_be_decoded_is_told_and_stops_nobody() {
+async fn an_object_that_cannot_be_decoded_gives_a_warning_and_stops_no_other() {
     let mut bad = object("bad", "10.96.0.1", "1");
     bad["spec"]["ports"] = json!("many");
-    let (_server, mut listener) = Listener::start(vec![Reply::Open(vec![
+    let (_server, mut receiver) = Receiver::start(vec![Reply::Open(vec![
         event("ADDED", bad),
         event("ADDED", object("good", "10.96.0.2", "2")),
         complete("3"),
         event("MODIFIED", object("bad", "10.96.0.1", "4")),
     ])])
     .await;
-    listener.until("the bad one is told", |l| !l.warnings.is_empty()).await;
-    let lines = &listener.warnings["Service default/bad"];
+    receiver.until("the bad one gives a warning", |l| !l.warnings.is_empty()).await;
+    let lines = &receiver.warnings["Service default/bad"];
     assert!(lines[0].starts_with("cannot be read:"), "{lines:?}");
-    listener.until("both are in", |l| l.has(&[("bad", "10.96.0.1"), ("good", "10.96.0.2")])).await;
-    listener.until("the warning is taken back", |l| l.warnings["Service default/bad"].is_empty()).await;
+    receiver.until("both are in", |l| l.has(&[("bad", "10.96.0.1"), ("good", "10.96.0.2")])).await;
+    receiver.until("the warning is cleared", |l| l.warnings["Service default/bad"].is_empty()).await;
 }
 
 #[tokio::test]
-async fn a_server_that_fails_is_asked_again_and_what_is_known_stays() {
-    let (_server, mut listener) = Listener::start(vec![
+async fn after_an_error_the_watch_is_retried_and_known_objects_stay() {
+    let (_server, mut receiver) = Receiver::start(vec![
         Reply::Closed(vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")]),
         Reply::Whole(403, status(403, "Forbidden")),
         Reply::Open(vec![event("MODIFIED", object("a", "10.96.0.2", "4"))]),
     ])
     .await;
-    listener.until("the change is in", |l| l.has(&[("a", "10.96.0.2")])).await;
-    assert_eq!(listener.changes, 2);
-    assert_eq!(listener.connected.iter().rev().take(2).collect::<Vec<_>>(), [&true, &false]);
+    receiver.until("the change is in", |l| l.has(&[("a", "10.96.0.2")])).await;
+    assert_eq!(receiver.changes, 2);
+    assert_eq!(receiver.connected.iter().rev().take(2).collect::<Vec<_>>(), [&true, &false]);
 }
 
 #[tokio::test]
-async fn a_list_that_ends_half_way_is_begun_again_and_removes_nothing() {
+async fn a_truncated_list_is_repeated_and_removes_nothing() {
     let both = vec![
         event("ADDED", object("a", "10.96.0.1", "1")),
         event("ADDED", object("b", "10.96.0.2", "2")),
         complete("3"),
         event("ERROR", status(410, "Expired")),
     ];
-    let (_server, mut listener) = Listener::start(vec![
+    let (_server, mut receiver) = Receiver::start(vec![
         Reply::Open(both),
         Reply::Closed(vec![event("ADDED", object("a", "10.96.0.9", "7"))]),
         Reply::Open(vec![event("ADDED", object("a", "10.96.0.9", "7")), complete("8")]),
     ])
     .await;
-    listener.until("both are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
-    listener.until("the whole list is in", |l| l.has(&[("a", "10.96.0.9")])).await;
-    assert_eq!(listener.changes, 4, "half a list is none");
+    receiver.until("both are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
+    receiver.until("the whole list is in", |l| l.has(&[("a", "10.96.0.9")])).await;
+    assert_eq!(receiver.changes, 4, "half a list is none");
 }
 
 #[tokio::test]
@@ -354,7 +355,7 @@ async fn a_wrong_address_or_file_is_an_error_that_names_it() {
 }
 
 #[tokio::test]
-async fn a_later_list_that_is_older_or_not_whole_changes_nothing_before_it_is_believed() {
+async fn a_stale_relist_changes_nothing_before_it_is_accepted() {
     let first = vec![
         event("ADDED", object("a", "10.96.0.1", "7")),
         event("ADDED", object("b", "10.96.0.2", "8")),
@@ -362,40 +363,43 @@ async fn a_later_list_that_is_older_or_not_whole_changes_nothing_before_it_is_be
         event("ERROR", status(410, "Expired")),
     ];
     let old = || vec![event("ADDED", object("a", "10.96.0.9", "1")), complete("2")];
-    let (server, mut listener) = Listener::start(vec![
+    let (server, mut receiver) = Receiver::start(vec![
         Reply::Open(first),
         Reply::Open(old()),
         Reply::Open(old()),
         Reply::Open(vec![event("ADDED", object("a", "10.96.0.4", "10")), complete("11")]),
     ])
     .await;
-    listener
-        .until("an older state is told", |l| l.warnings.values().flatten().any(|c| c.contains("older")))
+    receiver
+        .until("the older state gives a warning", |l| {
+            l.warnings.values().flatten().any(|c| c.contains("older"))
+        })
         .await;
-    assert!(listener.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")]), "{:?}", listener.services);
-    listener.until("a newer list is in", |l| l.has(&[("a", "10.96.0.4")])).await;
+    assert!(receiver.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")]), "{:?}", receiver.services);
+    receiver.until("a newer list is in", |l| l.has(&[("a", "10.96.0.4")])).await;
     let lists: Vec<String> =
         server.asked("/api/v1/services").into_iter().filter(|asked| asked.contains("sendInitial")).collect();
     assert!(lists[0].ends_with("resourceVersion=0"), "{lists:?}");
     assert!(lists[1].ends_with("resourceVersion=9"), "not older than what is known: {lists:?}");
-    assert!(lists[2].ends_with("resourceVersion="), "as it is stored: {lists:?}");
+    assert!(lists[2].ends_with("resourceVersion="), "from etcd: {lists:?}");
 }
 
 #[tokio::test]
-async fn a_list_of_another_kind_is_none() {
+async fn a_list_of_another_kind_is_not_accepted() {
     let list = |kind: &str| {
         let items = [object("a", "10.96.0.1", "1")];
         json!({"kind": kind, "apiVersion": "v1", "metadata": {"resourceVersion": "5"}, "items": items})
     };
-    let (_server, mut listener) = Listener::start(vec![
+    let (_server, mut receiver) = Receiver::start(vec![
         Reply::Whole(422, status(422, "sendInitialEvents is forbidden for watch")),
         Reply::Whole(200, list("PodList")),
         Reply::Whole(200, json!("welcome to the hotel's network")),
         Reply::Whole(200, list("ServiceList")),
     ])
     .await;
-    let told = |l: &Listener| l.warnings.values().flatten().any(|line| line.contains("PodList is no list"));
-    listener.until("the wrong kind is told", told).await;
-    assert!(listener.services.is_empty());
-    listener.until("the right kind is in", |l| l.has(&[("a", "10.96.0.1")])).await;
+    let warned =
+        |l: &Receiver| l.warnings.values().flatten().any(|line| line.contains("PodList is not a list"));
+    receiver.until("the wrong kind gives a warning", warned).await;
+    assert!(receiver.services.is_empty());
+    receiver.until("the right kind is in", |l| l.has(&[("a", "10.96.0.1")])).await;
 }

@@ -1,28 +1,29 @@
-//! Hear: where Services and endpoints come from. Every source yields the same [`Change`]s.
+//! Where Services and endpoints come from: the Kubernetes API, or a directory of manifests. Both send the same
+//! [`Change`](agent_core::model::Change)s.
 //!
-//! Kubernetes types stop here: what leaves this room is ours, checked and normalised.
+//! Kubernetes types stop here: what leaves this crate is checked, normalised, and of our own types.
 
-mod account;
 pub mod address;
 mod backoff;
 pub mod blocking;
 mod body;
-mod connect;
+mod client_config;
 pub mod convert;
+mod decoded;
 pub mod directory;
-mod end;
+mod discovery;
+mod end_reason;
 pub mod events;
-mod feed;
+mod exec_plugin;
 mod file;
-mod follow;
-mod heard;
 pub mod kubernetes;
-mod learn;
+mod list_watch;
 pub mod manifest;
-mod plugin;
 mod probe;
+mod recovery;
+mod reflector;
 pub mod requests;
-mod resume;
 mod servers;
-mod silence;
+mod stall;
 mod tls;
+mod transport;

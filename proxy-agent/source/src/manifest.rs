@@ -1,4 +1,4 @@
-//! One manifest file: text into objects, with the line each begins at.
+//! Parses one manifest file into objects, each with the line it begins at.
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
@@ -9,24 +9,20 @@ use serde_json::Value;
 use super::convert;
 use agent_core::model::{Node, ObjectName, Service, Slice};
 
-/// Nodes that one file may have, those that aliases stand for among them: a guard against "billion laughs". A file of the
-/// largest size that is read has half as many when it consists of Services and EndpointSlices.
+/// YAML nodes of one file, with aliases expanded: a limit against "billion laughs". The largest file that is read has half as
+/// many if it consists of Services and EndpointSlices.
 const MAX_YAML_NODES: usize = 3_000_000;
-/// The same for the characters of all its scalars together.
+/// The same for the bytes of all scalars.
 const MAX_YAML_BYTES: usize = 64 << 20;
 
-/// What an object is called: a file can hold each of these once.
+/// An object's kind and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Id {
-    /// A Service.
     Service(ObjectName),
-    /// An EndpointSlice.
     Slice(ObjectName),
-    /// A legacy `Endpoints` object.
     Endpoints(ObjectName),
     /// Our own Node.
     Node,
-    /// A ServiceCIDR.
     ServiceCidr(String),
 }
 
@@ -42,53 +38,46 @@ impl std::fmt::Display for Id {
     }
 }
 
-/// What an object says.
+/// A converted object.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
-    /// A Service; `None` is to be left alone.
+    /// `None`: it is not to be proxied.
     Service(Option<Service>),
-    /// An EndpointSlice; `None` belongs to nobody.
+    /// `None`: it belongs to no Service.
     Slice(Option<Slice>),
-    /// The slices that a legacy `Endpoints` object stands for.
+    /// The slices of a legacy `Endpoints` object.
     Endpoints(Vec<Slice>),
-    /// Our own Node.
     Node(Node),
-    /// Ranges of ClusterIPs.
     ServiceRanges(Vec<IpNet>),
 }
 
-/// An object of a kind that matters.
+/// An object of a kind that is used.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Object {
-    /// Its name.
     pub id: Id,
-    /// What it says.
     pub content: Content,
-    /// What is wrong with parts of it.
+    /// About the parts that cannot be used.
     pub warnings: Vec<String>,
 }
 
-/// Something in a file that could not be used.
+/// A part of a file that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Line in the file, from 1.
     pub line: u64,
-    /// The object, where its name could be read: what was known of it before stays.
+    /// The object, if its name can be read: its previous version stays in use.
     pub id: Option<Id>,
-    /// What is wrong.
     pub text: String,
 }
 
-/// What a file holds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Manifest {
-    /// Objects of the kinds that matter, in order.
+    /// Objects of the kinds that are used, in order.
     pub objects: Vec<Object>,
-    /// Objects that could not be used.
     pub faults: Vec<Fault>,
 }
 
-/// Reads a file's text. `Err` when it is not YAML or JSON at all: then nothing in it can be trusted.
+/// Parses a file. `Err` if it is not YAML or JSON at all: then nothing of it is used.
 pub fn read(text: &str, json: bool, node_name: &str) -> Result<Manifest, Fault> {
     let documents = if json { json_documents(text)? } else { yaml_documents(text)? };
     let mut manifest = Manifest::default();
@@ -133,13 +122,13 @@ fn json_documents(text: &str) -> Result<Vec<(u64, Value)>, Fault> {
     }
 }
 
-/// The parser's message without its picture of the place: a warning is one line.
+/// The parser's message without its excerpt: a warning is one line.
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
 impl Manifest {
-    /// `item_of` is the list's idea of its items' (apiVersion, kind): items of a typed list have none.
+    /// Adds a document. `item_of`: apiVersion and kind of the items of a typed list, which need not repeat them.
     fn add(&mut self, document: Value, line: u64, item_of: Option<(&str, &str)>, node_name: &str) {
         if document.is_null() {
             return;
@@ -197,7 +186,7 @@ impl Manifest {
                     );
                 }
             }
-            _ => tracing::debug!(%version, %kind, line, "kind is not proxied: ignored"),
+            _ => tracing::debug!(%version, %kind, line, "kind is not used: ignored"),
         }
     }
 
@@ -247,12 +236,12 @@ impl Manifest {
     }
 }
 
-/// Whether this could be the name of an object or a namespace: it is shown to people, and on their terminals.
+/// Whether this can be the name of an object or namespace. Names are printed on terminals.
 fn is_name(text: &str) -> bool {
     text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '.')
 }
 
-/// What an API server would have filled in (S-21): the two spellings of the ClusterIP agree.
+/// Fills in what an API server would (S-21): `clusterIP` and `clusterIPs` agree.
 fn default_service(object: &mut core::Service) {
     let Some(spec) = &mut object.spec else { return };
     let listed = spec.cluster_ips.get_or_insert_default();
@@ -270,7 +259,7 @@ fn default_service(object: &mut core::Service) {
     }
 }
 
-/// The same for a slice: a port without a name is the unnamed one, and addresses tell their own type.
+/// The same for a slice: port names and the address type.
 fn default_slice(object: &mut discovery::EndpointSlice) {
     for port in object.ports.iter_mut().flatten() {
         port.name.get_or_insert_default();

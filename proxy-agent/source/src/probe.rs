@@ -1,30 +1,30 @@
-//! Whether a server lives of which nothing is heard.
+//! Liveness probes for an idle server.
 //!
-//! A watch may be silent because nothing happens or because its server hangs. Over HTTP/2 the connection's PING tells. HTTP/1
-//! has none, so something small is asked for on another connection: whatever is answered, and be it a refusal, is an answer.
+//! A watch may be idle because nothing happens or because its server hangs. Over HTTP/2 the connection's PINGs show that.
+//! HTTP/1 has none, so `/livez` is requested on another connection: any answer counts, even a rejection.
 
 use std::time::Duration;
 
 use tokio::time::sleep;
 
 use super::backoff::between;
-use super::connect::Way;
+use super::transport::Transport;
 
-/// Silence after which it is asked. With the time for an answer it makes less than ten seconds. By chance, so that nodes that
-/// have heard of the same change do not ask together.
-const SILENCE: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(4)];
+/// Idle time before a probe. With the probe's time-out it is less than ten seconds. Random, so that nodes that have received
+/// the same change do not probe together.
+const IDLE: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(4)];
 
-/// Looks after the server in use, for ever.
-pub(super) async fn run(way: Way) {
+/// Probes the server in use, for ever.
+pub(super) async fn run(transport: Transport) {
     loop {
-        let silence = between(SILENCE);
+        let idle = between(IDLE);
         loop {
-            let left = way.servers().unheard().map_or(silence, |since| silence.saturating_sub(since));
+            let left = transport.servers().idle_for().map_or(idle, |since| idle.saturating_sub(since));
             if left.is_zero() {
                 break;
             }
             sleep(left).await;
         }
-        way.probe().await;
+        transport.probe().await;
     }
 }

@@ -10,13 +10,13 @@ use prometheus_client::registry::Registry;
 
 type Labels<const N: usize> = [(&'static str, String); N];
 
-/// The counters. Clones share them.
+/// The metrics. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Requests {
     total: Family<Labels<3>, Counter>,
     duration: Family<Labels<2>, Histogram, fn() -> Histogram>,
     ended: Family<Labels<2>, Counter>,
-    moves: Counter,
+    failovers: Counter,
 }
 
 impl Default for Requests {
@@ -25,7 +25,7 @@ impl Default for Requests {
             total: Family::default(),
             duration: Family::new_with_constructor(duration),
             ended: Family::default(),
-            moves: Counter::default(),
+            failovers: Counter::default(),
         }
     }
 }
@@ -35,29 +35,26 @@ fn duration() -> Histogram {
 }
 
 impl Requests {
-    /// Offers the counters to whoever scrapes `registry`.
     pub fn register(&self, registry: &mut Registry) {
         let help = "Requests to the API server by code, method and host";
         registry.register("rest_client_requests", help, self.total.clone());
         let help = "How long the API server took to begin its answer, by verb and host";
         registry.register("rest_client_request_duration_seconds", help, self.duration.clone());
-        let help = "Watches of the API server that ended or could not be begun, by resource and reason";
+        let help = "Watches of the API server that ended or could not be started, by resource and reason";
         registry.register("proxy_agent_watches_ended", help, self.ended.clone());
-        let help = "Moves from one API server to another";
-        registry.register("proxy_agent_apiserver_moves", help, self.moves.clone());
+        let help = "Failovers from one API server to another";
+        registry.register("proxy_agent_apiserver_failovers", help, self.failovers.clone());
     }
 
-    /// A request begins that somebody sends to `host`.
     pub(super) fn begin(&self, method: &str, host: &str) -> Counting<'_> {
         Counting { requests: self, method: method.to_owned(), host: host.to_owned(), began: Instant::now() }
     }
 
-    /// Moves from one server to another.
-    pub(super) fn moves(&self) -> Counter {
-        self.moves.clone()
+    pub(super) fn failovers(&self) -> Counter {
+        self.failovers.clone()
     }
 
-    /// A watch of `resource` has ended, or could not be begun, for this reason.
+    /// Counts a watch that has ended or could not be started.
     pub(super) fn ended(&self, resource: &str, reason: &str) {
         self.ended.get_or_create(&[("resource", resource.to_owned()), ("reason", reason.to_owned())]).inc();
     }
@@ -73,7 +70,7 @@ pub(super) struct Counting<'a> {
 }
 
 impl Counting<'_> {
-    /// It is answered, or has failed.
+    /// The request was answered, or has failed (`None`).
     pub(super) fn done(self, status: Option<StatusCode>) {
         let Self { requests, method, host, began } = self;
         let code = status.map_or_else(|| "<error>".to_owned(), |status| status.as_u16().to_string());

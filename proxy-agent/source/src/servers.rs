@@ -1,8 +1,8 @@
-//! Which API server is asked: those that were given and those that were learnt, one of them in use.
+//! The API servers, configured and discovered, and failover between them: one is in use at a time.
 //!
-//! A server is kept as long as it answers. One that cannot be reached, or whose answers are of no use, is left for the
-//! next, and everybody follows. While none answers one request at a time is made, after pauses that grow: the first that
-//! is answered lets all others go on.
+//! A server stays in use while it answers. One that cannot be reached, or whose answers are useless, is left for the
+//! next, and all watches follow. While none answers, only one request at a time is sent, with exponential backoff. The
+//! first answer lets the others go on.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,29 +15,29 @@ use tokio::time::Instant;
 
 use super::backoff::Backoff;
 
-/// Pauses while no server answers.
-const DOWN: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
-/// A server that was left is not gone back to for this time, because of what another one answers.
-const BLAMED: Duration = Duration::from_secs(10);
-/// What was wrong with a server that is no longer asked is told for this time.
-const TOLD: Duration = Duration::from_secs(300);
-/// No server makes us wait longer than this.
-const HELD: Duration = Duration::from_secs(60);
-/// One that wants to be left alone for longer than this is left for another.
-const WAITED: Duration = Duration::from_secs(5);
+/// Backoff while no server answers.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+/// A server that was left is not used again for this long, whatever the others answer.
+const COOLDOWN: Duration = Duration::from_secs(10);
+/// A problem of a server that is no longer in use is shown for this long.
+const PROBLEM_SHOWN: Duration = Duration::from_secs(300);
+/// The longest `Retry-After` that is followed.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+/// A longer `Retry-After` than this causes a failover.
+const FAILOVER_AFTER: Duration = Duration::from_secs(5);
 
-/// Where we know a server from. The order is that in which they are tried.
+/// Where a server is known from, in the order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Origin {
-    /// The settings: flags, a kubeconfig, or the environment of a pod.
-    Given,
+    /// Flags, a kubeconfig, or the environment of a pod.
+    Configured,
     /// The endpoints of the `kubernetes` Service.
     Endpoints,
     /// kubeadm's ConfigMap `cluster-info`.
     ClusterInfo,
-    /// What an earlier agent has learnt.
-    Kept,
-    /// Talos serves the API on each node.
+    /// Discovered by an earlier agent.
+    Saved,
+    /// KubePrism: Talos serves the API on each node.
     Local,
 }
 
@@ -45,13 +45,13 @@ pub(super) enum Origin {
 struct Server {
     url: Uri,
     origin: Origin,
-    /// When it was left last.
-    blamed: Option<Instant>,
+    /// When it was last left for another.
+    left_at: Option<Instant>,
 }
 
-/// What is wrong, and until when it is told; `None` for as long as it is.
+/// What is wrong, and until when it is shown; `None`: until it is solved.
 #[derive(Debug)]
-struct Trouble {
+struct Problem {
     line: String,
     until: Option<Instant>,
 }
@@ -61,62 +61,64 @@ struct State {
     list: Vec<Server>,
     current: usize,
     generation: u64,
-    /// No server answers: when the next may be asked.
-    down: Option<Instant>,
+    /// No server answers: when the next request may be sent.
+    next_attempt: Option<Instant>,
     backoff: Backoff,
-    /// The server in use wants to be left alone until then; and why another is asked instead, if that is long.
-    held: Option<(Instant, Option<String>)>,
-    /// When something was heard of the server in use.
-    heard: Instant,
-    /// Whether its connections tell by themselves that nobody is there any more.
-    pings: bool,
-    /// By what they are about: a server's URL, or a kind of objects.
-    troubles: BTreeMap<String, Trouble>,
+    /// The `Retry-After` of the server in use; with a reason to fail over if that is long.
+    retry_after: Option<(Instant, Option<String>)>,
+    /// When the server in use last sent something.
+    last_response: Instant,
+    /// Whether its connections are HTTP/2: their PINGs notice when it hangs.
+    http2: bool,
+    /// By subject: a server's URL, a kind of objects, or the credentials.
+    problems: BTreeMap<String, Problem>,
 }
 
 /// The servers of one cluster.
 #[derive(Debug)]
 pub(super) struct Servers {
     state: Mutex<State>,
-    /// Counts moves from server to server, and new credentials: whoever has a connection renews it then.
-    moved: watch::Sender<u64>,
-    /// Held by whoever may ask while no server answers.
+    /// Counts failovers and changes of credentials: connections are renewed then.
+    reconnect: watch::Sender<u64>,
+    /// Held by whoever sends a request while no server answers.
     gate: Gate<()>,
-    /// Woken when there is something else to be told.
-    told: Notify,
-    moves: Counter,
+    problems_changed: Notify,
+    failovers: Counter,
 }
 
 /// The server that a request goes to.
 #[derive(Clone, Debug)]
-pub(super) struct Turn {
+pub(super) struct Target {
     pub(super) url: Uri,
     generation: u64,
 }
 
-impl Turn {
-    /// Which one it is: one more with each move.
+impl Target {
+    /// The count of failovers and reconnects when it was chosen.
     pub(super) fn generation(&self) -> u64 {
         self.generation
     }
 }
 
 impl Servers {
-    pub(super) fn new(given: Vec<Uri>, moves: Counter) -> Self {
-        let list = given.into_iter().map(|url| Server { url, origin: Origin::Given, blamed: None }).collect();
+    pub(super) fn new(configured: Vec<Uri>, failovers: Counter) -> Self {
+        let list = configured
+            .into_iter()
+            .map(|url| Server { url, origin: Origin::Configured, left_at: None })
+            .collect();
         let state = State {
             list,
             current: 0,
             generation: 0,
-            down: None,
-            backoff: Backoff::new(DOWN),
-            held: None,
-            heard: Instant::now(),
-            pings: false,
-            troubles: BTreeMap::new(),
+            next_attempt: None,
+            backoff: Backoff::new(BACKOFF),
+            retry_after: None,
+            last_response: Instant::now(),
+            http2: false,
+            problems: BTreeMap::new(),
         };
-        let (moved, gate, told) = (watch::Sender::new(0), Gate::new(()), Notify::new());
-        Self { state: Mutex::new(state), moved, gate, told, moves }
+        let (reconnect, gate, problems_changed) = (watch::Sender::new(0), Gate::new(()), Notify::new());
+        Self { state: Mutex::new(state), reconnect, gate, problems_changed, failovers }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -124,186 +126,186 @@ impl Servers {
     }
 
     /// The server in use; `None` when there is none at all.
-    pub(super) fn current(&self) -> Option<Turn> {
+    pub(super) fn current(&self) -> Option<Target> {
         let state = self.state();
         let url = state.list.get(state.current)?.url.clone();
-        Some(Turn { url, generation: state.generation })
+        Some(Target { url, generation: state.generation })
     }
 
-    /// How many there are.
     pub(super) fn len(&self) -> usize {
         self.state().list.len()
     }
 
-    /// Whether somebody else than the operator has told us of it.
-    pub(super) fn is_learnt(&self, url: &Uri) -> bool {
+    /// Whether it was discovered: the operator has not configured it.
+    pub(super) fn is_discovered(&self, url: &Uri) -> bool {
         let state = self.state();
         let mut same = state.list.iter().filter(|server| server.url.authority() == url.authority());
-        same.any(|server| server.origin != Origin::Given)
+        same.any(|server| server.origin != Origin::Configured)
     }
 
-    /// Told when connections are to be renewed.
+    /// Notified when connections are to be renewed.
     pub(super) fn subscribe(&self) -> watch::Receiver<u64> {
-        self.moved.subscribe()
+        self.reconnect.subscribe()
     }
 
-    /// Waits until a request may be made. Whoever is admitted while no server answers is alone.
+    /// Waits until a request may be sent. While no server answers only one caller at a time is admitted.
     pub(super) async fn admit(&self) -> Option<Admitted<'_, ()>> {
         loop {
-            let mut moved = self.subscribe();
-            let Some(until) = self.held() else { break };
+            let mut reconnect = self.subscribe();
+            let Some(until) = self.wait_until() else { break };
             tokio::select! {
                 () = tokio::time::sleep_until(until) => {}
-                _ = moved.changed() => {} // Another server has said nothing of the kind.
+                _ = reconnect.changed() => {} // Another server has not asked us to wait.
             }
         }
-        self.state().down?;
+        self.state().next_attempt?;
         let admitted = self.gate.lock().await;
-        let mut moved = self.subscribe();
-        let at = self.state().down?;
+        let mut reconnect = self.subscribe();
+        let at = self.state().next_attempt?;
         tokio::select! {
             () = tokio::time::sleep_until(at) => {}
-            _ = moved.changed() => {}
+            _ = reconnect.changed() => {}
         }
         Some(admitted)
     }
 
-    /// Until when the server in use is left alone, or another was left too lately; that one is in use now if it was not.
-    fn held(&self) -> Option<Instant> {
+    /// How long to wait because of `Retry-After`: until it ends, or until another server's cooldown does. `None` if there is
+    /// none, or after a failover.
+    fn wait_until(&self) -> Option<Instant> {
         let (now, mut state) = (Instant::now(), self.state());
-        let (until, why) = state.held.clone().filter(|(until, _)| *until > now)?;
+        let (until, why) = state.retry_after.clone().filter(|(until, _)| *until > now)?;
         let Some(why) = why else { return Some(until) };
-        match self.leave(&mut state, &why) {
+        match self.fail_over(&mut state, &why) {
             Ok(()) => None,
             Err(fresh) => Some(fresh.map_or(until, |fresh| fresh.min(until))),
         }
     }
 
-    /// Something was heard of the server in use.
-    pub(super) fn heard(&self) {
-        self.state().heard = Instant::now();
+    /// The server in use has sent something.
+    pub(super) fn received(&self) {
+        self.state().last_response = Instant::now();
     }
 
-    /// For how long nothing was heard of the server in use; `None` if nobody is to ask it whether it lives: its connections
-    /// tell, it wants to be left alone, or it is known to be of no use.
-    pub(super) fn unheard(&self) -> Option<Duration> {
+    /// For how long the server in use has sent nothing. `None` if it is not to be probed: HTTP/2 does that, it has sent
+    /// `Retry-After`, or it is known to be down.
+    pub(super) fn idle_for(&self) -> Option<Duration> {
         let state = self.state();
-        let held = state.held.as_ref().is_some_and(|(held, _)| *held > Instant::now());
-        (!state.pings && !held && state.down.is_none()).then(|| state.heard.elapsed())
+        let held = state.retry_after.as_ref().is_some_and(|(held, _)| *held > Instant::now());
+        (!state.http2 && !held && state.next_attempt.is_none()).then(|| state.last_response.elapsed())
     }
 
-    /// A server has answered, whatever it said.
-    pub(super) fn answered(&self, turn: &Turn, version: Version) {
+    /// A server has answered, with whatever status.
+    pub(super) fn answered(&self, target: &Target, version: Version) {
         let mut state = self.state();
-        if turn.generation == state.generation {
-            (state.heard, state.pings) = (Instant::now(), version == Version::HTTP_2);
+        if target.generation == state.generation {
+            (state.last_response, state.http2) = (Instant::now(), version == Version::HTTP_2);
         }
-        state.down = None;
+        state.next_attempt = None;
         state.backoff.reset();
-        if state.troubles.remove(&turn.url.to_string()).is_some() {
-            self.told.notify_one();
+        if state.problems.remove(&target.url.to_string()).is_some() {
+            self.problems_changed.notify_one();
         }
     }
 
-    /// A server cannot be reached or does not answer: the next is in use now, if there is one.
-    pub(super) fn failed(&self, turn: &Turn, why: &str) {
+    /// A server cannot be reached or does not answer: fails over to the next, if there is one.
+    pub(super) fn failed(&self, target: &Target, why: &str) {
         let mut state = self.state();
         let alone = state.list.len() < 2;
-        let until = (!alone).then(|| Instant::now() + TOLD);
-        let line = format!("{} cannot be used: {why}", turn.url);
-        self.tell(&mut state, turn.url.to_string(), Some(Trouble { line, until }));
-        if turn.generation == state.generation && !alone {
+        let until = (!alone).then(|| Instant::now() + PROBLEM_SHOWN);
+        let line = format!("{} cannot be used: {why}", target.url);
+        self.update_problem(&mut state, target.url.to_string(), Some(Problem { line, until }));
+        if target.generation == state.generation && !alone {
             let next = (state.current + 1) % state.list.len();
-            self.go(&mut state, next, why);
+            self.switch_to(&mut state, next, why);
         }
     }
 
-    /// The server in use does not answer any more, although it did: whoever listens to it hears nothing.
-    pub(super) fn hangs(&self, turn: &Turn, why: &str) {
-        if turn.generation != self.state().generation {
-            return; // Somebody else has found that out.
+    /// The server in use does not answer any more, although it did: its watches are dead, too.
+    pub(super) fn unresponsive(&self, target: &Target, why: &str) {
+        if target.generation != self.state().generation {
+            return; // Another task has noticed that already.
         }
-        self.failed(turn, why);
+        self.failed(target, why);
         if self.len() < 2 {
-            self.exhausted();
-            self.renew();
+            self.all_failed();
+            self.reconnect();
         }
     }
 
-    /// What is wrong with the server in use, if none answers.
+    /// The problem of the server in use, if none answers.
     pub(super) fn unreachable(&self) -> Option<String> {
         let state = self.state();
-        state.down?;
+        state.next_attempt?;
         let server = state.list.get(state.current)?;
-        state.troubles.get(&server.url.to_string()).map(|trouble| trouble.line.clone())
+        state.problems.get(&server.url.to_string()).map(|problem| problem.line.clone())
     }
 
-    /// None of them has answered.
-    pub(super) fn exhausted(&self) {
+    /// No server has answered: backs off.
+    pub(super) fn all_failed(&self) {
         let mut state = self.state();
         let pause = state.backoff.pause();
-        state.down = Some(Instant::now() + pause);
+        state.next_attempt = Some(Instant::now() + pause);
     }
 
-    /// What the server in use answers is of no use; whether there is another that was not found so lately.
-    pub(super) fn blame(&self, generation: u64, why: &str) -> bool {
+    /// The answers of the server in use are useless: fails over. `false` if all others are in cooldown.
+    pub(super) fn reject(&self, generation: u64, why: &str) -> bool {
         let mut state = self.state();
         if generation != state.generation {
-            return true; // Somebody else has found that out.
+            return true; // Another task has noticed that already.
         }
-        self.leave(&mut state, why).is_ok()
+        self.fail_over(&mut state, why).is_ok()
     }
 
-    /// Leaves the server in use for the next that was not left so lately. If there is none, when there will be one.
-    fn leave(&self, state: &mut State, why: &str) -> Result<(), Option<Instant>> {
+    /// Switches to the next server that is not in cooldown. If there is none, when there will be one.
+    fn fail_over(&self, state: &mut State, why: &str) -> Result<(), Option<Instant>> {
         let (n, current, now) = (state.list.len(), state.current, Instant::now());
-        let fresh = |i: &usize| state.list[*i].blamed.map_or(now, |at| at + BLAMED);
+        let fresh = |i: &usize| state.list[*i].left_at.map_or(now, |at| at + COOLDOWN);
         let others = || (1..n).map(|step| (current + step) % n);
         let Some(next) = others().find(|i| fresh(i) <= now) else {
             return Err(others().map(|i| fresh(&i)).min());
         };
         let url = state.list[current].url.to_string();
-        let (line, until) = (format!("{url} was left: {why}"), Some(now + TOLD));
-        self.tell(state, url, Some(Trouble { line, until }));
-        self.go(state, next, why);
+        let (line, until) = (format!("{url} was left: {why}"), Some(now + PROBLEM_SHOWN));
+        self.update_problem(state, url, Some(Problem { line, until }));
+        self.switch_to(state, next, why);
         Ok(())
     }
 
-    fn go(&self, state: &mut State, next: usize, why: &str) {
+    fn switch_to(&self, state: &mut State, next: usize, why: &str) {
         let current = state.current;
-        state.list[current].blamed = Some(Instant::now());
+        state.list[current].left_at = Some(Instant::now());
         let (from, to) = (state.list[current].url.clone(), state.list[next].url.clone());
-        tracing::warn!("leaving the API server {from} for {to}: {why}");
-        (state.current, state.held) = (next, None);
-        (state.heard, state.pings) = (Instant::now(), false);
-        self.moves.inc();
-        self.renew_in(state);
+        tracing::warn!("failing over from the API server {from} to {to}: {why}");
+        (state.current, state.retry_after) = (next, None);
+        (state.last_response, state.http2) = (Instant::now(), false);
+        self.failovers.inc();
+        self.reconnect_in(state);
     }
 
-    /// Whoever has a connection makes a new one.
-    pub(super) fn renew(&self) {
-        self.renew_in(&mut self.state());
+    /// Has all connections renewed.
+    pub(super) fn reconnect(&self) {
+        self.reconnect_in(&mut self.state());
     }
 
-    fn renew_in(&self, state: &mut State) {
+    fn reconnect_in(&self, state: &mut State) {
         state.generation += 1;
-        self.moved.send_replace(state.generation);
+        self.reconnect.send_replace(state.generation);
     }
 
-    /// The server wants to be left alone for a while (`Retry-After`): nobody asks until then, or another is asked.
-    pub(super) fn hold(&self, turn: &Turn, pause: Duration) {
-        let why = (pause > WAITED).then(|| format!("it wants to be left alone for {pause:?}"));
-        if why.as_ref().is_some_and(|why| self.blame(turn.generation, why)) {
+    /// The server has sent `Retry-After`: requests wait until then, or go to another server.
+    pub(super) fn retry_after(&self, target: &Target, pause: Duration) {
+        let why = (pause > FAILOVER_AFTER).then(|| format!("it asks to retry after {pause:?}"));
+        if why.as_ref().is_some_and(|why| self.reject(target.generation, why)) {
             return;
         }
-        let pause = pause.min(HELD);
+        let pause = pause.min(MAX_RETRY_AFTER);
         let mut state = self.state();
-        if turn.generation == state.generation {
-            state.held = Some((Instant::now() + pause + pause.mul_f64(fastrand::f64() / 5.0), why));
+        if target.generation == state.generation {
+            state.retry_after = Some((Instant::now() + pause + pause.mul_f64(fastrand::f64() / 5.0), why));
         }
     }
 
-    /// These are the servers of this origin from now on. One that is in use stays.
+    /// Replaces the servers of this origin. The one in use stays.
     pub(super) fn set(&self, origin: Origin, urls: &[Uri]) {
         let mut state = self.state();
         let current = state.list.get(state.current).map(|server| server.url.clone());
@@ -312,9 +314,9 @@ impl Servers {
         });
         for url in urls {
             if !state.list.iter().any(|server| server.url == *url) {
-                state.list.push(Server { url: url.clone(), origin, blamed: None });
-                if origin != Origin::Given {
-                    tracing::info!("one more API server is known: {url}");
+                state.list.push(Server { url: url.clone(), origin, left_at: None });
+                if origin != Origin::Configured {
+                    tracing::info!("discovered the API server {url}");
                 }
             }
         }
@@ -323,34 +325,34 @@ impl Servers {
         state.current = place.unwrap_or(0);
     }
 
-    /// Says what is wrong with a kind of objects or with the account, or that nothing is any longer.
-    pub(super) fn trouble(&self, about: &str, line: Option<String>) {
-        let trouble = line.map(|line| Trouble { line, until: None });
-        self.tell(&mut self.state(), about.to_owned(), trouble);
+    /// Sets or clears the problem of a kind of objects or of the credentials.
+    pub(super) fn set_problem(&self, about: &str, line: Option<String>) {
+        let problem = line.map(|line| Problem { line, until: None });
+        self.update_problem(&mut self.state(), about.to_owned(), problem);
     }
 
-    fn tell(&self, state: &mut State, about: String, trouble: Option<Trouble>) {
-        let before = match trouble {
-            Some(trouble) => {
-                let line = trouble.line.clone();
-                state.troubles.insert(about, trouble).map(|before| before.line != line)
+    fn update_problem(&self, state: &mut State, about: String, problem: Option<Problem>) {
+        let before = match problem {
+            Some(problem) => {
+                let line = problem.line.clone();
+                state.problems.insert(about, problem).map(|before| before.line != line)
             }
-            None => state.troubles.remove(&about).map(|_| true).or(Some(false)),
+            None => state.problems.remove(&about).map(|_| true).or(Some(false)),
         };
         if before != Some(false) {
-            self.told.notify_one();
+            self.problems_changed.notify_one();
         }
     }
 
-    /// Everything that is wrong, whenever that changes.
-    pub(super) async fn troubles(&self) -> Vec<String> {
+    /// Waits until the problems change, and returns them all.
+    pub(super) async fn problems(&self) -> Vec<String> {
         tokio::select! {
-            () = self.told.notified() => {}
-            () = tokio::time::sleep(TOLD / 10) => {} // Some of it is over by itself.
+            () = self.problems_changed.notified() => {}
+            () = tokio::time::sleep(PROBLEM_SHOWN / 10) => {} // Some expire.
         }
         let mut state = self.state();
-        state.troubles.retain(|_, trouble| trouble.until.is_none_or(|until| until > Instant::now()));
-        state.troubles.values().map(|trouble| trouble.line.clone()).collect()
+        state.problems.retain(|_, problem| problem.until.is_none_or(|until| until > Instant::now()));
+        state.problems.values().map(|problem| problem.line.clone()).collect()
     }
 }
 
@@ -369,9 +371,9 @@ mod tests {
     #[test]
     fn one_failure_is_one_step_however_many_have_seen_it() {
         let servers = servers(&["https://a/", "https://b/", "https://c/"]);
-        let turn = servers.current().unwrap();
-        servers.failed(&turn, "refused");
-        servers.failed(&turn, "refused");
+        let target = servers.current().unwrap();
+        servers.failed(&target, "refused");
+        servers.failed(&target, "refused");
         assert_eq!(used(&servers), "https://b/");
         servers.failed(&servers.current().unwrap(), "refused");
         servers.failed(&servers.current().unwrap(), "refused");
@@ -381,26 +383,26 @@ mod tests {
     #[test]
     fn a_server_whose_answers_are_of_no_use_is_not_gone_back_to_at_once() {
         let servers = servers(&["https://a/", "https://b/"]);
-        assert!(servers.blame(servers.current().unwrap().generation, "cut"));
+        assert!(servers.reject(servers.current().unwrap().generation, "cut"));
         assert_eq!(used(&servers), "https://b/");
-        let told = servers.state().troubles["https://a/"].line.clone();
-        assert_eq!(told, "https://a/ was left: cut");
-        assert!(!servers.blame(servers.current().unwrap().generation, "cut"), "there is no third");
+        let problem = servers.state().problems["https://a/"].line.clone();
+        assert_eq!(problem, "https://a/ was left: cut");
+        assert!(!servers.reject(servers.current().unwrap().generation, "cut"), "there is no third");
         assert_eq!(used(&servers), "https://b/");
     }
 
     #[test]
-    fn learnt_servers_come_after_given_ones_and_the_one_in_use_stays() {
+    fn discovered_servers_come_after_configured_ones_and_the_one_in_use_stays() {
         let servers = servers(&["https://vip/"]);
-        let learnt = ["https://10.0.0.1/", "https://10.0.0.2/"].map(Uri::from_static);
+        let discovered = ["https://10.0.0.1/", "https://10.0.0.2/"].map(Uri::from_static);
         servers.set(Origin::Local, &[Uri::from_static("https://127.0.0.1/")]);
-        servers.set(Origin::Endpoints, &learnt);
+        servers.set(Origin::Endpoints, &discovered);
         servers.failed(&servers.current().unwrap(), "no route");
         assert_eq!(used(&servers), "https://10.0.0.1/");
-        servers.set(Origin::Endpoints, &learnt[1..]);
+        servers.set(Origin::Endpoints, &discovered[1..]);
         assert_eq!(used(&servers), "https://10.0.0.1/");
         assert_eq!(servers.len(), 4);
-        servers.set(Origin::Given, &[Uri::from_static("https://other/")]);
+        servers.set(Origin::Configured, &[Uri::from_static("https://other/")]);
         assert_eq!((used(&servers), servers.len()), ("https://10.0.0.1/".into(), 4));
     }
 
@@ -414,25 +416,25 @@ mod tests {
         let (few, many) = (Duration::from_secs(2), Duration::from_secs(3600));
         let servers = servers(&["https://a/", "https://b/"]);
         let first = servers.current().unwrap();
-        servers.hold(&first, few);
+        servers.retry_after(&first, few);
         assert!(waited(&servers).await >= few && used(&servers) == "https://a/");
-        servers.hold(&first, many);
+        servers.retry_after(&first, many);
         assert_eq!((used(&servers).as_str(), waited(&servers).await), ("https://b/", Duration::ZERO));
-        servers.hold(&first, few);
+        servers.retry_after(&first, few);
         assert_eq!(waited(&servers).await, Duration::ZERO, "another server is in use");
-        servers.hold(&servers.current().unwrap(), many);
-        // The first was left a moment ago; who waits is free when it can be asked again.
-        assert_eq!((waited(&servers).await, used(&servers).as_str()), (BLAMED, "https://a/"));
-        servers.set(Origin::Given, &[Uri::from_static("https://a/")]);
-        servers.hold(&servers.current().unwrap(), many);
+        servers.retry_after(&servers.current().unwrap(), many);
+        // The first was left a moment ago; the wait ends with its cooldown.
+        assert_eq!((waited(&servers).await, used(&servers).as_str()), (COOLDOWN, "https://a/"));
+        servers.set(Origin::Configured, &[Uri::from_static("https://a/")]);
+        servers.retry_after(&servers.current().unwrap(), many);
         let longest = waited(&servers).await;
-        assert!((HELD..HELD * 2).contains(&longest), "{longest:?}");
+        assert!((MAX_RETRY_AFTER..MAX_RETRY_AFTER * 2).contains(&longest), "{longest:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn while_none_answers_one_request_at_a_time_is_made() {
+    async fn while_none_answers_one_request_at_a_time_is_sent() {
         let servers = std::sync::Arc::new(servers(&["https://a/"]));
-        servers.exhausted();
+        servers.all_failed();
         let asked = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
         for _ in 0..4 {
             let (servers, asked) = (servers.clone(), asked.clone());
@@ -441,7 +443,7 @@ mod tests {
                     let _admitted = servers.admit().await;
                     asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     servers.failed(&servers.current().unwrap(), "refused");
-                    servers.exhausted();
+                    servers.all_failed();
                 }
             });
         }

@@ -1,8 +1,8 @@
-//! Whom we take for the API server: whoever `kubectl` takes for it.
+//! Verification of server certificates as in `kubectl`.
 //!
-//! One thing more than what rustls accepts: a certificate that signs itself and was given as the CA. rustls refuses it
-//! because it says that it is a CA; `kubectl` finds it among what it was told to trust. So it counts here when it is that
-//! certificate byte for byte, in its time, and for the server's name.
+//! One case more than rustls accepts: a self-signed certificate that is also the configured CA. rustls rejects it because it
+//! is a CA; `kubectl` trusts it because it is configured. So it is accepted if it equals the configured one byte for byte,
+//! has not expired, and has the server's name.
 
 use std::sync::Arc;
 
@@ -12,39 +12,39 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
 
-/// Compares servers' certificates with the CAs that were given.
 #[derive(Debug)]
-pub(super) struct AsKubectl {
-    given: Vec<CertificateDer<'static>>,
+pub(super) struct KubectlVerifier {
+    configured: Vec<CertificateDer<'static>>,
     webpki: Arc<WebPkiServerVerifier>,
 }
 
-impl AsKubectl {
-    /// Trusts these CAs; the error says why none of them can be used.
-    pub(super) fn new(given: &[Vec<u8>], provider: &Arc<CryptoProvider>) -> Result<Self, String> {
-        let given: Vec<CertificateDer<'static>> = given.iter().cloned().map(CertificateDer::from).collect();
+impl KubectlVerifier {
+    /// An error: none of these CAs can be used.
+    pub(super) fn new(configured: &[Vec<u8>], provider: &Arc<CryptoProvider>) -> Result<Self, String> {
+        let configured: Vec<CertificateDer<'static>> =
+            configured.iter().cloned().map(CertificateDer::from).collect();
         let mut roots = RootCertStore::empty();
-        let (_, unusable) = roots.add_parsable_certificates(given.iter().cloned());
+        let (_, unusable) = roots.add_parsable_certificates(configured.iter().cloned());
         if unusable > 0 {
             tracing::debug!("{unusable} certificates of the CA cannot be used");
         }
         let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
-        Ok(Self { given, webpki: webpki.map_err(|error| error.to_string())? })
+        Ok(Self { configured, webpki: webpki.map_err(|error| error.to_string())? })
     }
 
-    /// Whether the one objection was that the certificate is a CA's, and it is one of those that were given. webpki
-    /// raises that objection after it has looked at the time; the name it would look at later.
-    fn is_given(&self, error: &Error, certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> bool {
+    /// Whether the only error is that the certificate is a CA, and it is one of the configured ones. webpki raises that error
+    /// after it has checked the time, and before the name.
+    fn is_configured(&self, error: &Error, certificate: &CertificateDer<'_>, name: &ServerName<'_>) -> bool {
         let Error::InvalidCertificate(CertificateError::Other(other)) = error else { return false };
         let objection = other.0.downcast_ref::<webpki::Error>();
         matches!(objection, Some(webpki::Error::CaUsedAsEndEntity))
-            && self.given.iter().any(|given| given == certificate)
+            && self.configured.iter().any(|configured| configured == certificate)
             && webpki::EndEntityCert::try_from(certificate)
                 .is_ok_and(|certificate| certificate.verify_is_valid_for_subject_name(name).is_ok())
     }
 }
 
-impl ServerCertVerifier for AsKubectl {
+impl ServerCertVerifier for KubectlVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
@@ -54,7 +54,9 @@ impl ServerCertVerifier for AsKubectl {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         match self.webpki.verify_server_cert(certificate, intermediates, name, ocsp, now) {
-            Err(error) if self.is_given(&error, certificate, name) => Ok(ServerCertVerified::assertion()),
+            Err(error) if self.is_configured(&error, certificate, name) => {
+                Ok(ServerCertVerified::assertion())
+            }
             verdict => verdict,
         }
     }
@@ -90,7 +92,7 @@ mod tests {
 
     use super::*;
 
-    /// A certificate that signs itself, says that it is a CA, and holds from 2001 to 2002 if it is old.
+    /// A self-signed certificate of a CA, valid from 2001 to 2002 if it is old.
     fn own_ca(name: &str, old: bool) -> Vec<u8> {
         let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -101,9 +103,9 @@ mod tests {
         params.self_signed(&KeyPair::generate().unwrap()).unwrap().der().to_vec()
     }
 
-    fn accepted(given: &[Vec<u8>], shown: &[u8], name: &str) -> bool {
+    fn accepted(configured: &[Vec<u8>], shown: &[u8], name: &str) -> bool {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let verifier = AsKubectl::new(given, &provider).unwrap();
+        let verifier = KubectlVerifier::new(configured, &provider).unwrap();
         let name = ServerName::try_from(name.to_owned()).unwrap();
         let now = UnixTime::since_unix_epoch(
             std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap() + Duration::ZERO,
@@ -112,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_certificate_that_is_its_own_ca_counts_when_it_was_given_and_for_its_name_and_time_alone() {
+    fn a_certificate_that_is_its_own_ca_counts_when_it_was_configured_and_for_its_name_and_time_alone() {
         let (own, other) = (own_ca("10.0.0.1", false), own_ca("10.0.0.1", false));
         assert!(accepted(std::slice::from_ref(&own), &own, "10.0.0.1"));
         assert!(accepted(&[other.clone(), own.clone()], &own, "10.0.0.1"));

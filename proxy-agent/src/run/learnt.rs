@@ -1,20 +1,20 @@
 //! API servers that were learnt, from one agent to the next: a note beside the tables.
 
 use agent_kernel::datapath::store::note::Note;
-use agent_source::kubernetes::Memory;
+use agent_source::kubernetes::ServerCache;
 
 /// The note that holds them.
 pub(super) struct Learnt(pub(super) Note);
 
-impl Memory for Learnt {
-    fn recall(&self) -> String {
+impl ServerCache for Learnt {
+    fn load(&self) -> String {
         self.0.read().unwrap_or_else(|error| {
             tracing::warn!("API servers that an earlier agent has learnt cannot be read: {error}");
             String::new()
         })
     }
 
-    fn keep(&self, text: &str) {
+    fn save(&self, text: &str) {
         if let Err(error) = self.0.write(text) {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,

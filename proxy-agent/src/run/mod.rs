@@ -37,8 +37,8 @@ use agent_kernel::datapath::store::retired::Retired;
 use agent_kernel::datapath::tables::kernel::Kernel;
 use agent_kernel::netlink;
 use agent_source::directory;
-use agent_source::events::{Event, Events, Untold};
-use agent_source::kubernetes::{Account, Cluster};
+use agent_source::events::{Event, EventPublisher, Events};
+use agent_source::kubernetes::{ClientConfig, Cluster};
 use agent_source::requests::Requests;
 use report::Report;
 
@@ -216,8 +216,8 @@ impl Agent {
 
     async fn run(mut self) -> Result<()> {
         let (tx, mut changes) = mpsc::channel(QUEUE);
-        let (events, untold) = Events::new();
-        events.tell(Event::Starting); // H-29.
+        let (events, publisher) = Events::new();
+        events.record(Event::Starting); // H-29.
         self.repairs.events = Some(events.clone());
         let mut source = tokio::spawn(hear(
             self.config.source.clone(),
@@ -225,7 +225,7 @@ impl Agent {
             self.config.pod_annotations,
             self.requests.clone(),
             Note::new(self.loaded.root(), Note::SERVERS),
-            untold,
+            publisher,
             tx.clone(),
         ));
         tokio::spawn(netlink::watch(tx));
@@ -250,7 +250,7 @@ impl Agent {
                 changed = &mut file => return Err(changed.unwrap_or_else(|e| anyhow!(e).context("watching --config"))),
                 Some(event) = not_served.recv() => {
                     let why = anyhow!("{event}; free the address, or start without --bind-address-hard-fail");
-                    events.tell_last(event).await;
+                    events.record_last(event).await;
                     return Err(why);
                 }
                 () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.sync()?,
@@ -360,19 +360,19 @@ async fn hear(
     pods: bool,
     requests: Requests,
     learnt: Note,
-    events: Untold,
+    events: EventPublisher,
     tx: mpsc::Sender<Change>,
 ) -> Result<()> {
-    let account = match source {
+    let config = match source {
         SourceConfig::Manifests(path) => {
             tokio::spawn(events.publish(None, node.clone()));
             return Ok(directory::run(path, node, tx).await?);
         }
-        SourceConfig::Kubeconfig { file, servers } => Account { kubeconfig: Some(file), servers },
-        SourceConfig::ApiServer(servers) => Account { kubeconfig: None, servers },
-        SourceConfig::InCluster => Account { kubeconfig: None, servers: Vec::new() },
+        SourceConfig::Kubeconfig { file, servers } => ClientConfig { kubeconfig: Some(file), servers },
+        SourceConfig::ApiServer(servers) => ClientConfig { kubeconfig: None, servers },
+        SourceConfig::InCluster => ClientConfig { kubeconfig: None, servers: Vec::new() },
     };
-    let cluster = Cluster::open(account, &requests, Box::new(learnt::Learnt(learnt))).await?;
+    let cluster = Cluster::open(config, &requests, Box::new(learnt::Learnt(learnt))).await?;
     tokio::spawn(events.publish(Some(cluster.client()), node.clone()));
     cluster.run(node, pods, tx).await;
     Ok(())

@@ -186,7 +186,7 @@ impl Server {
         for (key, line) in failures.iter().filter(|(key, line)| known.get(*key) != Some(*line)) {
             tracing::warn!("Service {}: {line}", key.0);
             let note = format!("node {}, Service {}: {line}", self.node, key.0);
-            self.events.tell(Event::NoServiceHealth(key.0.clone(), note)); // H-16.
+            self.events.record(Event::NoServiceHealth(key.0.clone(), note)); // H-16.
         }
         *known = failures;
         failed

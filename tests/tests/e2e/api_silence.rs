@@ -22,7 +22,7 @@ const NOTICED: Duration = Duration::from_secs(33);
 /// From there to an answer, on a machine that is busy.
 const FOLLOWED: Duration = Duration::from_secs(7);
 /// How the warning begins.
-const WITHHELD: [&str; 2] = ["API server", "EndpointSlices: it withholds"];
+const WITHHELD: [&str; 2] = ["API server", "EndpointSlices: its watches are stalled"];
 
 /// A town with endpoints and two servers of one cluster.
 fn scene() -> Result<(Town, [ApiServer; 2])> {
@@ -76,7 +76,7 @@ fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() ->
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: another server is followed after {:?}", begun.elapsed());
     warns(&agent, &[&first.url(), WITHHELD[1]], true)?;
-    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"withheld\"")? == 1);
+    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 1);
     ensure!(lists(&second) == 0, "watches go on from their version: {:#?}", second.requests());
     ensure!(!first.is_watched() && second.is_watched());
     connected(&agent, true)
@@ -138,7 +138,7 @@ fn quiet(progress: bool) -> Result<()> {
     ensure!((3..=9).contains(&asked.len()), "{asked:#?}");
     ensure!(second.requests().is_empty(), "{}", agent.log_text());
     ensure!(lists(first) == listed, "{:#?}", first.requests());
-    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"withheld\"")? == 0);
+    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 0);
     warns(&agent, &["API server"], false)
 }
 

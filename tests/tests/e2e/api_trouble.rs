@@ -37,7 +37,7 @@ impl Trouble<'_> {
     fn broken(&self) -> Result<u64> {
         let (_, metrics) = http(self.town.place("node1"), "127.0.0.1:10249", "/metrics")?;
         let ended = metrics.lines().filter(|line| line.starts_with("proxy_agent_watches_ended_total"));
-        let broken = ended.filter(|line| line.contains("reason=\"unfit\""));
+        let broken = ended.filter(|line| line.contains("reason=\"limit_exceeded\""));
         Ok(broken.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
     }
 
@@ -115,7 +115,7 @@ fn faults(faults: &[(Fault, &[&str])]) -> Result<()> {
 fn a_server_that_begins_no_watch_or_ends_each_at_once_is_asked_now_and_then() -> Result<()> {
     faults(&[
         (Fault::NoHeaders, &["API server", "no answer within"]),
-        (Fault::Cut, &["API server", "ends as soon as it has begun"]),
+        (Fault::Cut, &["API server", "closes as soon as it has started"]),
     ])
 }
 
@@ -123,7 +123,7 @@ fn a_server_that_begins_no_watch_or_ends_each_at_once_is_asked_now_and_then() ->
 fn a_server_that_drips_or_talks_nonsense_harms_nothing() -> Result<()> {
     faults(&[
         (Fault::Slow, &[]),
-        (Fault::Garbage, &["API server", "cannot be understood"]),
+        (Fault::Garbage, &["API server", "cannot be decoded"]),
         (Fault::Half, &["API server", "half-way"]),
     ])
 }

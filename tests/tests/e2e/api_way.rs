@@ -134,7 +134,7 @@ fn servers_that_the_cluster_tells_of_are_asked_when_the_one_that_was_given_is_go
     eventually(SOON, || {
         let log = agent.log_text();
         for server in [&endpoint, &balanced] {
-            ensure!(log.contains(&format!("one more API server is known: {}", server.url())), "{log}");
+            ensure!(log.contains(&format!("discovered the API server {}", server.url())), "{log}");
         }
         Ok(())
     })?;
@@ -168,7 +168,7 @@ fn an_agent_that_starts_while_its_server_is_down_asks_one_that_an_earlier_agent_
     answers(pod, vip, "b")?;
     eventually(SOON, || {
         let log = agent.log_text();
-        ensure!(log.contains(&format!("one more API server is known: {}", other.url())), "{log}");
+        ensure!(log.contains(&format!("discovered the API server {}", other.url())), "{log}");
         Ok(())
     })?;
     agent.kill()?;
@@ -272,11 +272,11 @@ fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Resu
 
     // A file that is written half is not used, and said.
     fs::write(home.path().join("v3/ca.crt"), "-----BEGIN CERTIFICATE-----\nAAAA\n")?;
-    warns(&agent, &["API server", "stays in use"], true)?;
+    warns(&agent, &["API server", "stay in use"], true)?;
     controller.replace(&[town.place("b")])?;
     answers(pod, vip, "b")?;
     fs::write(home.path().join("v3/ca.crt"), new.pem())?;
-    warns(&agent, &["API server", "stays in use"], false)
+    warns(&agent, &["API server", "stay in use"], false)
 }
 
 #[test]

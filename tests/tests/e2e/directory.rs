@@ -105,7 +105,7 @@ fn a_broken_file_is_reported_with_its_line_and_keeps_what_it_said() -> Result<()
     let broken = "apiVersion: v1\nkind: Service\nmetadata: {name: web\nspec: [\n";
     let wrong = "# a comment\napiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: many}\n";
     for (text, words) in [
-        (broken, ["service-default-web.yaml:", "before stays"]),
+        (broken, ["service-default-web.yaml:", "stays in use"]),
         (wrong, ["service-default-web.yaml:2", "Service default/web cannot be read"]),
     ] {
         dir.write(&file, text)?;

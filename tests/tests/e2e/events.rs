@@ -74,7 +74,7 @@ fn an_agent_that_must_not_tell_events_says_so_once_and_works() -> Result<()> {
         ensure!(log.contains("the verbs create and patch for events in the group events.k8s.io"), "{log}");
         Ok(())
     })?;
-    ensure!(agent.log_text().matches("events cannot be told").count() == 1, "{}", agent.log_text());
+    ensure!(agent.log_text().matches("events cannot be recorded").count() == 1, "{}", agent.log_text());
     Ok(())
 }
 

@@ -207,7 +207,7 @@ fn a_credential_plugin_is_asked_in_time_and_one_that_hangs_delays_nothing() -> R
     controller.replace(&[town.place("c")])?;
     answers(town.place("a"), service(1)[0], "c")?;
     ensure!(begun.elapsed() < Duration::from_secs(5), "served only after {:?}", begun.elapsed());
-    warns(&agent, &["API server", "plugin has not ended within 15s", "stays in use"], true)?;
+    warns(&agent, &["API server", "plugin has not ended within 15s", "stay in use"], true)?;
     plugin(home.path(), "")?;
     eventually(SOON, || warns(&agent, &["API server", "plugin"], false))
 }

@@ -259,15 +259,15 @@ fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> R
     type Make = fn(&Path) -> Result<()>;
     let kinds: [(&str, Make); 5] = [
         ("is a FIFO", |at| Ok(mkfifo(at, Mode::S_IRWXU)?)),
-        ("is a file that the kernel makes up", |at| Ok(symlink("/proc/kmsg", at)?)),
-        ("leads to nothing", |at| Ok(symlink("/nowhere", at)?)),
+        ("is a pseudo-file", |at| Ok(symlink("/proc/kmsg", at)?)),
+        ("is a broken link", |at| Ok(symlink("/nowhere", at)?)),
         ("is a directory", |at| Ok(std::fs::create_dir(at)?)),
         ("has 2147483648 bytes", |at| Ok(File::create(at)?.set_len(2 << 30)?)),
     ];
     for (n, (said, make)) in kinds.into_iter().enumerate() {
         std::fs::remove_file(&file)?;
         make(&file)?;
-        warns(&agent, &["service-default-web.yaml:1", said, "before stays"], true)?;
+        warns(&agent, &["service-default-web.yaml:1", said, "stays in use"], true)?;
         let to = ["c", "b"][n % 2];
         other.replace(&[town.place(to)])?;
         answers(pod, service(2)[0], to)?;

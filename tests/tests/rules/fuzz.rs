@@ -13,7 +13,7 @@ use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
 use agent_core::model::{DetectLocal, Link, NodePortAddresses, Settings, SocketLb, World};
 use agent_core::plan::{Capacity, Planner, lint};
-use agent_source::directory::Shelf;
+use agent_source::directory::ManifestStore;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::Config;
@@ -266,7 +266,7 @@ fn write(object: &Value, scratch: &Scratch, at: &prop::sample::Index) -> String 
 
 /// An agent that reads a directory.
 struct Agent {
-    shelf: Shelf,
+    store: ManifestStore,
     world: World,
     planner: Option<Planner>,
     memory: Memory,
@@ -310,13 +310,13 @@ impl Agent {
         }
         let memory = Memory::new(Capacity::default());
         let planner = Some(Planner::new(&memory.actual, Capacity::default()));
-        let shelf = Shelf::new(directory.to_owned(), NODE.into());
-        Self { shelf, world, planner, memory, told: BTreeMap::new(), now_ms: 0 }
+        let store = ManifestStore::new(directory.to_owned(), NODE.into());
+        Self { store, world, planner, memory, told: BTreeMap::new(), now_ms: 0 }
     }
 
     /// Reads the directory and writes what follows.
     fn look(&mut self) {
-        for change in self.shelf.refresh().expect("a directory") {
+        for change in self.store.refresh().expect("a directory") {
             if let Change::Warnings { object, lines } = &change {
                 self.told.insert(object.clone(), lines.clone());
             }

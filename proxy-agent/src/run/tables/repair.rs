@@ -108,7 +108,7 @@ impl Repairs {
 
     pub(in crate::run) fn tell(&self, event: Event) {
         if let Some(events) = &self.events {
-            events.tell(event);
+            events.record(event);
         }
     }
 }

@@ -25,7 +25,7 @@ use super::names::Names;
 use super::tables::Around;
 use super::warnings::Warnings;
 use super::{
-    Change, DesiredService, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort,
+    Change, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort,
     Settings, Slice, SocketLb,
 };
 

@@ -1,8 +1,8 @@
-//! Credentials that a program gives (`exec` of a kubeconfig, client-go's credential plugins).
+//! Exec credential plugins (`exec` in a kubeconfig).
 //!
-//! `kube` runs such a program where it stands, for each connection anew, and waits for it for ever. Here it runs on a thread
-//! of its own, for a bounded time, once for each credential; its output is kept in memory, so nobody waits for who holds a
-//! pipe.
+//! `kube` has this, too, but runs the plugin inside the event loop, each time a client is made, and waits for it for ever.
+//! Here it runs on its own thread, with a time-out, once for each credential. Its output goes to memory, not to a pipe: a
+//! child that keeps a pipe open would make us wait.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -22,19 +22,19 @@ use serde_json::json;
 
 use crate::blocking::run_blocking;
 
-/// How long a plugin may take. Those of clouds ask a server, too.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// How often it is looked whether it has ended.
+/// How long a plugin may take. Those of clouds send requests themselves.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// How often to check whether it has ended.
 const POLL: Duration = Duration::from_millis(20);
-/// What a credential may be long.
-const LONGEST: u64 = 1 << 20;
+/// Bytes of output that are read.
+const MAX_OUTPUT: u64 = 1 << 20;
 
 /// Why there is no credential.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
     /// The kubeconfig names no program.
     #[error("exec names no command")]
-    Nameless,
+    NoCommand,
     /// It could not be run.
     #[error("cannot run {command}")]
     Run {
@@ -44,24 +44,24 @@ pub enum PluginError {
         source: io::Error,
     },
     /// It does not end.
-    #[error("{command} has not ended within {PATIENCE:?}")]
-    Hangs {
+    #[error("{command} has not ended within {TIMEOUT:?}")]
+    TimedOut {
         /// The program.
         command: PathBuf,
     },
-    /// It says that it has failed.
-    #[error("{command} has failed ({status}): {said}")]
+    /// Its exit status is not 0.
+    #[error("{command} has failed ({status}): {stderr}")]
     Failed {
         /// The program.
         command: PathBuf,
         /// How it ended.
         status: ExitStatus,
-        /// The last line that it said.
-        said: String,
+        /// The last line of its standard error.
+        stderr: String,
     },
-    /// What it says is no credential.
+    /// Its output is no credential.
     #[error("{command} gives no ExecCredential with a token, or a certificate and its key")]
-    Useless {
+    Invalid {
         /// The program.
         command: PathBuf,
         /// Why.
@@ -70,7 +70,7 @@ pub enum PluginError {
 }
 
 #[derive(Deserialize)]
-struct Answer {
+struct ExecCredential {
     status: Option<Status>,
 }
 
@@ -83,21 +83,22 @@ struct Status {
     expiration_timestamp: Option<Timestamp>,
 }
 
-/// Replaces the plugin of this user by what it gives; until when that holds, if it says so. A command with a slash in it is
-/// looked for beside the kubeconfig.
-pub(super) async fn ask(user: &mut AuthInfo, home: &Path) -> Result<Option<Timestamp>, PluginError> {
+/// Runs the plugin of this user and puts its credential in the plugin's place. Returns when that expires, if ever. A command
+/// with a slash in it is relative to the kubeconfig's directory.
+pub(super) async fn resolve(user: &mut AuthInfo, home: &Path) -> Result<Option<Timestamp>, PluginError> {
     let Some(exec) = user.exec.take() else { return Ok(None) };
-    let name = exec.command.clone().ok_or(PluginError::Nameless)?;
+    let name = exec.command.clone().ok_or(PluginError::NoCommand)?;
     let command = if name.contains('/') { home.join(name) } else { name.into() };
     let (program, spec) = (command.clone(), exec);
-    let ran = run_blocking("plugin", move || run(&program, &spec, PATIENCE)).await;
-    let said = ran.map_err(|source| PluginError::Run { command: command.clone(), source })??;
-    let useless = |source| PluginError::Useless { command: command.clone(), source };
-    let answer: Answer = serde_saphyr::from_slice(&said).map_err(|error| useless(Some(Box::new(error))))?;
-    let status = answer.status.ok_or_else(|| useless(None))?;
+    let ran = run_blocking("plugin", move || run(&program, &spec, TIMEOUT)).await;
+    let output = ran.map_err(|source| PluginError::Run { command: command.clone(), source })??;
+    let invalid = |source| PluginError::Invalid { command: command.clone(), source };
+    let answer: ExecCredential =
+        serde_saphyr::from_slice(&output).map_err(|error| invalid(Some(Box::new(error))))?;
+    let status = answer.status.ok_or_else(|| invalid(None))?;
     let certificate = status.client_certificate_data.zip(status.client_key_data);
     if status.token.is_none() && certificate.is_none() {
-        return Err(useless(None));
+        return Err(invalid(None));
     }
     if let Some(token) = status.token {
         user.token = Some(token.into());
@@ -109,8 +110,8 @@ pub(super) async fn ask(user: &mut AuthInfo, home: &Path) -> Result<Option<Times
     Ok(status.expiration_timestamp)
 }
 
-/// What a plugin says, if it ends well and in time.
-fn run(command: &Path, exec: &ExecConfig, patience: Duration) -> Result<Vec<u8>, PluginError> {
+/// The output of a plugin that succeeds in time.
+fn run(command: &Path, exec: &ExecConfig, limit: Duration) -> Result<Vec<u8>, PluginError> {
     let failed = |source| PluginError::Run { command: command.to_owned(), source };
     let (mut out, mut err) = (memory().map_err(failed)?, memory().map_err(failed)?);
     let info = json!({
@@ -132,25 +133,25 @@ fn run(command: &Path, exec: &ExecConfig, patience: Duration) -> Result<Vec<u8>,
     let status = loop {
         match child.try_wait().map_err(failed)? {
             Some(status) => break status,
-            None if begun.elapsed() < patience => sleep(POLL),
+            None if begun.elapsed() < limit => sleep(POLL),
             None => {
                 child.kill().and_then(|()| child.wait()).map_err(failed)?;
-                return Err(PluginError::Hangs { command: command.to_owned() });
+                return Err(PluginError::TimedOut { command: command.to_owned() });
             }
         }
     };
     let read = |file: &mut File| -> io::Result<Vec<u8>> {
         file.rewind()?;
-        let mut said = Vec::new();
-        file.take(LONGEST).read_to_end(&mut said)?;
-        Ok(said)
+        let mut output = Vec::new();
+        file.take(MAX_OUTPUT).read_to_end(&mut output)?;
+        Ok(output)
     };
     if status.success() {
         return read(&mut out).map_err(failed);
     }
-    let said = String::from_utf8_lossy(&read(&mut err).map_err(failed)?).trim_end().to_owned();
-    let said = said.lines().last().unwrap_or("it says nothing").to_owned();
-    Err(PluginError::Failed { command: command.to_owned(), status, said })
+    let stderr = String::from_utf8_lossy(&read(&mut err).map_err(failed)?).trim_end().to_owned();
+    let stderr = stderr.lines().last().unwrap_or("no output").to_owned();
+    Err(PluginError::Failed { command: command.to_owned(), status, stderr })
 }
 
 fn memory() -> io::Result<File> {
@@ -171,13 +172,13 @@ mod tests {
 
     async fn asked(script: &str) -> Result<(AuthInfo, Option<Timestamp>), String> {
         let mut user = AuthInfo { exec: Some(shell(script)), ..AuthInfo::default() };
-        let until = ask(&mut user, Path::new("/")).await.map_err(|error| error.to_string())?;
-        assert!(user.exec.is_none(), "nobody else is to run it");
+        let until = resolve(&mut user, Path::new("/")).await.map_err(|error| error.to_string())?;
+        assert!(user.exec.is_none(), "`kube` is not to run it again");
         Ok((user, until))
     }
 
     #[tokio::test]
-    async fn a_plugin_gives_a_token_or_a_certificate_and_says_until_when() {
+    async fn a_plugin_gives_a_token_or_a_certificate_and_its_expiry() {
         let (user, until) = asked(
             "echo \"{kind: ExecCredential, status: {token: $GREETING, expirationTimestamp: '2030-01-02T03:04:05Z'}}\"",
         )
@@ -193,34 +194,34 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_plugin_does_wrong_is_named() {
-        for (script, said) in [
+    async fn failures_of_a_plugin_are_named() {
+        for (script, expected) in [
             ("echo no >&2; exit 3", "sh has failed (exit status: 3): no"),
             ("echo '{\"kind\": \"ExecCredential\"}'", "sh gives no ExecCredential"),
             ("echo welcome to the hotel", "sh gives no ExecCredential"),
         ] {
             let error = asked(script).await.unwrap_err();
-            assert!(error.contains(said), "{error}");
+            assert!(error.contains(expected), "{error}");
         }
         let mut user = AuthInfo { exec: Some(shell("")), ..AuthInfo::default() };
         user.exec.as_mut().unwrap().command = Some("./none".into());
-        let error = ask(&mut user, Path::new("/home")).await.unwrap_err().to_string();
+        let error = resolve(&mut user, Path::new("/home")).await.unwrap_err().to_string();
         assert_eq!(error, "cannot run /home/./none");
     }
 
     #[test]
-    fn one_that_does_not_end_is_ended_whoever_holds_its_output() {
+    fn a_plugin_that_hangs_is_killed_whoever_holds_its_output() {
         let begun = Instant::now();
         let error = run(Path::new("sh"), &shell("sleep 30"), Duration::from_millis(200)).unwrap_err();
         assert!(
-            matches!(error, PluginError::Hangs { .. }) && begun.elapsed() < Duration::from_secs(10),
+            matches!(error, PluginError::TimedOut { .. }) && begun.elapsed() < Duration::from_secs(10),
             "{error}"
         );
-        let said =
+        let info =
             run(Path::new("sh"), &shell("sleep 30 & echo $KUBERNETES_EXEC_INFO"), Duration::from_secs(5))
                 .unwrap();
-        let said: serde_json::Value = serde_json::from_slice(&said).unwrap();
-        assert_eq!((&said["kind"], &said["spec"]["interactive"]), (&json!("ExecCredential"), &json!(false)));
+        let info: serde_json::Value = serde_json::from_slice(&info).unwrap();
+        assert_eq!((&info["kind"], &info["spec"]["interactive"]), (&json!("ExecCredential"), &json!(false)));
         assert!(begun.elapsed() < Duration::from_secs(10));
     }
 }

@@ -1,9 +1,8 @@
-//! The client's way to the API server: `kube`'s client on connections that notice when nobody is there.
+//! The HTTP transport below `kube`'s client: time-outs, keep-alive and failover.
 //!
-//! A request goes to the server in use, and on to the next one when it is not answered in time. What may take how long
-//! is bounded everywhere: connecting, the first word of an answer, its rest ([`super::body`]). A connection that is
-//! idle is asked whether its other end lives: by the kernel, and over HTTP/2 by PINGs, which a process that hangs does
-//! not answer.
+//! A request goes to the server in use, and to the next one if it is not answered in time. Everything has a time-out:
+//! connecting, the headers of an answer, its body ([`super::body`]). Idle connections are kept under watch by TCP
+//! keep-alive and by HTTP/2 PINGs, which a process that hangs does not answer.
 
 use std::cell::Cell;
 use std::error::Error as StdError;
@@ -28,111 +27,108 @@ use tokio::time::timeout;
 use tower::util::BoxCloneService;
 use tower::{BoxError, Service, ServiceBuilder, ServiceExt};
 
-use super::body::Guarded;
+use super::body::LimitedBody;
 use super::requests::Requests;
-use super::servers::{Servers, Turn};
-use super::tls::AsKubectl;
+use super::servers::{Servers, Target};
+use super::tls::KubectlVerifier;
 
 /// How long a connection attempt may take.
-const CONNECT: Duration = Duration::from_secs(4);
-/// How long a server may take to begin the answer to a watch, which it does before there is anything to tell.
-const WATCH_BEGINS: Duration = Duration::from_secs(6);
-/// How long it may take to begin another answer: it may have to make a long list first.
-const BEGINS: Duration = Duration::from_secs(20);
-/// How long it may take to say that it lives.
-const LIVES: Duration = Duration::from_secs(5);
-/// Where every API server says so, to everybody.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long the headers of a watch may take. A server sends them before there is an event.
+const WATCH_HEADERS_TIMEOUT: Duration = Duration::from_secs(6);
+/// How long the headers of another answer may take: a server may have to build a long list first.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a liveness probe may take.
+const LIVEZ_TIMEOUT: Duration = Duration::from_secs(5);
+/// Every API server answers this, without authentication.
 const LIVEZ: &str = "/livez";
-/// Silence after which the other end is asked whether it is there.
-const SILENCE: Duration = Duration::from_secs(6);
-/// Time between two such questions, and how long a PING may be unanswered.
-const PROBE: Duration = Duration::from_secs(3);
-/// How many stay unanswered before the connection counts as lost.
-const PROBES: u32 = 2;
-/// How long what is sent may stay unacknowledged.
-const UNACKNOWLEDGED: Duration = Duration::from_secs(12);
-/// The name that every API server's certificate holds, and no other certificate of a cluster. Those that were only
-/// heard of must show it: their addresses may be in certificates of kubelets, too.
-const EVERY_SERVER: &str = "kubernetes.default.svc";
+/// Idle time after which keep-alive probes are sent.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(6);
+/// Time between two TCP probes, and how long an HTTP/2 PING may take.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+/// How many TCP probes go unanswered before the connection counts as lost.
+const KEEPALIVE_RETRIES: u32 = 2;
+/// How long sent data may stay unacknowledged.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(12);
+/// A name in every API server's certificate, and in no other certificate of a cluster. Discovered servers must show it: their
+/// addresses may be in certificates of kubelets, too.
+const APISERVER_NAME: &str = "kubernetes.default.svc";
 
 type Http = BoxCloneService<Request<Body>, Response<Incoming>, BoxError>;
 
-/// A server said nothing at all.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("no answer within {0:?}")]
-struct Silent(Duration);
+struct NoResponse(Duration);
 
-/// There is nobody to ask.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("no API server is known")]
 struct NoServer;
 
 tokio::task_local! {
-    /// The turn of the server that answered last.
-    static ANSWERED: Cell<Option<u64>>;
+    /// The generation of the server that answered last.
+    static RESPONDER: Cell<Option<u64>>;
 }
 
-/// Asks, and tells whose answer it was, as [`Servers`] counts: another server may be in use by the time that it is here. `None`
-/// if nobody has answered.
-pub(super) async fn answered_by<T>(asks: impl Future<Output = T>) -> (T, Option<u64>) {
-    let asked = async { (asks.await, ANSWERED.get().get()) };
-    ANSWERED.scope(Cell::new(None), asked).await
+/// Sends a request, and returns the generation of the server that answered, if one has: another server may be in use by
+/// then.
+pub(super) async fn with_responder<T>(request: impl Future<Output = T>) -> (T, Option<u64>) {
+    let sent = async { (request.await, RESPONDER.get().get()) };
+    RESPONDER.scope(Cell::new(None), sent).await
 }
 
-/// How the servers are spoken to; replaced as a whole when certificates or tokens change.
+/// The HTTP client and its settings; replaced as a whole when certificates or tokens change.
 #[derive(Clone)]
-struct Manner {
+struct HttpClient {
     config: kube::Config,
     http: Http,
 }
 
-/// The way. Clones are the same.
+/// Sends requests to whichever server is in use. Clones share the client.
 #[derive(Clone)]
-pub(super) struct Way {
+pub(super) struct Transport {
     servers: Arc<Servers>,
-    manner: Arc<Mutex<Manner>>,
+    client: Arc<Mutex<HttpClient>>,
     requests: Requests,
 }
 
-impl Way {
-    /// To these servers, as `config` says.
+impl Transport {
     pub(super) fn new(
         servers: Arc<Servers>,
         config: kube::Config,
         requests: Requests,
     ) -> Result<Self, kube::Error> {
-        let manner = Arc::new(Mutex::new(Manner::new(config, &servers)?));
-        Ok(Self { servers, manner, requests })
+        let client = Arc::new(Mutex::new(HttpClient::new(config, &servers)?));
+        Ok(Self { servers, client, requests })
     }
 
-    /// Speaks to them as `config` says from now on; whoever has a connection is told to renew it.
+    /// Uses other credentials or TLS settings from now on, and has all connections renewed.
     pub(super) fn replace(&self, config: kube::Config) -> Result<(), kube::Error> {
-        let manner = Manner::new(config, &self.servers)?;
-        *self.manner() = manner;
-        self.servers.renew();
+        let client = HttpClient::new(config, &self.servers)?;
+        *self.client() = client;
+        self.servers.reconnect();
         Ok(())
     }
 
-    fn manner(&self) -> MutexGuard<'_, Manner> {
-        self.manner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn client(&self) -> MutexGuard<'_, HttpClient> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn http(&self) -> Http {
-        self.manner().http.clone()
+        self.client().http.clone()
     }
 
-    /// Leaves connections behind on which nothing was answered.
+    /// Abandons the connections: nothing was answered on them.
     fn reconnect(&self) {
-        let mut manner = self.manner();
-        match Manner::new(manner.config.clone(), &self.servers) {
-            Ok(new) => *manner = new,
+        let mut client = self.client();
+        match HttpClient::new(client.config.clone(), &self.servers) {
+            Ok(new) => *client = new,
             Err(error) => tracing::debug!("the old connections stay: {error}"),
         }
     }
 
-    /// A way to the same servers that does not say who we are.
+    /// A transport to the same servers without credentials.
     pub(super) fn anonymous(&self) -> Result<Self, kube::Error> {
-        let mut config = self.manner().config.clone();
+        let mut config = self.client().config.clone();
         config.auth_info = kube::config::AuthInfo::default();
         Self::new(self.servers.clone(), config, self.requests.clone())
     }
@@ -141,104 +137,104 @@ impl Way {
         &self.servers
     }
 
-    /// Asks the server in use whether it lives. One that does not answer is left, if there is another, and its watches end.
+    /// Sends a liveness probe to the server in use. If it does not answer: fails over, if there is another, and ends its watches.
     pub(super) async fn probe(&self) {
-        let Some(turn) = self.servers.current() else { return };
-        let Ok(uri) = at(&turn.url, &Uri::from_static(LIVEZ)) else { return };
+        let Some(target) = self.servers.current() else { return };
+        let Ok(uri) = request_url(&target.url, &Uri::from_static(LIVEZ)) else { return };
         let ask = async {
-            let mut again = true;
+            let mut retry = true;
             loop {
                 let mut request = Request::new(Body::empty());
                 *request.uri_mut() = uri.clone();
                 match self.http().oneshot(request).await {
-                    Err(error) if lost(&*error) && std::mem::take(&mut again) => {}
+                    Err(error) if is_connection_lost(&*error) && std::mem::take(&mut retry) => {}
                     answer => return answer,
                 }
             }
         };
-        let host = turn.url.authority().map_or("", http::uri::Authority::as_str);
+        let host = target.url.authority().map_or("", http::uri::Authority::as_str);
         let counting = self.requests.begin("GET", host);
-        let why = match timeout(LIVES, ask).await {
+        let why = match timeout(LIVEZ_TIMEOUT, ask).await {
             Ok(Ok(answer)) => {
                 counting.done(Some(answer.status()));
-                self.servers.answered(&turn, answer.version());
-                // Read to its end the connection can be used again; one of which nothing comes may go.
+                self.servers.answered(&target, answer.version());
+                // A body that was read to its end lets the connection be reused.
                 let mut body = answer.into_body();
                 let rest = async {
                     while let Some(Ok(_)) = poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
                     }
                 };
-                return drop(timeout(LIVES, rest).await);
+                return drop(timeout(LIVEZ_TIMEOUT, rest).await);
             }
-            Ok(Err(error)) => cause(&*error),
-            Err(_) => Silent(LIVES).to_string(),
+            Ok(Err(error)) => with_root_cause(&*error),
+            Err(_) => NoResponse(LIVEZ_TIMEOUT).to_string(),
         };
         counting.done(None);
         self.reconnect();
-        self.servers.hangs(&turn, &why);
+        self.servers.unresponsive(&target, &why);
     }
 
-    async fn send(self, request: Request<Body>) -> Result<Response<Guarded<Incoming>>, BoxError> {
+    async fn send(self, request: Request<Body>) -> Result<Response<LimitedBody<Incoming>>, BoxError> {
         let (head, body) = request.into_parts();
         let body = body.collect_bytes().await?;
         let watch = head.uri.query().is_some_and(|query| query.contains("watch=true"));
-        let limit = if watch { WATCH_BEGINS } else { BEGINS };
+        let limit = if watch { WATCH_HEADERS_TIMEOUT } else { HEADERS_TIMEOUT };
         let _admitted = self.servers.admit().await;
         let mut last: BoxError = NoServer.into();
-        let (mut tries, mut again) = (self.servers.len(), true);
+        let (mut tries, mut retry) = (self.servers.len(), true);
         while tries > 0 {
-            let Some(turn) = self.servers.current() else { break };
+            let Some(target) = self.servers.current() else { break };
             let mut head = head.clone();
-            head.uri = at(&turn.url, &head.uri)?;
+            head.uri = request_url(&target.url, &head.uri)?;
             let request = Request::from_parts(head.clone(), Body::from(body.clone()));
-            let host = turn.url.authority().map_or("", http::uri::Authority::as_str);
+            let host = target.url.authority().map_or("", http::uri::Authority::as_str);
             let counting = self.requests.begin(head.method.as_str(), host);
             let answer = timeout(limit, self.http().oneshot(request)).await;
             match answer {
                 Ok(Ok(answer)) => {
                     counting.done(Some(answer.status()));
-                    self.servers.answered(&turn, answer.version());
-                    // Not everybody wants to know.
-                    let _ = ANSWERED.try_with(|answered| answered.set(Some(turn.generation())));
-                    self.rest(&turn, &answer);
+                    self.servers.answered(&target, answer.version());
+                    // Outside of `with_responder` there is no cell.
+                    let _ = RESPONDER.try_with(|answered| answered.set(Some(target.generation())));
+                    self.honor_retry_after(&target, &answer);
                     let status = answer.status();
-                    return Ok(answer.map(|body| Guarded::new(body, status, watch)));
+                    return Ok(answer.map(|body| LimitedBody::new(body, status, watch)));
                 }
                 Ok(Err(error)) => last = error,
                 Err(_) => {
-                    last = Silent(limit).into();
+                    last = NoResponse(limit).into();
                     self.reconnect();
                 }
             }
             counting.done(None);
-            // A connection that lay idle may have been closed meanwhile: that says nothing of the server.
-            if head.method == Method::GET && lost(&*last) && std::mem::take(&mut again) {
+            // An idle connection may have been closed meanwhile: no fault of the server.
+            if head.method == Method::GET && is_connection_lost(&*last) && std::mem::take(&mut retry) {
                 continue;
             }
             tries -= 1;
-            self.servers.failed(&turn, &cause(&*last));
+            self.servers.failed(&target, &with_root_cause(&*last));
             if head.method != Method::GET {
-                return Err(last); // It may have been done.
+                return Err(last); // It may have had its effect.
             }
         }
-        self.servers.exhausted();
+        self.servers.all_failed();
         Err(last)
     }
 
     /// Follows `Retry-After`.
-    fn rest(&self, turn: &Turn, answer: &Response<Incoming>) {
+    fn honor_retry_after(&self, target: &Target, answer: &Response<Incoming>) {
         if ![StatusCode::TOO_MANY_REQUESTS, StatusCode::SERVICE_UNAVAILABLE].contains(&answer.status()) {
             return;
         }
         let seconds = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         if let Some(seconds) = seconds {
-            self.servers.hold(turn, Duration::from_secs(seconds));
+            self.servers.retry_after(target, Duration::from_secs(seconds));
         }
     }
 }
 
-impl Service<Request<Body>> for Way {
-    type Response = Response<Guarded<Incoming>>;
+impl Service<Request<Body>> for Transport {
+    type Response = Response<LimitedBody<Incoming>>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -251,7 +247,7 @@ impl Service<Request<Body>> for Way {
     }
 }
 
-impl Manner {
+impl HttpClient {
     fn new(config: kube::Config, servers: &Arc<Servers>) -> Result<Self, kube::Error> {
         let http = Self::build(&config, servers)?;
         Ok(Self { config, http })
@@ -260,11 +256,11 @@ impl Manner {
     fn build(config: &kube::Config, servers: &Arc<Servers>) -> Result<Http, kube::Error> {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
-        tcp.set_keepalive(Some(SILENCE));
-        tcp.set_keepalive_interval(Some(PROBE));
-        tcp.set_keepalive_retries(Some(PROBES));
-        tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
-        let Some(proxy) = &config.proxy_url else { return Self::over(tcp, config, servers) };
+        tcp.set_keepalive(Some(KEEPALIVE_IDLE));
+        tcp.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
+        tcp.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
+        tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
+        let Some(proxy) = &config.proxy_url else { return Self::with_connector(tcp, config, servers) };
         let unsupported = || kube::Error::ProxyProtocolUnsupported { proxy_url: Box::new(proxy.clone()) };
         let (user, password) = userinfo(proxy);
         let basic = user.as_ref().map(|user| basic(user, password.as_deref().unwrap_or_default()));
@@ -275,7 +271,7 @@ impl Manner {
                     Some(basic) => tunnel.with_auth(basic),
                     None => tunnel,
                 };
-                Self::over(tunnel, config, servers)
+                Self::with_connector(tunnel, config, servers)
             }
             Some("https") => {
                 let tunnel = Tunnel::new(proxy.clone(), config.rustls_https_connector_with_connector(tcp)?);
@@ -283,7 +279,7 @@ impl Manner {
                     Some(basic) => tunnel.with_auth(basic),
                     None => tunnel,
                 };
-                Self::over(tunnel, config, servers)
+                Self::with_connector(tunnel, config, servers)
             }
             Some("socks5") => {
                 let socks = SocksV5::new(proxy.clone(), tcp);
@@ -291,14 +287,18 @@ impl Manner {
                     Some(user) => socks.with_auth(user, password.unwrap_or_default()),
                     None => socks,
                 };
-                Self::over(socks, config, servers)
+                Self::with_connector(socks, config, servers)
             }
             _ => Err(unsupported()),
         }
     }
 
-    /// HTTP over TLS over whatever leads there.
-    fn over<C>(connector: C, config: &kube::Config, servers: &Arc<Servers>) -> Result<Http, kube::Error>
+    /// HTTP over TLS over this connector.
+    fn with_connector<C>(
+        connector: C,
+        config: &kube::Config,
+        servers: &Arc<Servers>,
+    ) -> Result<Http, kube::Error>
     where
         C: Service<Uri> + Clone + Send + Sync + 'static,
         C::Response: Connection + hyper::rt::Read + hyper::rt::Write + Send + Unpin + 'static,
@@ -307,7 +307,7 @@ impl Manner {
     {
         let mut tls = config.rustls_client_config()?;
         if let (Some(given), false) = (&config.root_cert, config.accept_invalid_certs) {
-            match AsKubectl::new(given, tls.crypto_provider()) {
+            match KubectlVerifier::new(given, tls.crypto_provider()) {
                 Ok(verifier) => tls.dangerous().set_certificate_verifier(Arc::new(verifier)),
                 Err(why) => tracing::debug!("no CA of the kubeconfig can be used: {why}"),
             }
@@ -316,19 +316,19 @@ impl Manner {
         let servers = servers.clone();
         let resolve = move |uri: &Uri| match &fixed {
             Some(name) => Ok(name.clone()),
-            None if servers.is_learnt(uri) => Ok(ServerName::try_from(EVERY_SERVER)?),
+            None if servers.is_discovered(uri) => Ok(ServerName::try_from(APISERVER_NAME)?),
             None => DefaultServerNameResolver::default().resolve(uri),
         };
         let tls = HttpsConnectorBuilder::new().with_tls_config(tls).https_or_http();
         let tls = tls.with_server_name_resolver(resolve).enable_all_versions().wrap_connector(connector);
         let mut connector = TimeoutConnector::new(tls);
-        connector.set_connect_timeout(Some(CONNECT));
+        connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
         let http: legacy::Client<_, Body> = legacy::Client::builder(TokioExecutor::new())
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(BEGINS)
-            .http2_keep_alive_interval(SILENCE)
-            .http2_keep_alive_timeout(PROBE)
+            .pool_idle_timeout(HEADERS_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE_IDLE)
+            .http2_keep_alive_timeout(KEEPALIVE_INTERVAL)
             .build(connector);
         let service = ServiceBuilder::new()
             .option_layer(config.auth_layer()?)
@@ -339,13 +339,13 @@ impl Manner {
     }
 }
 
-/// Whether a connection that there was has broken.
-fn lost(error: &(dyn StdError + 'static)) -> bool {
+/// Whether an established connection has broken.
+fn is_connection_lost(error: &(dyn StdError + 'static)) -> bool {
     error.downcast_ref::<legacy::Error>().is_some_and(|error| !error.is_connect())
 }
 
-/// A server's URL, and the path and query of a request to it.
-fn at(server: &Uri, request: &Uri) -> Result<Uri, BoxError> {
+/// The URL of a request: that of the server, with the path and query.
+fn request_url(server: &Uri, request: &Uri) -> Result<Uri, BoxError> {
     let path = request.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     let path = format!("{}{path}", server.path().trim_end_matches('/'));
     let mut parts = server.clone().into_parts();
@@ -353,7 +353,7 @@ fn at(server: &Uri, request: &Uri) -> Result<Uri, BoxError> {
     Ok(Uri::from_parts(parts)?)
 }
 
-/// The user and the password of a proxy's URL.
+/// User and password in a proxy's URL.
 fn userinfo(proxy: &Uri) -> (Option<String>, Option<String>) {
     let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
     let Some((userinfo, _)) = proxy.authority().and_then(|all| all.as_str().rsplit_once('@')) else {
@@ -372,7 +372,7 @@ fn basic(user: &str, password: &str) -> HeaderValue {
 }
 
 /// An error and its root: "connection refused" stands deep below "Connect".
-pub(super) fn cause(error: &(dyn StdError + 'static)) -> String {
+pub(super) fn with_root_cause(error: &(dyn StdError + 'static)) -> String {
     let (outer, mut root) = (error.to_string(), error);
     while let Some(deeper) = root.source() {
         root = deeper;
@@ -385,7 +385,7 @@ pub(super) fn cause(error: &(dyn StdError + 'static)) -> String {
 mod tests {
     use super::*;
 
-    /// Answers one request in a hurry after another, each with this status and when `release` says so.
+    /// Answers requests with this status, one each time that `release` is notified.
     async fn serve(
         listener: tokio::net::TcpListener,
         status: &'static str,
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_answer_is_told_as_that_of_the_server_that_gave_it_although_another_is_in_use_by_then() {
+    async fn the_responder_of_a_request_is_known_although_another_server_is_in_use_by_then() {
         let release = Arc::new(tokio::sync::Notify::new());
         let mut urls = Vec::new();
         for status in ["500 Odd", "200 OK"] {
@@ -412,21 +412,21 @@ mod tests {
         }
         let config = kube::Config::new(urls[0].clone());
         let servers = Arc::new(Servers::new(urls, prometheus_client::metrics::counter::Counter::default()));
-        let way = Way::new(servers.clone(), config, Requests::default()).unwrap();
-        let client = kube::Client::new(way, "default");
+        let transport = Transport::new(servers.clone(), config, Requests::default()).unwrap();
+        let client = kube::Client::new(transport, "default");
         let ask = || client.send(Request::get("/api").body(Body::empty()).unwrap());
-        let (first, turn) = (answered_by(ask()), servers.current().unwrap().generation());
+        let (first, target) = (with_responder(ask()), servers.current().unwrap().generation());
         let move_on = async {
             tokio::time::sleep(Duration::from_millis(50)).await;
-            assert!(servers.blame(turn, "somebody else has heard of it"));
+            assert!(servers.reject(target, "another task has failed over"));
             release.notify_one();
         };
         let ((answer, by), ()) = tokio::join!(first, move_on);
-        assert_eq!((answer.unwrap().status().as_u16(), by), (500, Some(turn)));
+        assert_eq!((answer.unwrap().status().as_u16(), by), (500, Some(target)));
         release.notify_one();
-        let (answer, by) = answered_by(ask()).await;
-        assert_eq!((answer.unwrap().status().as_u16(), by), (200, Some(turn + 1)));
-        assert_eq!(answered_by(async {}).await.1, None);
+        let (answer, by) = with_responder(ask()).await;
+        assert_eq!((answer.unwrap().status().as_u16(), by), (200, Some(target + 1)));
+        assert_eq!(with_responder(async {}).await.1, None);
     }
 
     #[test]
@@ -436,7 +436,7 @@ mod tests {
             ("https://rancher/k8s/clusters/c-1/", "https://rancher/k8s/clusters/c-1/api/v1/nodes?watch=true"),
         ] {
             let request = Uri::from_static("/api/v1/nodes?watch=true");
-            assert_eq!(at(&server.parse().unwrap(), &request).unwrap(), whole);
+            assert_eq!(request_url(&server.parse().unwrap(), &request).unwrap(), whole);
         }
     }
 

@@ -1,19 +1,18 @@
-//! Objects as they come over the wire: decodable or not, each has a name.
+//! Objects off the wire: decoded or not, each has a name.
 
 use std::borrow::Cow;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
-/// An object as the server sent it: one that cannot be decoded still has a name, and does not take the
-/// whole list down with it.
+/// An object of a list or a watch. One that cannot be decoded still has a name, and does not fail the whole list.
 #[derive(Clone, Debug)]
-pub(super) struct Heard<K> {
+pub(super) struct Decoded<K> {
     pub(super) metadata: ObjectMeta,
     pub(super) object: Result<K, String>,
 }
 
-impl<'de, K: DeserializeOwned> Deserialize<'de> for Heard<K> {
+impl<'de, K: DeserializeOwned> Deserialize<'de> for Decoded<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let value = serde_json::Value::deserialize(deserializer)?;
         let metadata = value.get("metadata").unwrap_or(&serde_json::Value::Null);
@@ -23,7 +22,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Heard<K> {
     }
 }
 
-/// What of unreadable metadata says which object this is, and in which version.
+/// The name and resource version in metadata that cannot be decoded.
 fn identity(metadata: &serde_json::Value) -> ObjectMeta {
     let text = |key: &str| metadata.get(key)?.as_str().map(str::to_owned);
     ObjectMeta {
@@ -34,7 +33,7 @@ fn identity(metadata: &serde_json::Value) -> ObjectMeta {
     }
 }
 
-impl<K: kube::Resource<DynamicType = ()>> kube::Resource for Heard<K> {
+impl<K: kube::Resource<DynamicType = ()>> kube::Resource for Decoded<K> {
     type DynamicType = ();
     type Scope = K::Scope;
 
@@ -76,7 +75,7 @@ mod tests {
             { "metadata": metadata(json!({})), "spec": 5 },
             { "metadata": metadata(json!({})), "spec": { "clusterIP": "10.96.0.1" } },
         ] });
-        let list: ObjectList<Heard<Service>> = serde_json::from_value(list).expect("a list");
+        let list: ObjectList<Decoded<Service>> = serde_json::from_value(list).expect("a list");
         assert_eq!(
             list.items.iter().map(|item| item.object.is_ok()).collect::<Vec<_>>(),
             [false, false, true]
@@ -113,14 +112,14 @@ mod tests {
             name in "[a-z]{1,8}",
         ) {
             let object = json!({ "metadata": { "name": name.clone(), key: odd }, "spec": spec });
-            let heard: Heard<Service> = serde_json::from_value(object).expect("what any object becomes");
-            prop_assert_eq!(heard.metadata.name, Some(name));
+            let decoded: Decoded<Service> = serde_json::from_value(object).expect("what any object becomes");
+            prop_assert_eq!(decoded.metadata.name, Some(name));
         }
 
         #[test]
         fn what_is_no_object_harms_nobody(odd in anything(), spec in anything()) {
             for object in [odd.clone(), json!({ "metadata": odd, "spec": spec })] {
-                prop_assert!(serde_json::from_value::<Heard<Service>>(object).is_ok());
+                prop_assert!(serde_json::from_value::<Decoded<Service>>(object).is_ok());
             }
         }
     }

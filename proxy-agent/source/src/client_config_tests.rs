@@ -1,4 +1,4 @@
-//! What is read of an account, and what is found when it changes.
+//! What is read of an config, and what is found when it changes.
 
 use std::fs;
 
@@ -15,20 +15,20 @@ fn kubeconfig(dir: &Path, more: &str) -> PathBuf {
     path
 }
 
-fn account(path: PathBuf, servers: &[&str]) -> Account {
-    Account { kubeconfig: Some(path), servers: servers.iter().map(ToString::to_string).collect() }
+fn config(path: PathBuf, servers: &[&str]) -> ClientConfig {
+    ClientConfig { kubeconfig: Some(path), servers: servers.iter().map(ToString::to_string).collect() }
 }
 
 #[tokio::test]
 async fn whitespace_around_a_token_is_no_part_of_it_and_an_empty_one_is_none() {
     let dir = tempfile::tempdir().unwrap();
-    let account = account(kubeconfig(dir.path(), ""), &[]);
+    let config = config(kubeconfig(dir.path(), ""), &[]);
     fs::write(dir.path().join("token"), "  secret\r\n\n").unwrap();
-    let read = account.read().await.unwrap();
-    let token = serde_json::to_value(&read.config.auth_info).unwrap()["token"].clone();
+    let loaded = config.read().await.unwrap();
+    let token = serde_json::to_value(&loaded.config.auth_info).unwrap()["token"].clone();
     assert_eq!(token, "secret");
     fs::write(dir.path().join("token"), "\n").unwrap();
-    let error = account.read().await.err().unwrap().to_string();
+    let error = config.read().await.err().unwrap().to_string();
     assert!(error.contains("token") && error.contains(&dir.path().display().to_string()), "{error}");
 }
 
@@ -39,11 +39,11 @@ async fn flags_replace_the_servers_of_a_file_and_others_of_its_cluster_come_afte
     // Without a CA nothing says that it is the same cluster.
     let more = "- {name: two, cluster: {server: 'https://10.0.0.2:6443', insecure-skip-tls-verify: true}}\n";
     let path = kubeconfig(dir.path(), more);
-    let read = account(path.clone(), &[]).read().await.unwrap();
-    assert_eq!(read.servers, ["https://10.0.0.1:6443"]);
-    let read = account(path, &["https://a:1", "https://b:2"]).read().await.unwrap();
-    assert_eq!(read.servers, ["https://a:1", "https://b:2"]);
-    assert_eq!(read.config.cluster_url, "https://a:1");
+    let loaded = config(path.clone(), &[]).read().await.unwrap();
+    assert_eq!(loaded.servers, ["https://10.0.0.1:6443"]);
+    let loaded = config(path, &["https://a:1", "https://b:2"]).read().await.unwrap();
+    assert_eq!(loaded.servers, ["https://a:1", "https://b:2"]);
+    assert_eq!(loaded.config.cluster_url, "https://a:1");
 
     let ca = rcgen::CertificateParams::new(vec!["ca".to_owned()]).unwrap();
     let ca = ca.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap().pem();
@@ -57,8 +57,8 @@ async fn flags_replace_the_servers_of_a_file_and_others_of_its_cluster_come_afte
                 - {name: far, cluster: {server: 'https://10.9.9.9:6443', certificate-authority: other}}\n";
     let path = dir.path().join("two");
     fs::write(&path, text).unwrap();
-    let read = account(path, &[]).read().await.unwrap();
-    assert_eq!(read.servers, ["https://10.0.0.2:6443", "https://10.0.0.1:6443"]);
+    let loaded = config(path, &[]).read().await.unwrap();
+    assert_eq!(loaded.servers, ["https://10.0.0.2:6443", "https://10.0.0.1:6443"]);
 }
 
 #[tokio::test]
@@ -69,12 +69,12 @@ async fn a_link_that_leads_elsewhere_is_seen_as_a_change() {
     }
     let link = dir.path().join("token");
     std::os::unix::fs::symlink("old", &link).unwrap();
-    let account = account(kubeconfig(dir.path(), ""), &[]);
-    let read = account.read().await.unwrap();
-    let before = fingerprint(&account, &read);
-    assert_eq!(fingerprint(&account, &read), before);
+    let config = config(kubeconfig(dir.path(), ""), &[]);
+    let loaded = config.read().await.unwrap();
+    let before = fingerprint(&config, &loaded);
+    assert_eq!(fingerprint(&config, &loaded), before);
     fs::remove_file(&link).unwrap();
-    assert_ne!(fingerprint(&account, &read), before, "gone is a change, too");
+    assert_ne!(fingerprint(&config, &loaded), before, "gone is a change, too");
     std::os::unix::fs::symlink("new", &link).unwrap();
-    assert_ne!(fingerprint(&account, &read), before);
+    assert_ne!(fingerprint(&config, &loaded), before);
 }

@@ -1,0 +1,232 @@
+//! One kind of object, from the API server to changes: only differences are sent.
+//!
+//! The objects of the first list are sent as they come, since nothing is programmed before the list is complete. Those of a
+//! relist are held back until it is complete and known to be no older than what was sent: a truncated or stale list
+//! changes nothing.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt::Debug;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use tokio::sync::mpsc;
+
+use super::convert;
+use super::decoded::Decoded;
+use agent_core::model::ObjectName;
+use agent_core::model::{Change, Kind};
+
+/// The receiver of changes has been dropped.
+#[derive(Debug)]
+pub(super) struct Closed;
+
+/// Where the changes of a kind go, and whether the server answers for it.
+pub(super) struct Output {
+    pub(super) kind: Kind,
+    pub(super) tx: mpsc::Sender<Change>,
+    /// A bit for every kind that the server does not answer for; connected means none.
+    pub(super) unavailable: Arc<AtomicU32>,
+}
+
+impl Output {
+    async fn send(&self, change: Change) -> Result<(), Closed> {
+        self.tx.send(change).await.map_err(|_| Closed)
+    }
+
+    /// Whether the server need not serve this kind: its absence does not count as disconnected.
+    pub(super) fn is_optional(&self) -> bool {
+        matches!(self.kind, Kind::ServiceCidr | Kind::Pod)
+    }
+
+    /// Reports whether the server answers for this kind.
+    pub(super) async fn connected(&self, up: bool) -> Result<(), Closed> {
+        if self.is_optional() {
+            return Ok(());
+        }
+        let bit = 1 << self.kind as u32;
+        let before = if up {
+            self.unavailable.fetch_and(!bit, Ordering::Relaxed)
+        } else {
+            self.unavailable.fetch_or(bit, Ordering::Relaxed)
+        };
+        let after = if up { before & !bit } else { before | bit };
+        if (before == 0) != (after == 0) {
+            self.send(Change::Connected(after == 0)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Called with each object before it is converted.
+pub(super) type Observer<K> = Box<dyn Fn(&K) + Send + Sync>;
+
+/// One kind of object, from the API server to changes.
+pub(super) struct Reflector<K, T> {
+    pub(super) output: Output,
+    pub(super) resource: &'static str,
+    pub(super) label_selector: Option<String>,
+    pub(super) field_selector: Option<String>,
+    pub(super) convert: fn(&K) -> (Option<T>, Vec<String>),
+    pub(super) change: fn(ObjectName, Option<T>) -> Change,
+    /// When the change that an object shows happened, if its annotations have that.
+    pub(super) trigger_time: fn(&K) -> Option<Timestamp>,
+    pub(super) observer: Option<Observer<K>>,
+}
+
+/// What was sent of an object: enough to remove it, and to detect a change. The object itself is only kept in the model; a
+/// second copy of a large cluster would be the agent's largest table.
+#[derive(Default)]
+struct Sent {
+    fingerprint: Option<u64>,
+    warnings: Vec<String>,
+}
+
+/// What was sent of all objects.
+#[derive(Default)]
+pub(super) struct Known {
+    sent: HashMap<ObjectName, Sent>,
+    /// Whether a list has been complete once.
+    synced: bool,
+}
+
+/// An object that was received and converted.
+struct Update<T> {
+    name: ObjectName,
+    object: Option<T>,
+    fingerprint: Option<u64>,
+    trigger_time: Option<Timestamp>,
+    warnings: Vec<String>,
+}
+
+/// A list that is being received.
+pub(super) struct Listing<T> {
+    names: HashSet<ObjectName>,
+    /// Differences that wait for the end of a relist.
+    held: Vec<Update<T>>,
+}
+
+impl<T> Listing<T> {
+    pub(super) fn new() -> Self {
+        Self { names: HashSet::new(), held: Vec::new() }
+    }
+}
+
+impl<K, T> Reflector<K, T>
+where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+    T: Hash + Send + 'static,
+{
+    /// An object of a list.
+    pub(super) async fn init_apply(
+        &self,
+        decoded: Decoded<K>,
+        listing: &mut Listing<T>,
+        known: &mut Known,
+    ) -> Result<(), Closed> {
+        let update = self.convert(&decoded, known);
+        listing.names.insert(update.name.clone());
+        let same = |sent: &Sent| sent.fingerprint == update.fingerprint && sent.warnings == update.warnings;
+        if !known.synced || known.sent.get(&update.name).is_some_and(same) {
+            return self.publish(update, known).await;
+        }
+        listing.held.push(update);
+        Ok(())
+    }
+
+    /// A list is complete: what it lacks is removed.
+    pub(super) async fn init_done(&self, listing: Listing<T>, known: &mut Known) -> Result<(), Closed> {
+        let Listing { names, held } = listing;
+        for update in held {
+            self.publish(update, known).await?;
+        }
+        let vanished: Vec<ObjectName> =
+            known.sent.keys().filter(|name| !names.contains(name)).cloned().collect();
+        for name in vanished {
+            self.remove(name, known).await?;
+        }
+        if !std::mem::replace(&mut known.synced, true) {
+            self.output.send(Change::Synced(self.output.kind)).await?;
+        }
+        Ok(())
+    }
+
+    /// An object of a watch.
+    pub(super) async fn apply(&self, decoded: Decoded<K>, known: &mut Known) -> Result<(), Closed> {
+        let update = self.convert(&decoded, known);
+        self.publish(update, known).await
+    }
+
+    /// A deleted object: only its name matters (S-2, Y-8).
+    pub(super) async fn delete(&self, decoded: &Decoded<K>, known: &mut Known) -> Result<(), Closed> {
+        self.remove(convert::object_name(&decoded.metadata), known).await
+    }
+
+    fn convert(&self, decoded: &Decoded<K>, known: &Known) -> Update<T> {
+        let name = convert::object_name(&decoded.metadata);
+        match &decoded.object {
+            Ok(object) => {
+                if let Some(observer) = &self.observer {
+                    observer(object);
+                }
+                let trigger_time = (self.trigger_time)(object);
+                let (object, warnings) = (self.convert)(object);
+                let fingerprint = object.as_ref().map(fingerprint);
+                Update { name, object, fingerprint, trigger_time, warnings }
+            }
+            // What was known stays in use, as with every object that becomes unreadable.
+            Err(error) => {
+                let fingerprint = known.sent.get(&name).and_then(|sent| sent.fingerprint);
+                let warnings = vec![format!("cannot be read: {error}")];
+                Update { name, object: None, fingerprint, trigger_time: None, warnings }
+            }
+        }
+    }
+
+    async fn publish(&self, update: Update<T>, known: &mut Known) -> Result<(), Closed> {
+        let Update { name, object, fingerprint, trigger_time, warnings } = update;
+        let sent = known.sent.remove(&name).unwrap_or_default();
+        if fingerprint != sent.fingerprint {
+            if let (Some(at), true) = (trigger_time, fingerprint.is_some()) {
+                self.output.send(Change::Triggered(name.clone(), at)).await?;
+            }
+            self.output.send((self.change)(name.clone(), object)).await?;
+        } else if object.is_some() {
+            self.output.send(Change::Repeated(self.output.kind)).await?;
+        }
+        if sent.warnings != warnings {
+            self.warn(&name, warnings.clone()).await?;
+        }
+        if fingerprint.is_some() || !warnings.is_empty() {
+            known.sent.insert(name, Sent { fingerprint, warnings });
+        }
+        Ok(())
+    }
+
+    async fn remove(&self, name: ObjectName, known: &mut Known) -> Result<(), Closed> {
+        let Some(sent) = known.sent.remove(&name) else { return Ok(()) };
+        if !sent.warnings.is_empty() {
+            self.warn(&name, Vec::new()).await?;
+        }
+        if sent.fingerprint.is_some() {
+            self.output.send((self.change)(name, None)).await?;
+        }
+        Ok(())
+    }
+
+    async fn warn(&self, name: &ObjectName, lines: Vec<String>) -> Result<(), Closed> {
+        let object = match self.output.kind {
+            Kind::Node | Kind::ServiceCidr => format!("{} {}", self.resource, name.name),
+            Kind::Service | Kind::Slice | Kind::Pod => format!("{} {name}", self.resource),
+        };
+        self.output.send(Change::Warnings { object, lines }).await
+    }
+}
+
+fn fingerprint<T: Hash>(object: &T) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    object.hash(&mut hasher);
+    hasher.finish()
+}

@@ -1,0 +1,207 @@
+//! Whether an idle watch is stalled: nothing happens, or the server does not send its events (Y-5).
+//!
+//! Bookmarks are no guarantee: without progress notifications from etcd a server sends none while a kind does not change.
+//! But if its cache is newer than the resource version of a watch, the watch brings an event, or, two seconds before its
+//! timeout, a bookmark. So an idle watch is followed by a short one, and the server is asked for the resource version of its
+//! cache. If that was newer and the short watch ends without an event, the watch is stalled.
+//!
+//! Only answers of the same server are compared. Another one may learn of progress at another time.
+
+use std::cmp::Ordering;
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::time::Duration;
+
+use kube::Api;
+use kube::api::{ListParams, VersionMatch};
+use serde::de::DeserializeOwned;
+use tokio::time::{Instant, timeout};
+
+use super::backoff::between;
+use super::decoded::Decoded;
+use super::list_watch::Progress;
+use super::reflector::Reflector;
+use agent_core::model::Kind;
+
+/// The timeout of a normal watch, after which the server closes it.
+const WATCH_TIMEOUT: [Duration; 2] = [Duration::from_secs(240), Duration::from_secs(290)];
+/// How much later than its timeout a short watch may end.
+const LATE: Duration = Duration::from_secs(3);
+/// How much earlier it may end.
+const EARLY: Duration = Duration::from_secs(1);
+/// How long the server may take to send its resource version. Nothing is watched meanwhile.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// After how long without an event a watch is restarted. Endpoints change most and matter most: only in the smallest
+/// clusters are they idle for so long. Where nothing changes at all a node sends one request in seven seconds.
+pub(super) fn idle_after(kind: Kind) -> Duration {
+    let seconds = match kind {
+        Kind::Slice => [10, 15],
+        Kind::Service => [20, 30],
+        Kind::Node | Kind::ServiceCidr | Kind::Pod => [60, 90],
+    };
+    between(seconds.map(Duration::from_secs))
+}
+
+#[derive(Debug, Default)]
+pub(super) struct StallDetector {
+    /// Nothing has changed lately: watches are short.
+    quiet: bool,
+    /// When the current watch ends, if it is a short one.
+    ends_at: Option<Instant>,
+    /// The server is to be asked for its resource version.
+    ask_version: bool,
+    /// The generation of the server whose cache was newer: its watch has to bring an event.
+    due_from: Option<u64>,
+    /// Stalled watches in a row.
+    stalls: u32,
+}
+
+impl StallDetector {
+    /// The timeout of the watch that starts now, in seconds. One that starts with a list is never short.
+    pub(super) fn begin_watch(&mut self, kind: Kind, lists: bool) -> u32 {
+        let short = self.quiet && !lists;
+        let seconds = if short { idle_after(kind) } else { between(WATCH_TIMEOUT) }.as_secs();
+        self.ends_at = short.then(|| Instant::now() + Duration::from_secs(seconds));
+        u32::try_from(seconds).unwrap_or(u32::MAX)
+    }
+
+    /// When the watch counts as idle.
+    pub(super) fn deadline(&self, kind: Kind) -> Instant {
+        self.ends_at.map_or_else(|| Instant::now() + idle_after(kind), |end| end + LATE)
+    }
+
+    /// Whether a watch that ends now is a short one that has reached its timeout.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ends_at.is_some_and(|end| Instant::now() + EARLY >= end)
+    }
+
+    /// An event or a bookmark came. Whether the watches were stalled before.
+    pub(super) fn on_event(&mut self, change: bool) -> bool {
+        self.quiet &= !change;
+        self.due_from = None;
+        std::mem::take(&mut self.stalls) > 0
+    }
+
+    /// The answer of the server only counts for the watch that follows it.
+    pub(super) fn forget_version(&mut self) {
+        self.due_from = None;
+    }
+
+    /// A watch of `server` is given up because it was idle. Whether it was stalled.
+    pub(super) fn on_idle(&mut self, server: u64) -> bool {
+        self.quiet = true;
+        let owed = self.due_from.take() == Some(server) && self.ends_at.is_some();
+        self.stalls += u32::from(owed);
+        self.ask_version = !owed;
+        owed
+    }
+
+    pub(super) fn is_stalled(&self) -> bool {
+        self.stalls > 0
+    }
+
+    /// Whether to relist now that all `servers` are stalled: after the first round, the second, the fourth, and so on. So
+    /// changes are seen soon, without a list each time.
+    pub(super) fn needs_relist(&self, servers: usize) -> bool {
+        let servers = u32::try_from(servers.max(1)).unwrap_or(u32::MAX);
+        self.stalls.is_multiple_of(servers) && (self.stalls / servers).is_power_of_two()
+    }
+}
+
+impl<K, T> Reflector<K, T>
+where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
+    T: Hash + Send + 'static,
+{
+    /// Asks a server whose watch was idle for the resource version of its cache, which also feeds its watches. The list is
+    /// of one object; it does not matter whether that exists.
+    pub(super) async fn ask_version(&self, api: &Api<Decoded<K>>, progress: &mut Progress) {
+        if !std::mem::take(&mut progress.stall.ask_version) {
+            return;
+        }
+        let server = *progress.reconnect.borrow();
+        let params = ListParams {
+            field_selector: Some("metadata.name=kubernetes".to_owned()),
+            resource_version: Some("0".to_owned()),
+            version_match: Some(VersionMatch::NotOlderThan),
+            ..ListParams::default()
+        };
+        // If this fails, so will the next watch.
+        let Ok(Ok(list)) = timeout(ASK_TIMEOUT, api.list(&params)).await else { return };
+        let version = list.metadata.resource_version.and_then(|version| version.parse::<u64>().ok());
+        match version.map(|version| version.cmp(&progress.newest)) {
+            Some(Ordering::Greater) => progress.stall.due_from = Some(server),
+            // As good as an event: there is nothing new.
+            Some(Ordering::Equal) => progress.last_event = Instant::now(),
+            Some(Ordering::Less) | None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A short watch of this server ends without an event.
+    fn idle(stall: &mut StallDetector, server: u64) -> bool {
+        stall.begin_watch(Kind::Slice, false);
+        assert!(stall.ends_at.is_some());
+        stall.on_idle(server)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_a_watch_that_brings_nothing_is_followed_by_a_short_one() {
+        let mut stall = StallDetector::default();
+        assert!(stall.begin_watch(Kind::Slice, false) >= 240 && !stall.is_ending());
+        assert!(!stall.on_idle(1) && stall.ask_version);
+        let seconds = stall.begin_watch(Kind::Slice, false);
+        assert!((10..=15).contains(&seconds) && !stall.is_ending(), "{seconds}");
+        tokio::time::advance(Duration::from_secs(seconds.into())).await;
+        assert!(stall.is_ending());
+        // After a bookmark watches stay short, after a change they do not; one with a list never is.
+        stall.on_event(false);
+        assert!(stall.begin_watch(Kind::Slice, true) >= 240);
+        assert!(stall.begin_watch(Kind::Slice, false) <= 15);
+        stall.on_event(true);
+        assert!(stall.begin_watch(Kind::Slice, false) >= 240);
+    }
+
+    #[test]
+    fn a_watch_without_the_event_that_is_due_is_stalled() {
+        let mut stall = StallDetector::default();
+        assert!(!long_idle(&mut stall), "no event is due");
+        assert!(!idle(&mut stall, 1), "still none");
+        stall.due_from = Some(1);
+        assert!(!idle(&mut stall, 2), "no event of another server is due");
+        stall.due_from = Some(2);
+        stall.on_event(false);
+        assert!(!idle(&mut stall, 2), "an event came");
+        stall.due_from = Some(2);
+        assert!(idle(&mut stall, 2) && stall.is_stalled());
+        assert!(stall.on_event(false) && !stall.is_stalled());
+    }
+
+    fn long_idle(stall: &mut StallDetector) -> bool {
+        stall.begin_watch(Kind::Slice, false);
+        assert_eq!(stall.ends_at, None);
+        stall.on_idle(1)
+    }
+
+    #[test]
+    fn relists_grow_rarer_while_all_servers_are_stalled() {
+        for servers in [1, 3] {
+            let mut stall = StallDetector { quiet: true, ..StallDetector::default() };
+            let mut lists = Vec::new();
+            for time in 1..=24 {
+                stall.due_from = Some(1);
+                assert!(idle(&mut stall, 1));
+                if stall.needs_relist(servers) {
+                    lists.push(time);
+                }
+            }
+            let all = [1, 2, 4, 8, 16].map(|times| times * i32::try_from(servers).unwrap());
+            assert_eq!(lists, all.into_iter().filter(|time| *time <= 24).collect::<Vec<_>>());
+        }
+    }
+}
