@@ -25,8 +25,8 @@ use super::names::Names;
 use super::tables::Around;
 use super::warnings::Warnings;
 use super::{
-    Change, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort,
-    Settings, Slice, SocketLb,
+    Change, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort, Settings, Slice,
+    SocketLb,
 };
 
 /// Everything reported so far.
