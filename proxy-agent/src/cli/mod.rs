@@ -12,6 +12,7 @@ mod pinned;
 mod retire;
 pub mod service;
 pub mod status;
+mod status_page;
 pub mod table;
 pub mod view;
 
@@ -200,7 +201,7 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
         }
         Command::Status(format) => {
             let status = read_status(rooms, root)?;
-            show(out, format, &status, status::text)?;
+            show(out, format, &status, status_page::text)?;
             Ok(if status.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Service(ServiceCommand::List(format)) => {

@@ -7,6 +7,7 @@ pub mod http;
 pub mod metrics;
 #[cfg(test)]
 mod metrics_page_tests;
+mod page;
 mod pages;
 pub mod process;
 mod repairs;

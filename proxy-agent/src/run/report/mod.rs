@@ -1,31 +1,29 @@
 //! What the loop tells: the log, the record for the command line, health and metrics.
 
+mod hooks;
 mod latency;
+mod server;
+mod syncs;
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use jiff::Timestamp;
 use proxy_common::abi::{AgentState, NOTE, PROBLEM, text};
-use tokio::sync::mpsc;
 
 use crate::config::{Config, SourceConfig};
 use crate::logging;
 use crate::serve::health::{Health, SystemClock};
-use crate::serve::service_health::Wanted;
-use crate::serve::{self, Connections, Limits, Metrics, ServiceHealth, Snapshot};
+use crate::serve::{Connections, Limits, Metrics, ServiceHealth, Snapshot};
 use agent_core::model::{Change, Kind};
 use agent_core::model::{Family, ObjectName, World};
-use agent_core::plan::{Actual, Plan};
-use agent_kernel::datapath::attach::{AttachError, Attached};
+use agent_core::plan::Actual;
 use agent_kernel::datapath::pinned::Pinned;
 use agent_kernel::datapath::probe::Features;
 use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::datapath::tables::growth::Standing;
 use agent_kernel::kube_proxy::TakeOver;
-use agent_source::events::{Event, Events};
 use agent_source::requests::Requests;
 
 use self::latency::Latency;
@@ -74,12 +72,6 @@ pub(super) struct Report {
     /// Whether the Node object that was seen last wants traffic (H-8); before any was seen, whether the source knows no
     /// Nodes.
     eligible: bool,
-}
-
-/// Says that an address is not served.
-async fn lost(failing: &mpsc::Sender<Event>, event: Event) {
-    // An error: the loop has ended, and with it the agent.
-    let _ = failing.send(event).await;
 }
 
 fn unix_ms() -> u64 {
@@ -173,63 +165,6 @@ impl Report {
         };
         report.pinned.write_agent(&report.state)?;
         Ok(report)
-    }
-
-    /// Serves health and metrics from a thread of their own, so that neither waits for a sync.
-    ///
-    /// With `--bind-address-hard-fail` the event says why the agent must end.
-    pub(super) fn serve(&self, config: &Config, events: &Events) -> Result<mpsc::Receiver<Event>> {
-        let (failing, failed) = mpsc::channel(2);
-        let hard = config.hard_fail;
-        let (health, metrics) = (self.health.clone(), self.metrics.clone());
-        let service_health = self.service_health.server(
-            self.health.clone(),
-            config.settings.node_name.clone(),
-            events.clone(),
-            self.connections.clone(),
-        );
-        let connections = self.connections.clone();
-        let (at_health, at_metrics) = (config.healthz, config.metrics);
-        let configz = serve::configz::router(config.configz());
-        let (begun, begins) = std::sync::mpsc::sync_channel(1);
-        let serve = move || {
-            // Made here: it must not be dropped where the loop runs, which it would be if there were no thread for it.
-            let made =
-                tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build();
-            let runtime = match made {
-                Ok(runtime) => {
-                    let _ = begun.send(Ok(()));
-                    runtime
-                }
-                // Nobody waits who is not there.
-                Err(error) => return drop(begun.send(Err(error))),
-            };
-            runtime.block_on(async {
-                let health = async {
-                    let Some(at) = at_health else { return };
-                    if let Err(error) =
-                        serve::serve("health", at, hard, serve::health::router(health), &connections).await
-                    {
-                        lost(&failing, Event::NoHealth(format!("cannot serve health at {at}: {error}")))
-                            .await;
-                    }
-                };
-                let metrics = async {
-                    let (at, router) = (at_metrics, serve::metrics::router(metrics).merge(configz));
-                    if let Err(error) = serve::serve("metrics", at, hard, router, &connections).await {
-                        lost(&failing, Event::NoMetrics(format!("cannot serve metrics at {at}: {error}")))
-                            .await;
-                    }
-                };
-                tokio::join!(health, metrics, service_health.run());
-            });
-        };
-        std::thread::Builder::new().name("serve".into()).spawn(serve).context("cannot start a thread")?;
-        begins
-            .recv()
-            .context("the thread of the HTTP servers has ended")?
-            .context("cannot start the HTTP servers")?;
-        Ok(failed)
     }
 
     /// One more thing to be said as long as the agent runs.
@@ -346,167 +281,14 @@ impl Report {
         snapshot.affinity_secs = affinity_secs;
     }
 
-    pub(super) fn queued(&self) {
-        for family in self.families {
-            self.health.queued(*family);
-        }
-    }
-
-    /// While the first lists come in: how far it is.
-    pub(super) fn progress(&mut self, world: &World) {
-        if self.told.elapsed() >= PROGRESS {
-            self.told = Instant::now();
-            tracing::info!(
-                "loading from {}: {} Services, {} endpoints so far",
-                self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).source,
-                world.service_count(),
-                world.endpoint_count()
-            );
-        }
-    }
-
-    pub(super) fn interfaces(
-        &mut self,
-        results: Vec<(Arc<str>, std::result::Result<Attached, AttachError>)>,
-    ) {
-        let results = results.into_iter().map(|(name, result)| (format!("interface {name}"), result));
-        self.retried(results.collect());
-    }
-
-    /// What came of attaching programs, to interfaces and to the cgroup root.
-    pub(super) fn retried(&mut self, results: Vec<(String, std::result::Result<Attached, AttachError>)>) {
-        for (hook, result) in results {
-            match result {
-                Ok(Attached::Kept) => {}
-                Ok(Attached::New) if self.refusing.iter().any(|line| line.starts_with(&hook)) => {
-                    tracing::info!("{hook}: programs attached at last");
-                }
-                Ok(Attached::New) => tracing::debug!("{hook}: programs attached"),
-                Ok(Attached::Updated) => tracing::info!("{hook}: programs replaced"),
-                Err(error) if error.is_of_something_gone() => tracing::debug!("{hook}: it has gone"),
-                Err(error) => {
-                    let line = format!("{hook}: {:#}", anyhow::Error::from(error));
-                    if self.logged.insert(line.clone()) {
-                        tracing::error!("{line}; trying again");
-                    }
-                }
-            }
-        }
-    }
-
-    /// How many interfaces carry programs and how many refuse them; and which hooks refuse, and why.
-    pub(super) fn hooks(&mut self, (carry, refuse): (usize, usize), refusing: &[String]) {
-        self.state.interfaces = u32::try_from(carry).unwrap_or(u32::MAX);
-        self.state.interfaces_failed = u32::try_from(refuse).unwrap_or(u32::MAX);
-        self.health.unserved(!refusing.is_empty());
-        if self.refusing != refusing {
-            self.refusing = refusing.to_vec();
-        }
-    }
-
-    /// So much of a kind that somebody else had removed or changed was restored.
-    pub(super) fn repaired(&self, what: &'static str, number: usize) {
-        self.metrics.repairs().count(what, number);
-    }
-
-    /// What that was, in words.
-    pub(super) fn restored(&mut self, line: &str) {
-        let times = self.restored.take().map_or(0, |(times, _)| times) + 1;
-        let at = Timestamp::now().strftime("%Y-%m-%d %H:%M:%SZ");
-        self.restored = Some((times, format!("{at}: {line}")));
-    }
-
-    /// Cgroups whose sockets are left to their packets.
-    pub(super) fn excluded(&mut self, results: Vec<(PathBuf, std::result::Result<Attached, AttachError>)>) {
-        for (cgroup, result) in results {
-            let cgroup = cgroup.display();
-            match result {
-                Ok(Attached::Kept | Attached::Updated) => {}
-                Ok(Attached::New) => {
-                    tracing::info!("new sockets in cgroup {cgroup} are left to their packets")
-                }
-                Err(error) => {
-                    let line = format!(
-                        "sockets in cgroup {cgroup} are not left to their packets: {:#}",
-                        anyhow::Error::from(error)
-                    );
-                    if self.logged.insert(line.clone()) {
-                        tracing::warn!("{line}");
-                    }
-                }
-            }
-        }
-    }
-
     /// What connection tracking does not tell; it has been logged.
     pub(super) fn untracked(&mut self, warning: Option<String>) {
         self.untracked = warning;
     }
 
-    pub(super) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
-        for family in self.families {
-            self.health.synced(*family);
-            self.metrics.syncs().took(*family, full, took);
-        }
-        for (family, seconds) in self.latency.programmed(Timestamp::now()) {
-            self.metrics.syncs().programmed(family, seconds);
-        }
-        self.eligible = world.node_object().map_or(self.eligible, |node| node.eligible);
-        self.health.node_eligible(self.eligible);
-        self.service_health.want(Wanted::of(world)); // Y-25: after success only.
-        self.failure = None;
-        self.state.synced_ms = unix_ms();
-        self.refused.clone_from(&plan.warnings);
-        for line in &plan.warnings {
-            if self.logged.insert(line.clone()) {
-                tracing::error!("{line}");
-            }
-        }
-        if !plan.steps.is_empty() {
-            self.state.generation += 1;
-            tracing::info!(
-                "sync {}: {} writes in {:.1} ms{}",
-                self.state.generation,
-                plan.steps.len(),
-                took.as_secs_f64() * 1000.0,
-                if full { ", everything compared" } else { "" }
-            );
-        }
-        let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
-        self.pending.clear();
-        snapshot.service_changes_pending = 0;
-        snapshot.without_local = world.without_local_endpoints();
-        snapshot.endpoint_changes_pending = 0;
-    }
-
     /// What is counted, for who works beside the loop.
     pub(super) fn counters(&self) -> Arc<Metrics> {
         self.metrics.clone()
-    }
-
-    pub(super) fn failed(&mut self, world: &World, error: &anyhow::Error, full: bool, took: Duration) {
-        for family in self.families {
-            self.metrics.syncs().took(*family, full, took);
-        }
-        tracing::error!("{error:#}; reading the tables and trying again");
-        self.failure = Some(format!("the last sync failed: {error:#}"));
-        self.write(world, true);
-    }
-
-    /// The one line that says it is done.
-    pub(super) fn ready(&self, world: &World, plan: &Plan) {
-        tracing::info!(
-            "ready after {:.2} s: {} Services, {} endpoints, {} interfaces, {} writes{}",
-            self.started.elapsed().as_secs_f64(),
-            world.service_count(),
-            world.endpoint_count(),
-            self.state.interfaces,
-            plan.steps.len(),
-            match world.warnings().len() {
-                0 => String::new(),
-                n => format!("; {n} objects need attention, see `proxy-agent status`"),
-            }
-        );
     }
 
     /// Renews the record that the command line reads, and what metrics show.

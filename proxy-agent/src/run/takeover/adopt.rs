@@ -5,8 +5,8 @@
 //! connections that nobody knows is a Service's again. Connections that have been adopted are translated by netfilter as before,
 //! whether there are rules or not. They are taken from it after that, some at a time: see [`Adoption::take`].
 
+use super::handover::{any, take};
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -15,10 +15,9 @@ use proxy_common::abi::{Config, Flow, FlowId, Tuple};
 use proxy_common::addr::Proto;
 
 use agent_core::plan::Actual;
-use agent_kernel::datapath::flow::{Adopted, Flows, now, wait_for_packets};
+use agent_kernel::datapath::flow::{Adopted, Flows, now};
 use agent_kernel::kube_proxy::{Fate, Known, fate, has_rules, passing};
 use agent_kernel::netlink::conntrack::{self, Connection, Status};
-use agent_kernel::netlink::is_absent;
 
 /// Connections that are taken from netfilter at the same time.
 const BATCH: usize = 256;
@@ -29,7 +28,7 @@ const ROUNDS: usize = 4;
 /// How long is waited for interfaces that refuse their programs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-const CHANGING: &str = "changing the kernel's connection tracking";
+pub(super) const CHANGING: &str = "changing the kernel's connection tracking";
 
 /// How far it is.
 #[derive(Debug)]
@@ -52,17 +51,17 @@ pub(in crate::run) struct Adoption {
 
 /// A connection, and its ends between client and endpoint.
 #[derive(Debug)]
-struct Waiting {
-    connection: Connection,
-    between: Tuple,
-    masqueraded: bool,
+pub(super) struct Waiting {
+    pub(super) connection: Connection,
+    pub(super) between: Tuple,
+    pub(super) masqueraded: bool,
     /// Connection tracking remembers one that is over between these ends.
-    remembered: bool,
+    pub(super) remembered: bool,
 }
 
 impl Waiting {
     /// The entry to be forgotten: it would stay, and may have packets of this one leave under another port.
-    fn remembered(&self) -> Option<&Tuple> {
+    pub(super) fn remembered(&self) -> Option<&Tuple> {
         self.remembered.then_some(&self.between)
     }
 }
@@ -339,65 +338,6 @@ fn stays(connection: &Connection, flow: &Flow, config: &Config) -> bool {
     connection.status.contains(Status::Offload)
         || flow.proto() == Proto::SCTP
         || flow.has_source() && !config.is_snat_port(flow.node().1)
-}
-
-/// How often somebody may be at work on a flow just when it is to be taken.
-const TRIES: usize = 8;
-
-/// Takes all of these from netfilter; those that stay.
-fn take(flows: &Flows, batch: &BTreeMap<FlowId, Waiting>) -> Result<Vec<FlowId>> {
-    let untracked = batch.values().filter(|waiting| !waiting.masqueraded).map(|waiting| &waiting.between);
-    let of = |waiting: &Waiting| (waiting.connection.clone(), waiting.between);
-    let masqueraded: Vec<_> = batch.values().filter(|waiting| waiting.masqueraded).map(of).collect();
-    conntrack::forget(batch.values().filter(|waiting| waiting.masqueraded).filter_map(Waiting::remembered))
-        .context(CHANGING)?;
-    conntrack::add_plain(masqueraded.iter()).context(CHANGING)?;
-    let untrackable = match passing::begin(untracked.clone()) {
-        Err(error) if is_absent(&error) => false,
-        done => done
-            .context("keeping packets out of connection tracking (nftables table ebpf-proxy-takeover)")
-            .map(|()| true)?,
-    };
-    let (mut taken, mut stay) = (Vec::new(), Vec::new());
-    for (id, waiting) in batch {
-        if (waiting.masqueraded || untrackable) && persist(|| flows.take(*id))? {
-            taken.push(waiting);
-        } else {
-            stay.push(*id);
-        }
-    }
-    wait_for_packets();
-    let asked = taken.iter().map(|waiting| &waiting.connection.asked);
-    let straight = || taken.iter().copied().filter(|waiting| !waiting.masqueraded);
-    conntrack::forget(asked.chain(straight().filter_map(Waiting::remembered))).context(CHANGING)?;
-    let plain: Vec<_> = straight().map(of).collect();
-    conntrack::add_plain(plain.iter()).context(CHANGING)?;
-    if untrackable {
-        passing::end(untracked).context("tracking packets again (nftables table ebpf-proxy-takeover)")?;
-    }
-    Ok(stay)
-}
-
-/// Tries until it is done, but not for ever.
-fn persist<E>(mut work: impl FnMut() -> Result<bool, E>) -> Result<bool, E> {
-    for _ in 1..TRIES {
-        if work()? {
-            return Ok(true);
-        }
-    }
-    work()
-}
-
-/// Whether there is such a connection; what cannot be read has none.
-fn any(is_one: impl Fn(&Connection) -> bool) -> bool {
-    let mut found = false;
-    let read: io::Result<usize> = conntrack::connections(|connection| found |= is_one(connection));
-    if let Err(error) = read {
-        tracing::warn!(
-            "connections of a kube-proxy are not looked for: connection tracking cannot be read: {error}"
-        );
-    }
-    found
 }
 
 impl Done {

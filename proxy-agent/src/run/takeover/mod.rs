@@ -1,6 +1,7 @@
 //! Another proxy on this node: its connections are taken over, and what is new is left to it where the operator says so.
 
 pub(super) mod adopt;
+mod handover;
 pub(super) mod reserve;
 
 use agent_core::plan::Planner;
