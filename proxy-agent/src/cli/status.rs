@@ -7,8 +7,8 @@ use proxy_common::abi::{AgentState, NOTE, PROBLEM, untext};
 use serde::Serialize;
 
 use super::view::{LinkInfo, MapFill, Now, View, span};
+use agent_core::capacity::size_flag;
 use agent_kernel::datapath::probe;
-use agent_kernel::datapath::store::table::size_flag;
 
 /// An agent that has not written its record for this long does not run.
 pub const BEAT_LIMIT_MS: u64 = 15_000;

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use proxy_common::abi::capacity;
 
 use super::kube_proxy::v1alpha1::{IGNORED, KubeProxyConfiguration};
+use super::sizes::TableSizes;
 use agent_core::model::SocketLb;
 
 /// Whose sockets are translated at `connect`.
@@ -113,7 +113,7 @@ pub struct RunArgs {
     pub leftover: Leftover,
     /// How large the tables are made.
     #[command(flatten)]
-    pub capacities: Capacities,
+    pub capacities: TableSizes,
 }
 
 /// Flags of kube-proxy that no field of its file stands for. All but `--v` change nothing.
@@ -169,97 +169,5 @@ impl RunArgs {
             4..6 => 1,
             _ => 2,
         }
-    }
-}
-
-/// A table that holds nothing helps nobody; indices have 32 bits.
-fn entries(text: &str) -> Result<u32, String> {
-    match text.parse::<u32>() {
-        Ok(0) => Err("a table needs room for at least one entry".to_owned()),
-        Ok(n) => Ok(n),
-        Err(e) => Err(e.to_string()),
-    }
-}
-
-/// How many entries the tables may have. They begin with less and grow.
-#[derive(Args, Clone, Copy, Debug, PartialEq, Eq)]
-#[command(next_help_heading = "Sizes of tables, in entries: they begin small and grow up to these")]
-pub struct Capacities {
-    /// Addresses x ports of all Services.
-    #[arg(long = "max-frontends", value_name = "N", default_value_t = capacity::FRONTENDS as u32, value_parser = entries)]
-    pub frontends: u32,
-    /// Slots of all Services: about twice the endpoints, counted once per Service port.
-    #[arg(long = "max-slots", value_name = "N", default_value_t = capacity::SLOTS as u32, value_parser = entries)]
-    pub slots: u32,
-    /// Endpoints, counted once per Service port.
-    #[arg(long = "max-backends", value_name = "N", default_value_t = capacity::BACKENDS as u32, value_parser = entries)]
-    pub backends: u32,
-    /// Service ports.
-    #[arg(long = "max-services", value_name = "N", default_value_t = capacity::SERVICES as u32, value_parser = entries)]
-    pub services: u32,
-    /// Source ranges of all Services.
-    #[arg(long = "max-sources", value_name = "N", default_value_t = capacity::SOURCES as u32, value_parser = entries)]
-    pub sources: u32,
-    /// Service and node addresses.
-    #[arg(long = "max-addresses", value_name = "N", default_value_t = capacity::ADDRESSES as u32, value_parser = entries)]
-    pub addresses: u32,
-    /// Flows, those of the node itself that have to be known included.
-    #[arg(long = "max-flows", value_name = "N", default_value_t = capacity::RECORDS as u32, value_parser = entries)]
-    pub flows: u32,
-    /// Places on each CPU for flows whose ends have not shown yet that they mean it: with more, the oldest goes.
-    #[arg(long = "max-young-flows", value_name = "N", default_value_t = capacity::RING as u32, value_parser = entries)]
-    pub young_flows: u32,
-    /// Fragmented packets under way.
-    #[arg(long = "max-fragments", value_name = "N", default_value_t = capacity::FRAGMENTS as u32, value_parser = entries)]
-    pub fragments: u32,
-    /// Clients that Services with session affinity remember.
-    #[arg(long = "max-affinity", value_name = "N", default_value_t = capacity::AFFINITY as u32, value_parser = entries)]
-    pub affinity: u32,
-    /// Memory that all tables together may grow to, in MiB. At least what the smallest take: 16, and more with many CPUs.
-    /// Tables begin with half of it at most.
-    #[arg(long = "map-memory", value_name = "MIB", default_value_t = 512, value_parser = entries)]
-    pub memory: u32,
-    /// Interfaces of this node.
-    #[arg(long = "max-interfaces", value_name = "N", default_value_t = capacity::IFACES as u32, value_parser = entries)]
-    pub ifaces: u32,
-}
-
-impl Capacities {
-    /// These sizes, for the maps.
-    #[must_use]
-    pub fn of_maps(&self) -> agent_kernel::datapath::load::Capacities {
-        let Self {
-            frontends,
-            slots,
-            backends,
-            services,
-            sources,
-            addresses,
-            flows,
-            young_flows,
-            fragments,
-            affinity,
-            ifaces,
-            memory: _,
-        } = *self;
-        agent_kernel::datapath::load::Capacities {
-            frontends,
-            slots,
-            backends,
-            services,
-            sources,
-            addresses,
-            flows,
-            young_flows,
-            fragments,
-            affinity,
-            ifaces,
-        }
-    }
-
-    /// What the tables may become.
-    #[must_use]
-    pub fn limits(&self) -> agent_kernel::datapath::tables::growth::Limits {
-        agent_kernel::datapath::tables::growth::Limits { each: self.of_maps(), memory: self.memory }
     }
 }

@@ -144,7 +144,10 @@ fn a_file_replaces_kube_proxy_s_flags_and_no_others() {
     assert!(!config.settings.masquerade_all && config.settings.masquerade_local);
     assert_eq!(config.metrics, "0.0.0.0:99".parse().unwrap());
     assert_eq!(config.source, SourceConfig::Manifests("/x".into()));
-    assert_eq!((config.settings.socket_lb, config.capacities.flows), (agent_core::model::SocketLb::Off, 77));
+    assert_eq!(
+        (config.settings.socket_lb, config.capacities.each.flows),
+        (agent_core::model::SocketLb::Off, 77)
+    );
     assert_eq!(config.warnings, ["--config overrules these flags: --masquerade-all, --cluster-cidr"]);
     assert_eq!(&*config.settings.node_name, "of-file");
     assert_eq!(&*from_file(&text, &["--hostname-override=of-flag"]).settings.node_name, "of-flag");

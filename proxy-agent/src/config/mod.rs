@@ -12,6 +12,7 @@ mod host;
 mod input;
 mod kube_proxy;
 mod ports;
+mod sizes;
 mod source;
 mod sysctl;
 
@@ -23,12 +24,13 @@ use std::time::Duration;
 use ipnet::IpNet;
 use proxy_common::abi::PortRange;
 
-pub use args::{Capacities, RunArgs, Scheduler, SocketLbArg};
+pub use args::{RunArgs, Scheduler, SocketLbArg};
 pub use errors::{ConfigErrors, FlagError};
 pub use families::Misfits;
 pub use host::{Host, ThisHost};
 pub use kube_proxy::duration::GoDuration;
 pub use kube_proxy::v1alpha1::KubeProxyConfiguration;
+pub use sizes::TableSizes;
 pub use source::SourceConfig;
 pub use sysctl::Sysctls;
 
@@ -73,7 +75,7 @@ pub struct Config {
     /// Whether an address for health or metrics that cannot be had ends the agent (H-12, H-28).
     pub hard_fail: bool,
     /// How large tables are made.
-    pub capacities: Capacities,
+    pub capacities: TableSizes,
     /// Whether what kube-proxy has left goes once this agent does its work (Z-2).
     pub remove_kube_proxy_rules: bool,
     /// What the kernel's connection tracking is to be set to.

@@ -124,7 +124,7 @@ fn no_flags_mean_the_documented_defaults() {
     assert_eq!(config.bpf_root, Path::new("/sys/fs/bpf/ebpf-proxy"));
     assert_eq!(config.cgroup_root, None);
     assert_eq!(config.scheduler, Scheduler::Hash);
-    assert_eq!((config.capacities.flows, config.capacities.backends), (163_840, 262_144));
+    assert_eq!((config.capacities.each.flows, config.capacities.each.backends), (163_840, 262_144));
     assert!(carries(&config.devices, "eth0") && carries(&config.devices, "lxc1234"));
     assert_eq!(config.warnings, Vec::<String>::new());
 }
@@ -316,13 +316,13 @@ fn devices_are_patterns() {
 #[test]
 fn every_size_that_an_error_names_a_flag_for_can_be_set() {
     use proxy_common::abi::maps;
-    for flag in maps::ALL.iter().filter_map(|map| agent_kernel::datapath::store::table::size_flag(map)) {
-        let capacities = config(&[&format!("{flag}=77")]).capacities.of_maps();
-        let defaults = config(&[]).capacities.of_maps().each();
-        let sized: Vec<_> = capacities.each().into_iter().filter(|one| !defaults.contains(one)).collect();
+    for flag in maps::ALL.iter().filter_map(|map| agent_core::capacity::size_flag(map)) {
+        let capacities = config(&[&format!("{flag}=77")]).capacities.each;
+        let defaults = config(&[]).capacities.each.each(2);
+        let sized: Vec<_> = capacities.each(2).into_iter().filter(|one| !defaults.contains(one)).collect();
         assert!(!sized.is_empty(), "{flag}");
         assert!(
-            sized.iter().all(|(map, _)| agent_kernel::datapath::store::table::size_flag(map) == Some(flag)),
+            sized.iter().all(|(map, _)| agent_core::capacity::size_flag(map) == Some(flag)),
             "{flag}: {sized:?}"
         );
     }
@@ -332,7 +332,7 @@ fn every_size_that_an_error_names_a_flag_for_can_be_set() {
 fn tables_cannot_be_made_for_nothing() {
     assert!(Line::try_parse_from(["run", "--max-flows=0"]).is_err());
     assert!(Line::try_parse_from(["run", "--max-flows=5000000000"]).is_err());
-    assert_eq!(config(&["--max-flows=1000"]).capacities.flows, 1000);
+    assert_eq!(config(&["--max-flows=1000"]).capacities.each.flows, 1000);
 }
 
 const KUBECONFIG: &str = "

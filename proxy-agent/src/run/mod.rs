@@ -167,7 +167,7 @@ impl Agent {
             tracing::info!("{change}");
         }
         let kernel = Kernel::open(root)?;
-        let capacity = tables::capacity_of(&kernel);
+        let capacity = Capacity::of_maps(&kernel.sizes());
         let requests = Requests::default();
         let mut report = Report::open(&config, root, &features, loaded.warnings(), &requests, started)?;
         remarks.iter().for_each(|line| tracing::info!("{line}"));

@@ -10,7 +10,7 @@ use proxy_common::addr::{Addr, Port, Proto};
 
 use super::conflicts::Owners;
 use super::frontends::{Wanted, source_ranges, wanted};
-use super::local::{InUse, Local};
+use super::local::{Local, UsedBy};
 use super::merge::merge;
 use super::topology::{Candidate, choose};
 use super::{
@@ -67,7 +67,7 @@ pub(super) fn destinations_in_use(
     name: &ObjectName,
     service: &Service,
     here: &Here,
-) -> Vec<(FrontendKey, InUse)> {
+) -> Vec<(FrontendKey, UsedBy)> {
     let wanted = wanted(name, service).into_iter().flat_map(|wanted| wanted.frontends);
     wanted.filter_map(|(key, flags)| Some((key, here.local.in_use(&key, flags)?))).collect()
 }

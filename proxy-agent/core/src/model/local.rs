@@ -18,25 +18,25 @@ use super::{Link, Node, Slice};
 
 /// Who uses an address already.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum InUse {
+pub(super) enum UsedBy {
     /// A service of this node alone, by its device.
-    ByLocalService(Arc<str>),
+    LocalService(Arc<str>),
     /// The node, by the interface.
-    ByInterface(Arc<str>),
+    Interface(Arc<str>),
     /// The node, by its object.
-    ByNode,
+    Node,
     /// A pod.
-    ByPod,
+    Pod,
     /// A pod of the node has or will have it.
-    ByPodRange(IpNet),
+    PodRange(IpNet),
     /// The agent listens there.
-    ByAgent,
+    Agent,
 }
 
-impl InUse {
+impl UsedBy {
     /// Whether it is meant to be so.
     pub(super) fn is_meant(&self) -> bool {
-        matches!(self, Self::ByLocalService(_))
+        matches!(self, Self::LocalService(_))
     }
 }
 
@@ -44,7 +44,7 @@ impl InUse {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Local {
     /// Of the node.
-    own: BTreeMap<IpAddr, InUse>,
+    own: BTreeMap<IpAddr, UsedBy>,
     /// Endpoints that run on a node, with the number of slices that have them.
     pods: HashMap<IpAddr, u32>,
     pod_cidrs: Vec<IpNet>,
@@ -61,12 +61,12 @@ impl Local {
 
     /// Replaces what the node has; returns the addresses that changed hands.
     pub(super) fn set_node(&mut self, node: &Node, links: &[Link]) -> Vec<IpAddr> {
-        let mut own: BTreeMap<IpAddr, InUse> = node.ips.iter().map(|ip| (*ip, InUse::ByNode)).collect();
+        let mut own: BTreeMap<IpAddr, UsedBy> = node.ips.iter().map(|ip| (*ip, UsedBy::Node)).collect();
         for link in links.iter().filter(|link| !link.holds_cluster_ips()) {
             for ip in link.addresses.iter().map(IpNet::addr).filter(is_global) {
                 let name = link.name.clone();
                 let service = link.holds_local_services();
-                own.insert(ip, if service { InUse::ByLocalService(name) } else { InUse::ByInterface(name) });
+                own.insert(ip, if service { UsedBy::LocalService(name) } else { UsedBy::Interface(name) });
             }
         }
         let changed = self.own.keys().chain(own.keys()).filter(|ip| self.own.get(ip) != own.get(ip));
@@ -121,21 +121,21 @@ impl Local {
     }
 
     /// Who uses a destination already; nobody does most.
-    pub(super) fn in_use(&self, key: &FrontendKey, flags: u32) -> Option<InUse> {
+    pub(super) fn in_use(&self, key: &FrontendKey, flags: u32) -> Option<UsedBy> {
         if flags & frontend::NODE_PORT != 0 {
             let taken = key.proto == Proto::TCP && self.ports.contains(&key.port.number());
-            return taken.then_some(InUse::ByAgent);
+            return taken.then_some(UsedBy::Agent);
         }
         let ip = IpAddr::from(key.addr);
         let own = self.own.get(&ip);
         let in_range =
-            || self.pod_cidrs.iter().find(|range| range.contains(&ip)).copied().map(InUse::ByPodRange);
+            || self.pod_cidrs.iter().find(|range| range.contains(&ip)).copied().map(UsedBy::PodRange);
         if flags & frontend::INTERNAL == 0 {
             return if own.is_some() { None } else { in_range() };
         }
         let is_pod =
             || self.pods.contains_key(&ip) && !self.service_ranges.iter().any(|range| range.contains(&ip));
-        own.cloned().or_else(|| is_pod().then_some(InUse::ByPod)).or_else(in_range)
+        own.cloned().or_else(|| is_pod().then_some(UsedBy::Pod)).or_else(in_range)
     }
 
     /// What of the node or its pods lies inside a range of ClusterIPs, in words.

@@ -4,39 +4,54 @@ use std::fmt;
 
 use proxy_common::abi::{capacity, maps};
 
+use crate::capacity::{Capacities, size_flag};
+
 /// Entries the tables were made for. Index 0 of SLOTS, BACKENDS and SERVICES is never used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// FRONTENDS (`--max-frontends`).
+    /// FRONTENDS.
     pub frontends: u32,
-    /// SLOTS (`--max-slots`).
+    /// SLOTS.
     pub slots: u32,
-    /// BACKENDS (`--max-backends`).
+    /// BACKENDS.
     pub backends: u32,
-    /// ADDRESSES (`--max-addresses`).
+    /// ADDRESSES.
     pub addresses: u32,
-    /// SOURCES (`--max-sources`).
+    /// SOURCES.
     pub sources: u32,
-    /// SERVICES and SERVICE_STATS (`--max-services`).
+    /// SERVICES and SERVICE_STATS.
     pub services: u32,
-    /// IFACES (`--max-interfaces`).
+    /// IFACES.
     pub ifaces: u32,
     /// MASQUERADE, whose size is fixed.
     pub routes: u32,
 }
 
+impl From<&Capacities> for Capacity {
+    fn from(sizes: &Capacities) -> Self {
+        let Capacities { frontends, slots, backends, addresses, sources, services, ifaces, .. } = *sizes;
+        let routes = capacity::MASQUERADE as u32;
+        Self { frontends, slots, backends, addresses, sources, services, ifaces, routes }
+    }
+}
+
+impl Capacity {
+    /// That of maps of such sizes; where there is no size it is the default.
+    #[must_use]
+    pub fn of_maps(sizes: &[(&'static str, u32)]) -> Self {
+        let size = |name: &str, default: u32| {
+            sizes.iter().find(|(map, _)| *map == name).map_or(default, |(_, size)| *size)
+        };
+        let mut chosen = Capacities::DEFAULT;
+        chosen.fields().into_iter().for_each(|(map, entries)| *entries = size(map, *entries));
+        let capacity = Self::from(&chosen);
+        Self { routes: size(maps::MASQUERADE, capacity.routes), ..capacity }
+    }
+}
+
 impl Default for Capacity {
     fn default() -> Self {
-        Self {
-            frontends: capacity::FRONTENDS as u32,
-            slots: capacity::SLOTS as u32,
-            backends: capacity::BACKENDS as u32,
-            addresses: capacity::ADDRESSES as u32,
-            sources: capacity::SOURCES as u32,
-            services: capacity::SERVICES as u32,
-            ifaces: capacity::IFACES as u32,
-            routes: capacity::MASQUERADE as u32,
-        }
+        Self::from(&Capacities::DEFAULT)
     }
 }
 
@@ -44,7 +59,6 @@ impl Default for Capacity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shortage {
     table: &'static str,
-    flag: &'static str,
     needed: usize,
     free: usize,
     /// Entries that come free when the grace period is over.
@@ -58,33 +72,33 @@ impl Shortage {
     }
 
     pub(super) const fn frontends(needed: usize, free: usize) -> Self {
-        Self { table: maps::FRONTENDS, flag: "--max-frontends", needed, free, resting: 0 }
+        Self { table: maps::FRONTENDS, needed, free, resting: 0 }
     }
 
     pub(super) const fn slots(needed: usize, free: usize, resting: usize) -> Self {
-        Self { table: maps::SLOTS, flag: "--max-slots", needed, free, resting }
+        Self { table: maps::SLOTS, needed, free, resting }
     }
 
     pub(super) const fn backends(needed: usize, free: usize, resting: usize) -> Self {
-        Self { table: maps::BACKENDS, flag: "--max-backends", needed, free, resting }
+        Self { table: maps::BACKENDS, needed, free, resting }
     }
 
     pub(super) const fn addresses(needed: usize, free: usize) -> Self {
-        Self { table: maps::ADDRESSES, flag: "--max-addresses", needed, free, resting: 0 }
+        Self { table: maps::ADDRESSES, needed, free, resting: 0 }
     }
 
     pub(super) const fn sources(needed: usize, free: usize) -> Self {
-        Self { table: maps::SOURCES, flag: "--max-sources", needed, free, resting: 0 }
+        Self { table: maps::SOURCES, needed, free, resting: 0 }
     }
 
     pub(super) const fn services(free: usize, resting: usize) -> Self {
-        Self { table: maps::SERVICES, flag: "--max-services", needed: 1, free, resting }
+        Self { table: maps::SERVICES, needed: 1, free, resting }
     }
 }
 
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { table, flag, needed, free, resting } = self;
+        let Self { table, needed, free, resting } = self;
         write!(f, "table {table} is full: {needed} more needed, {free} free")?;
         if *resting != 0 {
             write!(f, " ({resting} more in a moment)")?;
@@ -93,6 +107,9 @@ impl fmt::Display for Shortage {
         if free >= needed {
             f.write_str(" but not in one piece")?;
         }
-        write!(f, "; raise {flag}")
+        match size_flag(table) {
+            Some(flag) => write!(f, "; raise {flag}"),
+            None => Ok(()),
+        }
     }
 }

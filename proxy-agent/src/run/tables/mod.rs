@@ -49,7 +49,7 @@ impl Agent {
     /// Works with the newest tables from now on.
     pub(super) fn open_tables(&mut self, root: &BpfRoot) -> Result<()> {
         self.kernel = Kernel::open(root)?;
-        self.capacity = capacity_of(&self.kernel);
+        self.capacity = Capacity::of_maps(&self.kernel.sizes());
         self.sweeper = Sweeper::open(root, self.config.flow_timeouts)?;
         self.report.moved(root)?;
         if self.ready {
@@ -67,24 +67,5 @@ impl Agent {
         let now = self.now_ms();
         self.runner.request(now);
         Ok(())
-    }
-}
-
-pub(super) fn capacity_of(kernel: &Kernel) -> Capacity {
-    use proxy_common::abi::maps;
-    let sizes = kernel.sizes();
-    let size = |name: &str, default: u32| {
-        sizes.iter().find(|(map, _)| *map == name).map_or(default, |(_, size)| *size)
-    };
-    let default = Capacity::default();
-    Capacity {
-        frontends: size(maps::FRONTENDS, default.frontends),
-        slots: size(maps::SLOTS, default.slots),
-        backends: size(maps::BACKENDS, default.backends),
-        addresses: size(maps::ADDRESSES, default.addresses),
-        sources: size(maps::SOURCES, default.sources),
-        services: size(maps::SERVICES, default.services),
-        ifaces: size(maps::IFACES, default.ifaces),
-        routes: size(maps::MASQUERADE, default.routes),
     }
 }

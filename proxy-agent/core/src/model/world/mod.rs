@@ -19,7 +19,7 @@ pub use self::health::HealthCheck;
 use self::taken::Taken;
 use super::compile::Here;
 use super::conflicts::Owners;
-use super::local::{InUse, Local};
+use super::local::{Local, UsedBy};
 use super::merge::merge;
 use super::names::Names;
 use super::tables::Around;
@@ -54,7 +54,7 @@ pub struct World {
     pods_in_ranges: BTreeSet<IpAddr>,
     here: Here,
     /// Destinations that Services do not get, because the node or its pods use them.
-    in_use: BTreeMap<ObjectName, Vec<(FrontendKey, InUse)>>,
+    in_use: BTreeMap<ObjectName, Vec<(FrontendKey, UsedBy)>>,
     owners: Owners,
     warnings: Warnings,
     names: Names,

@@ -4,7 +4,7 @@ use ipnet::IpNet;
 use proxy_common::abi::FrontendKey;
 
 use super::World;
-use crate::model::local::InUse;
+use crate::model::local::UsedBy;
 use crate::model::warnings::Warning;
 use crate::model::{DetectLocal, ObjectName};
 
@@ -26,7 +26,7 @@ impl World {
         let mut all: Vec<Warning> = self.warnings.iter().chain(conflicts).collect();
         all.extend(self.no_pod_cidrs());
         all.extend(self.covering_ranges());
-        let not_served = |(name, all): (&ObjectName, &Vec<(FrontendKey, InUse)>)| {
+        let not_served = |(name, all): (&ObjectName, &Vec<(FrontendKey, UsedBy)>)| {
             let lines = all.iter().filter_map(|(key, by)| why_not_served(key, by));
             lines.map(|line| Warning { object: format!("Service {name}"), line }).collect::<Vec<_>>()
         };
@@ -42,7 +42,7 @@ impl World {
         let mut all = Vec::new();
         for (name, used) in &self.in_use {
             for (key, by) in used {
-                if let InUse::ByLocalService(device) = by {
+                if let UsedBy::LocalService(device) = by {
                     all.push(Warning {
                         object: format!("Service {name}"),
                         line: format!(
@@ -85,16 +85,16 @@ impl World {
 }
 
 /// Why a Service does not get a destination; nothing where it is meant to be so.
-fn why_not_served(key: &FrontendKey, by: &InUse) -> Option<String> {
+fn why_not_served(key: &FrontendKey, by: &UsedBy) -> Option<String> {
     let why = match by {
-        InUse::ByLocalService(_) => return None,
-        InUse::ByInterface(name) => format!("the address is the node's, on {name}"),
-        InUse::ByNode => "the address is the node's, by its Node object".to_owned(),
-        InUse::ByPod => "the address is that of a pod".to_owned(),
-        InUse::ByPodRange(range) => format!("the address lies in the node's pod range {range}"),
-        InUse::ByAgent => "the agent serves health and metrics there".to_owned(),
+        UsedBy::LocalService(_) => return None,
+        UsedBy::Interface(name) => format!("the address is the node's, on {name}"),
+        UsedBy::Node => "the address is the node's, by its Node object".to_owned(),
+        UsedBy::Pod => "the address is that of a pod".to_owned(),
+        UsedBy::PodRange(range) => format!("the address lies in the node's pod range {range}"),
+        UsedBy::Agent => "the agent serves health and metrics there".to_owned(),
     };
-    let remedy = if *by == InUse::ByAgent { "port" } else { "address" };
+    let remedy = if *by == UsedBy::Agent { "port" } else { "address" };
     Some(format!("{} is not served, because {why}; give the Service another {remedy}", destination(key)))
 }
 

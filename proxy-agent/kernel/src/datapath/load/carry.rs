@@ -174,7 +174,7 @@ impl<'a> Counters<'a> {
 
 /// An element of a per-CPU array; nothing past its end.
 fn of_each_cpu(map: &FoundMap, name: &'static str, index: u32) -> Result<Vec<Vec<u8>>, TableError> {
-    let cpus = crate::datapath::tables::capacity::cpus() as usize;
+    let cpus = crate::datapath::tables::cpus::cpus() as usize;
     let size = (map.facts.value_size as usize).next_multiple_of(8);
     let mut values = vec![0; size * cpus];
     let failed = |source| TableError::Call { act: "read", object: format!("{index}"), map: name, source };

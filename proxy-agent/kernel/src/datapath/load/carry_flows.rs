@@ -312,7 +312,7 @@ impl FlowCarrier {
     /// begin in front of it, with a new ring or in the first half of one that has doubled, and displace nobody before that is full.
     pub(crate) fn fill_rings(&self, new: &Generation) -> Result<(), TableError> {
         let Some(ring) = new.map(maps::RING) else { return Ok(()) };
-        let cpus = crate::datapath::tables::capacity::cpus();
+        let cpus = crate::datapath::tables::cpus::cpus();
         let places = (ring.facts.max_entries / (Ring::COUNT * cpus)).max(1);
         let mut young: [Vec<(u64, u64)>; Ring::COUNT as usize] = Default::default();
         for known in self.known.iter().filter(|known| known.id != 0) {

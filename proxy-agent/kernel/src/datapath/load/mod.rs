@@ -29,6 +29,7 @@ use crate::datapath::flow;
 use crate::datapath::probe::{self, Features};
 use crate::datapath::store::layout::Layout;
 use crate::datapath::store::pin::BpfRoot;
+use crate::datapath::tables::cpus::cpus;
 use crate::sys;
 
 pub use self::error::LoadError;
@@ -36,7 +37,7 @@ pub use self::object::{OBJECT, trial};
 pub use self::refusal::Refusal;
 pub use super::attach::loaded::{Changeover, Loaded};
 pub use super::attach::program_log::{ProgramLog, ProgramLogger};
-pub use super::tables::capacity::Capacities;
+pub use agent_core::capacity::Capacities;
 
 impl Loaded {
     /// Loads the embedded object, using again the maps pinned under `root`.
@@ -93,7 +94,7 @@ impl Loaded {
             );
         }
         let found = generation::all(root)?;
-        let mut fates = generation::fates(&object.parsed, found.first(), &capacities.each().into())?;
+        let mut fates = generation::fates(&object.parsed, found.first(), &capacities.each(cpus()).into())?;
         let warnings = std::mem::take(&mut fates.warnings);
         let made = !fates.made.is_empty() || found.is_empty();
         let loaded = match found.first() {

@@ -19,8 +19,9 @@ use crate::datapath::attach::program_log::ProgramLog;
 use crate::datapath::flow;
 use crate::datapath::probe::{self, Features};
 use crate::datapath::store::pin::{self, BpfRoot};
-use crate::datapath::tables::capacity::{Capacities, cpus};
+use crate::datapath::tables::cpus::cpus;
 use crate::sys;
+use agent_core::capacity::Capacities;
 
 /// The embedded BPF object; empty when the crate was built without one.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/proxy-ebpf"));
@@ -115,7 +116,7 @@ pub(super) fn open_maps(
             }
         }
         Maps::Trial => {
-            for (name, _) in Capacities::DEFAULT.each() {
+            for (name, _) in Capacities::DEFAULT.each(cpus) {
                 loader.map_max_entries(name, TRIAL_ENTRIES);
             }
         }

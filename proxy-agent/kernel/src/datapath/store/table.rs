@@ -9,10 +9,10 @@ use std::path::PathBuf;
 
 use aya::Pod;
 use aya_obj::generated::bpf_map_type as Kind;
-use proxy_common::abi::maps;
 
 use super::pin::BpfRoot;
 use crate::sys::{self, MapFacts};
+use agent_core::capacity::size_flag;
 
 /// Elements a batch call moves at once: large enough to save calls, small enough not to hold a CPU.
 pub(crate) const CHUNK: usize = 4096;
@@ -73,25 +73,6 @@ pub enum TableError {
         /// Why.
         source: io::Error,
     },
-}
-
-/// The flag of `run` that sizes a map, where there is one.
-#[must_use]
-pub fn size_flag(map: &str) -> Option<&'static str> {
-    Some(match map {
-        maps::FRONTENDS => "--max-frontends",
-        maps::SLOTS => "--max-slots",
-        maps::BACKENDS => "--max-backends",
-        maps::ADDRESSES => "--max-addresses",
-        maps::SOURCES => "--max-sources",
-        maps::IFACES => "--max-interfaces",
-        maps::SERVICES | maps::SERVICE_STATS => "--max-services",
-        maps::FLOWS | maps::RECORDS | maps::FREE => "--max-flows",
-        maps::RING => "--max-young-flows",
-        maps::FRAGMENTS => "--max-fragments",
-        maps::AFFINITY => "--max-affinity",
-        _ => return None,
-    })
 }
 
 fn remedy(map: &str) -> String {
@@ -404,6 +385,8 @@ fn is_no_batch(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::abi::maps;
+
     use super::*;
 
     #[test]
@@ -413,11 +396,5 @@ mod tests {
         for part in ["FRONTENDS", "8 entries", "10.96.0.1:80/TCP", "--max-frontends"] {
             assert!(said.contains(part), "{said}");
         }
-    }
-
-    #[test]
-    fn maps_of_a_fixed_size_name_no_flag() {
-        assert_eq!(size_flag(maps::CONFIG), None);
-        assert_eq!(size_flag(maps::FLOWS), Some("--max-flows"));
     }
 }

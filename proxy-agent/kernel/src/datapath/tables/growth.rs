@@ -12,7 +12,9 @@ use proxy_common::abi::{
 };
 use proxy_common::addr::Addr;
 
-use super::capacity::{Capacities, cpus};
+use agent_core::capacity::{Capacities, size_flag};
+
+use super::cpus::cpus;
 use crate::datapath::store::pin::BpfRoot;
 use crate::sys;
 
@@ -103,11 +105,7 @@ impl fmt::Display for Larger {
                 "cannot grow to {to}: all tables would take {memory} MiB of the {limit} allowed; raise --map-memory"
             ),
             Some(Against::Limit) => {
-                write!(
-                    f,
-                    "is as large as {} allows",
-                    crate::datapath::store::table::size_flag(map).unwrap_or("it can be")
-                )
+                write!(f, "is as large as {} allows", size_flag(map).unwrap_or("it can be"))
             }
         }
     }
@@ -294,7 +292,7 @@ pub fn bytes(sizes: &Capacities) -> u64 {
         maps::AFFINITY => hash(size_of::<AffinityKey>(), size_of::<Affinity>()),
         _ => 0,
     };
-    fixed + sizes.each().into_iter().map(|(map, size)| each(map) * u64::from(size)).sum::<u64>()
+    fixed + sizes.each(cpus()).into_iter().map(|(map, size)| each(map) * u64::from(size)).sum::<u64>()
 }
 
 #[cfg(test)]
