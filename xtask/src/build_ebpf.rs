@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 
 use crate::{
-    bpf_loops, bpf_object, bpf_stack, cmd,
+    bpf_loops, bpf_object, bpf_stack, cmd, compile,
     toolchain::{PROFILE, TARGET, Toolchain},
     workspace,
 };
@@ -29,19 +29,16 @@ pub(crate) fn command(args: &Args) -> Result<()> {
 
 /// The kernel programs.
 pub(crate) fn run() -> Result<()> {
-    compile(&workspace::bpf_object(), false)
+    make(&workspace::bpf_object(), false)
 }
 
 /// The same with the next layout, and their agent.
 pub(crate) fn next() -> Result<()> {
-    compile(&workspace::bpf_object().with_file_name("proxy-ebpf-next"), true)?;
-    let mut build = cmd::cargo();
-    build.current_dir(workspace::root());
-    build.args(["build", "-p", "proxy-agent", "--features", NEXT, "--bin", "proxy-agent-next"]);
-    cmd::run(&mut build)
+    make(&workspace::bpf_object().with_file_name("proxy-ebpf-next"), true)?;
+    compile::program_with("proxy-agent-next", NEXT)
 }
 
-fn compile(object: &Path, next: bool) -> Result<()> {
+fn make(object: &Path, next: bool) -> Result<()> {
     let toolchain = Toolchain::find()?;
     let target_dir = workspace::bpf_dir().join("build");
     println!(

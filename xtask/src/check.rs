@@ -1,35 +1,73 @@
 //! What CI demands besides the tests. Runs everything, then says what failed.
 
+use std::time::Instant;
+
 use anyhow::{Context as _, Result, bail};
+use clap::ValueEnum;
 
-use crate::{cmd, conformance, invariants, setup, toolchain::Toolchain, workspace};
+use crate::{cmd, compile, conformance, invariants, setup, toolchain::Toolchain, workspace};
 
-type Check = fn() -> Result<()>;
+/// What to check.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only these; by default all, the fastest first.
+    #[arg(value_enum)]
+    checks: Vec<Check>,
+}
+
+/// Something that CI demands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Check {
+    /// rustfmt has nothing to change.
+    Format,
+    /// What can be seen in the source text.
+    Invariants,
+    /// `tests/conformance.md` is up to date.
+    Conformance,
+    /// Clippy has nothing to say.
+    Lints,
+    /// The same for the kernel programs.
+    KernelLints,
+    /// Documentation leads nowhere wrong.
+    Docs,
+    /// Licences, bans, sources, advisories.
+    Deny,
+}
 
 /// `cargo xtask check`
-pub(crate) fn run() -> Result<()> {
-    let checks: [(&str, Check); 7] = [
-        ("format", format),
-        ("invariants", invariants::check),
-        ("conformance table", conformance::check),
-        ("lints", lints),
-        ("lints of the kernel programs", kernel_lints),
-        ("docs", docs),
-        ("licences, bans, sources, advisories", deny),
-    ];
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let checks = if args.checks.is_empty() { Check::value_variants() } else { &args.checks };
     let mut failed = Vec::new();
-    for (name, check) in checks {
+    for check in checks {
+        let name = check.to_possible_value().map_or("?".to_owned(), |value| value.get_name().to_owned());
         println!("\n=== {name}");
-        if let Err(error) = check() {
+        let begun = Instant::now();
+        let result = check.run();
+        println!("=== {name}: {:.1} s", begun.elapsed().as_secs_f64());
+        if let Err(error) = result {
             println!("{error:#}");
             failed.push(name);
         }
     }
     if !failed.is_empty() {
-        bail!("failed: {}", failed.join("; "));
+        bail!("failed: {}", failed.join(", "));
     }
-    println!("\nall checks passed");
+    println!("\nall of these checks passed");
     Ok(())
+}
+
+impl Check {
+    fn run(self) -> Result<()> {
+        match self {
+            Self::Format => format(),
+            Self::Invariants => invariants::check(),
+            Self::Conformance => conformance::check(),
+            Self::Lints => lints(),
+            Self::KernelLints => kernel_lints(),
+            Self::Docs => docs(),
+            Self::Deny => deny(),
+        }
+    }
 }
 
 fn format() -> Result<()> {
@@ -39,12 +77,7 @@ fn format() -> Result<()> {
 
 fn lints() -> Result<()> {
     require_component("clippy", "clippy")?;
-    let mut clippy = cmd::cargo();
-    clippy.current_dir(workspace::root());
-    // All features but `next-layout`, in which the values that tests write down lack fields.
-    let features = "agent-kernel/kernel-tests,proxy-common/user,proxy-common/testing";
-    clippy.args(["clippy", "--workspace", "--all-targets", "--features", features, "--", "-Dwarnings"]);
-    cmd::run(&mut clippy)
+    cmd::run(compile::whole("clippy").args(["--all-targets", "--", "-Dwarnings"]))
 }
 
 /// Clippy where the BPF toolchain has it; else the compiler's own warnings.
@@ -61,11 +94,7 @@ fn kernel_lints() -> Result<()> {
 }
 
 fn docs() -> Result<()> {
-    let mut doc = cmd::cargo();
-    doc.current_dir(workspace::root())
-        .args(["doc", "--workspace", "--no-deps"])
-        .env("RUSTDOCFLAGS", "-Dwarnings");
-    cmd::run(&mut doc)
+    cmd::run(compile::whole("doc").arg("--no-deps").env("RUSTDOCFLAGS", "-Dwarnings"))
 }
 
 fn deny() -> Result<()> {

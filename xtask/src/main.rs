@@ -11,6 +11,7 @@ mod build;
 mod build_ebpf;
 mod check;
 mod cmd;
+mod compile;
 mod conformance;
 mod image;
 mod invariants;
@@ -53,7 +54,7 @@ enum Command {
     /// Count what clients lose while faults happen to the agent; `compare`: with nftables rules beside it (root).
     Chaos(scenario::Args),
     /// What CI demands besides the tests: format, lints, docs, licences, invariants.
-    Check,
+    Check(check::Args),
     /// Write `tests/conformance.md`: every rule with the tests that cite it, with links to `docs/service-semantics.md`.
     Conformance,
     /// Write a container image (OCI layout and docker archive in one tar file).
@@ -85,7 +86,7 @@ fn run(command: Command) -> Result<()> {
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => scenario::run("bench", &args),
         Command::Chaos(args) => scenario::run("chaos", &args),
-        Command::Check => check::run(),
+        Command::Check(args) => check::run(&args),
         Command::Conformance => conformance::run(),
         Command::Image(args) => image::run(&args),
         Command::Release(args) => release::run(&args),

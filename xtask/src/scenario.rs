@@ -1,10 +1,12 @@
 //! `demo`, `bench` and `chaos`: compiles what they need, then runs the program of that name in `proxy-tests`. Only what
 //! is measured is compiled for release, which takes minutes.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, bail};
 
 use crate::{
-    build_ebpf, cmd,
+    build_ebpf, cmd, compile,
     workspace::{self, Metadata, Targets as _},
 };
 
@@ -30,18 +32,15 @@ pub(crate) fn run(program: &str, args: &Args) -> Result<()> {
         // One of its faults is an agent with another layout of the tables.
         build_ebpf::next()?;
     }
-    build_ebpf::run()?;
-    let (profile, folder) = if program == "bench" { ("release", "release") } else { ("dev", "debug") };
-    cmd::run(cmd::cargo().current_dir(workspace::root()).args([
-        "build",
-        "--profile",
-        profile,
-        "--bins",
-        "-p",
-        "proxy-agent",
-        "-p",
-        "proxy-tests",
-    ]))?;
+    let folder = if program == "bench" { measured(&metadata)? } else { compile::programs()? };
     // From the caller's directory: `--json FILE` means a file there.
-    cmd::run(&mut cmd::with(metadata.target_directory.join(folder).join(program), &args.rest))
+    cmd::run(&mut cmd::with(folder.join(program), &args.rest))
+}
+
+/// The programs as they are measured.
+fn measured(metadata: &Metadata) -> Result<PathBuf> {
+    build_ebpf::run()?;
+    let build = ["build", "--release", "--bins", "-p", "proxy-agent", "-p", "proxy-tests"];
+    cmd::run(cmd::cargo().current_dir(workspace::root()).args(build))?;
+    Ok(metadata.target_directory.join("release"))
 }

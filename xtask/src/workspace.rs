@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use cargo_metadata::{MetadataCommand, Package};
+use cargo_metadata::{MetadataCommand, Package, TargetKind};
 
 /// The folder that holds the workspace's `Cargo.toml`.
 pub(crate) fn root() -> PathBuf {
@@ -82,6 +82,23 @@ impl Metadata {
     pub(crate) fn package(&self, name: &str) -> Result<&Package> {
         let package = self.packages.iter().find(|package| package.name == name);
         package.with_context(|| format!("the workspace has no package `{name}`"))
+    }
+
+    /// Everything that holds tests: the folder of its package below the workspace's, its kind (`lib`, `bin`, `test`), its
+    /// name.
+    pub(crate) fn test_targets(&self) -> Vec<(PathBuf, TargetKind, String)> {
+        let root = root();
+        let mut all = Vec::new();
+        for package in &self.packages {
+            let folder = package.manifest_path.parent().and_then(|folder| folder.strip_prefix(&root).ok());
+            let folder = folder.map(PathBuf::from).unwrap_or_default();
+            for target in package.targets.iter().filter(|target| target.test) {
+                all.extend(
+                    target.kind.first().map(|kind| (folder.clone(), kind.clone(), target.name.clone())),
+                );
+            }
+        }
+        all
     }
 }
 

@@ -17,7 +17,7 @@ use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{build, cmd, workspace, workspace::Metadata};
+use crate::{build, compile, workspace};
 
 /// How much is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,15 +86,7 @@ fn directory() -> PathBuf {
 
 /// The programs that run beside the agent; of any build, since the machines have the libraries of this one.
 fn test_programs() -> Result<Vec<PathBuf>> {
-    const NAMES: [&str; 2] = ["guest", "testpod"];
-    let mut build = cmd::cargo();
-    build.current_dir(workspace::root()).args(["build", "-p", "proxy-tests"]);
-    for name in NAMES {
-        build.args(["--bin", name]);
-    }
-    cmd::run(&mut build)?;
-    let folder = Metadata::read()?.target_directory.join("debug");
-    Ok(NAMES.map(|name| folder.join(name)).to_vec())
+    ["guest", "testpod"].into_iter().map(compile::program).collect()
 }
 
 #[cfg(test)]
