@@ -1,7 +1,7 @@
 //! The node agent: from what Kubernetes says to what the kernel does, in one straight line.
 //!
 //! `agent_source` brings changes, `agent_core` knows the world and lists the writes that are due, `agent_kernel` does them.
-//! Here are the settings (`config`), the loop round the line (`run`), and what tells of it (`serve`, `cli`, `logging`).
+//! Here are the settings (`config`), the loop round the line (`run`), and what reports it (`serve`, `cli`, `logging`).
 
 pub mod cli;
 pub mod config;

@@ -971,7 +971,7 @@ fn a_new_interface_is_heard_of_at_once() {
     runtime.block_on(async {
         let (sender, mut changes) = tokio::sync::mpsc::channel(8);
         let watching = tokio::spawn(netlink::watch(sender));
-        let mut heard = async || {
+        let mut received = async || {
             loop {
                 let next = tokio::time::timeout(Duration::from_secs(10), changes.recv());
                 match next.await.expect("a change within ten seconds") {
@@ -981,12 +981,12 @@ fn a_new_interface_is_heard_of_at_once() {
                 }
             }
         };
-        let first = heard().await;
+        let first = received().await;
         assert!(first.iter().all(|link| link.loopback), "{first:?}");
         ip(&["link", "add", "v0", "type", "veth", "peer", "name", "v1"]);
         ip(&["address", "add", "10.1.2.3/24", "dev", "v0"]);
         loop {
-            let links = heard().await;
+            let links = received().await;
             if let Some(v0) = links.iter().find(|link| &*link.name == "v0")
                 && v0.addresses == ["10.1.2.3/24".parse().unwrap()]
             {
@@ -995,7 +995,7 @@ fn a_new_interface_is_heard_of_at_once() {
             }
         }
         ip(&["link", "del", "v0"]);
-        while heard().await.iter().any(|link| &*link.name == "v0") {}
+        while received().await.iter().any(|link| &*link.name == "v0") {}
         watching.abort();
     });
 }
@@ -1017,11 +1017,11 @@ fn routes_are_known_before_links_and_followed() {
     runtime.block_on(async {
         let (sender, mut changes) = tokio::sync::mpsc::channel(8);
         let watching = tokio::spawn(netlink::watch(sender));
-        let mut heard = async || {
+        let mut received = async || {
             let next = tokio::time::timeout(Duration::from_secs(10), changes.recv());
             next.await.expect("a change within ten seconds")
         };
-        let first = heard().await;
+        let first = received().await;
         let Some(Change::Routes(mut routes)) = first else { panic!("{first:?}") };
         let has = |routes: &[Route], dst: &str, gateway: Option<&str>, table: u32| {
             let (dst, gateway) = (dst.parse().unwrap(), gateway.map(|ip| ip.parse().unwrap()));
@@ -1037,7 +1037,7 @@ fn routes_are_known_before_links_and_followed() {
             && has(&routes, "0.0.0.0/0", Some("192.168.10.1"), 1000)
             && has(&routes, "fd00:244:2::/64", Some("fd00:10::2"), 254))
         {
-            match heard().await {
+            match received().await {
                 Some(Change::Routes(new)) => routes = new,
                 Some(Change::Links(_)) => links_heard = true,
                 other => panic!("{other:?}"),
@@ -1046,7 +1046,7 @@ fn routes_are_known_before_links_and_followed() {
         // With an address its routes go, of which the kernel says nothing.
         ip(&["address", "del", "192.168.10.11/24", "dev", "v0"]);
         while !links_heard || routes.iter().any(|route| route.dst.addr().is_ipv4()) {
-            match heard().await {
+            match received().await {
                 Some(Change::Routes(new)) => routes = new,
                 Some(Change::Links(_)) => links_heard = true,
                 other => panic!("{other:?}"),

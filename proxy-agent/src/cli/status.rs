@@ -238,7 +238,7 @@ fn problems(agent: Option<&Agent>, tables: &[MapFill]) -> Vec<Remark> {
         ));
     } else if !agent.alive {
         found.push(remark(
-            format!("the agent has not been heard of for {}", span(agent.beat_age_ms)),
+            format!("no heartbeat of the agent for {}", span(agent.beat_age_ms)),
             "start it, or look at its log if it runs; until then traffic flows as it was last programmed",
         ));
     }
@@ -369,7 +369,7 @@ mod tests {
         assert_eq!(problems_of(|_| {}), Vec::<String>::new());
         assert_eq!(
             problems_of(|m| m.agent.beat_ms = NOW.unix_ms - 20_000),
-            ["the agent has not been heard of for 20s"]
+            ["no heartbeat of the agent for 20s"]
         );
         assert_eq!(problems_of(|m| m.agent.beat_ms = NOW.unix_ms - 14_999), Vec::<String>::new());
         assert_eq!(

@@ -53,7 +53,7 @@ fn facts(status: &Status) -> Vec<Vec<String>> {
     let mut facts = vec![fact("version", status.version.to_owned()), fact("kernel", status.kernel.clone())];
     let Some(agent) = &status.agent else { return facts };
     let alive = match agent.alive {
-        true => format!("alive, pid {}, heard {} ago", agent.pid, span(agent.beat_age_ms)),
+        true => format!("alive, pid {}, last heartbeat {} ago", agent.pid, span(agent.beat_age_ms)),
         false => format!("silent for {}, last pid {}", span(agent.beat_age_ms), agent.pid),
     };
     let synced = match (agent.sync_age_ms, agent.queued_age_ms) {

@@ -1,4 +1,4 @@
-//! The loop: hear, know, wish, plan, write, tell.
+//! The loop: changes in, plan, write, report.
 //!
 //! One thread owns everything; sources, netlink and the HTTP servers only send or read. The kernel works on
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
@@ -219,7 +219,7 @@ impl Agent {
         let (events, publisher) = Events::new();
         events.record(Event::Starting); // H-29.
         self.repairs.events = Some(events.clone());
-        let mut source = tokio::spawn(hear(
+        let mut source = tokio::spawn(watch_source(
             self.config.source.clone(),
             self.node_name(),
             self.config.pod_annotations,
@@ -255,10 +255,10 @@ impl Agent {
                 }
                 () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.sync()?,
                 Some(change) = changes.recv() => {
-                    self.hear(change);
+                    self.apply(change);
                     // A burst is taken in at once: the sync looks at its end.
                     while let Ok(change) = changes.try_recv() {
-                        self.hear(change);
+                        self.apply(change);
                     }
                 }
                 _ = ticks.tick() => {
@@ -283,7 +283,7 @@ impl Agent {
         u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn hear(&mut self, change: Change) {
+    fn apply(&mut self, change: Change) {
         if let Change::Excluded(pod, uid) = change {
             self.excluded.set_pod(pod.to_string().into(), uid.as_deref());
             return self.excluded_changed();
@@ -292,7 +292,7 @@ impl Agent {
             self.pods_known = true;
             self.excluded_changed();
         }
-        self.report.heard(&change, &self.world);
+        self.report.observe(&change, &self.world);
         let links = matches!(change, Change::Links(_));
         // What was kept on the suspicion that it is only unreadable can be compared now.
         self.full |= matches!(change, Change::Whole(true));
@@ -354,7 +354,7 @@ impl Agent {
 }
 
 /// Hears from the source until the receiver has gone; an error is final.
-async fn hear(
+async fn watch_source(
     source: SourceConfig,
     node: Arc<str>,
     pods: bool,

@@ -91,7 +91,7 @@ struct Progress {
     /// Since when it is, or is not.
     since: Instant,
     /// When bytes came last.
-    heard: Instant,
+    received: Instant,
     /// When the last bytes of the newest request came, or the connection itself.
     asked: Instant,
 }
@@ -99,12 +99,12 @@ struct Progress {
 impl Progress {
     fn new() -> Self {
         let now = Instant::now();
-        Self { busy: false, since: now, heard: now, asked: now }
+        Self { busy: false, since: now, received: now, asked: now }
     }
 
     /// A request is whole.
     fn begin(&mut self) {
-        (self.busy, self.since, self.asked) = (true, Instant::now(), self.heard);
+        (self.busy, self.since, self.asked) = (true, Instant::now(), self.received);
     }
 
     /// It has its answer, which need not have been sent.
@@ -249,7 +249,7 @@ impl Drop for Place {
 
 /// Talks until the other end has gone, or has taken too long: whether it has not.
 async fn talk(stream: TcpStream, router: Router, progress: Arc<Mutex<Progress>>) -> bool {
-    let stream = InspectReader::new(stream, |_: &[u8]| look(&progress).heard = Instant::now());
+    let stream = InspectReader::new(stream, |_: &[u8]| look(&progress).received = Instant::now());
     let answer = service_fn(async |request| {
         look(&progress).begin();
         let answer = router.clone().oneshot(request).await;

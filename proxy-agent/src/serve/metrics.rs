@@ -55,13 +55,13 @@ pub struct Snapshot {
     pub generation: u64,
     /// Objects left out.
     pub warnings: u64,
-    /// Slice changes heard and not yet programmed (H-36).
+    /// Slice changes received and not yet programmed (H-36).
     pub endpoint_changes_pending: u64,
-    /// Slice changes heard (H-37).
+    /// Slice changes received (H-37).
     pub endpoint_changes: u64,
     /// Services with changes not yet programmed (H-38).
     pub service_changes_pending: u64,
-    /// Service changes heard, once for each family (H-39, H-49).
+    /// Service changes received, once for each family (H-39, H-49).
     pub service_changes: u64,
     /// Service ports without an endpoint here (H-42).
     pub without_local: NoLocalByFamily,
@@ -87,8 +87,8 @@ pub struct Metrics {
     syncs: Syncs,
     repairs: Repairs,
     pages: Arc<Pages>,
-    /// What was last told, and when that was begun.
-    told: Arc<Mutex<Option<(Instant, String)>>>,
+    /// What was last said, and when that was begun.
+    last: Arc<Mutex<Option<(Instant, String)>>>,
 }
 
 impl fmt::Debug for Metrics {
@@ -110,7 +110,7 @@ impl Metrics {
         registry.register_collector(Box::new(Process::this()));
         let mut slis = Registry::default();
         slis.register_collector(Box::new(Slis { health, pages: pages.clone() }));
-        Self { registry, slis, syncs, repairs, pages, told: Arc::default() }
+        Self { registry, slis, syncs, repairs, pages, last: Arc::default() }
     }
 
     /// Where what passes by is counted.
@@ -134,15 +134,15 @@ impl Metrics {
     /// and on another thread than that of the servers.
     async fn scraped(self: Arc<Self>) -> Result<String, String> {
         let asked = Instant::now();
-        let mut told = self.told.clone().lock_owned().await;
-        if let Some((_, text)) = told.as_ref().filter(|(begun, _)| *begun >= asked) {
+        let mut last = self.last.clone().lock_owned().await;
+        if let Some((_, text)) = last.as_ref().filter(|(begun, _)| *begun >= asked) {
             return Ok(text.clone());
         }
         // The lock goes along: who has gone away must not leave room for one more at the same time.
         let scrape = move || {
             let begun = Instant::now();
             let text = self.text().map_err(|error| format!("writing the metrics: {error}"))?;
-            *told = Some((begun, text.clone()));
+            *last = Some((begun, text.clone()));
             Ok(text)
         };
         let scraped = run_blocking("scrape", scrape).await;

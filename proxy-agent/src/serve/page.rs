@@ -72,7 +72,7 @@ pub(super) fn of_kube_proxy(page: &mut Page<'_>, snapshot: &Snapshot, health: &H
     )?;
     page.counter(
         "kubeproxy_sync_proxy_rules_endpoint_changes",
-        "EndpointSlice changes heard",
+        "EndpointSlice changes received",
         snapshot.endpoint_changes,
     )?;
     page.gauge(
@@ -82,7 +82,7 @@ pub(super) fn of_kube_proxy(page: &mut Page<'_>, snapshot: &Snapshot, health: &H
     )?;
     page.counter(
         "kubeproxy_sync_proxy_rules_service_changes",
-        "Service changes heard",
+        "Service changes received",
         snapshot.service_changes,
     )?;
     let NoLocalByFamily { v4, v6 } = snapshot.without_local;

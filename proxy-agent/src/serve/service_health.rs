@@ -271,7 +271,7 @@ struct Page {
 /// The body, its keys in this order (H-23).
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Told<'a> {
+struct Answer<'a> {
     service: Name<'a>,
     local_endpoints: usize,
     service_proxy_healthy: bool,
@@ -296,14 +296,14 @@ impl Page {
         let healthy = self.health.is_healthy();
         // H-21: whether the node wants traffic does not matter here.
         let code = if count != 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        let told = Told {
+        let answer = Answer {
             service: Name { namespace: &self.service.namespace, name: &self.service.name },
             local_endpoints: count,
             service_proxy_healthy: healthy,
         };
         let mut body = Vec::new();
         let tabs = serde_json::ser::PrettyFormatter::with_indent(b"\t");
-        let written = told.serialize(&mut serde_json::Serializer::with_formatter(&mut body, tabs));
+        let written = answer.serialize(&mut serde_json::Serializer::with_formatter(&mut body, tabs));
         written.map_err(axum::Error::new)?;
         Response::builder()
             .status(code)

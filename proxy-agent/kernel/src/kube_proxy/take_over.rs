@@ -93,7 +93,7 @@ impl TakeOver {
     }
 
     /// Tells what is new, in the log and as warnings.
-    fn tell(&self, lines: Vec<String>) {
+    fn report(&self, lines: Vec<String>) {
         let mut known = self.lock();
         if known.as_ref() != Some(&lines) {
             lines.iter().for_each(|line| tracing::warn!("{line}"));
@@ -102,19 +102,19 @@ impl TakeOver {
     }
 
     fn run(&self, remove: bool) {
-        let mut told = false;
+        let mut reported = false;
         let mut kept = 0;
         let mut news = nf_tables::news(SLICE).ok();
         loop {
             if self.keep.load(Ordering::Relaxed) {
-                self.tell(Vec::new());
+                self.report(Vec::new());
                 self.wait(AGAIN, false, &mut news);
                 continue;
             }
             let pause = match running() {
                 Some(why) if remove => {
-                    if !std::mem::replace(&mut told, true) {
-                        self.tell(there_are(&format!(
+                    if !std::mem::replace(&mut reported, true) {
+                        self.report(there_are(&format!(
                             "they stay while {why}, and go when it has ended: delete the DaemonSet kube-proxy in \
                              kube-system"
                         )));
@@ -125,7 +125,7 @@ impl TakeOver {
                     // Before the rules go, and as long as there is need.
                     let rules = kept != 0 || remove && !leftovers().is_empty();
                     kept = keep(kept, rules, self.left.load(Ordering::Relaxed));
-                    self.tell(if remove { what_stays() } else { there_are(KEPT) });
+                    self.report(if remove { what_stays() } else { there_are(KEPT) });
                     LATER
                 }
             };

@@ -1,4 +1,4 @@
-//! Links and addresses of the node, as rtnetlink tells them.
+//! Links and addresses of the node, as rtnetlink reports them.
 //!
 //! What messages say of links is taken at its word, so that a new pod's interface is known without asking for all others;
 //! of addresses they only say that something has changed, since their order matters, and all are listed again. Each burst of
@@ -41,20 +41,20 @@ pub use nf_tables::is_absent;
 use agent_core::model::Change;
 use agent_core::model::{Link, Route};
 
-/// A burst has ended when nothing was heard for this long.
+/// A burst has ended when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(3);
 /// A burst that does not end is answered all the same.
 const LONGEST: Duration = Duration::from_millis(50);
 /// Pause before a broken connection is made anew.
 const AGAIN: Duration = Duration::from_millis(500);
-/// After this long everything is listed, whatever has been heard.
+/// After this long everything is listed, whatever has come.
 const ANEW: Duration = Duration::from_secs(60);
 
 /// Why interfaces cannot be listed.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// No connection.
-    #[error("cannot open a netlink socket to hear of interfaces (CAP_NET_ADMIN, or too many open files)")]
+    #[error("cannot open a netlink socket for news of interfaces (CAP_NET_ADMIN, or too many open files)")]
     Connect(#[source] io::Error),
     /// No list.
     #[error("cannot list {what} through netlink")]
@@ -133,8 +133,8 @@ async fn answer_bursts(
     known.addresses = list_addresses(handle).await?;
     loop {
         let found = known.assemble();
-        if known.told.as_ref() != Some(&found) {
-            known.told = Some(found.clone());
+        if known.sent.as_ref() != Some(&found) {
+            known.sent = Some(found.clone());
             if changes.send(Change::Links(found)).await.is_err() {
                 return Ok(());
             }
@@ -150,8 +150,8 @@ async fn answer_bursts(
             }
         };
         let Some((first, _)) = first else { return Ok(()) };
-        known.hear(first);
-        if !wait_out(messages, QUIET, LONGEST, |message| known.hear(message)).await {
+        known.apply(first);
+        if !wait_out(messages, QUIET, LONGEST, |message| known.apply(message)).await {
             return Ok(());
         }
         if std::mem::take(&mut known.moved) {
@@ -170,11 +170,11 @@ struct Known {
     /// Whether addresses have changed since they were listed.
     moved: bool,
     /// What was last sent.
-    told: Option<Vec<Link>>,
+    sent: Option<Vec<Link>>,
 }
 
 impl Known {
-    fn hear(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
+    fn apply(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) {
         let NetlinkPayload::InnerMessage(message) = message.payload else { return };
         match message {
             // Bridges and wireless devices send messages of this kind, too, that tell next to nothing of the link.
@@ -208,17 +208,17 @@ fn by_index(links: Vec<LinkMessage>) -> BTreeMap<u32, LinkMessage> {
     links.into_iter().map(|link| (link.header.index, link)).collect()
 }
 
-/// Waits until a burst has ended, and shows each message to `hear`; false when the connection has ended.
+/// Waits until a burst has ended, and shows each message to `see`; false when the connection has ended.
 async fn wait_out(
     messages: &mut Messages,
     quiet: Duration,
     longest: Duration,
-    mut hear: impl FnMut(NetlinkMessage<RouteNetlinkMessage>),
+    mut see: impl FnMut(NetlinkMessage<RouteNetlinkMessage>),
 ) -> bool {
     let end = Instant::now() + longest;
     while let Ok(next) = timeout_at(end, timeout(quiet, messages.next())).await {
         match next {
-            Ok(Some((message, _))) => hear(message),
+            Ok(Some((message, _))) => see(message),
             Ok(None) => return false,
             Err(_) => break,
         }

@@ -89,7 +89,7 @@ pub(crate) fn each(protocol: Protocol, messages: &[u8], mut see: impl FnMut(&[u8
     }
 }
 
-/// What the kernel tells of by itself.
+/// What the kernel announces by itself.
 #[derive(Debug)]
 pub(crate) struct News(Socket);
 

@@ -20,7 +20,7 @@ use super::{AGAIN, Messages, NetlinkError};
 use agent_core::model::Change;
 use agent_core::model::Route;
 
-/// A burst of changes has ended when nothing was heard for this long.
+/// A burst of changes has ended when nothing came for this long.
 const QUIET: Duration = Duration::from_millis(20);
 /// A burst that does not end is answered all the same.
 const LONGEST: Duration = Duration::from_millis(200);
@@ -29,7 +29,7 @@ const MOST: usize = 100_000;
 /// `RT_TABLE_LOCAL`: the node's own addresses.
 const LOCAL: u32 = 255;
 
-/// Sends the complete list of routes at once and after every change, until the receiver has gone. `first` is told
+/// Sends the complete list of routes at once and after every change, until the receiver has gone. `first` is notified
 /// when the first list has been sent, or could not be had.
 pub(super) async fn watch(changes: mpsc::Sender<Change>, first: tokio::sync::oneshot::Sender<()>) {
     let mut last = None;
@@ -38,12 +38,12 @@ pub(super) async fn watch(changes: mpsc::Sender<Change>, first: tokio::sync::one
         if let Err(error) = follow(&changes, &mut last, &mut first).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "routes cannot be followed");
         }
-        tell(&mut first);
+        notify(&mut first);
         sleep(AGAIN).await;
     }
 }
 
-fn tell(first: &mut Option<tokio::sync::oneshot::Sender<()>>) {
+fn notify(first: &mut Option<tokio::sync::oneshot::Sender<()>>) {
     if let Some(first) = first.take() {
         // Nobody waits any more when the other side has ended.
         let _ = first.send(());
@@ -88,7 +88,7 @@ async fn answer_bursts(
                 return Ok(());
             }
         }
-        tell(first);
+        notify(first);
         sleep(took * 10).await;
         let next = tokio::select! {
             message = messages.next() => message,

@@ -177,7 +177,7 @@ impl Worker {
             batches.retain(|batch| {
                 let goes_on = batch.due().is_some();
                 if !goes_on {
-                    batch.tell();
+                    batch.log();
                 }
                 goes_on
             });
@@ -306,7 +306,7 @@ fn open<T>(place: &mut Option<T>, open: impl FnOnce() -> Result<T>) -> Result<&m
 }
 
 impl Batch {
-    fn tell(&self) {
+    fn log(&self) {
         let count = self.reset + self.closed;
         let names: Vec<&str> = self.endpoints.values().map(|endpoint| endpoint.name.as_str()).collect();
         tracing::info!("{} left without terminating: {count} connections reset", names.join(", "));

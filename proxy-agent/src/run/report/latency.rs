@@ -22,8 +22,8 @@ impl Latency {
         Self { since, announced: HashMap::new(), waiting: BTreeMap::new() }
     }
 
-    /// To be told of each change before the world is; `slices` still has what the change replaces.
-    pub(in crate::run) fn heard<'a>(
+    /// Takes each change before the world does; `slices` still has what the change replaces.
+    pub(in crate::run) fn observe<'a>(
         &mut self,
         change: &Change,
         slices: impl Fn(&ObjectName) -> Option<&'a Slice>,
@@ -48,7 +48,7 @@ impl Latency {
         }
     }
 
-    /// Everything heard so far is programmed: the delays in seconds.
+    /// Everything observed so far is programmed: the delays in seconds.
     pub(in crate::run) fn programmed(&mut self, now: Timestamp) -> Vec<(Family, f64)> {
         // Clocks of two machines: what seems to come from the future has just happened.
         let delay = |at: Timestamp| now.duration_since(at).as_secs_f64().max(0.0);
@@ -80,7 +80,7 @@ mod tests {
     fn observed(changes: Vec<Change>) -> Vec<(Family, f64)> {
         let (mut latency, mut slices) = (Latency::new(at(100)), HashMap::new());
         for change in changes {
-            latency.heard(&change, |name| slices.get(name));
+            latency.observe(&change, |name| slices.get(name));
             if let Change::Slice(name, Some(slice)) = change {
                 slices.insert(name, slice);
             }
@@ -93,27 +93,27 @@ mod tests {
     #[test]
     fn each_change_with_a_time_counts_once_when_it_is_programmed() {
         // E-24.
-        let told = |slice: &str, second| Change::Triggered(name(slice), at(second));
+        let triggered = |slice: &str, second| Change::Triggered(name(slice), at(second));
         let v4 = || slice("v4", Family::V4);
         assert_eq!(observed(vec![v4()]), []);
-        assert_eq!(observed(vec![told("v4", 105), v4()]), [(Family::V4, 5.0)]);
-        assert_eq!(observed(vec![told("v4", 99), v4()]), [], "before our time");
-        assert_eq!(observed(vec![told("v4", 100), v4()]), [], "not later than our start");
-        assert_eq!(observed(vec![told("v4", 112), v4()]), [(Family::V4, 0.0)]);
-        let twice = vec![told("v4", 105), v4(), told("v4", 107), v4()];
+        assert_eq!(observed(vec![triggered("v4", 105), v4()]), [(Family::V4, 5.0)]);
+        assert_eq!(observed(vec![triggered("v4", 99), v4()]), [], "before our time");
+        assert_eq!(observed(vec![triggered("v4", 100), v4()]), [], "not later than our start");
+        assert_eq!(observed(vec![triggered("v4", 112), v4()]), [(Family::V4, 0.0)]);
+        let twice = vec![triggered("v4", 105), v4(), triggered("v4", 107), v4()];
         assert_eq!(observed(twice), [(Family::V4, 5.0), (Family::V4, 3.0)]);
-        let both = vec![told("v4", 105), v4(), told("v6", 106), slice("v6", Family::V6)];
+        let both = vec![triggered("v4", 105), v4(), triggered("v6", 106), slice("v6", Family::V6)];
         assert_eq!(observed(both), [(Family::V4, 5.0), (Family::V6, 4.0)]);
     }
 
     #[test]
     fn a_deleted_slice_takes_the_times_of_its_service_along() {
         // E-24.
-        let told = |slice: &str, second| Change::Triggered(name(slice), at(second));
+        let triggered = |slice: &str, second| Change::Triggered(name(slice), at(second));
         let gone = vec![
-            told("one", 105),
+            triggered("one", 105),
             slice("one", Family::V4),
-            told("six", 106),
+            triggered("six", 106),
             slice("six", Family::V6),
             Change::Slice(name("one"), None),
         ];

@@ -1,4 +1,4 @@
-//! What the loop tells: the log, the record for the command line, health and metrics.
+//! What the loop reports: the log, the record for the command line, health and metrics.
 
 mod hooks;
 mod latency;
@@ -59,7 +59,7 @@ pub(super) struct Report {
     refusing: Vec<String>,
     /// What somebody else has last removed or changed, and when it was restored; and how often there was something.
     restored: Option<(u64, String)>,
-    /// What connection tracking does not tell.
+    /// What connection tracking does not show.
     untracked: Option<String>,
     /// Whether what is new is left to another proxy.
     retired: bool,
@@ -68,7 +68,7 @@ pub(super) struct Report {
     /// Why the last sync failed.
     failure: Option<String>,
     started: Instant,
-    told: Instant,
+    reported: Instant,
     /// Whether the Node object that was seen last wants traffic (H-8); before any was seen, whether the source knows no
     /// Nodes.
     eligible: bool,
@@ -160,7 +160,7 @@ impl Report {
             logged: std::collections::BTreeSet::new(),
             failure: None,
             started,
-            told: Instant::now(),
+            reported: Instant::now(),
             eligible: matches!(config.source, SourceConfig::Manifests(_)),
         };
         report.pinned.write_agent(&report.state)?;
@@ -178,9 +178,9 @@ impl Report {
         self.warnings.extend(lines.into_iter().map(|line| format!("{NOTE}this agent: {line}")));
     }
 
-    /// To be told of each change before `world` is.
-    pub(super) fn heard(&mut self, change: &Change, world: &World) {
-        self.latency.heard(change, |name| world.slice(name));
+    /// Takes each change before `world` does.
+    pub(super) fn observe(&mut self, change: &Change, world: &World) {
+        self.latency.observe(change, |name| world.slice(name));
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
         match change {
             // H-49: a Service is a change for each family, a slice for its own.
@@ -281,7 +281,7 @@ impl Report {
         snapshot.affinity_secs = affinity_secs;
     }
 
-    /// What connection tracking does not tell; it has been logged.
+    /// What connection tracking does not show; it has been logged.
     pub(super) fn untracked(&mut self, warning: Option<String>) {
         self.untracked = warning;
     }

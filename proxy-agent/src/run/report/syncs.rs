@@ -18,8 +18,8 @@ impl Report {
 
     /// While the first lists come in: how far it is.
     pub(in crate::run) fn progress(&mut self, world: &World) {
-        if self.told.elapsed() >= PROGRESS {
-            self.told = Instant::now();
+        if self.reported.elapsed() >= PROGRESS {
+            self.reported = Instant::now();
             tracing::info!(
                 "loading from {}: {} Services, {} endpoints so far",
                 self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).source,

@@ -70,7 +70,7 @@ impl Sockets {
                     warn(&error);
                     LedOn::default()
                 });
-                tell(done);
+                log(done);
                 pending.fetch_or(done.left != 0, Ordering::Relaxed);
                 done.moved + done.destroyed
             });
@@ -111,7 +111,7 @@ fn warn(error: &SocketError) {
     );
 }
 
-fn tell(done: LedOn) {
+fn log(done: LedOn) {
     let LedOn { moved, destroyed, left: _ } = done;
     if moved != 0 {
         tracing::info!("{moved} UDP sockets of host processes led to endpoints that have gone: led on");

@@ -31,7 +31,7 @@ impl Agent {
             }
         }
         if let Some(news) = self.growth.news() {
-            self.repairs.tell(Event::NotGrown(news));
+            self.repairs.emit(Event::NotGrown(news));
         }
         self.report.growth(self.growth.standing(), self.growth.warnings());
     }

@@ -1,4 +1,4 @@
-//! What somebody else has done to our hooks, pins and tables is noticed, undone, counted and told.
+//! What somebody else has done to our hooks, pins and tables is noticed, undone, counted and reported.
 //!
 //! Hooks and pins are looked at twice a second, or as often as a small share of the time allows where there are very many;
 //! settings before each sweep of the flows; entries of tables within a minute.
@@ -48,7 +48,7 @@ impl Round {
     }
 }
 
-/// How far looking is, and what has been told.
+/// How far looking is, and what has been reported.
 pub(in crate::run) struct Repairs {
     compare: Round,
     comparison: Comparison,
@@ -56,7 +56,7 @@ pub(in crate::run) struct Repairs {
     /// What was last told of hooks that refuse.
     refusing: Vec<String>,
     /// When an Event last told of what was restored.
-    told: Option<Instant>,
+    reported: Option<Instant>,
     /// Whether the tables could not be compared, which is told once.
     blind: bool,
     /// `None` before the loop runs.
@@ -100,13 +100,13 @@ impl Repairs {
             comparison: Comparison::open(root)?,
             claim: Claim { _lock: lock, on: Claim::directory(root) },
             refusing: Vec::new(),
-            told: None,
+            reported: None,
             blind: false,
             events: None,
         })
     }
 
-    pub(in crate::run) fn tell(&self, event: Event) {
+    pub(in crate::run) fn emit(&self, event: Event) {
         if let Some(events) = &self.events {
             events.record(event);
         }
@@ -216,10 +216,10 @@ impl Agent {
         }
         tracing::warn!("removed or changed by somebody else, and restored: {line}");
         self.report.restored(&line);
-        if self.repairs.told.is_none_or(|told| told.elapsed() >= EVENTS) {
-            self.repairs.told = Some(Instant::now());
+        if self.repairs.reported.is_none_or(|at| at.elapsed() >= EVENTS) {
+            self.repairs.reported = Some(Instant::now());
             let note = format!("removed or changed by somebody else, and restored: {line}");
-            self.repairs.tell(Event::Restored(note));
+            self.repairs.emit(Event::Restored(note));
         }
     }
 
@@ -230,7 +230,7 @@ impl Agent {
         if refusing == self.repairs.refusing {
             return;
         }
-        self.repairs.tell(match refusing.split_first() {
+        self.repairs.emit(match refusing.split_first() {
             None => Event::Attached,
             Some((first, [])) => Event::NotAttached(first.clone()),
             Some((first, more)) => Event::NotAttached(format!("{first}; and {} more", more.len())),

@@ -149,7 +149,7 @@ impl Adoption {
         }
         self.leave &= if self.leave & LEAVE_NEW != 0 { !LEAVE_NEW } else { 0 };
         if self.leave == 0 {
-            self.done.tell();
+            self.done.log();
         }
         Ok(true)
     }
@@ -341,7 +341,7 @@ fn stays(connection: &Connection, flow: &Flow, config: &Config) -> bool {
 }
 
 impl Done {
-    fn tell(&self) {
+    fn log(&self) {
         let Self { adopted, forgotten, of_node, no_room, .. } = self;
         if adopted + forgotten + of_node != 0 {
             tracing::info!(

@@ -79,7 +79,7 @@ pub enum AttachError {
 }
 
 impl AttachError {
-    /// Whether what it was to be attached to has just gone: it will be heard of.
+    /// Whether what it was to be attached to has just been removed: netlink will say so.
     #[must_use]
     pub fn is_of_something_gone(&self) -> bool {
         match self {

@@ -107,7 +107,7 @@ struct Brought {
 #[derive(Debug)]
 struct Refused {
     line: String,
-    /// What it was to be attached to went this moment, and will be heard of.
+    /// What it was to be attached to has just been removed; netlink will say so.
     passing: bool,
     again: Instant,
     pause: Duration,
@@ -271,7 +271,7 @@ impl Loaded {
         }
     }
 
-    /// Sees to it that our program, or one that does the same, is behind a link, and tells the id of what is; `None` if the link
+    /// Sees to it that our program, or one that does the same, is behind a link, and gives the id of what is; `None` if the link
     /// has gone meanwhile.
     fn put_behind(
         &mut self,

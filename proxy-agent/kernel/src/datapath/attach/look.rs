@@ -112,7 +112,7 @@ impl Loaded {
             Ok(_) => "pin",
             // The pin was all that was left of it.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => "link",
-            // It cannot be told: next time.
+            // Unknown: next time.
             Err(_) => return (None, Round::Links(Some(pin.clone()))),
         };
         let (pin, program, spot) = (pin.clone(), held.program, held.spot.clone());
@@ -148,7 +148,7 @@ impl Loaded {
         self.hooks.batch_ended();
         if let Err(error) = &result {
             if error.is_of_something_gone() && matches!(unit, Unit::Interface(_)) {
-                // It has gone, and will be heard of; if it comes back before that, it is tried again.
+                // It has been removed, and netlink will say so; if it comes back before that, it is tried again.
                 self.hooks.note(unit, &name, &result);
                 return None;
             }
@@ -171,7 +171,7 @@ impl Loaded {
             let program = self.program(direction.program(link.layer3)).map(|program| program.fd.as_fd());
             let ours = program.ok().and_then(|fd| sys::program_facts(fd).ok()).map(|facts| facts.id);
             let pinned = self.root().link(&PinName::Filter(index, direction).to_string()).exists();
-            // What cannot be told is left alone.
+            // What cannot be found out is ignored.
             filter::running(index, direction).map_or(pinned, |running| running == ours && pinned)
         };
         if Direction::BOTH.into_iter().all(is_there) {

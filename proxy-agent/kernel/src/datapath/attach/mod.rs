@@ -124,10 +124,10 @@ impl Loaded {
         }
         let new: Vec<&Link> = links.iter().filter(|link| self.hooks.is_new(link)).collect();
         let _expedited = if new.is_empty() { None } else { Expedited::begin(self.root()) };
-        let mut told = Instant::now();
+        let mut reported = Instant::now();
         for (n, link) in new.iter().enumerate() {
-            if told.elapsed() >= PROGRESS {
-                told = Instant::now();
+            if reported.elapsed() >= PROGRESS {
+                reported = Instant::now();
                 tracing::info!("attaching programs: {n} of {} interfaces done", new.len());
             }
             self.hooks.interfaces.insert(link.index, (*link).clone());
