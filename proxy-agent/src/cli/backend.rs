@@ -7,7 +7,7 @@ use anyhow::Result;
 use proxy_common::abi::{backend, frontend};
 use serde::Serialize;
 
-use super::service::{State, chosen};
+use super::service::{State, selected};
 use super::table;
 use super::view::{View, connections, endpoint_text, service_text};
 
@@ -47,7 +47,7 @@ pub fn rows(view: &dyn View) -> Result<Vec<BackendRow>> {
     let mut in_use = std::collections::BTreeSet::new();
     for value in actual.frontends.values() {
         let run = if value.flags & frontend::LOCAL != 0 { value.local } else { value.cluster };
-        in_use.extend(chosen(run, &actual));
+        in_use.extend(selected(run, &actual));
     }
     let mut rows = BTreeMap::new();
     for (index, backend) in actual.backends.iter().filter(|(_, backend)| backend.is_live()) {

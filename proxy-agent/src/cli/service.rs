@@ -71,9 +71,9 @@ pub struct FrontendRow {
     /// Whether only listed source ranges may open flows.
     pub source_ranges: bool,
     /// Flows and connects of the Service port that got an endpoint.
-    pub chosen: u64,
-    /// The ones that were refused.
-    pub refused: u64,
+    pub connections: u64,
+    /// The ones that were rejected: there is no endpoint.
+    pub rejected: u64,
     /// The ones that were dropped.
     pub dropped: u64,
     /// Its endpoints.
@@ -126,8 +126,8 @@ fn row(
         policy: if is(frontend::LOCAL) { "Local" } else { "Cluster" },
         affinity_seconds: is(frontend::AFFINITY).then_some(value.affinity_secs),
         source_ranges: is(frontend::SOURCE_RANGES),
-        chosen: stats.map_or(0, |s| s.chosen),
-        refused: stats.map_or(0, |s| s.refused),
+        connections: stats.map_or(0, |s| s.chosen),
+        rejected: stats.map_or(0, |s| s.refused),
         dropped: stats.map_or(0, |s| s.dropped),
         endpoints,
     }
@@ -141,11 +141,11 @@ fn endpoints(
     connections: &BTreeMap<(u32, u32), u64>,
 ) -> Vec<EndpointRow> {
     let run = if value.flags & frontend::LOCAL != 0 { value.local } else { value.cluster };
-    let chosen = chosen(run, actual);
+    let selected = selected(run, actual);
     let mut rows: Vec<_> = backends
         .iter()
         .map(|(index, backend)| {
-            let state = match (backend.flags & backend::DRAINING != 0, chosen.contains(index)) {
+            let state = match (backend.flags & backend::DRAINING != 0, selected.contains(index)) {
                 (true, _) => State::Draining,
                 (false, true) => State::Active,
                 (false, false) => State::Unused,
@@ -164,7 +164,7 @@ fn endpoints(
 }
 
 /// The backend indices in a run.
-pub(super) fn chosen(run: Run, actual: &Actual) -> BTreeSet<u32> {
+pub(super) fn selected(run: Run, actual: &Actual) -> BTreeSet<u32> {
     let end = run.first.saturating_add(run.count);
     actual.slots.range(run.first..end).map(|(_, backend)| *backend).collect()
 }
@@ -194,8 +194,17 @@ fn endpoint_line(row: &EndpointRow) -> String {
 /// The rows for a person.
 #[must_use]
 pub fn text(rows: &[FrontendRow]) -> String {
-    let header =
-        ["SERVICE", "TYPE", "DESTINATION", "POLICY", "AFFINITY", "CHOSEN", "REFUSED", "DROPPED", "ENDPOINTS"];
+    let header = [
+        "SERVICE",
+        "TYPE",
+        "DESTINATION",
+        "POLICY",
+        "AFFINITY",
+        "CONNECTIONS",
+        "REJECTED",
+        "DROPPED",
+        "ENDPOINTS",
+    ];
     let cells = rows.iter().map(|row| {
         let endpoints: Vec<_> = row.endpoints.iter().map(endpoint_line).collect();
         vec![
@@ -207,8 +216,8 @@ pub fn text(rows: &[FrontendRow]) -> String {
             destination(row),
             row.policy.to_owned(),
             row.affinity_seconds.map_or_else(|| "-".to_owned(), |s| format!("{s}s")),
-            row.chosen.to_string(),
-            row.refused.to_string(),
+            row.connections.to_string(),
+            row.rejected.to_string(),
             row.dropped.to_string(),
             if endpoints.is_empty() { "none".to_owned() } else { endpoints.join("\n") },
         ]
@@ -236,7 +245,7 @@ mod tests {
             serde_json::json!({
                 "service": "default/web:http", "type": "NodePort", "address": "*", "port": 30200,
                 "protocol": "TCP", "family": 4, "policy": "Local", "affinity_seconds": 10800,
-                "source_ranges": false, "chosen": 41, "refused": 0, "dropped": 2,
+                "source_ranges": false, "connections": 41, "rejected": 0, "dropped": 2,
                 "endpoints": [
                     {"endpoint": "10.244.1.5:8080", "state": "active", "local": true, "connections": 1},
                     {"endpoint": "10.244.1.9:8080", "state": "draining", "local": true, "connections": 1},

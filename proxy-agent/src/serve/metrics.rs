@@ -248,7 +248,7 @@ pub(super) mod tests {
                 v6: NoLocal { internal: 13, external: 14 },
             },
             connections: Counts { open: 3, displaced: 2, overdue: 1 },
-            reasons: vec![(Reason::NewFlow, 12), (Reason::Refused, 0)],
+            reasons: vec![(Reason::NewFlow, 12), (Reason::NoEndpoint, 0)],
             tables: vec![MapFill { name: "FLOWS", used: 8, max: 1024 }],
             growth: Standing {
                 memory: 9,
@@ -317,7 +317,7 @@ pub(super) mod tests {
             r#"proxy_agent_http_connections_closed_total{why="displaced"} 2"#,
             r#"proxy_agent_http_connections_closed_total{why="overdue"} 1"#,
             r#"proxy_agent_reasons_total{reason="new_flow"} 12"#,
-            r#"proxy_agent_reasons_total{reason="refused"} 0"#,
+            r#"proxy_agent_reasons_total{reason="no_endpoint"} 0"#,
             r#"proxy_agent_table_entries{table="FLOWS"} 8.0"#,
             r#"proxy_agent_table_max_entries{table="FLOWS"} 1024.0"#,
             "proxy_agent_table_memory_bytes 9",

@@ -31,9 +31,9 @@ macro_rules! reasons {
 
 reasons! {
     NewFlow = "new_flow", "A packet opened a flow to a Service.";
-    SocketChosen = "socket_chosen", "A connect or sendmsg was given an endpoint.";
+    SocketTranslated = "socket_translated", "A connect or sendmsg was given an endpoint.";
     Reselected = "reselected", "A flow's endpoint had been removed and another was chosen.";
-    Refused = "refused", "Rejected: the Service has no endpoint (P-14).";
+    NoEndpoint = "no_endpoint", "Rejected: the Service has no endpoint (P-14).";
     UndefinedPort = "undefined_port", "Rejected: the ClusterIP has no such port (P-21).";
     NoLocalEndpoint = "no_local_endpoint", "Dropped: policy Local and no endpoint on this node (P-15, P-16).";
     SourceRange = "source_range", "Dropped: the source is not in loadBalancerSourceRanges (V-17).";
@@ -47,15 +47,15 @@ reasons! {
     FragmentUnknown = "fragment_unknown", "Dropped: a fragment to a Service whose first one did not come, or was not forwarded.";
     IcmpTranslated = "icmp_translated", "An ICMP error about a flow was translated.";
     RewriteFailed = "rewrite_failed", "Dropped: a packet could not be rewritten.";
-    AnswerFailed = "answer_failed", "Dropped: a reject reply could not be sent.";
+    RejectFailed = "reject_failed", "Dropped: a reject reply could not be sent.";
     SocketStorage = "socket_storage", "A socket had no room to remember its Service: a pod's is left to TC.";
     ConfigMissing = "config_missing", "Ignored: the agent has not written its settings.";
     UnallocatedClusterIp = "unallocated_cluster_ip", "Dropped: an address inside a ServiceCIDR that is no Service's (P-22).";
     Displaced = "displaced", "A young flow made room for a newer one.";
     FlowBusy = "flow_busy", "Dropped: another packet was changing the flow at that moment.";
-    Mended = "mended", "A flow's missing entry was written again.";
-    OwnConversation = "own_conversation", "The node's own traffic from a port of a Service, or through somebody's masquerade, was noted.";
-    SentBack = "sent_back", "An answer was sent out of the interface that the question had come in by.";
+    EntryRestored = "entry_restored", "A flow's missing entry was written again.";
+    NodeTraffic = "node_traffic", "The node's own traffic from a port of a Service, or through somebody's masquerade, was noted.";
+    ReplyRedirected = "reply_redirected", "An answer was sent out of the interface that the question had come in by.";
     CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
     EndpointLost = "endpoint_lost", "Rejected: the endpoint of the connection has left, and its Service wants it reset.";
 }

@@ -59,7 +59,7 @@ fn way_back<T: Tables>(tables: &T, ifindex: u32, uplink: u32) -> u32 {
     let here = tables.iface(ifindex).map_or(0, |iface| iface.uplink);
     let there = tables.iface(uplink).map_or(0, |iface| iface.uplink);
     if here != 0 && here != uplink && there == uplink {
-        tables.count(Reason::SentBack);
+        tables.count(Reason::ReplyRedirected);
         uplink
     } else {
         0

@@ -108,7 +108,7 @@ impl Rejection {
                 true
             }
             Self::NoEndpoint(service) => {
-                tables.count(Reason::Refused);
+                tables.count(Reason::NoEndpoint);
                 tables.count_service(service, Stat::Rejected);
                 true
             }

@@ -340,7 +340,7 @@ fn a_service_without_endpoints_refuses_at_once() {
                 assert_eq!(packet.kind, crate::wire::Kind::IcmpError);
                 assert_eq!(shown(&back), std::format!("{vip}|80 > {client}|40000"));
             }
-            assert_eq!(node.tables.counted(Reason::Refused), 1);
+            assert_eq!(node.tables.counted(Reason::NoEndpoint), 1);
             assert_eq!(node.flows(), [0, 0]);
         }
     }

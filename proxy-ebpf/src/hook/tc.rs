@@ -145,7 +145,7 @@ pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
         skb.become_reject_reply::<false>(reply)
     };
     if !replied {
-        TcTables::NO_PACKET.count(Reason::AnswerFailed);
+        TcTables::NO_PACKET.count(Reason::RejectFailed);
         return DROP;
     }
     // SAFETY: takes numbers. The reply leaves by the same interface, straight to who asked.

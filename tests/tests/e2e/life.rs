@@ -155,7 +155,7 @@ pub(crate) fn tables(agent: &Agent) -> Result<Value> {
         "links": status["links"],
         "frontends": status["frontends"],
     });
-    forget(&mut all, &["chosen", "refused", "dropped", "connections"]);
+    forget(&mut all, &["rejected", "dropped", "connections"]);
     Ok(all)
 }
 

@@ -31,7 +31,7 @@ fn with_socket_translation_for_the_host_alone_pods_go_by_packet_and_keep_their_a
         for (n, server) in [(1, "b"), (2, "c")] {
             answers(a, at(vips(n), 80), server, |answer| seen_as(answer, a.addresses()))?;
         }
-        ensure!(counted(&agent, "socket_chosen")? == 0, "a pod's socket was translated");
+        ensure!(counted(&agent, "socket_translated")? == 0, "a pod's socket was translated");
         spreads(a, at(vips(3), 80), &["b", "c"])?;
         for client in ["node1", "h1"] {
             for to in at(vips(2), 80) {
@@ -45,7 +45,7 @@ fn with_socket_translation_for_the_host_alone_pods_go_by_packet_and_keep_their_a
             }
             is_served(town.place(client), at(vips(1), 80), "b")?;
         }
-        ensure!(counted(&agent, "socket_chosen")? > 0, "no host socket was translated");
+        ensure!(counted(&agent, "socket_translated")? > 0, "no host socket was translated");
         Ok(())
     })
 }
@@ -271,7 +271,7 @@ fn traffic_that_is_for_no_service_is_left_alone() -> Result<()> {
                 })?;
             }
         }
-        for reason in ["new_flow", "socket_chosen", "malformed", "undefined_port", "refused"] {
+        for reason in ["new_flow", "socket_translated", "malformed", "undefined_port", "no_endpoint"] {
             ensure!(counted(&agent, reason)? == 0, "{reason}: {}", agent.status_json()?);
         }
         Ok(())

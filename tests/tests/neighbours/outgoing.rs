@@ -316,11 +316,8 @@ fn what_carries_pods_packets_to_another_node_is_nobody_s_masquerade() -> Result<
     }
     talks.iter().try_for_each(Talk::exchange)?;
     let status = agent.status_json()?;
-    let noted = status["reasons"]
-        .as_array()
-        .context("reasons")?
-        .iter()
-        .find(|one| one["reason"] == "own_conversation");
+    let noted =
+        status["reasons"].as_array().context("reasons")?.iter().find(|one| one["reason"] == "node_traffic");
     ensure!(noted.is_none(), "{noted:?}");
     Ok(())
 }

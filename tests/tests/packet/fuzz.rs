@@ -264,17 +264,17 @@ fn act() -> impl Strategy<Value = Act> {
 /// of tuples that meet; and of what happens only after many packets or much time (see the stories of pressure).
 const ELSEWHERE: [Reason; 12] = [
     Reason::EndpointLost,
-    Reason::SocketChosen,
+    Reason::SocketTranslated,
     Reason::SocketStorage,
     Reason::FlowTableFull,
     Reason::FlowInsert,
-    Reason::AnswerFailed,
+    Reason::RejectFailed,
     Reason::CollisionUnresolved,
     Reason::FlowCollision,
     Reason::Displaced,
-    Reason::Mended,
+    Reason::EntryRestored,
     Reason::FlowBusy,
-    Reason::SentBack,
+    Reason::ReplyRedirected,
 ];
 
 const SYN: u8 = TcpFlags::SYN.0;

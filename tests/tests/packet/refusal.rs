@@ -64,7 +64,7 @@ fn a_service_without_endpoints_resets_tcp() {
                 // Data and FIN count (RFC 9293 §3.4).
                 let late = tcp(pod, vip, TcpFlags::FIN).payload(b"bytes");
                 stage.ingress(&late).answered_with(&reset(&late, 0, 1007, reset_ack));
-                stage.counted(&[(Reason::Refused, 4)]);
+                stage.counted(&[(Reason::NoEndpoint, 4)]);
                 // An RST is never answered.
                 stage.ingress(&tcp(pod, vip, RST)).passes();
                 stage.ingress(&tcp(pod, vip, reset_ack)).passes();
@@ -88,7 +88,7 @@ fn a_service_without_endpoints_is_unreachable_for_udp_and_sctp() {
                         let sent = packet(proto, at(cast.client, 40_000), at(vip, 80), SYN);
                         let answer = unreachable(stage, &sent);
                         stage.ingress(&sent).answered_with(&answer);
-                        stage.counted(&[(Reason::Refused, 1)]);
+                        stage.counted(&[(Reason::NoEndpoint, 1)]);
                     },
                 );
             }
@@ -183,7 +183,7 @@ fn a_refused_packet_with_options_gets_its_reset_but_no_icmp_error() {
             // The answer has one size, and the embedded header would not fit it.
             let datagram = packet(Proto::UDP, at(V4.pod, 40_000), at(V4.vip, 80), SYN).options(&[1, 1, 1, 0]);
             stage.ingress(&datagram).dropped();
-            stage.counted(&[(Reason::Refused, 2)]);
+            stage.counted(&[(Reason::NoEndpoint, 2)]);
         },
     );
 }
@@ -207,11 +207,11 @@ fn a_service_that_loses_its_last_endpoint_refuses_and_serves_again() {
                 });
                 let syn = tcp((cast.pod, 2), vip, SYN);
                 stage.ingress(&syn).answered_with(&reset(&syn, 0, 1001, RST.and(ACK)));
-                stage.counted(&[(Reason::Refused, 1)]);
+                stage.counted(&[(Reason::NoEndpoint, 1)]);
                 // The unanswered flow has nobody to lose.
                 let again = tcp((cast.pod, 1), vip, SYN);
                 stage.ingress(&again).answered_with(&reset(&again, 0, 1001, RST.and(ACK)));
-                stage.counted(&[(Reason::Refused, 1), (Reason::Reselected, 1)]);
+                stage.counted(&[(Reason::NoEndpoint, 1), (Reason::Reselected, 1)]);
                 stage.change(|node| {
                     node.serve(vip, Proto::TCP, INTERNAL, &[(cast.other, 8080)]);
                 });

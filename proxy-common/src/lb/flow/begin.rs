@@ -175,6 +175,6 @@ pub fn join_own<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
     }
     tables.unclaim(id.index());
     displace(tables, tables.put_in_ring(Ring::OWN, id));
-    tables.count(Reason::OwnConversation);
+    tables.count(Reason::NodeTraffic);
     1
 }

@@ -111,7 +111,7 @@ pub fn look_after<T: Subprograms>(tables: &T, id: FlowId) -> u32 {
         if tables.record(id.index(), |flow| flow.is(id) && flow.has(role)) == Some(true) {
             match tables.enter(id, role, &mut FlowId(0)) {
                 Entered::Kept => {}
-                Entered::Done => tables.count(Reason::Mended),
+                Entered::Done => tables.count(Reason::EntryRestored),
                 Entered::Ended | Entered::Taken | Entered::Full => lost = true,
             }
         }

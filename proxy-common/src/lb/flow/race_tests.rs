@@ -557,8 +557,8 @@ fn assert_all(seeds: std::ops::Range<u64>, chance: u64) {
     let wanted = [
         Reason::NewFlow,
         Reason::Displaced,
-        Reason::Mended,
-        Reason::OwnConversation,
+        Reason::EntryRestored,
+        Reason::NodeTraffic,
         Reason::FlowCollision,
         Reason::FlowTableFull,
     ];

@@ -674,7 +674,7 @@ fn a_conversation_that_the_node_begins_from_a_service_s_port_is_left_alone() {
             back(ACK, [501, 101]);
             out(ACK, [101, 501]);
         }
-        assert_eq!(node.tables.counted(Reason::OwnConversation), 1);
+        assert_eq!(node.tables.counted(Reason::NodeTraffic), 1);
         // Others reach the Service as before.
         let other = if v4 { CLIENT } else { ("2001:db8::9", 40_000) };
         let question = frame(&key(other, (node_ip, 30_200), proto), SYN, b"", false);
@@ -742,7 +742,7 @@ fn an_answer_that_ipvs_has_translated_is_the_flow_s_and_nothing_that_the_node_sa
         assert_eq!(run(&node.tables, &answer, Hook::EGRESS, ETH), Outcome::Passed);
         assert_eq!(the_flow(&node).id, flow.id);
         assert!(the_flow(&node).seen[1] > flow.seen[1], "{proto}: it is seen");
-        assert_eq!(node.tables.counted(Reason::OwnConversation), 0);
+        assert_eq!(node.tables.counted(Reason::NodeTraffic), 0);
         assert_eq!(node.tables.broken_flows(), Vec::<String>::new());
     }
 }

@@ -161,7 +161,7 @@ fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Decisi
     if frontend.flags & frontend::AFFINITY != 0 {
         select::remember(tables, frontend.service, index, backend.generation, client(call));
     }
-    tables.count(Reason::SocketChosen);
+    tables.count(Reason::SocketTranslated);
     tables.count_service(frontend.service, Stat::Chosen);
     *entry = SocketEntry {
         vip: call.dst,

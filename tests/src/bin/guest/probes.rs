@@ -23,7 +23,7 @@ const HELD: Duration = Duration::from_secs(300);
 const BULK: u64 = 1 << 20;
 
 /// Counters of the programs.
-const CHOSEN_BY_SOCKET: &str = "socket_chosen";
+const CHOSEN_BY_SOCKET: &str = "socket_translated";
 const NEW_FLOW: &str = "new_flow";
 
 /// Does the probes; what cannot be tried because something before it has failed is not said at all.

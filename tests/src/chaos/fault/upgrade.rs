@@ -86,7 +86,7 @@ fn counters(agent: &Agent) -> Result<BTreeMap<String, u64>> {
     let mut found = BTreeMap::new();
     for frontend in frontends.as_array().context("a list of frontends")? {
         let name = ["service", "type", "protocol", "family"].map(|field| frontend[field].to_string());
-        found.insert(name.join(" "), frontend["chosen"].as_u64().context("a counter")?);
+        found.insert(name.join(" "), frontend["connections"].as_u64().context("a counter")?);
     }
     ensure!(found.values().any(|count| *count > 0), "nothing is counted: {frontends:#}");
     Ok(found)
