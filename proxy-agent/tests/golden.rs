@@ -25,7 +25,7 @@ use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
 use agent_core::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
 use agent_core::plan::{Capacity, Plan, Planner, lint, lint_prefix};
-use agent_source::directory::ManifestStore;
+use agent_source::manifests::ManifestStore;
 use proxy_common::abi::{FrontendKey, PortRange};
 use proxy_common::addr::{Port, Proto};
 use tempfile::TempDir;

@@ -1,7 +1,7 @@
 //! API servers that were learnt, from one agent to the next: a note beside the tables.
 
 use agent_kernel::datapath::store::note::Note;
-use agent_source::kubernetes::ServerCache;
+use agent_source::api::ServerCache;
 
 /// The note that holds them.
 pub(super) struct Learnt(pub(super) Note);

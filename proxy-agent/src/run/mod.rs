@@ -36,10 +36,10 @@ use agent_kernel::datapath::store::pin::{BpfRoot, RootLock};
 use agent_kernel::datapath::store::retired::Retired;
 use agent_kernel::datapath::tables::kernel::Kernel;
 use agent_kernel::netlink;
-use agent_source::directory;
-use agent_source::events::{Event, EventPublisher, Events};
-use agent_source::kubernetes::{ClientConfig, Cluster};
-use agent_source::requests::Requests;
+use agent_source::api::Requests;
+use agent_source::api::events::{Event, EventPublisher, Events};
+use agent_source::api::{ClientConfig, Cluster};
+use agent_source::manifests;
 use report::Report;
 
 /// Once an hour everything is compared with what is really in the kernel (Y-20).
@@ -366,7 +366,7 @@ async fn watch_source(
     let config = match source {
         SourceConfig::Manifests(path) => {
             tokio::spawn(events.publish(None, node.clone()));
-            return Ok(directory::run(path, node, tx).await?);
+            return Ok(manifests::run(path, node, tx).await?);
         }
         SourceConfig::Kubeconfig { file, servers } => ClientConfig { kubeconfig: Some(file), servers },
         SourceConfig::ApiServer(servers) => ClientConfig { kubeconfig: None, servers },

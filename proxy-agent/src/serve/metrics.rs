@@ -31,8 +31,8 @@ use super::syncs::Syncs;
 use agent_core::model::NoLocalByFamily;
 use agent_kernel::datapath::pinned::MapFill;
 use agent_kernel::datapath::tables::growth::Standing;
+use agent_source::api::Requests;
 use agent_source::blocking::run_blocking;
-use agent_source::requests::Requests;
 
 /// What the run loop and the tables know at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]

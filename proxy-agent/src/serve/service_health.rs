@@ -25,7 +25,7 @@ use tokio::time::sleep;
 use super::health::family_name;
 use super::{Connections, Health};
 use agent_core::model::{Accepted, Family, HealthCheck, ObjectName, World};
-use agent_source::events::{Event, Events};
+use agent_source::api::events::{Event, Events};
 
 /// When what could not be opened is tried again, if no sync comes first (H-16).
 const RETRY: Duration = Duration::from_secs(5);

@@ -13,7 +13,7 @@ use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
 use agent_core::model::{DetectLocal, Link, NodePortAddresses, Settings, SocketLb, World};
 use agent_core::plan::{Capacity, Planner, lint};
-use agent_source::directory::ManifestStore;
+use agent_source::manifests::ManifestStore;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::Config;

@@ -24,7 +24,7 @@ use agent_kernel::datapath::probe::Features;
 use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::datapath::tables::growth::Standing;
 use agent_kernel::kube_proxy::TakeOver;
-use agent_source::requests::Requests;
+use agent_source::api::Requests;
 
 use self::latency::Latency;
 

@@ -3,7 +3,7 @@
 use super::Report;
 use crate::config::Config;
 use crate::serve::{self};
-use agent_source::events::{Event, Events};
+use agent_source::api::events::{Event, Events};
 use anyhow::{Context, Result};
 use tokio::sync::mpsc;
 

@@ -9,7 +9,7 @@ use agent_kernel::datapath::flow::Sweeper;
 use agent_kernel::datapath::load::Loaded;
 use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::datapath::tables::kernel::Kernel;
-use agent_source::events::Event;
+use agent_source::api::events::Event;
 use anyhow::Result;
 
 use super::Agent;

@@ -13,7 +13,7 @@ use agent_core::plan::Step;
 use agent_kernel::datapath::store::pin::{BpfRoot, RootLock};
 use agent_kernel::datapath::tables::compare::{Comparison, Found, entries};
 use agent_kernel::datapath::tables::kernel::KernelError;
-use agent_source::events::{Event, Events};
+use agent_source::api::events::{Event, Events};
 
 /// What one tick may take for a look at hooks: some 1,000 of them. Where there are more the next tick goes on.
 const SLICE: Duration = Duration::from_millis(2);

@@ -9,10 +9,10 @@ use kube::core::Status;
 use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep};
 
-use super::backoff::between;
 use super::end_reason::{EndReason, PROVEN_AFTER};
-use super::list_watch::{ListVersion, Progress, Shared};
+use super::progress::{ListVersion, Progress, Shared};
 use super::reflector::{Closed, Reflector};
+use crate::api::backoff::between;
 
 /// Pause before a failover.
 const FAILOVER_PAUSE: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(300)];

@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use kube::core::Status;
 
-use super::body::BodyError;
-use super::list_watch::Progress;
-use super::transport::with_root_cause;
+use crate::api::connection::{BodyError, with_root_cause};
 
 /// A watch that has lasted this long worked: its end has nothing to do with earlier failures.
 pub(super) const PROVEN_AFTER: Duration = Duration::from_secs(10);
@@ -58,11 +56,6 @@ impl EndReason {
             error if BodyError::is_cause_of(&error) => Self::LimitExceeded(with_root_cause(&error)),
             error => Self::Broken(lasted, with_root_cause(&error)),
         }
-    }
-
-    /// For a watch that is given up because no event came.
-    pub(super) fn on_idle(progress: &mut Progress) -> Self {
-        if progress.stall.on_idle(progress.generation) { Self::Stalled } else { Self::Idle }
     }
 
     /// The reason in the metric.

@@ -1,6 +1,7 @@
 //! The source against a scripted API server on loopback.
 
 use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 

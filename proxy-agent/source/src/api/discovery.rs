@@ -1,7 +1,8 @@
 //! API servers that the cluster itself names, so that the loss of the configured one is survived.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http::Uri;
@@ -10,12 +11,10 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::config::Kubeconfig;
 use kube::{Api, Client};
 
-use super::address;
-use super::servers::{Origin, Servers};
-use super::transport::Transport;
+use super::connection::{Origin, Servers, Transport};
+use super::watch::Observer;
+use crate::convert::{LABEL_SERVICE_NAME, address};
 
-/// The label that names a slice's Service.
-const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// kubeadm writes this ConfigMap for machines that join; it can be read without credentials.
 const CLUSTER_INFO: (&str, &str) = ("kube-public", "cluster-info");
 /// Talos' load balancer for the API servers, on each of its nodes.
@@ -26,7 +25,7 @@ const MAX_SAVED: usize = 16;
 const DELAY: Duration = Duration::from_secs(5);
 
 /// The API servers in a slice of the Service `default/kubernetes`; `None` for other slices.
-pub(super) fn from_slice(slice: &EndpointSlice, scheme: &str) -> Option<Vec<Uri>> {
+fn from_slice(slice: &EndpointSlice, scheme: &str) -> Option<Vec<Uri>> {
     let labels = slice.metadata.labels.as_ref()?;
     let own = labels.get(LABEL_SERVICE_NAME).is_some_and(|name| name == "kubernetes");
     if !own || slice.metadata.namespace.as_deref() != Some("default") {
@@ -44,6 +43,40 @@ pub(super) fn from_slice(slice: &EndpointSlice, scheme: &str) -> Option<Vec<Uri>
         url.parse().ok()
     });
     Some(urls.collect())
+}
+
+/// Where discovered servers are saved for the next agent.
+pub trait ServerCache: Send + Sync {
+    /// What was saved last, or an empty text.
+    fn load(&self) -> String;
+    fn save(&self, text: &str);
+}
+
+/// Takes the API servers out of slices, and saves them.
+pub(super) fn observer(
+    servers: Arc<Servers>,
+    scheme: String,
+    cache: Option<Box<dyn ServerCache>>,
+) -> Observer<EndpointSlice> {
+    let known: Mutex<BTreeMap<String, Vec<Uri>>> = Mutex::default();
+    let saved: Mutex<String> = Mutex::default();
+    Box::new(move |slice| {
+        let Some(urls) = from_slice(slice, &scheme) else { return };
+        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.insert(slice.metadata.name.clone().unwrap_or_default(), urls);
+        let all: Vec<Uri> = known.values().flatten().cloned().collect();
+        if all.is_empty() {
+            return; // Impossible: a server has sent this.
+        }
+        servers.set(Origin::Saved, &[]);
+        servers.set(Origin::Endpoints, &all);
+        let text = to_text(&all);
+        let mut saved = saved.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(cache), true) = (&cache, *saved != text) {
+            cache.save(&text);
+            *saved = text;
+        }
+    })
 }
 
 /// Reads kubeadm's ConfigMap once, if the cluster has it.
@@ -72,7 +105,7 @@ fn is_server(url: &Uri, scheme: &str) -> bool {
 }
 
 /// The text in which servers are saved for the next agent.
-pub(super) fn to_text(servers: &[Uri]) -> String {
+fn to_text(servers: &[Uri]) -> String {
     servers.iter().take(MAX_SAVED).map(|url| format!("{url}\n")).collect()
 }
 

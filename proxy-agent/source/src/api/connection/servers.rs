@@ -13,7 +13,7 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{Mutex as Gate, MutexGuard as Admitted, Notify, watch};
 use tokio::time::Instant;
 
-use super::backoff::Backoff;
+use crate::api::backoff::Backoff;
 
 /// Backoff while no server answers.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
@@ -28,7 +28,7 @@ const FAILOVER_AFTER: Duration = Duration::from_secs(5);
 
 /// Where a server is known from, in the order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Origin {
+pub(in crate::api) enum Origin {
     /// Flags, a kubeconfig, or the environment of a pod.
     Configured,
     /// The endpoints of the `kubernetes` Service.
@@ -76,7 +76,7 @@ struct State {
 
 /// The servers of one cluster.
 #[derive(Debug)]
-pub(super) struct Servers {
+pub(in crate::api) struct Servers {
     state: Mutex<State>,
     /// Counts failovers and changes of credentials: connections are renewed then.
     reconnect: watch::Sender<u64>,
@@ -88,20 +88,20 @@ pub(super) struct Servers {
 
 /// The server that a request goes to.
 #[derive(Clone, Debug)]
-pub(super) struct Target {
-    pub(super) url: Uri,
+pub(in crate::api) struct Target {
+    pub(in crate::api) url: Uri,
     generation: u64,
 }
 
 impl Target {
     /// The count of failovers and reconnects when it was chosen.
-    pub(super) fn generation(&self) -> u64 {
+    pub(in crate::api) fn generation(&self) -> u64 {
         self.generation
     }
 }
 
 impl Servers {
-    pub(super) fn new(configured: Vec<Uri>, failovers: Counter) -> Self {
+    pub(in crate::api) fn new(configured: Vec<Uri>, failovers: Counter) -> Self {
         let list = configured
             .into_iter()
             .map(|url| Server { url, origin: Origin::Configured, left_at: None })
@@ -126,30 +126,30 @@ impl Servers {
     }
 
     /// The server in use; `None` when there is none at all.
-    pub(super) fn current(&self) -> Option<Target> {
+    pub(in crate::api) fn current(&self) -> Option<Target> {
         let state = self.state();
         let url = state.list.get(state.current)?.url.clone();
         Some(Target { url, generation: state.generation })
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::api) fn len(&self) -> usize {
         self.state().list.len()
     }
 
     /// Whether it was discovered: the operator has not configured it.
-    pub(super) fn is_discovered(&self, url: &Uri) -> bool {
+    pub(in crate::api) fn is_discovered(&self, url: &Uri) -> bool {
         let state = self.state();
         let mut same = state.list.iter().filter(|server| server.url.authority() == url.authority());
         same.any(|server| server.origin != Origin::Configured)
     }
 
     /// Notified when connections are to be renewed.
-    pub(super) fn subscribe(&self) -> watch::Receiver<u64> {
+    pub(in crate::api) fn subscribe(&self) -> watch::Receiver<u64> {
         self.reconnect.subscribe()
     }
 
     /// Waits until a request may be sent. While no server answers only one caller at a time is admitted.
-    pub(super) async fn admit(&self) -> Option<Admitted<'_, ()>> {
+    pub(in crate::api) async fn admit(&self) -> Option<Admitted<'_, ()>> {
         loop {
             let mut reconnect = self.subscribe();
             let Some(until) = self.wait_until() else { break };
@@ -182,20 +182,20 @@ impl Servers {
     }
 
     /// The server in use has sent something.
-    pub(super) fn received(&self) {
+    pub(in crate::api) fn received(&self) {
         self.state().last_response = Instant::now();
     }
 
     /// For how long the server in use has sent nothing. `None` if it is not to be probed: HTTP/2 does that, it has sent
     /// `Retry-After`, or it is known to be down.
-    pub(super) fn idle_for(&self) -> Option<Duration> {
+    pub(in crate::api) fn idle_for(&self) -> Option<Duration> {
         let state = self.state();
         let held = state.retry_after.as_ref().is_some_and(|(held, _)| *held > Instant::now());
         (!state.http2 && !held && state.next_attempt.is_none()).then(|| state.last_response.elapsed())
     }
 
     /// A server has answered, with whatever status.
-    pub(super) fn answered(&self, target: &Target, version: Version) {
+    pub(in crate::api) fn answered(&self, target: &Target, version: Version) {
         let mut state = self.state();
         if target.generation == state.generation {
             (state.last_response, state.http2) = (Instant::now(), version == Version::HTTP_2);
@@ -208,7 +208,7 @@ impl Servers {
     }
 
     /// A server cannot be reached or does not answer: fails over to the next, if there is one.
-    pub(super) fn failed(&self, target: &Target, why: &str) {
+    pub(in crate::api) fn failed(&self, target: &Target, why: &str) {
         let mut state = self.state();
         let alone = state.list.len() < 2;
         let until = (!alone).then(|| Instant::now() + PROBLEM_SHOWN);
@@ -221,7 +221,7 @@ impl Servers {
     }
 
     /// The server in use does not answer any more, although it did: its watches are dead, too.
-    pub(super) fn unresponsive(&self, target: &Target, why: &str) {
+    pub(in crate::api) fn unresponsive(&self, target: &Target, why: &str) {
         if target.generation != self.state().generation {
             return; // Another task has noticed that already.
         }
@@ -233,7 +233,7 @@ impl Servers {
     }
 
     /// The problem of the server in use, if none answers.
-    pub(super) fn unreachable(&self) -> Option<String> {
+    pub(in crate::api) fn unreachable(&self) -> Option<String> {
         let state = self.state();
         state.next_attempt?;
         let server = state.list.get(state.current)?;
@@ -241,14 +241,14 @@ impl Servers {
     }
 
     /// No server has answered: backs off.
-    pub(super) fn all_failed(&self) {
+    pub(in crate::api) fn all_failed(&self) {
         let mut state = self.state();
         let pause = state.backoff.pause();
         state.next_attempt = Some(Instant::now() + pause);
     }
 
     /// The answers of the server in use are useless: fails over. `false` if all others are in cooldown.
-    pub(super) fn reject(&self, generation: u64, why: &str) -> bool {
+    pub(in crate::api) fn reject(&self, generation: u64, why: &str) -> bool {
         let mut state = self.state();
         if generation != state.generation {
             return true; // Another task has noticed that already.
@@ -283,7 +283,7 @@ impl Servers {
     }
 
     /// Has all connections renewed.
-    pub(super) fn reconnect(&self) {
+    pub(in crate::api) fn reconnect(&self) {
         self.reconnect_in(&mut self.state());
     }
 
@@ -293,7 +293,7 @@ impl Servers {
     }
 
     /// The server has sent `Retry-After`: requests wait until then, or go to another server.
-    pub(super) fn retry_after(&self, target: &Target, pause: Duration) {
+    pub(in crate::api) fn retry_after(&self, target: &Target, pause: Duration) {
         let why = (pause > FAILOVER_AFTER).then(|| format!("it asks to retry after {pause:?}"));
         if why.as_ref().is_some_and(|why| self.reject(target.generation, why)) {
             return;
@@ -306,7 +306,7 @@ impl Servers {
     }
 
     /// Replaces the servers of this origin. The one in use stays.
-    pub(super) fn set(&self, origin: Origin, urls: &[Uri]) {
+    pub(in crate::api) fn set(&self, origin: Origin, urls: &[Uri]) {
         let mut state = self.state();
         let current = state.list.get(state.current).map(|server| server.url.clone());
         state.list.retain(|server| {
@@ -326,7 +326,7 @@ impl Servers {
     }
 
     /// Sets or clears the problem of a kind of objects or of the credentials.
-    pub(super) fn set_problem(&self, about: &str, line: Option<String>) {
+    pub(in crate::api) fn set_problem(&self, about: &str, line: Option<String>) {
         let problem = line.map(|line| Problem { line, until: None });
         self.update_problem(&mut self.state(), about.to_owned(), problem);
     }
@@ -345,7 +345,7 @@ impl Servers {
     }
 
     /// Waits until the problems change, and returns them all.
-    pub(super) async fn problems(&self) -> Vec<String> {
+    pub(in crate::api) async fn problems(&self) -> Vec<String> {
         tokio::select! {
             () = self.problems_changed.notified() => {}
             () = tokio::time::sleep(PROBLEM_SHOWN / 10) => {} // Some expire.

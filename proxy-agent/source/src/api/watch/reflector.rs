@@ -14,21 +14,20 @@ use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
-use super::convert;
 use super::decoded::Decoded;
-use agent_core::model::ObjectName;
-use agent_core::model::{Change, Kind};
+use crate::convert;
+use agent_core::model::{Change, Kind, ObjectName};
 
 /// The receiver of changes has been dropped.
 #[derive(Debug)]
 pub(super) struct Closed;
 
 /// Where the changes of a kind go, and whether the server answers for it.
-pub(super) struct Output {
-    pub(super) kind: Kind,
-    pub(super) tx: mpsc::Sender<Change>,
+pub(in crate::api) struct Output {
+    pub(in crate::api) kind: Kind,
+    pub(in crate::api) tx: mpsc::Sender<Change>,
     /// A bit for every kind that the server does not answer for; connected means none.
-    pub(super) unavailable: Arc<AtomicU32>,
+    pub(in crate::api) unavailable: Arc<AtomicU32>,
 }
 
 impl Output {
@@ -61,19 +60,19 @@ impl Output {
 }
 
 /// Called with each object before it is converted.
-pub(super) type Observer<K> = Box<dyn Fn(&K) + Send + Sync>;
+pub(in crate::api) type Observer<K> = Box<dyn Fn(&K) + Send + Sync>;
 
 /// One kind of object, from the API server to changes.
-pub(super) struct Reflector<K, T> {
-    pub(super) output: Output,
-    pub(super) resource: &'static str,
-    pub(super) label_selector: Option<String>,
-    pub(super) field_selector: Option<String>,
-    pub(super) convert: fn(&K) -> (Option<T>, Vec<String>),
-    pub(super) change: fn(ObjectName, Option<T>) -> Change,
+pub(in crate::api) struct Reflector<K, T> {
+    pub(in crate::api) output: Output,
+    pub(in crate::api) resource: &'static str,
+    pub(in crate::api) label_selector: Option<String>,
+    pub(in crate::api) field_selector: Option<String>,
+    pub(in crate::api) convert: fn(&K) -> (Option<T>, Vec<String>),
+    pub(in crate::api) change: fn(ObjectName, Option<T>) -> Change,
     /// When the change that an object shows happened, if its annotations have that.
-    pub(super) trigger_time: fn(&K) -> Option<Timestamp>,
-    pub(super) observer: Option<Observer<K>>,
+    pub(in crate::api) trigger_time: fn(&K) -> Option<Timestamp>,
+    pub(in crate::api) observer: Option<Observer<K>>,
 }
 
 /// What was sent of an object: enough to remove it, and to detect a change. The object itself is only kept in the model; a

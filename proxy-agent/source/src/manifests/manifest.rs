@@ -6,7 +6,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use serde_json::Value;
 
-use super::convert;
+use crate::convert;
 use agent_core::model::{Node, ObjectName, Service, Slice};
 
 /// YAML nodes of one file, with aliases expanded: a limit against "billion laughs". The largest file that is read has half as
@@ -17,7 +17,7 @@ const MAX_YAML_BYTES: usize = 64 << 20;
 
 /// An object's kind and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Id {
+pub(super) enum Id {
     Service(ObjectName),
     Slice(ObjectName),
     Endpoints(ObjectName),
@@ -40,7 +40,7 @@ impl std::fmt::Display for Id {
 
 /// A converted object.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Content {
+pub(super) enum Content {
     /// `None`: it is not to be proxied.
     Service(Option<Service>),
     /// `None`: it belongs to no Service.
@@ -53,32 +53,32 @@ pub enum Content {
 
 /// An object of a kind that is used.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Object {
-    pub id: Id,
-    pub content: Content,
+pub(super) struct Object {
+    pub(super) id: Id,
+    pub(super) content: Content,
     /// About the parts that cannot be used.
-    pub warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 /// A part of a file that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub(super) struct Fault {
     /// Line in the file, from 1.
-    pub line: u64,
+    pub(super) line: u64,
     /// The object, if its name can be read: its previous version stays in use.
-    pub id: Option<Id>,
-    pub text: String,
+    pub(super) id: Option<Id>,
+    pub(super) text: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Manifest {
+pub(super) struct Manifest {
     /// Objects of the kinds that are used, in order.
-    pub objects: Vec<Object>,
-    pub faults: Vec<Fault>,
+    pub(super) objects: Vec<Object>,
+    pub(super) faults: Vec<Fault>,
 }
 
 /// Parses a file. `Err` if it is not YAML or JSON at all: then nothing of it is used.
-pub fn read(text: &str, json: bool, node_name: &str) -> Result<Manifest, Fault> {
+pub(super) fn read(text: &str, json: bool, node_name: &str) -> Result<Manifest, Fault> {
     let documents = if json { json_documents(text)? } else { yaml_documents(text)? };
     let mut manifest = Manifest::default();
     for (line, document) in documents {

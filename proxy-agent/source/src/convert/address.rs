@@ -6,7 +6,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// Why a text is not an address or a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// Not an address at all.
     #[error("is not an IP address")]
     Address,
@@ -22,7 +22,7 @@ pub enum Fault {
 }
 
 /// An address: leading zeros are decimal, an IPv4-mapped address is IPv4.
-pub fn ip(text: &str) -> Result<IpAddr, Fault> {
+pub(crate) fn ip(text: &str) -> Result<IpAddr, Fault> {
     Ok(match raw(text)? {
         IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4),
         v4 => v4,
@@ -30,7 +30,7 @@ pub fn ip(text: &str) -> Result<IpAddr, Fault> {
 }
 
 /// A range with its host bits masked off; a mapped one with at least 96 bits is IPv4.
-pub fn range(text: &str) -> Result<IpNet, Fault> {
+pub(crate) fn range(text: &str) -> Result<IpNet, Fault> {
     let (address, prefix) = text.split_once('/').ok_or(Fault::NoPrefix)?;
     let prefix: u8 = number(prefix).ok_or(Fault::Prefix)?;
     let net = match raw(address)? {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 
 /// An object of a list or a watch. One that cannot be decoded still has a name, and does not fail the whole list.
 #[derive(Clone, Debug)]
-pub(super) struct Decoded<K> {
+pub(in crate::api) struct Decoded<K> {
     pub(super) metadata: ObjectMeta,
     pub(super) object: Result<K, String>,
 }

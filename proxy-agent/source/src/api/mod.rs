@@ -1,12 +1,16 @@
 //! The Kubernetes API as a source: Services, EndpointSlices, our own Node and ServiceCIDRs are listed and watched.
 //!
-//! Here is what is watched. `list_watch` sends the requests, `reflector` makes changes of the answers, `transport` sends
-//! requests to the server that `servers` has chosen.
+//! Here is what is watched. `watch` lists and watches one kind, `connection` leads its requests to an API server, and
+//! `discovery` finds more servers.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+mod backoff;
+mod connection;
+mod discovery;
+pub mod events;
+mod watch;
+
+use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use http::Uri;
 use ipnet::IpNet;
@@ -16,93 +20,13 @@ use k8s_openapi::api::networking::v1 as networking;
 use kube::{Api, Client};
 use tokio::sync::{Notify, mpsc};
 
-pub use super::client_config::ClientConfig;
-use super::client_config::Loaded;
-use super::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
-use super::discovery;
-use super::exec_plugin::PluginError;
-use super::list_watch::Shared;
-use super::probe;
-use super::reflector::{Observer, Output, Reflector};
-use super::requests::Requests;
-use super::servers::{Origin, Servers};
-use super::transport::Transport;
-use agent_core::model::{Change, Kind};
-use agent_core::model::{Node, Service, Slice};
+use crate::convert::{self, LABEL_HEADLESS, LABEL_PROXY_NAME};
+use agent_core::model::{Change, Kind, Node, Service, Slice};
+use connection::{Loaded, Origin, Servers, Transport};
+use watch::{Observer, Output, Reflector, Shared};
 
-/// Why there is no client for the API server.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The kubeconfig file is missing or wrong.
-    #[error("cannot use the kubeconfig {path}: give a readable file with --kubeconfig")]
-    Kubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: kube::config::KubeconfigError,
-    },
-    /// Neither a kubeconfig nor a service account.
-    #[error(
-        "no kubeconfig was given and this is not a pod with a service account: use --kubeconfig or --apiserver"
-    )]
-    InCluster(#[source] kube::config::InClusterError),
-    /// `--apiserver` is not a URL.
-    #[error("--apiserver {url} is not a URL such as https://10.0.0.1:6443")]
-    Url {
-        /// What was given.
-        url: String,
-        /// Why.
-        #[source]
-        source: http::uri::InvalidUri,
-    },
-    /// The file with the token cannot be read.
-    #[error("cannot use the token in {path}: give a readable file that holds one")]
-    Token {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The exec plugin gives no credential.
-    #[error("cannot use the credential plugin of {path}")]
-    Plugin {
-        /// The kubeconfig.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: PluginError,
-    },
-    /// The kubeconfig's proxy is of an unknown kind.
-    #[error("cannot use the proxy {url}: proxy-url takes http://, https:// and socks5:// with a host")]
-    Proxy {
-        /// Its URL.
-        url: String,
-    },
-    /// The CA holds no certificate.
-    #[error("the CA for the API server {url} holds no whole certificate")]
-    Authority {
-        /// Its address.
-        url: String,
-    },
-    /// The client cannot be built (certificates, mostly).
-    #[error("cannot prepare a client for the API server {url}")]
-    Client {
-        /// Its address.
-        url: String,
-        /// Why.
-        #[source]
-        source: kube::Error,
-    },
-}
-
-/// Where discovered servers are saved for the next agent.
-pub trait ServerCache: Send + Sync {
-    /// What was saved last, or an empty text.
-    fn load(&self) -> String;
-    fn save(&self, text: &str);
-}
+pub use connection::{ClientConfig, Error, Requests};
+pub use discovery::ServerCache;
 
 /// The API servers of a cluster.
 pub struct Cluster {
@@ -158,12 +82,12 @@ impl Cluster {
             pods,
             &tx,
             &shared,
-            server_discovery(servers.clone(), scheme.clone(), cache),
+            discovery::observer(servers.clone(), scheme.clone(), cache),
         );
         tokio::select! {
             () = all => {}
             () = client_config.follow_changes(loaded, transport.clone(), servers.clone(), shared.reload.clone()) => {}
-            () = probe::run(transport.clone()) => {}
+            () = connection::probe(transport.clone()) => {}
             () = async {
                 discovery::cluster_info(transport, servers.clone(), &scheme).await;
                 std::future::pending().await
@@ -176,33 +100,6 @@ impl Cluster {
 
 fn scheme(config: &kube::Config) -> String {
     config.cluster_url.scheme_str().unwrap_or("https").to_owned()
-}
-
-/// Takes the API servers out of slices, and saves them.
-fn server_discovery(
-    servers: Arc<Servers>,
-    scheme: String,
-    cache: Option<Box<dyn ServerCache>>,
-) -> Observer<EndpointSlice> {
-    let known: Mutex<BTreeMap<String, Vec<Uri>>> = Mutex::default();
-    let saved: Mutex<String> = Mutex::default();
-    Box::new(move |slice| {
-        let Some(urls) = discovery::from_slice(slice, &scheme) else { return };
-        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.insert(slice.metadata.name.clone().unwrap_or_default(), urls);
-        let all: Vec<Uri> = known.values().flatten().cloned().collect();
-        if all.is_empty() {
-            return; // Impossible: a server has sent this.
-        }
-        servers.set(Origin::Saved, &[]);
-        servers.set(Origin::Endpoints, &all);
-        let text = discovery::to_text(&all);
-        let mut saved = saved.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(cache), true) = (&cache, *saved != text) {
-            cache.save(&text);
-            *saved = text;
-        }
-    })
 }
 
 /// Sends the problems with the API servers as warnings, until the receiver is dropped.
@@ -308,5 +205,4 @@ async fn reflectors(
 }
 
 #[cfg(test)]
-#[path = "kubernetes_tests.rs"]
 mod tests;

@@ -28,7 +28,7 @@ const BODY_LIMIT: usize = 512 << 20;
 const ERROR_LIMIT: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, thiserror::Error)]
-pub(super) enum BodyError {
+pub(in crate::api) enum BodyError {
     #[error("the answer came too slowly: {0:?} were not enough")]
     TooSlow(Duration),
     #[error("the answer does not end: more than {} MiB came", .0 >> 20)]
@@ -37,7 +37,7 @@ pub(super) enum BodyError {
 
 impl BodyError {
     /// Whether an error has one of these as a source.
-    pub(super) fn is_cause_of(error: &(dyn Error + 'static)) -> bool {
+    pub(in crate::api) fn is_cause_of(error: &(dyn Error + 'static)) -> bool {
         let mut next = Some(error);
         while let Some(error) = next {
             if error.is::<Self>() {
@@ -53,7 +53,7 @@ impl BodyError {
 }
 
 /// The body of an answer, with its limits.
-pub(super) struct LimitedBody<B> {
+pub(in crate::api) struct LimitedBody<B> {
     inner: B,
     watch: bool,
     deadline: Option<Pin<Box<Sleep>>>,

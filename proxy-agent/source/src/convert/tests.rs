@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
+use agent_core::model::{Affinity, Family, Service, Slice, SlicePort};
 
 #[test]
 fn a_pod_says_by_annotation_that_its_sockets_are_left() {
@@ -501,8 +502,8 @@ fn a_service_says_by_annotation_what_becomes_of_connections_to_a_lost_endpoint()
 
 #[test]
 fn the_annotations_of_the_proxy_are_documented() {
-    let page = include_str!("../../../docs/metrics.md");
-    for annotation in [ANNOTATION_ON_LOSS, ANNOTATION_SOCKET_LB] {
+    let page = include_str!("../../../../docs/metrics.md");
+    for annotation in [service::ANNOTATION_ON_LOSS, node::ANNOTATION_SOCKET_LB] {
         assert!(page.contains(&format!("\n| `{annotation}` |")), "docs/metrics.md lacks {annotation}");
     }
 }

@@ -1,8 +1,10 @@
 //! Directories with edits, as an operator, an editor and a ConfigMap mount make them.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::symlink;
 
 use super::*;
+use agent_core::model::Node;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

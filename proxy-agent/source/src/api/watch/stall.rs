@@ -7,20 +7,11 @@
 //!
 //! Only answers of the same server are compared. Another one may learn of progress at another time.
 
-use std::cmp::Ordering;
-use std::fmt::Debug;
-use std::hash::Hash;
 use std::time::Duration;
 
-use kube::Api;
-use kube::api::{ListParams, VersionMatch};
-use serde::de::DeserializeOwned;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use super::backoff::between;
-use super::decoded::Decoded;
-use super::list_watch::Progress;
-use super::reflector::Reflector;
+use crate::api::backoff::between;
 use agent_core::model::Kind;
 
 /// The timeout of a normal watch, after which the server closes it.
@@ -29,8 +20,6 @@ const WATCH_TIMEOUT: [Duration; 2] = [Duration::from_secs(240), Duration::from_s
 const LATE: Duration = Duration::from_secs(3);
 /// How much earlier it may end.
 const EARLY: Duration = Duration::from_secs(1);
-/// How long the server may take to send its resource version. Nothing is watched meanwhile.
-const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// After how long without an event a watch is restarted. Endpoints change most and matter most: only in the smallest
 /// clusters are they idle for so long. Where nothing changes at all a node sends one request in seven seconds.
@@ -50,9 +39,9 @@ pub(super) struct StallDetector {
     /// When the current watch ends, if it is a short one.
     ends_at: Option<Instant>,
     /// The server is to be asked for its resource version.
-    ask_version: bool,
+    pub(super) ask_version: bool,
     /// The generation of the server whose cache was newer: its watch has to bring an event.
-    due_from: Option<u64>,
+    pub(super) due_from: Option<u64>,
     /// Stalled watches in a row.
     stalls: u32,
 }
@@ -106,36 +95,6 @@ impl StallDetector {
     pub(super) fn needs_relist(&self, servers: usize) -> bool {
         let servers = u32::try_from(servers.max(1)).unwrap_or(u32::MAX);
         self.stalls.is_multiple_of(servers) && (self.stalls / servers).is_power_of_two()
-    }
-}
-
-impl<K, T> Reflector<K, T>
-where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Hash + Send + 'static,
-{
-    /// Asks a server whose watch was idle for the resource version of its cache, which also feeds its watches. The list is
-    /// of one object; it does not matter whether that exists.
-    pub(super) async fn ask_version(&self, api: &Api<Decoded<K>>, progress: &mut Progress) {
-        if !std::mem::take(&mut progress.stall.ask_version) {
-            return;
-        }
-        let server = *progress.reconnect.borrow();
-        let params = ListParams {
-            field_selector: Some("metadata.name=kubernetes".to_owned()),
-            resource_version: Some("0".to_owned()),
-            version_match: Some(VersionMatch::NotOlderThan),
-            ..ListParams::default()
-        };
-        // If this fails, so will the next watch.
-        let Ok(Ok(list)) = timeout(ASK_TIMEOUT, api.list(&params)).await else { return };
-        let version = list.metadata.resource_version.and_then(|version| version.parse::<u64>().ok());
-        match version.map(|version| version.cmp(&progress.newest)) {
-            Some(Ordering::Greater) => progress.stall.due_from = Some(server),
-            // As good as an event: there is nothing new.
-            Some(Ordering::Equal) => progress.last_event = Instant::now(),
-            Some(Ordering::Less) | None => {}
-        }
     }
 }
 

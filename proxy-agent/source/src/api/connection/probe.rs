@@ -7,15 +7,15 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::backoff::between;
 use super::transport::Transport;
+use crate::api::backoff::between;
 
 /// Idle time before a probe. With the probe's time-out it is less than ten seconds. Random, so that nodes that have received
 /// the same change do not probe together.
 const IDLE: [Duration; 2] = [Duration::from_secs(3), Duration::from_secs(4)];
 
 /// Probes the server in use, for ever.
-pub(super) async fn run(transport: Transport) {
+pub(in crate::api) async fn run(transport: Transport) {
     loop {
         let idle = between(IDLE);
         loop {

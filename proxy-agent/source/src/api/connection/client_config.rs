@@ -14,10 +14,10 @@ use jiff::{SignedDuration, Timestamp};
 use kube::config::{AuthInfo, Cluster, KubeConfigOptions, Kubeconfig};
 use tokio::sync::Notify;
 
+use super::error::Error;
 use super::exec_plugin;
-use super::kubernetes::Error;
 use super::servers::{Origin, Servers};
-use super::transport::Transport;
+use super::transport::{Transport, with_root_cause};
 
 /// How often files are checked for changes.
 const POLL: Duration = Duration::from_secs(5);
@@ -40,11 +40,11 @@ pub struct ClientConfig {
 }
 
 /// What was read.
-pub(super) struct Loaded {
-    pub(super) config: kube::Config,
-    pub(super) servers: Vec<Uri>,
+pub(in crate::api) struct Loaded {
+    pub(in crate::api) config: kube::Config,
+    pub(in crate::api) servers: Vec<Uri>,
     /// Whether it is a pod's service account.
-    pub(super) pod: bool,
+    pub(in crate::api) pod: bool,
     /// The files it was read from.
     files: Vec<PathBuf>,
     plugin: Option<PluginCredential>,
@@ -66,7 +66,7 @@ impl PluginCredential {
 
 impl ClientConfig {
     /// Reads all files, and runs the exec plugin if there is one.
-    pub(super) async fn read(&self) -> Result<Loaded, Error> {
+    pub(in crate::api) async fn read(&self) -> Result<Loaded, Error> {
         let configured = self.servers.iter().map(|url| parse(url)).collect::<Result<Vec<Uri>, Error>>()?;
         let mut loaded = match &self.kubeconfig {
             Some(path) => from_kubeconfig(path).await?,
@@ -99,7 +99,7 @@ impl ClientConfig {
     }
 
     /// Reads everything again when a file changes, for ever, and gives it to `transport`. `reload`: a 401 was answered.
-    pub(super) async fn follow_changes(
+    pub(in crate::api) async fn follow_changes(
         self,
         mut loaded: Loaded,
         transport: Transport,
@@ -141,10 +141,7 @@ impl ClientConfig {
                     if let Some(plugin) = &mut loaded.plugin {
                         plugin.at = Instant::now();
                     }
-                    let line = format!(
-                        "{}: the previous credentials stay in use",
-                        super::transport::with_root_cause(&error)
-                    );
+                    let line = format!("{}: the previous credentials stay in use", with_root_cause(&error));
                     servers.set_problem(PROBLEM, Some(line));
                 }
             }

@@ -46,23 +46,23 @@ impl Requests {
         registry.register("proxy_agent_apiserver_failovers", help, self.failovers.clone());
     }
 
-    pub(super) fn begin(&self, method: &str, host: &str) -> Counting<'_> {
+    pub(in crate::api) fn begin(&self, method: &str, host: &str) -> Counting<'_> {
         Counting { requests: self, method: method.to_owned(), host: host.to_owned(), began: Instant::now() }
     }
 
-    pub(super) fn failovers(&self) -> Counter {
+    pub(in crate::api) fn failovers(&self) -> Counter {
         self.failovers.clone()
     }
 
     /// Counts a watch that has ended or could not be started.
-    pub(super) fn ended(&self, resource: &str, reason: &str) {
+    pub(in crate::api) fn ended(&self, resource: &str, reason: &str) {
         self.ended.get_or_create(&[("resource", resource.to_owned()), ("reason", reason.to_owned())]).inc();
     }
 }
 
 /// A request under way.
 #[derive(Debug)]
-pub(super) struct Counting<'a> {
+pub(in crate::api) struct Counting<'a> {
     requests: &'a Requests,
     method: String,
     host: String,
@@ -71,7 +71,7 @@ pub(super) struct Counting<'a> {
 
 impl Counting<'_> {
     /// The request was answered, or has failed (`None`).
-    pub(super) fn done(self, status: Option<StatusCode>) {
+    pub(in crate::api) fn done(self, status: Option<StatusCode>) {
         let Self { requests, method, host, began } = self;
         let code = status.map_or_else(|| "<error>".to_owned(), |status| status.as_u16().to_string());
         let verb = [("verb", method.clone()), ("host", host.clone())];
@@ -94,7 +94,7 @@ mod tests {
         requests.register(&mut registry);
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
-        let page = include_str!("../../../docs/metrics.md");
+        let page = include_str!("../../../../../docs/metrics.md");
         let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
         let names =
             types.map(|(name, of)| if of == "counter" { format!("{name}_total") } else { name.to_owned() });
@@ -112,6 +112,6 @@ mod tests {
             text.contains(r#"proxy_agent_watches_ended_total{resource="services",reason="expired"} 1"#),
             "{text}"
         );
-        assert!(text.contains("proxy_agent_apiserver_moves_total 0"), "{text}");
+        assert!(text.contains("proxy_agent_apiserver_failovers_total 0"), "{text}");
     }
 }
