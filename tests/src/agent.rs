@@ -19,7 +19,7 @@ use tempfile::TempDir;
 use crate::apiserver::ApiServer;
 use crate::manifests::ManifestDir;
 use crate::pod::Place;
-use crate::probe::eventually;
+use crate::probe::{eventually, eventually_by_command};
 use crate::town::Town;
 
 /// How long the agent may take to start, and to end.
@@ -180,7 +180,7 @@ impl Agent {
 
     /// Waits until `status` calls it healthy; what an earlier agent has left behind does not count.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let ended = eventually(START * crate::patience(), || {
+        let ended = eventually_by_command(START, || {
             if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
                 // No use in waiting any longer.
                 return Ok(Some(status));
@@ -217,8 +217,7 @@ impl Agent {
     /// Waits until it has ended by itself.
     pub fn ended(&mut self) -> Result<ExitStatus> {
         let mut child = self.child.take().context("the agent does not run")?;
-        let waited =
-            eventually(START * crate::patience(), || child.try_wait()?.context("the agent does not end"));
+        let waited = eventually(START, || child.try_wait()?.context("the agent does not end"));
         if waited.is_err() {
             // It must not outlive the test that finds this.
             let _ = child.kill();

@@ -17,13 +17,31 @@ use crate::pod::Place;
 /// How long one line of the test-pod program may take beyond what it was asked to do.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Tries until it succeeds or time is up, with short waits: the only way to wait here.
+/// The longest pause between two tries.
+const PAUSE: Duration = Duration::from_millis(50);
+/// The same where each try is a command of the agent's: half a hundred of them would cost as much as its start.
+const COMMAND_PAUSE: Duration = Duration::from_millis(200);
+
+/// Tries until it succeeds or time is up, with short waits: the only way to wait here. The time is multiplied by
+/// [`patience`](crate::patience).
 ///
 /// # Errors
 /// The last error, with how long and how often it was tried.
-pub fn eventually<T>(timeout: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
-    let begun = Instant::now();
-    let mut pause = Duration::from_millis(1);
+pub fn eventually<T>(timeout: Duration, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    try_until(timeout, PAUSE, attempt)
+}
+
+/// The same with longer pauses, for what asks the agent by a command.
+///
+/// # Errors
+/// As those of [`eventually`].
+pub fn eventually_by_command<T>(timeout: Duration, attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    try_until(timeout, COMMAND_PAUSE, attempt)
+}
+
+fn try_until<T>(timeout: Duration, longest: Duration, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    let (begun, timeout) = (Instant::now(), timeout * crate::patience());
+    let mut pause = longest / 50;
     for tries in 1.. {
         match attempt() {
             Ok(value) => return Ok(value),
@@ -32,7 +50,7 @@ pub fn eventually<T>(timeout: Duration, mut attempt: impl FnMut() -> Result<T>) 
             }
             Err(_) => std::thread::sleep(pause),
         }
-        pause = (pause * 2).min(Duration::from_millis(50));
+        pause = (pause * 2).min(longest);
     }
     unreachable!("the tries do not run out")
 }
@@ -308,23 +326,23 @@ pub struct Runner<T> {
 }
 
 impl Runner<Load> {
-    /// A steady load of new connections for at most `limit`.
+    /// A steady load of new connections for at most `limit`, times [`patience`](crate::patience).
     pub fn load(place: &Place, ask: &Ask, rate: u32, concurrency: u32, limit: Duration) -> Result<Self> {
         let more = [
             ("--rate", rate.to_string()),
             ("--concurrency", concurrency.to_string()),
-            ("--seconds", limit.as_secs_f64().to_string()),
+            ("--seconds", (limit * crate::patience()).as_secs_f64().to_string()),
         ];
         Self::start(place, "load", &ask.and(&more))
     }
 }
 
 impl Runner<Hold> {
-    /// One socket with an exchange at every interval for at most `limit`.
+    /// One socket with an exchange at every interval for at most `limit`, times [`patience`](crate::patience).
     pub fn hold(place: &Place, ask: &Ask, interval: Duration, limit: Duration) -> Result<Self> {
         let more = [
             ("--interval-ms", interval.as_millis().to_string()),
-            ("--seconds", limit.as_secs_f64().to_string()),
+            ("--seconds", (limit * crate::patience()).as_secs_f64().to_string()),
         ];
         Self::start(place, "hold", &ask.and(&more))
     }

@@ -198,7 +198,7 @@ impl<'a> Ground<'a> {
 
     /// Waits until the agent has removed the rules of a kube-proxy.
     pub fn rules_gone(&self) -> Result<()> {
-        eventually(TAKES_OVER * crate::patience(), || {
+        eventually(TAKES_OVER, || {
             ensure!(!self.has_rules()?, "rules are left: {}", self.agent.log_text());
             Ok(())
         })
@@ -286,7 +286,7 @@ impl<'a> Ground<'a> {
 
     /// Waits until the tables say what has been published.
     pub fn in_line(&self) -> Result<()> {
-        eventually(SOON * crate::patience(), || self.is_in_line())
+        eventually(SOON, || self.is_in_line())
     }
 
     /// Waits for an agent that has been started, and until it has brought everything in line; what is not is lost.
@@ -301,7 +301,7 @@ impl<'a> Ground<'a> {
         let wanted: BTreeSet<String> =
             pods.iter().flat_map(|pod| self.town.place(pod).at(TARGET)).map(|at| at.to_string()).collect();
         let prefix = format!("default/{service}:");
-        eventually(SOON * crate::patience(), || {
+        eventually(SOON, || {
             let now: BTreeMap<_, _> =
                 self.look()?.into_iter().filter(|(frontend, _)| frontend.starts_with(&prefix)).collect();
             let all: BTreeSet<String> = now.values().flatten().cloned().collect();

@@ -52,7 +52,7 @@ fn counted(town: &Town, metric: &str, label: &str) -> Result<u64> {
 
 /// The change to endpoint c is noticed although a server keeps it back.
 fn is_followed(agent: &Agent, pod: &Place, vip: SocketAddr) -> Result<()> {
-    eventually((NOTICED + FOLLOWED) * proxy_tests::patience(), || {
+    eventually(NOTICED + FOLLOWED, || {
         let name = get(pod, &quick(vip))?.name;
         ensure!(name == "c", "{name} answers");
         Ok(())

@@ -54,7 +54,7 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
             used.cut();
         }
         controller.replace(&[town.place(home)])?;
-        eventually(Duration::from_secs(limit) * proxy_tests::patience(), || answers_now(&town, vip, home))
+        eventually(Duration::from_secs(limit), || answers_now(&town, vip, home))
             .with_context(|| format!("{fault:?}:\n{}", agent.log_text()))?;
         eprintln!("{fault:?}: another server is followed after {:?}", begun.elapsed());
         used.fail(Fault::None);

@@ -95,7 +95,7 @@ fn events_of_a_time_of_trouble_are_told_when_it_is_over_and_the_server_is_not_as
     ensure!(server.events().is_empty());
     server.fail(Fault::None);
     agent.wait_ready()?;
-    eventually(LASTS * proxy_tests::patience(), || event(&server, "Starting"))?;
+    eventually(LASTS, || event(&server, "Starting"))?;
     let starts = server.events().iter().filter(|event| event["reason"] == "Starting").count();
     ensure!(starts == 1, "{:#?}", server.events());
     Ok(())

@@ -8,7 +8,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::answer::{Hold, Load};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
-use proxy_tests::probe::{Ask, Runner, Server, eventually, get};
+use proxy_tests::probe::{Ask, Runner, Server, eventually, eventually_by_command, get};
 use proxy_tests::town::{Plan, Town};
 use serde_json::Value;
 
@@ -210,7 +210,7 @@ pub(crate) fn quick(to: SocketAddr) -> Ask {
 
 /// Waits until `status` satisfies a wish.
 pub(crate) fn status_until(agent: &Agent, what: &str, wish: impl Fn(&Value) -> bool) -> Result<Value> {
-    eventually(SOON, || {
+    eventually_by_command(SOON, || {
         let status = agent.status_json()?;
         ensure!(wish(&status), "{what}: {status:#}");
         Ok(status)

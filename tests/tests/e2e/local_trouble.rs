@@ -15,6 +15,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::chaos::crowd::{Crowd, Manner};
 use proxy_tests::manifests::{EndpointController, ManifestDir};
 use proxy_tests::object::{Key, Kind, Object, Publish};
+use proxy_tests::patience;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::eventually;
 use proxy_tests::require::agent_binary;
@@ -57,12 +58,12 @@ fn is_at_work(
     let begun = Instant::now();
     web.replace(&[town.place(to)])?;
     answers(town.place("a"), service(1)[0], to)?;
-    ensure!(begun.elapsed() < AT_ONCE, "the endpoint changed only after {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < AT_ONCE * patience(), "the endpoint changed only after {:?}", begun.elapsed());
     let begun = Instant::now();
     town.add_pod("node1", pod)?;
     // Left to its packets: they are translated at its interface.
     answers(town.place(pod), service(1)[0], to)?;
-    ensure!(begun.elapsed() < AT_ONCE, "the pod was served only after {:?}", begun.elapsed());
+    ensure!(begun.elapsed() < AT_ONCE * patience(), "the pod was served only after {:?}", begun.elapsed());
     status_until(agent, "one more interface", |status| interfaces(status) == before.map(|n| n + 1))?;
     let (host, outside) = (town.place("node1"), town.place("outside"));
     for (from, at, path) in [
@@ -74,7 +75,11 @@ fn is_at_work(
         let begun = Instant::now();
         let (code, page) = http(from, &at, path)?;
         ensure!(code == 200, "{at}{path}: {code}: {page}");
-        ensure!(begun.elapsed() < AT_ONCE, "{at}{path} answered only after {:?}", begun.elapsed());
+        ensure!(
+            begun.elapsed() < AT_ONCE * patience(),
+            "{at}{path} answered only after {:?}",
+            begun.elapsed()
+        );
     }
     Ok(())
 }
@@ -201,7 +206,11 @@ fn logs_to(stderr: Stderr) -> Result<()> {
     let begun = Instant::now();
     let status = agent.stop()?;
     ensure!(status.success(), "{status}");
-    ensure!(begun.elapsed() < Duration::from_secs(10), "it ended only after {:?}", begun.elapsed());
+    ensure!(
+        begun.elapsed() < Duration::from_secs(10) * patience(),
+        "it ended only after {:?}",
+        begun.elapsed()
+    );
     Ok(())
 }
 

@@ -68,7 +68,7 @@ impl Scene {
 
     /// Waits until that is so many more than before.
     fn repaired(&self, what: &str, before: u64, more: usize, within: Duration) -> Result<()> {
-        eventually(within * proxy_tests::patience(), || {
+        eventually(within, || {
             let now = self.repairs(what)?;
             ensure!(now >= before + more as u64, "{what}: {now} after {before}, not {more} more");
             Ok(())
@@ -117,7 +117,7 @@ fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -
     let log = scene.agent.log_text();
     ensure!(log.contains("link tc_egress at interface eth0"), "{log}");
     // The record that it reads is renewed every few seconds.
-    eventually(SECONDS * proxy_tests::patience(), || {
+    eventually(SECONDS, || {
         let (code, page) = scene.agent.ask(&["status"])?;
         ensure!(
             code.success() && page.contains("removed or changed by somebody else and restored"),
@@ -144,7 +144,7 @@ fn pins_that_somebody_removes_come_back_and_nothing_is_lost_meanwhile() -> Resul
         let repaired = scene.repairs("pin")?;
         sabotage.commit(&scene.agent)?;
         scene.repaired("pin", repaired, 1, SECONDS).context(sabotage.name())?;
-        eventually(SECONDS * proxy_tests::patience(), || {
+        eventually(SECONDS, || {
             let (code, page) = scene.agent.ask(&["status"])?;
             ensure!(code.success(), "{page}");
             let now = (links(&scene.agent)?, pins(&scene.agent)?);
@@ -184,7 +184,7 @@ fn entries_that_somebody_deletes_changes_or_adds_are_as_they_were_within_a_minut
         hurt += sabotage.commit(&scene.agent)?;
     }
     let within = Sabotage::DeleteEntries.undone_within();
-    eventually(within * proxy_tests::patience(), || {
+    eventually(within, || {
         let now = contents(&scene.agent)?;
         let missing: Vec<_> = before.iter().filter(|entry| !now.contains(entry)).collect();
         let extra: Vec<_> = now.iter().filter(|entry| !before.contains(entry)).collect();

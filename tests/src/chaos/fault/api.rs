@@ -63,7 +63,7 @@ impl Fault for Api {
             ground.clients.step(format!("api {number}: over"));
         }
         let (begun, begun_ms) = (Instant::now(), now_ms());
-        let outcome = eventually(FOLLOWS * crate::patience(), || ground.is_in_line());
+        let outcome = eventually(FOLLOWS, || ground.is_in_line());
         self.slowest = self.slowest.max(begun.elapsed());
         ground.clients.note(
             "the agent",
@@ -85,7 +85,7 @@ impl Fault for Api {
 
 /// The server that the agent watches; it leaves another one as a whole.
 fn in_use(servers: &[ApiServer; 2]) -> Result<&ApiServer> {
-    eventually(FOLLOWS * crate::patience(), || match servers.each_ref().map(ApiServer::is_watched) {
+    eventually(FOLLOWS, || match servers.each_ref().map(ApiServer::is_watched) {
         [true, false] => Ok(&servers[0]),
         [false, true] => Ok(&servers[1]),
         watched => bail!("which of the servers are watched: {watched:?}"),

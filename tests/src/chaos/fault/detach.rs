@@ -45,9 +45,7 @@ impl Fault for Detach {
         ground.clients.step(format!("detach {number}: {}", sabotage.name()));
         let (begun, begun_ms) = (Instant::now(), now_ms());
         sabotage.commit(&ground.agent)?;
-        let outcome = eventually(sabotage.undone_within() * crate::patience(), || {
-            Attached::read(&ground.agent)?.is(&before)
-        });
+        let outcome = eventually(sabotage.undone_within(), || Attached::read(&ground.agent)?.is(&before));
         ground.clients.end_gap(now_ms());
         ground.clients.step(format!("detach {number}: {} is undone", sabotage.name()));
         let longest = self.longest.entry(sabotage).or_default();

@@ -58,7 +58,7 @@ impl Fault for IdleClients {
             ground.clients.step(format!("idle clients {number}: moving to {pods:?}"));
             let (begun, begun_ms) = (Instant::now(), now_ms());
             ground.move_to(pods)?;
-            let outcome = eventually(AT_ONCE * crate::patience(), || ground.is_in_line());
+            let outcome = eventually(AT_ONCE, || ground.is_in_line());
             self.slowest = self.slowest.max(begun.elapsed());
             ground.clients.note(
                 "the agent",
@@ -87,7 +87,7 @@ impl Fault for IdleClients {
     fn end(&mut self, ground: &mut Ground<'_>) -> Result<Vec<String>> {
         ground.settle();
         let begun = now_ms();
-        let outcome = eventually(FREE * crate::patience(), || {
+        let outcome = eventually(FREE, || {
             let open = descriptors(&ground.agent)?;
             ensure!(open <= self.open, "{open} descriptors are open, {} were before", self.open);
             Ok(())

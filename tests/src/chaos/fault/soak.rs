@@ -104,12 +104,11 @@ impl Soak {
     /// Waits for what only time ends, and tells what is left.
     fn last(&self, ground: &mut Ground<'_>, first: &Figures) -> Result<Figures> {
         let begun = now_ms();
-        let outcome = eventually(ENDS * crate::patience(), || first.no_more_flows(&Figures::read(ground)?));
+        let outcome = eventually(ENDS, || first.no_more_flows(&Figures::read(ground)?));
         ground.clients.note("the agent", "no flow that lives", begun, outcome);
         if self.lasts >= REMEMBERED {
             ground.clients.step("soak: what is remembered is forgotten");
-            let outcome =
-                eventually(REMEMBERED * crate::patience(), || first.no_more_traffic(&Figures::read(ground)?));
+            let outcome = eventually(REMEMBERED, || first.no_more_traffic(&Figures::read(ground)?));
             ground.clients.note("tables of traffic", "not more than at the beginning", begun, outcome);
         }
         Figures::read(ground)

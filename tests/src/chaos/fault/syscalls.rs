@@ -247,9 +247,7 @@ fn run(ground: &mut Ground<'_>, step: &str, at: Option<(&Site, Act)>) -> Result<
 /// A start, and a sync; less of it if the agent ends.
 fn live(ground: &mut Ground<'_>, pid: Pid, ended: impl Fn() -> bool) -> Result<()> {
     let id = u32::try_from(pid.as_raw()).ok();
-    let until = |check: &dyn Fn() -> Result<()>| {
-        eventually(SOON * crate::patience(), || if ended() { Ok(()) } else { check() })
-    };
+    let until = |check: &dyn Fn() -> Result<()>| eventually(SOON, || if ended() { Ok(()) } else { check() });
     until(&|| ground.agent.is_ready(id)).context("it does not get ready")?;
     if ended() {
         return Ok(());
