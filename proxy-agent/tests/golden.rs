@@ -297,7 +297,7 @@ impl Stage {
         // What waits for numbers that rest now is served at once by an agent that starts.
         let waits = pass.plan.retry_at_ms.is_some();
         let warnings = self.warnings(&pass.plan);
-        let planner = pass.applied(now_ms);
+        let planner = pass.applied(now_ms).0;
         assert_eq!(planner.actual(), &self.memory.actual, "what the planner believes is not what is");
         self.planner = Some(planner);
         self.now_ms += 1_000;

@@ -134,7 +134,7 @@ impl Trial {
         let planner = Planner::new(&trial.actual, Capacity::default());
         let pass = planner.full(&trial.world.take_desired(), 0);
         pass.plan.steps.iter().for_each(|step| trial.actual.apply(step));
-        trial.planner = Some(pass.applied(0));
+        trial.planner = Some(pass.applied(0).0);
         trial
     }
 
@@ -193,7 +193,7 @@ impl Trial {
                 return Err(format!("flows to {} are torn, from {before:?} to {after:?}", ip(n)));
             }
         }
-        self.planner = Some(pass.applied(self.now_ms));
+        self.planner = Some(pass.applied(self.now_ms).0);
         Ok(())
     }
 

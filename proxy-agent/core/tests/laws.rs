@@ -9,7 +9,9 @@ use agent_core::datapath::memory::{Fault, Faulty, Memory};
 use agent_core::model::{
     Desired, DesiredFrontend, DesiredService, Family, NodeTables, ObjectName, ServicePort,
 };
-use agent_core::plan::{Actual, Capacity, GRACE_MS, Pass, Planner, Step, lint, lint_prefix, service_name};
+use agent_core::plan::{
+    Actual, Capacity, GRACE_MS, Planner, Proposal, Step, lint, lint_prefix, service_name,
+};
 use proptest::prelude::*;
 use proxy_common::abi::{
     Backend, Config, Frontend, FrontendKey, Iface, RouteKey, SourceKey, address, backend, frontend,
@@ -279,7 +281,7 @@ impl Watched {
     }
 
     /// Carries out a plan and checks all that must hold on the way.
-    fn carry_out(&mut self, pass: Pass, now_ms: u64) -> Planner {
+    fn carry_out(&mut self, pass: Proposal, now_ms: u64) -> Planner {
         let steps = pass.plan.steps.clone();
         let before = seen(&self.memory.actual);
         let mut finished = self.memory.actual.clone();
@@ -302,7 +304,7 @@ impl Watched {
         self.note(now_ms);
         let actual = &self.memory.actual;
         assert_eq!(lint(actual), [], "{}\n{}", lines(&steps), actual.dump());
-        let planner = pass.applied(now_ms);
+        let planner = pass.applied(now_ms).0;
         assert_eq!(planner.actual(), actual);
         let mut twice = actual.clone();
         steps.iter().for_each(|step| twice.apply(step));
@@ -462,7 +464,7 @@ proptest! {
                 let pass = planner.full(desired, now_ms);
                 let before = tables.inner.writes;
                 let Err((done, _)) = tables.apply(&pass.plan.steps) else {
-                    kept = Some(pass.applied(now_ms));
+                    kept = Some(pass.applied(now_ms).0);
                     break;
                 };
                 prop_assert_eq!(tables.inner.writes - before, done);
@@ -539,7 +541,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     let mut memory = Memory::default();
     let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
     memory.apply(&pass.plan.steps).unwrap();
-    let planner = pass.applied(1);
+    let planner = pass.applied(1).0;
     assert_eq!(lint(&memory.actual), []);
 
     let (port, service) = desired.services.iter_mut().nth(5_000).unwrap();
@@ -558,7 +560,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     assert_eq!(lines[6], "backend 20004 retired gen 1");
 
     memory.apply(&pass.plan.steps).unwrap();
-    let planner = pass.applied(5_001);
+    let planner = pass.applied(5_001).0;
     assert_eq!(planner.full(&desired, 5_002).plan.steps, []);
 }
 
@@ -566,7 +568,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
 fn an_unchanged_service_in_a_change_writes_nothing() {
     // S-22.
     let desired = big_world(10, 3);
-    let planner = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0).applied(0);
+    let planner = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0).applied(0).0;
     let all: Vec<_> = desired.services.iter().map(|(p, s)| (p.clone(), Some(s.clone()))).collect();
     assert_eq!(planner.dirty(&all, Some(&desired.node), 1).plan, Default::default());
 }
@@ -644,12 +646,12 @@ fn a_full_table_is_named_with_its_remedy_and_tried_again() {
                      raise --max-backends; until then it stays as it is";
     assert_eq!(pass.plan.warnings, [warning]);
     assert_eq!(pass.plan.retry_at_ms, Some(GRACE_MS));
-    let planner = pass.applied(0);
+    let planner = pass.applied(0).0;
     desired.services.remove(&port(0));
-    let planner = planner.dirty(&[(port(0), None)], None, 10).applied(10);
+    let planner = planner.dirty(&[(port(0), None)], None, 10).applied(10).0;
     let pass = planner.dirty(&[], None, 10 + GRACE_MS);
     assert_eq!(pass.plan.warnings, Vec::<String>::new());
-    assert_eq!(observe(pass.applied(10 + GRACE_MS).actual()), expect(&desired));
+    assert_eq!(observe(pass.applied(10 + GRACE_MS).0.actual()), expect(&desired));
 }
 
 #[test]

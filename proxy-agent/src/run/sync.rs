@@ -91,7 +91,7 @@ impl Agent {
 
     /// Plans and writes. After an error the kernel must be read again.
     fn write(&mut self, now: u64) -> Result<Written> {
-        let sync = if self.full || self.planner.is_none() {
+        let proposal = if self.full || self.planner.is_none() {
             let actual = self.kernel.read().context("reading the tables")?;
             if self.adoption.is_none() {
                 let mut adoption = Adoption::plan(self.served, &actual);
@@ -115,19 +115,19 @@ impl Agent {
                 None => bail!("no planner between two syncs"),
             }
         };
-        let retired = sockets::retires_udp(sync.before(), &sync.plan.steps);
-        let lost = lost::lost(&self.world, sync.before(), &sync.plan.steps);
-        if let Err((done, error)) = self.kernel.apply(&sync.plan.steps) {
-            let failed = sync.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
+        let retired = sockets::retires_udp(proposal.before(), &proposal.plan.steps);
+        let lost = lost::lost(&self.world, proposal.before(), &proposal.plan.steps);
+        if let Err((done, error)) = self.kernel.apply(&proposal.plan.steps) {
+            let failed = proposal.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
             return Err(anyhow!(error).context(format!(
                 "step {} of {} was not done: {failed}",
                 done + 1,
-                sync.plan.steps.len()
+                proposal.plan.steps.len()
             )));
         }
-        let plan = sync.plan.clone();
+        let (planner, plan) = proposal.applied(self.now_ms());
+        self.planner = Some(planner);
         self.growth.short(plan.short.iter().copied());
-        self.planner = Some(sync.applied(self.now_ms()));
         self.full = false;
         self.lost.reset(lost);
         Ok(Written { plan, retired })

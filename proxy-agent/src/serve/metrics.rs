@@ -27,55 +27,13 @@ use super::page::{Page, of_agent, of_component, of_kube_proxy};
 use super::pages::{Pages, Slis};
 use super::process::Process;
 use super::repairs::Repairs;
+use super::snapshot::Snapshot;
 use super::syncs::Syncs;
 use agent_core::model::NoLocalByFamily;
 use agent_kernel::datapath::pinned::MapFill;
 use agent_kernel::datapath::tables::growth::Standing;
 use agent_source::api::Requests;
 use agent_source::blocking::run_blocking;
-
-/// What the run loop and the tables know at one moment.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Snapshot {
-    /// Where the Services come from.
-    pub source: String,
-    /// Whether the source answers.
-    pub connected: bool,
-    /// Services known.
-    pub services: u64,
-    /// Endpoints known.
-    pub endpoints: u64,
-    /// Frontends programmed.
-    pub frontends: u64,
-    /// Interfaces with programs.
-    pub interfaces: u64,
-    /// Interfaces that refused a program.
-    pub interfaces_failed: u64,
-    /// Syncs that changed a table.
-    pub generation: u64,
-    /// Objects left out.
-    pub warnings: u64,
-    /// Slice changes received and not yet programmed (H-36).
-    pub endpoint_changes_pending: u64,
-    /// Slice changes received (H-37).
-    pub endpoint_changes: u64,
-    /// Services with changes not yet programmed (H-38).
-    pub service_changes_pending: u64,
-    /// Service changes received, once for each family (H-39, H-49).
-    pub service_changes: u64,
-    /// Service ports without an endpoint here (H-42).
-    pub without_local: NoLocalByFamily,
-    /// Connections to the agent's own ports.
-    pub connections: Counts,
-    /// The counters of REASONS.
-    pub reasons: Vec<(Reason, u64)>,
-    /// How full the tables are.
-    pub tables: Vec<MapFill>,
-    /// How they grow.
-    pub growth: Standing,
-    /// How long clients are remembered, by Service id: what decides whether an entry of AFFINITY is in use.
-    pub affinity_secs: BTreeMap<u32, u32>,
-}
 
 /// Where snapshots come from. Asked at each scrape, on a thread that may wait for the kernel.
 pub type Snapshots = dyn Fn() -> Snapshot + Send + Sync;

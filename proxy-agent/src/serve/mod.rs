@@ -12,6 +12,7 @@ mod pages;
 pub mod process;
 mod repairs;
 pub mod service_health;
+mod snapshot;
 pub mod syncs;
 
 use std::io;
@@ -23,7 +24,7 @@ use tokio::net::TcpListener;
 
 pub use health::Health;
 pub use http::{Connections, Limits};
-pub use metrics::{Metrics, Snapshot};
+pub use metrics::Metrics;
 pub use service_health::ServiceHealth;
 
 /// How long to wait before an address is tried again (H-12, H-28).

@@ -1,7 +1,7 @@
 //! The figures of one scrape, each under its documented name (docs/metrics.md).
 
 use super::health::{Health, family_name};
-use super::metrics::Snapshot;
+use super::snapshot::Snapshot;
 use agent_core::model::{Family, NoLocalByFamily};
 use agent_kernel::datapath::pinned::MapFill;
 use agent_kernel::datapath::tables::growth::Standing;

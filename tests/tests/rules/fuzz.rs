@@ -328,7 +328,7 @@ impl Agent {
         let planner = self.planner.take().expect("a planner is always put back");
         let pass = planner.dirty(&dirty, Some(&self.world.node()), self.now_ms);
         self.memory.apply(&pass.plan.steps).expect("room in the tables");
-        self.planner = Some(pass.applied(self.now_ms));
+        self.planner = Some(pass.applied(self.now_ms).0);
     }
 
     /// What stands in the tables for a Service, or for all: without the numbers that are given out anew.

@@ -134,7 +134,7 @@ impl<'a, P: Programs> System<'a, P> {
         assert_eq!(pass.plan.warnings, [""; 0], "room in the tables");
         self.programs.apply(&pass.plan.steps);
         let writes = pass.plan.steps.len();
-        self.planner = Some(pass.applied(self.now_ms));
+        self.planner = Some(pass.applied(self.now_ms).0);
         writes
     }
 
@@ -149,7 +149,7 @@ impl<'a, P: Programs> System<'a, P> {
         let pass = planner.dirty(&dirty, Some(&self.world.node()), self.now_ms);
         assert_eq!(pass.plan.warnings, [""; 0], "room in the tables");
         self.programs.apply(&pass.plan.steps);
-        self.planner = Some(pass.applied(self.now_ms));
+        self.planner = Some(pass.applied(self.now_ms).0);
         self.programs.forget_half_open();
     }
 

@@ -15,7 +15,7 @@ use proxy_common::abi::RouteKey;
 use proxy_common::addr::Addr;
 
 use super::conflicts::Owners;
-use super::tables::is_global;
+use super::node::is_global;
 use super::{Family, Link, Node, Route};
 
 /// A way out of the node, as far as the choice of a source depends on it.

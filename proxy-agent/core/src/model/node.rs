@@ -134,6 +134,15 @@ pub struct Route {
     pub table: u32,
 }
 
+/// Whether an address means this node to others: neither loopback nor link-local, nor no address at all.
+pub(super) fn is_global(ip: &IpAddr) -> bool {
+    let link_local = match ip {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !link_local && !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -59,15 +59,6 @@ pub(super) fn node_tables(
     }
 }
 
-/// Whether an address means this node to others: neither loopback nor link-local, nor no address at all.
-pub(super) fn is_global(ip: &IpAddr) -> bool {
-    let link_local = match ip {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    !link_local && !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast()
-}
-
 /// The global addresses of links.
 pub(super) fn global_addresses(links: &[Link]) -> impl Iterator<Item = IpAddr> {
     let own = links.iter().filter(|link| !link.holds_cluster_ips());

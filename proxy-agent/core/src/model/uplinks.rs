@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::conflicts::Owners;
-use super::tables::is_global;
+use super::node::is_global;
 use super::{Device, Family, Link, Node, Route, Settings};
 
 /// The indices of interfaces that are uplinks.

@@ -113,3 +113,12 @@ impl fmt::Display for Shortage {
         }
     }
 }
+
+/// Why a Service port was left as it is.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("its name is longer than Kubernetes allows; rename it")]
+    Name,
+    #[error("{0}")]
+    Full(Shortage),
+}

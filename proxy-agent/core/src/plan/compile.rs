@@ -6,19 +6,11 @@ use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, SourceKey, backend,
 use proxy_common::addr::{Addr, Port};
 
 use super::batch::Batch;
-use super::capacity::Shortage;
-use super::planner::{Planner, describe, service_name};
+use super::capacity::{Refusal, Shortage};
+use super::name::{describe, service_name};
+use super::planner::Planner;
 use super::step::Step;
 use crate::model::{DesiredService, ServicePort};
-
-/// Why a Service port was left as it is.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Refusal {
-    #[error("its name is longer than Kubernetes allows; rename it")]
-    Name,
-    #[error("{0}")]
-    Full(Shortage),
-}
 
 impl From<Shortage> for Refusal {
     fn from(shortage: Shortage) -> Self {

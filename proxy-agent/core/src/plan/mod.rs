@@ -33,6 +33,7 @@ mod capacity;
 mod compile;
 mod lint;
 mod mirror;
+mod name;
 mod planner;
 mod pool;
 mod print;
@@ -41,7 +42,8 @@ mod step;
 pub use actual::Actual;
 pub use capacity::Capacity;
 pub use lint::{Violation, lint, lint_prefix};
-pub use planner::{Pass, Planner, service_name};
+pub use name::service_name;
+pub use planner::{Planner, Proposal};
 pub use pool::GRACE_MS;
 pub use step::Step;
 

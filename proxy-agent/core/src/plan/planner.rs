@@ -6,16 +6,16 @@ use proxy_common::abi::TEXT_LEN;
 use proxy_common::abi::{Run, ServiceName, text};
 
 use super::batch::{Batch, Released};
-use super::capacity::Capacity;
-use super::compile::Refusal;
+use super::capacity::{Capacity, Refusal};
 use super::mirror::Mirror;
+use super::name::{describe, service_name};
 use super::pool::{GRACE_MS, IdPool, RunPool};
 use super::{Actual, Plan};
 use crate::model::{Desired, DesiredService, Family, NodeTables, ServicePort};
 
 /// What is in the tables, what is free in them, and what did not fit.
 ///
-/// Planning takes the planner; [`Pass::applied`] gives it back. Whoever could not carry out a plan to its
+/// Planning takes the planner; [`Proposal::applied`] gives it back. Whoever could not carry out a plan to its
 /// end has no planner any more, and can only read the tables and begin again with [`Planner::new`] and
 /// [`Planner::full`]: a planner that is wrong about the tables does not exist.
 #[derive(Debug)]
@@ -36,14 +36,14 @@ pub struct Planner {
 /// A plan, and the planner that made it.
 #[must_use = "a plan that is not carried out leaves the tables as they are"]
 #[derive(Debug)]
-pub struct Pass {
+pub struct Proposal {
     planner: Planner,
     released: Released,
     /// What to write and what to say.
     pub plan: Plan,
 }
 
-impl Pass {
+impl Proposal {
     /// The tables as they are before the plan is carried out.
     #[must_use]
     pub fn before(&self) -> &Actual {
@@ -53,7 +53,7 @@ impl Pass {
     /// To be called when all steps of the plan have been done, with the time after the last of them: from
     /// then on what the plan released rests.
     #[must_use = "the planner is needed for the next plan"]
-    pub fn applied(self, now_ms: u64) -> Planner {
+    pub fn applied(self, now_ms: u64) -> (Planner, Plan) {
         let Self { mut planner, released, plan } = self;
         for step in &plan.steps {
             planner.mirror.apply(step);
@@ -61,7 +61,7 @@ impl Pass {
         released.services.into_iter().for_each(|id| planner.ids.release(id, now_ms));
         released.backends.into_iter().for_each(|index| planner.indices.release(index, now_ms));
         released.runs.into_iter().for_each(|run| planner.runs.release(run, now_ms));
-        planner
+        (planner, plan)
     }
 }
 
@@ -93,17 +93,17 @@ impl Planner {
 
     /// Compares everything, and removes what is not desired: to be called only when every source has
     /// delivered its first complete list (Y-17).
-    pub fn full(self, desired: &Desired, now_ms: u64) -> Pass {
+    pub fn full(self, desired: &Desired, now_ms: u64) -> Proposal {
         self.compare(desired, true, now_ms)
     }
 
     /// The same for a source of which a part could never be read: what is missing may only be unreadable, so
     /// no Service is removed, and none loses its last endpoint.
-    pub fn full_keeping(self, desired: &Desired, now_ms: u64) -> Pass {
+    pub fn full_keeping(self, desired: &Desired, now_ms: u64) -> Proposal {
         self.compare(desired, false, now_ms)
     }
 
-    fn compare(mut self, desired: &Desired, whole: bool, now_ms: u64) -> Pass {
+    fn compare(mut self, desired: &Desired, whole: bool, now_ms: u64) -> Proposal {
         self.settle(now_ms);
         self.refused.clear();
         self.node_refused = None;
@@ -124,7 +124,7 @@ impl Planner {
                 self.update(&mut batch, port, service);
             }
         }
-        self.pass(batch, Some(&desired.node), true, now_ms)
+        self.propose(batch, Some(&desired.node), true, now_ms)
     }
 
     /// Compares the Services given (`None`: removed) and, if given, the node. Costs what they cost, whatever
@@ -134,7 +134,7 @@ impl Planner {
         services: &[(ServicePort, Option<DesiredService>)],
         node: Option<&NodeTables>,
         now_ms: u64,
-    ) -> Pass {
+    ) -> Proposal {
         self.settle(now_ms);
         let mut batch = Batch::default();
         let waiting = self.node_refused.take();
@@ -158,7 +158,7 @@ impl Planner {
         for (port, service) in &again {
             self.update(&mut batch, port, service);
         }
-        self.pass(batch, node, false, now_ms)
+        self.propose(batch, node, false, now_ms)
     }
 
     /// Whether a Service port has endpoints in the tables.
@@ -188,7 +188,7 @@ impl Planner {
         self.refused.insert(port.clone(), service.clone());
     }
 
-    fn pass(self, mut batch: Batch, node: Option<&NodeTables>, everything: bool, now_ms: u64) -> Pass {
+    fn propose(self, mut batch: Batch, node: Option<&NodeTables>, everything: bool, now_ms: u64) -> Proposal {
         let short = std::mem::take(&mut batch.short);
         let (steps, mut released, warnings) = batch.finish(&self.mirror, node, everything);
         released.runs.retain(|run| !self.tainted.contains(run));
@@ -196,7 +196,7 @@ impl Planner {
         let comes_free =
             !steps.is_empty() || self.ids.resting() + self.indices.resting() + self.runs.resting() != 0;
         let retry_at_ms = (waits && comes_free).then_some(now_ms.saturating_add(GRACE_MS));
-        Pass { planner: self, released, plan: Plan { steps, warnings, short, retry_at_ms } }
+        Proposal { planner: self, released, plan: Plan { steps, warnings, short, retry_at_ms } }
     }
 }
 
@@ -223,34 +223,4 @@ fn used_runs(mirror: &Mirror, limit: u32) -> (BTreeSet<Run>, BTreeSet<Run>) {
         }
     }
     (owned.into_iter().map(|(run, _)| run).collect(), tainted)
-}
-
-/// The name under which a Service port stands in SERVICES; `None` when a part of it is too long.
-#[must_use]
-pub fn service_name(port: &ServicePort) -> Option<ServiceName> {
-    let parts = [&port.service.namespace, &port.service.name, &port.port];
-    if parts.iter().any(|part| part.len() >= TEXT_LEN) {
-        return None;
-    }
-    Some(ServiceName {
-        namespace: text(&port.service.namespace),
-        name: text(&port.service.name),
-        port: text(&port.port),
-        proto: port.proto,
-        family: match port.family {
-            Family::V4 => 4,
-            Family::V6 => 6,
-        },
-        pad: [0; 2],
-    })
-}
-
-/// `Service default/web port http (TCP, IPv4)`.
-pub(super) fn describe(port: &ServicePort) -> String {
-    let family = match port.family {
-        Family::V4 => "IPv4",
-        Family::V6 => "IPv6",
-    };
-    let name = if port.port.is_empty() { String::new() } else { format!(" port {}", port.port) };
-    format!("Service {}/{}{name} ({}, {family})", port.service.namespace, port.service.name, port.proto)
 }

@@ -5,7 +5,7 @@
 //! connections that nobody knows is a Service's again. Connections that have been adopted are translated by netfilter as before,
 //! whether there are rules or not. They are taken from it after that, some at a time: see [`Adoption::take`].
 
-use super::handover::{any, take};
+use super::handover::{CHANGING, Waiting, any, take};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
@@ -28,8 +28,6 @@ const ROUNDS: usize = 4;
 /// How long is waited for interfaces that refuse their programs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub(super) const CHANGING: &str = "changing the kernel's connection tracking";
-
 /// How far it is.
 #[derive(Debug)]
 pub(in crate::run) struct Adoption {
@@ -47,23 +45,6 @@ pub(in crate::run) struct Adoption {
     untracked: bool,
     /// Why none are taken.
     warning: String,
-}
-
-/// A connection, and its ends between client and endpoint.
-#[derive(Debug)]
-pub(super) struct Waiting {
-    pub(super) connection: Connection,
-    pub(super) between: Tuple,
-    pub(super) masqueraded: bool,
-    /// Connection tracking remembers one that is over between these ends.
-    pub(super) remembered: bool,
-}
-
-impl Waiting {
-    /// The entry to be forgotten: it would stay, and may have packets of this one leave under another port.
-    pub(super) fn remembered(&self) -> Option<&Tuple> {
-        self.remembered.then_some(&self.between)
-    }
 }
 
 /// What has been done.

@@ -1,6 +1,5 @@
 //! A batch of connections passes from netfilter to us, in the order of ARCHITECTURE.md section 3b.
 
-use super::adopt::{CHANGING, Waiting};
 use agent_kernel::datapath::flow::{Flows, wait_for_packets};
 use agent_kernel::kube_proxy::passing;
 use agent_kernel::netlink::conntrack::{self, Connection};
@@ -9,6 +8,25 @@ use anyhow::{Context, Result};
 use proxy_common::abi::FlowId;
 use std::collections::BTreeMap;
 use std::io;
+
+pub(super) const CHANGING: &str = "changing the kernel's connection tracking";
+
+/// A connection, and its ends between client and endpoint.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) connection: Connection,
+    pub(super) between: Tuple,
+    pub(super) masqueraded: bool,
+    /// Connection tracking remembers one that is over between these ends.
+    pub(super) remembered: bool,
+}
+
+impl Waiting {
+    /// The entry to be forgotten: it would stay, and may have packets of this one leave under another port.
+    pub(super) fn remembered(&self) -> Option<&Tuple> {
+        self.remembered.then_some(&self.between)
+    }
+}
 
 /// How often somebody may be at work on a flow just when it is to be taken.
 const TRIES: usize = 8;

@@ -8,7 +8,7 @@ use agent_core::model::{
     Affinity, Endpoint, Family, ObjectName, Port, Service, Settings, Slice, SlicePort, World,
 };
 use agent_core::model::{Change, Kind};
-use agent_core::plan::{Actual, Capacity, Pass, Planner, Step};
+use agent_core::plan::{Actual, Capacity, Planner, Proposal, Step};
 use agent_kernel::datapath::load::remove::remove_all;
 use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
 use agent_kernel::datapath::probe::Features;
@@ -91,7 +91,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
     let begun = Instant::now();
     apply(&mut kernel, &pass.plan.steps)?;
     times.write_ms.push(begun.elapsed().as_secs_f64() * 1e3);
-    let mut planner = pass.applied(0);
+    let mut planner = pass.applied(0).0;
 
     let begun = Instant::now();
     let found = kernel.read()?;
@@ -125,7 +125,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
         let begun = Instant::now();
         apply(&mut kernel, &pass.plan.steps)?;
         written += begun.elapsed().as_secs_f64() * 1e6;
-        planner = pass.applied(now);
+        planner = pass.applied(now).0;
     }
     times.change_us.push(planned / f64::from(CHANGES));
     times.change_write_us.push(written / f64::from(CHANGES));
@@ -134,7 +134,7 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
 }
 
 /// One endpoint of a Service has been replaced by another.
-fn change_one(world: &mut World, planner: Planner, service: u32, now_ms: u64) -> Pass {
+fn change_one(world: &mut World, planner: Planner, service: u32, now_ms: u64) -> Proposal {
     world.apply(Change::Slice(slice_name(service), Some(slice(service, 1))));
     let dirty = world.take_dirty();
     planner.dirty(&dirty, None, now_ms)

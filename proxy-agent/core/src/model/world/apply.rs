@@ -109,7 +109,7 @@ impl World {
         true
     }
 
-    /// Y-16: in force with the next pass, whose node tables are compared each time.
+    /// Y-16: in force with the next sync, whose node tables are compared each time.
     pub(super) fn apply_service_ranges(&mut self, name: String, ranges: Option<Vec<IpNet>>) -> bool {
         let changed = match ranges {
             Some(ranges) => self.service_ranges.insert(name, ranges.clone()) != Some(ranges),

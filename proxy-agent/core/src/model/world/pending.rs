@@ -33,7 +33,7 @@ impl World {
         Desired { services, node: self.node() }
     }
 
-    /// Everything that should be, for a full pass: [`Self::take_dirty`] starts from here.
+    /// Everything that should be, for a full sync: [`Self::take_dirty`] starts from here.
     pub fn take_desired(&mut self) -> Desired {
         self.stale.clear();
         self.in_use.clear();
@@ -49,7 +49,7 @@ impl World {
     }
 
     /// What should be programmed for the node itself. It depends on Services, too (M-13), and is cheap:
-    /// compare it on every pass.
+    /// compare it on every sync.
     #[must_use]
     pub fn node(&self) -> NodeTables {
         let ranges = self.service_ranges.values().flatten().copied();

@@ -12,42 +12,13 @@ use proxy_common::abi::maps;
 
 use super::filter;
 use super::grace::Expedited;
-use super::hooks::{Spot, Unit};
+use super::hooks::{Kept, Object, Round, Spot, Unit};
 use super::loaded::Loaded;
 use super::{AttachError, Direction, PinName};
 use crate::datapath::flow;
 use crate::datapath::store::layout::Layout;
 use crate::datapath::store::pin::{PinId, pin_at, pin_id};
 use crate::sys;
-
-/// Something else that is pinned and must stay so. Its descriptor is the one that the programs were loaded with.
-#[derive(Debug)]
-pub(crate) struct Kept {
-    object: Object,
-    path: PathBuf,
-    /// `None` for one that had gone before it was first looked at.
-    pin: Option<PinId>,
-}
-
-/// What that is.
-#[derive(Clone, Copy, Debug)]
-enum Object {
-    Map(&'static str),
-    /// What the tables say of themselves: the next agent cannot read them without.
-    Layout,
-    /// The program that looks after flows.
-    Flows,
-}
-
-impl fmt::Display for Object {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Map(name) => write!(f, "map {name}"),
-            Self::Layout => write!(f, "map {}", maps::LAYOUT),
-            Self::Flows => write!(f, "program {}", flow::PROGRAM),
-        }
-    }
-}
 
 /// What a look has found amiss.
 #[derive(Debug)]
@@ -58,14 +29,6 @@ pub struct Repair {
     pub object: String,
     /// Whether it is as it was.
     pub result: Result<(), AttachError>,
-}
-
-/// How far a look is.
-#[derive(Debug)]
-pub(crate) enum Round {
-    Links(Option<PinName>),
-    Filters(Option<u32>),
-    Pins,
 }
 
 impl Loaded {

@@ -5,6 +5,7 @@
 //! (6.6) there are no links on interfaces: a clsact filter takes their place, and a pin of its program
 //! remembers it.
 
+mod ensure;
 mod error;
 pub(crate) mod exchange;
 pub mod exclude;

@@ -9,11 +9,13 @@ use aya::programs::ProgramError;
 use aya_obj::ParseError;
 use proxy_common::abi::maps;
 
-use super::object::RANDOM;
 use super::refusal::Refusal;
 use crate::datapath::attach::AttachError;
 use crate::datapath::store::pin::PinError;
 use crate::datapath::store::table::TableError;
+
+/// Where random numbers come from.
+pub(super) const RANDOM: &str = "/dev/urandom";
 
 /// Why the programs could not be loaded.
 #[derive(Debug, thiserror::Error)]

@@ -11,7 +11,7 @@ use aya_obj::btf::BtfError;
 use proxy_common::abi::{Secret, maps};
 use proxy_common::lb::Ring;
 
-use super::error::LoadError;
+use super::error::{LoadError, RANDOM};
 use super::generation::Fates;
 use super::refusal::Refusal;
 use crate::datapath::attach::loaded::LoadedProgram;
@@ -28,8 +28,6 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 
 /// Global of the object: bits of `abi::feature`.
 const FEATURES: &str = "FEATURES";
-/// Where random numbers come from.
-pub(super) const RANDOM: &str = "/dev/urandom";
 /// Globals of the object: places in one ring of young flows, and how many CPUs have rings.
 const PLACES: &str = "PLACES";
 /// See above.

@@ -1,0 +1,74 @@
+//! What the run loop and the tables know at one moment, for a scrape.
+
+use super::exposition;
+use super::health::Health;
+use super::http::Counts;
+use super::page::{Page, of_agent, of_component, of_kube_proxy};
+use super::pages::{Pages, Slis};
+use super::process::Process;
+use super::repairs::Repairs;
+use super::syncs::Syncs;
+use agent_core::model::NoLocalByFamily;
+use agent_kernel::datapath::pinned::MapFill;
+use agent_kernel::datapath::tables::growth::Standing;
+use agent_source::api::Requests;
+use agent_source::blocking::run_blocking;
+use axum::Router;
+use axum::extract::RawQuery;
+use axum::http::header::{CONTENT_TYPE, HeaderName, X_CONTENT_TYPE_OPTIONS};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use jiff::Timestamp;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::DescriptorEncoder;
+use prometheus_client::registry::Registry;
+use proxy_common::abi::Reason;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::Mutex;
+
+/// What the run loop and the tables know at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Snapshot {
+    /// Where the Services come from.
+    pub source: String,
+    /// Whether the source answers.
+    pub connected: bool,
+    /// Services known.
+    pub services: u64,
+    /// Endpoints known.
+    pub endpoints: u64,
+    /// Frontends programmed.
+    pub frontends: u64,
+    /// Interfaces with programs.
+    pub interfaces: u64,
+    /// Interfaces that refused a program.
+    pub interfaces_failed: u64,
+    /// Syncs that changed a table.
+    pub generation: u64,
+    /// Objects left out.
+    pub warnings: u64,
+    /// Slice changes received and not yet programmed (H-36).
+    pub endpoint_changes_pending: u64,
+    /// Slice changes received (H-37).
+    pub endpoint_changes: u64,
+    /// Services with changes not yet programmed (H-38).
+    pub service_changes_pending: u64,
+    /// Service changes received, once for each family (H-39, H-49).
+    pub service_changes: u64,
+    /// Service ports without an endpoint here (H-42).
+    pub without_local: NoLocalByFamily,
+    /// Connections to the agent's own ports.
+    pub connections: Counts,
+    /// The counters of REASONS.
+    pub reasons: Vec<(Reason, u64)>,
+    /// How full the tables are.
+    pub tables: Vec<MapFill>,
+    /// How they grow.
+    pub growth: Standing,
+    /// How long clients are remembered, by Service id: what decides whether an entry of AFFINITY is in use.
+    pub affinity_secs: BTreeMap<u32, u32>,
+}
