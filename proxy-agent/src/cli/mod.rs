@@ -16,6 +16,7 @@ mod status_page;
 pub mod table;
 pub mod view;
 
+use agent_kernel::datapath::store::pin::BpfRoot;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -25,7 +26,7 @@ use anyhow::{Context, Result, bail};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use serde::Serialize;
 
-use crate::config::{Config, DEFAULT_BPF_ROOT, RunArgs, ThisHost};
+use crate::config::{Config, RunArgs, ThisHost};
 use crate::logging;
 use agent_kernel::datapath::attach::others::Others;
 use agent_kernel::kube_proxy::{self, Cleaned};
@@ -60,7 +61,7 @@ pub struct Rooms {
 #[command(name = "proxy-agent", version, propagate_version = true, max_term_width = 100)]
 pub struct Cli {
     /// Where the agent's maps and links are pinned.
-    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_BPF_ROOT)]
+    #[arg(long, global = true, value_name = "DIR", default_value = BpfRoot::DEFAULT)]
     pub bpf_root: PathBuf,
     /// Say more in the log: -v debug, -vv trace. RUST_LOG overrides it.
     #[arg(short, long, global = true, action = ArgAction::Count)]

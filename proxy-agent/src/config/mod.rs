@@ -43,9 +43,6 @@ use input::Input;
 use kube_proxy::v1alpha1::Nftables;
 use kube_proxy::{fields, file, gates};
 
-/// Where pins live unless `--bpf-root` says otherwise.
-pub const DEFAULT_BPF_ROOT: &str = "/sys/fs/bpf/ebpf-proxy";
-
 /// Seed of the selection hash. Fixed: nodes must agree on where a flow goes.
 const SELECTION_SEED: u32 = 0x7f4a_7c15;
 

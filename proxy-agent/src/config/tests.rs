@@ -1,5 +1,6 @@
 //! Flags in, settings out.
 
+use agent_kernel::datapath::store::pin::BpfRoot;
 use std::collections::HashMap;
 use std::io;
 
@@ -75,7 +76,7 @@ pub(super) fn config_on(host: &FakeHost, line: &[&str]) -> Result<Config, Config
     if !line.iter().any(|word| word.starts_with("--hostname-override")) {
         args.hostname_override = None;
     }
-    Config::new(&args, Path::new(DEFAULT_BPF_ROOT), host)
+    Config::new(&args, Path::new(BpfRoot::DEFAULT), host)
 }
 
 fn config(line: &[&str]) -> Config {

@@ -68,7 +68,6 @@ pub fn run(config: Config) -> Result<()> {
         return Ok(());
     }
     let cgroup_root = host::require::cgroup_root(&config)?;
-    host::lift_memlock();
     let few_descriptors = host::descriptors::raise();
     let Some(lock) = root.lock_within(CLAIM)? else {
         bail!(

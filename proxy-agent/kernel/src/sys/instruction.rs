@@ -1,6 +1,19 @@
 //! Instructions of hand-written programs (RFC 9669), each as its eight bytes: what the kernel is asked with, and what
 //! no compiler is worth running for.
 
+/// Numbers of helpers (`linux/bpf.h`).
+pub(crate) mod helper {
+    pub(crate) const MAP_UPDATE: u32 = 2;
+    pub(crate) const L4_CSUM_REPLACE: u32 = 11;
+    pub(crate) const GET_SOCKET_COOKIE: u32 = 46;
+    pub(crate) const PROBE_READ_KERNEL: u32 = 113;
+    pub(crate) const GET_NETNS_COOKIE: u32 = 122;
+    pub(crate) const SEQ_WRITE: u32 = 127;
+    pub(crate) const KTIME_GET_COARSE_NS: u32 = 160;
+    pub(crate) const SET_RETVAL: u32 = 187;
+    pub(crate) const SKC_TO_MPTCP_SOCK: u32 = 196;
+}
+
 /// A register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Register(u8);

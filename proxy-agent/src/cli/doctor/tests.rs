@@ -2,6 +2,7 @@
 
 use super::super::memory::{NOW, small_cluster};
 use super::*;
+use agent_kernel::datapath::store::pin::BpfRoot;
 
 struct Fake {
     dir: tempfile::TempDir,
@@ -53,7 +54,7 @@ impl Fake {
 
     fn report(&self, object: &[u8]) -> Report {
         let leftovers = || self.leftovers.clone();
-        let bpf_root = Path::new(crate::config::DEFAULT_BPF_ROOT);
+        let bpf_root = Path::new(BpfRoot::DEFAULT);
         let trial = || self.trial.clone();
         let others = || self.others.clone();
         let node =

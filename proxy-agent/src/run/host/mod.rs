@@ -31,14 +31,6 @@ pub(super) fn set_conntrack(config: &Config) -> Result<bool> {
     }
 }
 
-/// Before 5.11 maps count against this limit; where it cannot be raised the kernel says so at the first map.
-pub(super) fn lift_memlock() {
-    use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
-        tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
-    }
-}
-
 /// Ends when the configuration file says something else; without one, never.
 pub(super) async fn file_changed(file: Option<ConfigFile>) -> anyhow::Error {
     match file {

@@ -26,12 +26,10 @@ use crate::datapath::store::pin::BpfRoot;
 use crate::datapath::store::table::Table;
 use crate::netlink::sock_diag::{UdpSocket, connected_udp};
 use crate::sys;
-use crate::sys::instruction::{DOUBLE, EXIT, Register, call, load, set, skip_if_null};
+use crate::sys::instruction::{DOUBLE, EXIT, Register, call, helper, load, set, skip_if_null};
 
 /// The kernel's function that lists socket storage.
 const LISTS_STORAGE: &str = "bpf_iter_bpf_sk_storage_map";
-/// `bpf_seq_write` of `linux/bpf.h`.
-pub(crate) const SEQ_WRITE: u32 = 127;
 /// Writes to the reader each value whose cookie is not zero. The context holds four pointers:
 /// `meta` (of which the first word is the file), the map, the socket, the value.
 const WRITE_VALUES: [u64; 10] = [
@@ -42,7 +40,7 @@ const WRITE_VALUES: [u64; 10] = [
     load(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 0),
     load(DOUBLE, Register::ARGUMENTS[0], Register::ARGUMENTS[0], 0),
     set(Register::ARGUMENTS[2], size_of::<SocketState>() as u32),
-    call(SEQ_WRITE),
+    call(helper::SEQ_WRITE),
     set(Register::RESULT, 0),
     EXIT,
 ];

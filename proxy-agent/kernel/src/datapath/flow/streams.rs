@@ -10,14 +10,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use proxy_common::abi::{SocketEntry, SocketState, Tuple};
 use proxy_common::addr::{Port, Proto};
 
-use super::sockets::{SEQ_WRITE, SocketError, Storage};
+use super::sockets::{SocketError, Storage};
 use crate::datapath::store::pin::BpfRoot;
 use crate::netlink::sock_diag;
 use crate::sys;
-use crate::sys::instruction::{DOUBLE, EXIT, Register, add, call, load, move_register, set, skip_if_null};
+use crate::sys::instruction::{
+    DOUBLE, EXIT, Register, add, call, helper, load, move_register, set, skip_if_null,
+};
 
-/// `bpf_probe_read_kernel` of `linux/bpf.h`.
-const PROBE_READ_KERNEL: u32 = 113;
 /// How much of a socket is read: its `struct sock_common` as far as it is needed.
 const SOCK: usize = 88;
 /// Where things stand in there, on 64-bit machines with network namespaces: what a socket is connected to over IPv4, and its
@@ -52,19 +52,19 @@ const WRITE_SOCKETS: [u64; 23] = {
         move_register(first, Register::FRAME),
         add(first, -(SOCK as i32)),
         set(second, SOCK as u32),
-        call(PROBE_READ_KERNEL),
+        call(helper::PROBE_READ_KERNEL),
         load(DOUBLE, first, context, 0),
         load(DOUBLE, first, first, 0),
         move_register(second, Register::FRAME),
         add(second, -(SOCK as i32)),
         set(third, SOCK as u32),
-        call(SEQ_WRITE),
+        call(helper::SEQ_WRITE),
         load(DOUBLE, second, context, 24),
         skip_if_null(second, 4),
         load(DOUBLE, first, context, 0),
         load(DOUBLE, first, first, 0),
         set(third, size_of::<SocketState>() as u32),
-        call(SEQ_WRITE),
+        call(helper::SEQ_WRITE),
         set(Register::RESULT, 0),
         EXIT,
     ]

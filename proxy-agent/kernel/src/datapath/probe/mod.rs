@@ -13,16 +13,9 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use proxy_common::abi::{absent, feature};
 
 use crate::sys;
-use crate::sys::instruction::{BYTE, DOUBLE, EXIT, Register, call, load as load_from, set, skip_if_null};
-
-/// Helper numbers of `linux/bpf.h`.
-mod helper {
-    pub(crate) const L4_CSUM_REPLACE: u32 = 11;
-    pub(crate) const GET_NETNS_COOKIE: u32 = 122;
-    pub(crate) const KTIME_GET_COARSE_NS: u32 = 160;
-    pub(crate) const SET_RETVAL: u32 = 187;
-    pub(crate) const SKC_TO_MPTCP_SOCK: u32 = 196;
-}
+use crate::sys::instruction::{
+    BYTE, DOUBLE, EXIT, Register, call, helper, load as load_from, set, skip_if_null,
+};
 
 /// `BPF_F_PSEUDO_HDR | BPF_F_IPV6`.
 const PSEUDO_HEADER_IPV6: u32 = 1 << 4 | 1 << 7;
@@ -228,7 +221,9 @@ pub fn fall_backs(absent: u32) -> Vec<Feature> {
 /// Lifts the limit on locked memory, which maps count against before 5.11. A refusal (no CAP_SYS_RESOURCE)
 /// matters only there, and then the maps say so themselves.
 pub(crate) fn raise_memlock() {
-    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    if let Err(error) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::debug!("RLIMIT_MEMLOCK stays as it is: {error}");
+    }
 }
 
 /// Where cgroup v2 is mounted (the first place, when there are several).

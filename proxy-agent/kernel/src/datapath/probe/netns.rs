@@ -12,14 +12,7 @@ use std::path::{Path, PathBuf};
 use aya_obj::generated::{bpf_attach_type, bpf_map_type, bpf_prog_type};
 
 use crate::sys;
-use crate::sys::instruction::{self, EXIT, Register, call, move_register, set};
-
-/// Helper numbers of `linux/bpf.h`.
-mod helper {
-    pub(crate) const MAP_UPDATE: u32 = 2;
-    pub(crate) const GET_SOCKET_COOKIE: u32 = 46;
-    pub(crate) const GET_NETNS_COOKIE: u32 = 122;
-}
+use crate::sys::instruction::{self, EXIT, Register, call, helper, move_register, set};
 
 /// Sockets that may be noted while the program is attached: ours, and those of whoever shares its cgroup.
 const NOTED: u32 = 1024;
