@@ -27,11 +27,10 @@ pub(crate) struct Args {
     dry_run: bool,
 }
 
-/// Where the version stands in TOML: the file and the table.
-const MANIFESTS: [(&str, &[&str]); 2] =
-    [("Cargo.toml", &["workspace", "package"]), ("proxy-ebpf/Cargo.toml", &["package"])];
+/// Where the version of all crates stands.
+const MANIFEST: &str = "Cargo.toml";
 /// Locked versions of our own crates.
-const LOCKS: [&str; 2] = ["Cargo.lock", "proxy-ebpf/Cargo.lock"];
+const LOCK: &str = "Cargo.lock";
 /// Manifests that name the image with its tag, and are released beside it.
 const DEPLOY: [&str; 3] =
     ["deploy/daemonset.yaml", "deploy/daemonset-restricted.yaml", "deploy/kubeadm.yaml"];
@@ -71,12 +70,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// The version that the workspace has.
 fn current(root: &Path) -> Result<Version> {
-    let (file, path) = MANIFESTS[0];
-    let document = toml(&read(root, file)?, file)?;
-    let table = path.iter().try_fold(document.as_item(), |item, key| item.get(key));
+    let document = toml(&read(root, MANIFEST)?, MANIFEST)?;
+    let package = document.get("workspace").and_then(|workspace| workspace.get("package"));
     let version =
-        table.and_then(|table| table.get("version")?.as_str()).context("Cargo.toml has no version")?;
-    Version::parse(version).with_context(|| format!("{file}: {version}"))
+        package.and_then(|package| package.get("version")?.as_str()).context("Cargo.toml has no version")?;
+    Version::parse(version).with_context(|| format!("{MANIFEST}: {version}"))
 }
 
 /// Everything that speaks against this release.
@@ -127,28 +125,19 @@ struct Edit {
 fn edits(root: &Path, before: &Version, version: &Version) -> Result<Vec<Edit>> {
     let (old, new) = (before.to_string(), version.to_string());
     let mut edits = Vec::new();
-    for (file, path) in MANIFESTS {
-        let mut document = toml(&read(root, file)?, file)?;
-        let table = path.iter().fold(document.as_item_mut(), |item, key| &mut item[key]);
-        ensure!(
-            table["version"].as_str() == Some(&old),
-            "{file} has another version than Cargo.toml, {before}"
-        );
-        table["version"] = toml_edit::value(new.as_str());
-        edits.push(Edit { file, text: document.to_string() });
-    }
-    for file in LOCKS {
-        let mut document = toml(&read(root, file)?, file)?;
-        let packages = document.get_mut("package").and_then(|item| item.as_array_of_tables_mut());
-        // What comes from nowhere is ours.
-        let packages = packages.into_iter().flat_map(|packages| packages.iter_mut());
-        for package in packages.filter(|package| !package.contains_key("source")) {
-            if package.get("version").and_then(|item| item.as_str()) == Some(&old) {
-                package["version"] = toml_edit::value(new.as_str());
-            }
+    let mut manifest = toml(&read(root, MANIFEST)?, MANIFEST)?;
+    manifest["workspace"]["package"]["version"] = toml_edit::value(new.as_str());
+    edits.push(Edit { file: MANIFEST, text: manifest.to_string() });
+    let mut lock = toml(&read(root, LOCK)?, LOCK)?;
+    let packages = lock.get_mut("package").and_then(|item| item.as_array_of_tables_mut());
+    // What comes from nowhere is ours.
+    let packages = packages.into_iter().flat_map(|packages| packages.iter_mut());
+    for package in packages.filter(|package| !package.contains_key("source")) {
+        if package.get("version").and_then(|item| item.as_str()) == Some(&old) {
+            package["version"] = toml_edit::value(new.as_str());
         }
-        edits.push(Edit { file, text: document.to_string() });
     }
+    edits.push(Edit { file: LOCK, text: lock.to_string() });
     for file in DEPLOY {
         let text = read(root, file)?;
         let tag = |version| format!("image: {}:{version}\n", image::NAME);
@@ -233,7 +222,7 @@ mod tests {
         assert!(edits(&root, &before, &before).unwrap().is_empty());
         let after = Version::new(before.major, before.minor, before.patch + 1);
         let edits = edits(&root, &before, &after).unwrap();
-        assert_eq!(edits.len(), MANIFESTS.len() + LOCKS.len() + DEPLOY.len());
+        assert_eq!(edits.len(), 2 + DEPLOY.len());
         for Edit { file, text } in edits {
             let was = read(&root, file).unwrap();
             let lines = was.lines().zip(text.lines()).filter(|(was, is)| was != is);
