@@ -1,4 +1,4 @@
-//! Stories of packets through one node, told over tables in memory.
+//! Stories of packets through one node, over tables in memory.
 
 use std::net::IpAddr;
 use std::string::{String, ToString};
@@ -158,8 +158,8 @@ pub(super) struct Talk<'a> {
     pub(super) node: &'a Node,
     /// As its client sends.
     pub(super) ask: Tuple,
-    /// As its endpoint hears it.
-    pub(super) heard: Tuple,
+    /// As its endpoint receives it.
+    pub(super) received: Tuple,
 }
 
 impl<'a> Talk<'a> {
@@ -172,9 +172,9 @@ impl<'a> Talk<'a> {
     #[track_caller]
     pub(super) fn begin(node: &'a Node, client: (&str, u16), vip: (&str, u16)) -> Self {
         let ask = key(client, vip, Proto::TCP);
-        let mut talk = Self { node, ask, heard: ask };
+        let mut talk = Self { node, ask, received: ask };
         let left = talk.asks(Packet::SYN, Self::CLIENT, 0);
-        talk.heard = tuple(&left).expect("a packet").tuple;
+        talk.received = tuple(&left).expect("a packet").tuple;
         talk
     }
 
@@ -196,7 +196,7 @@ impl<'a> Talk<'a> {
     /// A segment of the endpoint's, as it leaves towards the client.
     #[track_caller]
     pub(super) fn answers(&self, flags: u8, seq: u32, ack: u32) -> ByteFrame {
-        self.node.leave(&self.node.enter(&segment(&self.heard.reversed(), flags, [seq, ack], b"", false)))
+        self.node.leave(&self.node.enter(&segment(&self.received.reversed(), flags, [seq, ack], b"", false)))
     }
 
     /// The SYN-ACK reaches the client.
@@ -210,7 +210,7 @@ impl<'a> Talk<'a> {
     #[track_caller]
     pub(super) fn goes_on(&self) {
         let left = self.asks(Packet::ACK, Self::CLIENT.wrapping_add(1), Self::ENDPOINT + 1);
-        assert_eq!(tuple(&left).unwrap().tuple, self.heard);
+        assert_eq!(tuple(&left).unwrap().tuple, self.received);
     }
 
     /// An end says something that fits: the client or the endpoint.
@@ -320,7 +320,7 @@ fn a_pod_reaches_itself() {
 }
 
 #[test]
-fn a_service_without_endpoints_refuses_at_once() {
+fn a_service_without_endpoints_rejects_at_once() {
     // P-14, P-19.
     for (client, vip) in [("10.244.1.5", "10.96.0.1"), ("fd00:244::5", "fd00:96::1")] {
         for proto in [Proto::TCP, Proto::UDP] {
@@ -328,7 +328,7 @@ fn a_service_without_endpoints_refuses_at_once() {
             node.service((vip, 80), proto, frontend::INTERNAL, &[]);
             let sent = frame(&key((client, 40000), (vip, 80), proto), Packet::SYN, b"hello", false);
             let Outcome::Rejected(back) = run(&node.tables, &sent, Hook::INGRESS, ETH) else {
-                panic!("not refused");
+                panic!("not rejected");
             };
             assert_eq!(verify(&back), Ok(()));
             let packet = tuple(&back).unwrap();
@@ -347,7 +347,7 @@ fn a_service_without_endpoints_refuses_at_once() {
 }
 
 #[test]
-fn an_undefined_port_of_a_cluster_ip_is_refused_and_of_an_external_ip_left_alone() {
+fn an_undefined_port_of_a_cluster_ip_is_rejected_and_of_an_external_ip_ignored() {
     // P-21, P-23.
     let mut node = Node::new();
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 80)]);
@@ -406,16 +406,16 @@ fn an_answered_tcp_flow_stays_with_its_endpoint_and_a_new_syn_moves() {
     node.retire(service * 100);
     node.service(vip, Proto::TCP, frontend::INTERNAL, &[("10.244.2.8", 80)]);
     let old = key(client, ("10.244.2.7", 80), Proto::TCP);
-    let talk = Talk { node: &node, ask: key(client, vip, Proto::TCP), heard: old };
-    // The endpoint has gone while the last part of the handshake was under way.
+    let talk = Talk { node: &node, ask: key(client, vip, Proto::TCP), received: old };
+    // The endpoint was removed while the last part of the handshake was under way.
     talk.goes_on();
     talk.goes_on();
     talk.says(Packet::FIN | Packet::ACK, true);
-    assert_eq!(Talk::begin(&node, client, vip).heard, key(client, ("10.244.2.8", 80), Proto::TCP));
+    assert_eq!(Talk::begin(&node, client, vip).received, key(client, ("10.244.2.8", 80), Proto::TCP));
 }
 
 #[test]
-fn a_retransmitted_syn_stays_unless_its_endpoint_has_gone() {
+fn a_retransmitted_syn_stays_unless_its_endpoint_is_removed() {
     // D-6.
     let mut node = Node::new();
     let ends = [("10.244.2.7", 80), ("10.244.2.8", 80), ("10.244.2.9", 80)];
@@ -480,26 +480,26 @@ fn icmp_errors_reach_whoever_the_flow_s_packets_came_from() {
         let syn = frame(&key((client, 40000), (vip, 80), Proto::TCP), Packet::SYN, b"", false);
         let wire = node.leave(&node.enter(&syn));
         let back = node.leave(&node.enter(&answer(&wire, Packet::SYN | Packet::ACK)));
-        // A router beyond the node cannot pass a packet on to the endpoint: the client must hear of it.
+        // A router beyond the node cannot pass a packet on to the endpoint: the client must be notified.
         let to = tuple(&wire).unwrap().tuple.src;
         let error = icmp_error(addr(router), to, &wire);
-        let heard = node.leave(&node.enter(&error));
-        assert_eq!(verify(&heard), Ok(()));
-        assert_eq!(shown(&heard), std::format!("{vip}|80 > {client}|40000"));
-        assert_outer(&heard, router, client);
+        let received = node.leave(&node.enter(&error));
+        assert_eq!(verify(&received), Ok(()));
+        assert_eq!(shown(&received), std::format!("{vip}|80 > {client}|40000"));
+        assert_outer(&received, router, client);
 
-        // A router on the client's side cannot pass an answer on: the endpoint must hear of it.
+        // A router on the client's side cannot pass an answer on: the endpoint must be notified.
         let error = icmp_error(addr(router), addr(vip), &back);
-        let heard = node.leave(&node.enter(&error));
-        assert_eq!(verify(&heard), Ok(()));
+        let received = node.leave(&node.enter(&error));
+        assert_eq!(verify(&received), Ok(()));
         let snat = tuple(&wire).unwrap().tuple;
-        assert_eq!(shown(&heard), std::format!("{}|{} > {endpoint}|8080", snat.src, snat.sport));
-        assert_outer(&heard, router, endpoint);
+        assert_eq!(shown(&received), std::format!("{}|{} > {endpoint}|8080", snat.src, snat.sport));
+        assert_outer(&received, router, endpoint);
 
-        // The endpoint itself refuses: the client hears it from the Service.
+        // The endpoint itself rejects: to the client it comes from the Service.
         let error = icmp_error(addr(endpoint), to, &wire);
-        let heard = node.leave(&node.enter(&error));
-        assert_outer(&heard, vip, client);
+        let received = node.leave(&node.enter(&error));
+        assert_outer(&received, vip, client);
         let _ = node_ip;
     }
 }
@@ -576,7 +576,8 @@ fn what_is_known_of_a_fragmented_datagram_does_not_count_for_a_later_one_of_its_
 }
 
 #[test]
-fn a_client_port_that_is_used_past_the_service_gets_untranslated_answers_once_the_flow_is_over() {
+fn a_client_port_that_is_used_to_reach_the_endpoint_directly_gets_untranslated_replies_once_the_flow_has_ended()
+ {
     // D-5, D-19.
     for proto in [Proto::TCP, Proto::UDP] {
         let mut node = Node::new();
@@ -604,7 +605,7 @@ fn a_client_port_that_is_used_past_the_service_gets_untranslated_answers_once_th
 }
 
 #[test]
-fn a_new_connection_shares_no_leg_with_one_of_its_tuple_that_is_over() {
+fn a_new_connection_shares_no_leg_with_one_of_its_tuple_that_is_closed() {
     // D-5, D-6: they would end when the rest of the old one is swept.
     let mut node = Node::new();
     for vip in ["203.0.113.1", "203.0.113.2"] {
@@ -612,11 +613,11 @@ fn a_new_connection_shares_no_leg_with_one_of_its_tuple_that_is_over() {
     }
     let client = ("198.51.100.9", 40_000);
     let first = Talk::open(&node, client, ("203.0.113.1", 80));
-    assert_eq!(first.heard.src, addr("192.168.10.1"));
+    assert_eq!(first.received.src, addr("192.168.10.1"));
     first.says(Packet::FIN | Packet::ACK, false);
     assert_eq!(node.flows(), [0, 1]);
     let second = Talk::open(&node, client, ("203.0.113.2", 80));
-    assert_ne!(second.heard.sport, first.heard.sport);
+    assert_ne!(second.received.sport, first.received.sport);
     assert_eq!(node.flows(), [0, 2]);
     first.says(Packet::FIN | Packet::ACK, true);
     second.goes_on();
@@ -690,7 +691,7 @@ fn new_flows_spread_over_all_endpoints() {
 }
 
 #[test]
-fn a_packet_cut_anywhere_is_left_alone_or_dropped() {
+fn a_packet_cut_anywhere_is_ignored_or_dropped() {
     let mut node = Node::new();
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[("10.244.2.7", 8080)]);
     let whole = frame(&key(("10.244.1.5", 40000), ("10.96.0.1", 80), Proto::TCP), Packet::SYN, b"", false);

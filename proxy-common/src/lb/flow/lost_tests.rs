@@ -28,7 +28,7 @@ fn enters(node: &Node, tuple: &Tuple, flags: u8, numbers: [u32; 2]) -> Outcome {
 /// A segment that enters is answered with a RST of this sequence number.
 #[track_caller]
 fn is_reset(node: &Node, sent: &Tuple, numbers: [u32; 2]) {
-    let Outcome::Rejected(answer) = enters(node, sent, Packet::ACK, numbers) else { panic!("not refused") };
+    let Outcome::Rejected(answer) = enters(node, sent, Packet::ACK, numbers) else { panic!("not rejected") };
     let answer = tuple(&answer).unwrap();
     assert_eq!((answer.tuple, answer.tcp_flags, answer.seq), (sent.reversed(), Packet::RST, numbers[1]));
 }
@@ -50,7 +50,7 @@ fn whoever_goes_on_is_reset_with_numbers_that_fit() {
         // The leg of IPv4 speaks for the record until its window ends.
         node.wait(70);
         is_reset(&node, &talk.ask, [Talk::CLIENT.wrapping_add(1), Talk::ENDPOINT + 1]);
-        is_reset(&node, &talk.heard.reversed(), [Talk::ENDPOINT + 1, Talk::CLIENT.wrapping_add(1)]);
+        is_reset(&node, &talk.received.reversed(), [Talk::ENDPOINT + 1, Talk::CLIENT.wrapping_add(1)]);
         assert_eq!(node.tables.counted(Reason::EndpointLost), 2);
         // What an end says last still reaches the other one.
         let last = enters(&node, &talk.ask, Packet::RST, [Talk::CLIENT.wrapping_add(1), 0]);
@@ -71,7 +71,7 @@ fn a_new_connection_from_the_same_port_is_a_new_flow() {
 }
 
 #[test]
-fn an_unanswered_connection_is_left_alone_since_it_finds_another_endpoint() {
+fn an_unanswered_connection_is_ignored_since_it_finds_another_endpoint() {
     let node = node();
     Talk::begin(&node, CLIENT, VIP);
     let id = node.tables.live()[0].id;
@@ -80,7 +80,7 @@ fn an_unanswered_connection_is_left_alone_since_it_finds_another_endpoint() {
 }
 
 #[test]
-fn a_lost_flow_gives_everything_back_when_all_has_been_told() {
+fn a_lost_flow_gives_everything_back_when_its_ends_have_been_notified() {
     let node = node();
     Talk::open(&node, CLIENT, VIP);
     let index = lose(&node).id.index();
@@ -110,7 +110,7 @@ fn a_connection_that_its_socket_was_led_through_is_reset_though_it_was_no_flow()
 }
 
 #[test]
-fn a_connection_that_its_socket_tries_in_vain_is_refused() {
+fn a_connection_that_its_socket_tries_in_vain_is_rejected() {
     let node = node();
     let direct = key(("10.244.1.5", 50_000), ("10.244.2.7", 8080), Proto::TCP);
     let flow = Flow::lost(&direct, [1, 1, 1], false, node.tables.now());
@@ -119,7 +119,7 @@ fn a_connection_that_its_socket_tries_in_vain_is_refused() {
         true
     });
     let Outcome::Rejected(answer) = enters(&node, &direct, Packet::SYN, [7, 0]) else {
-        panic!("not refused")
+        panic!("not rejected")
     };
     let answer = tuple(&answer).unwrap();
     // RFC 9293 section 3.5.2: a RST that acknowledges the SYN.

@@ -45,14 +45,14 @@ struct World {
     chance: Cell<u64>,
     /// How often that has happened.
     meetings: Cell<u64>,
-    /// Who has asked: the question as the endpoint has heard it, and as its clients have sent it.
+    /// Who has asked: the question as the endpoint has received it, and as its clients have sent it.
     asked: RefCell<HashMap<Tuple, HashSet<Tuple>>>,
     /// Who has asked: the endpoint that a question was for, and the question.
     meant: RefCell<HashSet<(Addr, Port, Tuple)>>,
-    /// What was heard, in order.
-    heard: RefCell<Vec<Tuple>>,
-    /// Answers that have been translated: to what was heard, and as they reached a client.
-    told: RefCell<Vec<(Tuple, Tuple)>>,
+    /// What was received, in order.
+    received: RefCell<Vec<Tuple>>,
+    /// Answers that have been translated: to what was received, and as they reached a client.
+    replies: RefCell<Vec<(Tuple, Tuple)>>,
     talks: RefCell<HashMap<Tuple, Talk>>,
 }
 
@@ -88,8 +88,8 @@ impl World {
             meetings: Cell::new(0),
             asked: RefCell::default(),
             meant: RefCell::default(),
-            heard: RefCell::default(),
-            told: RefCell::default(),
+            received: RefCell::default(),
+            replies: RefCell::default(),
             talks: RefCell::default(),
         }
     }
@@ -181,7 +181,7 @@ impl World {
         self.ask(&ask, flags, [seq, talk.endpoint.wrapping_add(1)]);
     }
 
-    /// A client's packet all the way; what the endpoint hears.
+    /// A client's packet all the way; what the endpoint receives.
     fn ask(&self, ask: &Tuple, flags: u8, numbers: [u32; 2]) -> Option<Tuple> {
         let sent = segment(ask, flags, numbers, b"?", false);
         let mut times = 0;
@@ -204,32 +204,36 @@ impl World {
             Outcome::Passed => entered,
             _ => return None,
         };
-        let heard = read(&left);
-        assert_eq!((heard.dst, heard.dport), (inside.dst, inside.dport), "only the source changes at egress");
-        if (heard.dst, heard.dport) == (ask.dst, ask.dport) && heard.src == ask.src {
+        let received = read(&left);
+        assert_eq!(
+            (received.dst, received.dport),
+            (inside.dst, inside.dport),
+            "only the source changes at egress"
+        );
+        if (received.dst, received.dport) == (ask.dst, ask.dport) && received.src == ask.src {
             assert_eq!(left, sent);
             return None;
         }
-        if heard.src != ask.src {
-            assert_eq!(heard.src, addr(NODE));
-            assert!((2000..2007).contains(&heard.sport.number()), "{}", heard.sport);
+        if received.src != ask.src {
+            assert_eq!(received.src, addr(NODE));
+            assert!((2000..2007).contains(&received.sport.number()), "{}", received.sport);
         }
-        self.asked.borrow_mut().entry(heard).or_default().insert(*ask);
-        self.heard.borrow_mut().push(heard);
-        Some(heard)
+        self.asked.borrow_mut().entry(received).or_default().insert(*ask);
+        self.received.borrow_mut().push(received);
+        Some(received)
     }
 
-    /// An endpoint answers something that it has heard, lately or long ago.
+    /// An endpoint answers something that it has received, lately or long ago.
     fn endpoint(&self) {
-        let heard = {
-            let heard = self.heard.borrow();
-            let latest = heard.len().saturating_sub(if self.below(4) == 0 { 200 } else { 5 });
-            if heard.is_empty() {
+        let received = {
+            let received = self.received.borrow();
+            let latest = received.len().saturating_sub(if self.below(4) == 0 { 200 } else { 5 });
+            if received.is_empty() {
                 return;
             }
-            self.any(&heard[latest..])
+            self.any(&received[latest..])
         };
-        let asks: Vec<Tuple> = self.asked.borrow()[&heard].iter().copied().collect();
+        let asks: Vec<Tuple> = self.asked.borrow()[&received].iter().copied().collect();
         let client =
             asks.iter().min().and_then(|ask| self.talks.borrow().get(ask).copied()).unwrap_or_default();
         let first = if client.endpoint == 0 { self.below(1 << 32) as u32 } else { client.endpoint };
@@ -240,7 +244,7 @@ impl World {
             _ if client.answered => (Packet::ACK, first.wrapping_add(1)),
             _ => (Packet::SYN | Packet::ACK, first),
         };
-        let arrived = self.answer(&heard, flags, [seq, client.client.wrapping_add(1)]);
+        let arrived = self.answer(&received, flags, [seq, client.client.wrapping_add(1)]);
         if flags == Packet::SYN | Packet::ACK
             && let Some(arrived) = arrived
             && let Some(talk) = self.talks.borrow_mut().get_mut(&arrived.reversed())
@@ -250,25 +254,25 @@ impl World {
     }
 
     /// An endpoint's packet all the way; as what it reaches its client, if it has been translated.
-    fn answer(&self, heard: &Tuple, flags: u8, numbers: [u32; 2]) -> Option<Tuple> {
-        let sent = segment(&heard.reversed(), flags, numbers, b"!", false);
+    fn answer(&self, received: &Tuple, flags: u8, numbers: [u32; 2]) -> Option<Tuple> {
+        let sent = segment(&received.reversed(), flags, numbers, b"!", false);
         let entered = match run(self, &sent, Hook::INGRESS, ETH) {
             Outcome::Rewritten(frame) => frame,
             Outcome::Passed => sent.clone(),
             _ => return None,
         };
-        assert_eq!(read(&entered).src, heard.dst, "only the destination changes at ingress");
+        assert_eq!(read(&entered).src, received.dst, "only the destination changes at ingress");
         let left = match run(self, &entered, Hook::EGRESS, ETH) {
             Outcome::Rewritten(frame) => frame,
             Outcome::Passed => entered,
             _ => return None,
         };
         let arrived = read(&left);
-        if arrived == heard.reversed() {
+        if arrived == received.reversed() {
             assert_eq!(left, sent);
             return None;
         }
-        self.told.borrow_mut().push((*heard, arrived));
+        self.replies.borrow_mut().push((*received, arrived));
         Some(arrived)
     }
 
@@ -311,25 +315,25 @@ impl World {
         }
         let broken = self.tables.broken_flows();
         assert!(broken.is_empty(), "{broken:#?}");
-        for (heard, arrived) in self.told.take() {
+        for (received, arrived) in self.replies.take() {
             let asked = self.asked.borrow();
-            let clients = &asked[&heard];
+            let clients = &asked[&received];
             let meant = self.meant.borrow();
             // A client's questions to several Services from one port look alike behind them, where one has
             // lost its legs; and while several are at work, a question may have got a source and be lost all
             // the same.
             let same_client = clients.iter().any(|ask| (ask.src, ask.sport) == (arrived.dst, arrived.dport));
-            let alike = (same_client || heard.src == arrived.dst || self.meetings.get() != 0)
-                && meant.contains(&(heard.dst, heard.dport, arrived.reversed()));
+            let alike = (same_client || received.src == arrived.dst || self.meetings.get() != 0)
+                && meant.contains(&(received.dst, received.dport, arrived.reversed()));
             let fits = clients.contains(&arrived.reversed()) || alike;
             // Half an answer: the flow was taken apart while it passed. It must be for one who has asked all
             // the same.
             let its_own = |ask: &Tuple| ask.src == arrived.dst && ask.proto == arrived.proto;
-            let half = (arrived.src, arrived.sport) == (heard.dst, heard.dport)
+            let half = (arrived.src, arrived.sport) == (received.dst, received.dport)
                 && meant
                     .iter()
-                    .any(|(to, port, ask)| (*to, *port) == (heard.dst, heard.dport) && its_own(ask));
-            assert!(fits || half, "{heard:?} was answered as {arrived:?}; asked: {clients:?}");
+                    .any(|(to, port, ask)| (*to, *port) == (received.dst, received.dport) && its_own(ask));
+            assert!(fits || half, "{received:?} was answered as {arrived:?}; asked: {clients:?}");
         }
     }
 
@@ -347,13 +351,13 @@ impl World {
                 continue;
             }
             // One that has no source yet may find no port.
-            let Some(heard) = self.ask(&ask, Packet::ACK, [0; 2]) else {
+            let Some(received) = self.ask(&ask, Packet::ACK, [0; 2]) else {
                 assert!(!flow.has_source(), "{flow:?}");
                 continue;
             };
-            assert_eq!((heard.dst, heard.dport), (*flow.endpoint().0, flow.endpoint().1));
-            assert_eq!(heard.src == addr(NODE), flow.is_masqueraded(), "{flow:?}");
-            let arrived = self.answer(&heard, Packet::ACK, [0; 2]);
+            assert_eq!((received.dst, received.dport), (*flow.endpoint().0, flow.endpoint().1));
+            assert_eq!(received.src == addr(NODE), flow.is_masqueraded(), "{flow:?}");
+            let arrived = self.answer(&received, Packet::ACK, [0; 2]);
             // A Service that is its own endpoint has nothing to translate, unless it is masqueraded.
             assert_eq!(arrived.unwrap_or(ask.reversed()), ask.reversed(), "{flow:?}");
         }

@@ -69,7 +69,7 @@ fn asks(node: &Node, tuple: &Tuple, flags: u8, numbers: [u32; 2]) -> Outcome {
 
 #[test]
 fn a_blind_acknowledgement_makes_no_connection() {
-    // Of a flood nobody hears the SYN-ACK.
+    // The SYN-ACKs of a flood reach nobody.
     let node = masquerading();
     let talk = Talk::begin(&node, CLIENT, VIP);
     let next = Talk::CLIENT.wrapping_add(1);
@@ -105,7 +105,7 @@ fn what_the_endpoint_has_sent_since_may_be_acknowledged_too() {
     let talk = Talk::begin(&node, CLIENT, VIP);
     talk.answered();
     // The client's third packet was lost, and the endpoint sends 6 bytes.
-    let data = segment(&talk.heard.reversed(), ACK, [Talk::ENDPOINT + 1, 0], b"banner", false);
+    let data = segment(&talk.received.reversed(), ACK, [Talk::ENDPOINT + 1, 0], b"banner", false);
     node.leave(&node.enter(&data));
     talk.asks(ACK, Talk::CLIENT.wrapping_add(1), Talk::ENDPOINT + 8);
     assert_eq!(node.flows(), [1, 0]);
@@ -121,9 +121,9 @@ fn a_connection_that_is_met_in_its_middle_becomes_old_like_others() {
     node.service(("10.96.0.1", 80), Proto::TCP, frontend::INTERNAL, &[ENDPOINT]);
     let ask = key(("10.244.1.5", 40_000), ("10.96.0.1", 80), Proto::TCP);
     let left = node.leave(&node.enter(&segment(&ask, ACK, [5, 0xffff_fff0], b"", false)));
-    let talk = Talk { node: &node, ask, heard: tuple(&left).unwrap().tuple };
-    assert_eq!(talk.heard.dst, addr(ENDPOINT.0));
-    node.leave(&segment(&talk.heard.reversed(), ACK, [0xffff_fff8, 6], &[0; 16], false));
+    let talk = Talk { node: &node, ask, received: tuple(&left).unwrap().tuple };
+    assert_eq!(talk.received.dst, addr(ENDPOINT.0));
+    node.leave(&segment(&talk.received.reversed(), ACK, [0xffff_fff8, 6], &[0; 16], false));
     assert_eq!(node.flows(), [1, 0]);
     talk.asks(ACK, 6, 8);
     assert_eq!(node.flows(), [0, 1]);
@@ -198,7 +198,7 @@ fn a_record_is_asked_once_in_a_window() {
     talk.goes_on();
     talk.says(ACK, false);
     assert_eq!(the_flow(&node).seen.map(|seen| seen - asked[0]), [50_000_000; 2]);
-    // Who ends, or begins anew, is told to the record at once.
+    // Ends and beginnings are written to the record at once.
     talk.says(FIN_ACK, true);
     assert_eq!(the_flow(&node).fin, [1, 0]);
     assert_eq!(node.tables.counted(Reason::NewFlow), 1);
@@ -228,7 +228,7 @@ fn a_flow_that_is_taken_apart_in_a_window_leads_nobody_any_more() {
     let node = masquerading();
     let talk = settled(&node, CLIENT, VIP);
     assert_eq!(node.tables.take_apart(the_flow(&node).id), 1);
-    let answer = segment(&talk.heard.reversed(), ACK, [1, 1], b"", false);
+    let answer = segment(&talk.received.reversed(), ACK, [1, 1], b"", false);
     assert_eq!(run(&node.tables, &answer, Hook::INGRESS, ETH), Outcome::Passed);
 }
 
@@ -326,7 +326,7 @@ fn a_client_begins_anew_from_the_port_of_a_connection_that_it_or_its_peer_has_en
 }
 
 #[test]
-fn a_refused_connection_is_over_after_a_second() {
+fn a_reset_connection_is_closed_after_a_second() {
     // The endpoint's port is closed; the numbers of a RST in answer to a SYN are its own.
     let node = with_ports(1);
     let talk = Talk::begin(&node, CLIENT, VIP);
@@ -381,10 +381,10 @@ fn flows_without_handshake_become_old_when_both_have_spoken_for_two_seconds() {
 }
 
 #[test]
-fn time_outs_arrive_as_they_were_told() {
+fn time_outs_arrive_as_they_were_given() {
     let words: [u32; 10] = std::array::from_fn(|n| n as u32 + 1);
-    let told = Timeouts::from_words(words);
-    assert_eq!((told.words(), told.tcp_established, told.udp, told.sctp_init), (words, 1, 6, 9));
+    let read = Timeouts::from_words(words);
+    assert_eq!((read.words(), read.tcp_established, read.udp, read.sctp_init), (words, 1, 6, 9));
 }
 
 #[test]
@@ -479,7 +479,7 @@ fn without_free_records_the_oldest_young_flow_makes_room() {
 fn the_whole_range_of_masquerade_ports_can_be_used_to_the_last_one() {
     let node = with_ports(40);
     let mut ports: Vec<u16> =
-        (1..=40).map(|n| Talk::open(&node, ("198.51.100.9", n), VIP).heard.sport.number()).collect();
+        (1..=40).map(|n| Talk::open(&node, ("198.51.100.9", n), VIP).received.sport.number()).collect();
     ports.sort_unstable();
     assert_eq!(ports, (2000..2040).collect::<Vec<_>>());
     let one_more = key(("198.51.100.9", 41), VIP, Proto::TCP);
@@ -500,7 +500,7 @@ fn a_large_range_is_used_to_the_last_port_and_a_flood_may_not_look_for_it_all_th
     let calls = |node: &Node| node.tables.looked.replace(0).div_ceil(128);
     for n in 0..12 {
         let talk = Talk::open(&node, CLIENT, VIP);
-        assert_eq!(talk.heard.sport.number(), 2000 + 31_234, "{n}");
+        assert_eq!(talk.received.sport.number(), 2000 + 31_234, "{n}");
         assert!(calls(&node) <= 313);
         for client in [false, true] {
             talk.says(FIN_ACK, client);
@@ -526,7 +526,7 @@ fn a_large_range_is_used_to_the_last_port_and_a_flood_may_not_look_for_it_all_th
 }
 
 #[test]
-fn the_port_of_a_flow_that_is_over_is_taken_over_and_then_that_of_the_oldest_young_one() {
+fn the_port_of_a_flow_that_is_closed_is_used_again_and_then_that_of_the_oldest_young_one() {
     let node = with_ports(4);
     let talks: Vec<Talk<'_>> = (1..=2).map(|n| Talk::open(&node, ("198.51.100.9", n), VIP)).collect();
     let young: Vec<Talk<'_>> = (3..=4)
@@ -540,16 +540,16 @@ fn the_port_of_a_flow_that_is_over_is_taken_over_and_then_that_of_the_oldest_you
     }
     // The closed one first, though others are younger.
     let fifth = Talk::open(&node, ("198.51.100.9", 5), VIP);
-    assert_eq!(fifth.heard.sport, talks[0].heard.sport);
+    assert_eq!(fifth.received.sport, talks[0].received.sport);
     let sixth = Talk::open(&node, ("198.51.100.9", 6), VIP);
-    assert_eq!(sixth.heard.sport, young[0].heard.sport);
+    assert_eq!(sixth.received.sport, young[0].received.sport);
     assert_eq!(node.tables.counted(Reason::Displaced), 1);
     for talk in [&talks[1], &young[1], &fifth, &sixth] {
         talk.answered();
         talk.goes_on();
     }
-    // What the endpoint has still to say to one that is gone is for nobody else.
-    let late = segment(&young[0].heard.reversed(), SYN | ACK, [1, 1], b"", false);
+    // What the endpoint has still to say to one that has ended is for nobody else.
+    let late = segment(&young[0].received.reversed(), SYN | ACK, [1, 1], b"", false);
     assert_eq!(shown(&node.leave(&node.enter(&late))), "203.0.113.1|80 > 198.51.100.9|6");
 }
 
@@ -563,7 +563,7 @@ fn ports_that_sockets_or_conversations_of_the_node_hold_are_left_to_them() {
     // A port of a Service is none for masquerading.
     node.service(("0.0.0.0", 2001), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
     let talk = Talk::open(&node, CLIENT, VIP);
-    assert_eq!(talk.heard.sport.number(), 2002);
+    assert_eq!(talk.received.sport.number(), 2002);
     let other = key(("198.51.100.10", 1), VIP, Proto::TCP);
     assert_eq!(asks(&node, &other, SYN, [1, 0]), Outcome::Dropped);
     assert_eq!(node.tables.counted(Reason::NoSourcePort), 1);
@@ -578,7 +578,7 @@ fn ports_that_sockets_or_conversations_of_the_node_hold_are_left_to_them() {
                 talk.says(FIN_ACK, true);
                 talk.says(FIN_ACK, false);
             }
-            let tuple = talk.heard;
+            let tuple = talk.received;
             let theirs = if by_socket { &mut node.tables.sockets } else { &mut node.tables.taken };
             theirs.insert(tuple);
             assert_eq!(asks(&node, &other, SYN, [1, 0]), Outcome::Dropped);
@@ -616,35 +616,35 @@ fn somebody_else_s_masquerade_to_our_endpoint_keeps_its_port_and_its_answers() {
 }
 
 #[test]
-fn a_flow_that_is_over_leaves_its_port_to_somebody_else_s_masquerade() {
+fn a_flow_that_is_closed_leaves_its_port_to_another_masquerade() {
     let back = |node: &Node, guest: &Tuple, flags| {
         run(&node.tables, &frame(&guest.reversed(), flags, b"", false), Hook::INGRESS, ETH)
     };
     let node = masquerading();
     let talk = Talk::open(&node, CLIENT, VIP);
     // A flow that lives has its port to itself.
-    node.leave(&frame(&talk.heard, SYN, b"", false));
-    assert_ne!(back(&node, &talk.heard, SYN | ACK), Outcome::Passed);
+    node.leave(&frame(&talk.received, SYN, b"", false));
+    assert_ne!(back(&node, &talk.received, SYN | ACK), Outcome::Passed);
     talk.says(FIN_ACK, true);
     talk.says(FIN_ACK, false);
     assert!(the_flow(&node).is_closed(node.tables.now()));
     // The rest of it is its own.
     talk.goes_on();
-    node.leave(&frame(&talk.heard, SYN, b"", false));
-    assert_eq!(back(&node, &talk.heard, SYN | ACK), Outcome::Passed);
+    node.leave(&frame(&talk.received, SYN, b"", false));
+    assert_eq!(back(&node, &talk.received, SYN | ACK), Outcome::Passed);
     assert!(node.tables.live().iter().all(Flow::is_own));
 
     let node = masquerading();
-    let heard = tuple(&ask(&node, CLIENT, VIP, Proto::UDP)).unwrap().tuple;
-    node.leave(&frame(&heard, 0, b"", false));
-    assert_ne!(back(&node, &heard, 0), Outcome::Passed);
+    let received = tuple(&ask(&node, CLIENT, VIP, Proto::UDP)).unwrap().tuple;
+    node.leave(&frame(&received, 0, b"", false));
+    assert_ne!(back(&node, &received, 0), Outcome::Passed);
     node.wait(1_100);
-    node.leave(&frame(&heard, 0, b"", false));
-    assert_eq!(back(&node, &heard, 0), Outcome::Passed);
+    node.leave(&frame(&received, 0, b"", false));
+    assert_eq!(back(&node, &received, 0), Outcome::Passed);
 }
 
 #[test]
-fn a_conversation_that_the_node_begins_from_a_service_s_port_is_left_alone() {
+fn a_conversation_that_the_node_begins_from_a_service_s_port_is_ignored() {
     for (proto, node_ip, server) in [
         (Proto::TCP, NODE, "198.51.100.50"),
         (Proto::UDP, NODE, "198.51.100.50"),
@@ -688,7 +688,7 @@ fn a_conversation_that_the_node_begins_from_a_service_s_port_is_left_alone() {
 }
 
 #[test]
-fn who_was_asked_may_ask_when_that_is_over() {
+fn who_was_asked_may_ask_when_that_is_closed() {
     let mut node = Node::new();
     node.service(("0.0.0.0", 30_200), Proto::TCP, frontend::NODE_PORT, &[ENDPOINT]);
     let asks = key((NODE, 30_200), ("198.51.100.50", 443), Proto::TCP);
@@ -768,7 +768,7 @@ fn a_service_that_is_its_own_endpoint_is_followed_and_not_translated() {
     let here = ("192.168.10.1", 8080);
     node.service(here, Proto::TCP, 0, &[("+192.168.10.1", 8080)]);
     let talk = Talk::open(&node, CLIENT, here);
-    assert_eq!(talk.heard, talk.ask);
+    assert_eq!(talk.received, talk.ask);
     let flow = the_flow(&node);
     assert!(flow.is_identity() && flow.old == 1);
     assert_eq!(node.tables.flows.borrow().len(), 1);
@@ -785,8 +785,8 @@ fn a_service_that_is_its_own_endpoint_elsewhere_is_masqueraded_all_the_same() {
         let there = ("192.168.10.2", 8080);
         node.service(there, proto, 0, &[there]);
         let left = node.leave(&node.enter(&frame(&key(CLIENT, there, proto), SYN, b"", false)));
-        let heard = tuple(&left).unwrap().tuple;
-        assert_eq!((heard.src, heard.dst), (addr(NODE), addr(there.0)));
+        let received = tuple(&left).unwrap().tuple;
+        assert_eq!((received.src, received.dst), (addr(NODE), addr(there.0)));
         let back = node.leave(&node.enter(&answer(&left, SYN | ACK)));
         assert_eq!(shown(&back), "192.168.10.2|8080 > 198.51.100.9|40000");
         assert_eq!(node.tables.flows.borrow().len(), 2);
@@ -805,8 +805,8 @@ fn a_leg_that_somebody_deletes_is_written_again_when_its_client_goes_on() {
         for proto in [Proto::TCP, Proto::UDP] {
             let node = masquerading();
             let sent = key(CLIENT, VIP, proto);
-            let heard = if proto == Proto::TCP {
-                Talk::open(&node, CLIENT, VIP).heard
+            let received = if proto == Proto::TCP {
+                Talk::open(&node, CLIENT, VIP).received
             } else {
                 tuple(&ask(&node, CLIENT, VIP, proto)).unwrap().tuple
             };
@@ -821,7 +821,7 @@ fn a_leg_that_somebody_deletes_is_written_again_when_its_client_goes_on() {
             }
             let left = asks(&node, &sent, ACK, next);
             let Outcome::Rewritten(left) = left else { panic!("{role:?} {proto} {left:?}") };
-            assert_eq!(tuple(&left).unwrap().tuple, heard, "{role:?} {proto}");
+            assert_eq!(tuple(&left).unwrap().tuple, received, "{role:?} {proto}");
             assert_eq!(the_flow(&node).id, before);
             assert_eq!(node.tables.broken_flows(), [""; 0], "{role:?} {proto}");
         }
@@ -866,7 +866,7 @@ fn a_flow_ends_when_another_one_has_taken_the_place_of_its_leg() {
 }
 
 #[test]
-fn a_flow_that_is_claimed_is_left_alone() {
+fn a_flow_that_is_claimed_is_not_taken_apart() {
     let node = masquerading();
     Talk::open(&node, CLIENT, VIP).says(FIN_ACK, true);
     let flow = the_flow(&node);
@@ -881,7 +881,7 @@ fn a_flow_that_is_claimed_is_left_alone() {
 }
 
 #[test]
-fn a_flow_that_has_gone_is_no_longer_there_under_its_id() {
+fn a_flow_that_has_ended_is_no_longer_there_under_its_id() {
     let node = masquerading();
     Talk::open(&node, CLIENT, VIP);
     let flow = the_flow(&node);
@@ -902,10 +902,10 @@ fn a_leg_that_is_left_behind_is_in_nobody_s_way() {
     assert_eq!(node.tables.take_apart(the_flow(&node).id), 1);
     // The kernel could not delete them.
     *node.tables.flows.borrow_mut() = legs;
-    let answer = segment(&first.heard.reversed(), ACK, [1, 1], b"", false);
+    let answer = segment(&first.received.reversed(), ACK, [1, 1], b"", false);
     assert_eq!(run(&node.tables, &answer, Hook::INGRESS, ETH), Outcome::Passed, "they lead nowhere");
     let second = Talk::open(&node, CLIENT, VIP);
-    assert_eq!(second.heard, first.heard);
+    assert_eq!(second.received, first.received);
     assert_eq!(node.tables.flows.borrow().len(), 3);
 }
 
@@ -966,7 +966,7 @@ fn what_another_proxy_has_begun_is_netfilter_s_until_it_is_taken_and_then_a_flow
             the_flow(&node).seen[0] > seen[0] && the_flow(&node).seen[1] > seen[1],
             "{proto}: it is seen"
         );
-        // An answer that netfilter has left alone.
+        // An answer that netfilter has not translated.
         let Outcome::Rewritten(back) = run_at(Hook::EGRESS, &asked.reversed()) else { panic!("{proto}") };
         assert_eq!(tuple(&back).unwrap().tuple, ask.reversed());
         assert_eq!(adopt::take(&node.tables, id_at(&node, index)), 1);
@@ -1176,7 +1176,7 @@ fn a_pause_holds_what_is_new_until_it_ends_and_one_that_no_agent_can_have_begun_
     assert_eq!(begins(1), Outcome::Waits);
     assert_eq!(
         tuple(&node.leave(&node.enter(&segment(&talk.ask, ACK, [7, 9], b"", false)))).unwrap().tuple,
-        talk.heard
+        talk.received
     );
     node.wait(longest - 1);
     assert_eq!(begins(1), Outcome::Waits);
@@ -1202,13 +1202,13 @@ fn what_is_left_to_another_proxy_passes_and_what_is_there_goes_on() {
             ETH,
         )
     };
-    let heard = talk.heard;
+    let received = talk.received;
     set(&mut node, keep | config::LEAVE_NEW);
     for (proto, flags) in [(Proto::TCP, SYN), (Proto::TCP, ACK), (Proto::UDP, 0), (Proto::SCTP, 0)] {
         assert_eq!(enters(&node, proto, flags), Outcome::Passed, "{proto} {flags}");
     }
     let goes_on = node.leave(&node.enter(&segment(&key(CLIENT, VIP, Proto::TCP), ACK, [7, 9], b"", false)));
-    assert_eq!(tuple(&goes_on).unwrap().tuple, heard);
+    assert_eq!(tuple(&goes_on).unwrap().tuple, received);
     set(&mut node, keep | config::LEAVE_MIDDLE);
     assert_eq!(enters(&node, Proto::TCP, ACK), Outcome::Passed);
     assert_ne!(enters(&node, Proto::TCP, SYN), Outcome::Passed);

@@ -1,4 +1,4 @@
-//! Stories of sockets on one node, told over tables in memory.
+//! Stories of sockets on one node, over tables in memory.
 
 use std::net::IpAddr;
 use std::string::String;
@@ -144,7 +144,7 @@ fn what_the_kernel_has_connected_a_socket_to_is_not_decided_again() {
     // The same with storage from an earlier life without connection.
     assert_eq!(goes(&mut pod, &tables, &send(one, POD)), at(("10.244.2.1", 5353)));
     assert_eq!(goes(&mut pod, &tables, &connected(send(one, POD), one)), at(one));
-    // IPv6 hears its old peer alone even after a disconnect.
+    // An IPv6 socket receives from its old peer alone even after a disconnect.
     let once_connected = Call { peer: addr(one.0), ..send(one, POD) };
     assert_eq!(goes(&mut pod, &tables, &once_connected), at(one));
     // A socket of the node: the peer is the endpoint, whether it is named by its address or by the Service's.
@@ -154,7 +154,7 @@ fn what_the_kernel_has_connected_a_socket_to_is_not_decided_again() {
     for to in [one, end] {
         assert_eq!(goes(&mut host, &tables, &connected(send(to, HOST), end)), at(end));
     }
-    // What it sends elsewhere meanwhile, or with its endpoint gone, does not change what its peer is called.
+    // What it sends elsewhere meanwhile, or with its endpoint removed, does not change what its peer is called.
     assert_eq!(goes(&mut host, &tables, &connected(send(two, HOST), end)), at(("10.244.2.2", 5353)));
     tables.backends.get_mut(&1).expect("a backend").generation += 1;
     service(&mut tables, 3, one, Proto::UDP, frontend::INTERNAL, ("10.244.2.3", 5353));
@@ -178,7 +178,7 @@ fn an_unconnected_socket_of_the_node_asks_any_number_of_services() {
         let (addr, port) = at((&format_ip("10.244.2", n), 5353));
         assert_eq!(socket.shown(addr, port, Proto::UDP), at((&format_ip("10.96.0", n), 53)), "{n}");
     }
-    // The way back of one has been evicted, and the endpoint of another has gone.
+    // The way back of one has been evicted, and the endpoint of another was removed.
     socket.peers.borrow_mut().retain(|key, _| key.endpoint == 0);
     tables.backends.get_mut(&39).expect("a backend").generation += 1;
     service(&mut tables, 50, ("10.96.0.39", 53), Proto::UDP, frontend::INTERNAL, ("10.244.2.50", 5353));
@@ -210,7 +210,7 @@ fn what_a_pod_s_socket_cannot_remember_goes_by_packet_and_stays_there() {
     // Room that comes later does not take a Service from its packets: they have an endpoint already.
     tables.backends.get_mut(&1).expect("a backend").generation += 1;
     assert_eq!(goes(&mut socket, &tables, &send((&vips[4], 53), POD)), at((&vips[4], 53)));
-    // Room of an endpoint that has gone is used again as long as nothing went by packet.
+    // Room of an endpoint that was removed is used again as long as nothing went by packet.
     let mut socket = MemorySocket::default();
     for n in [1, 2, 3, 4] {
         assert_eq!(goes(&mut socket, &tables, &send((&vips[n], 53), POD)), at((&ends[n], 5353)));
@@ -314,7 +314,7 @@ fn a_socket_of_a_pod_that_is_left_to_its_packets_is_left() {
     for call in [
         connect(("10.96.0.1", 80), Proto::TCP, POD),
         send(("10.96.0.1", 53), POD),
-        // Also what would be refused.
+        // Also what would be rejected.
         connect(("10.96.0.1", 81), Proto::TCP, POD),
         connect(("10.96.0.77", 81), Proto::TCP, POD),
     ] {
@@ -374,7 +374,7 @@ fn a_socket_to_nobody_s_cluster_ip_fails_at_once() {
     }
     assert_eq!(ask(&tables, HOST), Decision::Deny);
     assert_eq!(tables.counted(Reason::UnallocatedClusterIp), 1);
-    // Sockets that are left alone are left alone.
+    // Sockets that are ignored stay ignored.
     if let Some(config) = &mut tables.config {
         config.flags &= !config::SOCKET_PODS;
     }
