@@ -28,6 +28,8 @@ enum Check {
     Lints,
     /// The same for the kernel programs.
     KernelLints,
+    /// Fuzz targets compile.
+    Fuzz,
     /// Documentation leads nowhere wrong.
     Docs,
     /// Licences, bans, sources, advisories.
@@ -64,6 +66,7 @@ impl Check {
             Self::Conformance => conformance::check(),
             Self::Lints => lints(),
             Self::KernelLints => kernel_lints(),
+            Self::Fuzz => fuzz(),
             Self::Docs => docs(),
             Self::Deny => deny(),
         }
@@ -91,6 +94,14 @@ fn kernel_lints() -> Result<()> {
     );
     // Another folder than the build's: the flags differ, and each would throw away the other's work.
     cmd::quiet(&mut toolchain.cargo(subcommand, &workspace::bpf_dir().join("check"), &["-Dwarnings"]))
+}
+
+/// Those of the agent would compile all of it once more for a few lines: what they do is part of its tests.
+fn fuzz() -> Result<()> {
+    let mut check = cmd::cargo();
+    check.current_dir(workspace::root().join("proxy-common/fuzz")).arg("check");
+    check.args(["--quiet", "--locked", "--bins", "--no-default-features", "--target-dir"]);
+    cmd::run(check.arg(workspace::root().join("target/fuzz")).env("RUSTFLAGS", "-Dwarnings"))
 }
 
 fn docs() -> Result<()> {

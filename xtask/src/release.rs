@@ -27,10 +27,10 @@ pub(crate) struct Args {
     dry_run: bool,
 }
 
-/// Where the version of all crates stands.
+/// Where the version stands; all crates inherit it.
 const MANIFEST: &str = "Cargo.toml";
-/// Locked versions of our own crates.
-const LOCK: &str = "Cargo.lock";
+/// Where the versions of our own crates are locked.
+const LOCKS: [&str; 2] = ["Cargo.lock", "proxy-common/fuzz/Cargo.lock"];
 /// Manifests that name the image with its tag, and are released beside it.
 const DEPLOY: [&str; 3] =
     ["deploy/daemonset.yaml", "deploy/daemonset-restricted.yaml", "deploy/kubeadm.yaml"];
@@ -70,10 +70,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// The version that the workspace has.
 fn current(root: &Path) -> Result<Version> {
-    let document = toml(&read(root, MANIFEST)?, MANIFEST)?;
+    let document = toml(root, MANIFEST)?;
     let package = document.get("workspace").and_then(|workspace| workspace.get("package"));
-    let version =
-        package.and_then(|package| package.get("version")?.as_str()).context("Cargo.toml has no version")?;
+    let version = package.and_then(|package| package.get("version")?.as_str());
+    let version = version.with_context(|| format!("{MANIFEST} has no workspace.package.version"))?;
     Version::parse(version).with_context(|| format!("{MANIFEST}: {version}"))
 }
 
@@ -124,20 +124,21 @@ struct Edit {
 /// What is to be written so that everything says `version`. Fails where it does not say `before`.
 fn edits(root: &Path, before: &Version, version: &Version) -> Result<Vec<Edit>> {
     let (old, new) = (before.to_string(), version.to_string());
-    let mut edits = Vec::new();
-    let mut manifest = toml(&read(root, MANIFEST)?, MANIFEST)?;
+    let mut manifest = toml(root, MANIFEST)?;
     manifest["workspace"]["package"]["version"] = toml_edit::value(new.as_str());
-    edits.push(Edit { file: MANIFEST, text: manifest.to_string() });
-    let mut lock = toml(&read(root, LOCK)?, LOCK)?;
-    let packages = lock.get_mut("package").and_then(|item| item.as_array_of_tables_mut());
-    // What comes from nowhere is ours.
-    let packages = packages.into_iter().flat_map(|packages| packages.iter_mut());
-    for package in packages.filter(|package| !package.contains_key("source")) {
-        if package.get("version").and_then(|item| item.as_str()) == Some(&old) {
-            package["version"] = toml_edit::value(new.as_str());
+    let mut edits = vec![Edit { file: MANIFEST, text: manifest.to_string() }];
+    for file in LOCKS {
+        let mut lock = toml(root, file)?;
+        let packages = lock.get_mut("package").and_then(|item| item.as_array_of_tables_mut());
+        // What comes from nowhere is ours.
+        let packages = packages.into_iter().flat_map(|packages| packages.iter_mut());
+        for package in packages.filter(|package| !package.contains_key("source")) {
+            if package.get("version").and_then(|item| item.as_str()) == Some(&old) {
+                package["version"] = toml_edit::value(new.as_str());
+            }
         }
+        edits.push(Edit { file, text: lock.to_string() });
     }
-    edits.push(Edit { file: LOCK, text: lock.to_string() });
     for file in DEPLOY {
         let text = read(root, file)?;
         let tag = |version| format!("image: {}:{version}\n", image::NAME);
@@ -152,8 +153,8 @@ fn read(root: &Path, file: &str) -> Result<String> {
     fs::read_to_string(root.join(file)).with_context(|| format!("could not read {file}"))
 }
 
-fn toml(text: &str, file: &str) -> Result<DocumentMut> {
-    text.parse().with_context(|| format!("could not understand {file}"))
+fn toml(root: &Path, file: &str) -> Result<DocumentMut> {
+    read(root, file)?.parse().with_context(|| format!("could not understand {file}"))
 }
 
 /// The list of checksums, as `sha256sum --check` reads it.
@@ -222,7 +223,7 @@ mod tests {
         assert!(edits(&root, &before, &before).unwrap().is_empty());
         let after = Version::new(before.major, before.minor, before.patch + 1);
         let edits = edits(&root, &before, &after).unwrap();
-        assert_eq!(edits.len(), 2 + DEPLOY.len());
+        assert_eq!(edits.len(), 1 + LOCKS.len() + DEPLOY.len());
         for Edit { file, text } in edits {
             let was = read(&root, file).unwrap();
             let lines = was.lines().zip(text.lines()).filter(|(was, is)| was != is);

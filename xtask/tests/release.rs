@@ -9,13 +9,14 @@ use std::{
 
 use tempfile::TempDir;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "CHANGELOG.md",
     "Cargo.lock",
     "Cargo.toml",
     "deploy/daemonset-restricted.yaml",
     "deploy/daemonset.yaml",
     "deploy/kubeadm.yaml",
+    "proxy-common/fuzz/Cargo.lock",
 ];
 
 /// What a release touches, committed; the changelog also has 99.0.0.

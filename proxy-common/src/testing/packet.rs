@@ -148,7 +148,7 @@ pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
     parse::<_, true>(frame, &mut packet).ok_or("does not parse")?;
     let (l3, l4) = (usize::from(packet.l3), usize::from(packet.l4));
     let (src, dst, proto, end) = if frame.bytes[l3] >> 4 == 4 {
-        if sum(&frame.bytes[l3..l4]) != 0xffff {
+        if sum(frame.bytes.get(l3..l4).ok_or("shorter than its IP header")?) != 0xffff {
             return Err("IP header checksum");
         }
         let len = u16::from_be_bytes([frame.bytes[l3 + 2], frame.bytes[l3 + 3]]);
@@ -160,6 +160,9 @@ pub fn verify(frame: &ByteFrame) -> Result<(), &'static str> {
         (words(l3 + 8), words(l3 + 24), Proto(frame.bytes[l3 + 6]), l3 + 40 + usize::from(len))
     };
     let body = frame.bytes.get(l4..end).ok_or("shorter than its length field")?;
+    if body.len() < 8 || proto == Proto::TCP && body.len() < 20 || proto == Proto::SCTP && body.len() < 12 {
+        return Err("shorter than its header");
+    }
     let pseudo = pseudo(&src, &dst, proto, body.len());
     if proto == Proto::SCTP {
         let mut zeroed = body.to_vec();
