@@ -6,4 +6,5 @@
 pub mod api;
 pub mod blocking;
 pub mod convert;
+pub mod directory;
 pub mod manifests;

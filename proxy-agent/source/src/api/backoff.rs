@@ -1,4 +1,5 @@
-//! Exponential backoff with jitter, so that nodes do not retry in step.
+//! Exponential backoff with jitter, so that nodes do not retry in step. (With backon it would
+//! not be shorter: its iterators cannot be reset.)
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! API servers that the cluster itself names, so that the loss of the configured one is survived.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -33,14 +33,11 @@ fn from_slice(slice: &EndpointSlice, scheme: &str) -> Option<Vec<Uri>> {
     }
     let ports = slice.ports.iter().flatten();
     let port = ports.filter(|port| port.name.as_deref().is_none_or(|name| name == "https"));
-    let port = port.filter_map(|port| port.port).next()?;
+    let port = port.filter_map(|port| u16::try_from(port.port?).ok()).next()?;
     let addresses = slice.endpoints.iter().flatten().flat_map(|endpoint| &endpoint.addresses);
     let urls = addresses.filter_map(|address| {
-        let url = match address::ip(address).ok()? {
-            IpAddr::V4(v4) => format!("{scheme}://{v4}:{port}/"),
-            IpAddr::V6(v6) => format!("{scheme}://[{v6}]:{port}/"),
-        };
-        url.parse().ok()
+        let address = SocketAddr::new(address::ip(address).ok()?, port);
+        format!("{scheme}://{address}/").parse().ok()
     });
     Some(urls.collect())
 }

@@ -1,4 +1,5 @@
-//! Addresses as API objects spell them: read leniently, kept in one form (X-1… ).
+//! Addresses as API objects spell them: read leniently, kept in one form (X-1… ). The standard library does not accept
+//! leading zeros, which Kubernetes does.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

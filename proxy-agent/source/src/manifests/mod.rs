@@ -14,12 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use notify::event::{AccessKind, AccessMode, EventKind};
-use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use crate::blocking::run_blocking;
+use crate::directory::watch_directory;
 use agent_core::model::{Change, Kind};
 
 pub use store::ManifestStore;
@@ -116,19 +115,8 @@ struct Watch {
 impl Watch {
     fn start(path: &Path, wake: mpsc::Sender<()>) -> Result<Self, Error> {
         let fault = |source| Error::Watch { path: path.to_owned(), source };
-        // Our own reads are events, too: only changes matter.
-        let matters = |kind: &EventKind| match kind {
-            EventKind::Access(access) => *access == AccessKind::Close(AccessMode::Write),
-            _ => true,
-        };
-        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            if event.as_ref().map_or(true, |event| matters(&event.kind)) {
-                let _ = wake.try_send(()); // A full channel means that it is woken already.
-            }
-        })
-        .map_err(fault)?;
         let inode = inode(path).map_err(|source| Error::Open { path: path.to_owned(), source })?;
-        watcher.watch(path, RecursiveMode::NonRecursive).map_err(fault)?;
+        let watcher = watch_directory(path, wake).map_err(fault)?;
         Ok(Self { inode: Some(inode), _watcher: watcher })
     }
 

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Error, anyhow};
-use notify::{RecursiveMode, Watcher};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
 use crate::config::ConfigFile;
 use agent_source::blocking::run_blocking;
+use agent_source::directory::watch_directory;
 
 /// A file that is being written is read again until it says the same twice, this far apart.
 const QUIET: Duration = Duration::from_millis(100);
@@ -23,7 +23,8 @@ const LOOK: Duration = Duration::from_secs(5);
 /// The directory is watched, not the file: a ConfigMap is changed by exchanging a link beside it.
 pub(in crate::run) async fn changed(file: ConfigFile) -> Error {
     let (wake, mut woken) = mpsc::channel(1);
-    let watcher = watch(&file.path, wake);
+    let directory = file.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let watcher = watch_directory(directory.unwrap_or(Path::new(".")), wake);
     if let Err(error) = &watcher {
         tracing::warn!("changes of {} are noticed late: {error}", file.path.display());
     }
@@ -47,18 +48,6 @@ pub(in crate::run) async fn changed(file: ConfigFile) -> Error {
             let _ = timeout(pause, woken.recv()).await; // Told or not, it is time to look.
         }
     }
-}
-
-fn watch(path: &Path, wake: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Our own reading is no news.
-        if !event.is_ok_and(|event| event.kind.is_access()) {
-            let _ = wake.try_send(()); // A full channel has woken it already.
-        }
-    })?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    watcher.watch(directory.unwrap_or(Path::new(".")), RecursiveMode::NonRecursive)?;
-    Ok(watcher)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! as bad as one that is down.
 //!
 //! A watch may pause for minutes, but not within a line. Any other body has to be complete in time. Neither is larger than a
-//! cluster can make it.
+//! cluster can make it. (http-body-util and tower-http limit whole bodies, not lines.)
 
 use std::error::Error;
 use std::io;

@@ -19,7 +19,8 @@ use super::exec_plugin;
 use super::servers::{Origin, Servers};
 use super::transport::{Transport, with_root_cause};
 
-/// How often files are checked for changes.
+/// How often files are checked for changes. They are read rather than watched: each may be behind a chain of links, and
+/// every directory on the way would need a watch.
 const POLL: Duration = Duration::from_secs(5);
 /// How long before its expiry a plugin's credential is renewed.
 const RENEW_BEFORE: SignedDuration = SignedDuration::from_secs(60);
@@ -176,7 +177,8 @@ fn proxy_url(url: &str) -> Result<Uri, Error> {
     url.parse().ok().filter(known).ok_or_else(|| Error::Proxy { url: url.to_owned() })
 }
 
-/// The current context's cluster and user, and further servers of the same cluster: those with the same CA.
+/// The current context's cluster and user, and further servers of the same cluster: those with the same CA. `kube` reads the
+/// file; but which files it names, and which entries have the same CA, it does not show.
 async fn from_kubeconfig(path: &Path) -> Result<Loaded, Error> {
     let fault = |source| Error::Kubeconfig { path: path.to_owned(), source };
     let file = Kubeconfig::read_from(path).map_err(fault)?;
@@ -227,8 +229,8 @@ fn authority(cluster: &Cluster) -> Option<(Option<&String>, Option<&String>)> {
     (data.is_some() || file.is_some()).then_some((data.as_ref(), file.as_ref()))
 }
 
-/// Reads the token from its file, without the newline that editors add. If the file cannot be read, a token in the
-/// kubeconfig counts.
+/// Reads the token from its file, without the newline that editors add; `kube` leaves it, and no header may have one. If the
+/// file cannot be read, a token in the kubeconfig counts.
 fn read_token(user: &mut AuthInfo) -> Result<(), Error> {
     let Some(path) = user.token_file.take() else { return Ok(()) };
     match std::fs::read_to_string(&path) {

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderValue, Request, Response, Uri};
+use http::{Request, Response, Uri};
 use hyper::body::Incoming;
 use hyper_rustls::{DefaultServerNameResolver, HttpsConnectorBuilder, ResolveServerName};
 use hyper_timeout::TimeoutConnector;
+use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::proxy::{SocksV5, Tunnel};
 use hyper_util::client::legacy::connect::{Connection, HttpConnector};
-use hyper_util::client::legacy::{self};
+use hyper_util::client::proxy::matcher::{Intercept, Matcher};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::{Body, ConfigExt};
 use rustls::pki_types::ServerName;
@@ -57,31 +58,19 @@ impl HttpClient {
         tcp.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
         tcp.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
         tcp.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
-        let Some(proxy) = &config.proxy_url else { return Self::with_connector(tcp, config, servers) };
-        let unsupported = || kube::Error::ProxyProtocolUnsupported { proxy_url: Box::new(proxy.clone()) };
-        let (user, password) = userinfo(proxy);
-        let basic = user.as_ref().map(|user| basic(user, password.as_deref().unwrap_or_default()));
-        match proxy.scheme_str() {
-            Some("http") => {
-                let tunnel = Tunnel::new(proxy.clone(), tcp);
-                let tunnel = match basic {
-                    Some(basic) => tunnel.with_auth(basic),
-                    None => tunnel,
-                };
-                Self::with_connector(tunnel, config, servers)
-            }
+        let Some(url) = &config.proxy_url else { return Self::with_connector(tcp, config, servers) };
+        let unsupported = || kube::Error::ProxyProtocolUnsupported { proxy_url: Box::new(url.clone()) };
+        let proxy = proxy(url, &config.cluster_url).ok_or_else(unsupported)?;
+        match proxy.uri().scheme_str() {
+            Some("http") => Self::with_connector(tunnel(&proxy, tcp), config, servers),
             Some("https") => {
-                let tunnel = Tunnel::new(proxy.clone(), config.rustls_https_connector_with_connector(tcp)?);
-                let tunnel = match basic {
-                    Some(basic) => tunnel.with_auth(basic),
-                    None => tunnel,
-                };
-                Self::with_connector(tunnel, config, servers)
+                let tls = config.rustls_https_connector_with_connector(tcp)?;
+                Self::with_connector(tunnel(&proxy, tls), config, servers)
             }
             Some("socks5") => {
-                let socks = SocksV5::new(proxy.clone(), tcp);
-                let socks = match user {
-                    Some(user) => socks.with_auth(user, password.unwrap_or_default()),
+                let socks = SocksV5::new(proxy.uri().clone(), tcp);
+                let socks = match proxy.raw_auth() {
+                    Some((user, password)) => socks.with_auth(user.to_owned(), password.to_owned()),
                     None => socks,
                 };
                 Self::with_connector(socks, config, servers)
@@ -136,22 +125,17 @@ impl HttpClient {
     }
 }
 
-/// User and password in a proxy's URL.
-fn userinfo(proxy: &Uri) -> (Option<String>, Option<String>) {
-    let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let Some((userinfo, _)) = proxy.authority().and_then(|all| all.as_str().rsplit_once('@')) else {
-        return (None, None);
-    };
-    let (user, password) = userinfo.split_once(':').unwrap_or((userinfo, ""));
-    (Some(decoded(user)), Some(decoded(password)))
+/// A proxy's URL as hyper-util reads it, with user and password.
+fn proxy(url: &Uri, server: &Uri) -> Option<Intercept> {
+    Matcher::builder().all(url.to_string()).build().intercept(server)
 }
 
-fn basic(user: &str, password: &str) -> HeaderValue {
-    use base64::Engine;
-    let text = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
-    let mut value = HeaderValue::try_from(format!("Basic {text}")).expect("base64 is text");
-    value.set_sensitive(true);
-    value
+fn tunnel<C>(proxy: &Intercept, connector: C) -> Tunnel<C> {
+    let tunnel = Tunnel::new(proxy.uri().clone(), connector);
+    match proxy.basic_auth() {
+        Some(auth) => tunnel.with_auth(auth.clone()),
+        None => tunnel,
+    }
 }
 
 #[cfg(test)]
@@ -160,9 +144,11 @@ mod tests {
 
     #[test]
     fn a_proxy_may_want_a_name_and_a_password() {
-        let of = |url: &'static str| userinfo(&Uri::from_static(url));
-        assert_eq!(of("http://proxy:3128"), (None, None));
-        assert_eq!(of("http://u:p%40ss@proxy:3128"), (Some("u".into()), Some("p@ss".into())));
-        assert_eq!(basic("user", "pass"), "Basic dXNlcjpwYXNz");
+        let of = |url| proxy(&Uri::from_static(url), &Uri::from_static("https://10.0.0.1:6443")).unwrap();
+        let plain = of("http://proxy:3128");
+        assert!(plain.basic_auth().is_none() && plain.raw_auth().is_none());
+        assert_eq!(of("http://user:pass@proxy:3128").basic_auth().unwrap(), "Basic dXNlcjpwYXNz");
+        assert_eq!(of("https://u:p%40ss@proxy:3128").basic_auth().unwrap(), "Basic dTpwQHNz");
+        assert_eq!(of("socks5://u:p%40ss@proxy:1080").raw_auth(), Some(("u", "p@ss")));
     }
 }
