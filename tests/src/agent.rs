@@ -20,7 +20,7 @@ use crate::apiserver::ApiServer;
 use crate::manifests::ManifestDir;
 use crate::pod::Place;
 use crate::probe::{eventually, eventually_by_command};
-use crate::town::Town;
+use crate::test_cluster::TestCluster;
 
 /// How long the agent may take to start, and to end.
 const START: Duration = Duration::from_secs(20);
@@ -83,8 +83,8 @@ pub struct Agent {
 
 impl Agent {
     /// Starts the agent in a node with these further flags of `run`, and waits until it is ready.
-    pub fn start(town: &Town, node: &str, feed: impl Into<Feed>, flags: &[&str]) -> Result<Self> {
-        let mut agent = Self::prepare(&crate::require::agent_binary()?, town, node, feed, flags)?;
+    pub fn start(cluster: &TestCluster, node: &str, feed: impl Into<Feed>, flags: &[&str]) -> Result<Self> {
+        let mut agent = Self::prepare(&crate::require::agent_binary()?, cluster, node, feed, flags)?;
         agent.spawn()?;
         agent.wait_ready()?;
         Ok(agent)
@@ -93,7 +93,7 @@ impl Agent {
     /// Makes everything ready for a program with the agent's command line, without starting it.
     pub fn prepare(
         binary: &Path,
-        town: &Town,
+        cluster: &TestCluster,
         node: &str,
         feed: impl Into<Feed>,
         flags: &[&str],
@@ -111,12 +111,12 @@ impl Agent {
             Feed::ApiServer(url) => ("--apiserver", url),
             Feed::Config(path) => ("--config", path.display().to_string()),
         };
-        let cgroup_root = town.cgroup_root(node).display().to_string();
+        let cgroup_root = cluster.cgroup_root(node).display().to_string();
         let mut arguments = ["--hostname-override", node, "--cgroup-root", &cgroup_root, flag, &value]
             .map(ToOwned::to_owned)
             .to_vec();
         arguments.extend(flags.iter().map(ToString::to_string));
-        let place = town.place(node).clone();
+        let place = cluster.place(node).clone();
         Ok(Self {
             binary: binary.into(),
             place,

@@ -1,6 +1,6 @@
 //! The fixture room: a cluster on one kernel, for end-to-end tests and the demo.
 //!
-//! A [`town::Town`] is a set of network namespaces: nodes joined by an underlay, pods in the nodes, clients
+//! A [`test_cluster::TestCluster`] is a set of network namespaces: nodes joined by an underlay, pods in the nodes, clients
 //! outside. [`pod::Place`] is where a process can run in it; [`probe`] runs the test-pod program there and reads its
 //! answers. [`agent::Agent`] runs the real agent in a node, [`manifests`] and [`apiserver`] feed it,
 //! [`packet`] builds and checks packets, [`wire`] sends and hears them as raw frames, [`mod@reference`] has netfilter do
@@ -29,7 +29,7 @@ pub mod require;
 pub mod rollout;
 pub mod stop;
 pub mod sweep;
-pub mod town;
+pub mod test_cluster;
 pub mod wire;
 
 use std::sync::atomic::{AtomicU32, Ordering};

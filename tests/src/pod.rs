@@ -16,7 +16,7 @@ use crate::netns::Netns;
 /// A pod, the host side of a node, or a client: where processes run, and which addresses they have there.
 #[derive(Clone, Debug)]
 pub struct Place {
-    /// Its name in the town.
+    /// Its name in the cluster.
     pub name: String,
     /// The node it is on; `None` for a client outside.
     pub node: Option<String>,

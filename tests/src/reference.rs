@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use anyhow::Result;
 
 use crate::netns::Netns;
-use crate::town::Town;
+use crate::test_cluster::TestCluster;
 
 /// Fails where there is no nft to play the reference with.
 pub fn needs_nft() -> Result<()> {
@@ -57,7 +57,8 @@ pub fn load(node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
 
 /// The same in a table of this name.
 pub fn load_as(name: &str, node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
-    let families = [("ip", true, Town::CLUSTER_CIDRS[0]), ("ip6", false, Town::CLUSTER_CIDRS[1])];
+    let families =
+        [("ip", true, TestCluster::CLUSTER_CIDRS[0]), ("ip6", false, TestCluster::CLUSTER_CIDRS[1])];
     families.into_iter().try_for_each(|(family, v4, pods)| {
         let own = doors.iter().filter(|(_, endpoint)| endpoint.is_ipv4() == v4);
         node.nft(&table(name, family, pods, own))
@@ -66,7 +67,10 @@ pub fn load_as(name: &str, node: &Netns, doors: &[(Door, SocketAddr)]) -> Result
 
 /// The same by chains of the shape of kube-proxy's iptables mode: `kind` is `nft` or `legacy`.
 pub fn load_iptables(kind: &str, node: &Netns, doors: &[(Door, SocketAddr)]) -> Result<()> {
-    let families = [("iptables", true, Town::CLUSTER_CIDRS[0]), ("ip6tables", false, Town::CLUSTER_CIDRS[1])];
+    let families = [
+        ("iptables", true, TestCluster::CLUSTER_CIDRS[0]),
+        ("ip6tables", false, TestCluster::CLUSTER_CIDRS[1]),
+    ];
     families.into_iter().try_for_each(|(program, v4, pods)| {
         let own = doors.iter().filter(|(_, endpoint)| endpoint.is_ipv4() == v4);
         let rules = chains(pods, own);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 /// Oldest kernel the programs are written for.
 const OLDEST_KERNEL: (u32, u32) = (5, 10);
 
-/// Root, a recent kernel and a cgroup2 mount: what every town needs.
+/// Root, a recent kernel and a cgroup2 mount: what every cluster needs.
 pub fn world() -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "these tests make network namespaces: run them as root");
     kernel()?;

@@ -17,7 +17,7 @@ use crate::object::Publish;
 use crate::pod::Place;
 use crate::probe::{Server, eventually};
 use crate::reference::{self, Door};
-use crate::town::{Plan, Town};
+use crate::test_cluster::{Plan, TestCluster};
 
 /// New requests a second, of each crowd.
 const RATE: f64 = 40.0;
@@ -80,7 +80,7 @@ pub struct Ground<'a> {
     /// The agent of `node1`.
     pub agent: Agent,
     /// Nodes, pods and the client outside.
-    pub town: &'a Town,
+    pub cluster: &'a TestCluster,
     /// Where objects are published.
     pub to: &'a dyn Publish,
     /// Who tells the agent of them.
@@ -95,17 +95,17 @@ pub struct Ground<'a> {
 }
 
 /// API servers in `node1`, where its agent reaches them, whatever becomes of its programs.
-pub fn raise_api_servers(town: &Town) -> Result<[ApiServer; 2]> {
-    let host = town.place("node1");
+pub fn raise_api_servers(cluster: &TestCluster) -> Result<[ApiServer; 2]> {
+    let host = cluster.place("node1");
     let listen = |port| host.netns.listen(SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
     let first = ApiServer::start(listen(6443)?)?;
     let second = first.beside(listen(6444)?)?;
-    first.put(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
+    first.put(&node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[]));
     Ok([first, second])
 }
 
-/// The town of all plays.
-pub fn raise_town() -> Result<Town> {
+/// The cluster of all plays.
+pub fn raise_cluster() -> Result<TestCluster> {
     // Answers to spoofed sources, and what netfilter is to translate, have to have a route.
     Plan::default()
         .gateway()
@@ -118,18 +118,18 @@ pub fn raise_town() -> Result<Town> {
 
 impl<'a> Ground<'a> {
     /// Publishes the Services, starts their pods and who forwards: an agent with these flags, or one that will have them.
-    pub fn lay(town: &'a Town, source: Source<'a>, flags: &[&str], before: Before) -> Result<Self> {
+    pub fn lay(cluster: &'a TestCluster, source: Source<'a>, flags: &[&str], before: Before) -> Result<Self> {
         let to = source.publisher();
         let mut controllers = BTreeMap::new();
         let mut servers = BTreeMap::new();
         for role in ROLES.iter().filter(|role| before.plays(role)) {
             let mut controller = services::publish(to, role)?;
-            let pods: Vec<&Place> = role.pods.iter().map(|pod| town.place(pod)).collect();
+            let pods: Vec<&Place> = role.pods.iter().map(|pod| cluster.place(pod)).collect();
             controller.replace(&pods)?;
             controllers.insert(role.name, controller);
             for pod in role.pods {
                 if !servers.contains_key(*pod) {
-                    servers.insert((*pod).to_owned(), Server::start(town.place(pod), &[TARGET])?);
+                    servers.insert((*pod).to_owned(), Server::start(cluster.place(pod), &[TARGET])?);
                 }
             }
         }
@@ -138,11 +138,11 @@ impl<'a> Ground<'a> {
             None => EndpointController::new(to, MOVING, &services::PORTS)?,
         };
         let binary = crate::require::agent_binary()?;
-        let agent = Agent::prepare(&binary, town, "node1", source.feed(), flags)?;
+        let agent = Agent::prepare(&binary, cluster, "node1", source.feed(), flags)?;
         let clients = Clients::default();
         let picture = Picture::new();
         let mut ground =
-            Self { clients, agent, town, to, source, moving, controllers, servers, before, picture };
+            Self { clients, agent, cluster, to, source, moving, controllers, servers, before, picture };
         if before != Before::Agent {
             ground.rules()?;
         }
@@ -157,11 +157,11 @@ impl<'a> Ground<'a> {
 
     /// Starts crowds in the pod, on the host and outside, with connections that are held if told.
     pub fn crowd(&mut self, term: Term, held: bool) -> Result<()> {
-        let [pod, host, outside] = ["a", "node1", "outside"].map(|name| self.town.place(name));
+        let [pod, host, outside] = ["a", "node1", "outside"].map(|name| self.cluster.place(name));
         let crowds = [
-            (pod, self.targets(|role| role.from_pods(self.town))),
+            (pod, self.targets(|role| role.from_pods(self.cluster))),
             (host, self.targets(|role| role.from_host())),
-            (outside, self.targets(|role| role.from_outside(self.town))),
+            (outside, self.targets(|role| role.from_outside(self.cluster))),
         ];
         let crowds = crowds.map(|(place, mut targets)| {
             for target in &mut targets {
@@ -182,17 +182,17 @@ impl<'a> Ground<'a> {
     pub fn rules(&self) -> Result<()> {
         let mut doors: Vec<(Door, SocketAddr)> = Vec::new();
         for role in ROLES.iter().filter(|role| role.has_rules()) {
-            let pod = self.town.place(role.pods[0]).at(TARGET);
+            let pod = self.cluster.place(role.pods[0]).at(TARGET);
             for (address, to) in role.cluster_ips().into_iter().zip(pod) {
                 doors.extend([(Door::Address(address), to), (Door::NodePort(role.node_port), to)]);
             }
         }
-        reference::load_as("kube-proxy", &self.town.place("node1").netns, &doors)
+        reference::load_as("kube-proxy", &self.cluster.place("node1").netns, &doors)
     }
 
     /// Whether a table of kube-proxy's is left on the node.
     fn has_rules(&self) -> Result<bool> {
-        let tables = self.town.place("node1").netns.output("nft", &["list", "tables"])?;
+        let tables = self.cluster.place("node1").netns.output("nft", &["list", "tables"])?;
         Ok(tables.contains("kube-proxy"))
     }
 
@@ -219,7 +219,7 @@ impl<'a> Ground<'a> {
     /// Starts the server of a pod, unless it runs.
     pub fn serve(&mut self, pod: &str) -> Result<()> {
         if !self.servers.contains_key(pod) {
-            self.servers.insert(pod.into(), Server::start(self.town.place(pod), &[TARGET])?);
+            self.servers.insert(pod.into(), Server::start(self.cluster.place(pod), &[TARGET])?);
         }
         Ok(())
     }
@@ -234,7 +234,7 @@ impl<'a> Ground<'a> {
 
     /// Gives `moving` these endpoints besides those that stay, in one edit.
     pub fn move_to(&mut self, pods: &[&str]) -> Result<()> {
-        let all: Vec<&Place> = STAYING.iter().chain(pods).map(|pod| self.town.place(pod)).collect();
+        let all: Vec<&Place> = STAYING.iter().chain(pods).map(|pod| self.cluster.place(pod)).collect();
         self.moving.replace(&all)
     }
 
@@ -259,7 +259,7 @@ impl<'a> Ground<'a> {
             .moving
             .members()
             .filter(|(_, phase)| *phase == Phase::Ready)
-            .flat_map(|(pod, _)| self.town.place(pod).at(TARGET))
+            .flat_map(|(pod, _)| self.cluster.place(pod).at(TARGET))
             .collect();
         let mut picture = self.picture.clone();
         for (frontend, endpoints) in &mut picture {
@@ -299,7 +299,7 @@ impl<'a> Ground<'a> {
     /// Waits until a Service leads to just these pods.
     pub fn serves(&self, service: &str, pods: &[&str]) -> Result<()> {
         let wanted: BTreeSet<String> =
-            pods.iter().flat_map(|pod| self.town.place(pod).at(TARGET)).map(|at| at.to_string()).collect();
+            pods.iter().flat_map(|pod| self.cluster.place(pod).at(TARGET)).map(|at| at.to_string()).collect();
         let prefix = format!("default/{service}:");
         eventually(SOON, || {
             let now: BTreeMap<_, _> =

@@ -26,11 +26,14 @@ pub(super) fn load(node: &Place, vips: [IpAddr; 2], pod: &Place) -> Result<()> {
 fn table(vip: IpAddr, node: IpAddr, pod: IpAddr) -> String {
     let (family, address_type, pods, target) = match pod {
         IpAddr::V4(pod) => {
-            ("ip", "ipv4_addr", crate::town::Town::CLUSTER_CIDRS[0], format!("{pod}:{TARGET}"))
+            ("ip", "ipv4_addr", crate::test_cluster::TestCluster::CLUSTER_CIDRS[0], format!("{pod}:{TARGET}"))
         }
-        IpAddr::V6(pod) => {
-            ("ip6", "ipv6_addr", crate::town::Town::CLUSTER_CIDRS[1], format!("[{pod}]:{TARGET}"))
-        }
+        IpAddr::V6(pod) => (
+            "ip6",
+            "ipv6_addr",
+            crate::test_cluster::TestCluster::CLUSTER_CIDRS[1],
+            format!("[{pod}]:{TARGET}"),
+        ),
     };
     let chains: String = ["tcp", "udp"]
         .iter()

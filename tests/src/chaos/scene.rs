@@ -14,7 +14,7 @@ use crate::manifests::{EndpointController, ManifestDir, ServicePlan};
 use crate::object::{Object, Publish};
 use crate::pod::Place;
 use crate::probe::{Ask, Process, eventually, get};
-use crate::town::{Plan, Town};
+use crate::test_cluster::{Plan, TestCluster};
 
 /// The Service's NodePort.
 pub const NODE_PORT: u16 = 30_200;
@@ -87,7 +87,7 @@ pub struct Scene {
     _server: Process,
     agent: Option<Agent>,
     _manifests: ManifestDir,
-    town: Town,
+    cluster: TestCluster,
     ipv6: bool,
 }
 
@@ -100,27 +100,27 @@ impl Scene {
         for client in &cast.clients {
             plan = plan.client(client);
         }
-        let town = plan.raise()?;
+        let cluster = plan.raise()?;
         if let Some((first, last)) = stage.local_ports {
             let range = format!("{first} {last}");
-            town.place("node1").netns.sysctls(&[("ipv4/ip_local_port_range", &range)])?;
+            cluster.place("node1").netns.sysctls(&[("ipv4/ip_local_port_range", &range)])?;
         }
         let lasts = (cast.lasts + AROUND).as_secs().to_string();
         let serve = ["--tcp", "8080", "--udp", "8080", "--name", "server", "--seconds", &lasts];
-        let mut server = Process::start(town.place("server"), "serve", &serve.map(ToOwned::to_owned))?;
+        let mut server = Process::start(cluster.place("server"), "serve", &serve.map(ToOwned::to_owned))?;
         server.line::<serde_json::Value>(SOON)?;
         let manifests = ManifestDir::new()?;
         let agent = match forwarder {
-            Forwarder::Agent => Some(start_agent(&town, &manifests, &stage.agent_flags)?),
+            Forwarder::Agent => Some(start_agent(&cluster, &manifests, &stage.agent_flags)?),
             Forwarder::Nftables => {
-                rules::load(town.place("node1"), vips(), town.place("server"))?;
+                rules::load(cluster.place("node1"), vips(), cluster.place("server"))?;
                 None
             }
         };
-        let scene = Self { _server: server, agent, _manifests: manifests, town, ipv6: stage.ipv6 };
+        let scene = Self { _server: server, agent, _manifests: manifests, cluster, ipv6: stage.ipv6 };
         let (client, to) = match (cast.clients.first(), cast.pods.first()) {
-            (Some(client), _) => (scene.town.place(client), scene.node_port()),
-            (None, Some(pod)) => (scene.town.place(pod), scene.cluster_ip()),
+            (Some(client), _) => (scene.cluster.place(client), scene.node_port()),
+            (None, Some(pod)) => (scene.cluster.place(pod), scene.cluster_ip()),
             (None, None) => bail!("nobody is there to ask"),
         };
         for ask in [Ask::tcp(to), Ask::udp(to)] {
@@ -132,7 +132,7 @@ impl Scene {
     /// A node, a pod or a client by its name.
     #[must_use]
     pub fn place(&self, name: &str) -> &Place {
-        self.town.place(name)
+        self.cluster.place(name)
     }
 
     /// The agent, where it forwards.
@@ -144,7 +144,7 @@ impl Scene {
     /// The Service at the node.
     #[must_use]
     pub fn node_port(&self) -> SocketAddr {
-        self.town.place("node1").at(NODE_PORT)[usize::from(self.ipv6)]
+        self.cluster.place("node1").at(NODE_PORT)[usize::from(self.ipv6)]
     }
 
     /// The Service at its own address.
@@ -155,7 +155,7 @@ impl Scene {
 }
 
 /// An agent with the one Service, whose endpoint is the server.
-fn start_agent(town: &Town, manifests: &ManifestDir, flags: &[String]) -> Result<Agent> {
+fn start_agent(cluster: &TestCluster, manifests: &ManifestDir, flags: &[String]) -> Result<Agent> {
     let service = ServicePlan::new("web", &vips())
         .port("tcp", "TCP", PORT, TARGET)
         .node_port(NODE_PORT)
@@ -164,11 +164,11 @@ fn start_agent(town: &Town, manifests: &ManifestDir, flags: &[String]) -> Result
     manifests.publish(&Object::from(&service.build()))?;
     let ports = [("tcp", "TCP", TARGET), ("udp", "UDP", TARGET)];
     let families = crate::manifests::Family::ALL;
-    EndpointController::adopt(manifests, "web", &ports, &families, &[town.place("server")])?;
-    let ranges = Town::CLUSTER_CIDRS.join(",");
+    EndpointController::adopt(manifests, "web", &ports, &families, &[cluster.place("server")])?;
+    let ranges = TestCluster::CLUSTER_CIDRS.join(",");
     let mut all = vec!["--cluster-cidr", &ranges];
     all.extend(flags.iter().map(String::as_str));
-    Agent::start(town, "node1", manifests, &all)
+    Agent::start(cluster, "node1", manifests, &all)
 }
 
 /// The Service's addresses.

@@ -8,7 +8,7 @@ use crate::crowd::Target;
 use crate::manifests::{EndpointController, Phase, ServicePlan};
 use crate::object::{Object, Publish};
 use crate::pod::Place;
-use crate::town::Town;
+use crate::test_cluster::TestCluster;
 
 /// The Services' port.
 const PORT: u16 = 80;
@@ -91,10 +91,10 @@ impl Role {
 
     /// How a pod asks.
     #[must_use]
-    pub fn from_pods(&self, town: &Town) -> Vec<Target> {
+    pub fn from_pods(&self, cluster: &TestCluster) -> Vec<Target> {
         let mut all = self.targets(self.cluster_ips());
         if self.kind == Kind::Plain {
-            all.extend(self.targets(town.place("node1").at(self.node_port)));
+            all.extend(self.targets(cluster.place("node1").at(self.node_port)));
         }
         for target in &mut all {
             target.by_packet = target.udp || self.kind == Kind::Sticky;
@@ -110,8 +110,8 @@ impl Role {
 
     /// How somebody outside asks.
     #[must_use]
-    pub fn from_outside(&self, town: &Town) -> Vec<Target> {
-        let all = self.targets(town.place("node1").at(self.node_port)).into_iter();
+    pub fn from_outside(&self, cluster: &TestCluster) -> Vec<Target> {
+        let all = self.targets(cluster.place("node1").at(self.node_port)).into_iter();
         all.map(|target| Target { by_packet: true, ..target }).collect()
     }
 

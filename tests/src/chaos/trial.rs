@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::clients::Term;
 use super::fault::{Name, Next, Options};
-use super::ground::{Before, Ground, Source, raise_api_servers, raise_town};
+use super::ground::{Before, Ground, Source, raise_api_servers, raise_cluster};
 use super::progress;
 use super::scene::want_descriptors;
 use crate::agent::FLAGS;
@@ -40,12 +40,12 @@ pub struct Outcome {
 /// Plays a fault.
 pub fn play(name: Name, options: &Options) -> Result<Outcome> {
     want_descriptors(SOCKETS)?;
-    let (town, manifests) = (raise_town()?, ManifestDir::new()?);
-    let servers = name.needs_api_servers().then(|| raise_api_servers(&town)).transpose()?;
+    let (cluster, manifests) = (raise_cluster()?, ManifestDir::new()?);
+    let servers = name.needs_api_servers().then(|| raise_api_servers(&cluster)).transpose()?;
     let source = servers.as_ref().map_or(Source::Manifests(&manifests), Source::ApiServers);
     let further = options.agent_flags.iter().map(String::as_str);
     let flags: Vec<&str> = FLAGS.iter().chain(name.flags()).copied().chain(further).collect();
-    let mut ground = Ground::lay(&town, source, &flags, name.before())?;
+    let mut ground = Ground::lay(&cluster, source, &flags, name.before())?;
     play_on(&mut ground, name, options).with_context(|| name.text())
 }
 

@@ -22,7 +22,7 @@ use proxy_tests::object::{Key, Kind};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::Server;
 use proxy_tests::require;
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 
 /// The nodes.
 pub(crate) const NODES: [&str; 3] = ["node1", "node2", "node3"];
@@ -50,7 +50,7 @@ pub(crate) struct Cluster {
     /// What they watch.
     pub(crate) api: ApiServer,
     /// Nodes, pods, clients.
-    pub(crate) town: Town,
+    pub(crate) test_cluster: TestCluster,
     /// How its pods are joined.
     pub(crate) network: PodNetwork,
 }
@@ -68,7 +68,7 @@ impl Cluster {
 
     /// A cluster whose nodes are in these zones, and whose agents have these further flags.
     pub(crate) fn with(network: PodNetwork, zones: [&str; 3], flags: &[&str]) -> Result<Self> {
-        let town = Plan::default()
+        let test_cluster = Plan::default()
             .gateway()
             .network(network)
             .node("node1", &["a", "b"])
@@ -79,24 +79,29 @@ impl Cluster {
             .host_pod("h3")
             .client("outside")
             .raise()?;
-        let api = ApiServer::start_in(town.underlay(), SocketAddr::from(([192, 168, 10, 1], 6443)))?;
+        let api = ApiServer::start_in(test_cluster.underlay(), SocketAddr::from(([192, 168, 10, 1], 6443)))?;
         for (name, zone) in NODES.iter().zip(zones) {
             let labels = [("kubernetes.io/hostname", *name), ("topology.kubernetes.io/zone", zone)];
-            api.put(&node(name, &town.place(name).addresses(), &town.pod_cidrs(name), &labels));
+            api.put(&node(
+                name,
+                &test_cluster.place(name).addresses(),
+                &test_cluster.pod_cidrs(name),
+                &labels,
+            ));
         }
         let binary = require::agent_binary()?;
         let mut agents = NODES
             .iter()
-            .map(|node| Agent::prepare(&binary, &town, node, &api, &[&FLAGS, flags].concat()))
+            .map(|node| Agent::prepare(&binary, &test_cluster, node, &api, &[&FLAGS, flags].concat()))
             .collect::<Result<Vec<_>>>()?;
         agents.iter_mut().try_for_each(Agent::spawn)?;
         agents.iter_mut().try_for_each(Agent::wait_ready)?;
-        Ok(Self { agents, api, town, network })
+        Ok(Self { agents, api, test_cluster, network })
     }
 
     /// A node, pod or client.
     pub(crate) fn place(&self, name: &str) -> &Place {
-        self.town.place(name)
+        self.test_cluster.place(name)
     }
 
     /// Several of them.
@@ -116,7 +121,7 @@ impl Cluster {
 
     /// A Service with these pods behind it, all ready.
     pub(crate) fn expose<'a>(&'a self, plan: &ServicePlan, pods: &[&str]) -> Result<EndpointController<'a>> {
-        expose(&self.api, &self.town, plan, pods)
+        expose(&self.api, &self.test_cluster, plan, pods)
     }
 
     /// Deletes a Service and the slices of [`Self::expose`], as the garbage collector does.
@@ -184,7 +189,7 @@ pub(crate) const READY: Conditions = (true, true, false);
 /// A Service with these pods behind it, all ready.
 pub(crate) fn expose<'a>(
     api: &'a ApiServer,
-    town: &Town,
+    test_cluster: &TestCluster,
     plan: &ServicePlan,
     pods: &[&str],
 ) -> Result<EndpointController<'a>> {
@@ -204,7 +209,7 @@ pub(crate) fn expose<'a>(
         })
         .collect();
     let ports: Vec<_> = ports.iter().map(|(name, protocol, port)| (&**name, &**protocol, *port)).collect();
-    let pods: Vec<&Place> = pods.iter().map(|pod| town.place(pod)).collect();
+    let pods: Vec<&Place> = pods.iter().map(|pod| test_cluster.place(pod)).collect();
     let has = |family: &Family| spec.ip_families.iter().flatten().any(|name| name == family.api_name());
     let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
     EndpointController::adopt(api, &name, &ports, &families, &pods)

@@ -10,7 +10,7 @@ use proxy_tests::manifests::{Phase, ServicePlan};
 use proxy_tests::packet::{Sum, protocol};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::cluster::{Cluster, READY, expose, service, vips, web};
@@ -41,19 +41,19 @@ fn cycles(
     (client, targets): (&str, [SocketAddr; 2]),
     old: &str,
 ) -> Result<()> {
-    let Cluster { api, town, .. } = cluster;
-    let mut endpoints = expose(api, town, plan, &[])?;
-    let mut clients = clients(town.place(client), targets)?;
-    let server = Server::start(town.place(old), &[8080])?;
-    endpoints.set(town.place(old), Phase::Ready)?;
+    let Cluster { api, test_cluster, .. } = cluster;
+    let mut endpoints = expose(api, test_cluster, plan, &[])?;
+    let mut clients = clients(test_cluster.place(client), targets)?;
+    let server = Server::start(test_cluster.place(old), &[8080])?;
+    endpoints.set(test_cluster.place(old), Phase::Ready)?;
     follow(&mut clients, old)?;
-    let node = town.place(old).node.clone().context("a pod is on a node")?;
-    let new = town.add_pod(&node, "new")?;
+    let node = test_cluster.place(old).node.clone().context("a pod is on a node")?;
+    let new = test_cluster.add_pod(&node, "new")?;
     let _next = Server::start(&new, &[8080])?;
     endpoints.set(&new, Phase::Ready)?;
     // Deleted without grace: process, interface and endpoint go at once.
     drop(server);
-    town.remove_pod(old)?;
+    test_cluster.remove_pod(old)?;
     endpoints.remove(old)?;
     follow(&mut clients, "new")
 }

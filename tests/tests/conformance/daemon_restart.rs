@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, expose, service, web, web_node_port};
 use crate::http;
@@ -14,29 +14,33 @@ fn kube_proxy_should_recover_after_being_killed_accidentally() -> Result<()> {
     // daemon_restart.go:368; H-1, Y-22
     let mut cluster = Cluster::raise(PodNetwork::Bridged)?;
     let _servers = cluster.serve(&["a", "c", "e"])?;
-    let Cluster { agents, api, town, .. } = &mut cluster;
-    expose(api, town, &web_node_port("survives", 1, 30_080), &["a", "c", "e"])?;
-    let (pod, outside) = (town.place("b"), town.place("outside"));
+    let Cluster { agents, api, test_cluster, .. } = &mut cluster;
+    expose(api, test_cluster, &web_node_port("survives", 1, 30_080), &["a", "c", "e"])?;
+    let (pod, outside) = (test_cluster.place("b"), test_cluster.place("outside"));
     soon(|| dial_all(pod, service(1), &["a", "c", "e"]))?;
-    let loads = [connections(pod, service(1)[0])?, connections(outside, town.place("node1").at(30_080)[1])?];
+    let loads =
+        [connections(pod, service(1)[0])?, connections(outside, test_cluster.place("node1").at(30_080)[1])?];
     let healthz = SocketAddr::from(([127, 0, 0, 1], 10_256));
     for agent in agents.iter_mut() {
         agent.kill()?;
     }
     for node in crate::cluster::NODES {
-        ensure!(http::try_get(town.place(node), healthz, "/healthz")?.is_none(), "{node}: somebody answers");
+        ensure!(
+            http::try_get(test_cluster.place(node), healthz, "/healthz")?.is_none(),
+            "{node}: somebody answers"
+        );
     }
     // What the kubelet does.
     agents.iter_mut().try_for_each(|agent| agent.spawn())?;
     for node in crate::cluster::NODES {
         soon(|| {
-            let health = http::get(town.place(node), healthz, "/healthz")?;
+            let health = http::get(test_cluster.place(node), healthz, "/healthz")?;
             ensure!(health.starts_with("HTTP/1.1 200 "), "{node}: {health}");
             Ok(())
         })?;
     }
     // It hears of what is new.
-    expose(api, town, &web("new", 2), &["e"])?;
+    expose(api, test_cluster, &web("new", 2), &["e"])?;
     soon(|| dial_all(pod, service(2), &["e"]))?;
     loads.into_iter().try_for_each(unbroken)
 }

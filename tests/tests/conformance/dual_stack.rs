@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use anyhow::Result;
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::probe::Ask;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, vips};
 use crate::granular::{self, Family::Secondary};

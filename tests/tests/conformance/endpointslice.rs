@@ -5,7 +5,7 @@
 use anyhow::Result;
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::probe::{Ask, Server};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, READY, at, vips};
 use crate::reach::{dial, soon};

@@ -9,7 +9,7 @@ use proxy_tests::answer::Load;
 use proxy_tests::manifests::{Phase, ServicePlan};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, eventually};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, NODES, at, everywhere, expose, ip, service, vips, web, web_node_port};
 use crate::http;
@@ -207,20 +207,20 @@ fn should_be_able_to_switch_session_affinity_for_load_balancer_service_with_clus
 fn cycles(network: PodNetwork, node: &str) -> Result<()> {
     let mut cluster = Cluster::raise(network)?;
     balance(&cluster, &["node1"])?;
-    let Cluster { api, town, .. } = &mut cluster;
-    let mut endpoints = expose(api, town, &plan(), &["c"])?;
-    let server = Server::start(town.place("c"), &[8080])?;
+    let Cluster { api, test_cluster, .. } = &mut cluster;
+    let mut endpoints = expose(api, test_cluster, &plan(), &["c"])?;
+    let server = Server::start(test_cluster.place("c"), &[8080])?;
     let mut clients = door()
         .into_iter()
-        .map(|to| datagrams(town.place("outside"), to, 12_345))
+        .map(|to| datagrams(test_cluster.place("outside"), to, 12_345))
         .collect::<Result<Vec<_>>>()?;
     let mut follow = |server| clients.iter_mut().try_for_each(|client| follows(client, server));
     follow("c")?;
-    let new = town.add_pod(node, "new")?;
+    let new = test_cluster.add_pod(node, "new")?;
     let _next = Server::start(&new, &[8080])?;
     endpoints.set(&new, Phase::Ready)?;
     drop(server);
-    town.remove_pod("c")?;
+    test_cluster.remove_pod("c")?;
     endpoints.remove("c")?;
     follow("new")
 }

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Result, ensure};
 use proxy_tests::probe::Ask;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::Cluster;
 use crate::granular::{self, Family::Primary};

@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use proxy_tests::manifests::Phase;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, service, web};
 use crate::reach::{connections, dial_all, soon, unbroken};

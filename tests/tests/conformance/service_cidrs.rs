@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 use proxy_tests::manifests::ServicePlan;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, at, ip};
 use crate::reach::{dial_all, soon};

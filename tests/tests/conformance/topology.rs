@@ -4,7 +4,7 @@
 use anyhow::Result;
 use k8s_openapi::api::discovery::v1::{EndpointHints, ForNode, ForZone};
 use proxy_tests::manifests::ServicePlan;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, NODES, READY, service, web};
 use crate::reach::{dial_all, soon};

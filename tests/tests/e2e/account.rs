@@ -44,9 +44,9 @@ pub(crate) fn in_pod(home: &Path, environment: &str, ca: &str) -> Result<PathBuf
 
 #[test]
 fn only_what_a_service_proxy_needs_is_asked_for() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     let needed = BTreeMap::from([
         // S-1.
         ("/api/v1/services", ("!service.kubernetes.io/service-proxy-name", "spec.clusterIP!=None")),
@@ -86,8 +86,8 @@ fn only_what_a_service_proxy_needs_is_asked_for() -> Result<()> {
 fn a_token_that_is_replaced_in_its_file_is_used_from_then_on() -> Result<()> {
     /// Tokens are read again after five seconds; requests come again after pauses that grow.
     const READ_AGAIN: Duration = Duration::from_secs(60);
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
     let home = tempfile::tempdir()?;
     let (kubeconfig, token) = (home.path().join("config"), home.path().join("token"));
     fs::write(&token, "first")?;
@@ -102,7 +102,7 @@ fn a_token_that_is_replaced_in_its_file_is_used_from_then_on() -> Result<()> {
     fs::write(&kubeconfig, text)?;
     let flag = format!("--kubeconfig={}", kubeconfig.display());
     let flags = [&FLAGS[..], &[&flag]].concat();
-    let _agent = Agent::start(&town, "node1", nowhere(), &flags)?;
+    let _agent = Agent::start(&cluster, "node1", nowhere(), &flags)?;
     let used = |wanted: &str| {
         let wanted = Some(format!("Bearer {wanted}"));
         server.headers().iter().filter(|asked| asked.authorization == wanted).count()
@@ -120,14 +120,14 @@ fn a_token_that_is_replaced_in_its_file_is_used_from_then_on() -> Result<()> {
 
 #[test]
 fn a_pod_finds_the_server_in_its_environment_and_its_account_in_its_files() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let host = town.place("node1");
+    let cluster = one_node(&["a"])?;
+    let host = cluster.place("node1");
     // Who listens speaks no TLS, but sees that it is spoken to.
     let listener = host.netns.listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 7443)))?;
     let home = tempfile::tempdir()?;
     let start = |environment: &str| -> Result<Agent> {
         let path = in_pod(home.path(), environment, include_str!("account.crt"))?;
-        let mut agent = Agent::prepare(&path, &town, "node1", nowhere(), &FLAGS)?;
+        let mut agent = Agent::prepare(&path, &cluster, "node1", nowhere(), &FLAGS)?;
         agent.spawn()?;
         Ok(agent)
     };

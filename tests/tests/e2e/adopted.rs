@@ -7,7 +7,7 @@ use proxy_tests::agent::{Agent, FLAGS};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Remote, eventually};
 use proxy_tests::reference::{self, Door};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::endpoint_loss::{self, goes_on};
@@ -27,21 +27,22 @@ fn connected(from: &Place, to: SocketAddr) -> Result<Remote> {
 
 #[test]
 fn new_connections_of_a_pod_may_have_the_port_of_one_that_was_taken_over() -> Result<()> {
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
-    let _servers = servers(&town, &["b"])?;
+    let _servers = servers(&cluster, &["b"])?;
     // One endpoint for all of them. The port is kept from each address for a while by who has used it last.
     let names = ["s1", "s2", "s3", "s4"];
-    let services = (1..).zip(names).map(|(n, name)| service(&dir, &town, (name, n, 0), &["b"], |plan| plan));
+    let services =
+        (1..).zip(names).map(|(n, name)| service(&dir, &cluster, (name, n, 0), &["b"], |plan| plan));
     let _services = services.collect::<Result<Vec<_>>>()?;
-    let (node, a, b) = (town.place("node1"), town.place("a"), town.place("b"));
+    let (node, a, b) = (cluster.place("node1"), cluster.place("a"), cluster.place("b"));
     // What netfilter is to translate has to have a route first.
     node.netns.ip("route add 10.96.0.0/16 dev eth0\nroute add fd00:10:96::/112 dev eth0\n")?;
     a.netns.sysctls(&[("ipv4/ip_local_port_range", "41000 41000")])?;
     let doors: Vec<_> = at(vips(1), 80).map(Door::Address).into_iter().zip(b.at(8080)).collect();
     reference::load_as("kube-proxy", &node.netns, &doors)?;
     let mut held = at(vips(1), 80).into_iter().map(|to| connected(a, to)).collect::<Result<Vec<_>>>()?;
-    let mut agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     let says = |agent: &Agent, words: &str, times: usize| {
         eventually(SOON, || {
             let log = agent.log_text();

@@ -10,7 +10,7 @@ use proxy_tests::apiserver::{ApiServer, Fault, Gone, StreamingLists};
 use proxy_tests::manifests::{Family, Phase, ServicePlan, SlicePlan, node};
 use proxy_tests::object::{Key, Kind};
 use proxy_tests::probe::{eventually, get};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::common::{vips, web};
 use crate::life::{
@@ -18,15 +18,15 @@ use crate::life::{
     with_node_ports,
 };
 
-fn town() -> Result<Town> {
+fn cluster() -> Result<TestCluster> {
     one_node(&["a", "b", "c"])
 }
 
 /// An API server in the node, where its agent reaches it.
-pub(crate) fn server(town: &Town) -> Result<ApiServer> {
-    let place = town.place("node1");
+pub(crate) fn server(cluster: &TestCluster) -> Result<ApiServer> {
+    let place = cluster.place("node1");
     let server = ApiServer::start_in(&place.netns, SocketAddr::from((Ipv4Addr::LOCALHOST, 6443)))?;
-    server.put(&node("node1", &place.addresses(), &town.pod_cidrs("node1"), &[]));
+    server.put(&node("node1", &place.addresses(), &cluster.pod_cidrs("node1"), &[]));
     Ok(server)
 }
 
@@ -41,13 +41,13 @@ pub(crate) fn connected(agent: &Agent, wanted: bool) -> Result<()> {
 
 /// The API server fails; Services work as before, and what changed meanwhile is in force once it is back.
 fn outage(fault: Fault) -> Result<()> {
-    let town = town()?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let _deleted = web(&server, &town, "deleted", 2, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    let (pod, [vip, deleted]) = (town.place("a"), [1, 2].map(|n| service(n)[0]));
+    let cluster = cluster()?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let _deleted = web(&server, &cluster, "deleted", 2, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    let (pod, [vip, deleted]) = (cluster.place("a"), [1, 2].map(|n| service(n)[0]));
     answers(pod, vip, "b")?;
     connected(&agent, true)?;
     server.fail(fault);
@@ -59,7 +59,7 @@ fn outage(fault: Fault) -> Result<()> {
     let (status, page) = agent.ask(&["status"])?;
     ensure!(status.success(), "losing the API server is no illness (Y-6):\n{page}");
     ensure!(fault == Fault::Hang || page.contains("does not answer"), "{page}");
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     server.delete(&key("deleted"));
     for _ in 0..5 {
         ensure!(get(pod, &quick(vip))?.name == "b", "somebody else answers");
@@ -71,7 +71,7 @@ fn outage(fault: Fault) -> Result<()> {
     answers(pod, vip, "c").with_context(|| agent.log_text())?;
     nobody_answers(pod, deleted)?;
     connected(&agent, true)?;
-    let _new = web(&server, &town, "new", 3, &["b"], |plan| plan)?;
+    let _new = web(&server, &cluster, "new", 3, &["b"], |plan| plan)?;
     answers(pod, service(3)[1], "b")
 }
 
@@ -94,22 +94,22 @@ fn services_work_while_the_api_server_answers_with_errors() -> Result<()> {
 fn a_server_whose_machine_is_gone_is_noticed_although_nobody_closes_the_connection() -> Result<()> {
     /// The kernel asks an idle peer after 6 s, and gives up 6 s later; a connection attempt may take 4 s.
     const NOTICED: Duration = Duration::from_secs(30);
-    let town = town()?;
-    let away = town.place("outside");
+    let cluster = cluster()?;
+    let away = cluster.place("outside");
     let server = ApiServer::start_in(&away.netns, SocketAddr::from((away.v4, 6443)))?;
-    let host = town.place("node1");
-    server.put(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let host = cluster.place("node1");
+    server.put(&node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[]));
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     connected(&agent, true)?;
     let rules = "add table ip gone; add chain ip gone in { type filter hook input priority 0; }; \
                  add chain ip gone out { type filter hook output priority 0; }; \
                  add rule ip gone in tcp dport 6443 drop; add rule ip gone out tcp sport 6443 drop";
     away.netns.output("nft", &[rules])?;
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     eventually(NOTICED, || {
         let status = agent.status_json()?;
         ensure!(status["agent"]["connected"] == false, "{:#}", status["agent"]);
@@ -127,13 +127,13 @@ fn a_server_whose_machine_is_gone_is_noticed_although_nobody_closes_the_connecti
 
 #[test]
 fn a_version_that_is_too_old_leads_to_a_new_list_however_the_server_says_so() -> Result<()> {
-    let town = town()?;
-    let server = server(&town)?;
+    let cluster = cluster()?;
+    let server = server(&cluster)?;
     server.bookmark_every(Duration::from_millis(50));
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     for (gone, streaming, home) in [
         (Gone::Event, StreamingLists::On, "c"),
         (Gone::Http, StreamingLists::On, "b"),
@@ -145,7 +145,7 @@ fn a_version_that_is_too_old_leads_to_a_new_list_however_the_server_says_so() ->
         server.streaming_lists(streaming);
         server.fail(Fault::Hang);
         server.delete(&key("vanishes"));
-        controller.replace(&[town.place(home)])?;
+        controller.replace(&[cluster.place(home)])?;
         server.expire(gone);
         server.fail(Fault::None);
         answers(pod, vip, home).with_context(|| format!("{gone:?} {streaming:?}"))?;
@@ -160,22 +160,22 @@ fn a_version_that_is_too_old_leads_to_a_new_list_however_the_server_says_so() ->
 
 #[test]
 fn lists_come_in_pages_when_the_server_has_no_streaming_lists() -> Result<()> {
-    let town = town()?;
-    let server = server(&town)?;
+    let cluster = cluster()?;
+    let server = server(&cluster)?;
     server.streaming_lists(StreamingLists::Rejected);
-    let _servers = servers(&town, &["b"])?;
+    let _servers = servers(&cluster, &["b"])?;
     for n in 0..600_u16 {
         let [high, low] = n.to_be_bytes();
         let vip = Ipv4Addr::new(10, 97, high, low).into();
         server.put(&ServicePlan::new(&format!("s{n}"), &[vip]).port("", "TCP", 80, 8080).build());
         let slice = SlicePlan::new(&format!("s{n}"), "v4", Family::V4).port("", "TCP", 8080);
-        let slice = slice.endpoint("b", town.place("b").v4.into(), Some("node1"), Phase::Ready);
+        let slice = slice.endpoint("b", cluster.place("b").v4.into(), Some("node1"), Phase::Ready);
         server.put(&slice.build());
     }
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     for last in [[0, 0], 600_u16.wrapping_sub(1).to_be_bytes()] {
         let vip = Ipv4Addr::new(10, 97, last[0], last[1]);
-        answers(town.place("a"), SocketAddr::from((vip, 80)), "b")?;
+        answers(cluster.place("a"), SocketAddr::from((vip, 80)), "b")?;
     }
     let status = agent.status_json()?;
     ensure!(status["agent"]["services"] == 600 && status["frontends"] == 600, "{:#}", status["agent"]);
@@ -186,27 +186,27 @@ fn lists_come_in_pages_when_the_server_has_no_streaming_lists() -> Result<()> {
 
 #[test]
 fn a_server_from_before_streaming_lists_is_understood() -> Result<()> {
-    let town = town()?;
-    let server = server(&town)?;
+    let cluster = cluster()?;
+    let server = server(&cluster)?;
     server.streaming_lists(StreamingLists::Ignored);
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
-    controller.replace(&[town.place("c")])?;
-    answers(town.place("a"), service(1)[1], "c")
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
+    controller.replace(&[cluster.place("c")])?;
+    answers(cluster.place("a"), service(1)[1], "c")
 }
 
 #[test]
 fn an_agent_that_starts_without_its_api_server_waits_and_touches_nothing() -> Result<()> {
-    let town = town()?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let _gone = web(&server, &town, "gone", 2, &["b"], |plan| plan)?;
+    let cluster = cluster()?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let _gone = web(&server, &cluster, "gone", 2, &["b"], |plan| plan)?;
     server.fail(Fault::Drop);
     let binary = proxy_tests::require::agent_binary()?;
-    let mut agent = Agent::prepare(&binary, &town, "node1", &server, &FLAGS)?;
+    let mut agent = Agent::prepare(&binary, &cluster, "node1", &server, &FLAGS)?;
     agent.spawn()?;
     let pid = agent.pid();
     let waits = |status: &serde_json::Value, pid: Option<u32>| {
@@ -224,7 +224,7 @@ fn an_agent_that_starts_without_its_api_server_waits_and_touches_nothing() -> Re
     server.fail(Fault::None);
     agent.wait_ready()?;
     for n in [1, 2] {
-        answers(town.place("a"), service(n)[0], "b")?;
+        answers(cluster.place("a"), service(n)[0], "b")?;
     }
     let before = tables(&agent)?;
     agent.kill()?;
@@ -235,28 +235,28 @@ fn an_agent_that_starts_without_its_api_server_waits_and_touches_nothing() -> Re
     status_until(&agent, "a new agent that waits", |status| waits(status, pid))?;
     ensure!(tables(&agent)? == before, "it has changed something (Y-17)");
     for n in [1, 2] {
-        answers(town.place("a"), service(n)[0], "b")?;
+        answers(cluster.place("a"), service(n)[0], "b")?;
     }
     server.fail(Fault::None);
     agent.wait_ready()?;
-    nobody_answers(town.place("a"), service(2)[0])?;
-    answers(town.place("a"), service(1)[0], "b")
+    nobody_answers(cluster.place("a"), service(2)[0])?;
+    answers(cluster.place("a"), service(1)[0], "b")
 }
 
 #[test]
 fn labels_that_come_and_go_take_a_service_out_and_bring_it_back() -> Result<()> {
     const PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
     const HEADLESS: &str = "service.kubernetes.io/headless";
-    let town = town()?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let cluster = cluster()?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     let plan = || with_node_ports("web", 1, 30080);
     let slice = || {
         let slice = SlicePlan::new("web", "v4", Family::V4).port("tcp", "TCP", 8080);
-        slice.endpoint("b", town.place("b").v4.into(), Some("node1"), Phase::Ready).build()
+        slice.endpoint("b", cluster.place("b").v4.into(), Some("node1"), Phase::Ready).build()
     };
     for _ in 0..2 {
         answers(pod, vip, "b")?;

@@ -10,7 +10,7 @@ use proxy_tests::apiserver::{ApiServer, Fault};
 use proxy_tests::manifests::node;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{eventually, get};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::api_server::{connected, server};
 use crate::common::web;
@@ -24,13 +24,13 @@ const FOLLOWED: Duration = Duration::from_secs(7);
 /// How the warning begins.
 const WITHHELD: [&str; 2] = ["API server", "EndpointSlices: its watches are stalled"];
 
-/// A town with endpoints and two servers of one cluster.
-fn scene() -> Result<(Town, [ApiServer; 2])> {
-    let town = one_node(&["a", "b", "c"])?;
-    let first = server(&town)?;
+/// A cluster with endpoints, and two of its API servers.
+fn scene() -> Result<(TestCluster, [ApiServer; 2])> {
+    let cluster = one_node(&["a", "b", "c"])?;
+    let first = server(&cluster)?;
     let at = SocketAddr::from((Ipv4Addr::LOCALHOST, 6444));
-    let second = first.beside(town.place("node1").netns.listen(at)?)?;
-    Ok((town, [first, second]))
+    let second = first.beside(cluster.place("node1").netns.listen(at)?)?;
+    Ok((cluster, [first, second]))
 }
 
 /// Lists among requests, in both forms; what asks for one object to learn a version is none. ServiceCIDRs, which nobody waits for,
@@ -44,8 +44,8 @@ fn lists(server: &ApiServer) -> usize {
 }
 
 /// How often something was counted, by the beginning of its line and a label.
-fn counted(town: &Town, metric: &str, label: &str) -> Result<u64> {
-    let (_, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+fn counted(cluster: &TestCluster, metric: &str, label: &str) -> Result<u64> {
+    let (_, metrics) = http(cluster.place("node1"), "127.0.0.1:10249", "/metrics")?;
     let lines = metrics.lines().filter(|line| line.starts_with(metric) && line.contains(label));
     Ok(lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
 }
@@ -62,21 +62,21 @@ fn is_followed(agent: &Agent, pod: &Place, vip: SocketAddr) -> Result<()> {
 
 #[test]
 fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() -> Result<()> {
-    let (town, [first, second]) = scene()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&first, &town, "web", 1, &["b"], |plan| plan)?;
+    let (cluster, [first, second]) = scene()?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&first, &cluster, "web", 1, &["b"], |plan| plan)?;
     let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-    let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     connected(&agent, true)?;
     let begun = Instant::now();
     first.fail(Fault::Silent);
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: another server is followed after {:?}", begun.elapsed());
     warns(&agent, &[&first.url(), WITHHELD[1]], true)?;
-    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 1);
+    ensure!(counted(&cluster, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 1);
     ensure!(lists(&second) == 0, "watches go on from their version: {:#?}", second.requests());
     ensure!(!first.is_watched() && second.is_watched());
     connected(&agent, true)
@@ -84,16 +84,16 @@ fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() ->
 
 #[test]
 fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_speaks() -> Result<()> {
-    let (town, [server, _]) = scene()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let (cluster, [server, _]) = scene()?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     connected(&agent, true)?;
     let (begun, asked, listed) = (Instant::now(), server.requests().len(), lists(&server));
     server.fail(Fault::Silent);
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: listed after {:?}", begun.elapsed());
     warns(&agent, &WITHHELD, true)?;
@@ -104,7 +104,7 @@ fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_spea
     let asked = server.requests().len() - asked;
     ensure!(asked <= 40, "{asked} requests in {:?}", begun.elapsed());
     server.fail(Fault::None);
-    controller.replace(&[town.place("b")])?;
+    controller.replace(&[cluster.place("b")])?;
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
     warns(&agent, &WITHHELD, false)
 }
@@ -112,7 +112,7 @@ fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_spea
 /// Nothing of what an agent watches changes, but other things do all the time: no server is left, and none is asked for
 /// lists again. Bookmarks come as from the real server: before the end of a watch, if there is progress at all.
 fn quiet(progress: bool) -> Result<()> {
-    let (town, both) = scene()?;
+    let (cluster, both) = scene()?;
     for server in &both {
         server.bookmark_every(Duration::from_secs(3600));
         if !progress {
@@ -120,11 +120,11 @@ fn quiet(progress: bool) -> Result<()> {
         }
     }
     let [first, second] = &both;
-    let _servers = servers(&town, &["b"])?;
-    let _controller = web(first, &town, "web", 1, &["b"], |plan| plan)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _controller = web(first, &cluster, "web", 1, &["b"], |plan| plan)?;
     let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-    let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     connected(&agent, true)?;
     let (begun, listed) = (Instant::now(), lists(first));
     while begun.elapsed() < NOTICED + FOLLOWED {
@@ -138,7 +138,7 @@ fn quiet(progress: bool) -> Result<()> {
     ensure!((3..=9).contains(&asked.len()), "{asked:#?}");
     ensure!(second.requests().is_empty(), "{}", agent.log_text());
     ensure!(lists(first) == listed, "{:#?}", first.requests());
-    ensure!(counted(&town, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 0);
+    ensure!(counted(&cluster, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 0);
     warns(&agent, &["API server"], false)
 }
 

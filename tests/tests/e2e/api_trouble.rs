@@ -11,7 +11,7 @@ use proxy_tests::apiserver::tls::Ca;
 use proxy_tests::apiserver::{ApiServer, Fault, Gone};
 use proxy_tests::manifests::EndpointController;
 use proxy_tests::probe::{eventually, get};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::api_server::{connected, server};
 use crate::api_way::kubeconfig;
@@ -27,7 +27,7 @@ const REQUESTS: usize = 40;
 
 /// Has everybody's answers counted while a fault lasts, and ends it.
 struct Trouble<'a> {
-    town: &'a Town,
+    cluster: &'a TestCluster,
     server: &'a ApiServer,
     agent: &'a Agent,
 }
@@ -35,7 +35,7 @@ struct Trouble<'a> {
 impl Trouble<'_> {
     /// How many watches have broken.
     fn broken(&self) -> Result<u64> {
-        let (_, metrics) = http(self.town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+        let (_, metrics) = http(self.cluster.place("node1"), "127.0.0.1:10249", "/metrics")?;
         let ended = metrics.lines().filter(|line| line.starts_with("proxy_agent_watches_ended_total"));
         let broken = ended.filter(|line| line.contains("reason=\"limit_exceeded\""));
         Ok(broken.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
@@ -43,8 +43,8 @@ impl Trouble<'_> {
 
     /// One fault: `words` are said of it.
     fn play(&self, fault: Fault, words: &[&str], controller: &mut EndpointController<'_>) -> Result<()> {
-        let Self { town, server, agent } = self;
-        let (pod, vip) = (town.place("a"), service(1)[0]);
+        let Self { cluster, server, agent } = self;
+        let (pod, vip) = (cluster.place("a"), service(1)[0]);
         let name = get(pod, &quick(vip))?.name;
         let other = if name == "b" { "c" } else { "b" };
         let (asked, logged) = (server.requests().len(), agent.log_text().lines().count());
@@ -64,10 +64,10 @@ impl Trouble<'_> {
             ensure!(early <= 6, "{early} requests to a server that wants to be left alone");
         }
         let broken = self.broken()?;
-        controller.replace(&[town.place(other)])?;
+        controller.replace(&[cluster.place(other)])?;
         if !words.is_empty() {
             warns(agent, words, true)?;
-            let (code, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+            let (code, metrics) = http(cluster.place("node1"), "127.0.0.1:10249", "/metrics")?;
             ensure!(code == 200 && metrics.contains("proxy_agent_watches_ended_total{"), "{metrics}");
         }
         while begun.elapsed() < LASTS {
@@ -96,15 +96,15 @@ impl Trouble<'_> {
 
 /// Plays some faults one after the other.
 fn faults(faults: &[(Fault, &[&str])]) -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let cluster = one_node(&["a", "b", "c"])?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     connected(&agent, true)?;
     for (fault, words) in faults {
-        let trouble = Trouble { town: &town, server: &server, agent: &agent };
+        let trouble = Trouble { cluster: &cluster, server: &server, agent: &agent };
         let played = trouble.play(*fault, words, &mut controller);
         played.with_context(|| agent.log_text()).with_context(|| format!("{fault:?}"))?;
     }
@@ -140,34 +140,34 @@ fn a_server_that_shows_the_past_or_wants_to_be_left_alone_is_followed_when_it_is
 
 #[test]
 fn a_watch_that_has_gone_deaf_is_begun_anew() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let cluster = one_node(&["a", "b", "c"])?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     connected(&agent, true)?;
     server.deafen();
     let begun = Instant::now();
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     // Endpoints are proved to be heard of every 10 to 15 seconds.
-    answers(town.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
+    answers(cluster.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
     eprintln!("deaf: served after {:?}", begun.elapsed());
     Ok(())
 }
 
 #[test]
 fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let cluster = one_node(&["a", "b", "c"])?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     connected(&agent, true)?;
     let (begun, asked) = (Instant::now(), server.requests().len());
     server.fail(Fault::Hang);
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     // Silence of 3 to 4 seconds, 5 for an answer.
     eventually(Duration::from_secs(10), || {
         let status = agent.status_json()?;
@@ -181,9 +181,9 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
     let asked = server.requests().len() - asked;
     eprintln!("hang: {asked} requests");
     ensure!(asked <= 8, "{asked} requests");
-    answers(town.place("a"), service(1)[0], "b")?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     server.fail(Fault::None);
-    answers(town.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
+    answers(cluster.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
     connected(&agent, true)?;
     status_until(&agent, "no warning", |status| !status["object_warnings"].to_string().contains("API server"))
         .map(drop)
@@ -191,11 +191,11 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
 
 #[test]
 fn a_server_of_which_nothing_is_heard_is_asked_whether_it_lives_unless_its_connection_tells() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let (server, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    let cluster = one_node(&["a"])?;
+    let (server, home, ca) = (server(&cluster)?, tempfile::tempdir()?, Ca::new("cluster")?);
     server.bookmark_every(Duration::from_secs(3600));
     let asked = || server.requests().iter().filter(|path| *path == "/livez").count();
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     sleep(LASTS);
     // Every four to five seconds; a watch that is renewed is an answer, too.
     ensure!((1..=4).contains(&asked()), "{} times over HTTP/1", asked());
@@ -205,7 +205,7 @@ fn a_server_of_which_nothing_is_heard_is_asked_whether_it_lives_unless_its_conne
     fs::write(home.path().join("ca.crt"), ca.pem())?;
     let (flag, before) = (kubeconfig(home.path(), &server, "{}")?, asked());
     let flags = [&FLAGS[..], &[&flag]].concat();
-    let agent = Agent::start(&town, "node1", Feed::ApiServer(String::new()), &flags)?;
+    let agent = Agent::start(&cluster, "node1", Feed::ApiServer(String::new()), &flags)?;
     sleep(LASTS);
     ensure!(asked() == before, "{} times over HTTP/2", asked() - before);
     connected(&agent, true)
@@ -213,12 +213,12 @@ fn a_server_of_which_nothing_is_heard_is_asked_whether_it_lives_unless_its_conne
 
 #[test]
 fn while_nothing_listens_it_is_tried_one_at_a_time() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     connected(&agent, true)?;
     let tried = || -> Result<u64> {
-        let (_, metrics) = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?;
+        let (_, metrics) = http(cluster.place("node1"), "127.0.0.1:10249", "/metrics")?;
         let failed = metrics.lines().filter(|line| line.contains("requests_total{code=\"<error>\""));
         Ok(failed.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum())
     };

@@ -12,7 +12,7 @@ use proxy_tests::apiserver::tls::{Ca, Pair};
 use proxy_tests::apiserver::{ApiServer, Fault, StreamingLists};
 use proxy_tests::manifests::{Family, Phase, SlicePlan};
 use proxy_tests::probe::eventually;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::account::in_pod;
 use crate::api_server::{connected, server};
@@ -27,20 +27,20 @@ fn local(port: u16) -> SocketAddr {
 }
 
 /// Another server of the same cluster, in the node.
-fn beside(server: &ApiServer, town: &Town, port: u16) -> Result<ApiServer> {
-    server.beside(town.place("node1").netns.listen(local(port))?)
+fn beside(server: &ApiServer, cluster: &TestCluster, port: u16) -> Result<ApiServer> {
+    server.beside(cluster.place("node1").netns.listen(local(port))?)
 }
 
 #[test]
 fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let first = server(&town)?;
-    let second = beside(&first, &town, 6444)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&first, &town, "web", 1, &["b"], |plan| plan)?;
+    let cluster = one_node(&["a", "b", "c"])?;
+    let first = server(&cluster)?;
+    let second = beside(&first, &cluster, 6444)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&first, &cluster, "web", 1, &["b"], |plan| plan)?;
     let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-    let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     connected(&agent, true)?;
     ensure!(second.requests().is_empty(), "the first one works");
@@ -53,8 +53,8 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
         if fault != Fault::Hang {
             used.cut();
         }
-        controller.replace(&[town.place(home)])?;
-        eventually(Duration::from_secs(limit), || answers_now(&town, vip, home))
+        controller.replace(&[cluster.place(home)])?;
+        eventually(Duration::from_secs(limit), || answers_now(&cluster, vip, home))
             .with_context(|| format!("{fault:?}:\n{}", agent.log_text()))?;
         eprintln!("{fault:?}: another server is followed after {:?}", begun.elapsed());
         used.fail(Fault::None);
@@ -82,9 +82,9 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     first.fail(Fault::Drop);
     second.fail(Fault::Drop);
     connected(&agent, false)?;
-    controller.replace(&[town.place("b")])?;
+    controller.replace(&[cluster.place("b")])?;
     std::thread::sleep(Duration::from_secs(3));
-    answers_now(&town, vip, "c")?;
+    answers_now(&cluster, vip, "c")?;
     first.fail(Fault::None);
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
     connected(&agent, true)
@@ -92,18 +92,18 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
 
 #[test]
 fn when_one_of_several_servers_refuses_or_never_ends_from_the_beginning_another_is_asked() -> Result<()> {
-    let town = one_node(&["a", "b"])?;
-    let first = server(&town)?;
-    let second = beside(&first, &town, 6444)?;
-    let _servers = servers(&town, &["b"])?;
-    let _controller = web(&first, &town, "web", 1, &["b"], |plan| plan)?;
+    let cluster = one_node(&["a", "b"])?;
+    let first = server(&cluster)?;
+    let second = beside(&first, &cluster, 6444)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _controller = web(&first, &cluster, "web", 1, &["b"], |plan| plan)?;
     first.streaming_lists(StreamingLists::Rejected);
     for fault in [Fault::Status(400), Fault::Status(403), Fault::Status(410), Fault::Endless] {
         first.fail(fault);
         let asked = first.requests().len();
         let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-        let agent = Agent::start(&town, "node1", urls, &FLAGS)?;
-        answers(town.place("a"), service(1)[0], "b").with_context(|| format!("{fault:?}"))?;
+        let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
+        answers(cluster.place("a"), service(1)[0], "b").with_context(|| format!("{fault:?}"))?;
         connected(&agent, true).with_context(|| agent.log_text())?;
         let asked = first.requests().len() - asked;
         // Three kinds are needed.
@@ -112,24 +112,24 @@ fn when_one_of_several_servers_refuses_or_never_ends_from_the_beginning_another_
     Ok(())
 }
 
-fn answers_now(town: &Town, vip: SocketAddr, name: &str) -> Result<()> {
-    let answer = proxy_tests::probe::get(town.place("a"), &crate::life::quick(vip))?;
+fn answers_now(cluster: &TestCluster, vip: SocketAddr, name: &str) -> Result<()> {
+    let answer = proxy_tests::probe::get(cluster.place("a"), &crate::life::quick(vip))?;
     ensure!(answer.name == name, "{} answers", answer.name);
     Ok(())
 }
 
 #[test]
 fn servers_that_the_cluster_tells_of_are_asked_when_the_one_that_was_given_is_gone() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let given = server(&town)?;
-    let (endpoint, balanced) = (beside(&given, &town, 6444)?, beside(&given, &town, 6445)?);
+    let cluster = one_node(&["a", "b", "c"])?;
+    let given = server(&cluster)?;
+    let (endpoint, balanced) = (beside(&given, &cluster, 6444)?, beside(&given, &cluster, 6445)?);
     given.cluster_info(&balanced.url());
     let kubernetes = SlicePlan::new("kubernetes", "v4", Family::V4).port("https", "TCP", 6444);
     given.put(&kubernetes.endpoint("apiserver", Ipv4Addr::LOCALHOST.into(), None, Phase::Ready).build());
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&given, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &given, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&given, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &given, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     eventually(SOON, || {
         let log = agent.log_text();
@@ -139,11 +139,11 @@ fn servers_that_the_cluster_tells_of_are_asked_when_the_one_that_was_given_is_go
         Ok(())
     })?;
     given.fail(Fault::Drop);
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     answers(pod, vip, "c").with_context(|| agent.log_text())?;
     ensure!(!endpoint.requests().is_empty() && balanced.requests().is_empty());
     endpoint.fail(Fault::Drop);
-    controller.replace(&[town.place("b")])?;
+    controller.replace(&[cluster.place("b")])?;
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
     ensure!(!balanced.requests().is_empty());
     Ok(())
@@ -151,20 +151,20 @@ fn servers_that_the_cluster_tells_of_are_asked_when_the_one_that_was_given_is_go
 
 #[test]
 fn an_agent_that_starts_while_its_server_is_down_asks_one_that_an_earlier_agent_has_learnt() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let (given, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
-    let other = beside(&given, &town, 6444)?;
+    let cluster = one_node(&["a", "b", "c"])?;
+    let (given, home, ca) = (server(&cluster)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    let other = beside(&given, &cluster, 6444)?;
     given.secure(&ca.server(&["127.0.0.1"])?, None)?;
     other.secure(&ca.server(&["kubernetes.default.svc"])?, None)?;
     fs::write(home.path().join("ca.crt"), ca.pem())?;
     let kubernetes = SlicePlan::new("kubernetes", "v4", Family::V4).port("https", "TCP", 6444);
     given.put(&kubernetes.endpoint("apiserver", Ipv4Addr::LOCALHOST.into(), None, Phase::Ready).build());
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&given, &town, "web", 1, &["b"], |plan| plan)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&given, &cluster, "web", 1, &["b"], |plan| plan)?;
     let flag = kubeconfig(home.path(), &given, "{}")?;
     let flags = [&FLAGS[..], &[&flag]].concat();
-    let mut agent = Agent::start(&town, "node1", Feed::ApiServer(String::new()), &flags)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let mut agent = Agent::start(&cluster, "node1", Feed::ApiServer(String::new()), &flags)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     eventually(SOON, || {
         let log = agent.log_text();
@@ -173,12 +173,12 @@ fn an_agent_that_starts_while_its_server_is_down_asks_one_that_an_earlier_agent_
     })?;
     agent.kill()?;
     given.fail(Fault::Drop);
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     // A server of another cluster, or a kubelet, has that address now: its certificate is not for an API server.
     other.secure(&ca.server(&["127.0.0.1"])?, None)?;
     agent.spawn()?;
     warns(&agent, &["API server", ":6444", "certificate"], true)?;
-    answers_now(&town, vip, "b")?;
+    answers_now(&cluster, vip, "b")?;
     ensure!(other.requests().is_empty(), "{:?}", other.requests());
     agent.kill()?;
     other.secure(&ca.server(&["kubernetes.default.svc"])?, None)?;
@@ -210,8 +210,8 @@ pub(crate) fn kubeconfig_of(home: &Path, url: &str, cluster: &str, user: &str) -
 
 #[test]
 fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let server = server(&town)?;
+    let cluster = one_node(&["a", "b", "c"])?;
+    let server = server(&cluster)?;
     let home = tempfile::tempdir()?;
     let (old, new) = (Ca::new("old")?, Ca::new("new")?);
     let clients = Ca::new("clients")?;
@@ -236,11 +236,11 @@ fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Resu
     }
     let user = "{tokenFile: token, client-certificate: tls.crt, client-key: tls.key}";
     let flag = kubeconfig(home.path(), &server, user)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
     let agent =
-        Agent::start(&town, "node1", Feed::ApiServer(String::new()), &[&FLAGS[..], &[&flag]].concat())?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+        Agent::start(&cluster, "node1", Feed::ApiServer(String::new()), &[&FLAGS[..], &[&flag]].concat())?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     // The newline is the file's (A token with one in it is no header at all).
     let used = |token: &str, client: &Pair| {
@@ -264,7 +264,7 @@ fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Resu
     // The server's CA, and with it the server's certificate.
     let begun = Instant::now();
     server.secure(&new.server(&["127.0.0.1"])?, Some(&clients))?;
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     warns(&agent, &["API server", "certificate"], true)?;
     install("v3", &new, &two, "second")?;
     answers(pod, vip, "c").with_context(|| agent.log_text())?;
@@ -273,7 +273,7 @@ fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Resu
     // A file that is written half is not used, and said.
     fs::write(home.path().join("v3/ca.crt"), "-----BEGIN CERTIFICATE-----\nAAAA\n")?;
     warns(&agent, &["API server", "stay in use"], true)?;
-    controller.replace(&[town.place("b")])?;
+    controller.replace(&[cluster.place("b")])?;
     answers(pod, vip, "b")?;
     fs::write(home.path().join("v3/ca.crt"), new.pem())?;
     warns(&agent, &["API server", "stay in use"], false)
@@ -281,15 +281,15 @@ fn certificates_and_tokens_that_are_rotated_are_used_without_a_restart() -> Resu
 
 #[test]
 fn a_server_whose_certificate_is_its_own_ca_is_accepted_and_one_of_another_name_is_not() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
     let home = tempfile::tempdir()?;
     let own = Pair::own_ca(Ipv4Addr::LOCALHOST.into())?;
     server.secure(&own, None)?;
     fs::write(home.path().join("ca.crt"), &own.certificate)?;
     let flag = kubeconfig(home.path(), &server, "{}")?;
     let flags = [&FLAGS[..], &[&flag]].concat();
-    let agent = Agent::start(&town, "node1", Feed::ApiServer(String::new()), &flags)?;
+    let agent = Agent::start(&cluster, "node1", Feed::ApiServer(String::new()), &flags)?;
     connected(&agent, true)?;
     let other = Pair::own_ca("127.0.0.2".parse()?)?;
     server.secure(&other, None)?;
@@ -304,19 +304,19 @@ fn a_server_whose_certificate_is_its_own_ca_is_accepted_and_one_of_another_name_
 
 #[test]
 fn a_pod_on_a_fresh_node_gets_to_its_server_although_nobody_serves_the_cluster_ip() -> Result<()> {
-    let town = one_node(&["a", "b"])?;
-    let host = town.place("node1");
+    let cluster = one_node(&["a", "b"])?;
+    let host = cluster.place("node1");
     let (ca, home) = (Ca::new("cluster")?, tempfile::tempdir()?);
     // As on Talos.
     let server = ApiServer::start_in(&host.netns, local(7445))?;
     server.secure(&ca.server(&["kubernetes.default.svc", "10.96.0.1"])?, None)?;
-    server.put(&proxy_tests::manifests::node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
+    server.put(&proxy_tests::manifests::node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[]));
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
     let environment = "export KUBERNETES_SERVICE_HOST=10.96.0.99 KUBERNETES_SERVICE_PORT=443";
     let path = in_pod(home.path(), environment, &ca.pem())?;
-    let mut agent = Agent::prepare(&path, &town, "node1", Feed::ApiServer(String::new()), &FLAGS)?;
+    let mut agent = Agent::prepare(&path, &cluster, "node1", Feed::ApiServer(String::new()), &FLAGS)?;
     agent.spawn()?;
-    let answered = answers(town.place("a"), service(1)[0], "b");
+    let answered = answers(cluster.place("a"), service(1)[0], "b");
     answered.with_context(|| agent.log_text())
 }

@@ -9,14 +9,14 @@ use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::ApiServer;
 use proxy_tests::manifests::{EndpointController, Family, Phase, ServicePlan, SlicePlan};
 use proxy_tests::object::{Object, Publish};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 use serde_json::json;
 
 use crate::common::{ip, manifests, vips};
 
 use crate::life::{FLAGS, answers, nobody_answers, one_node, servers, service, warns};
 
-fn town() -> Result<Town> {
+fn cluster() -> Result<TestCluster> {
     one_node(&["a", "b"])
 }
 
@@ -102,11 +102,11 @@ fn plan(name: &str, n: u8) -> Service {
 }
 
 /// Publishes everything bad, beside something good; checks what is said and what works; mends it all.
-fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
-    let pod = town.place("a");
+fn play(to: &dyn Publish, cluster: &TestCluster, agent: &Agent) -> Result<()> {
+    let pod = cluster.place("a");
     let endpoints = |name: &str| -> Result<EndpointController<'_>> {
         let mut controller = EndpointController::new(to, name, &[("tcp", "TCP", 8080)])?;
-        controller.set(town.place("b"), Phase::Ready)?;
+        controller.set(cluster.place("b"), Phase::Ready)?;
         Ok(controller)
     };
     for (n, bad) in (10..).zip(&BAD) {
@@ -117,7 +117,7 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
     }
     // of the endpoints of this slice only one is an address.
     let slice = SlicePlan::new("x7", "more", Family::V4).port("tcp", "TCP", 8080);
-    let mut slice = slice.endpoint("b", town.place("b").v4.into(), Some("node1"), Phase::Ready).build();
+    let mut slice = slice.endpoint("b", cluster.place("b").v4.into(), Some("node1"), Phase::Ready).build();
     let mut spoilt = slice.endpoints.get_or_insert_default()[0].clone();
     for address in ["10.244.1.300", "fd00:244:1::11"] {
         spoilt.addresses = vec![address.into()];
@@ -181,17 +181,17 @@ fn play(to: &dyn Publish, town: &Town, agent: &Agent) -> Result<()> {
 
 #[test]
 fn bad_objects_in_a_directory_are_named_and_cost_only_themselves() -> Result<()> {
-    let (town, dir) = (town()?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    play(&dir, &town, &agent)
+    let (cluster, dir) = (cluster()?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    play(&dir, &cluster, &agent)
 }
 
 #[test]
 fn bad_objects_from_an_api_server_are_named_and_cost_only_themselves() -> Result<()> {
-    let town = town()?;
-    let server = ApiServer::start_in(&town.place("node1").netns, "127.0.0.1:6443".parse()?)?;
-    let _servers = servers(&town, &["b"])?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    play(&server, &town, &agent)
+    let cluster = cluster()?;
+    let server = ApiServer::start_in(&cluster.place("node1").netns, "127.0.0.1:6443".parse()?)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    play(&server, &cluster, &agent)
 }

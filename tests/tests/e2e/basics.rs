@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use anyhow::{Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::probe::{Ask, Server, request};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{manifests, two_nodes, vips, web};
 
@@ -13,16 +13,17 @@ use crate::common::{manifests, two_nodes, vips, web};
 fn a_cluster_ip_answers_pods_and_host_processes() -> Result<()> {
     // V-3, V-5, D-1.
     for network in [PodNetwork::Routed, PodNetwork::Bridged] {
-        let town = two_nodes(network)?;
+        let cluster = two_nodes(network)?;
         let dir = manifests()?;
         let _servers = ["b", "c"]
-            .map(|pod| Server::start(town.place(pod), &[8080]))
+            .map(|pod| Server::start(cluster.place(pod), &[8080]))
             .into_iter()
             .collect::<Result<Vec<_>>>()?;
-        let _web = web(&dir, &town, "web", 1, &["b", "c"], |plan| plan)?;
-        let _agent = Agent::start(&town, "node1", &dir, &["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"])?;
+        let _web = web(&dir, &cluster, "web", 1, &["b", "c"], |plan| plan)?;
+        let _agent =
+            Agent::start(&cluster, "node1", &dir, &["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"])?;
         for client in ["a", "b", "h1"] {
-            let place = town.place(client);
+            let place = cluster.place(client);
             for vip in vips(1) {
                 let to = SocketAddr::new(vip, 80);
                 for ask in [Ask::tcp(to), Ask::udp(to), Ask::unconnected(to)] {

@@ -15,7 +15,7 @@ use proxy_tests::chaos::trial;
 use proxy_tests::chaos::{dns, flood, ports};
 use proxy_tests::crowd::Target;
 use proxy_tests::probe::{Server, eventually};
-use proxy_tests::town::Plan;
+use proxy_tests::test_cluster::Plan;
 
 /// A fault of so many rounds, in which nothing is lost.
 fn nothing_is_lost(fault: Name, rounds: u64) -> Result<trial::Outcome> {
@@ -114,8 +114,8 @@ fn neither_tables_nor_the_agent_grow_while_everything_happens_to_it() -> Result<
 
 #[test]
 fn clients_notice_what_is_lost() -> Result<()> {
-    let town = Plan::default().node("node1", &["a", "b"]).raise()?;
-    let server = Server::start(town.place("b"), &[8080])?;
+    let cluster = Plan::default().node("node1", &["a", "b"]).raise()?;
+    let server = Server::start(cluster.place("b"), &[8080])?;
     let target = |to: SocketAddr, udp: bool, servers: &[&str]| Target {
         service: "web".into(),
         to,
@@ -126,17 +126,17 @@ fn clients_notice_what_is_lost() -> Result<()> {
         idle: 1,
         busy: 1,
     };
-    let to = town.place("b").at(8080);
+    let to = cluster.place("b").at(8080);
     let targets =
         to.into_iter().flat_map(|to| [target(to, false, &["b"]), target(to, true, &["b"])]).collect();
     let mut clients = Clients::default();
-    clients.start(Term::Play, &[(town.place("a"), targets)], 100.0)?;
+    clients.start(Term::Play, &[(cluster.place("a"), targets)], 100.0)?;
     clients.check()?;
     let count = clients.count();
     ensure!(count.lost == 0 && count.held == 8 && count.requests >= 4, "{count:?}");
     // A strange answer is a loss, and so is none.
     drop(server);
-    let _stranger = Server::named(town.place("b"), "stranger", &[8080])?;
+    let _stranger = Server::named(cluster.place("b"), "stranger", &[8080])?;
     eventually(Duration::from_secs(20), || {
         clients.check()?;
         let count = clients.count();

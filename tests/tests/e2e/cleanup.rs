@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::probe::{Ask, eventually, get};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::common::{manifests, web};
 use crate::life::{
@@ -19,20 +19,20 @@ fn programs(agent: &Agent) -> Result<Vec<u64>> {
 }
 
 /// What hangs on the interfaces of the node, by those who can tell: `tc` shows filters and their qdiscs.
-fn qdiscs(town: &Town) -> Result<String> {
-    town.place("node1").netns.output("tc", &["qdisc", "show"])
+fn qdiscs(cluster: &TestCluster) -> Result<String> {
+    cluster.place("node1").netns.output("tc", &["qdisc", "show"])
 }
 
 #[test]
 fn nothing_is_left_after_cleanup_and_doing_it_twice_is_doing_it_once() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |_| with_node_ports("web", 1, 30080))?;
-    let qdiscs_before = qdiscs(&town)?;
-    let mut agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let (pod, outside) = (town.place("a"), town.place("outside"));
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |_| with_node_ports("web", 1, 30080))?;
+    let qdiscs_before = qdiscs(&cluster)?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let (pod, outside) = (cluster.place("a"), cluster.place("outside"));
     answers(pod, service(1)[0], "b")?;
-    answers(outside, node_ports(&town, "node1", 30080)[1], "b")?;
+    answers(outside, node_ports(&cluster, "node1", 30080)[1], "b")?;
     let programs = programs(&agent)?;
 
     let (code, said) = agent.ask(&["cleanup"])?;
@@ -48,13 +48,13 @@ fn nothing_is_left_after_cleanup_and_doing_it_twice_is_doing_it_once() -> Result
     for vip in service(1) {
         nobody_answers(pod, vip)?;
     }
-    for to in node_ports(&town, "node1", 30080) {
+    for to in node_ports(&cluster, "node1", 30080) {
         nobody_answers(outside, to)?;
     }
-    for to in town.place("b").at(8080) {
+    for to in cluster.place("b").at(8080) {
         ensure!(get(pod, &Ask::tcp(to))?.name == "b", "direct traffic is broken");
     }
-    ensure!(qdiscs(&town)? == qdiscs_before, "qdiscs are left: {}", qdiscs(&town)?);
+    ensure!(qdiscs(&cluster)? == qdiscs_before, "qdiscs are left: {}", qdiscs(&cluster)?);
     // The kernel frees programs a little later than links.
     eventually(SOON, || {
         let loaded = aya::programs::loaded_programs().filter_map(|program| Some(program.ok()?.id()));

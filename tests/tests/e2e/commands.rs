@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::probe::{Ask, Runner, eventually, get};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 use serde_json::Value;
 
 use crate::common::{manifests, two_nodes, web};
@@ -29,17 +29,17 @@ fn has_line(text: &str, words: &[&str]) -> Result<()> {
 
 #[test]
 fn listings_show_services_endpoints_and_a_held_flow_and_flush_removes_just_that() -> Result<()> {
-    let (town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let _far = web(&dir, &town, "far", 1, &["c"], |_| with_node_ports("far", 1, 30081))?;
+    let (cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let _far = web(&dir, &cluster, "far", 1, &["c"], |_| with_node_ports("far", 1, 30081))?;
     let flags = [&FLAGS[..], &["--socket-lb=host"]].concat();
-    let agent = Agent::start(&town, "node1", &dir, &flags)?;
-    let (outside, node) = (town.place("outside"), town.place("node1"));
-    let to = node_ports(&town, "node1", 30081)[0];
-    let endpoint = format!("{}:8080", town.place("c").v4);
+    let agent = Agent::start(&cluster, "node1", &dir, &flags)?;
+    let (outside, node) = (cluster.place("outside"), cluster.place("node1"));
+    let to = node_ports(&cluster, "node1", 30081)[0];
+    let endpoint = format!("{}:8080", cluster.place("c").v4);
     let mut held = [
         Runner::hold(outside, &Ask::tcp(to).from_port(40001), QUIET, LIMIT)?,
-        Runner::hold(town.place("a"), &Ask::tcp(service(1)[0]).from_port(40002), QUIET, LIMIT)?,
+        Runner::hold(cluster.place("a"), &Ask::tcp(service(1)[0]).from_port(40002), QUIET, LIMIT)?,
     ];
     for held in &mut held {
         eventually(SOON, || {
@@ -87,7 +87,7 @@ fn listings_show_services_endpoints_and_a_held_flow_and_flush_removes_just_that(
     ensure!(said.contains("removed 1 flows"), "{said}");
     let left = flows()?;
     ensure!(left.len() == 1 && left[0]["endpoint"] == endpoint.as_str(), "{left:#?}");
-    ensure!(left[0]["client"] == format!("{}:40002", town.place("a").v4), "{left:#?}");
+    ensure!(left[0]["client"] == format!("{}:40002", cluster.place("a").v4), "{left:#?}");
     let said = text(&["conntrack", "flush", "--client", &outside.v4.to_string()])?;
     ensure!(said.contains("removed 0 flows"), "{said}");
     ensure!(get(outside, &Ask::tcp(to))?.name == "c", "new flows are none the worse");
@@ -96,10 +96,10 @@ fn listings_show_services_endpoints_and_a_held_flow_and_flush_removes_just_that(
 
 #[test]
 fn status_and_doctor_call_a_good_node_good_and_a_killed_agent_is_seen_at_once() -> Result<()> {
-    let (town, dir) = (crate::life::one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let mut agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let (cluster, dir) = (crate::life::one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     let (code, page) = agent.ask(&["status"])?;
     ensure!(code.success() && page.starts_with("healthy\n"), "{code}\n{page}");
     has_line(&page, &["node", "node1"])?;
@@ -122,7 +122,7 @@ fn status_and_doctor_call_a_good_node_good_and_a_killed_agent_is_seen_at_once() 
     let (code, page) = agent.ask(&["status"])?;
     ensure!(code.code() == Some(1) && page.starts_with("not healthy: the agent does not run"), "{page}");
     has_line(&page, &["remedy: start it"])?;
-    ensure!(get(town.place("a"), &Ask::tcp(service(1)[0]))?.name == "b", "traffic needs no agent");
+    ensure!(get(cluster.place("a"), &Ask::tcp(service(1)[0]))?.name == "b", "traffic needs no agent");
     agent.spawn()?;
     agent.wait_ready()?;
     status_until(&agent, "healthy again", |status| status["problems"] == serde_json::json!([])).map(drop)
@@ -130,8 +130,8 @@ fn status_and_doctor_call_a_good_node_good_and_a_killed_agent_is_seen_at_once() 
 
 #[test]
 fn commands_say_what_to_do_where_no_agent_has_run() -> Result<()> {
-    let (town, dir) = (crate::life::one_node(&["a"])?, manifests()?);
-    let agent = Agent::prepare(&proxy_tests::require::agent_binary()?, &town, "node1", &dir, &[])?;
+    let (cluster, dir) = (crate::life::one_node(&["a"])?, manifests()?);
+    let agent = Agent::prepare(&proxy_tests::require::agent_binary()?, &cluster, "node1", &dir, &[])?;
     for command in [&["service", "list"][..], &["backend", "list"], &["conntrack", "list"]] {
         let (code, said) = agent.ask(command)?;
         ensure!(code.code() == Some(1) && said.contains("start `proxy-agent run`"), "{command:?}: {said}");

@@ -1,15 +1,15 @@
-//! The town that most tests play in, and the Services that most of them use.
+//! The cluster that most tests play in, and the Services that most of them use.
 
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
 use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan};
 use proxy_tests::object::{Object, Publish};
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 
 /// `node1` with pods `a` and `b`, `node2` with pods `c` and `d`, a host-network pod on each, and a client
 /// outside that routes Service addresses through `node1`.
-pub(crate) fn two_nodes(network: PodNetwork) -> Result<Town> {
+pub(crate) fn two_nodes(network: PodNetwork) -> Result<TestCluster> {
     Plan::default()
         .node("node1", &["a", "b"])
         .host_pod("h1")
@@ -36,7 +36,7 @@ pub(crate) fn vips(n: u8) -> [IpAddr; 2] {
 /// A Service `name` over TCP and UDP, port 80 to 8080 of the given places, dual-stack.
 pub(crate) fn web<'a>(
     to: &'a dyn Publish,
-    town: &Town,
+    cluster: &TestCluster,
     name: &str,
     n: u8,
     pods: &[&str],
@@ -46,7 +46,7 @@ pub(crate) fn web<'a>(
     to.publish(&Object::from(&change(plan).build()))?;
     let mut controller = EndpointController::new(to, name, &[("tcp", "TCP", 8080), ("udp", "UDP", 8080)])?;
     for pod in pods {
-        controller.set(town.place(pod), Phase::Ready)?;
+        controller.set(cluster.place(pod), Phase::Ready)?;
     }
     Ok(controller)
 }

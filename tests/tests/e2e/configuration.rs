@@ -13,7 +13,7 @@ use proxy_tests::netns::Netns;
 use proxy_tests::object::Object;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, eventually, get};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -81,15 +81,15 @@ fn sysctl(netns: &Netns, key: &str) -> Result<u64> {
 }
 
 /// Runs `run` with these flags until it ends: exit code and what it said.
-fn ends(town: &Town, feed: impl Into<Feed>, flags: &[&str]) -> Result<(bool, String)> {
+fn ends(cluster: &TestCluster, feed: impl Into<Feed>, flags: &[&str]) -> Result<(bool, String)> {
     let binary = proxy_tests::require::agent_binary()?;
-    let agent = Agent::prepare(&binary, town, "node1", Feed::Manifests("/nonexistent".into()), &[])?;
+    let agent = Agent::prepare(&binary, cluster, "node1", Feed::Manifests("/nonexistent".into()), &[])?;
     let (flag, value) = match feed.into() {
         Feed::Manifests(path) => ("--manifests", path.display().to_string()),
         Feed::ApiServer(url) => ("--apiserver", url),
         Feed::Config(path) => ("--config", path.display().to_string()),
     };
-    let cgroup = town.cgroup_root("node1").display().to_string();
+    let cgroup = cluster.cgroup_root("node1").display().to_string();
     let line = ["run", "--hostname-override=node1", "--cgroup-root", &cgroup, flag, &value];
     let (status, said) = agent.ask(&[&line[..], flags].concat())?;
     Ok((status.success(), said))
@@ -98,18 +98,18 @@ fn ends(town: &Town, feed: impl Into<Feed>, flags: &[&str]) -> Result<(bool, Str
 #[test]
 fn a_configmap_of_kube_proxy_is_followed_and_a_changed_one_ends_the_agent() -> Result<()> {
     // F-1, F-3, F-14, H-27, Y-22.
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
     let mut config =
         ConfigMap::new(&kubeadm("mode: ipvs\nipvs: {scheduler: rr}\n").replace("mode: \"\"\n", ""))?;
     let flag = format!("--config={}", config.path().display());
     let mut flags = sizes();
     flags.extend([flag.as_str(), "--masquerade-all"]);
-    let mut agent = Agent::start(&town, "node1", &dir, &flags)?;
-    let (a, host) = (town.place("a"), town.place("node1"));
+    let mut agent = Agent::start(&cluster, "node1", &dir, &flags)?;
+    let (a, host) = (cluster.place("a"), cluster.place("node1"));
     answers(a, service(1)[0], "b")?;
-    answers(town.place("outside"), node_ports(&town, "node1", 30081)[0], "b")?;
+    answers(cluster.place("outside"), node_ports(&cluster, "node1", 30081)[0], "b")?;
     let status = agent.status_json()?;
     let said = status["object_warnings"].to_string();
     for words in [
@@ -150,12 +150,12 @@ fn a_configmap_of_kube_proxy_is_followed_and_a_changed_one_ends_the_agent() -> R
 #[test]
 fn a_configmap_of_kubeadm_is_all_that_an_agent_needs() -> Result<()> {
     // F-14, Y-1: the API server by the kubeconfig that the file names, everything else by the file.
-    let town = one_node(&["a", "b"])?;
-    let _servers = servers(&town, &["b"])?;
-    let host = town.place("node1");
+    let cluster = one_node(&["a", "b"])?;
+    let _servers = servers(&cluster, &["b"])?;
+    let host = cluster.place("node1");
     let server = ApiServer::start_in(&host.netns, "127.0.0.1:6443".parse()?)?;
-    server.put(Object::from(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[])));
-    let _web = web(&server, &town, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
+    server.put(Object::from(&node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[])));
+    let _web = web(&server, &cluster, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
     let mut config = ConfigMap::new("")?;
     let kubeconfig = config.directory.path().join("kubeconfig.conf");
     let text = format!(
@@ -169,9 +169,9 @@ fn a_configmap_of_kubeadm_is_all_that_an_agent_needs() -> Result<()> {
     config.put(
         &kubeadm("").replace("/var/lib/kube-proxy/kubeconfig.conf", &kubeconfig.display().to_string()),
     )?;
-    let agent = Agent::start(&town, "node1", Feed::Config(config.path()), &sizes())?;
-    answers(town.place("a"), service(1)[0], "b")?;
-    answers(town.place("outside"), node_ports(&town, "node1", 30081)[0], "b")?;
+    let agent = Agent::start(&cluster, "node1", Feed::Config(config.path()), &sizes())?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
+    answers(cluster.place("outside"), node_ports(&cluster, "node1", 30081)[0], "b")?;
     let status = agent.status_json()?;
     ensure!(
         status["agent"]["source"] == format!("kubeconfig {}", kubeconfig.display()).as_str(),
@@ -184,18 +184,18 @@ fn a_configmap_of_kubeadm_is_all_that_an_agent_needs() -> Result<()> {
 #[test]
 fn a_file_that_cannot_be_followed_keeps_the_agent_from_starting() -> Result<()> {
     // F-2, F-4.
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
     let file = |name: &str, text: &str| -> Result<String> {
         let path = dir.path().with_file_name(name);
         std::fs::write(&path, text)?;
         Ok(format!("--config={}", path.display()))
     };
     let wrong = file("wrong", &kubeadm("oomScoreAdj: 2000\nportRange: 1-2\nconfigSyncPeriod: -1s\n"))?;
-    let (ok, said) = ends(&town, &dir, &[&wrong])?;
+    let (ok, said) = ends(&cluster, &dir, &[&wrong])?;
     ensure!(!ok && said.contains("oomScoreAdj \"2000\": must be -1000 to 1000"), "{said}");
     ensure!(said.contains("2 of the settings") && said.contains("configSyncPeriod \"-1s\""), "{said}");
     let kind = file("kind", "apiVersion: v1\nkind: ConfigMap\n")?;
-    let (ok, said) = ends(&town, &dir, &[&kind])?;
+    let (ok, said) = ends(&cluster, &dir, &[&kind])?;
     ensure!(!ok && said.contains("KubeProxyConfiguration") && said.contains("\"ConfigMap\""), "{said}");
     Ok(())
 }
@@ -203,8 +203,8 @@ fn a_file_that_cannot_be_followed_keeps_the_agent_from_starting() -> Result<()> 
 #[test]
 fn only_connection_tracking_is_set_and_init_only_ends_with_that() -> Result<()> {
     // F-7, Z-7, Z-9, Z-10, Z-12, Z-13.
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
-    let netns = &town.place("node1").netns;
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
+    let netns = &cluster.place("node1").netns;
     let untouched = [
         "ipv4/conf/all/route_localnet",
         "ipv4/ip_forward",
@@ -220,7 +220,7 @@ fn only_connection_tracking_is_set_and_init_only_ends_with_that() -> Result<()> 
     let timeout = |of: &str| sysctl(netns, &format!("netfilter/nf_conntrack_tcp_timeout_{of}"));
     let before = values()?;
     ensure!(timeout(close_wait)? != 3_600, "nothing to be seen here");
-    let (ok, said) = ends(&town, &dir, &["--init-only"])?;
+    let (ok, said) = ends(&cluster, &dir, &["--init-only"])?;
     ensure!(ok, "{said}");
     ensure!((timeout(established)?, timeout(close_wait)?) == (86_400, 3_600));
     ensure!(values()? == before, "{untouched:?}: {:?}, not {before:?}", values()?);
@@ -231,13 +231,13 @@ fn only_connection_tracking_is_set_and_init_only_ends_with_that() -> Result<()> 
         "--conntrack-tcp-be-liberal",
         "--conntrack-udp-timeout=11s",
     ];
-    ensure!(ends(&town, &dir, &set)?.0);
+    ensure!(ends(&cluster, &dir, &set)?.0);
     ensure!((timeout(established)?, timeout(close_wait)?) == (86_400, 1_800));
     ensure!(sysctl(netns, "netfilter/nf_conntrack_udp_timeout")? == 11);
     ensure!(sysctl(netns, "netfilter/nf_conntrack_tcp_be_liberal")? == 1);
     // An agent that goes on does the same, and nothing else either.
     // Z-11: less than it was takes a right that is not given everywhere; more never does.
-    let agent = Agent::start(&town, "node1", &dir, &[&FLAGS[..], &["--oom-score-adj=456"]].concat())?;
+    let agent = Agent::start(&cluster, "node1", &dir, &[&FLAGS[..], &["--oom-score-adj=456"]].concat())?;
     ensure!(timeout(close_wait)? == 3_600 && values()?[..6] == before[..6]);
     let score = std::fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.pid().context("no pid")?))?;
     ensure!(score.trim() == "456", "{score}");
@@ -260,8 +260,8 @@ fn tracked(place: &Place, port: u16) -> Result<(String, u64)> {
 #[test]
 fn the_kernel_remembers_a_connection_in_close_wait_for_an_hour() -> Result<()> {
     // Z-9, Z-10, as Kubernetes' own test of service proxies looks at it.
-    let (town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
-    let (client, server, node1) = (town.place("a"), town.place("h2"), town.place("node1"));
+    let (cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+    let (client, server, node1) = (cluster.place("a"), cluster.place("h2"), cluster.place("node1"));
     // A rule that asks for the state of a connection switches connection tracking on.
     for rule in [
         &["add", "table", "inet", "track"][..],
@@ -270,7 +270,7 @@ fn the_kernel_remembers_a_connection_in_close_wait_for_an_hour() -> Result<()> {
     ] {
         node1.netns.output("nft", rule)?;
     }
-    let _agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let _agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     let to = server.at(11302)[0];
     let listener: TcpListener = server.netns.listen(to)?;
     let mut connection = client.netns.run_in(|| TcpStream::connect(to))?.context("connecting")?;
@@ -289,17 +289,17 @@ fn the_kernel_remembers_a_connection_in_close_wait_for_an_hour() -> Result<()> {
 #[test]
 fn our_own_flows_end_when_the_time_outs_of_the_file_say() -> Result<()> {
     // C-16, D-6.
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |_| with_node_ports("web", 1, 30081))?;
     let config = ConfigMap::new(
         &kubeadm("").replace("conntrack: {", "conntrack: {udpStreamTimeout: 1s, udpTimeout: 1s, "),
     )?;
     let flag = format!("--config={}", config.path().display());
     let mut flags = sizes();
     flags.push(&flag);
-    let agent = Agent::start(&town, "node1", &dir, &flags)?;
-    let (outside, to) = (town.place("outside"), node_ports(&town, "node1", 30081)[0]);
+    let agent = Agent::start(&cluster, "node1", &dir, &flags)?;
+    let (outside, to) = (cluster.place("outside"), node_ports(&cluster, "node1", 30081)[0]);
     let flows = |proto: &str| -> Result<usize> {
         let rows = agent.json(&["conntrack", "list", "--output", "json"])?;
         let rows = rows.as_array().context("no list")?.clone();
@@ -328,10 +328,10 @@ fn our_own_flows_end_when_the_time_outs_of_the_file_say() -> Result<()> {
 #[test]
 fn an_address_that_is_taken_ends_an_agent_that_is_told_so() -> Result<()> {
     // H-12, H-28.
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
-    let _taken = town.place("node1").netns.listen("127.0.0.1:10249".parse()?)?;
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
+    let _taken = cluster.place("node1").netns.listen("127.0.0.1:10249".parse()?)?;
     let flags = [&FLAGS[..], &["--bind-address-hard-fail"]].concat();
-    let (ok, said) = ends(&town, &dir, &flags)?;
+    let (ok, said) = ends(&cluster, &dir, &flags)?;
     ensure!(!ok && said.contains("cannot serve metrics at 127.0.0.1:10249"), "{said}");
     Ok(())
 }
@@ -339,13 +339,13 @@ fn an_address_that_is_taken_ends_an_agent_that_is_told_so() -> Result<()> {
 #[test]
 fn a_node_without_ipv6_serves_ipv4_alone() -> Result<()> {
     // Y-11, S-12, F-13.
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let host = town.place("node1");
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let host = cluster.place("node1");
     host.netns.sysctls(&[("ipv6/conf/all/disable_ipv6", "1")])?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let listed = agent.service_list_json()?.to_string();
     ensure!(listed.contains("10.96.0.1") && !listed.contains("fd00:10:96::1"), "{listed}");
     let health: Value = serde_json::from_str(&http(host, "127.0.0.1:10256", "/healthz")?.1)?;
@@ -353,8 +353,8 @@ fn a_node_without_ipv6_serves_ipv4_alone() -> Result<()> {
     drop(agent);
 
     let server = ApiServer::start_in(&host.netns, "127.0.0.1:6443".parse()?)?;
-    server.put(Object::from(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[])));
-    let (ok, said) = ends(&town, &server, &["--cluster-cidr=fd00:244::/32", "--max-flows=1024"])?;
+    server.put(Object::from(&node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[])));
+    let (ok, said) = ends(&cluster, &server, &["--cluster-cidr=fd00:244::/32", "--max-flows=1024"])?;
     ensure!(!ok && said.contains("the cluster CIDR has no IPv4 range"), "{said}");
     Ok(())
 }

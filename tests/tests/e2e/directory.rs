@@ -27,19 +27,19 @@ fn web_at(port: u16) -> Object {
 
 #[test]
 fn files_that_are_edited_added_renamed_and_removed_are_followed() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let (cluster, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     let other_port = std::net::SocketAddr::new(vip.ip(), 81);
     answers(pod, vip, "b")?;
-    controller.replace(&[town.place("c")])?;
+    controller.replace(&[cluster.place("c")])?;
     answers(pod, vip, "c")?;
     dir.publish(&web_at(81))?;
     answers(pod, other_port, "c")?;
     fails(pod, vip, "connect ECONNREFUSED")?;
-    let _added = web(&dir, &town, "added", 2, &["b"], |plan| plan)?;
+    let _added = web(&dir, &cluster, "added", 2, &["b"], |plan| plan)?;
     answers(pod, service(2)[0], "b")?;
     // A name of a file means nothing: not one write follows.
     let passes = generation(&agent)?;
@@ -76,14 +76,14 @@ fn mount_config_map(dir: &Path, version: &str, objects: &[Object]) -> Result<()>
 
 #[test]
 fn a_mounted_config_map_is_followed_when_its_data_is_swapped() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
     // The slices are ordinary files; the Service comes from the ConfigMap.
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
     dir.retract(&key("web"))?;
     mount_config_map(&dir.path(), "v1", &[web_at(80)])?;
-    let _agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let (pod, vip) = (town.place("a"), service(1)[0]);
+    let _agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let (pod, vip) = (cluster.place("a"), service(1)[0]);
     answers(pod, vip, "b")?;
     for (version, port, before) in [("v2", 81, 80), ("v3", 82, 81)] {
         mount_config_map(&dir.path(), version, &[web_at(port)])?;
@@ -95,12 +95,12 @@ fn a_mounted_config_map_is_followed_when_its_data_is_swapped() -> Result<()> {
 
 #[test]
 fn a_broken_file_is_reported_with_its_line_and_keeps_what_it_said() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let mut other = web(&dir, &town, "other", 2, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let pod = town.place("a");
+    let (cluster, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let mut other = web(&dir, &cluster, "other", 2, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let pod = cluster.place("a");
     let file = ManifestDir::file_name(&key("web"));
     let broken = "apiVersion: v1\nkind: Service\nmetadata: {name: web\nspec: [\n";
     let wrong = "# a comment\napiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ports: many}\n";
@@ -114,12 +114,12 @@ fn a_broken_file_is_reported_with_its_line_and_keeps_what_it_said() -> Result<()
         ensure!(status.success() && page.contains(words[0]), "{page}");
         answers(pod, service(1)[0], "b")?;
         // Others are not held up.
-        other.replace(&[town.place("c")])?;
+        other.replace(&[cluster.place("c")])?;
         answers(pod, service(2)[0], "c")?;
         dir.publish(&Object::from(&with_node_ports("web", 1, 30080).build()))?;
         warns(&agent, &words, false)?;
-        answers(town.place("outside"), crate::life::node_ports(&town, "node1", 30080)[0], "b")?;
-        other.replace(&[town.place("b")])?;
+        answers(cluster.place("outside"), crate::life::node_ports(&cluster, "node1", 30080)[0], "b")?;
+        other.replace(&[cluster.place("b")])?;
         answers(pod, service(2)[0], "b")?;
     }
     Ok(())

@@ -9,7 +9,7 @@ use proxy_tests::object::{Key, Kind, Object, Publish as _};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Remote, Server, eventually};
 use proxy_tests::reference::{self, Door};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::growth_traffic::least;
@@ -69,23 +69,23 @@ fn cut_off(place: &Place) -> Result<()> {
 }
 
 struct Scene {
-    town: Town,
+    cluster: TestCluster,
     dir: ManifestDir,
     _servers: Vec<Server>,
 }
 
 impl Scene {
     fn new() -> Result<Self> {
-        let town = two_nodes(PodNetwork::Routed)?;
-        let _servers = servers(&town, &["b", "c", "d", "h1", "h2"])?;
-        Ok(Self { town, dir: manifests()?, _servers })
+        let cluster = two_nodes(PodNetwork::Routed)?;
+        let _servers = servers(&cluster, &["b", "c", "d", "h1", "h2"])?;
+        Ok(Self { cluster, dir: manifests()?, _servers })
     }
 
     /// Service number `n` with these endpoints; the first one has a NodePort.
     fn service(&self, n: u8, ends: &[&str], reset: bool) -> Result<EndpointController<'_>> {
         let node_port = if n == 1 { NODE_PORT } else { 0 };
         let change = |plan: ServicePlan| if reset { plan.annotation(ANNOTATION, "reset") } else { plan };
-        service(&self.dir, &self.town, (&format!("s{n}"), n, node_port), ends, change)
+        service(&self.dir, &self.cluster, (&format!("s{n}"), n, node_port), ends, change)
     }
 
     /// The same Service wants something else.
@@ -95,18 +95,18 @@ impl Scene {
     }
 
     fn agent(&self, flags: &[&str]) -> Result<Agent> {
-        Agent::start(&self.town, "node1", &self.dir, &[&FLAGS[..], flags].concat())
+        Agent::start(&self.cluster, "node1", &self.dir, &[&FLAGS[..], flags].concat())
     }
 
     /// The ways to the first Service from each kind of client, and how the end is heard of there.
     fn ways(&self, sockets: bool) -> Vec<(&Place, SocketAddr, &'static str)> {
-        let node = self.town.place("node1").addresses();
+        let node = self.cluster.place("node1").addresses();
         let mut ways = Vec::new();
         for to in at(vips(1), 80).into_iter().chain(at(node, NODE_PORT)) {
-            ways.extend(["a", "outside"].map(|place| (self.town.place(place), to, "receive ECONNRESET")));
+            ways.extend(["a", "outside"].map(|place| (self.cluster.place(place), to, "receive ECONNRESET")));
             if sockets {
                 let own = [Some(to), mapped(to)].into_iter().flatten();
-                ways.extend(own.map(|to| (self.town.place("h1"), to, "receive ECONNABORTED")));
+                ways.extend(own.map(|to| (self.cluster.place("h1"), to, "receive ECONNABORTED")));
             }
         }
         ways
@@ -127,12 +127,12 @@ fn idle_connections_to_an_endpoint_that_has_gone_are_reset_from_every_client() -
             for (place, to, how) in &ways {
                 open.push((connected(place, *to).with_context(context)?, place, to, how));
             }
-            cut_off(scene.town.place(gone))?;
+            cut_off(scene.cluster.place(gone))?;
             controller.remove(gone)?;
             for (socket, place, to, how) in &mut open {
                 ends(socket, &[how]).with_context(|| format!("{}: {} → {to}", context(), place.name))?;
             }
-            scene.town.place(gone).netns.ip("link set eth0 up\n")?;
+            scene.cluster.place(gone).netns.ip("link set eth0 up\n")?;
             controller.withdraw()?;
             drop(agent);
         }
@@ -145,7 +145,7 @@ fn who_is_still_connecting_to_an_endpoint_that_has_gone_is_told_or_led_to_anothe
     let scene = Scene::new()?;
     let mut controller = scene.service(1, &["c"], true)?;
     let agent = scene.agent(&[])?;
-    let dead = scene.town.place("c");
+    let dead = scene.cluster.place("c");
     // It takes every packet and answers none.
     dead.netns.nft(
         "table inet dead { chain input { type filter hook input priority 0; meta l4proto tcp drop; }; }\n",
@@ -165,7 +165,7 @@ fn who_is_still_connecting_to_an_endpoint_that_has_gone_is_told_or_led_to_anothe
         let tries = tries.into_iter().map(|tried| tried.join().expect("a thread that asks"));
         tries.collect::<Result<Vec<_>>>()
     })?;
-    controller.replace(&[scene.town.place("b")])?;
+    controller.replace(&[scene.cluster.place("b")])?;
     // Sockets that were translated when they connected are told; those whose packets are follow the Service.
     for (mut socket, (place, to, _)) in open.into_iter().zip(&ways) {
         match place.name.as_str() {
@@ -192,14 +192,14 @@ fn an_endpoint_that_lives_on_hears_of_it_too() -> Result<()> {
             for (place, to, how) in scene.ways(flags.is_empty()) {
                 open.push((connected(place, to).with_context(context)?, place, to, how));
             }
-            ensure!(open_at(scene.town.place(gone))? == open.len(), "{}", context());
-            controller.replace(&[scene.town.place("d")])?;
+            ensure!(open_at(scene.cluster.place(gone))? == open.len(), "{}", context());
+            controller.replace(&[scene.cluster.place("d")])?;
             for (socket, place, to, how) in &mut open {
                 ends(socket, &[how]).with_context(|| format!("{}: {} → {to}", context(), place.name))?;
                 let mut next = connected(place, *to).with_context(context)?;
                 goes_on(&mut next)?;
             }
-            none_is_open_at(scene.town.place(gone)).with_context(context)?;
+            none_is_open_at(scene.cluster.place(gone)).with_context(context)?;
             controller.withdraw()?;
             drop(agent);
         }
@@ -213,7 +213,7 @@ const CLIENTS: [&str; 3] = ["a", "outside", "h1"];
 impl Scene {
     fn open(&self, n: u8) -> Result<Vec<Remote>> {
         let ways = CLIENTS.into_iter().flat_map(|client| vips(n).map(|vip| (client, vip)));
-        ways.map(|(client, vip)| connected(self.town.place(client), SocketAddr::new(vip, 80))).collect()
+        ways.map(|(client, vip)| connected(self.cluster.place(client), SocketAddr::new(vip, 80))).collect()
     }
 }
 
@@ -227,7 +227,7 @@ fn all_have_ended(open: &mut [Remote]) -> Result<()> {
 
 /// Waits until the agent has written that an endpoint has gone: new connections find the other one.
 fn is_led_to(scene: &Scene, n: u8, other: &str) -> Result<()> {
-    at(vips(n), 80).into_iter().try_for_each(|to| answers(scene.town.place("a"), to, other))
+    at(vips(n), 80).into_iter().try_for_each(|to| answers(scene.cluster.place("a"), to, other))
 }
 
 #[test]
@@ -240,7 +240,7 @@ fn by_default_and_for_what_has_terminated_connections_go_on() -> Result<()> {
     let _agent = scene.agent(&[])?;
     let [mut first, mut second, mut third, mut fourth] =
         [scene.open(1)?, scene.open(2)?, scene.open(3)?, scene.open(4)?];
-    let (c, d) = (scene.town.place("c"), scene.town.place("d"));
+    let (c, d) = (scene.cluster.place("c"), scene.cluster.place("d"));
     kept.replace(&[d])?;
     is_led_to(&scene, 1, "d")?;
     for phase in [Phase::Terminating, Phase::Stopped] {
@@ -256,7 +256,7 @@ fn by_default_and_for_what_has_terminated_connections_go_on() -> Result<()> {
     is_led_to(&scene, 3, "d")?;
     // With its Service its wish has gone.
     scene.dir.retract(&Key { kind: Kind::Service, namespace: "default".into(), name: "s4".into() })?;
-    nobody_answers(scene.town.place("outside"), at(vips(4), 80)[0])?;
+    nobody_answers(scene.cluster.place("outside"), at(vips(4), 80)[0])?;
     deleted.withdraw()?;
     for open in [&mut first, &mut second, &mut third, &mut fourth] {
         all_go_on(open)?;
@@ -275,7 +275,7 @@ fn each_service_speaks_for_its_own_connections_and_may_change_its_mind() -> Resu
     let scene = Scene::new()?;
     let mut controllers = [scene.service(1, &["c"], true)?, scene.service(2, &["c"], false)?];
     let agent = scene.agent(&[])?;
-    let (c, d) = (scene.town.place("c"), scene.town.place("d"));
+    let (c, d) = (scene.cluster.place("c"), scene.cluster.place("d"));
     let [mut first, mut second] = [scene.open(1)?, scene.open(2)?];
     for (n, controller) in (1..).zip(&mut controllers) {
         controller.replace(&[d])?;
@@ -321,19 +321,19 @@ fn what_leaves_while_no_agent_runs_is_reset_by_the_next_one() -> Result<()> {
     let mut agent = scene.agent(&[])?;
     let mut open = scene.open(1)?;
     agent.kill()?;
-    controller.replace(&[scene.town.place("d")])?;
+    controller.replace(&[scene.cluster.place("d")])?;
     all_go_on(&mut open)?;
     agent.spawn()?;
     agent.wait_ready()?;
     all_have_ended(&mut open)?;
-    none_is_open_at(scene.town.place("c"))
+    none_is_open_at(scene.cluster.place("c"))
 }
 
 #[test]
 fn who_is_silent_is_told_where_netfilter_goes_on_with_what_a_kube_proxy_has_begun() -> Result<()> {
     let scene = Scene::new()?;
     let mut controller = scene.service(1, &["c"], true)?;
-    let (node, c) = (scene.town.place("node1"), scene.town.place("c"));
+    let (node, c) = (scene.cluster.place("node1"), scene.cluster.place("c"));
     // What netfilter is to translate has to have a route first.
     node.netns.ip("route add 10.96.0.0/16 dev eth0\nroute add fd00:10:96::/112 dev eth0\n")?;
     let doors =
@@ -352,7 +352,7 @@ fn who_is_silent_is_told_where_netfilter_goes_on_with_what_a_kube_proxy_has_begu
         Ok(())
     })?;
     cut_off(c)?;
-    controller.replace(&[scene.town.place("d")])?;
+    controller.replace(&[scene.cluster.place("d")])?;
     for (socket, place, to, how) in &mut open {
         ends(socket, &[how]).with_context(|| format!("{} → {to}: {}", place.name, agent.log_text()))?;
     }
@@ -372,10 +372,10 @@ fn an_endpoint_that_is_lost_while_tables_grow_costs_only_its_own_connections() -
     let _early = scene.service(3, &["d"], false)?;
     let mut last = scene.service(4, &["b"], true)?;
     let memory = format!("--map-memory={}", least()? + 4);
-    let agent = Agent::start(&scene.town, "node1", &scene.dir, &[FLAGS[0], "--socket-lb=off", &memory])?;
+    let agent = Agent::start(&scene.cluster, "node1", &scene.dir, &[FLAGS[0], "--socket-lb=off", &memory])?;
     let open = |n: u8| -> Result<Vec<Remote>> {
         let ways = ["a", "outside"].into_iter().flat_map(|client| at(vips(n), 80).map(|to| (client, to)));
-        ways.map(|(client, to)| connected(scene.town.place(client), to)).collect()
+        ways.map(|(client, to)| connected(scene.cluster.place(client), to)).collect()
     };
     // The first records are free again: in the next tables each flow has another one.
     drop(open(3)?);
@@ -394,9 +394,9 @@ fn an_endpoint_that_is_lost_while_tables_grow_costs_only_its_own_connections() -
         })
     };
     logs("table SERVICES has")?;
-    first.replace(&[scene.town.place("d")])?;
+    first.replace(&[scene.cluster.place("d")])?;
     logs("over to new tables")?;
-    last.replace(&[scene.town.place("d")])?;
+    last.replace(&[scene.cluster.place("d")])?;
     all_have_ended(&mut lost)?;
     // Its last round.
     logs("of Service default/s4 left without terminating")?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::{Agent, Feed};
 use proxy_tests::probe::eventually;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::common::{manifests, web};
 use crate::life::{FLAGS, SOON, answers, one_node, servers, service, tables};
@@ -43,27 +43,27 @@ fn refused(agent: &mut Agent, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn agent(town: &Town, feed: impl Into<Feed>, flags: &[&str]) -> Result<Agent> {
+fn agent(cluster: &TestCluster, feed: impl Into<Feed>, flags: &[&str]) -> Result<Agent> {
     let flags = [&FLAGS[..], flags].concat();
-    Agent::prepare(&proxy_tests::require::agent_binary()?, town, "node1", feed, &flags)
+    Agent::prepare(&proxy_tests::require::agent_binary()?, cluster, "node1", feed, &flags)
 }
 
 #[test]
 fn sources_and_flags_that_cannot_be_followed_are_named_with_a_remedy() -> Result<()> {
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
     let none = dir.path().join("none");
-    refused(&mut agent(&town, Feed::Manifests(none.clone()), &[])?, &["none", "does it exist"])?;
+    refused(&mut agent(&cluster, Feed::Manifests(none.clone()), &[])?, &["none", "does it exist"])?;
     let file = dir.path().join("file.yaml");
     dir.write("file.yaml", "")?;
-    refused(&mut agent(&town, Feed::Manifests(file), &[])?, &["file.yaml", "is it a directory"])?;
-    refused(&mut agent(&town, Feed::ApiServer("10.0.0.1:6443".into()), &[])?, &["--apiserver"])?;
+    refused(&mut agent(&cluster, Feed::Manifests(file), &[])?, &["file.yaml", "is it a directory"])?;
+    refused(&mut agent(&cluster, Feed::ApiServer("10.0.0.1:6443".into()), &[])?, &["--apiserver"])?;
     let devices = ["--devices=eth["];
-    refused(&mut agent(&town, &dir, &devices)?, &["--devices", "eth[", "eth*"])
+    refused(&mut agent(&cluster, &dir, &devices)?, &["--devices", "eth[", "eth*"])
 }
 
 #[test]
 fn a_cgroup_root_that_is_none_is_named_and_no_program_stays_attached() -> Result<()> {
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
     let cgroup_root = dir.path().display().to_string();
     // The fixture gives one already, and a flag may stand only once: a script puts the other in its place.
     let script = dir.path().with_file_name("agent");
@@ -74,14 +74,14 @@ fn a_cgroup_root_that_is_none_is_named_and_no_program_stays_attached() -> Result
     );
     std::fs::write(&script, text)?;
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
-    let mut agent = Agent::prepare(&script, &town, "node1", &dir, &FLAGS)?;
+    let mut agent = Agent::prepare(&script, &cluster, "node1", &dir, &FLAGS)?;
     refused(&mut agent, &[cgroup_root.as_str(), "--cgroup-root", "cgroup v2"])
 }
 
 #[test]
 fn an_agent_without_the_rights_it_needs_says_so() -> Result<()> {
     // Z-15.
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
     for prefix in
         ["setpriv --reuid=65534 --regid=65534 --clear-groups", "setpriv --bounding-set=-all --inh-caps=-all"]
     {
@@ -89,7 +89,7 @@ fn an_agent_without_the_rights_it_needs_says_so() -> Result<()> {
         // Its directory must be open to everybody, or it fails for another reason.
         let above = dir.path().parent().context("a directory above")?.to_owned();
         std::fs::set_permissions(&above, std::fs::Permissions::from_mode(0o755))?;
-        let mut agent = Agent::prepare(&script, &town, "node1", &dir, &FLAGS)?;
+        let mut agent = Agent::prepare(&script, &cluster, "node1", &dir, &FLAGS)?;
         refused(&mut agent, &["CAP_BPF", "root"]).with_context(|| prefix.to_owned())?;
     }
     Ok(())
@@ -97,24 +97,24 @@ fn an_agent_without_the_rights_it_needs_says_so() -> Result<()> {
 
 #[test]
 fn a_second_agent_on_the_same_pins_is_refused_and_the_first_goes_on() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let first = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let first = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     let before = tables(&first)?;
     let manifests = dir.path().display().to_string();
     let (code, said) = first.ask(&["run", "--manifests", &manifests])?;
     ensure!(code.code() == Some(1), "{code}\n{said}");
     ensure!(said.contains("another agent runs with --bpf-root") && said.contains("stop it first"), "{said}");
     ensure!(tables(&first)? == before, "the second one has changed something");
-    answers(town.place("a"), service(1)[0], "b")
+    answers(cluster.place("a"), service(1)[0], "b")
 }
 
 #[test]
 fn an_api_server_that_cannot_be_reached_is_named_and_tried_again() -> Result<()> {
-    let town = one_node(&["a"])?;
+    let cluster = one_node(&["a"])?;
     let url = "http://127.0.0.1:6443";
-    let mut agent = agent(&town, Feed::ApiServer(url.into()), &[])?;
+    let mut agent = agent(&cluster, Feed::ApiServer(url.into()), &[])?;
     agent.spawn()?;
     eventually(SOON, || {
         let (code, page) = agent.ask(&["status"])?;

@@ -25,9 +25,9 @@ pub(crate) fn event(server: &ApiServer, reason: &str) -> Result<Value> {
 
 #[test]
 fn an_agent_says_that_it_starts_and_which_service_health_it_cannot_serve() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     // H-29.
     let starting = event(&server, "Starting")?;
     ensure!(starting["type"] == "Normal" && starting["action"] == "StartKubeProxy", "{starting:#}");
@@ -62,13 +62,13 @@ fn an_agent_says_that_it_starts_and_which_service_health_it_cannot_serve() -> Re
 
 #[test]
 fn an_agent_that_must_not_tell_events_says_so_once_and_works() -> Result<()> {
-    let town = one_node(&["a", "b"])?;
-    let server = server(&town)?;
+    let cluster = one_node(&["a", "b"])?;
+    let server = server(&cluster)?;
     server.forbid_events();
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     eventually(SOON, || {
         let log = agent.log_text();
         ensure!(log.contains("the verbs create and patch for events in the group events.k8s.io"), "{log}");
@@ -83,10 +83,10 @@ fn events_of_a_time_of_trouble_are_told_when_it_is_over_and_the_server_is_not_as
 -> Result<()> {
     /// Longer than somebody who tries a few times would try.
     const LASTS: Duration = Duration::from_secs(30);
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
     server.fail(Fault::Status(500));
-    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &FLAGS)?;
+    let mut agent = Agent::prepare(&agent_binary()?, &cluster, "node1", &server, &FLAGS)?;
     agent.spawn()?;
     std::thread::sleep(LASTS);
     let sent = server.requests().iter().filter(|path| path.starts_with("/apis/events.k8s.io")).count();
@@ -103,8 +103,8 @@ fn events_of_a_time_of_trouble_are_told_when_it_is_over_and_the_server_is_not_as
 
 #[test]
 fn without_an_api_server_events_are_in_the_log() -> Result<()> {
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     let log = agent.log_text();
     ensure!(log.contains("event Starting about Node node1"), "{log}");
     Ok(())
@@ -112,11 +112,11 @@ fn without_an_api_server_events_are_in_the_log() -> Result<()> {
 
 /// An agent with `--bind-address-hard-fail` whose port is taken ends, and the event says why.
 fn ends_hard(port: u16, reason: &str) -> Result<()> {
-    let town = one_node(&["a"])?;
-    let server = server(&town)?;
-    let _taken = town.place("node1").netns.listen(format!("0.0.0.0:{port}").parse()?)?;
+    let cluster = one_node(&["a"])?;
+    let server = server(&cluster)?;
+    let _taken = cluster.place("node1").netns.listen(format!("0.0.0.0:{port}").parse()?)?;
     let flags = [&FLAGS[..], &["--bind-address-hard-fail"]].concat();
-    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &flags)?;
+    let mut agent = Agent::prepare(&agent_binary()?, &cluster, "node1", &server, &flags)?;
     agent.spawn()?;
     let failed = event(&server, reason)?;
     ensure!(failed["type"] == "Warning" && failed["action"] == "StartKubeProxy", "{failed:#}");

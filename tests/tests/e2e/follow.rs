@@ -12,7 +12,7 @@ use proxy_tests::probe::{Ask, Remote, Runner, eventually};
 use crate::common::{ip, manifests, two_nodes, vips};
 use crate::health::http;
 use crate::scene::{SOON, agent, at, in_network, is_refused, is_served, servers, service, soon, spreads};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 const EVERY: Duration = Duration::from_millis(10);
 const LIMIT: Duration = Duration::from_secs(60);
@@ -36,16 +36,16 @@ fn now_from(hold: &mut Runner<Hold>, server: &str) -> Result<Hold> {
 #[test]
 fn a_udp_socket_follows_its_service_when_the_endpoint_is_replaced() -> Result<()> {
     // C-4 to C-8, C-13: fixed source ports, connected and not, through every kind of address.
-    in_network(PodNetwork::Bridged, |town| {
+    in_network(PodNetwork::Bridged, |cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["b", "c"])?;
-        let mut web = service(&dir, &town, ("web", 1, 30001), &["b"], |plan| plan)?;
-        let _agent = agent(&town, "node1", &dir, &[])?;
+        let _servers = servers(&cluster, &["b", "c"])?;
+        let mut web = service(&dir, &cluster, ("web", 1, 30001), &["b"], |plan| plan)?;
+        let _agent = agent(&cluster, "node1", &dir, &[])?;
         let mut holds = Vec::new();
         for family in [0, 1] {
             let vip = SocketAddr::new(vips(1)[family], 80);
-            let node_port = town.place("node1").at(30001)[family];
-            let (a, node1, outside) = (town.place("a"), town.place("node1"), town.place("outside"));
+            let node_port = cluster.place("node1").at(30001)[family];
+            let (a, node1, outside) = (cluster.place("a"), cluster.place("node1"), cluster.place("outside"));
             holds.push(hold(a, &Ask::udp(vip).from_port(40_000))?);
             holds.push(hold(a, &Ask::unconnected(vip).from_port(40_001))?);
             holds.push(hold(a, &Ask::udp(node_port).from_port(40_002))?);
@@ -55,7 +55,7 @@ fn a_udp_socket_follows_its_service_when_the_endpoint_is_replaced() -> Result<()
         for held in &mut holds {
             now_from(held, "b")?;
         }
-        web.replace(&[town.place("c")])?;
+        web.replace(&[cluster.place("c")])?;
         for held in &mut holds {
             now_from(held, "c")?;
         }
@@ -77,14 +77,14 @@ fn unharmed(report: &Hold) -> Result<()> {
 #[test]
 fn a_connected_udp_socket_of_the_host_goes_on_to_another_endpoint() -> Result<()> {
     // C-13: it was translated once, at connect; its process hears nothing of being led on.
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut web = service(&dir, &town, ("web", 1, 30_080), &["b"], |plan| plan)?;
-    let _other = service(&dir, &town, ("other", 2, 0), &["b"], |plan| plan)?;
-    let agent = agent(&town, "node1", &dir, &[])?;
-    let node1 = town.place("node1");
-    let direct = town.place("b").at(8080);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut web = service(&dir, &cluster, ("web", 1, 30_080), &["b"], |plan| plan)?;
+    let _other = service(&dir, &cluster, ("other", 2, 0), &["b"], |plan| plan)?;
+    let agent = agent(&cluster, "node1", &dir, &[])?;
+    let node1 = cluster.place("node1");
+    let direct = cluster.place("b").at(8080);
     let mut through = Vec::new();
     let mut others = Vec::new();
     for n in 0..2 {
@@ -105,7 +105,7 @@ fn a_connected_udp_socket_of_the_host_goes_on_to_another_endpoint() -> Result<()
     for (_, held) in through.iter_mut().chain(&mut others) {
         now_from(held, "b")?;
     }
-    web.replace(&[town.place("c")])?;
+    web.replace(&[cluster.place("c")])?;
     for (to, held) in &mut through {
         now_from(held, "c")?;
         let report = held.report()?;
@@ -130,7 +130,7 @@ fn a_connected_udp_socket_of_the_host_goes_on_to_another_endpoint() -> Result<()
         let report = held.report()?;
         ensure!(report.peer_name == Some(*to), "{to}: its peer is {:?}", report.peer_name);
     }
-    web.replace(&[town.place("b")])?;
+    web.replace(&[cluster.place("b")])?;
     for (_, held) in &mut through {
         now_from(held, "b")?;
     }
@@ -157,21 +157,21 @@ fn a_connected_udp_socket_of_the_host_goes_on_to_another_endpoint() -> Result<()
 #[test]
 fn udp_that_began_before_there_was_an_endpoint_is_served_when_one_comes() -> Result<()> {
     // C-15, C-8.
-    in_network(PodNetwork::Routed, |town| {
+    in_network(PodNetwork::Routed, |cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["c"])?;
-        let mut web = service(&dir, &town, ("web", 1, 30001), &[], |plan| plan)?;
-        let _agent = agent(&town, "node1", &dir, &[])?;
+        let _servers = servers(&cluster, &["c"])?;
+        let mut web = service(&dir, &cluster, ("web", 1, 30001), &[], |plan| plan)?;
+        let _agent = agent(&cluster, "node1", &dir, &[])?;
         let mut holds = Vec::new();
         for n in [1, 2] {
             // The second Service is not there at all.
             for to in at(vips(n), 80) {
-                holds.push(hold(town.place("a"), &Ask::udp(to).from_port(40_000 + u16::from(n)))?);
-                holds.push(hold(town.place("a"), &Ask::unconnected(to).from_port(40_010 + u16::from(n)))?);
+                holds.push(hold(cluster.place("a"), &Ask::udp(to).from_port(40_000 + u16::from(n)))?);
+                holds.push(hold(cluster.place("a"), &Ask::unconnected(to).from_port(40_010 + u16::from(n)))?);
             }
         }
-        for to in town.place("node1").at(30001) {
-            holds.push(hold(town.place("outside"), &Ask::udp(to).from_port(40_003))?);
+        for to in cluster.place("node1").at(30001) {
+            holds.push(hold(cluster.place("outside"), &Ask::udp(to).from_port(40_003))?);
         }
         for held in &mut holds {
             soon(|| {
@@ -180,8 +180,8 @@ fn udp_that_began_before_there_was_an_endpoint_is_served_when_one_comes() -> Res
                 Ok(())
             })?;
         }
-        web.set(town.place("c"), Phase::Ready)?;
-        service(&dir, &town, ("late", 2, 0), &["c"], |plan| plan)?;
+        web.set(cluster.place("c"), Phase::Ready)?;
+        service(&dir, &cluster, ("late", 2, 0), &["c"], |plan| plan)?;
         for held in &mut holds {
             now_from(held, "c")?;
         }
@@ -192,13 +192,13 @@ fn udp_that_began_before_there_was_an_endpoint_is_served_when_one_comes() -> Res
 #[test]
 fn a_connection_stays_on_its_endpoint_while_that_drains_and_new_ones_go_elsewhere() -> Result<()> {
     // C-1, C-2, P-1, P-4, P-5, P-18, P-28.
-    in_network(PodNetwork::Routed, |town| {
+    in_network(PodNetwork::Routed, |cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["b", "c", "d"])?;
-        let mut web = service(&dir, &town, ("web", 1, 30001), &["b"], |plan| plan)?;
-        let pods = [agent(&town, "node1", &dir, &["--socket-lb", "host"])?];
-        let (a, node1, outside) = (town.place("a"), town.place("node1"), town.place("outside"));
-        let (b, c, d) = (town.place("b"), town.place("c"), town.place("d"));
+        let _servers = servers(&cluster, &["b", "c", "d"])?;
+        let mut web = service(&dir, &cluster, ("web", 1, 30001), &["b"], |plan| plan)?;
+        let pods = [agent(&cluster, "node1", &dir, &["--socket-lb", "host"])?];
+        let (a, node1, outside) = (cluster.place("a"), cluster.place("node1"), cluster.place("outside"));
+        let (b, c, d) = (cluster.place("b"), cluster.place("c"), cluster.place("d"));
         let clients = [(a, at(vips(1), 80)), (node1, at(vips(1), 80)), (outside, node1.at(30001))];
         let mut holds = Vec::new();
         for (client, targets) in clients {
@@ -241,23 +241,23 @@ fn a_connection_stays_on_its_endpoint_while_that_drains_and_new_ones_go_elsewher
 #[test]
 fn connections_made_at_the_socket_stay_too_and_survive_the_service() -> Result<()> {
     // P-18, C-2.
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut web = service(&dir, &town, ("web", 1, 0), &["b"], |plan| plan)?;
-    let _agent = agent(&town, "node1", &dir, &[])?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut web = service(&dir, &cluster, ("web", 1, 0), &["b"], |plan| plan)?;
+    let _agent = agent(&cluster, "node1", &dir, &[])?;
     let mut holds = Vec::new();
     for client in ["a", "node1"] {
         for to in at(vips(1), 80) {
-            holds.push(hold(town.place(client), &Ask::tcp(to))?);
+            holds.push(hold(cluster.place(client), &Ask::tcp(to))?);
         }
     }
     for held in &mut holds {
         now_from(held, "b")?;
     }
-    web.replace(&[town.place("c")])?;
+    web.replace(&[cluster.place("c")])?;
     for client in ["a", "node1"] {
-        soon(|| is_served(town.place(client), at(vips(1), 80), "c"))?;
+        soon(|| is_served(cluster.place(client), at(vips(1), 80), "c"))?;
     }
     for held in &mut holds {
         let report = now_from(held, "b")?;

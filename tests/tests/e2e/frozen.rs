@@ -25,12 +25,12 @@ fn health_checks_of_a_service_wait_for_a_pass_that_succeeds() -> Result<()> {
     const PASSES: &str = "kubeproxy_sync_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}";
     const SYNCED: &str = "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"}";
     const PENDING: &str = "kubeproxy_sync_proxy_rules_service_changes_pending";
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let host = town.place("node1");
-    answers(town.place("a"), service(1)[0], "b")?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let host = cluster.place("node1");
+    answers(cluster.place("a"), service(1)[0], "b")?;
 
     // From now on the kernel refuses every write to this table, as it might for want of memory.
     let table = agent.bpf_root().join("g1/maps/FRONTENDS");
@@ -55,5 +55,5 @@ fn health_checks_of_a_service_wait_for_a_pass_that_succeeds() -> Result<()> {
         let kind = refused.err().map(|error| error.kind());
         ensure!(kind == Some(ErrorKind::ConnectionRefused), "{to} is served before its Service: {kind:?}");
     }
-    answers(town.place("a"), service(1)[1], "b")
+    answers(cluster.place("a"), service(1)[1], "b")
 }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::chaos::clients::Term;
-use proxy_tests::chaos::ground::{Before, Ground, Source, raise_town};
+use proxy_tests::chaos::ground::{Before, Ground, Source, raise_cluster};
 use proxy_tests::chaos::services::publish_more;
 use proxy_tests::manifests::ManifestDir;
 
@@ -24,13 +24,13 @@ pub(crate) fn size(agent: &Agent, table: &str) -> Result<u64> {
 
 #[test]
 fn tables_grow_under_load_before_they_are_full_and_nobody_notices() -> Result<()> {
-    let (town, manifests) = (raise_town()?, ManifestDir::new()?);
-    let mut ground = Ground::lay(&town, Source::Manifests(&manifests), &FLAGS, Before::Agent)?;
+    let (cluster, manifests) = (raise_cluster()?, ManifestDir::new()?);
+    let mut ground = Ground::lay(&cluster, Source::Manifests(&manifests), &FLAGS, Before::Agent)?;
     ensure!(size(&ground.agent, "SERVICES")? == 4096, "it does not begin small");
     ground.crowd(Term::Play, true)?;
     ground.clients.step("900 Services come");
     // Four ports in the tables each: one of two families and two protocols.
-    publish_more(&manifests, 900, town.place("c"))?;
+    publish_more(&manifests, 900, cluster.place("c"))?;
     status_until(&ground.agent, "SERVICES has grown", |status| {
         let tables = status["tables"].as_array().map_or(&[][..], Vec::as_slice);
         tables
@@ -56,12 +56,12 @@ fn tables_grow_under_load_before_they_are_full_and_nobody_notices() -> Result<()
 
 #[test]
 fn memory_that_is_not_allowed_keeps_tables_small_and_says_so() -> Result<()> {
-    let (town, manifests) = (raise_town()?, ManifestDir::new()?);
+    let (cluster, manifests) = (raise_cluster()?, ManifestDir::new()?);
     let memory = format!("--map-memory={}", least()?);
-    let ground = Ground::lay(&town, Source::Manifests(&manifests), &[FLAGS[0], &memory], Before::Agent)?;
+    let ground = Ground::lay(&cluster, Source::Manifests(&manifests), &[FLAGS[0], &memory], Before::Agent)?;
     let agent = &ground.agent;
     ensure!(agent.status_json()?["notes"].to_string().contains("--map-memory allows"), "it says nothing");
-    publish_more(&manifests, 900, town.place("c"))?;
+    publish_more(&manifests, 900, cluster.place("c"))?;
     warns(agent, &["cannot grow", "raise --map-memory"], true)?;
     // Without an API server the log has the Event.
     let log = agent.log_text();

@@ -12,7 +12,7 @@ use proxy_tests::crowd::Target;
 use proxy_tests::manifests::ManifestDir;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Server, eventually};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::growth::size;
@@ -36,9 +36,9 @@ const BUSY: u64 = 2;
 
 /// What the smallest tables take on this machine, in MiB: the agent says it that is allowed less.
 pub(crate) fn least() -> Result<u64> {
-    let (town, dir) = (one_node(&[])?, manifests()?);
+    let (cluster, dir) = (one_node(&[])?, manifests()?);
     let binary = proxy_tests::require::agent_binary()?;
-    let mut agent = Agent::prepare(&binary, &town, "node1", &dir, &["--map-memory=1"])?;
+    let mut agent = Agent::prepare(&binary, &cluster, "node1", &dir, &["--map-memory=1"])?;
     agent.spawn()?;
     let status = agent.ended()?;
     let log = agent.log_text();
@@ -55,19 +55,19 @@ struct Scene {
     agent: Agent,
     _servers: Vec<Server>,
     dir: ManifestDir,
-    town: Town,
+    cluster: TestCluster,
 }
 
 impl Scene {
     fn raise(more: u64, rate: f64) -> Result<Self> {
         let memory = format!("--map-memory={}", least()? + more);
-        let (town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
-        let servers = servers(&town, &["b", "c"])?;
-        service(&dir, &town, ("web", 1, NODE_PORT), &["c"], |plan| plan)?;
+        let (cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+        let servers = servers(&cluster, &["b", "c"])?;
+        service(&dir, &cluster, ("web", 1, NODE_PORT), &["c"], |plan| plan)?;
         // Else connecting would choose the endpoint of a pod, and make no flow.
         let flags = ["--cluster-cidr=10.244.0.0/16,fd00:244::/32", "--socket-lb=off", &memory];
-        let agent = Agent::start(&town, "node1", &dir, &flags)?;
-        Ok(Self { clients: Clients::default(), rate, agent, _servers: servers, dir, town })
+        let agent = Agent::start(&cluster, "node1", &dir, &flags)?;
+        Ok(Self { clients: Clients::default(), rate, agent, _servers: servers, dir, cluster })
     }
 
     /// About so many connections more, which are held: from a pod, and from outside with a masquerade; over TCP and UDP and
@@ -87,8 +87,8 @@ impl Scene {
         };
         let targets =
             |to: [SocketAddr; 2]| to.into_iter().flat_map(|to| [target(to, false), target(to, true)]);
-        let ways = [("a", at(vips(1), 80)), ("outside", self.town.place("node1").at(NODE_PORT))];
-        let crowds = ways.map(|(place, to)| (self.town.place(place), targets(to).collect()));
+        let ways = [("a", at(vips(1), 80)), ("outside", self.cluster.place("node1").at(NODE_PORT))];
+        let crowds = ways.map(|(place, to)| (self.cluster.place(place), targets(to).collect()));
         self.clients.start(Term::Play, &crowds, self.rate)?;
         self.go_on()
     }
@@ -169,9 +169,9 @@ fn where_memory_ends_it_is_told_old_flows_go_on_and_young_ones_make_room() -> Re
     scene.go_on()?;
     // Questions that are answered once fill the rest, and are dropped until the turn comes to one of their own kind.
     let made_room = || counted(&scene.agent, "displaced");
-    let (before, to) = (made_room()?, scene.town.place("node1").at(NODE_PORT));
+    let (before, to) = (made_room()?, scene.cluster.place("node1").at(NODE_PORT));
     eventually(SOON, || {
-        let _ = questions(scene.town.place("outside"), to, 20, Duration::from_millis(200));
+        let _ = questions(scene.cluster.place("outside"), to, 20, Duration::from_millis(200));
         ensure!(made_room()? > before, "no young flow makes room");
         Ok(())
     })?;
@@ -181,8 +181,8 @@ fn where_memory_ends_it_is_told_old_flows_go_on_and_young_ones_make_room() -> Re
     ensure!(counted(&scene.agent, "flow_table_full")? == full, "what is old finds no room");
     // When flows go, so does the warning.
     scene.clients.end()?;
-    let client = scene.town.place("a").v4.to_string();
-    for client in [scene.town.place("outside").v4.to_string(), client] {
+    let client = scene.cluster.place("a").v4.to_string();
+    for client in [scene.cluster.place("outside").v4.to_string(), client] {
         let (status, said) = scene.agent.ask(&["conntrack", "flush", "--client", &client])?;
         ensure!(status.success(), "{said}");
     }
@@ -225,9 +225,9 @@ fn bound_clients_fill_their_table_and_it_grows_and_each_keeps_its_endpoint() -> 
     let mut scene = Scene::raise(16, STEADY)?;
     for n in 0..STICKY {
         let service_of = (&*format!("sticky{n}"), 2 + n, NODE_PORT + 1 + u16::from(n));
-        service(&scene.dir, &scene.town, service_of, &["b", "c"], |plan| plan.affinity(10_800))?;
+        service(&scene.dir, &scene.cluster, service_of, &["b", "c"], |plan| plan.affinity(10_800))?;
     }
-    let (node, outside) = (scene.town.place("node1"), scene.town.place("outside"));
+    let (node, outside) = (scene.cluster.place("node1"), scene.cluster.place("outside"));
     let first = size(&scene.agent, "AFFINITY")?;
     // Each of them has an address of either family, and asks all Services.
     let clients = u16::try_from(first * 83 / 100 / u64::from(STICKY) / 2)?;

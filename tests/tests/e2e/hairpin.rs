@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{ip, manifests, vips};
 use crate::scene::{agent, answers, at, in_every_network, in_network, is_served, seen_as, servers, service};
@@ -11,14 +11,14 @@ use crate::scene::{agent, answers, at, in_every_network, in_network, is_served, 
 fn a_pod_reaches_itself_through_its_own_service() -> Result<()> {
     // M-10, M-13: ClusterIP and NodePort, TCP and UDP, packet by packet. A pod that is shown its own address would
     // answer over its own loopback.
-    in_every_network(|town| {
+    in_every_network(|cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["b"])?;
-        service(&dir, &town, ("own", 1, 30001), &["b"], |plan| plan)?;
-        let _agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        let _servers = servers(&cluster, &["b"])?;
+        service(&dir, &cluster, ("own", 1, 30001), &["b"], |plan| plan)?;
+        let _agent = agent(&cluster, "node1", &dir, &["--socket-lb", "off"])?;
         let node_in_pod_network = ["10.244.1.1", "fd00:244:1::1"].map(ip);
-        for targets in [at(vips(1), 80), town.place("node1").at(30001)] {
-            answers(town.place("b"), targets, "b", |answer| seen_as(answer, node_in_pod_network))?;
+        for targets in [at(vips(1), 80), cluster.place("node1").at(30001)] {
+            answers(cluster.place("b"), targets, "b", |answer| seen_as(answer, node_in_pod_network))?;
         }
         Ok(())
     })
@@ -27,12 +27,12 @@ fn a_pod_reaches_itself_through_its_own_service() -> Result<()> {
 #[test]
 fn a_pod_reaches_itself_by_translated_sockets() -> Result<()> {
     // M-10; a connected UDP socket of a pod goes by packet all the same.
-    in_network(PodNetwork::Bridged, |town| {
+    in_network(PodNetwork::Bridged, |cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["b"])?;
-        service(&dir, &town, ("own", 1, 30001), &["b"], |plan| plan)?;
-        let _agent = agent(&town, "node1", &dir, &[])?;
-        is_served(town.place("b"), at(vips(1), 80), "b")?;
-        is_served(town.place("b"), town.place("node1").at(30001), "b")
+        let _servers = servers(&cluster, &["b"])?;
+        service(&dir, &cluster, ("own", 1, 30001), &["b"], |plan| plan)?;
+        let _agent = agent(&cluster, "node1", &dir, &[])?;
+        is_served(cluster.place("b"), at(vips(1), 80), "b")?;
+        is_served(cluster.place("b"), cluster.place("node1").at(30001), "b")
     })
 }

@@ -29,11 +29,11 @@ fn until_code(place: &Place, path: &str, code: u16) -> Result<Value> {
 
 #[test]
 fn a_node_fed_from_a_directory_is_healthy_and_has_metrics() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let _agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let host = town.place("node1");
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let _agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let host = cluster.place("node1");
     // A directory has no Node to speak of: none was ever seen, and yet the node may have traffic (H-8).
     let health = until_code(host, "/healthz", 200)?;
     ensure!(health["healthy"] == true && health["nodeEligible"] == true, "{health:#}");
@@ -41,11 +41,11 @@ fn a_node_fed_from_a_directory_is_healthy_and_has_metrics() -> Result<()> {
     let alive = until_code(host, "/livez", 200)?;
     ensure!(alive["healthy"] == true && alive.get("nodeEligible").is_none(), "{alive:#}");
     // From outside, too: load balancers ask there.
-    let outside = http(town.place("outside"), &format!("{}:10256", host.v4), "/healthz")?;
+    let outside = http(cluster.place("outside"), &format!("{}:10256", host.v4), "/healthz")?;
     ensure!(outside.0 == 200, "{outside:?}");
     ensure!(http(host, "127.0.0.1:10256", "/nothing")?.0 == 404);
 
-    answers(town.place("a"), service(1)[0], "b")?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let (code, metrics) = http(host, "127.0.0.1:10249", "/metrics")?;
     ensure!(code == 200, "{code}: {metrics}");
     for name in [
@@ -61,21 +61,24 @@ fn a_node_fed_from_a_directory_is_healthy_and_has_metrics() -> Result<()> {
     for line in ["frontends 4", "\"FRONTENDS\"", "\"BACKENDS\"", "\"FLOWS\""] {
         ensure!(metrics.lines().any(|found| found.contains(line)), "no {line} in:\n{metrics}");
     }
-    ensure!(http(town.place("outside"), &format!("{}:10249", host.v4), "/metrics").is_err(), "not for all");
+    ensure!(
+        http(cluster.place("outside"), &format!("{}:10249", host.v4), "/metrics").is_err(),
+        "not for all"
+    );
     Ok(())
 }
 
 #[test]
 fn a_node_that_is_to_be_deleted_wants_no_traffic_but_lives() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let host = town.place("node1");
+    let cluster = one_node(&["a"])?;
+    let host = cluster.place("node1");
     let server = ApiServer::start_in(&host.netns, "127.0.0.1:6443".parse()?)?;
-    let agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     // H-8, Y-15, T-104: with an API server a Node that was never seen is not eligible.
     until_code(host, "/healthz", 503)?;
     until_code(host, "/livez", 200)?;
     // Y-15: each event of the Node object counts.
-    let good = Object::from(&node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
+    let good = Object::from(&node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[]));
     server.put(good.clone());
     until_code(host, "/healthz", 200)?;
     let mut doomed = good.clone();
@@ -111,13 +114,13 @@ fn a_node_that_is_to_be_deleted_wants_no_traffic_but_lives() -> Result<()> {
 
 #[test]
 fn a_health_port_that_is_taken_is_tried_until_it_is_free_and_services_do_not_wait_for_it() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let host = town.place("node1");
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let host = cluster.place("node1");
     let taken: TcpListener = host.netns.listen("0.0.0.0:10256".parse()?)?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let log = agent.log_text();
     ensure!(log.contains("cannot serve health at 0.0.0.0:10256") && log.contains("trying again"), "{log}");
     ensure!(http(host, "127.0.0.1:10249", "/metrics")?.0 == 200, "metrics do not wait for health");

@@ -266,17 +266,17 @@ fn without_programs_for_legacy_tables_the_rest_goes_and_they_are_named() -> Resu
 
 #[test]
 fn an_agent_that_has_taken_over_removes_the_rules_once_kube_proxy_has_gone() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let host = &town.place("node1").netns;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let host = &cluster.place("node1").netns;
     rules_of_others(host)?;
     let before = shown(host)?;
     leave_kube_proxys(host)?;
     let with = shown(host)?;
     // kube-proxy's health server: that it runs is all that a pod without the host's process ids can see.
     let kube_proxy = host.listen("0.0.0.0:10256".parse()?)?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     let said = |word: &str| {
         let word = word.to_owned();
         status_until(&agent, &word, |status| status.to_string().contains(&word)).map(drop)
@@ -285,7 +285,7 @@ fn an_agent_that_has_taken_over_removes_the_rules_once_kube_proxy_has_gone() -> 
     let (_, doctor) = agent.ask(&["doctor"])?;
     ensure!(doctor.contains("nftables table ip kube-proxy"), "{doctor}");
     ensure!(shown(host)? == with, "something went although a kube-proxy runs");
-    answers(town.place("a"), service(1)[0], "b")?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
 
     drop(kube_proxy);
     eventually(SOON, || {
@@ -295,17 +295,17 @@ fn an_agent_that_has_taken_over_removes_the_rules_once_kube_proxy_has_gone() -> 
     })?;
     status_until(&agent, "no word of kube-proxy", |status| !status.to_string().contains("kube-proxy"))?;
     ensure!(agent.log_text().contains("removed what kube-proxy had left"), "{}", agent.log_text());
-    answers(town.place("a"), service(1)[1], "b")
+    answers(cluster.place("a"), service(1)[1], "b")
 }
 
 #[test]
 fn an_agent_that_is_told_to_leave_the_rules_only_names_them() -> Result<()> {
-    let (town, dir) = (one_node(&["a"])?, manifests()?);
-    let host = &town.place("node1").netns;
+    let (cluster, dir) = (one_node(&["a"])?, manifests()?);
+    let host = &cluster.place("node1").netns;
     leave_kube_proxys(host)?;
     let with = shown(host)?;
     let flags = [&FLAGS[..], &["--remove-kube-proxy-rules=false"]].concat();
-    let agent = Agent::start(&town, "node1", &dir, &flags)?;
+    let agent = Agent::start(&cluster, "node1", &dir, &flags)?;
     status_until(&agent, "the rules", |status| status.to_string().contains("they stay because of"))?;
     ensure!(shown(host)? == with, "something went");
     Ok(())

@@ -16,7 +16,7 @@ use proxy_tests::apiserver::tls::Ca;
 use proxy_tests::netns::Netns;
 use proxy_tests::probe::eventually;
 use proxy_tests::require::agent_binary;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::account::in_pod;
 use crate::api_server::{connected, server};
@@ -29,18 +29,18 @@ fn nowhere() -> Feed {
     Feed::ApiServer(String::new())
 }
 
-fn start(town: &Town, flag: &str) -> Result<Agent> {
-    Agent::start(town, "node1", nowhere(), &[&FLAGS[..], &[flag]].concat())
+fn start(cluster: &TestCluster, flag: &str) -> Result<Agent> {
+    Agent::start(cluster, "node1", nowhere(), &[&FLAGS[..], &[flag]].concat())
 }
 
 #[test]
 fn a_server_shows_a_certificate_for_the_name_that_the_kubeconfig_gives_it() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let (server, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    let cluster = one_node(&["a"])?;
+    let (server, home, ca) = (server(&cluster)?, tempfile::tempdir()?, Ca::new("cluster")?);
     server.secure(&ca.server(&["api.internal"])?, None)?;
     fs::write(home.path().join("ca.crt"), ca.pem())?;
     let flag = kubeconfig_of(home.path(), &server.url(), ", tls-server-name: api.internal", "{}")?;
-    let agent = start(&town, &flag)?;
+    let agent = start(&cluster, &flag)?;
     connected(&agent, true)?;
     // The address is not its name.
     server.secure(&ca.server(&["127.0.0.1"])?, None)?;
@@ -52,20 +52,20 @@ fn a_server_shows_a_certificate_for_the_name_that_the_kubeconfig_gives_it() -> R
 
 #[test]
 fn a_server_is_found_by_its_ipv6_address_with_brackets_and_in_a_pod_without() -> Result<()> {
-    let town = one_node(&["a"])?;
-    let host = town.place("node1");
+    let cluster = one_node(&["a"])?;
+    let host = cluster.place("node1");
     let server = ApiServer::start_in(&host.netns, SocketAddr::from((Ipv6Addr::LOCALHOST, 6443)))?;
-    server.put(&proxy_tests::manifests::node("node1", &host.addresses(), &town.pod_cidrs("node1"), &[]));
+    server.put(&proxy_tests::manifests::node("node1", &host.addresses(), &cluster.pod_cidrs("node1"), &[]));
     let (home, ca) = (tempfile::tempdir()?, Ca::new("cluster")?);
     server.secure(&ca.server(&["::1"])?, None)?;
     fs::write(home.path().join("ca.crt"), ca.pem())?;
     let flag = kubeconfig_of(home.path(), "https://[::1]:6443", "", "{}")?;
-    let agent = start(&town, &flag)?;
+    let agent = start(&cluster, &flag)?;
     connected(&agent, true)?;
     drop(agent);
     let environment = "export KUBERNETES_SERVICE_HOST=::1 KUBERNETES_SERVICE_PORT=6443";
     let path = in_pod(home.path(), environment, &ca.pem())?;
-    let mut agent = Agent::prepare(&path, &town, "node1", nowhere(), &FLAGS)?;
+    let mut agent = Agent::prepare(&path, &cluster, "node1", nowhere(), &FLAGS)?;
     agent.spawn()?;
     agent.wait_ready()?;
     connected(&agent, true)
@@ -107,8 +107,8 @@ fn serve(listener: &TcpListener, to: SocketAddr, heads: &Mutex<Vec<String>>) -> 
 
 #[test]
 fn a_server_behind_a_proxy_is_asked_through_it_and_an_odd_proxy_is_refused() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let (server, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    let cluster = one_node(&["a", "b", "c"])?;
+    let (server, home, ca) = (server(&cluster)?, tempfile::tempdir()?, Ca::new("cluster")?);
     // Nobody but the proxy knows where that is.
     server.secure(&ca.server(&["api.internal"])?, None)?;
     fs::write(home.path().join("ca.crt"), ca.pem())?;
@@ -116,23 +116,23 @@ fn a_server_behind_a_proxy_is_asked_through_it_and_an_odd_proxy_is_refused() -> 
     let said = ", proxy-url: 'http://user:p%40ss@127.0.0.1:3128'";
     let flag = kubeconfig_of(home.path(), url, said, "{}")?;
     let at = SocketAddr::from((Ipv4Addr::LOCALHOST, 3128));
-    let heads = proxy(&town.place("node1").netns, at, server.address())?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let mut agent = start(&town, &flag)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let heads = proxy(&cluster.place("node1").netns, at, server.address())?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let mut agent = start(&cluster, &flag)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let head = heads.lock().expect("no panic").first().cloned().context("nobody asked the proxy")?;
     ensure!(head.starts_with("CONNECT api.internal:6443 HTTP/1.1\r\n"), "{head}");
     // user:p@ss
     ensure!(head.to_lowercase().contains("proxy-authorization: basic dxnlcjpwqhnz"), "{head}");
-    controller.replace(&[town.place("c")])?;
-    answers(town.place("a"), service(1)[0], "c")?;
+    controller.replace(&[cluster.place("c")])?;
+    answers(cluster.place("a"), service(1)[0], "c")?;
     agent.stop()?;
     drop(agent);
 
     kubeconfig_of(home.path(), url, ", proxy-url: 'ftp://127.0.0.1:3128'", "{}")?;
     let mut agent =
-        Agent::prepare(&agent_binary()?, &town, "node1", nowhere(), &[&FLAGS[..], &[&flag]].concat())?;
+        Agent::prepare(&agent_binary()?, &cluster, "node1", nowhere(), &[&FLAGS[..], &[&flag]].concat())?;
     agent.spawn()?;
     ensure!(agent.ended()?.code() == Some(1), "{}", agent.log_text());
     let log = agent.log_text();
@@ -143,7 +143,7 @@ fn a_server_behind_a_proxy_is_asked_through_it_and_an_odd_proxy_is_refused() -> 
     server.secure(&ca.server(&["127.0.0.1"])?, None)?;
     kubeconfig_of(home.path(), &server.url(), "", "{}")?;
     let mut agent =
-        Agent::prepare(&agent_binary()?, &town, "node1", nowhere(), &[&FLAGS[..], &[&flag]].concat())?;
+        Agent::prepare(&agent_binary()?, &cluster, "node1", nowhere(), &[&FLAGS[..], &[&flag]].concat())?;
     agent.before("export HTTPS_PROXY=http://127.0.0.1:9");
     agent.spawn()?;
     agent.wait_ready()?;
@@ -170,8 +170,8 @@ fn plugin(home: &Path, before: &str) -> Result<()> {
 
 #[test]
 fn a_credential_plugin_is_asked_in_time_and_one_that_hangs_delays_nothing() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
-    let (server, home, ca) = (server(&town)?, tempfile::tempdir()?, Ca::new("cluster")?);
+    let cluster = one_node(&["a", "b", "c"])?;
+    let (server, home, ca) = (server(&cluster)?, tempfile::tempdir()?, Ca::new("cluster")?);
     server.secure(&ca.server(&["127.0.0.1"])?, None)?;
     fs::write(home.path().join("ca.crt"), ca.pem())?;
     fs::write(home.path().join("token"), "first")?;
@@ -179,10 +179,10 @@ fn a_credential_plugin_is_asked_in_time_and_one_that_hangs_delays_nothing() -> R
     let user =
         "{exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin, interactiveMode: Never}}";
     let flag = kubeconfig_of(home.path(), &server.url(), "", user)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut controller = web(&server, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = start(&town, &flag)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = start(&cluster, &flag)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let used = |token: &str| {
         let token = Some(format!("Bearer {token}"));
         server.headers().iter().filter(|asked| asked.authorization == token).count()
@@ -204,8 +204,8 @@ fn a_credential_plugin_is_asked_in_time_and_one_that_hangs_delays_nothing() -> R
         Ok(())
     })?;
     let begun = std::time::Instant::now();
-    controller.replace(&[town.place("c")])?;
-    answers(town.place("a"), service(1)[0], "c")?;
+    controller.replace(&[cluster.place("c")])?;
+    answers(cluster.place("a"), service(1)[0], "c")?;
     ensure!(
         begun.elapsed() < Duration::from_secs(5) * proxy_tests::patience(),
         "served only after {:?}",

@@ -11,7 +11,7 @@ use nix::sys::socket::{
 use proxy_tests::packet::Packet;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, eventually, get, transfer};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::common::{manifests, vips};
 use crate::scene::{agent, at, counted, in_every_network, in_network, public, servers, service, soon};
@@ -23,37 +23,37 @@ const PATIENT: Duration = Duration::from_secs(5);
 #[test]
 fn bytes_and_fragments_arrive_as_they_were_sent_with_and_without_offloads() -> Result<()> {
     // D-3, D-4: GSO and partial checksums are how veths work unless told; without them every packet is whole.
-    in_every_network(|town| {
+    in_every_network(|cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["b", "c"])?;
-        service(&dir, &town, ("near", 1, 30001), &["b"], |plan| plan)?;
-        service(&dir, &town, ("far", 2, 30002), &["c"], |plan| plan)?;
-        let _agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
+        let _servers = servers(&cluster, &["b", "c"])?;
+        service(&dir, &cluster, ("near", 1, 30001), &["b"], |plan| plan)?;
+        service(&dir, &cluster, ("far", 2, 30002), &["c"], |plan| plan)?;
+        let _agent = agent(&cluster, "node1", &dir, &["--socket-lb", "off"])?;
         for offloads in [true, false] {
             if !offloads {
-                switch_offloads_off(&town)?;
+                switch_offloads_off(&cluster)?;
             }
-            fragments(&town)?;
+            fragments(&cluster)?;
             for n in [1, 2] {
                 for to in at(vips(n), 80) {
-                    transfer(town.place("a"), &Ask::tcp(to).timeout(PATIENT), 8 * MIB)?;
+                    transfer(cluster.place("a"), &Ask::tcp(to).timeout(PATIENT), 8 * MIB)?;
                 }
-                for to in town.place("node1").at(30000 + u16::from(n)) {
-                    transfer(town.place("outside"), &Ask::tcp(to).timeout(PATIENT), 8 * MIB)?;
+                for to in cluster.place("node1").at(30000 + u16::from(n)) {
+                    transfer(cluster.place("outside"), &Ask::tcp(to).timeout(PATIENT), 8 * MIB)?;
                 }
             }
             // Hairpin: both ends of both translations on one interface.
             for to in at(vips(1), 80) {
-                transfer(town.place("b"), &Ask::tcp(to).timeout(PATIENT), 4 * MIB)?;
+                transfer(cluster.place("b"), &Ask::tcp(to).timeout(PATIENT), 4 * MIB)?;
             }
         }
         Ok(())
     })
 }
 
-fn switch_offloads_off(town: &Town) -> Result<()> {
+fn switch_offloads_off(cluster: &TestCluster) -> Result<()> {
     for place in ["a", "b", "c", "node1", "node2", "outside"] {
-        let netns = &town.place(place).netns;
+        let netns = &cluster.place(place).netns;
         let devices = netns.output("ip", &["-o", "link", "show", "type", "veth"])?;
         let names = devices.lines().filter_map(|line| line.split([':', '@']).nth(1)).map(str::trim);
         for name in names {
@@ -67,23 +67,23 @@ fn switch_offloads_off(town: &Town) -> Result<()> {
 #[test]
 fn a_path_that_is_too_narrow_is_told_to_both_ends_through_the_service() -> Result<()> {
     // D-2: "fragmentation needed" and "packet too big" about translated packets, in both directions.
-    in_every_network(|town| {
+    in_every_network(|cluster| {
         let dir = manifests()?;
-        let _servers = servers(&town, &["c"])?;
-        service(&dir, &town, ("web", 1, 30001), &["c"], |plan| plan.external_ips(&public(1)))?;
-        let agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
-        narrow(&town)?;
+        let _servers = servers(&cluster, &["c"])?;
+        service(&dir, &cluster, ("web", 1, 30001), &["c"], |plan| plan.external_ips(&public(1)))?;
+        let agent = agent(&cluster, "node1", &dir, &["--socket-lb", "off"])?;
+        narrow(&cluster)?;
         let mut told = 0;
-        let (a, outside) = (town.place("a"), town.place("outside"));
+        let (a, outside) = (cluster.place("a"), cluster.place("outside"));
         for (client, targets) in
-            [(a, at(vips(1), 80)), (outside, town.place("node1").at(30001)), (outside, at(public(1), 80))]
+            [(a, at(vips(1), 80)), (outside, cluster.place("node1").at(30001)), (outside, at(public(1), 80))]
         {
             for to in targets {
                 transfer(client, &Ask::tcp(to).timeout(PATIENT), MIB)?;
                 let now = counted(&agent, "icmp_translated")?;
                 ensure!(now > told, "no error was translated for {} asking {to}", client.name);
                 told = now;
-                forget_paths(&town)?;
+                forget_paths(&cluster)?;
             }
         }
         Ok(())
@@ -92,34 +92,34 @@ fn a_path_that_is_too_narrow_is_told_to_both_ends_through_the_service() -> Resul
 
 /// The way from `node2` to `c` and back, and from `node1` to the outside client, takes 1300 bytes. The ends do not
 /// know: their own links take 1500, so the segment sizes they offer are too large.
-fn narrow(town: &Town) -> Result<()> {
-    let (c, outside) = (town.place("c"), town.place("outside"));
-    let way = town.place("node2").netns.output("ip", &["-o", "route", "get", &c.v4.to_string()])?;
+fn narrow(cluster: &TestCluster) -> Result<()> {
+    let (c, outside) = (cluster.place("c"), cluster.place("outside"));
+    let way = cluster.place("node2").netns.output("ip", &["-o", "route", "get", &c.v4.to_string()])?;
     let device = if way.contains("cni0") { "cni0" } else { "v-c" };
-    town.place("node2").netns.ip(&format!(
+    cluster.place("node2").netns.ip(&format!(
         "route replace {}/32 dev {device} mtu lock 1300\nroute replace {}/128 dev {device} mtu lock 1300\n",
         c.v4, c.v6
     ))?;
-    town.place("node1").netns.ip(&format!(
+    cluster.place("node1").netns.ip(&format!(
         "route replace {}/32 dev eth0 mtu lock 1300\nroute replace {}/128 dev eth0 mtu lock 1300\n",
         outside.v4, outside.v6
     ))
 }
 
 /// What was learnt of a path's MTU is forgotten, so that it must be told again.
-fn forget_paths(town: &Town) -> Result<()> {
+fn forget_paths(cluster: &TestCluster) -> Result<()> {
     for place in ["a", "c", "outside", "node1", "node2"] {
         for family in ["-4", "-6"] {
-            town.place(place).netns.output("ip", &[family, "route", "flush", "cache"])?;
+            cluster.place(place).netns.output("ip", &[family, "route", "flush", "cache"])?;
         }
     }
     Ok(())
 }
 
 /// Datagrams that arrive in pieces are answered in pieces (D-3).
-fn fragments(town: &Town) -> Result<()> {
-    let node = town.place("node1");
-    let (a, b, outside) = (town.place("a"), town.place("b"), town.place("outside"));
+fn fragments(cluster: &TestCluster) -> Result<()> {
+    let node = cluster.place("node1");
+    let (a, b, outside) = (cluster.place("a"), cluster.place("b"), cluster.place("outside"));
     let asks = [
         (a, at(vips(1), 80)),
         (a, at(vips(2), 80)),
@@ -148,11 +148,11 @@ fn fragments(town: &Town) -> Result<()> {
 fn a_datagram_whose_last_fragment_comes_first_arrives() -> Result<()> {
     // D-3. What the pod sends is handled by the other processor, so that the first fragment can be queued there before
     // the last one is looked at; when it is not, that datagram is lost, as it may be, and another one is sent.
-    in_network(PodNetwork::Routed, |town| {
+    in_network(PodNetwork::Routed, |cluster| {
         let dir = manifests()?;
-        let _controller = service(&dir, &town, ("far", 1, 0), &["c"], |plan| plan)?;
-        let agent = agent(&town, "node1", &dir, &["--socket-lb", "off"])?;
-        let (a, c, vip) = (town.place("a"), town.place("c"), at(vips(1), 80)[0]);
+        let _controller = service(&dir, &cluster, ("far", 1, 0), &["c"], |plan| plan)?;
+        let agent = agent(&cluster, "node1", &dir, &["--socket-lb", "off"])?;
+        let (a, c, vip) = (cluster.place("a"), cluster.place("c"), at(vips(1), 80)[0]);
         let server = c.netns.run_in(|| UdpSocket::bind((c.v4, 8080)))??;
         server.set_read_timeout(Some(Duration::from_millis(20)))?;
         let raw = || socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Raw);
@@ -161,7 +161,7 @@ fn a_datagram_whose_last_fragment_comes_first_arrives() -> Result<()> {
         let mut id = 0;
         eventually(Duration::from_secs(30), || {
             id += 1;
-            handled_by(&town, a, 1 << (id % 2))?;
+            handled_by(&cluster, a, 1 << (id % 2))?;
             let from = SocketAddr::new(a.v4.into(), 5_555);
             let packet = Packet::udp(from, vip).payload(&[0xab; 40]).may_fragment().identification(id);
             for fragment in packet.without_ethernet().fragments(32).iter().rev() {
@@ -178,9 +178,9 @@ fn a_datagram_whose_last_fragment_comes_first_arrives() -> Result<()> {
 }
 
 /// Has what a pod sends handled by the processors of a mask.
-fn handled_by(town: &Town, pod: &Place, mask: u32) -> Result<()> {
+fn handled_by(cluster: &TestCluster, pod: &Place, mask: u32) -> Result<()> {
     let interface = pod.host_interface.as_deref().context("a pod of the pod network")?;
     let steer = format!("echo {mask:x} > /sys/class/net/{interface}/queues/rx-0/rps_cpus");
-    let node = town.place("node1").netns.name();
+    let node = cluster.place("node1").netns.name();
     pod.netns.output("ip", &["netns", "exec", node, "sh", "-c", &steer]).map(drop)
 }

@@ -1,4 +1,4 @@
-//! What tests of the agent's life share: a small town under load, and tables as they can be compared.
+//! What tests of the agent's life share: a small cluster under load, and tables as they can be compared.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use proxy_tests::answer::{Hold, Load};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, eventually, eventually_by_command, get};
-use proxy_tests::town::{Plan, Town};
+use proxy_tests::test_cluster::{Plan, TestCluster};
 use serde_json::Value;
 
 pub(crate) use proxy_tests::agent::FLAGS;
@@ -22,13 +22,13 @@ pub(crate) const SOON: Duration = Duration::from_secs(20);
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// `node1` with these pods and a host-network pod `h1`, and a client outside that knows no Service address.
-pub(crate) fn one_node(pods: &[&str]) -> Result<Town> {
+pub(crate) fn one_node(pods: &[&str]) -> Result<TestCluster> {
     Plan::default().node("node1", pods).host_pod("h1").client("outside").raise()
 }
 
 /// The two NodePort addresses of a node.
-pub(crate) fn node_ports(town: &Town, node: &str, port: u16) -> [SocketAddr; 2] {
-    town.place(node).at(port)
+pub(crate) fn node_ports(cluster: &TestCluster, node: &str, port: u16) -> [SocketAddr; 2] {
+    cluster.place(node).at(port)
 }
 
 /// A Service over TCP and UDP with a NodePort of the same number for both.
@@ -46,8 +46,8 @@ pub(crate) fn service(n: u8) -> [SocketAddr; 2] {
 }
 
 /// Servers in these pods.
-pub(crate) fn servers(town: &Town, pods: &[&str]) -> Result<Vec<Server>> {
-    pods.iter().map(|pod| Server::start(town.place(pod), &[8080])).collect()
+pub(crate) fn servers(cluster: &TestCluster, pods: &[&str]) -> Result<Vec<Server>> {
+    pods.iter().map(|pod| Server::start(cluster.place(pod), &[8080])).collect()
 }
 
 /// Loads of new connections, each with a word for what it is.

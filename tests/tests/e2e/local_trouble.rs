@@ -19,7 +19,7 @@ use proxy_tests::patience;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::eventually;
 use proxy_tests::require::agent_binary;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 use serde_json::Value;
 
 use crate::common::{ip, manifests, vips, web};
@@ -28,8 +28,8 @@ use crate::life::{FLAGS, SOON, answers, one_node, servers, service, status_until
 use proxy_tests::manifests::ServicePlan;
 
 /// An agent that a shell has prepared.
-fn start(town: &Town, dir: &ManifestDir, before: &str, flags: &[&str]) -> Result<Agent> {
-    let mut agent = Agent::prepare(&agent_binary()?, town, "node1", dir, flags)?;
+fn start(cluster: &TestCluster, dir: &ManifestDir, before: &str, flags: &[&str]) -> Result<Agent> {
+    let mut agent = Agent::prepare(&agent_binary()?, cluster, "node1", dir, flags)?;
     agent.before(before);
     agent.spawn()?;
     agent.wait_ready()?;
@@ -46,7 +46,7 @@ fn figure(host: &Place, name: &str) -> Result<f64> {
 
 /// A change of endpoints and a new pod are served, and whoever asks how the agent is, is told: all of it soon.
 fn is_at_work(
-    town: &mut Town,
+    cluster: &mut TestCluster,
     web: &mut EndpointController<'_>,
     agent: &Agent,
     (to, pod): (&str, &str),
@@ -56,16 +56,16 @@ fn is_at_work(
     let interfaces = |status: &Value| status["agent"]["interfaces"].as_u64();
     let before = interfaces(&agent.status_json()?);
     let begun = Instant::now();
-    web.replace(&[town.place(to)])?;
-    answers(town.place("a"), service(1)[0], to)?;
+    web.replace(&[cluster.place(to)])?;
+    answers(cluster.place("a"), service(1)[0], to)?;
     ensure!(begun.elapsed() < AT_ONCE * patience(), "the endpoint changed only after {:?}", begun.elapsed());
     let begun = Instant::now();
-    town.add_pod("node1", pod)?;
+    cluster.add_pod("node1", pod)?;
     // Left to its packets: they are translated at its interface.
-    answers(town.place(pod), service(1)[0], to)?;
+    answers(cluster.place(pod), service(1)[0], to)?;
     ensure!(begun.elapsed() < AT_ONCE * patience(), "the pod was served only after {:?}", begun.elapsed());
     status_until(agent, "one more interface", |status| interfaces(status) == before.map(|n| n + 1))?;
-    let (host, outside) = (town.place("node1"), town.place("outside"));
+    let (host, outside) = (cluster.place("node1"), cluster.place("outside"));
     for (from, at, path) in [
         (outside, format!("{}:10256", host.v4), "/healthz"),
         (host, "127.0.0.1:10249".to_owned(), "/healthz"),
@@ -85,21 +85,21 @@ fn is_at_work(
 }
 
 fn crowds_are_borne(descriptors: u64) -> Result<()> {
-    let (mut town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
+    let (mut cluster, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
     let with_check = |plan: ServicePlan| {
         plan.port("tcp", "TCP", 80, 8080).load_balancer(&[ip("203.0.113.7")]).external_local(Some(30_999))
     };
-    let mut web = web(&dir, &town, "web", 1, &["b"], |_| with_check(ServicePlan::new("web", &vips(1))))?;
+    let mut web = web(&dir, &cluster, "web", 1, &["b"], |_| with_check(ServicePlan::new("web", &vips(1))))?;
     let limits = format!("ulimit -Sn 128; ulimit -Hn {descriptors}");
-    let agent = start(&town, &dir, &limits, &[&FLAGS[..], &["--socket-lb=host"]].concat())?;
-    is_at_work(&mut town, &mut web, &agent, ("c", "p1"))?;
-    let host = town.place("node1").clone();
+    let agent = start(&cluster, &dir, &limits, &[&FLAGS[..], &["--socket-lb=host"]].concat())?;
+    is_at_work(&mut cluster, &mut web, &agent, ("c", "p1"))?;
+    let host = cluster.place("node1").clone();
     ensure!(figure(&host, "process_max_fds")? == descriptors as f64);
     let resident = figure(&host, "process_resident_memory_bytes")?;
     let open = figure(&host, "process_open_fds")?;
 
-    let outside = town.place("outside").clone();
+    let outside = cluster.place("outside").clone();
     let health = std::net::SocketAddr::new(host.v4.into(), 10256);
     let metrics = "127.0.0.1:10249".parse()?;
     let check = std::net::SocketAddr::new(host.v4.into(), 30999);
@@ -109,8 +109,8 @@ fn crowds_are_borne(descriptors: u64) -> Result<()> {
         Crowd::gather(&outside, check, 300, Manner::Insistent)?,
         Crowd::gather(&host, metrics, 300, Manner::Deaf)?,
     ];
-    is_at_work(&mut town, &mut web, &agent, ("b", "p2"))?;
-    is_at_work(&mut town, &mut web, &agent, ("c", "p3"))?;
+    is_at_work(&mut cluster, &mut web, &agent, ("b", "p2"))?;
+    is_at_work(&mut cluster, &mut web, &agent, ("c", "p3"))?;
     let most = descriptors as f64;
     let (now, displaced) = (
         figure(&host, "process_open_fds")?,
@@ -122,7 +122,7 @@ fn crowds_are_borne(descriptors: u64) -> Result<()> {
     ensure!(grown < 64e6, "{grown} bytes more memory");
     ensure!(crowds.iter().all(|crowd| crowd.closed() > 0), "{crowds:?}");
     drop(crowds);
-    is_at_work(&mut town, &mut web, &agent, ("b", "p4"))?;
+    is_at_work(&mut cluster, &mut web, &agent, ("b", "p4"))?;
     eventually(SOON, || {
         let now = figure(&host, "process_open_fds")?;
         // Three pods have come.
@@ -161,9 +161,9 @@ fn a_log_that_cannot_be_written_neither_ends_nor_delays_the_agent() -> Result<()
 }
 
 fn logs_to(stderr: Stderr) -> Result<()> {
-    let (mut town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
+    let (mut cluster, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
     let elsewhere = tempfile::tempdir()?;
     let file = elsewhere.path().join("log");
     mkfifo(&elsewhere.path().join("pipe"), Mode::S_IRWXU)?;
@@ -174,9 +174,9 @@ fn logs_to(stderr: Stderr) -> Result<()> {
         Stderr::FileLimit => format!("ulimit -f 1; exec 2>{}", file.display()),
         Stderr::ClosedPipe | Stderr::UnreadPipe => format!("exec 2>{}/pipe", elsewhere.path().display()),
     };
-    let mut agent = start(&town, &dir, &to, &FLAGS)?;
+    let mut agent = start(&cluster, &dir, &to, &FLAGS)?;
     let pipe = (stderr == Stderr::UnreadPipe).then_some(pipe);
-    let host = town.place("node1").clone();
+    let host = cluster.place("node1").clone();
     let mut lost = 0.0;
     for n in 0.. {
         let to = if n % 2 == 0 { "c" } else { "b" };
@@ -187,17 +187,17 @@ fn logs_to(stderr: Stderr) -> Result<()> {
             )
         };
         dir.write("bad.yaml", &(0..500).map(bad).collect::<String>())?;
-        web.replace(&[town.place(to)])?;
-        answers(town.place("a"), service(1)[0], to)?;
+        web.replace(&[cluster.place(to)])?;
+        answers(cluster.place("a"), service(1)[0], to)?;
         let before = std::mem::replace(&mut lost, figure(&host, "proxy_agent_log_lines_lost_total")?);
         if lost > before && before > 0.0 {
             break;
         }
         ensure!(n < 50, "{lost} lines are lost");
     }
-    town.add_pod("node1", "d")?;
-    web.replace(&[town.place("c")])?;
-    answers(town.place("d"), service(1)[0], "c")?;
+    cluster.add_pod("node1", "d")?;
+    web.replace(&[cluster.place("c")])?;
+    answers(cluster.place("d"), service(1)[0], "c")?;
     warns(&agent, &["the log: ", "lines were lost"], true)?;
     ensure!(http(&host, "127.0.0.1:10256", "/healthz")?.0 == 200);
     if let Some(pipe) = pipe {
@@ -237,16 +237,16 @@ fn said_when_read(mut pipe: File) -> Result<()> {
 
 #[test]
 fn a_command_whose_output_nobody_reads_ends_quietly() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
     for arguments in [&["status"][..], &["service", "list"], &["backend", "list", "--output", "json"]] {
         let (reader, writer) = std::io::pipe()?;
         drop(reader);
         let mut command = Command::new(agent_binary()?);
         command.args(arguments).arg("--bpf-root").arg(agent.bpf_root()).stdin(Stdio::null());
         command.stdout(writer).stderr(Stdio::piped());
-        let output = town.place("node1").spawn(command)?.wait_with_output()?;
+        let output = cluster.place("node1").spawn(command)?.wait_with_output()?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success() && said.is_empty(), "{arguments:?}: {}: {said}", output.status);
     }
@@ -256,12 +256,12 @@ fn a_command_whose_output_nobody_reads_ends_quietly() -> Result<()> {
 #[test]
 fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> Result<()> {
     // Y-6.
-    let (town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan)?;
-    let mut other = web(&dir, &town, "other", 2, &["b"], |plan| plan)?;
-    let mut agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let (pod, host) = (town.place("a"), town.place("node1").clone());
+    let (cluster, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan)?;
+    let mut other = web(&dir, &cluster, "other", 2, &["b"], |plan| plan)?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let (pod, host) = (cluster.place("a"), cluster.place("node1").clone());
     let key = Key { kind: Kind::Service, namespace: "default".into(), name: "web".into() };
     let file = dir.path().join(ManifestDir::file_name(&key));
     let resident = figure(&host, "process_resident_memory_bytes")?;
@@ -278,7 +278,7 @@ fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> R
         make(&file)?;
         warns(&agent, &["service-default-web.yaml:1", said, "stays in use"], true)?;
         let to = ["c", "b"][n % 2];
-        other.replace(&[town.place(to)])?;
+        other.replace(&[cluster.place(to)])?;
         answers(pod, service(2)[0], to)?;
         answers(pod, service(1)[0], "b")?;
         ensure!(http(&host, "127.0.0.1:10256", "/healthz")?.0 == 200);
@@ -302,7 +302,7 @@ fn a_manifest_that_is_no_file_any_more_is_reported_and_keeps_what_it_said() -> R
         }
         dir.publish(&Object::from(&with_node_ports("web", 1, 30080).build()))?;
         warns(&agent, &["service-default-web.yaml"], false)?;
-        answers(town.place("outside"), host.at(30080)[0], "b")?;
+        answers(cluster.place("outside"), host.at(30080)[0], "b")?;
     }
     let grown = figure(&host, "process_resident_memory_bytes")? - resident;
     ensure!(grown < 64e6, "{grown} bytes more memory");
@@ -331,12 +331,12 @@ fn an_agent_that_is_started_again_and_again_runs_out_of_nothing_and_uses_no_more
         "--max-addresses=32",
         "--max-flows=16384",
     ];
-    let (town, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut web = web(&dir, &town, "web", 1, &["b", "c"], |plan| plan)?;
-    let mut agent = Agent::start(&town, "node1", &dir, &flags)?;
-    web.replace(&[town.place("b")])?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let (cluster, dir) = (one_node(&["a", "b", "c"])?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut web = web(&dir, &cluster, "web", 1, &["b", "c"], |plan| plan)?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &flags)?;
+    web.replace(&[cluster.place("b")])?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     // What the change replaced is gone a moment after the change is in force.
     let mut first = Vec::new();
     eventually(SOON, || {
@@ -349,7 +349,7 @@ fn an_agent_that_is_started_again_and_again_runs_out_of_nothing_and_uses_no_more
     for n in 0..30 {
         agent.kill()?;
         let to = ["c", "b"][n % 2];
-        web.replace(&[town.place(to)])?;
+        web.replace(&[cluster.place(to)])?;
         // And another Service each time.
         let gone = std::mem::replace(&mut name, format!("extra{n}"));
         if !gone.is_empty() {
@@ -358,7 +358,7 @@ fn an_agent_that_is_started_again_and_again_runs_out_of_nothing_and_uses_no_more
         dir.publish(&Object::from(&ServicePlan::new(&name, &vips(9)).port("tcp", "TCP", 80, 8080).build()))?;
         agent.spawn()?;
         agent.wait_ready()?;
-        answers(town.place("a"), service(1)[0], to)?;
+        answers(cluster.place("a"), service(1)[0], to)?;
         let status = agent.status_json()?;
         let warnings = status["object_warnings"].to_string();
         ensure!(!warnings.contains("is full"), "start {n}: {warnings}");
@@ -373,11 +373,11 @@ fn an_agent_that_is_started_again_and_again_runs_out_of_nothing_and_uses_no_more
 
 #[test]
 fn clients_that_are_remembered_no_more_do_not_count() -> Result<()> {
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = web(&dir, &town, "web", 1, &["b"], |plan| plan.affinity(3))?;
-    let agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    answers(town.place("a"), service(1)[0], "b")?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b"], |plan| plan.affinity(3))?;
+    let agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let remembered = |wanted: u64| {
         let of = |status: &Value| {
             let tables = status["tables"].as_array()?;

@@ -107,9 +107,9 @@ fn ago(seconds: i64) -> String {
 #[test]
 fn every_metric_has_its_name_type_and_labels() -> Result<()> {
     // H-30…H-42, H-45, H-48.
-    let town = one_node(&["a"])?;
-    let (server, host) = (server(&town)?, town.place("node1"));
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a"])?;
+    let (server, host) = (server(&cluster)?, cluster.place("node1"));
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     server.put(&ServicePlan::new("web", &vips(1)).port("tcp", "TCP", 80, 8080).build());
     put_slice(&server, Family::V4, 1, "node2", &ago(0));
     eventually(SOON, || {
@@ -130,9 +130,9 @@ fn every_metric_has_its_name_type_and_labels() -> Result<()> {
 #[test]
 fn programming_latency_counts_each_change_that_tells_its_time() -> Result<()> {
     // E-24, H-35.
-    let town = one_node(&["a"])?;
-    let (server, host) = (server(&town)?, town.place("node1"));
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a"])?;
+    let (server, host) = (server(&cluster)?, cluster.place("node1"));
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     server.put(&ServicePlan::new("web", &vips(1)).port("tcp", "TCP", 80, 8080).build());
     let figure = |scrape: &Scrape, what: &str, family: &str| {
         let name = format!("kubeproxy_network_programming_duration_seconds_{what}{{ip_family=\"{family}\"}}");
@@ -176,9 +176,9 @@ fn programming_latency_counts_each_change_that_tells_its_time() -> Result<()> {
 #[test]
 fn services_without_an_endpoint_here_are_counted_by_policy_and_family() -> Result<()> {
     // H-42; H-39, H-49: a Service is a change for each family, a slice for its own.
-    let town = one_node(&["a"])?;
-    let (server, host) = (server(&town)?, town.place("node1"));
-    let _agent = Agent::start(&town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a"])?;
+    let (server, host) = (server(&cluster)?, cluster.place("node1"));
+    let _agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
     let until = |internal: f64, external: f64, v6: f64| {
         eventually(SOON, || {
             let scrape = Scrape::of(host)?;

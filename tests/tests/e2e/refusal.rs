@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use proxy_tests::manifests::Phase;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::Ask;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::scene::{agent, at, fails, is_dropped, is_refused, is_served, public, servers, service, soon};
@@ -18,16 +18,17 @@ fn a_service_without_endpoints_and_an_undefined_port_are_refused_at_once() -> Re
         (PodNetwork::Bridged, "all", &["a", "node1", "outside"][..]),
         (PodNetwork::Routed, "off", &["a", "outside"]),
     ] {
-        let town = two_nodes(network)?;
+        let cluster = two_nodes(network)?;
         let dir = manifests()?;
-        let _servers = servers(&town, &["b"])?;
-        service(&dir, &town, ("web", 1, 0), &["b"], |plan| plan)?;
-        let mut empty = service(&dir, &town, ("empty", 2, 30002), &[], |plan| plan.external_ips(&public(2)))?;
+        let _servers = servers(&cluster, &["b"])?;
+        service(&dir, &cluster, ("web", 1, 0), &["b"], |plan| plan)?;
+        let mut empty =
+            service(&dir, &cluster, ("empty", 2, 30002), &[], |plan| plan.external_ips(&public(2)))?;
         // An endpoint that does not serve yet is none (P-2).
-        empty.set(town.place("b"), Phase::Starting)?;
-        let _agent = agent(&town, "node1", &dir, &["--socket-lb", mode])?;
-        let nodes = town.place("node1").at(30002);
-        let clients = || clients.iter().map(|name| town.place(name));
+        empty.set(cluster.place("b"), Phase::Starting)?;
+        let _agent = agent(&cluster, "node1", &dir, &["--socket-lb", mode])?;
+        let nodes = cluster.place("node1").at(30002);
+        let clients = || clients.iter().map(|name| cluster.place(name));
         for client in clients() {
             for targets in [at(vips(2), 80), at(public(2), 80), nodes, at(vips(1), 81)] {
                 is_refused(client, targets).with_context(|| format!("{mode}, {network:?}"))?;
@@ -35,11 +36,11 @@ fn a_service_without_endpoints_and_an_undefined_port_are_refused_at_once() -> Re
             is_served(client, at(vips(1), 80), "b")?;
             is_none_of_ours(client, at(public(2), 81))?;
         }
-        empty.set(town.place("b"), Phase::Ready)?;
+        empty.set(cluster.place("b"), Phase::Ready)?;
         for client in clients() {
             soon(|| is_served(client, nodes, "b"))?;
         }
-        empty.set(town.place("b"), Phase::Stopped)?;
+        empty.set(cluster.place("b"), Phase::Stopped)?;
         for client in clients() {
             soon(|| is_refused(client, at(vips(2), 80)))?;
         }
@@ -59,13 +60,13 @@ fn is_none_of_ours(client: &Place, targets: [SocketAddr; 2]) -> Result<()> {
 #[test]
 fn a_blocked_client_is_dropped_even_where_others_would_be_refused() -> Result<()> {
     // V-21.
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
-    service(&dir, &town, ("empty", 1, 0), &[], |plan| {
+    service(&dir, &cluster, ("empty", 1, 0), &[], |plan| {
         plan.load_balancer(&public(1)).source_ranges(&["10.244.1.11/32", "fd00:244:1::11/128"])
     })?;
-    let _agent = agent(&town, "node1", &dir, &["--socket-lb", "host"])?;
-    is_refused(town.place("a"), at(public(1), 80))?;
-    is_dropped(town.place("b"), at(public(1), 80))?;
-    is_dropped(town.place("outside"), at(public(1), 80))
+    let _agent = agent(&cluster, "node1", &dir, &["--socket-lb", "host"])?;
+    is_refused(cluster.place("a"), at(public(1), 80))?;
+    is_dropped(cluster.place("b"), at(public(1), 80))?;
+    is_dropped(cluster.place("outside"), at(public(1), 80))
 }

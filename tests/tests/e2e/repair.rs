@@ -14,7 +14,7 @@ use proxy_tests::manifests::{EndpointController, Phase};
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::probe::{Ask, Server, eventually};
 use proxy_tests::require::agent_binary;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::api_server::server;
 use crate::common::manifests;
@@ -28,39 +28,39 @@ use crate::life::{
 struct Scene {
     agent: Agent,
     _servers: Vec<Server>,
-    town: Town,
+    cluster: TestCluster,
 }
 
 const NODE_PORT: u16 = 30_080;
 
-fn publish<'a>(to: &'a dyn Publish, town: &Town) -> Result<EndpointController<'a>> {
+fn publish<'a>(to: &'a dyn Publish, cluster: &TestCluster) -> Result<EndpointController<'a>> {
     to.publish(&Object::from(&with_node_ports("web", 1, NODE_PORT).source_ranges(&["0.0.0.0/0"]).build()))?;
     let mut web = EndpointController::new(to, "web", &[("tcp", "TCP", 8080), ("udp", "UDP", 8080)])?;
-    web.set(town.place("b"), Phase::Ready)?;
+    web.set(cluster.place("b"), Phase::Ready)?;
     Ok(web)
 }
 
 impl Scene {
-    fn raise(to: &ApiServer, town: Town) -> Result<Self> {
-        let servers = servers(&town, &["b"])?;
-        publish(to, &town)?;
-        let agent = Agent::start(&town, "node1", to, &FLAGS)?;
-        Ok(Self { agent, _servers: servers, town })
+    fn raise(to: &ApiServer, cluster: TestCluster) -> Result<Self> {
+        let servers = servers(&cluster, &["b"])?;
+        publish(to, &cluster)?;
+        let agent = Agent::start(&cluster, "node1", to, &FLAGS)?;
+        Ok(Self { agent, _servers: servers, cluster })
     }
 
     /// A pod through its packets and its sockets, the host, and a client outside all reach the Service anew.
     fn serves(&self) -> Result<()> {
         for n in 0..2 {
-            answers(self.town.place("a"), service(1)[n], "b")?;
-            answers(self.town.place("h1"), service(1)[n], "b")?;
-            answers(self.town.place("outside"), node_ports(&self.town, "node1", NODE_PORT)[n], "b")?;
+            answers(self.cluster.place("a"), service(1)[n], "b")?;
+            answers(self.cluster.place("h1"), service(1)[n], "b")?;
+            answers(self.cluster.place("outside"), node_ports(&self.cluster, "node1", NODE_PORT)[n], "b")?;
         }
         Ok(())
     }
 
     /// How often something of this kind has been restored.
     fn repairs(&self, what: &str) -> Result<u64> {
-        let page = http(self.town.place("node1"), "127.0.0.1:10249", "/metrics")?.1;
+        let page = http(self.cluster.place("node1"), "127.0.0.1:10249", "/metrics")?.1;
         let name = format!("proxy_agent_repairs_total{{what=\"{what}\"}} ");
         let line = page.lines().find_map(|line| line.strip_prefix(&name)).context("no such metric")?;
         Ok(line.parse::<f64>()? as u64)
@@ -77,7 +77,7 @@ impl Scene {
     }
 
     fn healthz(&self) -> Result<u16> {
-        Ok(http(self.town.place("node1"), "127.0.0.1:10256", "/healthz")?.0)
+        Ok(http(self.cluster.place("node1"), "127.0.0.1:10256", "/healthz")?.0)
     }
 }
 
@@ -87,15 +87,15 @@ const SECONDS: Duration = Duration::from_secs(5);
 #[test]
 fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -> Result<()> {
     // Y-20.
-    let town = one_node(&["a", "b"])?;
-    let server = server(&town)?;
-    let scene = Scene::raise(&server, town)?;
+    let cluster = one_node(&["a", "b"])?;
+    let server = server(&cluster)?;
+    let scene = Scene::raise(&server, cluster)?;
     scene.serves()?;
     // Connections that are open all the while: what is lost is sent again. (From outside the node itself would answer what
     // nobody translates, with a RST.)
     let mut held = Holds::default();
     for to in [service(1)[0], service(1)[1]] {
-        held.add(scene.town.place("a"), "holds", &Ask::tcp(to).timeout(Duration::from_secs(20)))?;
+        held.add(scene.cluster.place("a"), "holds", &Ask::tcp(to).timeout(Duration::from_secs(20)))?;
     }
     held.go_on(3)?;
     for (sabotage, what) in [
@@ -129,15 +129,15 @@ fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -
 
 #[test]
 fn pins_that_somebody_removes_come_back_and_nothing_is_lost_meanwhile() -> Result<()> {
-    let town = one_node(&["a", "b"])?;
-    let server = server(&town)?;
-    let scene = Scene::raise(&server, town)?;
+    let cluster = one_node(&["a", "b"])?;
+    let server = server(&cluster)?;
+    let scene = Scene::raise(&server, cluster)?;
     scene.serves()?;
     let mut loads = Loads::default();
-    loads.add(scene.town.place("a"), service(1)[0])?;
-    loads.add(scene.town.place("h1"), service(1)[1])?;
-    for to in node_ports(&scene.town, "node1", NODE_PORT) {
-        loads.add(scene.town.place("outside"), to)?;
+    loads.add(scene.cluster.place("a"), service(1)[0])?;
+    loads.add(scene.cluster.place("h1"), service(1)[1])?;
+    for to in node_ports(&scene.cluster, "node1", NODE_PORT) {
+        loads.add(scene.cluster.place("outside"), to)?;
     }
     let before = (links(&scene.agent)?, pins(&scene.agent)?);
     for sabotage in Sabotage::ALL.into_iter().filter(|sabotage| sabotage.is_harmless()) {
@@ -171,9 +171,9 @@ fn links(agent: &Agent) -> Result<serde_json::Value> {
 #[test]
 fn entries_that_somebody_deletes_changes_or_adds_are_as_they_were_within_a_minute() -> Result<()> {
     // Y-20.
-    let town = one_node(&["a", "b"])?;
-    let server = server(&town)?;
-    let scene = Scene::raise(&server, town)?;
+    let cluster = one_node(&["a", "b"])?;
+    let server = server(&cluster)?;
+    let scene = Scene::raise(&server, cluster)?;
     scene.serves()?;
     let before = contents(&scene.agent)?;
     ensure!(before.len() > 20, "{before:?}");
@@ -202,7 +202,7 @@ fn entries_that_somebody_deletes_changes_or_adds_are_as_they_were_within_a_minut
 }
 
 /// So many programs of somebody else at a hook that there is no room for another; they go when this is dropped.
-fn crowd(town: &Town, interface: &str) -> Result<Vec<OwnedFd>> {
+fn crowd(cluster: &TestCluster, interface: &str) -> Result<Vec<OwnedFd>> {
     let hook = bpf_attach_type::BPF_TCX_INGRESS;
     let attach = || -> Result<Vec<OwnedFd>> {
         let index = nix::net::if_::if_nametoindex(interface)?;
@@ -222,28 +222,28 @@ fn crowd(town: &Town, interface: &str) -> Result<Vec<OwnedFd>> {
             }
         }
     };
-    town.place("node1").netns.run_in(attach)?
+    cluster.place("node1").netns.run_in(attach)?
 }
 
 #[test]
 fn an_interface_that_refuses_its_programs_is_told_and_tried_again_and_holds_up_no_other() -> Result<()> {
-    let town = one_node(&["a", "b"])?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b"])?;
-    let _web = publish(&server, &town)?;
-    let crowd = crowd(&town, "eth0")?;
-    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &FLAGS)?;
+    let cluster = one_node(&["a", "b"])?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = publish(&server, &cluster)?;
+    let crowd = crowd(&cluster, "eth0")?;
+    let mut agent = Agent::prepare(&agent_binary()?, &cluster, "node1", &server, &FLAGS)?;
     agent.spawn()?;
     // The pod's own interface carries programs.
-    answers(town.place("a"), service(1)[0], "b")?;
+    answers(cluster.place("a"), service(1)[0], "b")?;
     let told = event(&server, "FailedToAttachPrograms")?;
     ensure!(
         told["type"] == "Warning" && told["note"].as_str().is_some_and(|n| n.contains("eth0")),
         "{told:#}"
     );
-    let healthz = || Ok::<_, anyhow::Error>(http(town.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
+    let healthz = || Ok::<_, anyhow::Error>(http(cluster.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
     ensure!(healthz()? == 503, "/healthz does not tell");
-    ensure!(http(town.place("node1"), "127.0.0.1:10256", "/livez")?.0 == 200, "a restart would not help");
+    ensure!(http(cluster.place("node1"), "127.0.0.1:10256", "/livez")?.0 == 200, "a restart would not help");
     let status = eventually(SOON, || {
         let status = agent.status_json()?;
         ensure!(status["agent"]["interfaces_failed"] == 1, "{status:#}");
@@ -251,11 +251,11 @@ fn an_interface_that_refuses_its_programs_is_told_and_tried_again_and_holds_up_n
     })?;
     let problems = status["problems"].to_string();
     ensure!(status["healthy"] == false && problems.contains("interface eth0"), "{status:#}");
-    let metrics = http(town.place("node1"), "127.0.0.1:10249", "/metrics")?.1;
+    let metrics = http(cluster.place("node1"), "127.0.0.1:10249", "/metrics")?.1;
     ensure!(metrics.contains("proxy_agent_interfaces_failed 1"), "{metrics}");
     drop(crowd);
-    for to in node_ports(&town, "node1", NODE_PORT) {
-        answers(town.place("outside"), to, "b")?;
+    for to in node_ports(&cluster, "node1", NODE_PORT) {
+        answers(cluster.place("outside"), to, "b")?;
     }
     event(&server, "AttachedPrograms")?;
     ensure!(healthz()? == 200, "/healthz still tells");
@@ -264,24 +264,24 @@ fn an_interface_that_refuses_its_programs_is_told_and_tried_again_and_holds_up_n
 
 #[test]
 fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_interface() -> Result<()> {
-    let town = one_node(&["a", "b"])?;
-    let server = server(&town)?;
-    let _servers = servers(&town, &["b"])?;
-    let _web = publish(&server, &town)?;
+    let cluster = one_node(&["a", "b"])?;
+    let server = server(&cluster)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = publish(&server, &cluster)?;
     // Somebody else's program that wants to be alone, at one of the hooks in the middle.
     let hook = bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG;
-    let cgroup = File::open(town.cgroup_root("node1"))?;
+    let cgroup = File::open(cluster.cgroup_root("node1"))?;
     let program = bpf::idle_program(bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook)?;
     bpf::attach_alone(program.as_fd(), cgroup.as_fd(), hook)?;
-    let mut agent = Agent::prepare(&agent_binary()?, &town, "node1", &server, &FLAGS)?;
+    let mut agent = Agent::prepare(&agent_binary()?, &cluster, "node1", &server, &FLAGS)?;
     agent.spawn()?;
     // What passes an interface is served.
-    for to in node_ports(&town, "node1", NODE_PORT) {
-        answers(town.place("outside"), to, "b")?;
+    for to in node_ports(&cluster, "node1", NODE_PORT) {
+        answers(cluster.place("outside"), to, "b")?;
     }
     let told = event(&server, "FailedToAttachPrograms")?;
     ensure!(told["note"].as_str().is_some_and(|note| note.contains("cgroup ")), "{told:#}");
-    let healthz = || Ok::<_, anyhow::Error>(http(town.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
+    let healthz = || Ok::<_, anyhow::Error>(http(cluster.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
     ensure!(healthz()? == 503, "/healthz does not tell");
     let status = eventually(SOON, || {
         let status = agent.status_json()?;
@@ -303,7 +303,7 @@ fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_inter
     ensure!(refused == 1, "{refused} lines:\n{}", agent.log_text());
     bpf::detach_alone(program.as_fd(), cgroup.as_fd(), hook)?;
     for to in service(1) {
-        answers(town.place("h1"), to, "b")?;
+        answers(cluster.place("h1"), to, "b")?;
     }
     event(&server, "AttachedPrograms")?;
     ensure!(of_sockets()? == 8, "{:#}", agent.status_json()?["links"]);
@@ -315,15 +315,15 @@ fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_inter
 #[test]
 fn an_interface_that_is_away_for_a_while_carries_programs_again() -> Result<()> {
     // Back under the same index and name, with nothing left of what was attached, or all of it.
-    let (town, dir) = (one_node(&["a", "b"])?, manifests()?);
-    let _servers = servers(&town, &["b"])?;
-    let _web = publish(&dir, &town)?;
-    let _agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let (node, to) = (town.place("node1"), node_ports(&town, "node1", NODE_PORT)[0]);
-    answers(town.place("outside"), to, "b")?;
+    let (cluster, dir) = (one_node(&["a", "b"])?, manifests()?);
+    let _servers = servers(&cluster, &["b"])?;
+    let _web = publish(&dir, &cluster)?;
+    let _agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let (node, to) = (cluster.place("node1"), node_ports(&cluster, "node1", NODE_PORT)[0]);
+    answers(cluster.place("outside"), to, "b")?;
     let other = proxy_tests::netns::Netns::new("away")?;
     node.netns.ip(&format!("link set eth0 netns {}\n", other.name()))?;
     other.output("ip", &["link", "set", "eth0", "netns", node.netns.name()])?;
     node.netns.ip(&format!("link set eth0 up\naddr add {}/24 dev eth0\n", node.v4))?;
-    answers(town.place("outside"), to, "b")
+    answers(cluster.place("outside"), to, "b")
 }

@@ -5,7 +5,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::manifests::Phase;
 use proxy_tests::object::{Key, Kind, Publish};
 use proxy_tests::probe::Ask;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{manifests, two_nodes, web};
 use crate::life::{
@@ -13,30 +13,30 @@ use crate::life::{
     with_node_ports,
 };
 
-/// A town under load: new connections by every way there is, and sockets that are held. What happens to the
+/// A cluster under load: new connections by every way there is, and sockets that are held. What happens to the
 /// agent meanwhile is the test's.
 fn under_load(
     socket_lb: &str,
     play: impl Fn(&mut Agent, &mut Loads, &mut Holds) -> Result<()>,
 ) -> Result<()> {
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let _web = web(&dir, &town, "web", 1, &["b", "c"], |_| with_node_ports("web", 1, 30080))?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["b", "c"], |_| with_node_ports("web", 1, 30080))?;
     // Its endpoint is on the other node: from outside it is masqueraded.
-    let _far = web(&dir, &town, "far", 2, &["c"], |_| with_node_ports("far", 2, 30081))?;
+    let _far = web(&dir, &cluster, "far", 2, &["c"], |_| with_node_ports("far", 2, 30081))?;
     let socket_lb = format!("--socket-lb={socket_lb}");
-    let mut agent = Agent::start(&town, "node1", &dir, &[&FLAGS[..], &[&socket_lb]].concat())?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &[&FLAGS[..], &[&socket_lb]].concat())?;
     let (mut loads, mut holds) = (Loads::default(), Holds::default());
-    let (pod, outside) = (town.place("a"), town.place("outside"));
+    let (pod, outside) = (cluster.place("a"), cluster.place("outside"));
     for to in service(1) {
         loads.add(pod, to)?;
-        loads.add(town.place("h1"), to)?;
+        loads.add(cluster.place("h1"), to)?;
     }
-    for to in node_ports(&town, "node1", 30080) {
+    for to in node_ports(&cluster, "node1", 30080) {
         loads.add(outside, to)?;
     }
-    for to in node_ports(&town, "node1", 30081) {
+    for to in node_ports(&cluster, "node1", 30081) {
         holds.add(outside, &format!("holds {to}/TCP"), &Ask::tcp(to))?;
         holds.add(outside, &format!("holds {to}/UDP"), &Ask::udp(to))?;
     }
@@ -103,21 +103,21 @@ fn no_connection_fails_and_none_breaks_when_the_agent_is_restarted_with_pods_lef
 
 #[test]
 fn what_changed_while_the_agent_was_away_is_in_force_after_its_first_pass() -> Result<()> {
-    let town = one_node(&["a", "b", "c"])?;
+    let cluster = one_node(&["a", "b", "c"])?;
     let dir = manifests()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut moved = web(&dir, &town, "moved", 1, &["b"], |_| with_node_ports("moved", 1, 30080))?;
-    let gone = web(&dir, &town, "gone", 2, &["b"], |_| with_node_ports("gone", 2, 30081))?;
-    let _kept = web(&dir, &town, "kept", 3, &["b"], |_| with_node_ports("kept", 3, 30082))?;
-    let mut agent = Agent::start(&town, "node1", &dir, &FLAGS)?;
-    let (pod, outside) = (town.place("a"), town.place("outside"));
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut moved = web(&dir, &cluster, "moved", 1, &["b"], |_| with_node_ports("moved", 1, 30080))?;
+    let gone = web(&dir, &cluster, "gone", 2, &["b"], |_| with_node_ports("gone", 2, 30081))?;
+    let _kept = web(&dir, &cluster, "kept", 3, &["b"], |_| with_node_ports("kept", 3, 30082))?;
+    let mut agent = Agent::start(&cluster, "node1", &dir, &FLAGS)?;
+    let (pod, outside) = (cluster.place("a"), cluster.place("outside"));
     let before = tables(&agent)?;
     agent.kill()?;
-    moved.set(town.place("b"), Phase::Terminating)?;
-    moved.set(town.place("c"), Phase::Ready)?;
+    moved.set(cluster.place("b"), Phase::Terminating)?;
+    moved.set(cluster.place("c"), Phase::Ready)?;
     gone.withdraw()?;
     dir.retract(&Key { kind: Kind::Service, namespace: "default".into(), name: "gone".into() })?;
-    let _new = web(&dir, &town, "new", 4, &["c"], |_| with_node_ports("new", 4, 30084))?;
+    let _new = web(&dir, &cluster, "new", 4, &["c"], |_| with_node_ports("new", 4, 30084))?;
     // Nobody has heard of it.
     ensure!(tables(&agent)? == before, "somebody has written while no agent ran");
     for n in [1, 2, 3] {
@@ -129,10 +129,10 @@ fn what_changed_while_the_agent_was_away_is_in_force_after_its_first_pass() -> R
         answers(pod, service(1)[i], "c")?;
         answers(pod, service(3)[i], "b")?;
         answers(pod, service(4)[i], "c")?;
-        answers(outside, node_ports(&town, "node1", 30080)[i], "c")?;
-        answers(outside, node_ports(&town, "node1", 30084)[i], "c")?;
+        answers(outside, node_ports(&cluster, "node1", 30080)[i], "c")?;
+        answers(outside, node_ports(&cluster, "node1", 30084)[i], "c")?;
         // Y-22: its NodePort is an ordinary port of the node again, at which nobody listens.
-        fails(outside, node_ports(&town, "node1", 30081)[i], "connect ECONNREFUSED")?;
+        fails(outside, node_ports(&cluster, "node1", 30081)[i], "connect ECONNREFUSED")?;
     }
     let listed = agent.service_list_json()?.to_string();
     ensure!(!listed.contains("default/gone") && listed.contains("default/new"), "{listed}");

@@ -15,7 +15,7 @@ use proxy_tests::container::{ACCOUNT, Container, Host, containers};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Remote, eventually};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tempfile::{NamedTempFile, TempDir};
@@ -68,7 +68,7 @@ impl Drop for Directory {
 
 /// A node for the pod of a manifest.
 struct Scene {
-    town: Town,
+    cluster: TestCluster,
     server: ApiServer,
     /// `/sys/fs/bpf` of the node: no bpffs yet.
     bpf: Directory,
@@ -81,8 +81,8 @@ struct Scene {
 
 impl Scene {
     fn new(manifest: &str) -> Result<Self> {
-        let town = two_nodes(PodNetwork::Routed)?;
-        let server = crate::api_server::server(&town)?;
+        let cluster = two_nodes(PodNetwork::Routed)?;
+        let server = crate::api_server::server(&cluster)?;
         let config = tempfile::tempdir()?;
         let map: ConfigMap = document(manifest, "ConfigMap")?;
         for (name, text) in map.data.iter().flatten() {
@@ -98,7 +98,7 @@ impl Scene {
         fs::write(&expedited, "0\n")?;
         Ok(Self {
             expedited,
-            town,
+            cluster,
             server,
             bpf: Directory::new("bpf", MsFlags::MS_SHARED)?,
             root: Directory::new("root", MsFlags::MS_PRIVATE)?,
@@ -110,7 +110,7 @@ impl Scene {
     fn containers(&self, manifest: &str) -> Result<(Vec<Container>, Container)> {
         let volumes: BTreeMap<&str, PathBuf> = BTreeMap::from([
             ("/sys/fs/bpf", self.bpf.path().into()),
-            ("/sys/fs/cgroup", self.town.cgroup_root("node1").into()),
+            ("/sys/fs/cgroup", self.cluster.cgroup_root("node1").into()),
             ("ebpf-proxy", self.config.path().into()),
             (EXPEDITED, self.expedited.path().into()),
             (ACCOUNT, self.account.path().into()),
@@ -124,7 +124,7 @@ impl Scene {
     }
 
     fn node(&self) -> &Place {
-        self.town.place("node1")
+        self.cluster.place("node1")
     }
 }
 
@@ -217,7 +217,7 @@ fn setting(netns: &Place) -> Result<String> {
 /// Whatever an agent does in its life.
 fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
     let mut scene = Scene::new(manifest)?;
-    let _servers = servers(&scene.town, &["b", "c", "d"])?;
+    let _servers = servers(&scene.cluster, &["b", "c", "d"])?;
     // Connection tracking comes with its first rule.
     scene
         .node()
@@ -225,7 +225,7 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
         .nft("table ip t { chain c { type filter hook prerouting priority 0; ct state new accept; }; }")?;
     set(scene.node(), "60")?;
     let reset = |plan: ServicePlan| plan.annotation("ebpf-proxy/on-endpoint-loss", "reset");
-    let mut controller = web(&scene.server, &scene.town, "web", 1, &["c"], reset)?;
+    let mut controller = web(&scene.server, &scene.cluster, "web", 1, &["c"], reset)?;
     let (first, own) = scene.containers(manifest)?;
     for container in &first {
         let (done, said) = container.run(scene.node())?;
@@ -242,22 +242,22 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
         ensure!(fs::read_to_string(&scene.expedited)? == "0", "nothing was written to {EXPEDITED}");
     }
     // Sockets and packets, from everywhere, a pod that comes later too.
-    let late = scene.town.add_pod("node1", "late")?;
+    let late = scene.cluster.add_pod("node1", "late")?;
     for client in ["a", "h1", "outside", "late"] {
-        is_served(scene.town.place(client), at(vips(1), 80), "c")?;
+        is_served(scene.cluster.place(client), at(vips(1), 80), "c")?;
     }
     // Connections whose endpoint is lost: of pods, of the node, and by packet.
     let clients = ["a", "h1", "outside"];
     let mut open = Vec::new();
     for client in clients {
-        let mut socket = Remote::open(scene.town.place(client), "inet", "tcp")?;
+        let mut socket = Remote::open(scene.cluster.place(client), "inet", "tcp")?;
         socket.done("connect", "10.96.0.1:80")?;
         open.push(socket);
     }
     // And a socket over UDP that is led on, or closed.
-    let mut datagrams = Remote::open(scene.town.place("h1"), "inet", "udp")?;
+    let mut datagrams = Remote::open(scene.cluster.place("h1"), "inet", "udp")?;
     datagrams.done("connect", "10.96.0.1:80")?;
-    controller.replace(&[scene.town.place("d")])?;
+    controller.replace(&[scene.cluster.place("d")])?;
     for to in at(vips(1), 80) {
         answers(&late, to, "d")?;
     }
@@ -279,13 +279,13 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
     })?;
     // The next agent finds what the last one has left, and takes over.
     agent.restart()?;
-    controller.replace(&[scene.town.place("b")])?;
+    controller.replace(&[scene.cluster.place("b")])?;
     agent.wait_ready()?;
     for to in at(vips(1), 80) {
         answers(&late, to, "b")?;
     }
     for client in ["a", "h1", "outside", "late"] {
-        is_served(scene.town.place(client), at(vips(1), 80), "b")?;
+        is_served(scene.cluster.place(client), at(vips(1), 80), "b")?;
     }
     // The command line, from inside.
     for command in [&["service", "list"][..], &["backend", "list"], &["conntrack", "list"], &["retire"]] {
@@ -297,7 +297,7 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
         Ok(())
     })?;
     agent.done(&["retire", "--undo"])?;
-    is_served(scene.town.place("outside"), at(vips(1), 80), "b")?;
+    is_served(scene.cluster.place("outside"), at(vips(1), 80), "b")?;
     // A score below that of this test may be refused to anybody here.
     let log: String = agent.log().lines().filter(|line| !line.contains("oom_score_adj")).collect();
     ensure!(!log.contains("Operation not permitted") && !log.contains("Permission denied"), "{log}");
@@ -321,8 +321,8 @@ fn the_privileged_daemonset_does_all_and_makes_its_node_ready_itself() -> Result
 #[test]
 fn without_the_setting_that_makes_attaching_fast_all_works_and_that_it_is_slow_is_said() -> Result<()> {
     let scene = Scene::new(RESTRICTED)?;
-    let _servers = servers(&scene.town, &["c"])?;
-    let _web = web(&scene.server, &scene.town, "web", 1, &["c"], |plan| plan)?;
+    let _servers = servers(&scene.cluster, &["c"])?;
+    let _web = web(&scene.server, &scene.cluster, "web", 1, &["c"], |plan| plan)?;
     let (first, own) = scene.containers(RESTRICTED)?;
     for container in &first {
         ensure!(container.run(scene.node())?.0, "{}", container.name);
@@ -334,7 +334,7 @@ fn without_the_setting_that_makes_attaching_fast_all_works_and_that_it_is_slow_i
     let status = agent.wait_ready()?;
     ensure!(without(&status).contains(&&*format!("{EXPEDITED},")), "{status:#}");
     for client in ["a", "h1", "outside"] {
-        is_served(scene.town.place(client), at(vips(1), 80), "c")?;
+        is_served(scene.cluster.place(client), at(vips(1), 80), "c")?;
     }
     let doctor = |agent: &Running| -> Result<Value> {
         let (_, said) = agent.exec(&["doctor", "--output", "json"])?;

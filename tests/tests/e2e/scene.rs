@@ -1,4 +1,4 @@
-//! A town with Services and agents, and the questions that tests ask in it.
+//! A cluster with Services and agents, and the questions that tests ask in it.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +11,7 @@ use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Server, eventually, get, request};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::common::{ip, two_nodes, vips};
 
@@ -24,19 +24,19 @@ pub(crate) const SHORT: Duration = Duration::from_millis(300);
 const CLUSTER_CIDR: [&str; 2] = ["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"];
 
 /// Starts the agent of a node.
-pub(crate) fn agent(town: &Town, node: &str, dir: &ManifestDir, flags: &[&str]) -> Result<Agent> {
-    Agent::start(town, node, dir, &[&CLUSTER_CIDR[..], flags].concat())
+pub(crate) fn agent(cluster: &TestCluster, node: &str, dir: &ManifestDir, flags: &[&str]) -> Result<Agent> {
+    Agent::start(cluster, node, dir, &[&CLUSTER_CIDR[..], flags].concat())
 }
 
 /// Servers on port 8080 of these places.
-pub(crate) fn servers(town: &Town, places: &[&str]) -> Result<Vec<Server>> {
-    places.iter().map(|place| Server::start(town.place(place), &[8080])).collect()
+pub(crate) fn servers(cluster: &TestCluster, places: &[&str]) -> Result<Vec<Server>> {
+    places.iter().map(|place| Server::start(cluster.place(place), &[8080])).collect()
 }
 
 /// A Service of the port 80 with TCP and UDP and a NodePort for both, dual-stack, and its endpoints.
 pub(crate) fn service<'a>(
     to: &'a dyn Publish,
-    town: &Town,
+    cluster: &TestCluster,
     (name, n, node_port): (&str, u8, u16),
     pods: &[&str],
     change: impl Fn(ServicePlan) -> ServicePlan,
@@ -51,7 +51,7 @@ pub(crate) fn service<'a>(
     to.publish(&Object::from(&change(plan).build()))?;
     let mut controller = EndpointController::new(to, name, &[("tcp", "TCP", 8080), ("udp", "UDP", 8080)])?;
     for pod in pods {
-        controller.set(town.place(pod), Phase::Ready)?;
+        controller.set(cluster.place(pod), Phase::Ready)?;
     }
     Ok(controller)
 }
@@ -155,13 +155,13 @@ pub(crate) fn counted(agent: &Agent, reason: &str) -> Result<u64> {
     Ok(found.and_then(|entry| entry["count"].as_u64()).unwrap_or(0))
 }
 
-/// The usual town.
-pub(crate) fn in_network(network: PodNetwork, play: impl FnOnce(Town) -> Result<()>) -> Result<()> {
+/// The usual cluster.
+pub(crate) fn in_network(network: PodNetwork, play: impl FnOnce(TestCluster) -> Result<()>) -> Result<()> {
     play(two_nodes(network)?).with_context(|| format!("with {network:?} pods"))
 }
 
-/// The usual town for each kind of pod network between which packets take different ways.
-pub(crate) fn in_every_network(play: impl Fn(Town) -> Result<()>) -> Result<()> {
+/// The usual cluster for each kind of pod network between which packets take different ways.
+pub(crate) fn in_every_network(play: impl Fn(TestCluster) -> Result<()>) -> Result<()> {
     let networks = [PodNetwork::Routed, PodNetwork::Bridged, PodNetwork::Overlay];
     networks.into_iter().try_for_each(|network| in_network(network, &play))
 }

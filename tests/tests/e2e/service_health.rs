@@ -10,7 +10,7 @@ use proxy_tests::manifests::Phase;
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Server, eventually, get};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{ip, manifests, two_nodes, vips, web};
 
@@ -64,29 +64,29 @@ fn expect_closed(client: &Place, node: &Place) -> Result<()> {
 
 #[test]
 fn a_load_balancer_is_sent_away_before_the_last_endpoint_has_gone() -> Result<()> {
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
     let _servers = ["a", "b", "c"]
-        .map(|pod| Server::start(town.place(pod), &[8080]))
+        .map(|pod| Server::start(cluster.place(pod), &[8080]))
         .into_iter()
         .collect::<Result<Vec<_>>>()?;
     let local = |plan: proxy_tests::manifests::ServicePlan| {
         plan.node_port(NODE_PORT).load_balancer(&[ip("203.0.113.7")]).external_local(Some(CHECK))
     };
     // The NodePort stands on the last port, which is UDP.
-    let mut web = web(&dir, &town, "web", 1, &["a", "b", "c"], local)?;
-    let cidrs = proxy_tests::town::Town::CLUSTER_CIDRS.join(",");
+    let mut web = web(&dir, &cluster, "web", 1, &["a", "b", "c"], local)?;
+    let cidrs = proxy_tests::test_cluster::TestCluster::CLUSTER_CIDRS.join(",");
     // The directory has no Node object: NodePorts, and health checks, at all addresses (H-15).
-    let agent = Agent::start(&town, "node1", &dir, &["--cluster-cidr", &cidrs])?;
-    let (outside, node1) = (town.place("outside"), town.place("node1"));
+    let agent = Agent::start(&cluster, "node1", &dir, &["--cluster-cidr", &cidrs])?;
+    let (outside, node1) = (cluster.place("outside"), cluster.place("node1"));
 
     // H-20: two pods here, each behind two ports of the Service; the third is elsewhere.
     expect(outside, node1, "200", 2)?;
     // H-24: from a pod of the node, too.
-    expect(town.place("a"), node1, "200", 2)?;
-    web.set(town.place("a"), Phase::Terminating)?;
+    expect(cluster.place("a"), node1, "200", 2)?;
+    web.set(cluster.place("a"), Phase::Terminating)?;
     expect(outside, node1, "200", 1)?;
-    web.set(town.place("b"), Phase::Terminating)?;
+    web.set(cluster.place("b"), Phase::Terminating)?;
     expect(outside, node1, "503", 0)?;
     // H-20, P-6: the node goes on serving whom the balancer has sent so far.
     for to in node1.at(NODE_PORT) {
@@ -104,10 +104,10 @@ fn a_load_balancer_is_sent_away_before_the_last_endpoint_has_gone() -> Result<()
         let ports = proxy_tests::manifests::ServicePlan::new("web", &vips(1));
         ports.port("tcp", "TCP", 80, 8080).port("udp", "UDP", 80, 8080)
     };
-    let cluster = plan().node_port(NODE_PORT).load_balancer(&[ip("203.0.113.7")]);
-    dir.publish(&Object::from(&cluster.build()))?;
+    let everywhere = plan().node_port(NODE_PORT).load_balancer(&[ip("203.0.113.7")]);
+    dir.publish(&Object::from(&everywhere.build()))?;
     expect_closed(outside, node1)?;
-    web.set(town.place("b"), Phase::Ready)?;
+    web.set(cluster.place("b"), Phase::Ready)?;
     dir.publish(&Object::from(&local(plan()).build()))?;
     expect(outside, node1, "200", 1)?;
 

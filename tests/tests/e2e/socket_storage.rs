@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::probe::{Remote, eventually};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::common::{manifests, two_nodes, vips};
 use crate::life::SOON;
@@ -37,11 +37,11 @@ impl Came {
 
 #[test]
 fn sockets_know_their_services_after_the_layout_of_their_storage_has_changed_there_and_back() -> Result<()> {
-    let town = two_nodes(PodNetwork::Routed)?;
+    let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let mut web = service(&dir, &town, ("web", 1, 0), &["b"], |plan| plan)?;
-    let mut agent = agent(&town, "node1", &dir, &[])?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let mut web = service(&dir, &cluster, ("web", 1, 0), &["b"], |plan| plan)?;
+    let mut agent = agent(&cluster, "node1", &dir, &[])?;
     let binaries = [proxy_tests::require::next_agent_binary()?, proxy_tests::require::agent_binary()?];
     // At first all with b, then all with c.
     for (next, [old, new]) in binaries.into_iter().zip([["b", "c"], ["c", "b"]]) {
@@ -56,7 +56,7 @@ fn sockets_know_their_services_after_the_layout_of_their_storage_has_changed_the
         for (place, kind, connected) in ways {
             for to in at(vips(1), 80) {
                 let family = if to.is_ipv4() { "inet" } else { "inet6" };
-                let mut socket = Remote::open(town.place(place), family, kind)?;
+                let mut socket = Remote::open(cluster.place(place), family, kind)?;
                 let what = format!("{place}, {kind}, connected: {connected}, {to}");
                 if connected {
                     socket.done("connect", &to.to_string()).with_context(|| what.clone())?;
@@ -81,7 +81,7 @@ fn sockets_know_their_services_after_the_layout_of_their_storage_has_changed_the
             ensure!(came.hears()? == old, "{}", came.what);
         }
         // Those of the host that are connected over UDP can only be led on by who knows that they came through it.
-        web.replace(&[town.place(new)])?;
+        web.replace(&[cluster.place(new)])?;
         for came in all.iter_mut().filter(|came| !came.tcp) {
             eventually(SOON, || {
                 came.send()?;

@@ -10,7 +10,7 @@ use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan
 use proxy_tests::object::{Object, Publish as _};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Remote, Server, request};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::common::{manifests, two_nodes, vips, web};
 use crate::life::FLAGS;
@@ -41,17 +41,17 @@ fn answered(socket: &mut Remote, step: (&str, &str), shows: SocketAddr, server: 
 #[test]
 fn a_connected_udp_socket_that_names_its_peer_again_is_answered() -> Result<()> {
     // Java connects an IPv6 socket over IPv4; the kernel then names the peer with each datagram.
-    let (town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
-    let _servers = servers(&town, &["b", "c"])?;
-    let _b = web(&dir, &town, "b", 1, &["b"], |plan| plan)?;
-    let _c = web(&dir, &town, "c", 2, &["c"], |plan| plan)?;
-    let _agent = agent(&town, "node1", &dir, &[])?;
+    let (cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let _b = web(&dir, &cluster, "b", 1, &["b"], |plan| plan)?;
+    let _c = web(&dir, &cluster, "c", 2, &["c"], |plan| plan)?;
+    let _agent = agent(&cluster, "node1", &dir, &[])?;
     for place in ["a", "h1"] {
         for (family, ip) in WAYS {
             let [first, second] = [1, 2].map(|n| SocketAddr::new(vips(n)[ip], 80));
             let context = || format!("{place}, {family} to {first}");
             let (first_name, second_name) = (named(first, family), named(second, family));
-            let mut socket = Remote::open(town.place(place), family, "udp")?;
+            let mut socket = Remote::open(cluster.place(place), family, "udp")?;
             let peer = socket.done("connect", &first_name)?.peer_name;
             ensure!(peer == Some(first), "{}: connected to {peer:?}", context());
             for step in [("send", ""), ("send-to", &*first_name), ("send", "")] {
@@ -80,18 +80,18 @@ fn a_connected_udp_socket_that_names_its_peer_again_is_answered() -> Result<()> 
 #[test]
 fn one_udp_socket_asks_any_number_of_services_before_it_reads() -> Result<()> {
     const SERVICES: u8 = 12;
-    let (town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+    let (cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
     let ports: Vec<u16> = (0..u16::from(SERVICES)).map(|n| 8000 + n).collect();
-    let _server = Server::start(town.place("c"), &ports)?;
+    let _server = Server::start(cluster.place("c"), &ports)?;
     let mut services: Vec<EndpointController<'_>> = Vec::new();
     for n in 1..=SERVICES {
-        services.push(on_a_port(&dir, &town, n, 7999 + u16::from(n))?);
+        services.push(on_a_port(&dir, &cluster, n, 7999 + u16::from(n))?);
     }
-    let _agent = agent(&town, "node1", &dir, &[])?;
+    let _agent = agent(&cluster, "node1", &dir, &[])?;
     for place in ["a", "h1"] {
         for (family, ip) in WAYS {
             let targets: Vec<_> = (1..=SERVICES).map(|n| SocketAddr::new(vips(n)[ip], 80)).collect();
-            let mut socket = Remote::open(town.place(place), family, "udp")?;
+            let mut socket = Remote::open(cluster.place(place), family, "udp")?;
             for round in 0..3 {
                 for to in &targets {
                     socket.done("send-to", &named(*to, family))?;
@@ -114,29 +114,34 @@ fn one_udp_socket_asks_any_number_of_services_before_it_reads() -> Result<()> {
 }
 
 /// Service number `n`: port 80 to this port of the pod `c`.
-fn on_a_port<'a>(dir: &'a ManifestDir, town: &Town, n: u8, port: u16) -> Result<EndpointController<'a>> {
+fn on_a_port<'a>(
+    dir: &'a ManifestDir,
+    cluster: &TestCluster,
+    n: u8,
+    port: u16,
+) -> Result<EndpointController<'a>> {
     let name = format!("s{n}");
     let plan = ServicePlan::new(&name, &vips(n)).port("udp", "UDP", 80, port);
     dir.publish(&Object::from(&plan.build()))?;
     let mut controller = EndpointController::new(dir, &name, &[("udp", "UDP", port)])?;
-    controller.set(town.place("c"), Phase::Ready)?;
+    controller.set(cluster.place("c"), Phase::Ready)?;
     Ok(controller)
 }
 
 #[test]
 fn a_socket_that_turns_from_a_service_to_a_pod_shows_the_pod() -> Result<()> {
-    let (town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
-    let _servers = servers(&town, &["c"])?;
-    let _web = web(&dir, &town, "web", 1, &["c"], |plan| plan)?;
-    let _agent = agent(&town, "node1", &dir, &[])?;
+    let (cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+    let _servers = servers(&cluster, &["c"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["c"], |plan| plan)?;
+    let _agent = agent(&cluster, "node1", &dir, &[])?;
     for place in ["a", "h1"] {
         for (family, ip) in WAYS {
             let service = SocketAddr::new(vips(1)[ip], 80);
-            let pod = SocketAddr::new(town.place("c").addresses()[ip], 8080);
+            let pod = SocketAddr::new(cluster.place("c").addresses()[ip], 8080);
             let (service_name, pod_name) = (named(service, family), named(pod, family));
             for kind in ["tcp", "udp", "mptcp"] {
                 let context = || format!("{place}, {family} {kind} to {service}");
-                let mut socket = Remote::open(town.place(place), family, kind)?;
+                let mut socket = Remote::open(cluster.place(place), family, kind)?;
                 for (to, shows) in [(&service_name, service), (&pod_name, pod), (&service_name, service)] {
                     let peer = socket.done("connect", to).with_context(context)?.peer_name;
                     ensure!(peer == Some(shows), "{}: connected to {peer:?}, not {shows}", context());
@@ -151,7 +156,7 @@ fn a_socket_that_turns_from_a_service_to_a_pod_shows_the_pod() -> Result<()> {
                 }
             }
             // The same without connecting at all, and after it.
-            let mut socket = Remote::open(town.place(place), family, "udp")?;
+            let mut socket = Remote::open(cluster.place(place), family, "udp")?;
             for (to, shows) in [(&service_name, service), (&pod_name, pod)] {
                 answered(&mut socket, ("send-to", to), shows, "c")?;
             }
@@ -192,21 +197,21 @@ fn translates_itself(place: &Place, itself: bool) -> Result<()> {
 #[test]
 fn a_pod_whose_cgroup_is_named_is_left_to_its_packets_and_others_are_not() -> Result<()> {
     // A cluster inside a pod translates Service addresses of its own, before they leave the pod.
-    let (mut town, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
-    let _servers = servers(&town, &["c"])?;
-    let _web = web(&dir, &town, "web", 1, &["c"], |plan| plan)?;
-    let _agent = agent(&town, "node1", &dir, &["--socket-lb-exclude-cgroups", "a,**/late*"])?;
-    translates_itself(town.place("a"), true)?;
-    translates_itself(town.place("b"), false)?;
-    translates_itself(&town.add_pod("node1", "late")?, true)
+    let (mut cluster, dir) = (two_nodes(PodNetwork::Routed)?, manifests()?);
+    let _servers = servers(&cluster, &["c"])?;
+    let _web = web(&dir, &cluster, "web", 1, &["c"], |plan| plan)?;
+    let _agent = agent(&cluster, "node1", &dir, &["--socket-lb-exclude-cgroups", "a,**/late*"])?;
+    translates_itself(cluster.place("a"), true)?;
+    translates_itself(cluster.place("b"), false)?;
+    translates_itself(&cluster.add_pod("node1", "late")?, true)
 }
 
 #[test]
 fn a_pod_that_says_so_is_left_to_its_packets_until_it_says_so_no_more() -> Result<()> {
-    let mut town = two_nodes(PodNetwork::Routed)?;
-    let server = crate::api_server::server(&town)?;
-    let _servers = servers(&town, &["c"])?;
-    let _web = web(&server, &town, "web", 1, &["c"], |plan| plan)?;
+    let mut cluster = two_nodes(PodNetwork::Routed)?;
+    let server = crate::api_server::server(&cluster)?;
+    let _servers = servers(&cluster, &["c"])?;
+    let _web = web(&server, &cluster, "web", 1, &["c"], |plan| plan)?;
     let pod = |name: &str, node: &str, word: &str| -> Result<Object> {
         let pod: Pod = serde_json::from_value(serde_json::json!({
             "apiVersion": "v1", "kind": "Pod",
@@ -220,26 +225,26 @@ fn a_pod_that_says_so_is_left_to_its_packets_until_it_says_so_no_more() -> Resul
     };
     // The cgroup of a pod is named after its UID.
     for name in ["poda-1", "podb-2", "podc-3"] {
-        town.add_pod("node1", name)?;
+        cluster.add_pod("node1", name)?;
     }
     server.publish(&pod("poda-1", "node1", "false")?)?;
     server.publish(&pod("podb-2", "node1", "true")?)?;
     server.publish(&pod("podc-3", "node2", "false")?)?;
-    let mut agent = agent_of(&town, &server)?;
-    translates_itself(town.place("poda-1"), true)?;
+    let mut agent = agent_of(&cluster, &server)?;
+    translates_itself(cluster.place("poda-1"), true)?;
     for other in ["podb-2", "podc-3"] {
-        translates_itself(town.place(other), false)?;
+        translates_itself(cluster.place(other), false)?;
     }
     // What an agent has marked stays marked without it.
     agent.kill()?;
-    translates_itself(town.place("poda-1"), true)?;
+    translates_itself(cluster.place("poda-1"), true)?;
     agent.spawn()?;
     agent.wait_ready()?;
-    translates_itself(town.place("poda-1"), true)?;
+    translates_itself(cluster.place("poda-1"), true)?;
     server.publish(&pod("poda-1", "node1", "true")?)?;
-    translates_itself(town.place("poda-1"), false)
+    translates_itself(cluster.place("poda-1"), false)
 }
 
-fn agent_of(town: &Town, server: &ApiServer) -> Result<Agent> {
-    Agent::start(town, "node1", server, &[&FLAGS[..], &["--socket-lb-pod-annotations"]].concat())
+fn agent_of(cluster: &TestCluster, server: &ApiServer) -> Result<Agent> {
+    Agent::start(cluster, "node1", server, &[&FLAGS[..], &["--socket-lb-pod-annotations"]].concat())
 }

@@ -6,14 +6,14 @@ use anyhow::{Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::manifests::{EndpointController, ManifestDir};
 use proxy_tests::probe::{Server, eventually};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::common::{manifests, web};
 use crate::life::{FLAGS, Loads, SOON, node_ports, one_node, servers, service, with_node_ports};
 
 /// A Service with the pods `b` and `c` behind it, whose every way in is used all the time.
 struct Deployment<'a> {
-    town: &'a Town,
+    cluster: &'a TestCluster,
     controller: EndpointController<'a>,
     servers: BTreeMap<&'static str, Server>,
     loads: Loads,
@@ -21,45 +21,45 @@ struct Deployment<'a> {
 }
 
 impl<'a> Deployment<'a> {
-    fn start(town: &'a Town, dir: &'a ManifestDir) -> Result<Self> {
+    fn start(cluster: &'a TestCluster, dir: &'a ManifestDir) -> Result<Self> {
         let old = ["b", "c"];
-        let servers = old.into_iter().zip(servers(town, &old)?).collect();
-        let controller = web(dir, town, "web", 1, &old, |_| with_node_ports("web", 1, 30080))?;
-        let agent = Agent::start(town, "node1", dir, &FLAGS)?;
+        let servers = old.into_iter().zip(servers(cluster, &old)?).collect();
+        let controller = web(dir, cluster, "web", 1, &old, |_| with_node_ports("web", 1, 30080))?;
+        let agent = Agent::start(cluster, "node1", dir, &FLAGS)?;
         let mut loads = Loads::default();
         for to in service(1) {
-            loads.add(town.place("a"), to)?;
+            loads.add(cluster.place("a"), to)?;
         }
-        loads.add(town.place("h1"), service(1)[0])?;
-        for to in node_ports(town, "node1", 30080) {
-            loads.add(town.place("outside"), to)?;
+        loads.add(cluster.place("h1"), service(1)[0])?;
+        for to in node_ports(cluster, "node1", 30080) {
+            loads.add(cluster.place("outside"), to)?;
         }
         loads.go_on(10)?;
-        Ok(Self { town, controller, servers, loads, _agent: agent })
+        Ok(Self { cluster, controller, servers, loads, _agent: agent })
     }
 
     fn serve(&mut self, pod: &'static str) -> Result<()> {
-        self.servers.insert(pod, Server::start(self.town.place(pod), &[8080])?);
+        self.servers.insert(pod, Server::start(self.cluster.place(pod), &[8080])?);
         Ok(())
     }
 }
 
-fn town() -> Result<Town> {
+fn cluster() -> Result<TestCluster> {
     one_node(&["a", "b", "c", "d", "e"])
 }
 
 #[test]
 fn a_rolling_update_fails_no_request() -> Result<()> {
     // C-3.
-    let (town, dir) = (town()?, manifests()?);
-    let mut web = Deployment::start(&town, &dir)?;
+    let (cluster, dir) = (cluster()?, manifests()?);
+    let mut web = Deployment::start(&cluster, &dir)?;
     for (new, old, after) in [("d", "b", ["c", "d"]), ("e", "c", ["d", "e"])] {
         let Deployment { controller, servers, loads, .. } = &mut web;
-        controller.surge(town.place(new), || {
-            servers.insert(new, Server::start(town.place(new), &[8080])?);
+        controller.surge(cluster.place(new), || {
+            servers.insert(new, Server::start(cluster.place(new), &[8080])?);
             Ok(())
         })?;
-        controller.retire(town.place(old), || {
+        controller.retire(cluster.place(old), || {
             // A pod that ends gracefully serves until the proxies have heard of it.
             loads.only(&after)?;
             servers.get_mut(old).map_or(Ok(()), Server::drain)
@@ -73,17 +73,17 @@ fn a_rolling_update_fails_no_request() -> Result<()> {
 
 #[test]
 fn blue_and_green_change_places_in_one_edit_and_no_request_fails() -> Result<()> {
-    let (town, dir) = (town()?, manifests()?);
-    let mut web = Deployment::start(&town, &dir)?;
+    let (cluster, dir) = (cluster()?, manifests()?);
+    let mut web = Deployment::start(&cluster, &dir)?;
     web.serve("d")?;
     web.serve("e")?;
-    web.controller.replace(&[town.place("d"), town.place("e")])?;
+    web.controller.replace(&[cluster.place("d"), cluster.place("e")])?;
     web.loads.only(&["d", "e"])?;
     web.servers.retain(|name, _| ["d", "e"].contains(name));
     web.loads.go_on(20)?;
     // And back, as after a bad release.
     web.serve("b")?;
-    web.controller.replace(&[town.place("b")])?;
+    web.controller.replace(&[cluster.place("b")])?;
     web.loads.only(&["b"])?;
     web.servers.retain(|name, _| *name == "b");
     web.loads.go_on(20)?;
@@ -92,8 +92,8 @@ fn blue_and_green_change_places_in_one_edit_and_no_request_fails() -> Result<()>
 
 #[test]
 fn a_recreated_deployment_refuses_at_once_while_it_has_no_pod_and_fails_at_no_other_time() -> Result<()> {
-    let (town, dir) = (town()?, manifests()?);
-    let mut web = Deployment::start(&town, &dir)?;
+    let (cluster, dir) = (cluster()?, manifests()?);
+    let mut web = Deployment::start(&cluster, &dir)?;
     for (_, load) in web.loads.reports()? {
         ensure!(load.failed == 0, "{load:?} before");
     }
@@ -106,7 +106,7 @@ fn a_recreated_deployment_refuses_at_once_while_it_has_no_pod_and_fails_at_no_ot
     })?;
     web.servers.clear();
     web.serve("d")?;
-    web.controller.replace(&[town.place("d")])?;
+    web.controller.replace(&[cluster.place("d")])?;
     web.loads.only(&["d"])?;
     let after: Vec<u64> = web.loads.reports()?.iter().map(|(_, load)| load.failed).collect();
     web.loads.only(&["d"])?;

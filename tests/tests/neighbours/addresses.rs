@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::node;
 use proxy_tests::object::Object;
 use proxy_tests::pod::Place;
-use proxy_tests::town::{Plan, Town};
+use proxy_tests::test_cluster::{Plan, TestCluster};
 
 use crate::common::{Proxy, Web, is_served_as, servers, soon, with_either};
 
@@ -15,7 +15,7 @@ const WEBS: [Web; 2] = [Web::new(1, 30200, "c"), Web::new(2, 30201, "h2")];
 /// What the nodes' own subnets do not know the way to.
 const FOREIGN: [&str; 2] = ["203.0.113.11", "2001:db8:1::11"];
 
-fn town() -> Result<Town> {
+fn cluster() -> Result<TestCluster> {
     Plan::default().node("node1", &["a"]).node("node2", &["c"]).host_pod("h2").client("outside").raise()
 }
 
@@ -39,10 +39,10 @@ fn readdress(node: &Place, interface: &str, addresses: &[String], via: [IpAddr; 
     node.netns.ip(&batch)
 }
 
-fn sees_the_client_as(town: &Town, seen: [IpAddr; 2]) -> Result<()> {
+fn sees_the_client_as(cluster: &TestCluster, seen: [IpAddr; 2]) -> Result<()> {
     for web in WEBS {
-        let to = town.place("node1").at(web.node_port);
-        is_served_as(town.place("outside"), to, web.endpoint, seen)?;
+        let to = cluster.place("node1").at(web.node_port);
+        is_served_as(cluster.place("outside"), to, web.endpoint, seen)?;
     }
     Ok(())
 }
@@ -51,15 +51,15 @@ fn sees_the_client_as(town: &Town, seen: [IpAddr; 2]) -> Result<()> {
 fn of_several_addresses_that_of_the_next_hop_s_subnet_is_used_whatever_their_order() -> Result<()> {
     with_either(|proxy| {
         for foreign_first in [true, false] {
-            let town = town()?;
-            let _servers = servers(&town, &["c", "h2"])?;
-            let node1 = town.place("node1");
+            let cluster = cluster()?;
+            let _servers = servers(&cluster, &["c", "h2"])?;
+            let node1 = cluster.place("node1");
             let own = [format!("{}/24", node1.v4), format!("{}/64", node1.v6)];
             let foreign = [format!("{}/24", FOREIGN[0]), format!("{}/64", FOREIGN[1])];
             let order = if foreign_first { [foreign, own].concat() } else { [own, foreign].concat() };
-            readdress(node1, "eth0", &order, town.place("node2").addresses())?;
-            let _serving = proxy.serve(&town, "node1", &WEBS, &[])?;
-            sees_the_client_as(&town, node1.addresses()).with_context(|| format!("{order:?}"))?;
+            readdress(node1, "eth0", &order, cluster.place("node2").addresses())?;
+            let _serving = proxy.serve(&cluster, "node1", &WEBS, &[])?;
+            sees_the_client_as(&cluster, node1.addresses()).with_context(|| format!("{order:?}"))?;
         }
         Ok(())
     })
@@ -68,17 +68,17 @@ fn of_several_addresses_that_of_the_next_hop_s_subnet_is_used_whatever_their_ord
 #[test]
 fn an_address_that_comes_later_is_not_used_for_endpoints_that_do_not_know_it() -> Result<()> {
     with_either(|proxy| {
-        let town = town()?;
-        let _servers = servers(&town, &["c", "h2"])?;
-        let node1 = town.place("node1");
-        let _serving = proxy.serve(&town, "node1", &WEBS, &[])?;
-        sees_the_client_as(&town, node1.addresses())?;
+        let cluster = cluster()?;
+        let _servers = servers(&cluster, &["c", "h2"])?;
+        let node1 = cluster.place("node1");
+        let _serving = proxy.serve(&cluster, "node1", &WEBS, &[])?;
+        sees_the_client_as(&cluster, node1.addresses())?;
         node1.netns.ip(&format!(
             "addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad\n",
             FOREIGN[0], FOREIGN[1]
         ))?;
         for _ in 0..5 {
-            sees_the_client_as(&town, node1.addresses())?;
+            sees_the_client_as(&cluster, node1.addresses())?;
         }
         Ok(())
     })
@@ -88,9 +88,9 @@ fn an_address_that_comes_later_is_not_used_for_endpoints_that_do_not_know_it() -
 fn another_interface_has_several_addresses_too() -> Result<()> {
     with_either(|proxy| {
         for foreign_first in [true, false] {
-            let town = town()?;
-            let _servers = servers(&town, &["c", "h2"])?;
-            let (node1, node2) = (town.place("node1"), town.place("node2"));
+            let cluster = cluster()?;
+            let _servers = servers(&cluster, &["c", "h2"])?;
+            let (node1, node2) = (cluster.place("node1"), cluster.place("node2"));
             node1.netns.join("eth1", &node2.netns, "eth1")?;
             node2.netns.ip("addr add 10.9.0.12/24 dev eth1\naddr add fd00:9::12/64 dev eth1 nodad\n")?;
             let (own, foreign) =
@@ -98,12 +98,12 @@ fn another_interface_has_several_addresses_too() -> Result<()> {
             let order = if foreign_first { [foreign, own] } else { [own, foreign] }.concat();
             let order: Vec<String> = order.into_iter().map(ToOwned::to_owned).collect();
             readdress(node1, "eth1", &order, ["10.9.0.12", "fd00:9::12"].map(ip))?;
-            let _serving = proxy.serve(&town, "node1", &WEBS, &[])?;
+            let _serving = proxy.serve(&cluster, "node1", &WEBS, &[])?;
             // The other node itself is reached by the first interface.
             let seen = [["10.9.0.11", "fd00:9::11"].map(ip), node1.addresses()];
             for (web, seen) in WEBS.iter().zip(seen) {
                 let to = node1.at(web.node_port);
-                is_served_as(town.place("outside"), to, web.endpoint, seen)
+                is_served_as(cluster.place("outside"), to, web.endpoint, seen)
                     .with_context(|| format!("{order:?}"))?;
             }
         }
@@ -114,9 +114,9 @@ fn another_interface_has_several_addresses_too() -> Result<()> {
 #[test]
 fn the_source_that_a_route_names_is_used() -> Result<()> {
     // Rules of netfilter do not look at it for IPv4.
-    let town = town()?;
-    let _servers = servers(&town, &["c", "h2"])?;
-    let (node1, node2) = (town.place("node1"), town.place("node2"));
+    let cluster = cluster()?;
+    let _servers = servers(&cluster, &["c", "h2"])?;
+    let (node1, node2) = (cluster.place("node1"), cluster.place("node2"));
     let [v4, v6] = FOREIGN;
     node1.netns.ip(&format!("addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"))?;
     node2.netns.ip(&format!("route add {v4} via {}\nroute add {v6} via {}\n", node1.v4, node1.v6))?;
@@ -128,8 +128,8 @@ fn the_source_that_a_route_names_is_used() -> Result<()> {
         ))
     };
     route([format!("src {v4}"), format!("src {v6}")])?;
-    let _serving = Proxy::Agent.serve(&town, "node1", &WEBS, &[])?;
-    let pod = |seen| is_served_as(town.place("outside"), node1.at(WEBS[0].node_port), "c", seen);
+    let _serving = Proxy::Agent.serve(&cluster, "node1", &WEBS, &[])?;
+    let pod = |seen| is_served_as(cluster.place("outside"), node1.at(WEBS[0].node_port), "c", seen);
     pod(FOREIGN.map(ip))?;
     // A route that changes changes what is new from then on.
     route(["".into(), "".into()])?;
@@ -140,13 +140,13 @@ fn the_source_that_a_route_names_is_used() -> Result<()> {
 
 #[test]
 fn neither_a_service_s_own_address_nor_a_deprecated_or_temporary_one_is_used() -> Result<()> {
-    let town = town()?;
-    let _servers = servers(&town, &["c", "h2"])?;
-    let node1 = town.place("node1");
-    let serving = Proxy::Agent.serve(&town, "node1", &WEBS, &[])?;
+    let cluster = cluster()?;
+    let _servers = servers(&cluster, &["c", "h2"])?;
+    let node1 = cluster.place("node1");
+    let serving = Proxy::Agent.serve(&cluster, "node1", &WEBS, &[])?;
     let balanced = Web::new(3, 30203, "c");
     let vips = ["192.168.10.200", "fd00:10::200"].map(ip);
-    serving.add(&town, &balanced, |plan| plan.load_balancer(&vips))?;
+    serving.add(&cluster, &balanced, |plan| plan.load_balancer(&vips))?;
     node1.netns.sysctls(&[("ipv6/conf/eth0/use_tempaddr", "2")])?;
     let temporary = format!("addr change {}/64 dev eth0 mngtmpaddr nodad", node1.v6);
     let more = [
@@ -158,12 +158,12 @@ fn neither_a_service_s_own_address_nor_a_deprecated_or_temporary_one_is_used() -
     for address in more {
         node1.netns.ip(&format!("{address}\n"))?;
         for _ in 0..3 {
-            sees_the_client_as(&town, node1.addresses()).with_context(|| address.to_owned())?;
+            sees_the_client_as(&cluster, node1.addresses()).with_context(|| address.to_owned())?;
         }
     }
     let listed = node1.netns.output("ip", &["-6", "addr", "show", "dev", "eth0", "temporary"])?;
     ensure!(listed.contains("temporary"), "the kernel has made no temporary address: {listed:?}");
-    let outside = town.place("outside");
+    let outside = cluster.place("outside");
     let to = vips.map(|vip| SocketAddr::new(vip, 80));
     soon(|| is_served_as(outside, to, "c", node1.addresses()))
 }
@@ -171,16 +171,16 @@ fn neither_a_service_s_own_address_nor_a_deprecated_or_temporary_one_is_used() -
 #[test]
 fn of_several_addresses_that_fit_that_of_the_node_object_is_used() -> Result<()> {
     for other_first in [true, false] {
-        let town = town()?;
-        let _servers = servers(&town, &["c", "h2"])?;
-        let node1 = town.place("node1");
+        let cluster = cluster()?;
+        let _servers = servers(&cluster, &["c", "h2"])?;
+        let node1 = cluster.place("node1");
         let own = [format!("{}/24", node1.v4), format!("{}/64", node1.v6)];
         let other = ["192.168.10.50/24".to_owned(), "fd00:10::50/64".to_owned()];
         let order = if other_first { [other, own] } else { [own, other] }.concat();
-        readdress(node1, "eth0", &order, town.place("node2").addresses())?;
-        let object = Object::from(&node("node1", &node1.addresses(), &town.pod_cidrs("node1"), &[]));
-        let _serving = Proxy::Agent.serve_and(&town, "node1", &WEBS, &[], &[object])?;
-        sees_the_client_as(&town, node1.addresses()).with_context(|| format!("{order:?}"))?;
+        readdress(node1, "eth0", &order, cluster.place("node2").addresses())?;
+        let object = Object::from(&node("node1", &node1.addresses(), &cluster.pod_cidrs("node1"), &[]));
+        let _serving = Proxy::Agent.serve_and(&cluster, "node1", &WEBS, &[], &[object])?;
+        sees_the_client_as(&cluster, node1.addresses()).with_context(|| format!("{order:?}"))?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use proxy_tests::object::{Object, Publish};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Server, eventually, request};
 use proxy_tests::reference::{self, Door};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 /// How soon a change must show.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
@@ -82,14 +82,20 @@ pub(crate) struct Serving {
 
 impl Proxy {
     /// Has a node serve these. The flags are the agent's.
-    pub(crate) fn serve(self, town: &Town, node: &str, webs: &[Web], flags: &[&str]) -> Result<Serving> {
-        self.serve_and(town, node, webs, flags, &[])
+    pub(crate) fn serve(
+        self,
+        cluster: &TestCluster,
+        node: &str,
+        webs: &[Web],
+        flags: &[&str],
+    ) -> Result<Serving> {
+        self.serve_and(cluster, node, webs, flags, &[])
     }
 
     /// The same, with these objects told to the agent besides.
     pub(crate) fn serve_and(
         self,
-        town: &Town,
+        cluster: &TestCluster,
         node: &str,
         webs: &[Web],
         flags: &[&str],
@@ -97,11 +103,11 @@ impl Proxy {
     ) -> Result<Serving> {
         let dir = ManifestDir::new()?;
         objects.iter().try_for_each(|object| dir.publish(object))?;
-        webs.iter().try_for_each(|web| publish(&dir, town, web, |plan| plan))?;
+        webs.iter().try_for_each(|web| publish(&dir, cluster, web, |plan| plan))?;
         let agent = match self {
-            Self::Agent => Some(Agent::start(town, node, &dir, &[&FLAGS[..], flags].concat())?),
+            Self::Agent => Some(Agent::start(cluster, node, &dir, &[&FLAGS[..], flags].concat())?),
             Self::Rules => {
-                reference::load(&town.place(node).netns, &doors(town, webs))?;
+                reference::load(&cluster.place(node).netns, &doors(cluster, webs))?;
                 None
             }
         };
@@ -118,11 +124,11 @@ impl Serving {
     /// Has the agent serve one more, changed as told.
     pub(crate) fn add(
         &self,
-        town: &Town,
+        cluster: &TestCluster,
         web: &Web,
         change: impl Fn(ServicePlan) -> ServicePlan,
     ) -> Result<()> {
-        publish(&self.dir, town, web, change)
+        publish(&self.dir, cluster, web, change)
     }
 
     /// The same without an endpoint.
@@ -144,11 +150,11 @@ impl Serving {
 
 fn publish(
     dir: &ManifestDir,
-    town: &Town,
+    cluster: &TestCluster,
     web: &Web,
     change: impl Fn(ServicePlan) -> ServicePlan,
 ) -> Result<()> {
-    publish_empty(dir, web, change)?.set(town.place(web.endpoint), Phase::Ready)
+    publish_empty(dir, web, change)?.set(cluster.place(web.endpoint), Phase::Ready)
 }
 
 fn publish_empty<'a>(
@@ -161,27 +167,29 @@ fn publish_empty<'a>(
 }
 
 /// Rules as a kube-proxy in nftables mode leaves them.
-pub(crate) fn leave_rules(town: &Town, node: &str, webs: &[Web]) -> Result<()> {
-    reference::load_as("kube-proxy", &town.place(node).netns, &doors(town, webs))
+pub(crate) fn leave_rules(cluster: &TestCluster, node: &str, webs: &[Web]) -> Result<()> {
+    reference::load_as("kube-proxy", &cluster.place(node).netns, &doors(cluster, webs))
 }
 
 /// The same in iptables mode: `kind` is `nft` or `legacy`.
-pub(crate) fn leave_iptables(kind: &str, town: &Town, node: &str, webs: &[Web]) -> Result<()> {
-    reference::load_iptables(kind, &town.place(node).netns, &doors(town, webs))
+pub(crate) fn leave_iptables(kind: &str, cluster: &TestCluster, node: &str, webs: &[Web]) -> Result<()> {
+    reference::load_iptables(kind, &cluster.place(node).netns, &doors(cluster, webs))
 }
 
-fn doors(town: &Town, webs: &[Web]) -> Vec<(Door, SocketAddr)> {
+fn doors(cluster: &TestCluster, webs: &[Web]) -> Vec<(Door, SocketAddr)> {
     let families = |web: &Web| {
         let addresses = web.cluster_ips().map(Door::Address).into_iter();
         let doors = addresses.flat_map(|address| [address, Door::NodePort(web.node_port)]);
-        doors.zip(town.place(web.endpoint).at(PORT).into_iter().flat_map(|to| [to, to])).collect::<Vec<_>>()
+        doors
+            .zip(cluster.place(web.endpoint).at(PORT).into_iter().flat_map(|to| [to, to]))
+            .collect::<Vec<_>>()
     };
     webs.iter().flat_map(families).collect()
 }
 
 /// Servers on the endpoints' port in these places.
-pub(crate) fn servers(town: &Town, places: &[&str]) -> Result<Vec<Server>> {
-    places.iter().map(|place| Server::start(town.place(place), &[PORT])).collect()
+pub(crate) fn servers(cluster: &TestCluster, places: &[&str]) -> Result<Vec<Server>> {
+    places.iter().map(|place| Server::start(cluster.place(place), &[PORT])).collect()
 }
 
 /// TCP, connected UDP, unconnected UDP.

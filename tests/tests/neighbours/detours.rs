@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use proxy_tests::pod::Place;
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 
 use crate::common::{PORT, Proxy, Web, is_served, servers};
 
@@ -11,7 +11,7 @@ const OWN: Web = Web::new(1, 30200, "b");
 const NEAR: Web = Web::new(2, 30201, "a");
 const FAR: Web = Web::new(3, 30202, "c");
 
-fn town(network: PodNetwork) -> Result<Town> {
+fn cluster(network: PodNetwork) -> Result<TestCluster> {
     Plan::default()
         .node("node1", &["a", "b"])
         .node("node2", &["c"])
@@ -37,35 +37,35 @@ fn detour(node: &Place, interface: &str) -> Result<()> {
 }
 
 /// All ways that lead to or from the pod, or past it.
-fn everybody_is_served(town: &Town) -> Result<()> {
-    let node1 = town.place("node1");
+fn everybody_is_served(cluster: &TestCluster) -> Result<()> {
+    let node1 = cluster.place("node1");
     for web in [OWN, NEAR, FAR] {
         for client in ["a", "b", "outside"] {
-            is_served(town.place(client), web.cluster_ips(), web.endpoint)?;
-            is_served(town.place(client), node1.at(web.node_port), web.endpoint)?;
+            is_served(cluster.place(client), web.cluster_ips(), web.endpoint)?;
+            is_served(cluster.place(client), node1.at(web.node_port), web.endpoint)?;
         }
-        is_served(town.place("c"), node1.at(web.node_port), web.endpoint)?;
+        is_served(cluster.place("c"), node1.at(web.node_port), web.endpoint)?;
     }
     // And past every Service.
     for (client, server) in [("a", "b"), ("b", "a"), ("b", "c"), ("c", "b")] {
-        is_served(town.place(client), town.place(server).at(PORT), server)?;
+        is_served(cluster.place(client), cluster.place(server).at(PORT), server)?;
     }
     Ok(())
 }
 
 fn plays(proxy: Proxy, network: PodNetwork, interface: &str, flags: &[&str], first: bool) -> Result<()> {
-    let town = town(network)?;
-    let _servers = servers(&town, &["a", "b", "c"])?;
-    let node1 = town.place("node1");
+    let cluster = cluster(network)?;
+    let _servers = servers(&cluster, &["a", "b", "c"])?;
+    let node1 = cluster.place("node1");
     if first {
         detour(node1, interface)?;
     }
-    let _serving = proxy.serve(&town, "node1", &[OWN, NEAR, FAR], flags)?;
+    let _serving = proxy.serve(&cluster, "node1", &[OWN, NEAR, FAR], flags)?;
     if !first {
-        everybody_is_served(&town).context("before the detour")?;
+        everybody_is_served(&cluster).context("before the detour")?;
         detour(node1, interface)?;
     }
-    everybody_is_served(&town)
+    everybody_is_served(&cluster)
         .with_context(|| format!("{network:?} pods, {interface}, {flags:?}, detour first: {first}"))
 }
 

@@ -9,7 +9,7 @@ use proxy_tests::netns::Netns;
 use proxy_tests::packet::{Packet, TcpFlags, View};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::Server;
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 use proxy_tests::wire::Wire;
 
 use crate::common::{MOMENT, PORT, Proxy, Web, is_served, is_served_as, servers, with_either};
@@ -24,8 +24,8 @@ const WEBS: [Web; 3] = [FAR, SILENT, BEYOND];
 /// More new connections than agents of tests have room for.
 const FLOOD: u16 = 20_000;
 
-fn town(network: PodNetwork) -> Result<Town> {
-    let town = Plan::default()
+fn cluster(network: PodNetwork) -> Result<TestCluster> {
+    let cluster = Plan::default()
         .node("node1", &["a"])
         .node("node2", &["c", "d"])
         .client("outside")
@@ -33,7 +33,7 @@ fn town(network: PodNetwork) -> Result<Town> {
         .client("flood")
         .network(network)
         .raise()?;
-    let d = town.place("d");
+    let d = cluster.place("d");
     d.netns.nft(
         "table inet silent {
             chain input {
@@ -42,15 +42,15 @@ fn town(network: PodNetwork) -> Result<Town> {
             }
         }\n",
     )?;
-    Ok(town)
+    Ok(cluster)
 }
 
 /// The rules that Flannel adds behind source translation: from pods to anywhere, from anywhere to pods.
-fn flannel(town: &Town, node: &str) -> Result<()> {
+fn flannel(cluster: &TestCluster, node: &str) -> Result<()> {
     let mut rules = String::new();
     let families = [("ip", "224.0.0.0/4"), ("ip6", "ff00::/8")];
     for (((family, multicast), pods), own) in
-        families.into_iter().zip(Town::CLUSTER_CIDRS).zip(town.pod_cidrs(node))
+        families.into_iter().zip(TestCluster::CLUSTER_CIDRS).zip(cluster.pod_cidrs(node))
     {
         writeln!(
             rules,
@@ -66,13 +66,13 @@ fn flannel(town: &Town, node: &str) -> Result<()> {
             }}"
         )?;
     }
-    town.place(node).netns.nft(&rules)
+    cluster.place(node).netns.nft(&rules)
 }
 
 /// Talks from outside through the NodePort, and from a pod to the server beyond, both families.
-fn talks(town: &Town, way: Way) -> Result<Vec<Talk>> {
+fn talks(cluster: &TestCluster, way: Way) -> Result<Vec<Talk>> {
     let [node1, c, a, outside, server] =
-        ["node1", "c", "a", "outside", "server"].map(|name| town.place(name));
+        ["node1", "c", "a", "outside", "server"].map(|name| cluster.place(name));
     let mut talks = Vec::new();
     let families = node1.at(FAR.node_port).into_iter().zip(BEYOND.cluster_ips());
     for ((door, cluster_ip), (at_c, at_server)) in families.zip(c.at(PORT).into_iter().zip(server.at(PORT))) {
@@ -83,10 +83,15 @@ fn talks(town: &Town, way: Way) -> Result<Vec<Talk>> {
 }
 
 /// Begins so many connections that nobody answers, and asks for each of them again after so many others.
-fn flood(town: &Town, targets: &[SocketAddr], again: &[u16], each: impl Fn() -> Result<()>) -> Result<()> {
-    let place = town.place("flood");
+fn flood(
+    cluster: &TestCluster,
+    targets: &[SocketAddr],
+    again: &[u16],
+    each: impl Fn() -> Result<()>,
+) -> Result<()> {
+    let place = cluster.place("flood");
     let wire = Wire::tap(&place.netns, "eth0")?;
-    let door = town.place("node1").netns.mac("eth0")?;
+    let door = cluster.place("node1").netns.mac("eth0")?;
     for number in 0..FLOOD {
         for to in targets {
             for ago in [&[0], again].concat() {
@@ -106,12 +111,12 @@ fn flood(town: &Town, targets: &[SocketAddr], again: &[u16], each: impl Fn() -> 
 fn everybody_is_served_beside_the_rules_of_the_cni() -> Result<()> {
     with_either(|proxy| {
         for network in [PodNetwork::Routed, PodNetwork::Overlay] {
-            let town = town(network)?;
-            let _servers = servers(&town, &["c", "server"])?;
-            flannel(&town, "node1")?;
-            flannel(&town, "node2")?;
-            let _serving = proxy.serve(&town, "node1", &WEBS, &["--socket-lb=host"])?;
-            let [node1, a, outside] = ["node1", "a", "outside"].map(|name| town.place(name));
+            let cluster = cluster(network)?;
+            let _servers = servers(&cluster, &["c", "server"])?;
+            flannel(&cluster, "node1")?;
+            flannel(&cluster, "node2")?;
+            let _serving = proxy.serve(&cluster, "node1", &WEBS, &["--socket-lb=host"])?;
+            let [node1, a, outside] = ["node1", "a", "outside"].map(|name| cluster.place(name));
             is_served(outside, node1.at(FAR.node_port), "c")?;
             is_served(outside, node1.at(BEYOND.node_port), "server")?;
             is_served_as(a, FAR.cluster_ips(), "c", a.addresses())?;
@@ -125,15 +130,15 @@ fn everybody_is_served_beside_the_rules_of_the_cni() -> Result<()> {
 #[test]
 fn after_a_long_silence_a_server_speaks_first_through_the_masquerade_of_the_cni() -> Result<()> {
     with_either(|proxy| {
-        let town = town(PodNetwork::Routed)?;
-        flannel(&town, "node1")?;
+        let cluster = cluster(PodNetwork::Routed)?;
+        flannel(&cluster, "node1")?;
         let _serving = proxy.serve(
-            &town,
+            &cluster,
             "node1",
             &WEBS,
             &["--conntrack-udp-timeout=2s", "--conntrack-udp-timeout-stream=60s"],
         )?;
-        let talks = talks(&town, Way::Udp)?;
+        let talks = talks(&cluster, Way::Udp)?;
         // Traffic both ways for more than two seconds makes a stream of it.
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(3) {
@@ -155,9 +160,9 @@ fn a_port_that_somebody_else_has_given_a_connection_is_not_given_to_another() ->
             if later && proxy == Proxy::Rules {
                 continue;
             }
-            let town = town(PodNetwork::Routed)?;
+            let cluster = cluster(PodNetwork::Routed)?;
             let [node1, a, outside, server] =
-                ["node1", "a", "outside", "server"].map(|name| town.place(name));
+                ["node1", "a", "outside", "server"].map(|name| cluster.place(name));
             // Four ports are left for masquerading, of which others have two.
             node1.netns.sysctls(&[("ipv4/ip_local_reserved_ports", "1024-1999,2004-65535")])?;
             node1.netns.nft(
@@ -180,9 +185,9 @@ fn a_port_that_somebody_else_has_given_a_connection_is_not_given_to_another() ->
             };
             // Silent from here on.
             let mut theirs = talk_all((&a.netns, 7777), server.at(PORT))?;
-            let serving = proxy.serve(&town, "node1", if later { &[FAR] } else { &[BEYOND] }, &[])?;
+            let serving = proxy.serve(&cluster, "node1", if later { &[FAR] } else { &[BEYOND] }, &[])?;
             if later {
-                serving.add(&town, &BEYOND, |plan| plan)?;
+                serving.add(&cluster, &BEYOND, |plan| plan)?;
                 serving.knows(&server.addresses().map(|addr| addr.to_string()).each_ref().map(|s| &**s))?;
                 // Connection tracking is read again soon after.
                 std::thread::sleep(Duration::from_secs(2));
@@ -204,15 +209,15 @@ fn a_port_that_somebody_else_has_given_a_connection_is_not_given_to_another() ->
 fn a_flood_costs_a_connection_through_the_masquerade_of_the_cni_nothing() -> Result<()> {
     with_either(|proxy| {
         for with_cni in [true, false] {
-            let town = town(PodNetwork::Routed)?;
+            let cluster = cluster(PodNetwork::Routed)?;
             if with_cni {
-                flannel(&town, "node1")?;
+                flannel(&cluster, "node1")?;
             }
-            let _serving = proxy.serve(&town, "node1", &WEBS, &[])?;
+            let _serving = proxy.serve(&cluster, "node1", &WEBS, &[])?;
             // Without the CNI's rules the server beyond does not know the way to a pod.
-            let talks = if with_cni { talks(&town, Way::Tcp)? } else { through_the_node_port(&town)? };
+            let talks = if with_cni { talks(&cluster, Way::Tcp)? } else { through_the_node_port(&cluster)? };
             talks.iter().try_for_each(Talk::exchange)?;
-            flood(&town, &town.place("node1").at(SILENT.node_port)[..1], &[0], || Ok(()))?;
+            flood(&cluster, &cluster.place("node1").at(SILENT.node_port)[..1], &[0], || Ok(()))?;
             for talk in &talks {
                 talk.push().with_context(|| format!("with rules of the CNI: {with_cni}"))?;
                 talk.exchange()?;
@@ -222,27 +227,27 @@ fn a_flood_costs_a_connection_through_the_masquerade_of_the_cni_nothing() -> Res
     })
 }
 
-fn through_the_node_port(town: &Town) -> Result<Vec<Talk>> {
-    let (node1, c, outside) = (town.place("node1"), town.place("c"), town.place("outside"));
+fn through_the_node_port(cluster: &TestCluster) -> Result<Vec<Talk>> {
+    let (node1, c, outside) = (cluster.place("node1"), cluster.place("c"), cluster.place("outside"));
     let doors = node1.at(FAR.node_port).into_iter().zip(c.at(PORT));
     doors.map(|(door, at)| Talk::begin(Way::Tcp, (&outside.netns, 0), door, (&c.netns, at))).collect()
 }
 
 #[test]
 fn under_a_flood_nothing_leaves_under_the_client_s_own_address() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let _servers = [Server::start(town.place("c"), &[PORT])?];
-    let _serving = Proxy::Agent.serve(&town, "node1", &[FAR, SILENT], &[])?;
-    let node1 = town.place("node1");
-    let cable = Wire::tap(&town.place("node2").netns, "eth0")?;
-    let clients: Vec<&Place> = ["flood", "outside"].into_iter().map(|name| town.place(name)).collect();
+    let cluster = cluster(PodNetwork::Routed)?;
+    let _servers = [Server::start(cluster.place("c"), &[PORT])?];
+    let _serving = Proxy::Agent.serve(&cluster, "node1", &[FAR, SILENT], &[])?;
+    let node1 = cluster.place("node1");
+    let cable = Wire::tap(&cluster.place("node2").netns, "eth0")?;
+    let clients: Vec<&Place> = ["flood", "outside"].into_iter().map(|name| cluster.place(name)).collect();
     let bare = |view: &View| {
         let own = clients.iter().any(|client| client.addresses().contains(&view.source));
         own && view.ports.is_some_and(|(_, to)| to == PORT)
     };
     // Some of what is asked for again is just being forgotten.
     for again in [&[500, 1000, 2000][..], &[2500, 3000], &[700, 1700, 4500]] {
-        flood(&town, &node1.at(SILENT.node_port)[..1], again, || cable.silent(Duration::ZERO, bare))?;
+        flood(&cluster, &node1.at(SILENT.node_port)[..1], again, || cable.silent(Duration::ZERO, bare))?;
         for client in &clients {
             is_served(client, node1.at(FAR.node_port), "c")?;
         }

@@ -9,7 +9,7 @@ use proxy_tests::netns::Netns;
 use proxy_tests::packet::{Packet, TcpFlags, View};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::Server;
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 use proxy_tests::wire::{Wire, tagged};
 
 use crate::common::{MOMENT, PORT, Proxy, Serving, WAYS, Web, answer, is_served, servers, with_either};
@@ -17,7 +17,7 @@ use crate::common::{MOMENT, PORT, Proxy, Serving, WAYS, Web, answer, is_served, 
 /// What leads to a pod of the node.
 const WEB: Web = Web::new(1, 30200, "b");
 
-fn town(network: PodNetwork) -> Result<Town> {
+fn cluster(network: PodNetwork) -> Result<TestCluster> {
     Plan::default()
         .node("node1", &["a", "b"])
         .node("node2", &["c"])
@@ -43,12 +43,12 @@ fn at(pair: [&str; 2], port: u16) -> [SocketAddr; 2] {
 }
 
 /// Publishes the Services of these addresses to `node1`.
-fn balanced(town: &Town, serving: &Serving) -> Result<()> {
+fn balanced(cluster: &TestCluster, serving: &Serving) -> Result<()> {
     let balancer = |n: usize| move |plan: ServicePlan| plan.load_balancer(&ips(HELD[n]));
-    serving.add(town, &Web::new(11, 30211, "b"), balancer(0))?;
+    serving.add(cluster, &Web::new(11, 30211, "b"), balancer(0))?;
     serving.add_empty(&Web::new(12, 30212, "b"), balancer(1))?;
     let nobody = ["198.51.100.0/24", "2001:db8:ffff::/48"];
-    serving.add(town, &Web::new(13, 30213, "b"), |plan| balancer(2)(plan).source_ranges(&nobody))?;
+    serving.add(cluster, &Web::new(13, 30213, "b"), |plan| balancer(2)(plan).source_ranges(&nobody))?;
     serving.knows(&HELD.concat())
 }
 
@@ -92,8 +92,8 @@ fn reaches_the_holder(client: &Place) -> Result<()> {
 }
 
 /// A machine that is no part of the cluster on a device of the node, with addresses of the underlay.
-fn machine(town: &Town, label: &str, host: u8) -> Result<Place> {
-    let place = town.place("outside");
+fn machine(cluster: &TestCluster, label: &str, host: u8) -> Result<Place> {
+    let place = cluster.place("outside");
     Ok(Place {
         name: label.into(),
         netns: Netns::new(label)?.into(),
@@ -112,8 +112,8 @@ fn address(machine: &Place) -> Result<()> {
 }
 
 /// Makes the node's uplink a port of a bridge that has the node's addresses, and plugs a machine into it.
-fn bridged(town: &Town) -> Result<Place> {
-    let (node1, node2) = (town.place("node1"), town.place("node2"));
+fn bridged(cluster: &TestCluster) -> Result<Place> {
+    let (node1, node2) = (cluster.place("node1"), cluster.place("node2"));
     let mac = node1.netns.mac("eth0")?.map(|byte| format!("{byte:02x}")).join(":");
     let (v4, v6) = (node1.v4, node1.v6);
     node1.netns.ip(&format!(
@@ -124,7 +124,7 @@ fn bridged(town: &Town) -> Result<Place> {
          route replace 10.244.2.0/24 via {}\nroute replace fd00:244:2::/64 via {}\n",
         node2.v4, node2.v6
     ))?;
-    let vm = machine(town, "vm", 77)?;
+    let vm = machine(cluster, "vm", 77)?;
     node1.netns.join("tap0", &vm.netns, "eth0")?;
     node1.netns.ip("link set tap0 master br-ex\n")?;
     address(&vm)?;
@@ -132,9 +132,9 @@ fn bridged(town: &Town) -> Result<Place> {
 }
 
 /// A machine with an address of its own on the node's uplink.
-fn macvlan(town: &Town) -> Result<Place> {
-    let machine = machine(town, "mv", 78)?;
-    let node1 = &town.place("node1").netns;
+fn macvlan(cluster: &TestCluster) -> Result<Place> {
+    let machine = machine(cluster, "mv", 78)?;
+    let node1 = &cluster.place("node1").netns;
     node1.ip(&format!(
         "link add link eth0 name mv0 type macvlan mode bridge\nlink set mv0 netns {}\n",
         machine.netns.name()
@@ -146,45 +146,45 @@ fn macvlan(town: &Town) -> Result<Place> {
 
 #[test]
 fn what_a_machine_on_the_node_s_bridge_sends_to_another_node_passes_untouched() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let _servers = servers(&town, &["b"])?;
-    let vm = bridged(&town)?;
-    let _holding = hold(town.place("node2"), "eth0")?;
+    let cluster = cluster(PodNetwork::Routed)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let vm = bridged(&cluster)?;
+    let _holding = hold(cluster.place("node2"), "eth0")?;
     reaches_the_holder(&vm).context("without a proxy")?;
-    let serving = Proxy::Agent.serve(&town, "node1", &[WEB], &[])?;
-    balanced(&town, &serving)?;
-    let inside = Wire::tap(&town.place("b").netns, "eth0")?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &[WEB], &[])?;
+    balanced(&cluster, &serving)?;
+    let inside = Wire::tap(&cluster.place("b").netns, "eth0")?;
     reaches_the_holder(&vm)?;
     inside.silent(MOMENT, |view| vm.addresses().contains(&view.source))?;
     // What it asks of the node itself is served.
-    let node1 = town.place("node1");
+    let node1 = cluster.place("node1");
     is_served(&vm, node1.at(WEB.node_port), "b")?;
     vm.netns.ip(&format!(
         "route add 10.96.0.0/16 via {}\nroute add fd00:10:96::/112 via {}\n",
         node1.v4, node1.v6
     ))?;
     is_served(&vm, WEB.cluster_ips(), "b")?;
-    is_served(town.place("outside"), node1.at(WEB.node_port), "b")
+    is_served(cluster.place("outside"), node1.at(WEB.node_port), "b")
 }
 
 #[test]
 fn what_others_send_to_a_machine_on_the_node_s_bridge_passes_untouched() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let _servers = servers(&town, &["b"])?;
-    let vm = bridged(&town)?;
+    let cluster = cluster(PodNetwork::Routed)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let vm = bridged(&cluster)?;
     let _holding = hold(&vm, "eth0")?;
-    reaches_the_holder(town.place("outside")).context("without a proxy")?;
-    let serving = Proxy::Agent.serve(&town, "node1", &[WEB], &[])?;
-    balanced(&town, &serving)?;
-    reaches_the_holder(town.place("outside"))?;
-    reaches_the_holder(town.place("node2"))
+    reaches_the_holder(cluster.place("outside")).context("without a proxy")?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &[WEB], &[])?;
+    balanced(&cluster, &serving)?;
+    reaches_the_holder(cluster.place("outside"))?;
+    reaches_the_holder(cluster.place("node2"))
 }
 
 #[test]
 fn what_passes_between_a_machine_above_the_uplink_and_others_is_untouched() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let _servers = servers(&town, &["b"])?;
-    let (above, outside, node2) = (macvlan(&town)?, town.place("outside"), town.place("node2"));
+    let cluster = cluster(PodNetwork::Routed)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let (above, outside, node2) = (macvlan(&cluster)?, cluster.place("outside"), cluster.place("node2"));
     let mut serving: Option<Serving> = None;
     // Without a proxy, and then with it.
     for _ in 0..2 {
@@ -198,8 +198,8 @@ fn what_passes_between_a_machine_above_the_uplink_and_others_is_untouched() -> R
         drop(holding);
         release(node2, &[outside, &above])?;
         if serving.is_none() {
-            let served = Proxy::Agent.serve(&town, "node1", &[WEB], &[])?;
-            balanced(&town, &served)?;
+            let served = Proxy::Agent.serve(&cluster, "node1", &[WEB], &[])?;
+            balanced(&cluster, &served)?;
             serving = Some(served);
         }
     }
@@ -208,15 +208,15 @@ fn what_passes_between_a_machine_above_the_uplink_and_others_is_untouched() -> R
 
 #[test]
 fn what_a_pod_sends_to_another_pod_s_ethernet_address_passes_untouched() -> Result<()> {
-    let town = town(PodNetwork::Bridged)?;
-    let (a, b) = (town.place("a"), town.place("b"));
+    let cluster = cluster(PodNetwork::Bridged)?;
+    let (a, b) = (cluster.place("a"), cluster.place("b"));
     let _holding = hold(b, "eth0")?;
     for [v4, v6] in HELD {
         a.netns.ip(&format!("route add {v4} via {}\nroute add {v6} via {}\n", b.v4, b.v6))?;
     }
     reaches_the_holder(a).context("without a proxy")?;
-    let serving = Proxy::Agent.serve(&town, "node1", &[WEB], &["--socket-lb=off"])?;
-    balanced(&town, &serving)?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &[WEB], &["--socket-lb=off"])?;
+    balanced(&cluster, &serving)?;
     reaches_the_holder(a)
 }
 
@@ -261,12 +261,12 @@ const FRAMES: [Frame; 6] =
 #[test]
 fn a_frame_that_is_not_for_the_node_is_neither_translated_nor_answered() -> Result<()> {
     with_either(|proxy| {
-        let town = town(PodNetwork::Routed)?;
-        let _servers = servers(&town, &["b"])?;
-        let (node1, outside) = (town.place("node1"), town.place("outside"));
-        let serving = proxy.serve(&town, "node1", &[WEB], &[])?;
+        let cluster = cluster(PodNetwork::Routed)?;
+        let _servers = servers(&cluster, &["b"])?;
+        let (node1, outside) = (cluster.place("node1"), cluster.place("outside"));
+        let serving = proxy.serve(&cluster, "node1", &[WEB], &[])?;
         if proxy == Proxy::Agent {
-            balanced(&town, &serving)?;
+            balanced(&cluster, &serving)?;
         }
         // Now the neighbours know each other.
         is_served(outside, node1.at(WEB.node_port), "b")?;
@@ -281,7 +281,7 @@ fn a_frame_that_is_not_for_the_node_is_neither_translated_nor_answered() -> Resu
             for (number, targets) in doors.into_iter().enumerate() {
                 for to in targets {
                     let (cable, inside) =
-                        (Wire::tap(&outside.netns, "eth0")?, Wire::tap(&town.place("b").netns, "eth0")?);
+                        (Wire::tap(&outside.netns, "eth0")?, Wire::tap(&cluster.place("b").netns, "eth0")?);
                     source += 1;
                     let from = SocketAddr::new(outside.address_like(to.ip()), source);
                     for packet in [Packet::tcp(from, to, TcpFlags::SYN), Packet::udp(from, to).payload(b"x")]
@@ -327,16 +327,16 @@ fn a_frame_that_is_not_for_the_node_is_neither_translated_nor_answered() -> Resu
 
 #[test]
 fn a_machine_that_routes_for_others_does_so_through_the_node_s_bridge() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let _servers = servers(&town, &["b"])?;
-    let vm = bridged(&town)?;
+    let cluster = cluster(PodNetwork::Routed)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let vm = bridged(&cluster)?;
     // Another cluster has the same Service addresses, and the machine is one of its nodes.
     let [v4, v6] = WEB.cluster_ips();
     vm.netns.ip(&format!("addr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad\n", v4.ip(), v6.ip()))?;
     let (IpAddr::V4(ip4), IpAddr::V6(ip6)) = (v4.ip(), v6.ip()) else { anyhow::bail!("two families") };
     let other = Place { v4: ip4, v6: ip6, host_interface: None, ..vm.clone() };
     let _server = Server::named(&other, "other-cluster", &[80])?;
-    let outside = town.place("outside");
+    let outside = cluster.place("outside");
     outside.netns.ip(&format!(
         "route add {} via {}\nroute add {} via {}\n",
         v4.ip(),
@@ -346,6 +346,6 @@ fn a_machine_that_routes_for_others_does_so_through_the_node_s_bridge() -> Resul
     ))?;
     let reaches_the_other_cluster = || is_served(outside, [v4, v6], "other-cluster");
     reaches_the_other_cluster().context("without a proxy")?;
-    let _serving = Proxy::Agent.serve(&town, "node1", &[WEB], &[])?;
+    let _serving = Proxy::Agent.serve(&cluster, "node1", &[WEB], &[])?;
     reaches_the_other_cluster()
 }

@@ -8,7 +8,7 @@ use proxy_tests::answer::Hold;
 use proxy_tests::packet::{Packet, TcpFlags, View, protocol};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, request};
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 use proxy_tests::wire::Wire;
 
 use crate::common::{MOMENT, PORT, Proxy, WAYS, Web, answer, is_served, servers, soon, with_either};
@@ -19,7 +19,7 @@ const NEAR: Web = Web::new(1, 30200, "b");
 const FAR: Web = Web::new(2, 30201, "c");
 
 /// Two machines outside know the node, and nothing of pods and Services.
-fn town(network: PodNetwork) -> Result<Town> {
+fn cluster(network: PodNetwork) -> Result<TestCluster> {
     Plan::default()
         .node("node1", &["a", "b"])
         .node("node2", &["c"])
@@ -64,38 +64,38 @@ fn server_ports() -> impl Iterator<Item = u16> {
 }
 
 /// The clients outside reach both NodePorts, also the machine that the node or its pods are talking to.
-fn node_ports_serve(town: &Town) -> Result<()> {
-    let node1 = town.place("node1");
+fn node_ports_serve(cluster: &TestCluster) -> Result<()> {
+    let node1 = cluster.place("node1");
     for client in ["server", "other", "node2"] {
         for web in [NEAR, FAR] {
-            is_served(town.place(client), node1.at(web.node_port), web.endpoint)?;
+            is_served(cluster.place(client), node1.at(web.node_port), web.endpoint)?;
         }
     }
     Ok(())
 }
 
 /// An answer of a server outside, from one of these ports, of which endpoints are to hear nothing.
-fn strays(town: &Town, ports: impl Fn(u16) -> bool) -> impl Fn(&View) -> bool {
-    let servers = ["server", "h2"].map(|name| town.place(name).addresses()).concat();
+fn strays(cluster: &TestCluster, ports: impl Fn(u16) -> bool) -> impl Fn(&View) -> bool {
+    let servers = ["server", "h2"].map(|name| cluster.place(name).addresses()).concat();
     move |view| servers.contains(&view.source) && view.ports.is_some_and(|(source, _)| ports(source))
 }
 
 #[test]
 fn a_host_process_connects_out_from_the_number_of_a_node_port() -> Result<()> {
     with_either(|proxy| {
-        let town = town(PodNetwork::Routed)?;
-        let _servers = servers(&town, &["b", "c"])?;
+        let cluster = cluster(PodNetwork::Routed)?;
+        let _servers = servers(&cluster, &["b", "c"])?;
         let ports: Vec<u16> = server_ports().take(16).collect();
         let _outside =
-            [Server::start(town.place("server"), &ports)?, Server::start(town.place("h2"), &ports)?];
-        let _serving = proxy.serve(&town, "node1", &[NEAR, FAR], &[])?;
-        let endpoints = ["b", "c"].map(|pod| Wire::tap(&town.place(pod).netns, "eth0"));
-        let node1 = town.place("node1");
+            [Server::start(cluster.place("server"), &ports)?, Server::start(cluster.place("h2"), &ports)?];
+        let _serving = proxy.serve(&cluster, "node1", &[NEAR, FAR], &[])?;
+        let endpoints = ["b", "c"].map(|pod| Wire::tap(&cluster.place(pod).netns, "eth0"));
+        let node1 = cluster.place("node1");
         let mut server_port = server_ports();
         for web in [NEAR, FAR] {
             for way in ALL_WAYS {
                 let port = server_port.next().context("no port is left")?;
-                let targets = ["server", "h2"].map(|name| town.place(name).at(port).map(|to| (name, to)));
+                let targets = ["server", "h2"].map(|name| cluster.place(name).at(port).map(|to| (name, to)));
                 for (name, to) in targets.concat() {
                     let answer = answer(node1, &way(to).from_port(web.node_port), name)?;
                     ensure!(answer.peer.port() == web.node_port, "{answer:?}");
@@ -103,20 +103,20 @@ fn a_host_process_connects_out_from_the_number_of_a_node_port() -> Result<()> {
                 }
             }
             // Endpoints are asked directly, too.
-            let targets = ["b", "c"].map(|name| town.place(name).at(PORT).map(|to| (name, to)));
+            let targets = ["b", "c"].map(|name| cluster.place(name).at(PORT).map(|to| (name, to)));
             for (name, to) in targets.concat() {
                 for way in [Ask::tcp as fn(SocketAddr) -> Ask, Ask::udp] {
                     let answer = answer(node1, &way(to).from_port(web.node_port), name)?;
                     ensure!(answer.peer.port() == web.node_port, "{answer:?}");
                 }
             }
-            for to in town.place("server").at(9) {
+            for to in cluster.place("server").at(9) {
                 is_refused(node1, to, |ask| ask.from_port(web.node_port))?;
             }
         }
-        node_ports_serve(&town)?;
+        node_ports_serve(&cluster)?;
         for endpoint in endpoints {
-            endpoint?.silent(MOMENT, strays(&town, |port| ports.contains(&port)))?;
+            endpoint?.silent(MOMENT, strays(&cluster, |port| ports.contains(&port)))?;
         }
         Ok(())
     })
@@ -124,12 +124,12 @@ fn a_host_process_connects_out_from_the_number_of_a_node_port() -> Result<()> {
 
 #[test]
 fn a_host_process_connects_out_from_the_port_of_a_service_at_the_node_s_address() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let (node1, server) = (town.place("node1"), town.place("server"));
-    let _servers = servers(&town, &["b"])?;
+    let cluster = cluster(PodNetwork::Routed)?;
+    let (node1, server) = (cluster.place("node1"), cluster.place("server"));
+    let _servers = servers(&cluster, &["b"])?;
     let _outside = Server::start(server, &[8081])?;
-    let serving = Proxy::Agent.serve(&town, "node1", &[], &[])?;
-    serving.add(&town, &NEAR, |plan| plan.external_ips(&node1.addresses()))?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &[], &[])?;
+    serving.add(&cluster, &NEAR, |plan| plan.external_ips(&node1.addresses()))?;
     soon(|| is_served(server, node1.at(80), "b"))?;
     for to in server.at(8081) {
         for way in WAYS {
@@ -144,21 +144,21 @@ fn a_host_process_connects_out_from_the_port_of_a_service_at_the_node_s_address(
 fn a_pod_that_the_cni_masquerades_to_the_number_of_a_node_port_gets_its_answers() -> Result<()> {
     with_either(|proxy| {
         for (network, web) in [(PodNetwork::Routed, NEAR), (PodNetwork::Bridged, FAR)] {
-            let town = town(network)?;
-            let _servers = servers(&town, &["b", "c"])?;
+            let cluster = cluster(network)?;
+            let _servers = servers(&cluster, &["b", "c"])?;
             let ports: Vec<u16> = server_ports().take(16).collect();
-            let _outside = [Server::start(town.place("server"), &ports)?];
-            let node1 = town.place("node1");
+            let _outside = [Server::start(cluster.place("server"), &ports)?];
+            let node1 = cluster.place("node1");
             masquerade_to(node1, web.node_port)?;
-            let _serving = proxy.serve(&town, "node1", &[NEAR, FAR], &[])?;
-            let endpoints = ["b", "c"].map(|pod| Wire::tap(&town.place(pod).netns, "eth0"));
+            let _serving = proxy.serve(&cluster, "node1", &[NEAR, FAR], &[])?;
+            let endpoints = ["b", "c"].map(|pod| Wire::tap(&cluster.place(pod).netns, "eth0"));
             let mut server_port = server_ports();
             // The Service's own endpoint is a pod like the others.
             for pod in ["a", "b"] {
                 for way in ALL_WAYS {
                     let port = server_port.next().context("no port is left")?;
-                    for to in town.place("server").at(port) {
-                        let answer = answer(town.place(pod), &way(to), "server")
+                    for to in cluster.place("server").at(port) {
+                        let answer = answer(cluster.place(pod), &way(to), "server")
                             .with_context(|| format!("{network:?} pods"))?;
                         ensure!(
                             answer.peer == SocketAddr::new(node1.address_like(to.ip()), web.node_port),
@@ -167,15 +167,15 @@ fn a_pod_that_the_cni_masquerades_to_the_number_of_a_node_port_gets_its_answers(
                     }
                 }
             }
-            for to in town.place("server").at(9) {
-                is_refused(town.place("a"), to, |ask| ask)?;
+            for to in cluster.place("server").at(9) {
+                is_refused(cluster.place("a"), to, |ask| ask)?;
             }
-            node_ports_serve(&town)?;
+            node_ports_serve(&cluster)?;
             let [b, c] = endpoints;
             // What `b` has asked, after `a`, it has been answered.
             let asked_by_a = &ports[..ALL_WAYS.len()];
-            b?.silent(MOMENT, strays(&town, |port| asked_by_a.contains(&port)))?;
-            c?.silent(MOMENT, strays(&town, |port| ports.contains(&port)))?;
+            b?.silent(MOMENT, strays(&cluster, |port| asked_by_a.contains(&port)))?;
+            c?.silent(MOMENT, strays(&cluster, |port| ports.contains(&port)))?;
         }
         Ok(())
     })
@@ -184,9 +184,9 @@ fn a_pod_that_the_cni_masquerades_to_the_number_of_a_node_port_gets_its_answers(
 #[test]
 fn conversations_from_the_number_of_a_node_port_go_on_while_that_is_served() -> Result<()> {
     with_either(|proxy| {
-        let town = town(PodNetwork::Bridged)?;
-        let (node1, a, server) = (town.place("node1"), town.place("a"), town.place("server"));
-        let _servers = servers(&town, &["b", "c"])?;
+        let cluster = cluster(PodNetwork::Bridged)?;
+        let (node1, a, server) = (cluster.place("node1"), cluster.place("a"), cluster.place("server"));
+        let _servers = servers(&cluster, &["b", "c"])?;
         let ports: Vec<u16> = server_ports().take(16).collect();
         let _outside = [Server::start(server, &ports)?];
         masquerade_to(node1, NEAR.node_port)?;
@@ -208,16 +208,16 @@ fn conversations_from_the_number_of_a_node_port_go_on_while_that_is_served() -> 
         };
         // Some are there before the Service, some come while it is served.
         let mut holds = hold()?;
-        let serving = proxy.serve(&town, "node1", &[NEAR, FAR], &[])?;
+        let serving = proxy.serve(&cluster, "node1", &[NEAR, FAR], &[])?;
         holds.extend(hold()?);
-        node_ports_serve(&town)?;
+        node_ports_serve(&cluster)?;
         holds.iter_mut().try_for_each(goes_on)?;
         if let Some(mut agent) = serving.agent {
             agent.kill()?;
             agent.spawn()?;
             agent.wait_ready()?;
             holds.iter_mut().try_for_each(goes_on)?;
-            node_ports_serve(&town)?;
+            node_ports_serve(&cluster)?;
         }
         for hold in holds {
             let report = hold.stop()?;
@@ -241,37 +241,37 @@ fn goes_on(hold: &mut Runner<Hold>) -> Result<()> {
 #[test]
 fn a_server_outside_may_speak_first_on_a_connection_older_than_the_service() -> Result<()> {
     with_either(|proxy| {
-        let town = town(PodNetwork::Routed)?;
-        let (node1, server) = (town.place("node1"), town.place("server"));
+        let cluster = cluster(PodNetwork::Routed)?;
+        let (node1, server) = (cluster.place("node1"), cluster.place("server"));
         masquerade_to(node1, FAR.node_port)?;
         let mut talks = Vec::new();
         for at in server.at(8081) {
             talks.push(Talk::begin(Way::Tcp, (&node1.netns, NEAR.node_port), at, (&server.netns, at))?);
         }
         for at in server.at(8082) {
-            talks.push(Talk::begin(Way::Tcp, (&town.place("a").netns, 0), at, (&server.netns, at))?);
+            talks.push(Talk::begin(Way::Tcp, (&cluster.place("a").netns, 0), at, (&server.netns, at))?);
         }
-        let _servers = servers(&town, &["b", "c"])?;
-        let _serving = proxy.serve(&town, "node1", &[NEAR, FAR], &[])?;
+        let _servers = servers(&cluster, &["b", "c"])?;
+        let _serving = proxy.serve(&cluster, "node1", &[NEAR, FAR], &[])?;
         for talk in &talks {
             talk.push()?;
             talk.exchange()?;
         }
-        node_ports_serve(&town)?;
+        node_ports_serve(&cluster)?;
         talks.iter().try_for_each(Talk::exchange)
     })
 }
 
 #[test]
 fn what_begins_no_connection_is_the_node_s_own_and_no_service_s() -> Result<()> {
-    let town = town(PodNetwork::Routed)?;
-    let _servers = servers(&town, &["b", "c"])?;
-    let _serving = Proxy::Agent.serve(&town, "node1", &[NEAR, FAR], &[])?;
-    let (node1, other) = (town.place("node1"), town.place("other"));
+    let cluster = cluster(PodNetwork::Routed)?;
+    let _servers = servers(&cluster, &["b", "c"])?;
+    let _serving = Proxy::Agent.serve(&cluster, "node1", &[NEAR, FAR], &[])?;
+    let (node1, other) = (cluster.place("node1"), cluster.place("other"));
     is_served(other, node1.at(NEAR.node_port), "b")?;
     let door = node1.netns.mac("eth0")?;
     let wire = Wire::tap(&other.netns, "eth0")?;
-    let endpoints = ["b", "c"].map(|pod| Wire::tap(&town.place(pod).netns, "eth0"));
+    let endpoints = ["b", "c"].map(|pod| Wire::tap(&cluster.place(pod).netns, "eth0"));
     let [ack, syn, fin, psh] = [TcpFlags::ACK, TcpFlags::SYN, TcpFlags::FIN, TcpFlags::PSH];
     let mut port = 20_000;
     for web in [NEAR, FAR] {
@@ -299,13 +299,13 @@ fn what_begins_no_connection_is_the_node_s_own_and_no_service_s() -> Result<()> 
 #[test]
 fn what_carries_pods_packets_to_another_node_is_nobody_s_masquerade() -> Result<()> {
     // The packets of a tunnel to a node that is an endpoint's, too, belong to the sockets of what they carry.
-    let town = town(PodNetwork::Overlay)?;
-    let node1 = town.place("node1");
+    let cluster = cluster(PodNetwork::Overlay)?;
+    let node1 = cluster.place("node1");
     // Every port may be one to masquerade with.
     node1.netns.sysctls(&[("ipv4/ip_local_port_range", "1024 65535")])?;
-    let serving = Proxy::Agent.serve(&town, "node1", &[Web::new(3, 30202, "h2")], &[])?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &[Web::new(3, 30202, "h2")], &[])?;
     let agent = serving.agent.as_ref().context("an agent")?;
-    let c = town.place("c");
+    let c = cluster.place("c");
     let mut talks = Vec::new();
     for way in [Way::Tcp, Way::Udp] {
         for to in c.at(PORT) {

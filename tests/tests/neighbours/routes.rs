@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context, Result};
 use proxy_tests::netns::Netns;
 use proxy_tests::pod::Place;
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 use proxy_tests::wire::Wire;
 
 use crate::common::{MOMENT, Proxy, Web, is_served, servers, soon};
@@ -46,8 +46,8 @@ fn second_interface(node: &Place, pod: &Place) -> Result<Netns> {
         "route add default via 10.9.0.1 dev eth1 table 100\nroute add default via fd00:9::1 dev eth1 table 100\n",
     )?;
     for (family, pods, address) in [
-        ("-4", Town::CLUSTER_CIDRS[0], pod.v4.to_string()),
-        ("-6", Town::CLUSTER_CIDRS[1], pod.v6.to_string()),
+        ("-4", TestCluster::CLUSTER_CIDRS[0], pod.v4.to_string()),
+        ("-6", TestCluster::CLUSTER_CIDRS[1], pod.v6.to_string()),
     ] {
         for rule in [["900", "to", pods, "main"], ["1000", "from", &address, "100"]] {
             let [pref, which, address, table] = rule;
@@ -76,7 +76,7 @@ fn mark_connections(node: &Place) -> Result<()> {
     })
 }
 
-fn town(network: PodNetwork) -> Result<Town> {
+fn cluster(network: PodNetwork) -> Result<TestCluster> {
     Plan::default()
         .node("node1", &["a", "b"])
         .node("node2", &["c"])
@@ -87,8 +87,8 @@ fn town(network: PodNetwork) -> Result<Town> {
 }
 
 /// A client behind a router of the underlay: nodes know the way to it.
-fn beyond(town: &Town) -> Result<Place> {
-    let gate = town.place("gate");
+fn beyond(cluster: &TestCluster) -> Result<Place> {
+    let gate = cluster.place("gate");
     let netns = Netns::new("beyond")?;
     gate.netns.sysctls(&[("ipv4/ip_forward", "1"), ("ipv6/conf/all/forwarding", "1")])?;
     gate.netns.join("eth1", &netns, "eth0")?;
@@ -96,7 +96,7 @@ fn beyond(town: &Town) -> Result<Place> {
     netns.ip("addr add 172.20.0.9/24 dev eth0\naddr add fd00:20::9/64 dev eth0 nodad\n\
          route add default via 172.20.0.1\nroute add default via fd00:20::1\n")?;
     for node in ["node1", "node2"] {
-        town.place(node).netns.ip(&format!(
+        cluster.place(node).netns.ip(&format!(
             "route add 172.20.0.0/24 via {}\nroute add fd00:20::/64 via {}\n",
             gate.v4, gate.v6
         ))?;
@@ -111,30 +111,30 @@ fn beyond(town: &Town) -> Result<Place> {
 }
 
 fn plays(proxy: Proxy, network: PodNetwork, marked: bool, flags: &[&str]) -> Result<()> {
-    let town = town(network)?;
-    let _servers = servers(&town, &["b"])?;
-    let (node1, b) = (town.place("node1"), town.place("b"));
+    let cluster = cluster(network)?;
+    let _servers = servers(&cluster, &["b"])?;
+    let (node1, b) = (cluster.place("node1"), cluster.place("b"));
     let router = second_interface(node1, b)?;
     if marked {
         mark_connections(node1)?;
     }
-    let beyond = beyond(&town)?;
+    let beyond = beyond(&cluster)?;
     let tap = Wire::tap(&router, "eth0")?;
-    let serving = proxy.serve(&town, "node1", &[WEB], flags)?;
-    for client in [town.place("outside"), town.place("node2"), &beyond] {
+    let serving = proxy.serve(&cluster, "node1", &[WEB], flags)?;
+    for client in [cluster.place("outside"), cluster.place("node2"), &beyond] {
         is_served(client, node1.at(WEB.node_port), "b")?;
     }
     // `a` keeps its own way.
-    is_served(town.place("a"), node1.at(WEB.node_port), "b")?;
-    is_served(town.place("a"), WEB.cluster_ips(), "b")?;
+    is_served(cluster.place("a"), node1.at(WEB.node_port), "b")?;
+    is_served(cluster.place("a"), WEB.cluster_ips(), "b")?;
     if proxy == Proxy::Agent {
         // For the address of a balancer the CNI's marks do nothing: rules would send the answer the pod's way.
-        serving.add(&town, &LOCAL, |plan| plan.external_local(None).load_balancer(&public()))?;
+        serving.add(&cluster, &LOCAL, |plan| plan.external_local(None).load_balancer(&public()))?;
         let balancer = public().map(|address| SocketAddr::new(address, 80));
-        let gate = town.place("gate");
+        let gate = cluster.place("gate");
         gate.netns.ip(&via(node1, &public()))?;
         for (client, targets) in [
-            (town.place("outside"), node1.at(LOCAL.node_port)),
+            (cluster.place("outside"), node1.at(LOCAL.node_port)),
             (&beyond, node1.at(LOCAL.node_port)),
             (&beyond, balancer),
         ] {

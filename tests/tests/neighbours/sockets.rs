@@ -8,7 +8,7 @@ use proxy_tests::answer::Hold;
 use proxy_tests::manifests::{EndpointController, Phase};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Remote, Runner, eventually};
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 
 use crate::common::{PORT, Proxy, Serving, Web, leave_rules, servers, soon};
 
@@ -17,14 +17,17 @@ const WEB: Web = Web::new(1, 30200, "c");
 /// Longer than it takes until a socket counts as one that rests, and is found.
 const RESTED: Duration = Duration::from_secs(30);
 
-fn town() -> Result<Town> {
-    let town = Plan::default()
+fn cluster() -> Result<TestCluster> {
+    let cluster = Plan::default()
         .node("node1", &["a", "b"])
         .node("node2", &["c"])
         .network(PodNetwork::Routed)
         .raise()?;
-    town.place("node1").netns.ip("route add 10.96.0.0/16 dev eth0\nroute add fd00:10:96::/112 dev eth0\n")?;
-    Ok(town)
+    cluster
+        .place("node1")
+        .netns
+        .ip("route add 10.96.0.0/16 dev eth0\nroute add fd00:10:96::/112 dev eth0\n")?;
+    Ok(cluster)
 }
 
 /// A connected UDP socket of a process of the node.
@@ -83,20 +86,20 @@ fn now_from(held: &mut Runner<Hold>, server: &str) -> Result<()> {
 }
 
 /// Has the agent lead to this pod alone.
-fn lead_to(serving: &Serving, town: &Town, pod: &str) -> Result<()> {
+fn lead_to(serving: &Serving, cluster: &TestCluster, pod: &str) -> Result<()> {
     let ports = [("tcp", "TCP", PORT), ("udp", "UDP", PORT)];
-    EndpointController::new(serving.dir(), &WEB.name(), &ports)?.set(town.place(pod), Phase::Ready)
+    EndpointController::new(serving.dir(), &WEB.name(), &ports)?.set(cluster.place(pod), Phase::Ready)
 }
 
 #[test]
 fn what_was_connected_before_the_agent_came_is_its_own_when_it_rests_or_its_endpoint_goes() -> Result<()> {
     // C-13.
-    let town = town()?;
-    let node1 = town.place("node1");
-    leave_rules(&town, "node1", &[WEB])?;
-    let _servers = servers(&town, &["b", "c"])?;
+    let cluster = cluster()?;
+    let node1 = cluster.place("node1");
+    leave_rules(&cluster, "node1", &[WEB])?;
+    let _servers = servers(&cluster, &["b", "c"])?;
     let (mut idle, mut busy) = (clients(node1, "c")?, busy(node1)?);
-    let serving = Proxy::Agent.serve(&town, "node1", &[WEB], &[])?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &[WEB], &[])?;
     let agent = serving.agent.as_ref().context("an agent")?;
     eventually(RESTED, || {
         let log = agent.log_text();
@@ -120,7 +123,7 @@ fn what_was_connected_before_the_agent_came_is_its_own_when_it_rests_or_its_endp
     }
     busy.iter_mut().try_for_each(|held| now_from(held, "c"))?;
     let failed = busy.iter_mut().map(|held| Ok(held.report()?.failed)).collect::<Result<Vec<_>>>()?;
-    lead_to(&serving, &town, "b")?;
+    lead_to(&serving, &cluster, "b")?;
     busy.iter_mut().try_for_each(|held| now_from(held, "b"))?;
     for client in &mut idle {
         client.asks("b").with_context(|| agent.log_text())?;
@@ -135,12 +138,12 @@ fn what_was_connected_before_the_agent_came_is_its_own_when_it_rests_or_its_endp
 
 #[test]
 fn what_was_connected_through_the_agent_is_kube_proxy_s_when_that_has_come_back() -> Result<()> {
-    let town = town()?;
-    let node1 = town.place("node1");
-    let mut serving = Proxy::Agent.serve(&town, "node1", &[WEB], &[])?;
-    let _servers = servers(&town, &["b", "c"])?;
+    let cluster = cluster()?;
+    let node1 = cluster.place("node1");
+    let mut serving = Proxy::Agent.serve(&cluster, "node1", &[WEB], &[])?;
+    let _servers = servers(&cluster, &["b", "c"])?;
     let mut idle = clients(node1, "c")?;
-    leave_rules(&town, "node1", &[WEB])?;
+    leave_rules(&cluster, "node1", &[WEB])?;
     let agent = serving.agent.as_mut().context("an agent")?;
     let (status, said) = agent.ask(&["retire"])?;
     ensure!(status.success(), "{said}");
@@ -153,7 +156,7 @@ fn what_was_connected_through_the_agent_is_kube_proxy_s_when_that_has_come_back(
     // Another endpoint, which only rules know.
     let moved = Web::new(1, 30200, "b");
     node1.netns.output("nft", &["flush", "ruleset"])?;
-    leave_rules(&town, "node1", &[moved])?;
+    leave_rules(&cluster, "node1", &[moved])?;
     for client in &mut idle {
         client.asks("b")?;
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::pod::Place;
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 
 use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_iptables, leave_rules, servers, soon};
 use crate::talk::{Talk, Way};
@@ -24,38 +24,41 @@ const SHORT: [Web; 2] = [Web::new(3, 30202, "e"), Web::new(4, 30203, "d")];
 /// These scenes keep every processor busy: one at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
-fn town(network: PodNetwork) -> Result<Town> {
-    let town = Plan::default()
+fn cluster(network: PodNetwork) -> Result<TestCluster> {
+    let cluster = Plan::default()
         .node("node1", &["a", "b", "e"])
         .node("node2", &["c", "d"])
         .client("outside")
         .network(network)
         .raise()?;
     // What netfilter is to translate has to have a route first.
-    let node1 = &town.place("node1").netns;
+    let node1 = &cluster.place("node1").netns;
     node1.ip("route add 10.96.0.0/16 dev eth0\nroute add fd00:10:96::/112 dev eth0\n")?;
-    Ok(town)
+    Ok(cluster)
 }
 
 /// Connections from a pod and outside, to both Services, over both families, TCP and UDP.
-fn talk_through(town: &Town) -> Result<Vec<Talk>> {
-    let [node1, a, outside] = ["node1", "a", "outside"].map(|name| town.place(name));
-    talk(town, |web| {
+fn talk_through(cluster: &TestCluster) -> Result<Vec<Talk>> {
+    let [node1, a, outside] = ["node1", "a", "outside"].map(|name| cluster.place(name));
+    talk(cluster, |web| {
         vec![(a, web.cluster_ips()), (a, node1.at(web.node_port)), (outside, node1.at(web.node_port))]
     })
 }
 
 /// As [`talk_through`], and from the node itself, by rules: the sockets of tests are in no cgroup of an agent.
-fn talk_all(town: &Town) -> Result<Vec<Talk>> {
-    let mut talks = talk_through(town)?;
-    talks.extend(talk(town, |web| vec![(town.place("node1"), web.cluster_ips())])?);
+fn talk_all(cluster: &TestCluster) -> Result<Vec<Talk>> {
+    let mut talks = talk_through(cluster)?;
+    talks.extend(talk(cluster, |web| vec![(cluster.place("node1"), web.cluster_ips())])?);
     Ok(talks)
 }
 
-fn talk<'a>(town: &Town, asks: impl Fn(&Web) -> Vec<(&'a Place, [SocketAddr; 2])>) -> Result<Vec<Talk>> {
+fn talk<'a>(
+    cluster: &TestCluster,
+    asks: impl Fn(&Web) -> Vec<(&'a Place, [SocketAddr; 2])>,
+) -> Result<Vec<Talk>> {
     let mut talks = Vec::new();
     for web in WEBS {
-        let server = town.place(web.endpoint);
+        let server = cluster.place(web.endpoint);
         for (client, targets) in asks(&web) {
             for way in [Way::Tcp, Way::Udp] {
                 for (to, at) in targets.into_iter().zip(server.at(PORT)) {
@@ -68,7 +71,7 @@ fn talk<'a>(town: &Town, asks: impl Fn(&Web) -> Vec<(&'a Place, [SocketAddr; 2])
 }
 
 /// Does `work` while these connections are used, and new ones are made to `SHORT`, without a pause. None of them may fail.
-fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) -> Result<T> {
+fn meanwhile<T>(cluster: &TestCluster, busy: &[Talk], work: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = AtomicBool::new(false);
     let rounds = |what: &str, round: &dyn Fn() -> Result<()>| {
         let mut rounds = 0;
@@ -83,7 +86,7 @@ fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) ->
         |thread: ScopedJoinHandle<'_, Result<()>>| thread.join().map_err(|_| anyhow!("a thread panicked"))?;
     std::thread::scope(|scope| {
         let speaking = scope.spawn(|| rounds("held", &|| busy.iter().try_for_each(Talk::exchange)));
-        let asking = scope.spawn(|| rounds("new", &|| ask_all(town, &SHORT)));
+        let asking = scope.spawn(|| rounds("new", &|| ask_all(cluster, &SHORT)));
         // After an error nobody serves any more.
         let done = work().inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
         // A little longer than until it is done.
@@ -96,8 +99,8 @@ fn meanwhile<T>(town: &Town, busy: &[Talk], work: impl FnOnce() -> Result<T>) ->
 }
 
 /// A pod, the node itself and somebody outside ask these Services.
-fn ask_all(town: &Town, webs: &[Web]) -> Result<()> {
-    let [node1, a, outside] = ["node1", "a", "outside"].map(|name| town.place(name));
+fn ask_all(cluster: &TestCluster, webs: &[Web]) -> Result<()> {
+    let [node1, a, outside] = ["node1", "a", "outside"].map(|name| cluster.place(name));
     for web in webs {
         is_served(a, web.cluster_ips(), web.endpoint)?;
         is_served(node1, web.cluster_ips(), web.endpoint)?;
@@ -115,17 +118,17 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
         (PodNetwork::Routed, Some("legacy")),
         (PodNetwork::Routed, Some("nft")),
     ] {
-        let town = town(network)?;
+        let cluster = cluster(network)?;
         let webs = [WEBS, SHORT].concat();
         match iptables {
-            None => leave_rules(&town, "node1", &webs)?,
-            Some(kind) => leave_iptables(kind, &town, "node1", &webs)?,
+            None => leave_rules(&cluster, "node1", &webs)?,
+            Some(kind) => leave_iptables(kind, &cluster, "node1", &webs)?,
         }
-        let _servers = servers(&town, &["d", "e"])?;
-        let (idle, busy) = (talk_all(&town)?, talk_all(&town)?);
+        let _servers = servers(&cluster, &["d", "e"])?;
+        let (idle, busy) = (talk_all(&cluster)?, talk_all(&cluster)?);
         let talks = idle.len() + busy.len();
-        let serving = meanwhile(&town, &busy, || {
-            let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+        let serving = meanwhile(&cluster, &busy, || {
+            let serving = Proxy::Agent.serve(&cluster, "node1", &webs, &[])?;
             let agent = serving.agent.as_ref().context("an agent")?;
             soon(|| {
                 let log = agent.log_text();
@@ -144,7 +147,7 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
             // A server that speaks first finds its client, too.
             talk.push().and_then(|()| talk.exchange()).with_context(|| log.clone())?;
         }
-        ask_all(&town, &SHORT)?;
+        ask_all(&cluster, &SHORT)?;
     }
     Ok(())
 }
@@ -155,11 +158,11 @@ fn connections_of_a_kube_proxy_go_on_when_the_agent_takes_over() -> Result<()> {
 fn connections_that_share_their_ends_with_another_go_on() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     for (live, moved) in [(false, true), (true, true), (false, false), (true, false)] {
-        let town = town(PodNetwork::Routed)?;
-        let (node1, a) = (town.place("node1"), town.place("a"));
+        let cluster = cluster(PodNetwork::Routed)?;
+        let (node1, a) = (cluster.place("node1"), cluster.place("a"));
         let mut ways = Vec::new();
         for web in WEBS {
-            let server = town.place(web.endpoint);
+            let server = cluster.place(web.endpoint);
             for doors in [web.cluster_ips(), node1.at(web.node_port)] {
                 ways.extend(doors.into_iter().zip(server.at(PORT)).map(|(door, end)| (server, door, end)));
             }
@@ -177,8 +180,8 @@ fn connections_that_share_their_ends_with_another_go_on() -> Result<()> {
             Ok(talks)
         };
         let webs = [WEBS, SHORT].concat();
-        leave_rules(&town, "node1", &webs)?;
-        let _servers = servers(&town, &["d", "e"])?;
+        leave_rules(&cluster, "node1", &webs)?;
+        let _servers = servers(&cluster, &["d", "e"])?;
         let rule = if moved { "masquerade to :25000-25999" } else { "accept" };
         node1.netns.nft(&format!(
             "table inet moved {{
@@ -195,7 +198,7 @@ fn connections_that_share_their_ends_with_another_go_on() -> Result<()> {
         node1.netns.nft("delete table inet moved\n")?;
         let talks = begin(false)?;
         straight.iter().chain(&talks).try_for_each(Talk::exchange).context("by rules")?;
-        let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+        let serving = Proxy::Agent.serve(&cluster, "node1", &webs, &[])?;
         let agent = serving.agent.as_ref().context("an agent")?;
         soon(|| {
             let log = agent.log_text();
@@ -230,15 +233,15 @@ fn are_taken(agent: &Agent) -> Result<()> {
 #[test]
 fn an_agent_that_is_killed_while_it_takes_over_leaves_no_connection_alone() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let town = town(PodNetwork::Routed)?;
+    let cluster = cluster(PodNetwork::Routed)?;
     let webs = [WEBS, SHORT].concat();
-    let _servers = servers(&town, &["d", "e"])?;
+    let _servers = servers(&cluster, &["d", "e"])?;
     // Each time a little later.
     for moment in 0..6 {
-        leave_rules(&town, "node1", &webs)?;
-        let talks = talk_all(&town)?;
-        let serving = meanwhile(&town, &talks, || {
-            let mut serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+        leave_rules(&cluster, "node1", &webs)?;
+        let talks = talk_all(&cluster)?;
+        let serving = meanwhile(&cluster, &talks, || {
+            let mut serving = Proxy::Agent.serve(&cluster, "node1", &webs, &[])?;
             let agent = serving.agent.as_mut().context("an agent")?;
             std::thread::sleep(Duration::from_millis(moment * 150));
             agent.kill()?;
@@ -247,7 +250,7 @@ fn an_agent_that_is_killed_while_it_takes_over_leaves_no_connection_alone() -> R
             soon(|| {
                 are_taken(agent)?;
                 // By one of the two agents.
-                let tables = town.place("node1").netns.output("nft", &["list", "tables"])?;
+                let tables = cluster.place("node1").netns.output("nft", &["list", "tables"])?;
                 let left = ["kube-proxy", "ebpf-proxy-takeover"].iter().any(|name| tables.contains(name));
                 ensure!(!left, "{tables}: {}", agent.log_text());
                 Ok(())
@@ -270,16 +273,16 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     // Rules that come before, and rules that come when the agent has retired.
     for before in [true, false] {
-        let town = town(PodNetwork::Routed)?;
+        let cluster = cluster(PodNetwork::Routed)?;
         let webs = [WEBS, SHORT].concat();
         let flags = ["--conntrack-udp-timeout=2s", "--conntrack-udp-timeout-stream=2s"];
-        let mut serving = Proxy::Agent.serve(&town, "node1", &webs, &flags)?;
-        let _servers = servers(&town, &["d", "e"])?;
-        let (idle, busy) = (talk_through(&town)?, talk_through(&town)?);
+        let mut serving = Proxy::Agent.serve(&cluster, "node1", &webs, &flags)?;
+        let _servers = servers(&cluster, &["d", "e"])?;
+        let (idle, busy) = (talk_through(&cluster)?, talk_through(&cluster)?);
         let agent = serving.agent.as_mut().context("an agent")?;
         if before {
-            leave_rules(&town, "node1", &webs)?;
-            meanwhile(&town, &busy, || {
+            leave_rules(&cluster, "node1", &webs)?;
+            meanwhile(&cluster, &busy, || {
                 let (status, said) = agent.ask(&["retire"])?;
                 ensure!(
                     status.success() && said.contains("flows go on") && !said.contains("warning"),
@@ -290,12 +293,12 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
         } else {
             let (status, said) = agent.ask(&["retire"])?;
             ensure!(status.success() && said.contains("warning: nobody serves"), "{said}");
-            leave_rules(&town, "node1", &webs)?;
-            meanwhile(&town, &busy, || Ok(()))?;
+            leave_rules(&cluster, "node1", &webs)?;
+            meanwhile(&cluster, &busy, || Ok(()))?;
         }
         // What is new leaves no flow; rules stay although nobody of that name runs.
         soon(|| {
-            let (old, new) = (flows(agent)?, talk_all(&town)?);
+            let (old, new) = (flows(agent)?, talk_all(&cluster)?);
             new.iter().try_for_each(Talk::exchange)?;
             ensure!(flows(agent)? <= old, "flows have begun");
             Ok(())
@@ -315,7 +318,7 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
         drop((idle, busy));
         let (status, said) = agent.ask(&["retire", "--wait=20s"])?;
         ensure!(status.success() && said.contains("no flow is left"), "{said}");
-        meanwhile(&town, &[], || {
+        meanwhile(&cluster, &[], || {
             agent.stop()?;
             let (status, said) = agent.ask(&["cleanup"])?;
             ensure!(status.success(), "{said}");
@@ -328,22 +331,22 @@ fn an_agent_that_retires_leaves_the_node_to_kube_proxy_and_nobody_notices() -> R
 #[test]
 fn an_agent_that_is_taken_back_takes_over_what_kube_proxy_has_begun() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let town = town(PodNetwork::Routed)?;
+    let cluster = cluster(PodNetwork::Routed)?;
     let webs = [WEBS, SHORT].concat();
-    leave_rules(&town, "node1", &webs)?;
-    let _servers = servers(&town, &["d", "e"])?;
-    let serving = Proxy::Agent.serve(&town, "node1", &webs, &["--remove-kube-proxy-rules=false"])?;
+    leave_rules(&cluster, "node1", &webs)?;
+    let _servers = servers(&cluster, &["d", "e"])?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &webs, &["--remove-kube-proxy-rules=false"])?;
     let agent = serving.agent.as_ref().context("an agent")?;
     let mut talks = Vec::new();
     for _ in 0..3 {
-        talks.extend(talk_all(&town)?);
-        meanwhile(&town, &talks, || {
+        talks.extend(talk_all(&cluster)?);
+        meanwhile(&cluster, &talks, || {
             let (status, said) = agent.ask(&["retire"])?;
             ensure!(status.success(), "{said}");
             Ok(())
         })?;
-        talks.extend(talk_all(&town)?);
-        meanwhile(&town, &talks, || {
+        talks.extend(talk_all(&cluster)?);
+        meanwhile(&cluster, &talks, || {
             let (status, said) = agent.ask(&["retire", "--undo"])?;
             ensure!(status.success(), "{said}");
             Ok(())
@@ -355,19 +358,19 @@ fn an_agent_that_is_taken_back_takes_over_what_kube_proxy_has_begun() -> Result<
 #[test]
 fn another_proxy_masquerades_with_no_port_of_flows_that_go_on() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let town = town(PodNetwork::Routed)?;
-    let node1 = &town.place("node1").netns;
+    let cluster = cluster(PodNetwork::Routed)?;
+    let node1 = &cluster.place("node1").netns;
     // Four ports are left for masquerading, to either.
     node1.sysctls(&[("ipv4/ip_local_reserved_ports", "1024-1999,2004-65535")])?;
-    let _servers = servers(&town, &["d", "e"])?;
+    let _servers = servers(&cluster, &["d", "e"])?;
     let webs = [WEBS, SHORT].concat();
-    let serving = Proxy::Agent.serve(&town, "node1", &webs, &[])?;
+    let serving = Proxy::Agent.serve(&cluster, "node1", &webs, &[])?;
     let agent = serving.agent.as_ref().context("an agent")?;
     let far = || {
-        let (outside, server) = (town.place("outside"), town.place(FAR.endpoint));
+        let (outside, server) = (cluster.place("outside"), cluster.place(FAR.endpoint));
         let mut talks = Vec::new();
         for way in [Way::Tcp, Way::Udp] {
-            for (to, at) in town.place("node1").at(FAR.node_port).into_iter().zip(server.at(PORT)) {
+            for (to, at) in cluster.place("node1").at(FAR.node_port).into_iter().zip(server.at(PORT)) {
                 for _ in 0..2 {
                     talks.push(Talk::begin(way, (&outside.netns, 0), to, (&server.netns, at))?);
                 }
@@ -386,7 +389,7 @@ fn another_proxy_masquerades_with_no_port_of_flows_that_go_on() -> Result<()> {
             }
         }\n",
     )?;
-    leave_rules(&town, "node1", &webs)?;
+    leave_rules(&cluster, "node1", &webs)?;
     let theirs = far().context("the other proxy's")?;
     ours.iter().chain(&theirs).try_for_each(Talk::exchange)
 }

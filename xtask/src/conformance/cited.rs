@@ -231,7 +231,7 @@ mod tests {
     fn code_cites_rules_without_showing_them() {
         let text = "//! P-1\n#[cfg(test)]\nmod tests;\n/// P-2\nfn code() {}\n";
         assert_eq!(by_test("proxy-agent/src/model/mod.rs", text), []);
-        assert_eq!(by_test("tests/src/town.rs", text), []);
+        assert_eq!(by_test("tests/src/test_cluster/mod.rs", text), []);
         for all_tests in
             ["proxy-agent/src/model/tests.rs", "tests/tests/e2e/a.rs", "proxy-agent/tests/laws.rs"]
         {

@@ -9,7 +9,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::answer::Load;
 use proxy_tests::probe::{Ask, Runner};
 use proxy_tests::stop::pause;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::promise::Promises;
 use crate::screen::Screen;
@@ -29,8 +29,8 @@ pub(crate) fn webui() -> SocketAddr {
 }
 
 /// The NodePort of `webui-public`, at node1.
-pub(crate) fn node_port(town: &Town) -> SocketAddr {
-    (town.place("node1").v4, 30200).into()
+pub(crate) fn node_port(test_cluster: &TestCluster) -> SocketAddr {
+    (test_cluster.place("node1").v4, 30200).into()
 }
 
 struct Scene {
@@ -41,7 +41,12 @@ struct Scene {
     pods: [&'static str; 3],
 }
 
-pub(crate) fn show(screen: &Screen, town: &Town, agent: &Agent, promises: &mut Promises) -> Result<()> {
+pub(crate) fn show(
+    screen: &Screen,
+    test_cluster: &TestCluster,
+    agent: &Agent,
+    promises: &mut Promises,
+) -> Result<()> {
     const WEBUI: [&str; 3] = ["webui-1", "webui-2", "webui-3"];
     const DNS: [&str; 3] = ["dns-1", "dns-2", ""];
     screen.heading("1. One address, several pods")?;
@@ -57,14 +62,14 @@ pub(crate) fn show(screen: &Screen, town: &Town, agent: &Agent, promises: &mut P
         scene(
             "outside",
             "outside",
-            format!("NodePort {}", node_port(town)),
-            Ask::tcp(node_port(town)),
+            format!("NodePort {}", node_port(test_cluster)),
+            Ask::tcp(node_port(test_cluster)),
             WEBUI,
         ),
         scene("shell", "a pod", format!("UDP {dns}"), Ask::udp(dns), DNS),
         scene("shell-2", "a pod, sendto", format!("UDP {dns}"), Ask::unconnected(dns), DNS),
     ];
-    let loads = ask_all(town, &scenes)?;
+    let loads = ask_all(test_cluster, &scenes)?;
     let rows: Vec<Vec<String>> = scenes
         .iter()
         .zip(&loads)
@@ -97,9 +102,10 @@ fn scene(client: &'static str, who: &'static str, what: String, ask: Ask, pods: 
 }
 
 /// All clients at the same time.
-fn ask_all(town: &Town, scenes: &[Scene]) -> Result<Vec<Load>> {
-    let start =
-        |scene: &Scene| Runner::load(town.place(scene.client), &scene.ask, RATE, 2, Duration::from_secs(20));
+fn ask_all(test_cluster: &TestCluster, scenes: &[Scene]) -> Result<Vec<Load>> {
+    let start = |scene: &Scene| {
+        Runner::load(test_cluster.place(scene.client), &scene.ask, RATE, 2, Duration::from_secs(20))
+    };
     let runners = scenes.iter().map(start).collect::<Result<Vec<_>>>()?;
     pause(ASKING)?;
     runners.into_iter().map(Runner::stop).collect()

@@ -8,7 +8,7 @@ use proxy_tests::manifests::{EndpointController, ExampleFile, Family, ManifestDi
 use proxy_tests::pod::Place;
 use proxy_tests::probe::Server;
 use proxy_tests::rollout::Deployment;
-use proxy_tests::town::{Plan, Town};
+use proxy_tests::test_cluster::{Plan, TestCluster};
 
 /// Pods: name, node, last byte of the address. The addresses of the first ones are those in the examples.
 const PODS: [(&str, &str, u8); 20] = [
@@ -48,7 +48,7 @@ const HTTP: u16 = 8080;
 /// Namespaces and manifests.
 pub(crate) struct Cluster {
     pub(crate) manifests: ManifestDir,
-    pub(crate) town: Town,
+    pub(crate) test_cluster: TestCluster,
 }
 
 /// Pods with their servers.
@@ -65,12 +65,13 @@ pub(crate) struct Running {
 impl Cluster {
     pub(crate) fn raise(examples: &Path) -> Result<Self> {
         let manifests = ManifestDir::copy_of(examples)?;
-        let mut town = Plan::default().node("node1", &[]).node("node2", &[]).client("outside").raise()?;
+        let mut test_cluster =
+            Plan::default().node("node1", &[]).node("node2", &[]).client("outside").raise()?;
         for (pod, node, host) in PODS {
             proxy_tests::stop::pause(std::time::Duration::ZERO)?;
-            town.add_pod_at(node, pod, host)?;
+            test_cluster.add_pod_at(node, pod, host)?;
         }
-        Ok(Self { manifests, town })
+        Ok(Self { manifests, test_cluster })
     }
 
     /// Starts the pods that the examples speak of.
@@ -78,7 +79,7 @@ impl Cluster {
         let serve = |pods: &[&str], port: u16| {
             pods.iter()
                 .map(|pod| {
-                    let place = self.town.place(pod);
+                    let place = self.test_cluster.place(pod);
                     Ok((place.clone(), Server::start(place, &[port])?))
                 })
                 .collect::<Result<Pods>>()
@@ -93,8 +94,8 @@ impl Cluster {
 
     /// The real agent on node1.
     pub(crate) fn start_agent(&self) -> Result<Agent> {
-        let ranges = Town::CLUSTER_CIDRS.join(",");
-        Agent::start(&self.town, "node1", &self.manifests, &["--cluster-cidr", &ranges])
+        let ranges = TestCluster::CLUSTER_CIDRS.join(",");
+        Agent::start(&self.test_cluster, "node1", &self.manifests, &["--cluster-cidr", &ranges])
             .context("starting the agent on node1")
     }
 }
@@ -123,10 +124,10 @@ impl<'a> Files<'a> {
     }
 
     /// Whether the pods are where the examples say.
-    pub(crate) fn fit(&self, town: &Town) -> Result<()> {
+    pub(crate) fn fit(&self, test_cluster: &TestCluster) -> Result<()> {
         let check = |file: &ExampleFile<'_>, service: &str, pods: &[&str]| {
             let wanted = file.addresses(service);
-            let here: Vec<String> = pods.iter().map(|pod| town.place(pod).v4.to_string()).collect();
+            let here: Vec<String> = pods.iter().map(|pod| test_cluster.place(pod).v4.to_string()).collect();
             ensure!(
                 wanted == here,
                 "the examples have {wanted:?} behind {service}, but the demo's pods are at {here:?}"
@@ -162,6 +163,6 @@ impl<'a> Files<'a> {
 }
 
 /// Places by their names.
-pub(crate) fn places(town: &Town, names: &[&str]) -> Vec<Place> {
-    names.iter().map(|name| town.place(name).clone()).collect()
+pub(crate) fn places(test_cluster: &TestCluster, names: &[&str]) -> Vec<Place> {
+    names.iter().map(|name| test_cluster.place(name).clone()).collect()
 }

@@ -7,29 +7,35 @@ use proxy_tests::agent::Agent;
 use proxy_tests::answer::Load;
 use proxy_tests::probe::{Ask, Runner};
 use proxy_tests::stop::pause;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::answers::{node_port, webui};
 use crate::promise::Promises;
 use crate::screen::Screen;
 use crate::updates::Clients;
 
-pub(crate) fn show(screen: &Screen, town: &Town, agent: &mut Agent, promises: &mut Promises) -> Result<()> {
+pub(crate) fn show(
+    screen: &Screen,
+    test_cluster: &TestCluster,
+    agent: &mut Agent,
+    promises: &mut Promises,
+) -> Result<()> {
     screen.heading("6. The agent is killed")?;
     screen.text(
         "SIGKILL, as when memory runs out. Tables and programs are the kernel's, so traffic goes on without the agent. \
          Started again it finds them, compares them with the manifests, and writes only what differs: nothing.",
     )?;
     let mut clients = Clients::start(
-        town,
+        test_cluster,
         &[
             ("a pod, ClusterIP", "shell", webui()),
             ("the host, ClusterIP", "node1", webui()),
-            ("outside, NodePort", "outside", node_port(town)),
+            ("outside, NodePort", "outside", node_port(test_cluster)),
         ],
     )?;
     let every = Duration::from_millis(20);
-    let held = Runner::hold(town.place("shell-2"), &Ask::tcp(webui()), every, Duration::from_secs(60))?;
+    let held =
+        Runner::hold(test_cluster.place("shell-2"), &Ask::tcp(webui()), every, Duration::from_secs(60))?;
     let before = clients.so_far()?;
     let pid = agent.pid().unwrap_or_default();
     agent.kill()?;

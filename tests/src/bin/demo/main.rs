@@ -71,15 +71,15 @@ fn run(arguments: &Arguments, screen: &Screen) -> Result<bool> {
     let mut promises = Promises::default();
     let cluster = Cluster::raise(&arguments.examples)?;
     let files = Files::open(&cluster.manifests)?;
-    files.fit(&cluster.town)?;
+    files.fit(&cluster.test_cluster)?;
     let pods = cluster.start_pods()?;
     let mut agent = cluster.start_agent()?;
-    answers::show(screen, &cluster.town, &agent, &mut promises)?;
+    answers::show(screen, &cluster.test_cluster, &agent, &mut promises)?;
     let mut apps = files.adopt(pods)?;
-    updates::rolling(screen, &cluster.town, &mut apps.webui, &mut promises)?;
-    updates::blue_green(screen, &cluster.town, &mut apps.checkout, &mut promises)?;
-    updates::recreate(screen, &cluster.town, &mut apps.api, &mut promises)?;
-    crash::show(screen, &cluster.town, &mut agent, &mut promises)?;
+    updates::rolling(screen, &cluster.test_cluster, &mut apps.webui, &mut promises)?;
+    updates::blue_green(screen, &cluster.test_cluster, &mut apps.checkout, &mut promises)?;
+    updates::recreate(screen, &cluster.test_cluster, &mut apps.api, &mut promises)?;
+    crash::show(screen, &cluster.test_cluster, &mut agent, &mut promises)?;
     drop((agent, apps));
     let kept = promises.show(screen)?;
     screen.remark(&format!(

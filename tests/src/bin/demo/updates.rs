@@ -8,7 +8,7 @@ use proxy_tests::answer::Load;
 use proxy_tests::probe::{Ask, Runner};
 use proxy_tests::rollout::{Deployment, Event};
 use proxy_tests::stop::pause;
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
 use crate::answers::{RATE, at, node_port, webui};
 use crate::cluster::places;
@@ -24,9 +24,12 @@ const AT_ONCE_MS: f64 = 500.0;
 pub(crate) struct Clients(Vec<(&'static str, Runner<Load>)>);
 
 impl Clients {
-    pub(crate) fn start(town: &Town, clients: &[(&'static str, &str, SocketAddr)]) -> Result<Self> {
+    pub(crate) fn start(
+        test_cluster: &TestCluster,
+        clients: &[(&'static str, &str, SocketAddr)],
+    ) -> Result<Self> {
         let start = |(label, place, to): &(&'static str, &str, SocketAddr)| {
-            Ok((*label, Runner::load(town.place(place), &Ask::tcp(*to), RATE, 3, LIMIT)?))
+            Ok((*label, Runner::load(test_cluster.place(place), &Ask::tcp(*to), RATE, 3, LIMIT)?))
         };
         let clients = Self(clients.iter().map(start).collect::<Result<_>>()?);
         pause(Duration::from_millis(500))?;
@@ -111,7 +114,7 @@ fn list(counts: &std::collections::BTreeMap<String, u64>) -> String {
 
 pub(crate) fn rolling(
     screen: &Screen,
-    town: &Town,
+    test_cluster: &TestCluster,
     webui_pods: &mut Deployment<'_>,
     promises: &mut Promises,
 ) -> Result<()> {
@@ -123,14 +126,14 @@ pub(crate) fn rolling(
          asking, every request with a new connection.",
     )?;
     let mut clients = Clients::start(
-        town,
+        test_cluster,
         &[
             ("a pod, ClusterIP", "shell", webui()),
             ("the host, ClusterIP", "node1", webui()),
-            ("outside, NodePort", "outside", node_port(town)),
+            ("outside, NodePort", "outside", node_port(test_cluster)),
         ],
     )?;
-    let new = places(town, &["webui-v2-1", "webui-v2-2", "webui-v2-3"]);
+    let new = places(test_cluster, &["webui-v2-1", "webui-v2-2", "webui-v2-3"]);
     webui_pods.rolling_update(&new, &mut |event| match event {
         Event::Ready(pod) => {
             clients.reached(pod)?;
@@ -148,7 +151,7 @@ pub(crate) fn rolling(
 
 pub(crate) fn blue_green(
     screen: &Screen,
-    town: &Town,
+    test_cluster: &TestCluster,
     checkout: &mut Deployment<'_>,
     promises: &mut Promises,
 ) -> Result<()> {
@@ -159,8 +162,8 @@ pub(crate) fn blue_green(
          a mixture or nothing. Blue runs on until nothing new reaches it.",
     )?;
     let to = at([10, 100, 100, 160], 80);
-    let mut clients = Clients::start(town, &[("a pod", "shell", to), ("the host", "node1", to)])?;
-    let new = places(town, &["green-1", "green-2"]);
+    let mut clients = Clients::start(test_cluster, &[("a pod", "shell", to), ("the host", "node1", to)])?;
+    let new = places(test_cluster, &["green-1", "green-2"]);
     checkout.switch(&new, &mut |event| match event {
         Event::Switched => {
             screen.step("the endpoints are green now")?;
@@ -186,7 +189,7 @@ struct Failures {
 
 pub(crate) fn recreate(
     screen: &Screen,
-    town: &Town,
+    test_cluster: &TestCluster,
     api: &mut Deployment<'_>,
     promises: &mut Promises,
 ) -> Result<()> {
@@ -197,9 +200,9 @@ pub(crate) fn recreate(
          refused at once instead of hanging; and the first new pod is used as soon as it is ready.",
     )?;
     let to = at([10, 100, 100, 150], 80);
-    let mut clients = Clients::start(town, &[("a pod", "shell", to), ("the host", "node1", to)])?;
+    let mut clients = Clients::start(test_cluster, &[("a pod", "shell", to), ("the host", "node1", to)])?;
     let mut failures = Failures::default();
-    let new = places(town, &["api-v2-1", "api-v2-2", "api-v2-3"]);
+    let new = places(test_cluster, &["api-v2-1", "api-v2-2", "api-v2-3"]);
     api.recreate(&new, &mut |event| match event {
         Event::Ending(_) => {
             pause(Duration::from_millis(200))?;

@@ -1,5 +1,5 @@
 //! What `cargo xtask test kernels` and `matrix` run in a virtual machine of another kernel: the machine's first and
-//! only program. It makes the machine fit for a [`proxy_tests::town`], asks the real agent and its programs what a
+//! only program. It makes the machine fit for a [`proxy_tests::test_cluster`], asks the real agent and its programs what a
 //! cluster would ask of them, says how each probe went, and switches the machine off.
 //!
 //! The machine has nothing else: no shell, no init, `ip`, `bridge`, `nft` and `ipvsadm` only. What is said goes to the console, one line

@@ -7,7 +7,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::manifests::ManifestDir;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, eventually, get, tally, transfer};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 use serde_json::Value;
 
 use crate::machine;
@@ -51,14 +51,14 @@ pub(crate) fn run(reports: &mut Reports, whole: bool) {
 }
 
 fn routed(reports: &mut Reports, scene: &Scene, manifests: &ManifestDir, whole: bool) {
-    let town = &scene.town;
-    let (node, pod, outside) = (scene.node(), town.place("a"), town.place("outside"));
+    let cluster = &scene.cluster;
+    let (node, pod, outside) = (scene.node(), cluster.place("a"), cluster.place("outside"));
     let mut agent = None;
     reports.probe("doctor", || doctor(agent.insert(scene.agent(manifests, &[])?)));
     let Some(mut agent) = agent else { return };
     let loaded = reports.probe("load and attach", || {
         for service in [NEAR, FAR, NONE, SELF] {
-            service.publish(manifests, town, |plan| plan)?;
+            service.publish(manifests, cluster, |plan| plan)?;
         }
         agent.spawn()?;
         agent.wait_ready()?;
@@ -197,8 +197,8 @@ fn told_apart(agent: &Agent, host: &Place, pod: &Place) -> Result<String> {
 }
 
 fn affinity(scene: &Scene, manifests: &ManifestDir) -> Result<String> {
-    let _endpoints = BOTH.publish(manifests, &scene.town, |plan| plan.affinity(600))?;
-    let pod = scene.town.place("a");
+    let _endpoints = BOTH.publish(manifests, &scene.cluster, |plan| plan.affinity(600))?;
+    let pod = scene.cluster.place("a");
     for to in BOTH.vips() {
         eventually(SOON, || get(pod, &Ask::tcp(to)))?;
         let names = tally(pod, &Ask::tcp(to), 10)?;
@@ -209,10 +209,10 @@ fn affinity(scene: &Scene, manifests: &ManifestDir) -> Result<String> {
 
 /// New connections go to the new endpoint.
 fn replaced(scene: &Scene, manifests: &ManifestDir) -> Result<String> {
-    let town = &scene.town;
-    let mut endpoints = BOTH.publish(manifests, town, |plan| plan)?;
-    let pod = town.place("a");
-    endpoints.replace(&[town.place("c")])?;
+    let cluster = &scene.cluster;
+    let mut endpoints = BOTH.publish(manifests, cluster, |plan| plan)?;
+    let pod = cluster.place("a");
+    endpoints.replace(&[cluster.place("c")])?;
     for to in BOTH.vips() {
         eventually(SOON, || {
             let names = tally(pod, &Ask::tcp(to), 4)?;
@@ -225,7 +225,7 @@ fn replaced(scene: &Scene, manifests: &ManifestDir) -> Result<String> {
 
 /// Nothing breaks and nothing fails while the agent is dead, nor when another takes over.
 fn restarted(scene: &Scene, agent: &mut Agent) -> Result<String> {
-    let (node, pod, outside) = (scene.node(), scene.town.place("a"), scene.town.place("outside"));
+    let (node, pod, outside) = (scene.node(), scene.cluster.place("a"), scene.cluster.place("outside"));
     let mut holds = Vec::new();
     for (from, to) in [FAR.node_ports(node).map(|to| (outside, to)), FAR.vips().map(|to| (pod, to))].concat()
     {
@@ -275,14 +275,14 @@ fn cleaned(agent: &mut Agent, pod: &Place) -> Result<String> {
 /// The same packets inside VXLAN.
 fn overlay(network: PodNetwork) -> Result<String> {
     let (scene, manifests) = (Scene::raise(network)?, ManifestDir::new()?);
-    let town = &scene.town;
+    let cluster = &scene.cluster;
     for service in [NEAR, FAR] {
-        service.publish(&manifests, town, |plan| plan)?;
+        service.publish(&manifests, cluster, |plan| plan)?;
     }
     let mut agent = scene.agent(&manifests, &["--socket-lb=host"])?;
     agent.spawn()?;
     agent.wait_ready()?;
-    let (node, pod, outside) = (scene.node(), town.place("a"), town.place("outside"));
+    let (node, pod, outside) = (scene.node(), cluster.place("a"), cluster.place("outside"));
     served(pod, FAR.vips(), "c", pod.addresses())?;
     served(outside, NEAR.node_ports(node), "b", outside.addresses())?;
     // Which of its addresses a node masquerades with depends on the way to the pod.

@@ -11,7 +11,7 @@ use proxy_tests::manifests::{EndpointController, ManifestDir, Phase, ServicePlan
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, eventually, get, request};
-use proxy_tests::town::{Plan, PodNetwork, Town};
+use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 use serde_json::Value;
 
 /// The Services: name, number, NodePort, endpoints. `b` is a pod of the agent's node, `c` one of another node.
@@ -63,14 +63,14 @@ impl Service {
     pub(crate) fn publish<'a>(
         &self,
         to: &'a ManifestDir,
-        town: &Town,
+        cluster: &TestCluster,
         change: impl Fn(ServicePlan) -> ServicePlan,
     ) -> Result<EndpointController<'a>> {
         to.publish(&Object::from(&change(self.plan()).build()))?;
         let ports = [("tcp", "TCP", SERVED), ("udp", "UDP", SERVED)];
         let mut controller = EndpointController::new(to, self.name, &ports)?;
         for pod in self.pods {
-            controller.set(town.place(pod), Phase::Ready)?;
+            controller.set(cluster.place(pod), Phase::Ready)?;
         }
         Ok(controller)
     }
@@ -78,32 +78,32 @@ impl Service {
 
 /// Two nodes, a client outside, and a server in every pod.
 pub(crate) struct Scene {
-    pub(crate) town: Town,
+    pub(crate) cluster: TestCluster,
     /// They live as long as the scene.
     _servers: Vec<Server>,
 }
 
 impl Scene {
     pub(crate) fn raise(network: PodNetwork) -> Result<Self> {
-        let town = Plan::default()
+        let cluster = Plan::default()
             .node("node1", &["a", "b"])
             .node("node2", &["c"])
             .client("outside")
             .network(network)
             .raise()?;
-        let serve = |pod| Server::start(town.place(pod), &[SERVED]);
+        let serve = |pod| Server::start(cluster.place(pod), &[SERVED]);
         let servers = ["a", "b", "c"].into_iter().map(serve).collect::<Result<_>>()?;
-        Ok(Self { town, _servers: servers })
+        Ok(Self { cluster, _servers: servers })
     }
 
     /// An agent on `node1` that is not started yet.
     pub(crate) fn agent(&self, manifests: &ManifestDir, flags: &[&str]) -> Result<Agent> {
         let binary = proxy_tests::require::agent_binary()?;
-        Agent::prepare(&binary, &self.town, "node1", manifests, &[&FLAGS[..], flags].concat())
+        Agent::prepare(&binary, &self.cluster, "node1", manifests, &[&FLAGS[..], flags].concat())
     }
 
     pub(crate) fn node(&self) -> &Place {
-        self.town.place("node1")
+        self.cluster.place("node1")
     }
 }
 

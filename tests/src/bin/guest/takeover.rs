@@ -10,7 +10,7 @@ use proxy_tests::manifests::ManifestDir;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, eventually};
 use proxy_tests::reference::{self, Door};
-use proxy_tests::town::{PodNetwork, Town};
+use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::scene::{FAR, NEAR, SERVED, Scene, Service, answered, counters, go_on};
 
@@ -31,14 +31,14 @@ pub(crate) enum Mode {
 /// In a word, how much there was.
 pub(crate) fn takeover(mode: Mode) -> Result<String> {
     let (scene, manifests) = (Scene::raise(PodNetwork::Routed)?, ManifestDir::new()?);
-    let (town, node) = (&scene.town, scene.node());
-    serve(mode, town, node)?;
+    let (cluster, node) = (&scene.cluster, scene.node());
+    serve(mode, cluster, node)?;
     // It holds what the agent is to know.
     let mut published = Vec::new();
     for service in [NEAR, FAR] {
-        published.push(service.publish(&manifests, town, |plan| plan)?);
+        published.push(service.publish(&manifests, cluster, |plan| plan)?);
     }
-    let mut holds = hold(town, node)?;
+    let mut holds = hold(cluster, node)?;
     go_on(&mut holds).context("served by kube-proxy")?;
     let mut agent = scene.agent(&manifests, &[])?;
     agent.spawn()?;
@@ -50,7 +50,7 @@ pub(crate) fn takeover(mode: Mode) -> Result<String> {
         Ok(())
     })?;
     go_on(&mut holds).with_context(|| format!("taken over: {}", said(&agent, node)))?;
-    for from in [town.place("a"), node, town.place("outside")] {
+    for from in [cluster.place("a"), node, cluster.place("outside")] {
         if from.name != "outside" {
             answered(from, NEAR.vips(), "b")?;
         }
@@ -95,8 +95,8 @@ fn gone(agent: &mut Agent, node: &Place) -> Result<()> {
 }
 
 /// Connections over TCP and UDP from a pod, from outside and from the node itself, to endpoints here and there.
-fn hold(town: &Town, node: &Place) -> Result<Vec<(String, Runner<Hold>)>> {
-    let (pod, outside) = (town.place("a"), town.place("outside"));
+fn hold(cluster: &TestCluster, node: &Place) -> Result<Vec<(String, Runner<Hold>)>> {
+    let (pod, outside) = (cluster.place("a"), cluster.place("outside"));
     let mut holds = Vec::new();
     let asks = [
         (pod, NEAR.vips()),
@@ -117,11 +117,11 @@ fn hold(town: &Town, node: &Place) -> Result<Vec<(String, Runner<Hold>)>> {
     Ok(holds)
 }
 
-fn serve(mode: Mode, town: &Town, node: &Place) -> Result<()> {
+fn serve(mode: Mode, cluster: &TestCluster, node: &Place) -> Result<()> {
     // Where each Service leads: its pod's address of the same family.
     let mut doors = Vec::new();
     for service in [NEAR, FAR] {
-        let ends = town.place(service.pods[0]).at(SERVED);
+        let ends = cluster.place(service.pods[0]).at(SERVED);
         for (vip, end) in service.vips().into_iter().zip(ends) {
             doors.push((Door::Address(vip), end));
             doors.push((Door::NodePort(service.node_port), end));
@@ -160,7 +160,7 @@ fn virtual_servers(node: &Place, doors: &[(Door, SocketAddr)]) -> Result<()> {
             node.netns.output("ipvsadm", &["-a", protocol, &at, "-r", &end, "-m"])?;
         }
     }
-    for (family, pods) in [("ip", Town::CLUSTER_CIDRS[0]), ("ip6", Town::CLUSTER_CIDRS[1])] {
+    for (family, pods) in [("ip", TestCluster::CLUSTER_CIDRS[0]), ("ip6", TestCluster::CLUSTER_CIDRS[1])] {
         node.netns.nft(&format!(
             "table {family} kube-proxy {{
                 chain postrouting {{

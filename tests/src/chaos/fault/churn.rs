@@ -45,10 +45,10 @@ fn quiet(ground: &mut Ground<'_>, step: &str) -> Result<()> {
 /// One after the other of the pods that do not stay is replaced: surge, then retire.
 fn rolling(ground: &mut Ground<'_>) -> Result<()> {
     for (new, old) in [("d", None), ("f", Some("d")), ("e", Some("f")), ("g", Some("e"))] {
-        let town = ground.town;
-        ground.moving.set(town.place(new), Phase::Starting)?;
+        let cluster = ground.cluster;
+        ground.moving.set(cluster.place(new), Phase::Starting)?;
         ground.serve(new)?;
-        ground.moving.set(town.place(new), Phase::Ready)?;
+        ground.moving.set(cluster.place(new), Phase::Ready)?;
         quiet(ground, &format!("rolling: {new} is ready"))?;
         if let Some(old) = old {
             leave(ground, old)?;
@@ -59,11 +59,11 @@ fn rolling(ground: &mut Ground<'_>) -> Result<()> {
 
 /// A pod is told to end, ends, and is gone.
 fn leave(ground: &mut Ground<'_>, pod: &str) -> Result<()> {
-    let town = ground.town;
-    ground.moving.set(town.place(pod), Phase::Terminating)?;
+    let cluster = ground.cluster;
+    ground.moving.set(cluster.place(pod), Phase::Terminating)?;
     quiet(ground, &format!("{pod} terminates"))?;
     ground.end_server(pod)?;
-    ground.moving.set(town.place(pod), Phase::Stopped)?;
+    ground.moving.set(cluster.place(pod), Phase::Stopped)?;
     ground.moving.remove(pod)
 }
 
@@ -83,10 +83,10 @@ fn blue_green(ground: &mut Ground<'_>) -> Result<()> {
 /// All pods of a Service end before others begin. While they terminate they serve; then refusals are right.
 fn recreate(ground: &mut Ground<'_>) -> Result<()> {
     for (old, new) in [(["r1", "r2"], ["n1", "n2"]), (["n1", "n2"], ["r1", "r2"])] {
-        let town = ground.town;
+        let cluster = ground.cluster;
         let set = |ground: &mut Ground<'_>, pods: [&str; 2], phase| {
             let controller = ground.controller(REBORN)?;
-            pods.iter().try_for_each(|pod| controller.set(town.place(pod), phase))
+            pods.iter().try_for_each(|pod| controller.set(cluster.place(pod), phase))
         };
         ground.clients.step(format!("recreate: {old:?} terminate"));
         set(ground, old, Phase::Terminating)?;
@@ -115,23 +115,23 @@ fn recreate(ground: &mut Ground<'_>) -> Result<()> {
 
 /// A Service appears, is used, and goes.
 fn guest(ground: &mut Ground<'_>) -> Result<()> {
-    let town = ground.town;
+    let cluster = ground.cluster;
     ground.clients.step("a Service appears");
     let begun = now_ms();
     let mut controller = publish(ground.to, &GUEST)?;
-    controller.set(town.place("b"), Phase::Ready)?;
+    controller.set(cluster.place("b"), Phase::Ready)?;
     let outcome = ground.serves(GUEST.name, &["b"]);
     ground.clients.note("the agent", "the new Service in the tables", begun, outcome);
     let asks = [
         ("a", GUEST.cluster_ips()),
         ("node1", GUEST.cluster_ips()),
-        ("outside", town.place("node1").at(GUEST.node_port)),
+        ("outside", cluster.place("node1").at(GUEST.node_port)),
     ];
     for (client, targets) in asks {
         for to in targets {
             for ask in [Ask::tcp(to), Ask::udp(to)] {
                 let begun = now_ms();
-                let outcome = get(town.place(client), &ask).and_then(|answer| {
+                let outcome = get(cluster.place(client), &ask).and_then(|answer| {
                     ensure!(answer.name == "b", "{} answered", answer.name);
                     Ok(())
                 });

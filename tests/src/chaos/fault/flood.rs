@@ -21,10 +21,10 @@ pub(super) struct Flood {
 impl Fault for Flood {
     fn round(&mut self, ground: &mut Ground<'_>, number: u64) -> Result<Next> {
         let far = ROLES.iter().find(|role| role.name == "far").context("no Service far")?;
-        let node = ground.town.place("node1");
+        let node = ground.cluster.place("node1");
         let to = node.at(far.node_port)[usize::from(number.is_multiple_of(2))];
         let first = u32::try_from(number).unwrap_or_default().wrapping_mul(SOURCES);
-        let frames = Frames::prepare(ground.town.place("liar"), node, to, Kind::Syn, first, SOURCES)?;
+        let frames = Frames::prepare(ground.cluster.place("liar"), node, to, Kind::Syn, first, SOURCES)?;
         ground.clients.step(format!("flood {number}: {SOURCES} SYNs to {to}"));
         self.sent += frames.send(SPEED)?.packets;
         ground.clients.step(format!("flood {number}: over"));

@@ -42,7 +42,7 @@ impl Fault for IdleClients {
 
     fn round(&mut self, ground: &mut Ground<'_>, number: u64) -> Result<Next> {
         COMING.into_iter().try_for_each(|pod| ground.serve(pod))?;
-        let (outside, host) = (ground.town.place("outside"), ground.town.place("node1"));
+        let (outside, host) = (ground.cluster.place("outside"), ground.cluster.place("node1"));
         let ports = [
             (outside, SocketAddr::new(host.v4.into(), 10256), "/healthz"),
             (host, SocketAddr::from((Ipv4Addr::LOCALHOST, 10249)), "/metrics"),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::probe::{Ask, get};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, service, web_node_port};
 use crate::reach::{soon, sticks, ways};

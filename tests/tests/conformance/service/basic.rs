@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use proxy_tests::apiserver::Fault;
 use proxy_tests::manifests::Phase;
 use proxy_tests::probe::Server;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, everywhere, service, vips, web};
 use crate::reach::{dial_all, down, refused, seen_as, soon, up};

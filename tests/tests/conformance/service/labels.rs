@@ -4,7 +4,7 @@ use std::fs::read_to_string;
 
 use anyhow::{Result, ensure};
 use proxy_tests::manifests::ServicePlan;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, NODES, READY, service, vips, web};
 use crate::reach::{down, soon, up};

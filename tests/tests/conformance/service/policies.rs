@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::eventually;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, NODES, everywhere, ip, service, web, web_node_port};
 use crate::http;

@@ -6,7 +6,7 @@ use anyhow::Result;
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Server};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, READY, at, service, vips, web};
 use crate::reach::{connections, dial, never, silent, soon, unbroken};

@@ -1,7 +1,7 @@
 //! Services that nobody serves.
 
 use anyhow::Result;
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, service, web, web_node_port};
 use crate::reach::{refused, soon};

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::{Phase, ServicePlan};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, everywhere, service, web, web_node_port};
 use crate::http;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use proxy_tests::manifests::ServicePlan;
 use proxy_tests::probe::{Ask, Server};
-use proxy_tests::town::PodNetwork;
+use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, READY, at, ip, service, vips, web, web_node_port};
 use crate::reach::{dial, dial_all, down, refused, soon};

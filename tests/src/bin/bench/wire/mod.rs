@@ -15,7 +15,7 @@ use proxy_tests::answer::{Rate, Used};
 use proxy_tests::manifests::{EndpointController, Family, ManifestDir, ServicePlan};
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::probe::{Process, eventually};
-use proxy_tests::town::{Plan, Town};
+use proxy_tests::test_cluster::{Plan, TestCluster};
 
 use crate::figure::{Figures, progress};
 
@@ -47,7 +47,7 @@ enum Forwarder {
 struct Node {
     server: std::cell::RefCell<Process>,
     agent: Option<(Agent, ManifestDir)>,
-    town: Town,
+    cluster: TestCluster,
 }
 
 /// What is measured: on which node, and whether the Service is asked or the pod itself.
@@ -151,26 +151,26 @@ fn report(figures: &mut Figures, services: u32, turns: &[Turns]) {
 
 impl Node {
     fn raise(forwarder: Forwarder) -> Result<Self> {
-        let town = Plan::default().node("node1", &["client", "server"]).raise()?;
+        let cluster = Plan::default().node("node1", &["client", "server"]).raise()?;
         let arguments = ["--port".to_owned(), PORT.to_string()];
-        let mut server = Process::start(town.place("server"), "answer", &arguments)?;
+        let mut server = Process::start(cluster.place("server"), "answer", &arguments)?;
         server.line::<serde_json::Value>(PATIENCE)?;
         let agent = match forwarder {
-            Forwarder::Agent => Some(start_agent(&town, "all")?),
-            Forwarder::AgentTc => Some(start_agent(&town, "host")?),
+            Forwarder::Agent => Some(start_agent(&cluster, "all")?),
+            Forwarder::AgentTc => Some(start_agent(&cluster, "host")?),
             Forwarder::None => None,
             Forwarder::Nftables => {
-                rules::load(&town, VIP.into(), PORT, 1)?;
+                rules::load(&cluster, VIP.into(), PORT, 1)?;
                 None
             }
         };
-        Ok(Self { server: server.into(), agent, town })
+        Ok(Self { server: server.into(), agent, cluster })
     }
 
     /// Adds Services that nobody asks.
     fn load(&self, forwarder: Forwarder, services: u32) -> Result<()> {
         if forwarder == Forwarder::Nftables {
-            rules::load(&self.town, VIP.into(), PORT, services)?;
+            rules::load(&self.cluster, VIP.into(), PORT, services)?;
         }
         let Some((agent, manifests)) = &self.agent else { return Ok(()) };
         manifests.write("extra.json", &extra::services(services - 1)?)?;
@@ -186,10 +186,10 @@ impl Node {
     /// One turn: connections a second, and microseconds of processor time a connection.
     fn turn(&self, service: bool) -> Result<(f64, f64)> {
         let to: SocketAddr =
-            if service { (VIP, 80).into() } else { (self.town.place("server").v4, PORT).into() };
+            if service { (VIP, 80).into() } else { (self.cluster.place("server").v4, PORT).into() };
         let before = self.used()?;
         let arguments = ["--to", &to.to_string(), "--seconds", TURN].map(ToOwned::to_owned);
-        let mut client = Process::start(self.town.place("client"), "rate", &arguments)?;
+        let mut client = Process::start(self.cluster.place("client"), "rate", &arguments)?;
         let rate: Rate = client.line(PATIENCE)?;
         let used = rate.cpu_seconds + self.used()? - before;
         ensure!(
@@ -213,15 +213,15 @@ impl Node {
 }
 
 /// An agent with the one Service, whose pod is the server.
-fn start_agent(town: &Town, socket_lb: &str) -> Result<(Agent, ManifestDir)> {
+fn start_agent(cluster: &TestCluster, socket_lb: &str) -> Result<(Agent, ManifestDir)> {
     let manifests = ManifestDir::new()?;
     let service = ServicePlan::new("web", &[VIP.into()]).port("http", "TCP", 80, PORT).build();
     manifests.publish(&Object::from(&service))?;
     let ports = [("http", "TCP", PORT)];
-    EndpointController::adopt(&manifests, "web", &ports, &[Family::V4], &[town.place("server")])?;
-    let ranges = Town::CLUSTER_CIDRS.join(",");
+    EndpointController::adopt(&manifests, "web", &ports, &[Family::V4], &[cluster.place("server")])?;
+    let ranges = TestCluster::CLUSTER_CIDRS.join(",");
     let flags = ["--cluster-cidr", &ranges, "--socket-lb", socket_lb];
-    let agent = Agent::start(town, "node1", &manifests, &flags)?;
+    let agent = Agent::start(cluster, "node1", &manifests, &flags)?;
     Ok((agent, manifests))
 }
 

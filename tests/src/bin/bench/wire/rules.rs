@@ -9,12 +9,12 @@ use std::net::Ipv4Addr;
 
 use anyhow::Result;
 use proxy_tests::reference::{self, HOOKS};
-use proxy_tests::town::Town;
+use proxy_tests::test_cluster::TestCluster;
 
-/// Loads rules for a Service whose one endpoint is the town's server pod, and as many more as make up `services`.
-pub(crate) fn load(town: &Town, vip: Ipv4Addr, port: u16, services: u32) -> Result<()> {
+/// Loads rules for a Service whose one endpoint is the cluster's server pod, and as many more as make up `services`.
+pub(crate) fn load(cluster: &TestCluster, vip: Ipv4Addr, port: u16, services: u32) -> Result<()> {
     reference::needs_nft()?;
-    town.place("node1").netns.nft(&text(vip, town.place("server").v4, port, services))
+    cluster.place("node1").netns.nft(&text(vip, cluster.place("server").v4, port, services))
 }
 
 fn text(vip: Ipv4Addr, pod: Ipv4Addr, port: u16, services: u32) -> String {
