@@ -42,7 +42,7 @@ pub const FLAGS: [&str; 11] = [
     "--max-fragments=1024",
 ];
 
-/// Where the agent hears of Services.
+/// Where the agent gets Services from.
 #[derive(Clone, Debug)]
 pub enum Feed {
     /// `--manifests DIR`.

@@ -3,7 +3,7 @@
 //! A [`test_cluster::TestCluster`] is a set of network namespaces: nodes joined by an underlay, pods in the nodes, clients
 //! outside. [`pod::Place`] is where a process can run in it; [`probe`] runs the test-pod program there and reads its
 //! answers. [`agent::Agent`] runs the real agent in a node, [`manifests`] and [`apiserver`] feed it,
-//! [`packet`] builds and checks packets, [`wire`] sends and hears them as raw frames, [`mod@reference`] has netfilter do
+//! [`packet`] builds and checks packets, [`wire`] sends and receives them as raw frames, [`mod@reference`] has netfilter do
 //! what the agent does. Nothing here knows the agent's insides: it is a binary with a command
 //! line (only [`programs`] and the benchmarks call its planner and load its programs).
 //!

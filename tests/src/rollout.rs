@@ -1,7 +1,7 @@
 //! The updates of a Deployment, played step by step: pods start and end, and their endpoints say so as Kubernetes'
 //! controllers would.
 //!
-//! What happens between the steps (wait for traffic to move, count, tell somebody) is the caller's: it hears of
+//! What happens between the steps (wait for traffic to move, count, tell somebody) is the caller's: it is called with
 //! every [`Event`], and the update goes on when it returns.
 
 use anyhow::Result;
@@ -26,7 +26,7 @@ pub enum Event<'a> {
     NoneServes,
 }
 
-/// Hears of the steps of an update.
+/// Is called with each step of an update.
 pub type Listener<'l> = dyn FnMut(Event<'_>) -> Result<()> + 'l;
 
 /// Pods that serve, and the Services in front of them.
@@ -49,19 +49,19 @@ impl<'a> Deployment<'a> {
     }
 
     /// RollingUpdate with `maxSurge: 1`, `maxUnavailable: 0`: one new pod, one old pod less, until all are new.
-    pub fn rolling_update(&mut self, new: &[Place], heard: &mut Listener<'_>) -> Result<()> {
+    pub fn rolling_update(&mut self, new: &[Place], listener: &mut Listener<'_>) -> Result<()> {
         let mut old = std::mem::take(&mut self.pods).into_iter();
         for pod in new {
-            self.surge(pod, heard)?;
+            self.surge(pod, listener)?;
             if let Some((pod, server)) = old.next() {
-                self.retire(&pod, server, heard)?;
+                self.retire(&pod, server, listener)?;
             }
         }
-        old.try_for_each(|(pod, server)| self.retire(&pod, server, heard))
+        old.try_for_each(|(pod, server)| self.retire(&pod, server, listener))
     }
 
     /// Blue/green: the new pods run beside the old ones, then every Service turns to them in one edit.
-    pub fn switch(&mut self, new: &[Place], heard: &mut Listener<'_>) -> Result<()> {
+    pub fn switch(&mut self, new: &[Place], listener: &mut Listener<'_>) -> Result<()> {
         let started = new
             .iter()
             .map(|pod| Ok((pod.clone(), Server::start(pod, &self.ports)?)))
@@ -69,53 +69,53 @@ impl<'a> Deployment<'a> {
         let pods: Vec<&Place> = new.iter().collect();
         self.services.iter_mut().try_for_each(|service| service.replace(&pods))?;
         let old = std::mem::replace(&mut self.pods, started);
-        heard(Event::Switched)?;
+        listener(Event::Switched)?;
         for (pod, mut server) in old {
             server.drain()?;
             drop(server);
-            heard(Event::Gone(&pod.name))?;
+            listener(Event::Gone(&pod.name))?;
         }
         Ok(())
     }
 
     /// Recreate: all old pods end before the first new one starts.
-    pub fn recreate(&mut self, new: &[Place], heard: &mut Listener<'_>) -> Result<()> {
+    pub fn recreate(&mut self, new: &[Place], listener: &mut Listener<'_>) -> Result<()> {
         let old = std::mem::take(&mut self.pods);
         for (pod, _) in &old {
             self.set(pod, Phase::Terminating)?;
         }
         for (pod, _) in &old {
-            heard(Event::Ending(&pod.name))?;
+            listener(Event::Ending(&pod.name))?;
         }
         for (pod, _) in &old {
             self.set(pod, Phase::Stopped)?;
         }
-        heard(Event::NoneServes)?;
+        listener(Event::NoneServes)?;
         for (pod, mut server) in old {
             server.drain()?;
             drop(server);
             self.remove(&pod)?;
-            heard(Event::Gone(&pod.name))?;
+            listener(Event::Gone(&pod.name))?;
         }
-        new.iter().try_for_each(|pod| self.surge(pod, heard))
+        new.iter().try_for_each(|pod| self.surge(pod, listener))
     }
 
-    fn surge(&mut self, pod: &Place, heard: &mut Listener<'_>) -> Result<()> {
+    fn surge(&mut self, pod: &Place, listener: &mut Listener<'_>) -> Result<()> {
         self.set(pod, Phase::Starting)?;
         let server = Server::start(pod, &self.ports)?;
         self.set(pod, Phase::Ready)?;
         self.pods.push((pod.clone(), server));
-        heard(Event::Ready(&pod.name))
+        listener(Event::Ready(&pod.name))
     }
 
-    fn retire(&mut self, pod: &Place, mut server: Server, heard: &mut Listener<'_>) -> Result<()> {
+    fn retire(&mut self, pod: &Place, mut server: Server, listener: &mut Listener<'_>) -> Result<()> {
         self.set(pod, Phase::Terminating)?;
-        heard(Event::Ending(&pod.name))?;
+        listener(Event::Ending(&pod.name))?;
         server.drain()?;
         self.set(pod, Phase::Stopped)?;
         drop(server);
         self.remove(pod)?;
-        heard(Event::Gone(&pod.name))
+        listener(Event::Gone(&pod.name))
     }
 
     fn set(&mut self, pod: &Place, phase: Phase) -> Result<()> {

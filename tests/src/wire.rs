@@ -1,4 +1,4 @@
-//! An interface as the cable sees it: raw frames sent, and all that passes heard.
+//! An interface as the cable sees it: raw frames sent, and all that passes received.
 
 use std::io::ErrorKind;
 use std::mem::MaybeUninit;
@@ -16,7 +16,7 @@ const LONGEST_FRAME: usize = 65_536;
 /// What passes while nobody looks must fit in here.
 const BUFFER: usize = 32 << 20;
 
-/// A packet socket on one interface. It hears what comes in and what leaves, but not what it has sent itself.
+/// A packet socket on one interface. It receives what comes in and what leaves, but not what it has sent itself.
 #[derive(Debug)]
 pub struct Wire {
     socket: Socket,
@@ -25,7 +25,7 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Taps an interface; what passes from now on is heard.
+    /// Taps an interface; what passes from now on is received.
     pub fn tap(netns: &Netns, interface: &str) -> Result<Self> {
         let what = format!("{interface} in {}", netns.name());
         let socket = netns
@@ -93,7 +93,7 @@ pub fn tagged(frame: &[u8], priority: u8, vlan: u16) -> Vec<u8> {
 }
 
 fn open(interface: &str) -> Result<Socket> {
-    // Without a protocol it hears nothing until it is bound to its interface.
+    // Without a protocol it receives nothing until it is bound to its interface.
     let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
     socket.set_nonblocking(true)?;
     // More than an ordinary socket may have; where this is refused the usual size has to do.

@@ -43,7 +43,7 @@ pub enum StreamingLists {
     Ignored,
 }
 
-/// How a watch from a forgotten version is told so.
+/// How a watch from a forgotten version learns it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Gone {
     /// As an event of type `ERROR` in the watch.
@@ -273,7 +273,7 @@ impl ApiServer {
         self.shared.behaviour.send_modify(|now| now.epoch += 1);
     }
 
-    /// Forgets all versions so far: watches from them are told so in this way, running ones at once.
+    /// Forgets all versions so far: watches from them learn it in this way, running ones at once.
     pub fn expire(&self, gone: Gone) {
         self.shared.behaviour.send_modify(|now| now.gone = gone);
         self.shared.store().compact();
@@ -285,7 +285,7 @@ impl ApiServer {
         self.shared.behaviour.send_modify(|now| now.streaming = streaming);
     }
 
-    /// Sends bookmarks to watches that are idle for this long; one second unless told.
+    /// Sends bookmarks to watches that are idle for this long; one second by default.
     pub fn bookmark_every(&self, interval: Duration) {
         self.shared.behaviour.send_modify(|now| now.bookmark_every = interval);
     }

@@ -140,7 +140,7 @@ impl Store {
         Ok(Page { version, items, next })
     }
 
-    /// What a watch hears after a version: events, and the version up to which they tell.
+    /// What a watch gets after a version: events, and the version up to which they go.
     pub(super) fn since(&self, version: u64, kind: Kind, filter: &Filter) -> Result<(Vec<Value>, u64), Gone> {
         if version < self.oldest {
             return Err(Gone);

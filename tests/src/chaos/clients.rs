@@ -17,9 +17,9 @@ const TIMEOUT_MS: u64 = 5000;
 const SOON: Duration = Duration::from_secs(20);
 /// Crowds end by themselves after this time.
 const LIMIT: &str = "86400";
-/// So many losses of a step are told one by one; the others are counted.
-const TELL: u64 = 10;
-/// Steps of a loss that are told.
+/// So many losses of a step are reported one by one; the others are counted.
+const REPORT: u64 = 10;
+/// Steps of a loss that are reported.
 const STEPS: usize = 3;
 
 /// For how long a crowd asks.
@@ -41,8 +41,8 @@ pub struct Clients {
     running: Count,
     /// What somebody else than a crowd has counted: losses, and how often it was looked.
     others: Count,
-    /// Losses that have been told, of those that began in the step of this number.
-    told: (usize, u64),
+    /// Losses that have been reported, of those that began in the step of this number.
+    reported: (usize, u64),
     steps: Vec<(u64, String)>,
     /// Times in which new requests may fail; the last one may still last.
     gaps: Vec<(u64, Option<u64>)>,
@@ -112,8 +112,8 @@ impl Clients {
         self.order("check")
     }
 
-    /// Tells what has been lost meanwhile, without waiting.
-    pub fn hear(&mut self) -> Result<()> {
+    /// Reports what has been lost meanwhile, without waiting.
+    pub fn receive(&mut self) -> Result<()> {
         let mut losses = Vec::new();
         for (_, crowd) in &mut self.crowds {
             while let Some(said) = crowd.printed()? {
@@ -160,7 +160,7 @@ impl Clients {
         let mut sum = self.ended.clone();
         sum.add(&self.running);
         sum.add(&self.others);
-        // Those of crowds that run may have been heard of after the last order.
+        // Those of crowds that run may have been reported after the last order.
         sum.lost = sum.lost.saturating_sub(self.excused);
         sum
     }
@@ -176,14 +176,14 @@ impl Clients {
 
     fn tell(&mut self, loss: &Loss) {
         let step = self.steps.partition_point(|(at, _)| *at <= loss.begun_ms);
-        if self.told.0 != step {
-            self.told = (step, 0);
+        if self.reported.0 != step {
+            self.reported = (step, 0);
         }
-        self.told.1 += 1;
-        if self.told.1 <= TELL {
+        self.reported.1 += 1;
+        if self.reported.1 <= REPORT {
             progress(&line(loss, &self.steps));
-        } else if self.told.1 == TELL + 1 {
-            progress("LOST more in this step; it is counted, and not told one by one");
+        } else if self.reported.1 == REPORT + 1 {
+            progress("LOST more in this step; it is counted, and not reported one by one");
         }
     }
 }
@@ -213,17 +213,17 @@ fn line(loss: &Loss, steps: &[(u64, String)]) -> String {
     let until = steps.partition_point(|(at, _)| *at <= loss.ended_ms);
     let during = steps.get(first..until).unwrap_or_default();
     let left = during.len().saturating_sub(STEPS);
-    let mut told: Vec<&str> = during.iter().take(STEPS).map(|(_, step)| step.as_str()).collect();
+    let mut steps: Vec<&str> = during.iter().take(STEPS).map(|(_, step)| step.as_str()).collect();
     let more = format!("{left} more");
     if left > 0 {
-        told.push(&more);
+        steps.push(&more);
     }
     let Loss { begun_ms, ended_ms, what, expected, came, held: _ } = loss;
     let time = time(*begun_ms).unwrap_or_else(|| begun_ms.to_string());
     let took = ended_ms.saturating_sub(*begun_ms);
     format!(
         "LOST {time} {what}: expected {expected}, came {came} after {took} ms; step: {}",
-        told.join(" → ")
+        steps.join(" → ")
     )
 }
 

@@ -21,7 +21,7 @@ pub struct Plan {
     pub rate: f64,
     /// For how long.
     pub lasts: Duration,
-    /// Ports, over all clients, after which the first is used again; each is used once unless told.
+    /// Ports, over all clients, after which the first is used again; each is used once by default.
     pub sources: Option<u64>,
     /// How long a client waits for an answer.
     pub timeout: Duration,

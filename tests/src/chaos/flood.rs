@@ -12,8 +12,8 @@ use super::report::{Report, Spoofed, Tally};
 use super::scene::{Cast, Forwarder, Scene, Stage, want_descriptors};
 use super::spoof::{Flood, Kind, Sent};
 
-/// How often progress is told.
-const TELL: Duration = Duration::from_secs(5);
+/// How often progress is reported.
+const REPORT: Duration = Duration::from_secs(5);
 /// How often a line goes over half of the connections that are held.
 const TALK: Duration = Duration::from_millis(500);
 
@@ -124,7 +124,7 @@ fn watch(
     mut flood_ended: impl FnMut() -> bool,
     (during, after): (&Shared, &Shared),
 ) -> Result<()> {
-    let mut told = Instant::now();
+    let mut reported = Instant::now();
     let mut flood_end = None;
     loop {
         crate::stop::pause(Duration::from_millis(10))?;
@@ -139,8 +139,8 @@ fn watch(
             Some(end) if Instant::now() >= end + plan.after => return Ok(()),
             _ => {}
         }
-        if told.elapsed() >= TELL {
-            told = Instant::now();
+        if reported.elapsed() >= REPORT {
+            reported = Instant::now();
             let (during, after) = (during.so_far(), after.so_far());
             let tried = during.tried() + after.tried();
             let when = if flood_end.is_some() { "after the flood" } else { "during the flood" };

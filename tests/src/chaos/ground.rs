@@ -42,7 +42,7 @@ impl Before {
     }
 }
 
-/// Where objects are published, and the agent hears of them.
+/// Where objects are published, and the agent watches them.
 #[derive(Clone, Copy)]
 pub enum Source<'a> {
     /// A directory.

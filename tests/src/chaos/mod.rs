@@ -1,6 +1,6 @@
 //! What must cost clients nothing, and what has broken service proxies.
 //!
-//! Faults ([`fault`], played by [`trial`]) happen to the agent while clients hold connections and ask; what is lost is told
+//! Faults ([`fault`], played by [`trial`]) happen to the agent while clients hold connections and ask; what is lost is reported
 //! one by one. Comparisons ([`flood`], [`ports`], [`dns`]) are played twice in namespaces of the same build: with the agent on
 //! `node1`, and with nftables rules of the shape that kube-proxy makes; what is counted is what clients see.
 //!

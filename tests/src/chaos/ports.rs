@@ -12,8 +12,8 @@ use super::report::{Report, Tally};
 use super::scene::{Cast, Forwarder, Scene, Stage, want_descriptors};
 use crate::pod::Place;
 
-/// How often progress is told.
-const TELL: Duration = Duration::from_secs(10);
+/// How often progress is reported.
+const REPORT: Duration = Duration::from_secs(10);
 
 /// What can be chosen.
 #[derive(Clone, Debug)]
@@ -77,12 +77,12 @@ pub(super) fn watched(
 ) -> Result<()> {
     std::thread::scope(|scope| {
         let worker = scope.spawn(work);
-        let mut told = std::time::Instant::now();
+        let mut reported = std::time::Instant::now();
         while !worker.is_finished() {
             // Ctrl-C ends the work, which is waited for.
             std::thread::sleep(Duration::from_millis(10));
-            if told.elapsed() >= TELL {
-                told = std::time::Instant::now();
+            if reported.elapsed() >= REPORT {
+                reported = std::time::Instant::now();
                 let so_far = tally.so_far();
                 progress(&format!(
                     "{}: {} of {} have failed",

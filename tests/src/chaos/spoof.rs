@@ -66,7 +66,7 @@ impl Flood {
             .with_context(|| format!("making a packet socket in {} (root is needed)", from.name))?;
         let own = link(from)?;
         let own_mac = mac(&own, from)?;
-        // Bound to no protocol, it hears nothing.
+        // Bound to no protocol, it receives nothing.
         bind(socket.as_raw_fd(), &own)
             .with_context(|| format!("binding a packet socket to eth0 of {}", from.name))?;
         let mut frames = Vec::new();

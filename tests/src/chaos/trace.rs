@@ -64,15 +64,15 @@ pub(super) struct Traced {
     pub ended: WaitStatus,
 }
 
-/// Runs a command in a place and does something at one of its system calls. Its process id is told once it runs; it ends
-/// by itself, or is killed by whoever has heard that.
+/// Runs a command in a place and does something at one of its system calls. Its process id is reported once it runs; it ends
+/// by itself, or is killed by whoever is called then.
 pub(super) fn run(
     place: &Place,
     command: Command,
     at: Option<(&Site, Act)>,
     started: &Sender<Pid>,
 ) -> Result<Traced> {
-    // Only the thread that has started it can wait for it, and hears of nobody else's processes.
+    // Only the thread that has started it can wait for it, and is notified of nobody else's processes.
     let number = at.map(|(site, _)| site.kind.0);
     let filter = filter(number)?;
     let child = place.spawn_last(command, move || traced(&filter))?;

@@ -13,8 +13,8 @@ use super::scene::want_descriptors;
 use crate::agent::FLAGS;
 use crate::manifests::ManifestDir;
 
-/// How often progress is told.
-const TELL: Duration = Duration::from_secs(20);
+/// How often progress is reported.
+const REPORT: Duration = Duration::from_secs(20);
 /// Connections of all crowds at a time, at most.
 const SOCKETS: u64 = 2000;
 
@@ -55,7 +55,7 @@ fn play_on(ground: &mut Ground<'_>, name: Name, options: &Options) -> Result<Out
     // What rules have begun is held by the round that ends it.
     ground.crowd(Term::Play, name.before() != Before::Rules)?;
     let wanted = options.rounds.unwrap_or(name.rounds());
-    let (mut rounds, mut told) = (0, Instant::now());
+    let (mut rounds, mut reported) = (0, Instant::now());
     while rounds < wanted {
         if crate::stop::wanted() {
             bail!("interrupted");
@@ -65,9 +65,9 @@ fn play_on(ground: &mut Ground<'_>, name: Name, options: &Options) -> Result<Out
             break;
         }
         rounds += 1;
-        ground.clients.hear()?;
-        if told.elapsed() >= TELL {
-            told = Instant::now();
+        ground.clients.receive()?;
+        if reported.elapsed() >= REPORT {
+            reported = Instant::now();
             ground.clients.order("report")?;
             let count = ground.clients.count();
             progress(&format!(

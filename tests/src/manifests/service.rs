@@ -13,7 +13,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::slice::Family;
 
-/// A Service that is being described; type ClusterIP in the namespace `default` unless told.
+/// A Service that is being described; type ClusterIP in the namespace `default` unless changed.
 #[derive(Clone, Debug)]
 pub struct ServicePlan {
     service: Service,

@@ -87,14 +87,14 @@ impl Plan {
         self
     }
 
-    /// How pods are joined to their nodes; routed unless told.
+    /// How pods are joined to their nodes; routed by default.
     #[must_use]
     pub fn network(mut self, network: PodNetwork) -> Self {
         self.network = network;
         self
     }
 
-    /// The MTU of every link; 1500 unless told.
+    /// The MTU of every link; 1500 by default.
     #[must_use]
     pub fn mtu(mut self, mtu: u16) -> Self {
         self.mtu = mtu;

@@ -39,7 +39,7 @@ fn kube_proxy_should_recover_after_being_killed_accidentally() -> Result<()> {
             Ok(())
         })?;
     }
-    // It hears of what is new.
+    // It observes what is new.
     expose(api, test_cluster, &web("new", 2), &["e"])?;
     soon(|| dial_all(pod, service(2), &["e"]))?;
     loads.into_iter().try_for_each(unbroken)

@@ -268,7 +268,7 @@ fn rolling_update(network: PodNetwork, plan: &ServicePlan, local: bool) -> Resul
             servers[n] = Some(Server::start(cluster.place(coming), &[8080])?);
             endpoints.set(cluster.place(coming), Phase::Ready)?;
             rebalance(&NODES)?;
-            // Within its grace the old pod has served until everybody has heard of the new one.
+            // Within its grace the old pod has served until everybody has observed the new one.
             without(&mut loads, going)?;
             drop(ended);
             endpoints.remove(going)?;

@@ -48,7 +48,7 @@ pub(crate) fn ways(targets: [SocketAddr; 2]) -> Vec<Ask> {
     targets.into_iter().flat_map(|to| WAYS.map(|way| way(to))).collect()
 }
 
-/// Upstream's `verifyServeHostnameServiceUp`: every client hears of every server within 50 requests for each of them.
+/// Upstream's `verifyServeHostnameServiceUp`: every client is answered by every server within 50 requests for each of them.
 pub(crate) fn up<'a>(
     clients: impl IntoIterator<Item = &'a Place>,
     targets: [SocketAddr; 2],

@@ -13,7 +13,7 @@ const NODE_PORT: u16 = 30_080;
 
 #[test]
 fn should_create_services_and_serve_on_different_service_cidrs() -> Result<()> {
-    // service_cidrs.go:69; Y-16, P-22: a range of which no agent has been told.
+    // service_cidrs.go:69; Y-16, P-22: a range that no agent knows.
     let cluster = Cluster::raise(PodNetwork::RoutedOverlay)?;
     let _servers = cluster.serve(&["b", "c"])?;
     let addresses = [ip("203.0.113.77"), ip("2001:db8:cb00::77")];

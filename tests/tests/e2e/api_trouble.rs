@@ -150,7 +150,7 @@ fn a_watch_that_has_gone_deaf_is_begun_anew() -> Result<()> {
     server.deafen();
     let begun = Instant::now();
     controller.replace(&[cluster.place("c")])?;
-    // Endpoints are proved to be heard of every 10 to 15 seconds.
+    // Watches of endpoints are proved to work every 10 to 15 seconds.
     answers(cluster.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
     eprintln!("deaf: served after {:?}", begun.elapsed());
     Ok(())

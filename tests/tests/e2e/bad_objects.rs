@@ -1,4 +1,4 @@
-//! Objects that are wrong in part or whole: each is told by its name and costs only what is wrong with it
+//! Objects that are wrong in part or whole: each is reported by its name and costs only what is wrong with it
 //! (X-1…X-17).
 
 use std::net::SocketAddr;
@@ -101,7 +101,7 @@ fn plan(name: &str, n: u8) -> Service {
     ServicePlan::new(name, &vips(n)).port("tcp", "TCP", 80, 8080).build()
 }
 
-/// Publishes everything bad, beside something good; checks what is said and what works; mends it all.
+/// Publishes everything bad, beside something good; checks what is said and what works; corrects it all.
 fn play(to: &dyn Publish, cluster: &TestCluster, agent: &Agent) -> Result<()> {
     let pod = cluster.place("a");
     let endpoints = |name: &str| -> Result<EndpointController<'_>> {
@@ -171,7 +171,7 @@ fn play(to: &dyn Publish, cluster: &TestCluster, agent: &Agent) -> Result<()> {
     for (n, bad) in (10..).zip(&BAD) {
         to.publish(&Object::from(&plan(bad.name, n)))?;
         warns(agent, &[bad.name], false)?;
-        answers(pod, service(n)[0], "b").with_context(|| format!("{} is mended", bad.name))?;
+        answers(pod, service(n)[0], "b").with_context(|| format!("{} is corrected", bad.name))?;
     }
     endpoints("x16")?;
     to.publish(&Object::from(&plan("x16", 31)))?;

@@ -24,7 +24,7 @@ fn nothing_is_lost(fault: Name, rounds: u64) -> Result<trial::Outcome> {
 
 fn nothing_is_lost_with(fault: Name, options: Options) -> Result<trial::Outcome> {
     let outcome = trial::play(fault, &options)?;
-    // Which losses there were has been told one by one.
+    // Which losses there were has been reported one by one.
     ensure!(outcome.lost == 0, "{outcome:?}");
     ensure!(outcome.rounds > 0 && outcome.held > 50 && outcome.requests > 500, "{outcome:?}");
     Ok(outcome)
@@ -48,7 +48,7 @@ fn a_flood_costs_those_nothing_who_hold_connections() -> Result<()> {
 #[test]
 fn an_agent_that_is_killed_at_any_system_call_costs_nothing() -> Result<()> {
     let outcome = nothing_is_lost(Name::SyscallKill, 6)?;
-    // A place that is told by what an earlier call has left on the stack may not come again.
+    // A place that is recognised by what an earlier call has left on the stack may not come again.
     ensure!(!outcome.remarks.iter().any(|line| line.contains(" 0 were hit")), "{outcome:?}");
     Ok(())
 }

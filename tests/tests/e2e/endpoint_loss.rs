@@ -36,9 +36,9 @@ pub(crate) fn goes_on(socket: &mut Remote) -> Result<()> {
 /// It is over although its process does nothing: the kernel says so in one of these ways.
 fn ends(socket: &mut Remote, ways: &[&str]) -> Result<()> {
     eventually(SOON, || {
-        let heard = socket.step("receive", "")?;
-        let how = heard.failure.as_deref().unwrap_or("an answer");
-        ensure!(ways.contains(&how), "{heard:?}, not {ways:?}");
+        let received = socket.step("receive", "")?;
+        let how = received.failure.as_deref().unwrap_or("an answer");
+        ensure!(ways.contains(&how), "{received:?}, not {ways:?}");
         Ok(())
     })
 }
@@ -98,7 +98,7 @@ impl Scene {
         Agent::start(&self.cluster, "node1", &self.dir, &[&FLAGS[..], flags].concat())
     }
 
-    /// The ways to the first Service from each kind of client, and how the end is heard of there.
+    /// The ways to the first Service from each kind of client, and how the end is noticed there.
     fn ways(&self, sockets: bool) -> Vec<(&Place, SocketAddr, &'static str)> {
         let node = self.cluster.place("node1").addresses();
         let mut ways = Vec::new();
@@ -166,7 +166,7 @@ fn who_is_still_connecting_to_an_endpoint_that_has_gone_is_told_or_led_to_anothe
         tries.collect::<Result<Vec<_>>>()
     })?;
     controller.replace(&[scene.cluster.place("b")])?;
-    // Sockets that were translated when they connected are told; those whose packets are follow the Service.
+    // Sockets that were translated when they connected are reset; those whose packets are follow the Service.
     for (mut socket, (place, to, _)) in open.into_iter().zip(&ways) {
         match place.name.as_str() {
             "outside" => eventually(SOON, || goes_on(&mut socket)),
@@ -303,7 +303,7 @@ fn each_service_speaks_for_its_own_connections_and_may_change_its_mind() -> Resu
     }
     all_have_ended(&mut fourth)?;
     all_go_on(&mut third)?;
-    // What cannot be understood is told, and changes nothing.
+    // What cannot be understood is reported, and changes nothing.
     scene.wish(2, "Reset")?;
     warns(&agent, &["Service default/s2", ANNOTATION, "\"Reset\" is neither keep nor reset"], true)?;
     let mut fifth = scene.open(2)?;

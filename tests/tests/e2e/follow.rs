@@ -76,7 +76,7 @@ fn unharmed(report: &Hold) -> Result<()> {
 
 #[test]
 fn a_connected_udp_socket_of_the_host_goes_on_to_another_endpoint() -> Result<()> {
-    // C-13: it was translated once, at connect; its process hears nothing of being led on.
+    // C-13: it was translated once, at connect; its process does not notice being led on.
     let cluster = two_nodes(PodNetwork::Routed)?;
     let dir = manifests()?;
     let _servers = servers(&cluster, &["b", "c"])?;
@@ -217,7 +217,7 @@ fn a_connection_stays_on_its_endpoint_while_that_drains_and_new_ones_go_elsewher
         web.set(d, Phase::Ready)?;
         soon(|| spreads(a, at(vips(1), 80), &["c", "d"]))?;
         web.remove("d")?;
-        // Nobody is ready, and who is told to end still answers: better than nobody (P-4).
+        // Nobody is ready, and who is asked to end still answers: better than nobody (P-4).
         web.set(c, Phase::Terminating)?;
         soon(|| spreads(outside, node1.at(30001), &["b", "c"]))?;
         web.remove("b")?;

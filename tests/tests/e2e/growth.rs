@@ -11,7 +11,7 @@ use crate::growth_traffic::least;
 use crate::life::{status_until, warns};
 use crate::metrics::Scrape;
 
-/// No sizes: those of an agent that nobody has told any.
+/// No sizes: those of an agent that has been given none.
 const FLAGS: [&str; 1] = ["--cluster-cidr=10.244.0.0/16,fd00:244::/32"];
 
 /// How many entries a table is made for.
@@ -39,8 +39,8 @@ fn tables_grow_under_load_before_they_are_full_and_nobody_notices() -> Result<()
     })?;
     ground.clients.check()?;
     let log = ground.agent.log_text();
-    let (told, done) = (log.find("table SERVICES has"), log.find("over to new tables"));
-    ensure!(told.is_some() && told < done, "it was not told before: {log}");
+    let (reported, done) = (log.find("table SERVICES has"), log.find("over to new tables"));
+    ensure!(reported.is_some() && reported < done, "it was not reported before: {log}");
     ensure!(!log.contains("is full"), "something found no room: {log}");
     // What has grown stays so, and needs no change at the next start.
     ground.clients.step("another agent starts");

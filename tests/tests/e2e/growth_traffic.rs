@@ -116,7 +116,7 @@ fn living_flows_fill_their_table_and_it_grows_twice_and_no_connection_is_lost() 
     for (more, grown) in [(first * 30 / 100, first * 2), (first * 80 / 100, first * 4)] {
         scene.come(more)?;
         eventually(SOON, || {
-            scene.clients.hear()?;
+            scene.clients.receive()?;
             let now = size(&scene.agent, "RECORDS")?;
             ensure!(now >= grown, "{now} entries, not {grown}: {}", scene.agent.log_text());
             Ok(())
@@ -125,8 +125,8 @@ fn living_flows_fill_their_table_and_it_grows_twice_and_no_connection_is_lost() 
         scene.go_on()?;
     }
     let log = scene.agent.log_text();
-    let (told, done) = (log.find("table RECORDS has"), log.find("over to new tables"));
-    ensure!(told.is_some() && told < done, "it was not told before: {log}");
+    let (reported, done) = (log.find("table RECORDS has"), log.find("over to new tables"));
+    ensure!(reported.is_some() && reported < done, "it was not reported before: {log}");
     let grown = scene.metric("proxy_agent_table_growths_total{result=\"done\"}")?;
     ensure!(grown >= 2.0, "{grown} times");
     let [full, displaced] = ["flow_table_full", "displaced"].map(|reason| counted(&scene.agent, reason));

@@ -22,7 +22,7 @@ const PATIENT: Duration = Duration::from_secs(5);
 
 #[test]
 fn bytes_and_fragments_arrive_as_they_were_sent_with_and_without_offloads() -> Result<()> {
-    // D-3, D-4: GSO and partial checksums are how veths work unless told; without them every packet is whole.
+    // D-3, D-4: GSO and partial checksums are how veths work by default; without them every packet is whole.
     in_every_network(|cluster| {
         let dir = manifests()?;
         let _servers = servers(&cluster, &["b", "c"])?;
@@ -73,7 +73,7 @@ fn a_path_that_is_too_narrow_is_told_to_both_ends_through_the_service() -> Resul
         service(&dir, &cluster, ("web", 1, 30001), &["c"], |plan| plan.external_ips(&public(1)))?;
         let agent = agent(&cluster, "node1", &dir, &["--socket-lb", "off"])?;
         narrow(&cluster)?;
-        let mut told = 0;
+        let mut before = 0;
         let (a, outside) = (cluster.place("a"), cluster.place("outside"));
         for (client, targets) in
             [(a, at(vips(1), 80)), (outside, cluster.place("node1").at(30001)), (outside, at(public(1), 80))]
@@ -81,8 +81,8 @@ fn a_path_that_is_too_narrow_is_told_to_both_ends_through_the_service() -> Resul
             for to in targets {
                 transfer(client, &Ask::tcp(to).timeout(PATIENT), MIB)?;
                 let now = counted(&agent, "icmp_translated")?;
-                ensure!(now > told, "no error was translated for {} asking {to}", client.name);
-                told = now;
+                ensure!(now > before, "no error was translated for {} asking {to}", client.name);
+                before = now;
                 forget_paths(&cluster)?;
             }
         }
@@ -106,7 +106,7 @@ fn narrow(cluster: &TestCluster) -> Result<()> {
     ))
 }
 
-/// What was learnt of a path's MTU is forgotten, so that it must be told again.
+/// What was learnt of a path's MTU is forgotten, so that it must be reported again.
 fn forget_paths(cluster: &TestCluster) -> Result<()> {
     for place in ["a", "c", "outside", "node1", "node2"] {
         for family in ["-4", "-6"] {
@@ -131,7 +131,7 @@ fn fragments(cluster: &TestCluster) -> Result<()> {
     ];
     for (client, targets) in asks {
         for to in targets {
-            // What is wider than the way to a pod is told to the client, at the cost of a datagram.
+            // What is wider than the way to a pod is reported to the client, at the cost of a datagram.
             soon(|| get(client, &Ask::udp(to).payload(9000)).map(drop))?;
             for bytes in [1400, 2000, 9000, 60_000] {
                 for ask in [Ask::udp(to), Ask::unconnected(to)] {

@@ -44,7 +44,7 @@ fn figure(host: &Place, name: &str) -> Result<f64> {
     line.and_then(|value| value.parse().ok()).with_context(|| format!("no {name} in\n{page}"))
 }
 
-/// A change of endpoints and a new pod are served, and whoever asks how the agent is, is told: all of it soon.
+/// A change of endpoints and a new pod are served, and whoever asks how the agent is gets an answer: all of it soon.
 fn is_at_work(
     cluster: &mut TestCluster,
     web: &mut EndpointController<'_>,
@@ -214,7 +214,7 @@ fn logs_to(stderr: Stderr) -> Result<()> {
     Ok(())
 }
 
-/// Reads what has waited, until it is told how much did not.
+/// Reads what has waited, until it says how much did not.
 fn said_when_read(mut pipe: File) -> Result<()> {
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {

@@ -70,7 +70,7 @@ mod nodeport;
 #[cfg(test)]
 mod packets;
 #[cfg(test)]
-mod refusal;
+mod reject;
 #[cfg(test)]
 mod repair;
 #[cfg(test)]

@@ -138,31 +138,31 @@ fn programming_latency_counts_each_change_that_tells_its_time() -> Result<()> {
         let name = format!("kubeproxy_network_programming_duration_seconds_{what}{{ip_family=\"{family}\"}}");
         scrape.samples.get(&name).copied().unwrap_or_default()
     };
-    let heard = |wanted: f64| {
+    let changes = |wanted: f64| {
         eventually(SOON, || {
             let scrape = Scrape::of(host)?;
-            let heard = scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total")?;
+            let counted = scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_total")?;
             let pending = scrape.value("kubeproxy_sync_proxy_rules_endpoint_changes_pending")?;
-            ensure!((heard, pending) == (wanted, 0.0), "{heard} heard, {pending} pending");
+            ensure!((counted, pending) == (wanted, 0.0), "{counted} counted, {pending} pending");
             Ok(scrape)
         })
     };
     put_slice(&server, Family::V4, 1, "node2", &ago(3600));
     put_slice(&server, Family::V6, 1, "node2", "yesterday");
-    let none = heard(2.0)?;
+    let none = changes(2.0)?;
     ensure!(
         figure(&none, "count", "IPv4") == 0.0 && figure(&none, "count", "IPv6") == 0.0,
         "what is old counts"
     );
     put_slice(&server, Family::V4, 2, "node2", &ago(0));
-    heard(3.0)?;
-    // Y-7: the same again with another time is no change of endpoints: it is heard of, and nothing is programmed.
+    changes(3.0)?;
+    // Y-7: the same again with another time is no change of endpoints: it is counted, and nothing is programmed.
     let generation = |scrape: &Scrape| scrape.value("proxy_agent_generation");
-    let before = generation(&heard(3.0)?)?;
+    let before = generation(&changes(3.0)?)?;
     put_slice(&server, Family::V4, 2, "node2", &ago(0));
-    ensure!(generation(&heard(4.0)?)? == before, "what is repeated was programmed");
+    ensure!(generation(&changes(4.0)?)? == before, "what is repeated was programmed");
     put_slice(&server, Family::V4, 3, "node2", &ago(0));
-    let two = heard(5.0)?;
+    let two = changes(5.0)?;
     ensure!(
         figure(&two, "count", "IPv4") == 2.0 && figure(&two, "count", "IPv6") == 0.0,
         "{:#?}",
@@ -196,8 +196,8 @@ fn services_without_an_endpoint_here_are_counted_by_policy_and_family() -> Resul
     let plan = || ServicePlan::new("web", &vips(1)).port("tcp", "TCP", 80, 8080);
     server.put(&plan().internal_local().build());
     eventually(SOON, || {
-        let heard = Scrape::of(host)?.value("kubeproxy_sync_proxy_rules_service_changes_total")?;
-        ensure!(heard == 2.0, "{heard} changes");
+        let counted = Scrape::of(host)?.value("kubeproxy_sync_proxy_rules_service_changes_total")?;
+        ensure!(counted == 2.0, "{counted} changes");
         Ok(())
     })?;
     // Without any endpoint nothing is amiss on this node in particular.

@@ -193,7 +193,7 @@ fn what_belongs_to_the_node_or_its_pods_is_not_a_services() -> Result<()> {
             ("near", cluster.place("a").addresses(), 2),
             ("far", cluster.place("c").addresses(), 3),
         ] {
-            claims(&dir, name, &address, n)?;
+            publish_own(&dir, name, &address, n)?;
         }
         let agent = agent(&cluster, "node1", &dir, &["--healthz-bind-address", "0.0.0.0:10256"])?;
         // Nothing is refused or dropped at these addresses, though the Services have neither endpoint nor such ports.
@@ -209,7 +209,7 @@ fn what_belongs_to_the_node_or_its_pods_is_not_a_services() -> Result<()> {
         {
             ensure!(said.contains(part), "{part} is not in {said}");
         }
-        // The health port: plain HTTP answers where the Service would refuse.
+        // The health port: plain HTTP answers where the Service would reject.
         let asked = request(outside, &Ask::tcp(node1.at(10256)[0]))?;
         ensure!(asked.failure.as_deref() != Some("connect ECONNREFUSED"), "{asked:?}");
         Ok(())
@@ -217,7 +217,7 @@ fn what_belongs_to_the_node_or_its_pods_is_not_a_services() -> Result<()> {
 }
 
 /// A Service of port 80 at these ClusterIPs, with a NodePort at the agent's health port and without endpoints.
-fn claims(dir: &ManifestDir, name: &str, addresses: &[IpAddr; 2], n: u8) -> Result<()> {
+fn publish_own(dir: &ManifestDir, name: &str, addresses: &[IpAddr; 2], n: u8) -> Result<()> {
     let mut plan = ServicePlan::new(name, addresses).port("tcp", "TCP", 80, 8080);
     if n == 1 {
         plan = plan.node_port(10256);

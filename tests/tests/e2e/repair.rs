@@ -111,9 +111,9 @@ fn detached_links_and_replaced_programs_are_restored_within_seconds_and_told() -
         ensure!(scene.healthz()? == 200, "{}", sabotage.name());
     }
     held.end()?;
-    let told = event(&server, "RestoredDataPath")?;
-    ensure!(told["type"] == "Warning" && told["regarding"]["name"] == "node1", "{told:#}");
-    ensure!(told["note"].as_str().is_some_and(|note| note.contains("tc_")), "{told:#}");
+    let emitted = event(&server, "RestoredDataPath")?;
+    ensure!(emitted["type"] == "Warning" && emitted["regarding"]["name"] == "node1", "{emitted:#}");
+    ensure!(emitted["note"].as_str().is_some_and(|note| note.contains("tc_")), "{emitted:#}");
     let log = scene.agent.log_text();
     ensure!(log.contains("link tc_egress at interface eth0"), "{log}");
     // The record that it reads is renewed every few seconds.
@@ -236,10 +236,10 @@ fn an_interface_that_refuses_its_programs_is_told_and_tried_again_and_holds_up_n
     agent.spawn()?;
     // The pod's own interface carries programs.
     answers(cluster.place("a"), service(1)[0], "b")?;
-    let told = event(&server, "FailedToAttachPrograms")?;
+    let emitted = event(&server, "FailedToAttachPrograms")?;
     ensure!(
-        told["type"] == "Warning" && told["note"].as_str().is_some_and(|n| n.contains("eth0")),
-        "{told:#}"
+        emitted["type"] == "Warning" && emitted["note"].as_str().is_some_and(|n| n.contains("eth0")),
+        "{emitted:#}"
     );
     let healthz = || Ok::<_, anyhow::Error>(http(cluster.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
     ensure!(healthz()? == 503, "/healthz does not tell");
@@ -279,8 +279,8 @@ fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_inter
     for to in node_ports(&cluster, "node1", NODE_PORT) {
         answers(cluster.place("outside"), to, "b")?;
     }
-    let told = event(&server, "FailedToAttachPrograms")?;
-    ensure!(told["note"].as_str().is_some_and(|note| note.contains("cgroup ")), "{told:#}");
+    let emitted = event(&server, "FailedToAttachPrograms")?;
+    ensure!(emitted["note"].as_str().is_some_and(|note| note.contains("cgroup ")), "{emitted:#}");
     let healthz = || Ok::<_, anyhow::Error>(http(cluster.place("node1"), "127.0.0.1:10256", "/healthz")?.0);
     ensure!(healthz()? == 503, "/healthz does not tell");
     let status = eventually(SOON, || {
@@ -290,7 +290,7 @@ fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_inter
         Ok(status)
     })?;
     ensure!(status["healthy"] == false && status["agent"]["interfaces_failed"] == 0, "{status:#}");
-    // All of them or none: a socket that is translated at one hook alone would hear no answer.
+    // All of them or none: a socket that is translated at one hook alone would get no answer.
     let of_sockets = || -> Result<usize> {
         let status = agent.status_json()?;
         let links = status["links"].as_array().context("links")?;

@@ -118,7 +118,7 @@ fn what_changed_while_the_agent_was_away_is_in_force_after_its_first_pass() -> R
     gone.withdraw()?;
     dir.retract(&Key { kind: Kind::Service, namespace: "default".into(), name: "gone".into() })?;
     let _new = web(&dir, &cluster, "new", 4, &["c"], |_| with_node_ports("new", 4, 30084))?;
-    // Nobody has heard of it.
+    // Nobody has observed it.
     ensure!(tables(&agent)? == before, "somebody has written while no agent ran");
     for n in [1, 2, 3] {
         answers(pod, service(n)[0], "b")?;

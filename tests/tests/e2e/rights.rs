@@ -263,18 +263,21 @@ fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
     }
     for (socket, client) in open.iter_mut().zip(clients) {
         eventually(SOON, || {
-            let heard = socket.step("receive", "")?.failure.unwrap_or_default();
-            ensure!(heard == "receive ECONNRESET" || heard == "receive ECONNABORTED", "{client}: {heard}");
+            let received = socket.step("receive", "")?.failure.unwrap_or_default();
+            ensure!(
+                received == "receive ECONNRESET" || received == "receive ECONNABORTED",
+                "{client}: {received}"
+            );
             Ok(())
         })
         .with_context(|| agent.log())?;
     }
     eventually(SOON, || {
         let sent = datagrams.step("send", "")?.failure;
-        let heard = datagrams.step("receive", "")?;
-        let led_on = heard.answer.is_some_and(|answer| answer.name == "d");
+        let received = datagrams.step("receive", "")?;
+        let led_on = received.answer.is_some_and(|answer| answer.name == "d");
         let closed = sent.as_deref() == Some("send EDESTADDRREQ");
-        ensure!(if lacks.is_empty() { led_on } else { closed }, "{sent:?} {:?}", heard.failure);
+        ensure!(if lacks.is_empty() { led_on } else { closed }, "{sent:?} {:?}", received.failure);
         Ok(())
     })?;
     // The next agent finds what the last one has left, and takes over.

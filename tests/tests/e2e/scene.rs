@@ -20,7 +20,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(5);
 /// How long a client waits for an answer that is not to come.
 pub(crate) const SHORT: Duration = Duration::from_millis(300);
 
-/// The pod ranges, as every agent here is told them.
+/// The pod ranges, as every agent here gets them.
 const CLUSTER_CIDR: [&str; 2] = ["--cluster-cidr", "10.244.0.0/16,fd00:244::/32"];
 
 /// Starts the agent of a node.
@@ -133,7 +133,7 @@ pub(crate) fn is_refused(client: &Place, targets: [SocketAddr; 2]) -> Result<()>
     Ok(())
 }
 
-/// Nothing comes back, neither answer nor refusal.
+/// Nothing comes back, neither answer nor rejection.
 pub(crate) fn is_dropped(client: &Place, targets: [SocketAddr; 2]) -> Result<()> {
     for to in targets {
         fails(client, &Ask::tcp(to), &["connect timeout"])?;

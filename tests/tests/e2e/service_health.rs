@@ -1,4 +1,4 @@
-//! `healthCheckNodePort`: what a load balancer hears of a node, while the node serves on.
+//! `healthCheckNodePort`: what a load balancer learns of a node, while the node serves on.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};

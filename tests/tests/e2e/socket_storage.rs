@@ -27,11 +27,11 @@ impl Came {
     }
 
     /// The next answer; its process sees nobody but the Service. Who has answered.
-    fn hears(&mut self) -> Result<String> {
-        let heard = self.socket.done("receive", "").with_context(|| self.what.clone())?;
-        let from = if self.connected { heard.peer_name } else { heard.received_from };
+    fn receives(&mut self) -> Result<String> {
+        let received = self.socket.done("receive", "").with_context(|| self.what.clone())?;
+        let from = if self.connected { received.peer_name } else { received.received_from };
         ensure!(from == Some(self.to), "{}: from {from:?}", self.what);
-        Ok(heard.answer.context("an answer")?.name)
+        Ok(received.answer.context("an answer")?.name)
     }
 }
 
@@ -67,7 +67,7 @@ fn sockets_know_their_services_after_the_layout_of_their_storage_has_changed_the
         // The answer to the second comes in before the change, and is read after it.
         for came in &mut all {
             came.send()?;
-            ensure!(came.hears()? == old, "{}", came.what);
+            ensure!(came.receives()? == old, "{}", came.what);
             came.send()?;
         }
         agent.stop()?;
@@ -76,16 +76,16 @@ fn sockets_know_their_services_after_the_layout_of_their_storage_has_changed_the
         agent.wait_ready()?;
         ensure!(!agent.log_text().contains("have forgotten"), "{}", agent.log_text());
         for came in &mut all {
-            ensure!(came.hears()? == old, "{}", came.what);
+            ensure!(came.receives()? == old, "{}", came.what);
             came.send()?;
-            ensure!(came.hears()? == old, "{}", came.what);
+            ensure!(came.receives()? == old, "{}", came.what);
         }
         // Those of the host that are connected over UDP can only be led on by who knows that they came through it.
         web.replace(&[cluster.place(new)])?;
         for came in all.iter_mut().filter(|came| !came.tcp) {
             eventually(SOON, || {
                 came.send()?;
-                let name = came.hears()?;
+                let name = came.receives()?;
                 ensure!(name == new, "{}: {name}", came.what);
                 Ok(())
             })?;

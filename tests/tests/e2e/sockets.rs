@@ -62,7 +62,7 @@ fn a_connected_udp_socket_that_names_its_peer_again_is_answered() -> Result<()> 
             answered(&mut socket, ("send", ""), first, "b").with_context(context)?;
             socket.done("disconnect", "")?;
             if first.is_ipv4() {
-                // Over IPv6 the kernel goes on to hear the old peer alone.
+                // Over IPv6 the kernel goes on to receive from the old peer alone.
                 answered(&mut socket, ("send-to", &second_name), second, "c").with_context(context)?;
             }
             answered(&mut socket, ("send-to", &first_name), first, "b").with_context(context)?;

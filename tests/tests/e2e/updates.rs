@@ -60,7 +60,7 @@ fn a_rolling_update_fails_no_request() -> Result<()> {
             Ok(())
         })?;
         controller.retire(cluster.place(old), || {
-            // A pod that ends gracefully serves until the proxies have heard of it.
+            // A pod that ends gracefully serves until the proxies have observed it.
             loads.only(&after)?;
             servers.get_mut(old).map_or(Ok(()), Server::drain)
         })?;

@@ -92,7 +92,7 @@ impl Proxy {
         self.serve_and(cluster, node, webs, flags, &[])
     }
 
-    /// The same, with these objects told to the agent besides.
+    /// The same, with these objects for the agent besides.
     pub(crate) fn serve_and(
         self,
         cluster: &TestCluster,
@@ -121,7 +121,7 @@ impl Serving {
         &self.dir
     }
 
-    /// Has the agent serve one more, changed as told.
+    /// Has the agent serve one more, changed so.
     pub(crate) fn add(
         &self,
         cluster: &TestCluster,

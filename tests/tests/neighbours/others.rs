@@ -275,7 +275,7 @@ fn a_frame_that_is_not_for_the_node_is_neither_translated_nor_answered() -> Resu
         for frame in FRAMES {
             let mut doors = vec![node1.at(WEB.node_port), WEB.cluster_ips()];
             if proxy == Proxy::Agent {
-                // The first leads to an endpoint, the second to a refusal, the third nowhere.
+                // The first leads to an endpoint, the second to a rejection, the third nowhere.
                 doors.extend(HELD.map(|pair| at(pair, 80)).into_iter().take(2));
             }
             for (number, targets) in doors.into_iter().enumerate() {
@@ -302,7 +302,7 @@ fn a_frame_that_is_not_for_the_node_is_neither_translated_nor_answered() -> Resu
                         ensure!(cable.next(patience, answers)?.is_some(), "no answer: {}", what());
                         ensure!(
                             refused || inside.next(patience, arrives)?.is_some(),
-                            "not heard: {}",
+                            "not received: {}",
                             what()
                         );
                     } else {

@@ -49,11 +49,11 @@ const ALL_WAYS: [fn(SocketAddr) -> Ask; 4] =
 
 /// A server's machine that listens nowhere near says so.
 fn is_refused(client: &Place, to: SocketAddr, from: impl Fn(Ask) -> Ask) -> Result<()> {
-    for (way, refusal) in
+    for (way, failure) in
         [(Ask::tcp as fn(SocketAddr) -> Ask, "connect ECONNREFUSED"), (Ask::udp, "receive ECONNREFUSED")]
     {
         let request = request(client, &from(way(to)))?;
-        ensure!(request.failure.as_deref() == Some(refusal), "{} asks {to}: {request:?}", client.name);
+        ensure!(request.failure.as_deref() == Some(failure), "{} asks {to}: {request:?}", client.name);
     }
     Ok(())
 }
@@ -74,7 +74,7 @@ fn node_ports_serve(cluster: &TestCluster) -> Result<()> {
     Ok(())
 }
 
-/// An answer of a server outside, from one of these ports, of which endpoints are to hear nothing.
+/// An answer of a server outside, from one of these ports, of which endpoints are to receive nothing.
 fn strays(cluster: &TestCluster, ports: impl Fn(u16) -> bool) -> impl Fn(&View) -> bool {
     let servers = ["server", "h2"].map(|name| cluster.place(name).addresses()).concat();
     move |view| servers.contains(&view.source) && view.ports.is_some_and(|(source, _)| ports(source))

@@ -43,21 +43,21 @@ impl Client {
         socket.done("connect", &to.to_string())?;
         let local = socket.done("send", "")?.local.context("no address of its own")?;
         let mut client = Self { socket, to, local };
-        client.hears(server)?;
+        client.receives(server)?;
         Ok(client)
     }
 
     fn asks(&mut self, server: &str) -> Result<()> {
         let sent = self.socket.done("send", "")?;
         ensure!(sent.local == Some(self.local), "from {:?}, and from {} before", sent.local, self.local);
-        self.hears(server)
+        self.receives(server)
     }
 
-    fn hears(&mut self, server: &str) -> Result<()> {
-        let heard = self.socket.done("receive", "")?;
-        let name = heard.answer.as_ref().map(|answer| answer.name.as_str());
-        ensure!(name == Some(server), "asks {}: not from {server}: {heard:?}", self.to);
-        ensure!(heard.received_from == Some(self.to), "asks {}: {heard:?}", self.to);
+    fn receives(&mut self, server: &str) -> Result<()> {
+        let received = self.socket.done("receive", "")?;
+        let name = received.answer.as_ref().map(|answer| answer.name.as_str());
+        ensure!(name == Some(server), "asks {}: not from {server}: {received:?}", self.to);
+        ensure!(received.received_from == Some(self.to), "asks {}: {received:?}", self.to);
         Ok(())
     }
 }

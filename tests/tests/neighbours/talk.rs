@@ -30,7 +30,7 @@ pub(crate) struct Talk {
 
 impl Talk {
     /// A client that asks `to`, from this port of its own unless it is 0, and a server that listens at `at`: the client
-    /// has been heard and has heard the answer.
+    /// has been received and has received the answer.
     pub(crate) fn begin(
         way: Way,
         (client, port): (&Netns, u16),
@@ -90,9 +90,9 @@ impl Talk {
 
 fn say(mut from: &Socket, mut to: &Socket) -> Result<()> {
     from.write_all(WORD).context("sending")?;
-    let mut heard = [0; WORD.len()];
-    to.read_exact(&mut heard).context("receiving")?;
-    ensure!(heard == WORD, "received {heard:?}");
+    let mut received = [0; WORD.len()];
+    to.read_exact(&mut received).context("receiving")?;
+    ensure!(received == WORD, "received {received:?}");
     Ok(())
 }
 

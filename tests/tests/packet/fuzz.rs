@@ -93,7 +93,7 @@ enum Bend {
     Cut(usize),
     Grow(usize),
     /// The checksum of the IPv4 header made right again.
-    Mend,
+    Checksum,
 }
 
 /// What happens next.
@@ -253,7 +253,7 @@ fn act() -> impl Strategy<Value = Act> {
         3 => (0_usize..120, any::<u8>()).prop_map(|(at, byte)| Bend::Set(at, byte)),
         2 => (0_usize..160).prop_map(Bend::Cut),
         1 => (0_usize..1500).prop_map(Bend::Grow),
-        2 => Just(Bend::Mend),
+        2 => Just(Bend::Checksum),
     ];
     let bends = prop_oneof![7 => Just(Vec::new()), 3 => vec(bend, 1..4)];
     (prop::bool::weighted(0.3), prop::bool::weighted(0.3), event, bends)
@@ -412,7 +412,7 @@ fn bend(bytes: &mut Vec<u8>, bend: &Bend, ethernet: bool) {
         Bend::Set(at, byte) if *at < bytes.len() => bytes[*at] = *byte,
         Bend::Cut(length) => bytes.truncate((*length).max(14)),
         Bend::Grow(length) => bytes.resize(bytes.len() + length, 0xa5),
-        Bend::Mend => mend(bytes, if ethernet { 14 } else { 0 }),
+        Bend::Checksum => update_checksum(bytes, if ethernet { 14 } else { 0 }),
         Bend::Flip(_) | Bend::Set(..) => {}
     }
     // A test run takes no more than a page with its head and tail.
@@ -420,7 +420,7 @@ fn bend(bytes: &mut Vec<u8>, bend: &Bend, ethernet: bool) {
 }
 
 /// Makes the checksum of an IPv4 header right, if there is one.
-fn mend(bytes: &mut [u8], l3: usize) {
+fn update_checksum(bytes: &mut [u8], l3: usize) {
     let length = bytes.get(l3).map_or(0, |first| usize::from(first & 0xf) * 4);
     if let Some(header) = bytes.get_mut(l3..l3 + length)
         && length >= 20
@@ -523,9 +523,9 @@ fn host_and_kernel_agree_on_stories_made_up() {
     let settings = Settings { cases: plain.cases * 12, failure_persistence: None, ..plain };
     let stories = (world(), prop_oneof![Just(Form::Ethernet), Just(Form::Plain)], vec(act(), 1..14));
     let met = RefCell::default();
-    let told = TestRunner::new(settings)
+    let outcome = TestRunner::new(settings)
         .run(&stories, |(world, form, acts)| tell(&world, form, &acts, &met).map_err(TestCaseError::fail));
-    match told {
+    match outcome {
         // Agreement about nothing would prove nothing.
         Ok(()) => {
             let met = met.into_inner();

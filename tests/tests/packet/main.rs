@@ -1,10 +1,10 @@
-//! Packet vectors: stories of packets, each told to the decisions over tables in memory and to the real
+//! Packet vectors: stories of packets, each played to the decisions over tables in memory and to the real
 //! programs in this kernel (`BPF_PROG_TEST_RUN`), which must agree in verdict, bytes, counters and flows.
 //!
 //! A test's name is the story's sentence. [`stage::story`] runs it three times: Ethernet frames and bare IP
 //! packets through host and kernel, and frames with a checksum left to the hardware through the host alone,
 //! since a test run in the kernel knows complete checksums only. Expected packets are built from scratch, so
-//! every mended checksum is judged by arithmetic that mends nothing. [`fuzz`] makes stories up.
+//! every updated checksum is compared with one that is computed anew. [`fuzz`] makes stories up.
 #![expect(clippy::unwrap_used, reason = "all of this file is tests, helpers included")]
 
 mod clusterip;
@@ -17,7 +17,7 @@ mod nodeport;
 mod policy;
 mod pressure;
 mod real;
-mod refusal;
+mod reject;
 mod reply;
 mod stage;
 mod two_cpus;

@@ -31,7 +31,7 @@ fn a_packet_cut_anywhere_is_translated_whole_or_not_at_all() {
                     let l4 = sent.len() - 9 - header;
                     for length in 0..=sent.len() {
                         let cut = stage.frame(Hook::INGRESS, sent[..length].to_vec());
-                        // The transport header decides: without it there are no ports, or not all to mend.
+                        // The transport header decides: without it there are no ports, or not all to update.
                         if length < l4 + header {
                             cut.passes();
                         } else {

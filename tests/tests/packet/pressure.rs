@@ -404,8 +404,8 @@ fn a_leg_that_is_lost_comes_back_with_the_client_s_next_packet() {
                     stage.rest(1_500);
                     there_and_back(stage, ACK, ACK);
                     assert_eq!((stage.flows(), stage.legs()), ((0, 1), 3), "{role:?}");
-                    let mended: &[_] = if counted > 0 { &[(Reason::EntryRestored, counted)] } else { &[] };
-                    stage.counted(mended);
+                    let restored: &[_] = if counted > 0 { &[(Reason::EntryRestored, counted)] } else { &[] };
+                    stage.counted(restored);
                 },
             );
         }

@@ -245,8 +245,8 @@ fn a_refusal_by_the_endpoint_reaches_the_client_and_keeps_no_flow() {
             || one_endpoint(cast, Proto::TCP),
             |stage| {
                 stage.ingress(&tcp(pod, (cast.vip, 80), SYN)).becomes(&tcp(pod, endpoint, SYN));
-                let refusal = RST.and(ACK);
-                stage.egress(&tcp(endpoint, pod, refusal)).becomes(&tcp((cast.vip, 80), pod, refusal));
+                let reset = RST.and(ACK);
+                stage.egress(&tcp(endpoint, pod, reset)).becomes(&tcp((cast.vip, 80), pod, reset));
                 assert_eq!(stage.flows(), (1, 0));
                 stage.counted(NEW);
             },

@@ -1,4 +1,4 @@
-//! Where a story is told: one packet after the other, to host and kernel at once.
+//! Where a story is played: one packet after the other, to host and kernel at once.
 
 use std::collections::BTreeMap;
 use std::sync::MutexGuard;
@@ -15,7 +15,7 @@ use proxy_tests::packet::{Packet, View, check, describe, protocol};
 use crate::node::{Node, addr};
 use crate::real::{IFACE, LEGS, Name, PLACES, RECORDS, Real, Traces, differences, name, real};
 
-/// How packets are told.
+/// How packets are played.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Form {
     /// Ethernet frames, to host and kernel.

@@ -138,7 +138,7 @@ fn play(deletes: bool) {
     let translated = translated.into_inner();
     assert!(translated > 1_000 && finished > 10 && (lost > 10) == deletes, "{translated} {finished} {lost}");
     if deletes {
-        // Flows that have lost a leg are mended by their client's next packet or found by the sweep; all of them end whole.
+        // Flows that have lost a leg are repaired by their client's next packet or found by the sweep; all of them end whole.
         programs.end_flows(|_| true).unwrap();
     }
     assert_eq!(

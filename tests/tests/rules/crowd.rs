@@ -15,7 +15,7 @@ use super::scene::{Column, OUTSIDE, Open, Scene, ip};
 /// Flows of others.
 const MANY: u32 = 1_000_000;
 
-/// Flow `n` to a Service that nobody has told us of, in record `index`; the leg of its client.
+/// Flow `n` to a Service that nobody knows, in record `index`; the leg of its client.
 fn other(n: u32, index: usize) -> (Flow, Key, Leg) {
     let addr = |text: &str| Addr::from(ip(text));
     let port = Port::new(53);
@@ -51,7 +51,7 @@ fn one_stale_flow_among_a_million() {
             break open;
         }
     };
-    scene.system.hear(endpoints(9090, &[(A, true)]));
+    scene.system.apply(endpoints(9090, &[(A, true)]));
     let first = scene.system.programs.tables().records.borrow().len();
     let others = || (0..MANY).zip(first..).map(|(n, index)| other(n, index));
     let tables = scene.system.programs.tables();

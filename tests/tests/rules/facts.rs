@@ -161,7 +161,7 @@ pub(crate) struct NodeFacts {
 /// Zone and node hints of an endpoint, by number.
 pub(crate) type Hints = (Vec<u8>, Vec<u8>);
 
-/// How pods are told (M-1).
+/// How pods are recognised (M-1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detect {
     /// By their addresses.
@@ -244,7 +244,7 @@ pub(crate) enum Edit {
     Rest(u32),
 }
 
-/// What has to be told anew after edits.
+/// What has to be observed again after edits.
 #[derive(Debug, Default)]
 pub(crate) struct Stale {
     /// Numbers of Services.

@@ -1,7 +1,7 @@
 //! Objects as nobody should write them, beside a good Service: manifests mutated at random go the real way from a
 //! directory to the tables.
 //!
-//! E-5, E-16: whatever is in one object, nothing breaks, somebody is told, and no other Service
+//! E-5, E-16: whatever is in one object, nothing breaks, a warning says so, and no other Service
 //! notices. When the object has gone everything is as it was.
 
 use std::collections::BTreeMap;
@@ -270,7 +270,7 @@ struct Agent {
     world: World,
     planner: Option<Planner>,
     memory: Memory,
-    told: BTreeMap<String, Vec<String>>,
+    warned: BTreeMap<String, Vec<String>>,
     now_ms: u64,
 }
 
@@ -311,18 +311,18 @@ impl Agent {
         let memory = Memory::new(Capacity::default());
         let planner = Some(Planner::new(&memory.actual, Capacity::default()));
         let store = ManifestStore::new(directory.to_owned(), NODE.into());
-        Self { store, world, planner, memory, told: BTreeMap::new(), now_ms: 0 }
+        Self { store, world, planner, memory, warned: BTreeMap::new(), now_ms: 0 }
     }
 
     /// Reads the directory and writes what follows.
     fn look(&mut self) {
         for change in self.store.refresh().expect("a directory") {
             if let Change::Warnings { object, lines } = &change {
-                self.told.insert(object.clone(), lines.clone());
+                self.warned.insert(object.clone(), lines.clone());
             }
             self.world.apply(change);
         }
-        self.told.retain(|_, lines| !lines.is_empty());
+        self.warned.retain(|_, lines| !lines.is_empty());
         self.now_ms += 5_000;
         let dirty = self.world.take_dirty();
         let planner = self.planner.take().expect("a planner is always put back");
@@ -407,13 +407,13 @@ proptest! {
         let found = lint(&agent.memory.actual);
         prop_assert!(found.is_empty(), "{:?}", found);
         let names = |object: &str| object.starts_with("bad.json:") || !object.contains("shop/");
-        for (object, lines) in &agent.told {
+        for (object, lines) in &agent.warned {
             prop_assert!(names(object), "{} is to blame: {:?}", object, lines);
             prop_assert!(lines.iter().all(|line| !line.contains('\n')), "{:?}", lines);
         }
         if !is_legible(&text) {
-            let named = agent.told.keys().any(|object| object.starts_with("bad.json:"));
-            prop_assert!(named, "nobody is told: {:?}", agent.told);
+            let named = agent.warned.keys().any(|object| object.starts_with("bad.json:"));
+            prop_assert!(named, "nobody warns: {:?}", agent.warned);
         }
 
         fs::remove_file(&bad).expect("the file");
@@ -421,7 +421,7 @@ proptest! {
         prop_assert_eq!(agent.shown(None), alone);
         // Of the Node what was last seen counts (Y-13).
         prop_assert_eq!(agent.world.desired().services, desired);
-        prop_assert_eq!(&agent.told, &BTreeMap::new());
+        prop_assert_eq!(&agent.warned, &BTreeMap::new());
         prop_assert_eq!(agent.world.warnings(), Vec::new());
     }
 }

@@ -66,7 +66,7 @@ pub(crate) fn flows_follow_their_endpoints<P: Programs>(programs: &mut P) {
     // C-10: the number of a NodePort at an address that is not the node's is nothing to us.
     assert_eq!(scene.packets(POD, ("198.51.100.99", 32_000), Proto::UDP), Got::Pass);
 
-    scene.system.hear(endpoints(9090, &[(A, true), (B, false)]));
+    scene.system.apply(endpoints(9090, &[(A, true), (B, false)]));
     for open in &flows {
         let next = scene.next(open);
         let kept = open.proto != Proto::UDP || open.endpoint.0 == ip(A); // T-85; T-87, T-89
@@ -79,14 +79,14 @@ pub(crate) fn flows_follow_their_endpoints<P: Programs>(programs: &mut P) {
     assert_eq!(scene.packets(POD, ("198.51.100.99", 32_000), Proto::UDP), Got::Pass);
 
     // T-86: the endpoints keep their addresses and change their port.
-    scene.system.hear(endpoints(9191, &[(A, true)]));
+    scene.system.apply(endpoints(9191, &[(A, true)]));
     for open in &flows {
         let expected = if open.proto == Proto::UDP { (ip(A), 9191) } else { open.endpoint };
         assert_eq!(scene.next(open), Some(expected), "T-86: {open:?}");
     }
 
     // T-91, C-1, P-18.
-    scene.system.hear(endpoints(9191, &[]));
+    scene.system.apply(endpoints(9191, &[]));
     for open in &flows {
         let expected = (open.proto != Proto::UDP).then_some(open.endpoint);
         assert_eq!(scene.next(open), expected, "T-91: {open:?}");
@@ -107,9 +107,9 @@ pub(crate) fn older_than_the_service<P: Programs>(programs: &mut P) {
     for proto in [Proto::UDP, Proto::TCP] {
         assert_eq!(packet(&mut scene, proto), Observed::Pass);
     }
-    scene.system.hear([reconciled()]);
+    scene.system.apply([reconciled()]);
     assert_eq!(packet(&mut scene, Proto::UDP), Observed::Refuse);
-    scene.system.hear(endpoints(9090, &[(A, true)]));
+    scene.system.apply(endpoints(9090, &[(A, true)]));
     for proto in [Proto::UDP, Proto::TCP] {
         let seen = packet(&mut scene, proto);
         assert!(matches!(seen, Observed::Forward((addr, 9090), _) if addr == ip(A)), "{proto:?}: {seen:?}");
@@ -174,11 +174,11 @@ pub(crate) fn affinity_needs_endpoints<P: Programs>(programs: &mut P) {
     for client in &clients {
         scene.open(client, ("203.0.113.1", 80), Proto::TCP);
     }
-    scene.system.hear(sticky(100, &json!([remote()])));
+    scene.system.apply(sticky(100, &json!([remote()])));
     for client in &clients {
         assert_eq!(scene.packets(client, ("203.0.113.1", 80), Proto::TCP), reached(&[REMOTE], true));
     }
-    scene.system.hear(sticky(100, &json!([])));
+    scene.system.apply(sticky(100, &json!([])));
     for client in &clients {
         assert_eq!(scene.packets(client, ("203.0.113.1", 80), Proto::TCP), Got::Refuse);
     }

@@ -1,4 +1,4 @@
-//! The facts as Kubernetes objects, and those as the agent hears them.
+//! The facts as Kubernetes objects, and those as changes for the agent.
 
 use agent_core::model::Change;
 use agent_core::model::{DetectLocal, Link, NodePortAddresses, ObjectName, Settings};
@@ -109,7 +109,7 @@ fn slice(facts: &SliceFacts, n: u8, all: &Facts) -> Value {
     })
 }
 
-/// A Service as it is heard now.
+/// A Service as it is observed now.
 pub(crate) fn service_change(facts: &Facts, n: u8) -> Change {
     let object = facts.services.get(&n).and_then(|facts| {
         let object: core::Service = serde_json::from_value(service(n, facts)).expect("a Service");
@@ -118,7 +118,7 @@ pub(crate) fn service_change(facts: &Facts, n: u8) -> Change {
     Change::Service(ObjectName::new("default", &name_of("s", n)), object)
 }
 
-/// A slice as it is heard now.
+/// A slice as it is observed now.
 pub(crate) fn slice_change(facts: &Facts, n: u8) -> Change {
     let object = facts.slices.get(&n).and_then(|its| {
         let object: discovery::EndpointSlice =
@@ -128,7 +128,7 @@ pub(crate) fn slice_change(facts: &Facts, n: u8) -> Change {
     Change::Slice(ObjectName::new("default", &name_of("e", n)), object)
 }
 
-/// The node as it is heard now.
+/// The node as it is observed now.
 pub(crate) fn node_change(facts: &Facts) -> Change {
     let Some(node) = &facts.node else { return Change::Node(None) };
     let primary = FAMILIES
@@ -147,13 +147,13 @@ pub(crate) fn node_change(facts: &Facts) -> Change {
     Change::Node(Some(convert::node(&object).0))
 }
 
-/// The ServiceCIDRs as they are heard now.
+/// The ServiceCIDRs as they are observed now.
 pub(crate) fn ranges_change(facts: &Facts) -> Change {
     let ranges = Some(facts.ranges.clone()).filter(|ranges| !ranges.is_empty());
     Change::ServiceRanges("kubernetes".into(), ranges)
 }
 
-/// The node's interfaces as they are heard now.
+/// The node's interfaces as they are observed now.
 pub(crate) fn links_change(facts: &Facts) -> Change {
     links(facts.has)
 }
@@ -179,7 +179,7 @@ pub(crate) fn links(has: [bool; 3]) -> Change {
     Change::Links(vec![link(UPLINK, "eth0", &[0, 1]), link(BRIDGE, "cni0", &[2])])
 }
 
-/// What has to be told anew after edits.
+/// What has to be observed again after edits.
 pub(crate) fn changes(facts: &Facts, stale: &Stale) -> Vec<Change> {
     let services = stale.services.iter().map(|n| service_change(facts, *n));
     let slices = stale.slices.iter().map(|n| slice_change(facts, *n));

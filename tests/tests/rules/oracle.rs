@@ -217,7 +217,7 @@ impl Facts {
             }
     }
 
-    /// The range by which pods are told, per family (M-1, M-3).
+    /// The range by which pods are recognised, per family (M-1, M-3).
     fn pod_range(&self, six: bool) -> Option<&IpNet> {
         let operator = &self.operator;
         let of_node = || self.node.iter().flat_map(|_| &operator.pod_cidrs);
@@ -226,7 +226,7 @@ impl Facts {
         all.find(|range| range.addr().is_ipv6() == six)
     }
 
-    /// Whether pods of a family can be told from others (M-5).
+    /// Whether pods of a family can be told apart from others (M-5).
     fn knows_pods(&self, six: bool) -> bool {
         self.operator.detect != Detect::Range || self.pod_range(six).is_some()
     }
@@ -266,31 +266,31 @@ impl Facts {
     /// V-1 step 3 and 4, X-17: who owns a destination, and as what.
     fn owner(&self, dst: IpAddr, proto: Proto, number: u16) -> Option<(PortId, Destination)> {
         let six = dst.is_ipv6();
-        let mut claims = Vec::new();
+        let mut owners = Vec::new();
         for (n, service) in self.services.iter().filter(|(_, service)| proxied(service, six)) {
             for (port, node_port) in &service.ports {
                 let (_, its_proto, its_number) = PORTS[*port];
                 if its_proto != proto {
                     continue;
                 }
-                let mut claim = |what| claims.push((what, service.day, *n, *port));
+                let mut owns = |what| owners.push((what, service.day, *n, *port));
                 if its_number == number {
                     if cluster_address(service, six) == Some(dst) {
-                        claim(Destination::ClusterIp);
+                        owns(Destination::ClusterIp);
                     } else if self.external_addresses(service, six).contains(&dst)
                         || balancer_addresses(service, six).contains(&dst)
                     {
-                        claim(Destination::Vip);
+                        owns(Destination::Vip);
                     }
                 }
                 let accepted = dst.is_loopback() || self.takes_node_ports(dst);
                 if *node_port != 0 && *node_port == number && accepted {
-                    claim(Destination::NodePort);
+                    owns(Destination::NodePort);
                 }
             }
         }
-        claims.sort();
-        claims.first().map(|(what, _, n, port)| ((*n, *port, six), *what))
+        owners.sort();
+        owners.first().map(|(what, _, n, port)| ((*n, *port, six), *what))
     }
 
     /// Whether an address may stand for this node as a new source: its own, and no Service's (M-13).

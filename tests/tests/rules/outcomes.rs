@@ -234,7 +234,7 @@ pub(crate) fn unallocated_cluster_ips<P: Programs>(programs: &mut P) {
         assert_eq!(scene.calls(to, Proto::TCP), Got::Pass, "{to:?}");
     }
     let range = |text: &str| Some(vec![text.parse().expect("a range")]);
-    scene.system.hear([Change::ServiceRanges("kubernetes".into(), range("10.96.0.0/16"))]);
+    scene.system.apply([Change::ServiceRanges("kubernetes".into(), range("10.96.0.0/16"))]);
     for to in unused {
         for from in [POD, OUTSIDE, REMOTE_POD] {
             assert_eq!(scene.packets(from, to, Proto::TCP), Got::Drop, "{from} to {to:?}");
@@ -245,7 +245,7 @@ pub(crate) fn unallocated_cluster_ips<P: Programs>(programs: &mut P) {
     }
     assert_eq!(scene.packets(POD, ("10.96.0.1", 81), Proto::TCP), Got::Refuse);
     assert_eq!(scene.packets(POD, ("10.97.0.1", 80), Proto::TCP), Got::Pass);
-    scene.system.hear([Change::ServiceRanges("kubernetes".into(), range("fd00:96::/112"))]);
+    scene.system.apply([Change::ServiceRanges("kubernetes".into(), range("fd00:96::/112"))]);
     assert_eq!(scene.packets(POD, unused[0], Proto::TCP), Got::Pass);
 }
 
@@ -282,15 +282,15 @@ pub(crate) fn source_ranges<P: Programs>(programs: &mut P) {
     assert_eq!(scene.packets(other, ("203.0.113.1", 80), Proto::TCP), through, "V-14");
     assert_eq!(scene.packets(POD, ("10.96.0.1", 80), Proto::TCP), reached(&[REMOTE], false), "T-61");
 
-    scene.system.hear([slice("s1", &port(8080), &json!([]))]);
+    scene.system.apply([slice("s1", &port(8080), &json!([]))]);
     assert_eq!(scene.packets(other, V1, Proto::TCP), Got::Drop, "V-21");
     assert_eq!(scene.packets(listed, V1, Proto::TCP), Got::Refuse, "V-21");
-    scene.system.hear([slice("s1", &port(8080), &json!([remote()]))]);
+    scene.system.apply([slice("s1", &port(8080), &json!([remote()]))]);
 
     for open in
         [json!(["2001:db8::/32"]), json!(["0.0.0.0/0", "1.2.3.4/32"]), json!(["garbage"]), json!([" "])]
     {
-        scene.system.hear([restricted(&open)]);
+        scene.system.apply([restricted(&open)]);
         assert_eq!(scene.packets(other, V1, Proto::TCP), through, "T-63: {open}");
         assert_eq!(scene.packets(POD, V2, Proto::TCP), through, "T-63: {open}");
     }
@@ -306,7 +306,7 @@ pub(crate) fn bound_or_not<P: Programs>(programs: &mut P) {
         all[0].addresses.insert(0, "203.0.113.101/32".parse().expect("an address"));
     }
     for links in [unbound.clone(), bound, unbound] {
-        scene.system.hear([links]);
+        scene.system.apply([links]);
         for from in [POD, OUTSIDE] {
             assert_eq!(scene.packets(from, V1, Proto::TCP), reached(ALL, true), "{from}");
             assert_eq!(scene.packets(from, ("203.0.113.101", 30_001), Proto::TCP), Got::Pass, "{from}");

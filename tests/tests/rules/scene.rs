@@ -35,7 +35,7 @@ pub(crate) fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 
-/// How pods are told, and whether everything is masqueraded: the columns of the table.
+/// How pods are recognised, and whether everything is masqueraded: the columns of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Column {
     ClusterCidr,
@@ -150,7 +150,7 @@ pub(crate) struct Scene<'a, P> {
 impl<'a, P: Programs> Scene<'a, P> {
     pub(crate) fn new(programs: &'a mut P, column: Column, objects: Vec<Change>) -> Self {
         let settings = settings(column, programs.host_netns());
-        let system = System::told(programs, settings, node().into_iter().chain(objects).collect());
+        let system = System::with_changes(programs, settings, node().into_iter().chain(objects).collect());
         Self { system, next_port: 10_000 }
     }
 

@@ -1,4 +1,4 @@
-//! The proxy between what it hears and what it does: the agent's straight line from changes to tables, and packets
+//! The proxy between what it observes and what it does: the agent's straight line from changes to tables, and packets
 //! and socket calls decided over them, on the host or in this kernel.
 
 use std::collections::BTreeSet;
@@ -82,7 +82,7 @@ pub(crate) struct System<'a, P> {
     now_ms: u64,
 }
 
-/// Everything there is to hear.
+/// Everything there is to observe.
 fn everything(facts: &Facts) -> Vec<Change> {
     let slices = facts.slices.keys().map(|n| slice_change(facts, *n));
     let services = facts.services.keys().map(|n| service_change(facts, *n));
@@ -90,7 +90,7 @@ fn everything(facts: &Facts) -> Vec<Change> {
     node.into_iter().chain(slices).chain(services).collect()
 }
 
-/// A world that has heard everything once.
+/// A world to which everything has been applied once.
 fn world(settings: Settings, changes: Vec<Change>) -> World {
     let mut world = World::new(settings);
     for change in changes {
@@ -99,7 +99,7 @@ fn world(settings: Settings, changes: Vec<Change>) -> World {
     for kind in [Kind::Service, Kind::Slice, Kind::Node] {
         world.apply(Change::Synced(kind));
     }
-    assert!(world.synced(), "a world that has heard everything is synced");
+    assert!(world.synced(), "a world to which everything has been applied is synced");
     world
 }
 
@@ -107,11 +107,11 @@ impl<'a, P: Programs> System<'a, P> {
     /// A node whose agent starts over empty tables.
     pub(crate) fn new(programs: &'a mut P, facts: &Facts) -> Self {
         let settings = settings(facts, programs.host_netns());
-        Self::told(programs, settings, everything(facts))
+        Self::with_changes(programs, settings, everything(facts))
     }
 
-    /// The same with words of one's own.
-    pub(crate) fn told(programs: &'a mut P, settings: Settings, changes: Vec<Change>) -> Self {
+    /// The same with changes of one's own.
+    pub(crate) fn with_changes(programs: &'a mut P, settings: Settings, changes: Vec<Change>) -> Self {
         programs.empty();
         let pods = (0..9).filter(|n| endpoint_node(*n) == Some(OWN_NODE));
         let mut system = Self {
@@ -138,8 +138,8 @@ impl<'a, P: Programs> System<'a, P> {
         writes
     }
 
-    /// Hears what has changed and writes it.
-    pub(crate) fn hear(&mut self, changes: impl IntoIterator<Item = Change>) {
+    /// Applies what has changed, and writes what follows.
+    pub(crate) fn apply(&mut self, changes: impl IntoIterator<Item = Change>) {
         for change in changes {
             self.world.apply(change);
         }
@@ -153,7 +153,7 @@ impl<'a, P: Programs> System<'a, P> {
         self.programs.forget_half_open();
     }
 
-    /// Another agent takes over, which has heard the same. Y-22, A-14: it finds nothing to write.
+    /// Another agent takes over, which observes the same. Y-22, A-14: it finds nothing to write.
     pub(crate) fn restart(&mut self, facts: &Facts) -> Result<(), String> {
         self.world = world(settings(facts, self.programs.host_netns()), everything(facts));
         self.now_ms += 5_000;
@@ -193,7 +193,7 @@ impl<'a, P: Programs> System<'a, P> {
         match self.programs.run(&sent, Hook::INGRESS, self.way_to(from.0)) {
             Outcome::Passed => {}
             Outcome::Rewritten(out) => frame = out,
-            Outcome::Rejected(answer) => return refusal(&answer, from, to),
+            Outcome::Rejected(answer) => return rejection(&answer, from, to),
             Outcome::Dropped => return Ok(Observed::Drop),
             Outcome::Waits => return Err("a whole packet was made to wait".into()),
         }
@@ -284,9 +284,9 @@ fn read(frame: &ByteFrame) -> Result<(Target, Target), String> {
     Ok((target(packet.tuple.src, packet.tuple.sport), target(packet.tuple.dst, packet.tuple.dport)))
 }
 
-/// A refusal goes back to the client from the address it named (D-18).
-fn refusal(answer: &ByteFrame, from: Target, to: Target) -> Result<Observed, String> {
-    verify(answer).map_err(|what| format!("refusal with wrong {what}"))?;
+/// A rejection goes back to the client from the address it named (D-18).
+fn rejection(answer: &ByteFrame, from: Target, to: Target) -> Result<Observed, String> {
+    verify(answer).map_err(|what| format!("rejection with wrong {what}"))?;
     let mut at = answer.bytes[14..].iter().copied();
     let (skip, len) = if from.0.is_ipv4() { (12, 4) } else { (8, 16) };
     let bytes: Vec<u8> = at.by_ref().skip(skip).take(2 * len).collect();
@@ -297,6 +297,6 @@ fn refusal(answer: &ByteFrame, from: Target, to: Target) -> Result<Observed, Str
     if bytes == [octets(to.0), octets(from.0)].concat() {
         Ok(Observed::Refuse)
     } else {
-        Err(format!("refusal between {bytes:?}"))
+        Err(format!("rejection between {bytes:?}"))
     }
 }

@@ -140,7 +140,7 @@ impl<P: Programs> Trial<'_, P> {
                 self.system.rest(*secs);
             }
         }
-        self.system.hear(changes(&self.facts, &stale));
+        self.system.apply(changes(&self.facts, &stale));
         self.system.lint()?;
         if burst.iter().any(|edit| matches!(edit, Edit::Restart)) {
             self.system.restart(&self.facts)?;

@@ -154,11 +154,11 @@ fn cases() -> Vec<Case> {
     vec![
         established("established TCP flow, client to endpoint, 1 flow", Ring::Two, false, TWICE_FLOOR_ONE),
         established("established TCP flow, endpoint to client, 1 flow", Ring::Two, true, TWICE_FLOOR_ONE),
-        // Its checksum covers no addresses: what is missing here is what mending one costs.
+        // Its checksum covers no addresses: what is missing here is what updating one costs.
         Case {
             packet: Packet::sctp(client(false), ring_addr(Ring::Two, 0)).payload(&[0; 64]).build(),
             limit: None,
-            ..established("established SCTP flow, no checksum to mend, 1 flow", Ring::Two, false, 0.0)
+            ..established("established SCTP flow, no checksum to update, 1 flow", Ring::Two, false, 0.0)
         },
         established(
             "established TCP flow, client to endpoint, 10,000 flows",

@@ -1,4 +1,4 @@
-//! Planning: from what was heard to the list of writes, and the writes themselves on real maps.
+//! Planning: from what is known to the list of writes, and the writes themselves on real maps.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
@@ -175,7 +175,7 @@ impl Drop for Tables {
     }
 }
 
-/// A world in which everything has been heard.
+/// A world in which everything is known.
 fn world(services: u32) -> World {
     let mut world = World::new(Settings {
         host_netns: 0,

@@ -34,7 +34,7 @@ struct Common {
     /// IPv6 instead of IPv4.
     #[arg(long)]
     ipv6: bool,
-    /// The node's own `ip_local_port_range`; the kernel's default unless told.
+    /// The node's own `ip_local_port_range`; the kernel's own by default.
     #[arg(long, value_name = "FIRST-LAST", value_parser = port_range)]
     local_ports: Option<(u16, u16)>,
     /// A further flag for the agent, such as --agent-flag=--max-flows=65536; may be given more than once.
@@ -91,7 +91,7 @@ pub(crate) struct DnsArguments {
     /// For how long.
     #[arg(long, default_value_t = 40.0, value_parser = seconds)]
     seconds: f64,
-    /// Ports after which the first is used again; unless told, each is used once.
+    /// Ports after which the first is used again; by default each is used once.
     #[arg(long)]
     sources: Option<u64>,
 }

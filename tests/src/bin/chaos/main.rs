@@ -25,17 +25,17 @@ struct Arguments {
     /// Faults, one after the other; all of them unless named.
     #[arg(value_enum, value_name = "FAULT")]
     faults: Vec<Name>,
-    /// How often each is done; what it has by itself unless told.
+    /// How often each is done; by default what it has by itself.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     rounds: Option<u64>,
-    /// How long the soak lasts; five minutes unless told.
+    /// How long the soak lasts; five minutes by default.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: Option<u64>,
     /// Of syscall-kill and syscall-error only the calls whose names begin so, such as --call='bpf OBJ_GET'; may be given more
     /// than once.
     #[arg(long, value_name = "NAME")]
     call: Vec<String>,
-    /// What random choices follow from; another one each time unless told.
+    /// What random choices follow from; another one each time by default.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// Also write the report to this file as JSON.

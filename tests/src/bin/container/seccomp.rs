@@ -1,4 +1,4 @@
-//! The system calls that container runtimes refuse unless told otherwise (seccomp profile `RuntimeDefault`), as containerd 1.7
+//! The system calls that container runtimes reject by default (seccomp profile `RuntimeDefault`), as containerd 1.7
 //! and Docker 23 and later have it: some always, some to who lacks a capability.
 
 use std::collections::BTreeMap;
@@ -98,7 +98,7 @@ pub(crate) fn apply(capabilities: &caps::CapsHashSet) -> Result<()> {
     if lacks(&[Capability::CAP_SYS_ADMIN]) {
         let namespaces = NAMESPACES.iter().map(|flag| argument(0, SeccompCmpOp::MaskedEq(*flag), *flag));
         refused.insert(libc::SYS_clone, namespaces.collect::<Result<_, _>>()?);
-        // Its arguments lie in memory: who hears that there is no such call takes the older one.
+        // Its arguments lie in memory: who learns that there is no such call takes the older one.
         unknown.insert(libc::SYS_clone3, Vec::new());
     }
     for (calls, error) in [(unknown, libc::ENOSYS), (refused, libc::EPERM)] {

@@ -17,7 +17,7 @@ use crate::screen::Screen;
 
 /// Nobody asks for longer.
 const LIMIT: Duration = Duration::from_secs(60);
-/// A refusal that takes longer is not "at once": a lost SYN is sent again after a second.
+/// A rejection that takes longer is not "at once": a lost SYN is sent again after a second.
 const AT_ONCE_MS: f64 = 500.0;
 
 /// Clients that ask throughout a scene.

@@ -67,7 +67,7 @@ fn routed(reports: &mut Reports, scene: &Scene, manifests: &ManifestDir, whole: 
     if !loaded {
         return;
     }
-    reports.probe("fall-backs told", || fall_backs(&agent));
+    reports.probe("fall-backs reported", || fall_backs(&agent));
 
     reports.probe("ClusterIP, pod's socket", || by_socket(&agent, pod));
     reports.probe("ClusterIP, host's socket", || by_socket(&agent, node));
@@ -79,12 +79,12 @@ fn routed(reports: &mut Reports, scene: &Scene, manifests: &ManifestDir, whole: 
         served(outside, FAR.node_ports(node), "c", node.addresses())?;
         Ok(String::new())
     });
-    reports.probe("refusal, socket", || {
+    reports.probe("rejection, socket", || {
         let errors = refused(pod, NONE.vips())?;
         refused(node, NONE.vips())?;
         Ok(errors.join(" "))
     });
-    reports.probe("refusal, packet", || Ok(refused(outside, NONE.node_ports(node))?.join(" ")));
+    reports.probe("rejection, packet", || Ok(refused(outside, NONE.node_ports(node))?.join(" ")));
     if whole {
         reports.probe("affinity", || affinity(scene, manifests));
         reports.probe("bulk", || {
@@ -100,7 +100,7 @@ fn routed(reports: &mut Reports, scene: &Scene, manifests: &ManifestDir, whole: 
     reports.probe("ClusterIP, pod's packets", || by_packet(&agent, pod));
     reports.probe("host and pod told apart", || told_apart(&agent, node, pod));
     if whole {
-        reports.probe("refusal, pod's packets", || Ok(refused(pod, NONE.vips())?.join(" ")));
+        reports.probe("rejection, pod's packets", || Ok(refused(pod, NONE.vips())?.join(" ")));
         reports.probe("bulk, pod's packets", || {
             for to in [FAR.vips(), NEAR.vips(), SELF.vips()].concat() {
                 transfer(pod, &Ask::tcp(to), BULK)?;
@@ -128,13 +128,13 @@ fn doctor(agent: &Agent) -> Result<String> {
 /// `status` says what the kernel lacks, as `doctor` does; in a word, how much.
 fn fall_backs(agent: &Agent) -> Result<String> {
     let status = agent.status_json()?;
-    let told = status["fall_backs"].as_array().context("status has no fall-backs")?;
+    let reported = status["fall_backs"].as_array().context("status has no fall-backs")?;
     let (_, page) = agent.ask(&["doctor"])?;
-    for one in told {
+    for one in reported {
         let feature = one["feature"].as_str().context("a fall-back without a name")?;
         ensure!(page.contains(&format!("{feature}: ")), "doctor does not know of {feature}:\n{page}");
     }
-    Ok(format!("{} told", told.len()))
+    Ok(format!("{} reported", reported.len()))
 }
 
 /// Every program hangs where it should; in a word, how long it took.

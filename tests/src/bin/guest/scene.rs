@@ -143,7 +143,7 @@ fn each_way(from: &Place, to: [SocketAddr; 2], name: &str, known: impl Fn(IpAddr
     Ok(())
 }
 
-/// Wants a refusal at once, by TCP and connected UDP; the names of the errors that came.
+/// Wants a rejection at once, by TCP and connected UDP; the names of the errors that came.
 pub(crate) fn refused(from: &Place, to: [SocketAddr; 2]) -> Result<Vec<String>> {
     let mut errors = Vec::new();
     for to in to {
@@ -152,7 +152,7 @@ pub(crate) fn refused(from: &Place, to: [SocketAddr; 2]) -> Result<Vec<String>> 
             let failure = outcome.failure.unwrap_or_else(|| format!("answered: {:?}", outcome.answer));
             let error = failure.split(' ').next_back().unwrap_or_default().to_owned();
             if !matches!(error.as_str(), "ECONNREFUSED" | "EPERM") {
-                bail!("{way} from {} to {to}: {failure}, wanted a refusal", from.name);
+                bail!("{way} from {} to {to}: {failure}, wanted a rejection", from.name);
             }
             if !errors.contains(&error) {
                 errors.push(error);

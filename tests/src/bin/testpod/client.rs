@@ -14,7 +14,7 @@ pub(crate) struct Target {
     /// Address of the server or the Service.
     #[arg(long)]
     pub(crate) to: SocketAddr,
-    /// Own address and port; chosen by the kernel unless told.
+    /// Own address and port; chosen by the kernel by default.
     #[arg(long)]
     pub(crate) from: Option<SocketAddr>,
     /// Use UDP.
@@ -49,7 +49,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Opens the socket; connects it unless told otherwise.
+    /// Opens the socket; connects it unless asked not to.
     pub(crate) fn open(target: &Target) -> Result<Self, Failure> {
         let timeout = Duration::from_millis(target.timeout_ms);
         let (kind, protocol) =

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     /// Name to answer with.
     #[arg(long, default_value = "testpod")]
     name: String,
-    /// Address to listen on; both families unless told. May be given more than once.
+    /// Address to listen on; both families by default. May be given more than once.
     #[arg(long, default_value = "::")]
     bind: Vec<IpAddr>,
     /// Ends by itself after this time.

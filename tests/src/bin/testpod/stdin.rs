@@ -14,7 +14,7 @@ pub(crate) enum Order {
     Stop,
 }
 
-/// Hears orders until a moment at which everything ends.
+/// Receives orders until a moment at which everything ends.
 pub(crate) struct Orders {
     orders: Receiver<Order>,
     end: Instant,
@@ -24,7 +24,7 @@ impl Orders {
     /// Listens on standard input for at most `seconds`.
     pub(crate) fn listen(seconds: f64) -> Self {
         let (sender, orders) = channel();
-        std::thread::spawn(move || hear(&sender));
+        std::thread::spawn(move || read(&sender));
         Self { orders, end: Instant::now() + Duration::from_secs_f64(seconds) }
     }
 
@@ -40,7 +40,7 @@ impl Orders {
     }
 }
 
-fn hear(sender: &Sender<Order>) {
+fn read(sender: &Sender<Order>) {
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let order = match line.trim() {
             "report" => Order::Report,

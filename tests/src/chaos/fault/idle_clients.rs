@@ -37,7 +37,7 @@ impl Fault for IdleClients {
     fn begin(&mut self, ground: &mut Ground<'_>) -> Result<()> {
         pause(STARTED)?;
         self.open = descriptors(&ground.agent)?;
-        ground.clients.hear()
+        ground.clients.receive()
     }
 
     fn round(&mut self, ground: &mut Ground<'_>, number: u64) -> Result<Next> {

@@ -25,10 +25,10 @@ use syscalls::{Syscalls, What};
 pub trait Fault {
     /// Looks at the ground before anybody asks.
     fn begin(&mut self, ground: &mut Ground<'_>) -> Result<()> {
-        ground.clients.hear()
+        ground.clients.receive()
     }
 
-    /// Does it once. The agent runs before and after, or is about to; what is lost is told to the ground's clients. An
+    /// Does it once. The agent runs before and after, or is about to; what is lost is reported to the ground's clients. An
     /// error means that the play itself is broken.
     fn round(&mut self, ground: &mut Ground<'_>, number: u64) -> Result<Next>;
 
@@ -101,7 +101,7 @@ pub enum Name {
 /// What can be chosen.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Rounds; what the fault has by itself unless told.
+    /// Rounds; by default what the fault has by itself.
     pub rounds: Option<u64>,
     /// How long the soak lasts.
     pub lasts: Option<Duration>,
@@ -121,7 +121,7 @@ impl Name {
         value.map(|value| value.get_name().to_owned()).unwrap_or_default()
     }
 
-    /// Rounds unless told.
+    /// Rounds by default.
     #[must_use]
     pub fn rounds(self) -> u64 {
         match self {
@@ -151,7 +151,7 @@ impl Name {
         }
     }
 
-    /// Whether the agent is to hear of objects from API servers.
+    /// Whether the agent watches API servers.
     #[must_use]
     pub fn needs_api_servers(self) -> bool {
         self == Self::Soak || self.of_api_servers().is_some()

@@ -21,7 +21,7 @@ use crate::chaos::services::COMING;
 use crate::crowd::now_ms;
 use crate::probe::eventually;
 
-/// How long it lasts unless told.
+/// How long it lasts by default.
 const LASTS: Duration = Duration::from_secs(300);
 /// Flows of datagrams end this long after the last; see [`super::Name::flags`].
 const ENDS: Duration = Duration::from_secs(30);

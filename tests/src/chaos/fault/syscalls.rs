@@ -199,7 +199,7 @@ impl Fault for Syscalls {
     }
 }
 
-/// Whether it has ended because a library unwraps an error: that says why, and is not ours to mend.
+/// Whether it has ended because a library unwraps an error: that says why, and is not ours to fix.
 fn is_of_library(said: &str) -> bool {
     let place = said.split_once("panicked at ").and_then(|(_, rest)| rest.split_whitespace().next());
     place.is_some_and(|place| place.contains("/.cargo/registry/"))

@@ -8,7 +8,7 @@ mod basic;
 mod labels;
 mod policies;
 mod ports;
-mod refusal;
+mod reject;
 mod terminating;
 mod types;
 mod unready;

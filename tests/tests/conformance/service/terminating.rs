@@ -16,18 +16,18 @@ fn ending(cluster: &Cluster, plan: &ServicePlan, check: impl Fn() -> Result<()>)
     let _servers = cluster.serve(&["a"])?;
     let mut endpoints = cluster.expose(plan, &["a"])?;
     endpoints.set(cluster.place("a"), Phase::Terminating)?;
-    heard(cluster)?;
+    observed(cluster)?;
     check()
 }
 
 /// Waits until every agent has acted on all slices so far: on a later one, of another Service, it has.
-fn heard(cluster: &Cluster) -> Result<()> {
+fn observed(cluster: &Cluster) -> Result<()> {
     cluster.expose(&web("marker", 250), &["f"])?;
     let marker = cluster.place("f").v6.to_string();
     cluster.agents.iter().try_for_each(|agent| {
         soon(|| {
             let listed = agent.json(&["backend", "list", "--output", "json"])?.to_string();
-            ensure!(listed.contains(&marker), "the agent has not heard yet: {listed}");
+            ensure!(listed.contains(&marker), "the agent has not observed it yet: {listed}");
             Ok(())
         })
     })

@@ -176,7 +176,7 @@ impl Node {
         manifests.write("extra.json", &extra::services(services - 1)?)?;
         eventually(LOADING, || {
             let status = agent.status_json()?;
-            // What is in the table, not what was heard.
+            // What is in the table, not what was published.
             let known = find_number(&status, "frontends").context("status tells no number of frontends")?;
             ensure!(known >= services.into(), "the agent has programmed {known} of {services} Services");
             Ok(())

@@ -195,7 +195,7 @@ impl Crowd {
             came,
             held: kind != NEW,
         };
-        // Who does not hear it has gone, and this program ends with its standard input.
+        // Who does not read it has gone, and this program ends with its standard input.
         let _ = crate::print(&Said::Lost(loss));
         false
     }

@@ -1,4 +1,4 @@
-//! Where there is nobody to answer, clients hear so at once.
+//! Where there is nobody to answer, clients learn it at once.
 
 use std::net::SocketAddr;
 
