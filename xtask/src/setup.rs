@@ -3,7 +3,7 @@
 //! Two ways to a BPF toolchain: a rustup toolchain with rust-src and a bpf-linker that are there already are
 //! used as they are; on Debian and Ubuntu the distribution's rustc comes with core's source, and bpf-linker is
 //! compiled against the LLVM of the same distribution. Either way nothing of the user's own Rust changes: what is
-//! compiled goes to `target/tools`.
+//! compiled goes to a folder of its own in the user's cache ([`workspace::tool_dir`]).
 
 use std::{path::PathBuf, process::Command};
 
@@ -101,9 +101,13 @@ fn missing() -> Vec<Missing> {
 
 /// cargo-deny, if it is new enough.
 pub(crate) fn cargo_deny() -> Option<PathBuf> {
-    let path = cmd::find("cargo-deny", &[workspace::tools_bin()])?;
+    let path = cmd::find("cargo-deny", &workspace::tool_places(&cargo_deny_name()))?;
     let version = toolchain::tool_version(&path, &["--version"])?;
     toolchain::at_least(&version, CARGO_DENY).then_some(path)
+}
+
+fn cargo_deny_name() -> String {
+    format!("cargo-deny-{CARGO_DENY}")
 }
 
 fn install(missing: &[Missing]) -> Result<()> {
@@ -114,10 +118,13 @@ fn install(missing: &[Missing]) -> Result<()> {
     for what in missing {
         match what {
             Missing::BpfLinker => cargo_install(
+                &Linker::name(),
                 &["bpf-linker", "--version", BPF_LINKER, "--no-default-features", "--features"],
                 Some(format!("llvm-{LLVM}")),
             )?,
-            Missing::CargoDeny => cargo_install(&["cargo-deny", "--version", CARGO_DENY], None)?,
+            Missing::CargoDeny => {
+                cargo_install(&cargo_deny_name(), &["cargo-deny", "--version", CARGO_DENY], None)?
+            }
             Missing::CoreSource | Missing::Program { .. } => (),
         }
     }
@@ -187,18 +194,18 @@ fn candidate(policy: &str) -> Option<&str> {
     policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "))
 }
 
-fn cargo_install(what: &[&str], feature: Option<String>) -> Result<()> {
-    let tools = workspace::tools_dir();
-    std::fs::create_dir_all(&tools).with_context(|| format!("could not create {}", tools.display()))?;
+fn cargo_install(name: &str, what: &[&str], feature: Option<String>) -> Result<()> {
+    let folder = workspace::tool_dir(name);
+    std::fs::create_dir_all(&folder).with_context(|| format!("could not create {}", folder.display()))?;
     let mut command = cmd::cargo();
     command
         .arg("install")
         .args(what)
         .args(feature)
         .args(["--locked", "--root"])
-        .arg(&tools)
+        .arg(&folder)
         // Away from the workspace: its settings are not the tool's.
-        .current_dir(&tools)
+        .current_dir(&folder)
         .env("LLVM_PREFIX", llvm_prefix());
     cmd::run(&mut command)
 }

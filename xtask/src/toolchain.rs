@@ -179,10 +179,15 @@ fn candidates() -> Vec<PathBuf> {
 }
 
 impl Linker {
+    /// What `setup` compiles, with its version and what it is compiled against.
+    pub(crate) fn name() -> String {
+        format!("bpf-linker-{BPF_LINKER}-llvm{LLVM}")
+    }
+
     /// bpf-linker as `setup` installed it, else from PATH; `EBPF_LINKER` overrides.
     pub(crate) fn find() -> Option<Self> {
         let asked = std::env::var_os("EBPF_LINKER").map(PathBuf::from);
-        let path = asked.or_else(|| cmd::find("bpf-linker", &[workspace::tools_bin()]))?;
+        let path = asked.or_else(|| cmd::find("bpf-linker", &workspace::tool_places(&Self::name())))?;
         let version = tool_version(&path, &["--version"])?;
         let llvm = std::fs::read(&path).ok().and_then(|elf| shared_llvm(&elf));
         at_least(&version, BPF_LINKER).then_some(Self { path, version, llvm })

@@ -24,15 +24,17 @@ pub(crate) fn bpf_object() -> PathBuf {
     bpf_dir().join("proxy-ebpf")
 }
 
-/// Tools that `setup` compiles. Inside `target`: nothing outside the checkout changes, a CI cache of `target`
-/// holds them too, and `cargo clean` is a full undo.
-pub(crate) fn tools_dir() -> PathBuf {
-    root().join("target/tools")
+/// The folder of a tool that `setup` compiles, by its name and version: in the user's cache, so that all checkouts share it
+/// and none disturbs another that wants another version. Without a home, in `target`.
+pub(crate) fn tool_dir(tool: &str) -> PathBuf {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")));
+    cache.map_or_else(|| root().join("target/tools"), |cache| cache.join("ebpf-proxy/tools")).join(tool)
 }
 
-/// Where `cargo install --root` put the tools' executables.
-pub(crate) fn tools_bin() -> PathBuf {
-    tools_dir().join("bin")
+/// Where the executable of such a tool may be besides PATH; the second place is that of earlier versions of `setup`.
+pub(crate) fn tool_places(tool: &str) -> [PathBuf; 2] {
+    [tool_dir(tool).join("bin"), root().join("target/tools/bin")]
 }
 
 /// The files below a folder whose names end so, in order, without what is built.
