@@ -3,9 +3,10 @@
 use std::io;
 use std::path::Path;
 
-use agent_source::manifest;
+use agent_kernel::datapath::store::pin::BpfRoot;
+use agent_source::manifests::manifest;
 use clap::Parser;
-use proxy_agent::config::{Config, ConfigErrors, DEFAULT_BPF_ROOT, Host, RunArgs};
+use proxy_agent::config::{Config, ConfigErrors, Host, RunArgs};
 
 /// A file of a manifest directory, as YAML and as JSON. Returns how many objects and how many faults were in it.
 ///
@@ -67,7 +68,7 @@ fn read(text: &str) -> Result<Config, ConfigErrors> {
     }
     let line = ["run", "--config", FILE, "--manifests", "/etc/manifests"];
     let args = Line::try_parse_from(line).expect("flags that there are").run;
-    Config::new(&args, Path::new(DEFAULT_BPF_ROOT), &MadeUp(text))
+    Config::new(&args, Path::new(BpfRoot::DEFAULT), &MadeUp(text))
 }
 
 /// A host with one file.

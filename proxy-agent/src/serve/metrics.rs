@@ -2,7 +2,6 @@
 //!
 //! What others know is asked for at each scrape ([`Snapshot`]); what only passes by is kept here.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,21 +16,16 @@ use jiff::Timestamp;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::registry::Registry;
-use proxy_common::abi::Reason;
 use tokio::sync::Mutex;
 
 use super::exposition;
 use super::health::Health;
-use super::http::Counts;
 use super::page::{Page, of_agent, of_component, of_kube_proxy};
 use super::pages::{Pages, Slis};
 use super::process::Process;
 use super::repairs::Repairs;
 use super::snapshot::Snapshot;
 use super::syncs::Syncs;
-use agent_core::model::NoLocalByFamily;
-use agent_kernel::datapath::pinned::MapFill;
-use agent_kernel::datapath::tables::growth::Standing;
 use agent_source::api::Requests;
 use agent_source::blocking::run_blocking;
 
@@ -180,7 +174,14 @@ pub(super) mod tests {
     use std::time::Duration;
 
     use super::super::health::SystemClock;
-    use agent_core::model::Family;
+    use std::collections::BTreeMap;
+
+    use agent_core::model::{Family, NoLocalByFamily};
+    use agent_kernel::datapath::pinned::MapFill;
+    use agent_kernel::datapath::tables::growth::Standing;
+    use proxy_common::abi::Reason;
+
+    use super::super::http::Counts;
 
     use super::*;
     use agent_core::model::NoLocal;

@@ -26,6 +26,7 @@ pub use health::Health;
 pub use http::{Connections, Limits};
 pub use metrics::Metrics;
 pub use service_health::ServiceHealth;
+pub use snapshot::Snapshot;
 
 /// How long to wait before an address is tried again (H-12, H-28).
 const BIND_EVERY: Duration = Duration::from_secs(5);

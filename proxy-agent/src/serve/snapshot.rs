@@ -1,34 +1,11 @@
 //! What the run loop and the tables know at one moment, for a scrape.
 
-use super::exposition;
-use super::health::Health;
 use super::http::Counts;
-use super::page::{Page, of_agent, of_component, of_kube_proxy};
-use super::pages::{Pages, Slis};
-use super::process::Process;
-use super::repairs::Repairs;
-use super::syncs::Syncs;
 use agent_core::model::NoLocalByFamily;
 use agent_kernel::datapath::pinned::MapFill;
 use agent_kernel::datapath::tables::growth::Standing;
-use agent_source::api::Requests;
-use agent_source::blocking::run_blocking;
-use axum::Router;
-use axum::extract::RawQuery;
-use axum::http::header::{CONTENT_TYPE, HeaderName, X_CONTENT_TYPE_OPTIONS};
-use axum::http::{HeaderMap, StatusCode};
-use axum::response::{IntoResponse, Response};
-use axum::routing::any;
-use jiff::Timestamp;
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::DescriptorEncoder;
-use prometheus_client::registry::Registry;
 use proxy_common::abi::Reason;
 use std::collections::BTreeMap;
-use std::fmt;
-use std::sync::Arc;
-use std::time::Instant;
-use tokio::sync::Mutex;
 
 /// What the run loop and the tables know at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]

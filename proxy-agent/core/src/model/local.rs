@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use proxy_common::abi::{FrontendKey, frontend};
 use proxy_common::addr::Proto;
 
-use super::tables::is_global;
+use super::node::is_global;
 use super::{Link, Node, Slice};
 
 /// Who uses an address already.

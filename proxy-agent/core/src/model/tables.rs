@@ -9,6 +9,7 @@ use proxy_common::abi::{Config, Iface, PortRange, Range, RouteKey, SERVICE_RANGE
 use proxy_common::addr::Addr;
 
 use super::conflicts::Owners;
+use super::node::is_global;
 use super::{
     DetectLocal, Family, Link, Node, NodePortAddresses, NodeTables, Route, Settings, SocketLb, masquerade,
     ports, uplinks,

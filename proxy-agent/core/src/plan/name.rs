@@ -1,15 +1,8 @@
 //! A Service port by its name: for people, and in SERVICES.
 
-use super::batch::{Batch, Released};
-use super::capacity::Capacity;
-use super::compile::Refusal;
-use super::mirror::Mirror;
-use super::pool::{GRACE_MS, IdPool, RunPool};
-use super::{Actual, Plan};
-use crate::model::{Desired, DesiredService, Family, NodeTables, ServicePort};
-use proxy_common::abi::TEXT_LEN;
-use proxy_common::abi::{Run, ServiceName, text};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use proxy_common::abi::{ServiceName, TEXT_LEN, text};
+
+use crate::model::{Family, ServicePort};
 
 /// `Service default/web port http (TCP, IPv4)`.
 pub(super) fn describe(port: &ServicePort) -> String {

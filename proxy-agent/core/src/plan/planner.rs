@@ -2,8 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use proxy_common::abi::TEXT_LEN;
-use proxy_common::abi::{Run, ServiceName, text};
+use proxy_common::abi::Run;
 
 use super::batch::{Batch, Released};
 use super::capacity::{Capacity, Refusal};
@@ -11,7 +10,7 @@ use super::mirror::Mirror;
 use super::name::{describe, service_name};
 use super::pool::{GRACE_MS, IdPool, RunPool};
 use super::{Actual, Plan};
-use crate::model::{Desired, DesiredService, Family, NodeTables, ServicePort};
+use crate::model::{Desired, DesiredService, NodeTables, ServicePort};
 
 /// What is in the tables, what is free in them, and what did not fit.
 ///

@@ -17,7 +17,7 @@ const MAX_YAML_BYTES: usize = 64 << 20;
 
 /// An object's kind and name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Id {
+pub enum Id {
     Service(ObjectName),
     Slice(ObjectName),
     Endpoints(ObjectName),
@@ -40,7 +40,7 @@ impl std::fmt::Display for Id {
 
 /// A converted object.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Content {
+pub enum Content {
     /// `None`: it is not to be proxied.
     Service(Option<Service>),
     /// `None`: it belongs to no Service.
@@ -53,32 +53,32 @@ pub(super) enum Content {
 
 /// An object of a kind that is used.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Object {
-    pub(super) id: Id,
-    pub(super) content: Content,
+pub struct Object {
+    pub id: Id,
+    pub content: Content,
     /// About the parts that cannot be used.
-    pub(super) warnings: Vec<String>,
+    pub warnings: Vec<String>,
 }
 
 /// A part of a file that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Fault {
+pub struct Fault {
     /// Line in the file, from 1.
-    pub(super) line: u64,
+    pub line: u64,
     /// The object, if its name can be read: its previous version stays in use.
-    pub(super) id: Option<Id>,
-    pub(super) text: String,
+    pub id: Option<Id>,
+    pub text: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Manifest {
+pub struct Manifest {
     /// Objects of the kinds that are used, in order.
-    pub(super) objects: Vec<Object>,
-    pub(super) faults: Vec<Fault>,
+    pub objects: Vec<Object>,
+    pub faults: Vec<Fault>,
 }
 
 /// Parses a file. `Err` if it is not YAML or JSON at all: then nothing of it is used.
-pub(super) fn read(text: &str, json: bool, node_name: &str) -> Result<Manifest, Fault> {
+pub fn read(text: &str, json: bool, node_name: &str) -> Result<Manifest, Fault> {
     let documents = if json { json_documents(text)? } else { yaml_documents(text)? };
     let mut manifest = Manifest::default();
     for (line, document) in documents {

@@ -4,7 +4,7 @@
 //! object in two files is taken from the first by name, and from the other when that one is removed.
 
 mod file;
-mod manifest;
+pub mod manifest;
 mod store;
 
 use std::fs;

@@ -6,6 +6,7 @@ use agent_kernel::netlink::conntrack::{self, Connection};
 use agent_kernel::netlink::is_absent;
 use anyhow::{Context, Result};
 use proxy_common::abi::FlowId;
+use proxy_common::abi::Tuple;
 use std::collections::BTreeMap;
 use std::io;
 

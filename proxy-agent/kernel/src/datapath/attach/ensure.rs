@@ -3,21 +3,22 @@
 use super::grace::Expedited;
 use super::hooks::*;
 use super::loaded::Loaded;
-use super::look::{Kept, Round};
-use super::{AttachError, Attached, Direction, PinName, open_link};
+use super::{AttachError, Attached, PinName, open_link};
 use crate::datapath::store::pin::{PinId, pin_at, pin_id};
-use crate::sys::{self, LinkFacts, Target};
-use agent_core::model::Link;
-use aya_obj::generated::bpf_attach_type as Hook;
+use crate::sys::{self, LinkFacts};
 use nix::sys::resource::{Resource, getrlimit};
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+/// What bringing a link in line has come to.
+struct Brought {
+    done: Attached,
+    /// The link, unless it was held before.
+    link: Option<OwnedFd>,
+    pin: PinId,
+    runs: u32,
+}
 
 impl Loaded {
     /// One link: kept, updated, or made. After an error a link that there was is still there, unless the error is

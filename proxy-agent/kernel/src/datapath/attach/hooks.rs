@@ -9,21 +9,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aya_obj::generated::bpf_attach_type as Hook;
-use nix::sys::resource::{Resource, getrlimit};
 
-use super::grace::Expedited;
-use super::loaded::Loaded;
-use super::look::{Kept, Round};
-use super::{AttachError, Attached, Direction, PinName, open_link};
-use crate::datapath::store::pin::{PinId, pin_at, pin_id};
-use crate::sys::{self, LinkFacts, Target};
+use super::{AttachError, Attached, Direction, PinName};
+use crate::datapath::flow;
+use crate::datapath::store::pin::PinId;
+use crate::sys::{self, Target};
 use agent_core::model::Link;
+use proxy_common::abi::maps;
 
 /// Pause before a hook that has refused is tried again, the first time.
 const FIRST: Duration = Duration::from_millis(500);
@@ -49,7 +47,7 @@ impl Spot {
         }
     }
 
-    fn attach(&self, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    pub(super) fn attach(&self, program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         match self {
             Self::Cgroup { path, hook, .. } => {
                 let directory = fs::File::open(path)?;
@@ -94,19 +92,10 @@ pub(crate) struct Held {
     pub(crate) pin: PinId,
 }
 
-/// What bringing a link in line has come to.
-struct Brought {
-    done: Attached,
-    /// The link, unless it was held before.
-    link: Option<OwnedFd>,
-    pin: PinId,
-    runs: u32,
-}
-
 /// A hook that refuses its program.
 #[derive(Debug)]
-struct Refused {
-    line: String,
+pub(super) struct Refused {
+    pub(super) line: String,
     /// What it was to be attached to has just been removed; netlink will say so.
     passing: bool,
     again: Instant,
@@ -114,7 +103,7 @@ struct Refused {
 }
 
 impl Refused {
-    fn counts(&self) -> bool {
+    pub(super) fn counts(&self) -> bool {
         !self.passing || self.pause >= STRANGE
     }
 }
@@ -129,13 +118,13 @@ pub(crate) struct Hooks {
     pub(crate) interfaces: BTreeMap<u32, Link>,
     /// Interfaces whose filters this process has put in place.
     pub(crate) filters: BTreeSet<u32>,
-    refused: BTreeMap<Unit, Refused>,
+    pub(super) refused: BTreeMap<Unit, Refused>,
     /// Whether pins of an earlier agent have been looked through.
     pub(crate) adopted: bool,
     /// The same for marked cgroups.
     pub(crate) excluded_adopted: bool,
     /// Programs by id that were compared with ours since a batch began: many links have the same.
-    same: BTreeMap<(&'static str, u32), bool>,
+    pub(super) same: BTreeMap<(&'static str, u32), bool>,
     pub(crate) round: Option<Round>,
 }
 

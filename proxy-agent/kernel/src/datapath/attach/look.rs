@@ -1,11 +1,10 @@
 //! Looking at what is attached and pinned, one after the other, and restoring what is not as it was left.
 
-use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use proxy_common::abi::maps;
@@ -17,7 +16,7 @@ use super::loaded::Loaded;
 use super::{AttachError, Direction, PinName};
 use crate::datapath::flow;
 use crate::datapath::store::layout::Layout;
-use crate::datapath::store::pin::{PinId, pin_at, pin_id};
+use crate::datapath::store::pin::{pin_at, pin_id};
 use crate::sys;
 
 /// What a look has found amiss.
