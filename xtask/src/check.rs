@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{cmd, compile, conformance, invariants, setup, toolchain::Toolchain, workspace};
+use crate::{cmd, compile, conformance, invariants, pages, setup, toolchain::Toolchain, workspace};
 
 /// What to check.
 #[derive(clap::Args)]
@@ -22,6 +22,8 @@ enum Check {
     Format,
     /// What can be seen in the source text.
     Invariants,
+    /// What pages name exists.
+    Pages,
     /// `tests/conformance.md` is up to date.
     Conformance,
     /// Clippy has nothing to say.
@@ -63,6 +65,7 @@ impl Check {
         match self {
             Self::Format => format(),
             Self::Invariants => invariants::check(),
+            Self::Pages => pages::check(),
             Self::Conformance => conformance::check(),
             Self::Lints => lints(),
             Self::KernelLints => kernel_lints(),

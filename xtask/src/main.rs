@@ -17,6 +17,8 @@ mod image;
 mod invariants;
 mod kind;
 mod matrix;
+mod miri;
+mod pages;
 mod release;
 mod scenario;
 mod setup;
@@ -57,6 +59,8 @@ enum Command {
     Check(check::Args),
     /// Write `tests/conformance.md`: every rule with the tests that cite it, with links to `docs/service-semantics.md`.
     Conformance,
+    /// Run tests of proxy-common under Miri (needs a nightly toolchain with Miri).
+    Miri,
     /// Write a container image (OCI layout and docker archive in one tar file).
     Image(image::Args),
     /// Set the version, and build what a release consists of. `--dry-run` only looks whether it could.
@@ -88,6 +92,7 @@ fn run(command: Command) -> Result<()> {
         Command::Chaos(args) => scenario::run("chaos", &args),
         Command::Check(args) => check::run(&args),
         Command::Conformance => conformance::run(),
+        Command::Miri => miri::run(),
         Command::Image(args) => image::run(&args),
         Command::Release(args) => release::run(&args),
         Command::Kind(args) => kind::run(&args),

@@ -17,15 +17,13 @@ use self::{
     cited::Cited,
     rules::{Id, Rules, shown},
 };
-use crate::workspace;
+use crate::{pages, workspace};
 
 const RULES: &str = "docs/service-semantics.md";
 const TABLE: &str = "tests/conformance.md";
 const SCENARIOS: &str = "proxy-agent/tests/scenarios";
 /// Where code may cite rules.
 const CODE: [&str; 5] = ["proxy-agent", "proxy-common", "proxy-ebpf", "tests", "xtask/tests"];
-/// Where pages may, besides those beside the workspace's Cargo.toml.
-const PAGES: [&str; 3] = ["docs", "deploy", "tests"];
 
 /// `cargo xtask conformance`
 pub(crate) fn run() -> Result<()> {
@@ -69,11 +67,7 @@ impl Table {
         for file in workspace::files(&root.join(SCENARIOS), "txt")? {
             cited.scenario(file.strip_prefix(&root).unwrap_or(&file), &read(&file)?);
         }
-        let mut pages = workspace::files_beside(&root, "md")?;
-        for folder in PAGES {
-            pages.extend(workspace::files(&root.join(folder), "md")?);
-        }
-        for file in pages {
+        for file in pages::all(&root)? {
             cited.page(file.strip_prefix(&root).unwrap_or(&file), &read(&file)?);
         }
         let wrong = cited.wrong();
