@@ -8,3 +8,10 @@ pub mod blocking;
 pub mod convert;
 pub mod directory;
 pub mod manifests;
+
+use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher, Hash};
+
+/// A hash by which a change is noticed.
+fn hash(value: impl Hash) -> u64 {
+    BuildHasherDefault::<DefaultHasher>::new().hash_one(value)
+}

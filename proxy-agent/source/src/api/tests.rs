@@ -116,6 +116,10 @@ fn event(kind: &str, object: Value) -> Value {
     json!({"type": kind, "object": object})
 }
 
+fn added(name: &str, ip: &str, version: &str) -> Value {
+    event("ADDED", object(name, ip, version))
+}
+
 /// The bookmark that ends a streaming list.
 fn complete(version: &str) -> Value {
     let metadata = json!({"resourceVersion": version, "annotations": {"k8s.io/initial-events-end": "true"}});
@@ -192,8 +196,8 @@ impl Receiver {
 #[tokio::test]
 async fn a_streaming_list_is_followed_by_its_watch() {
     let (server, mut receiver) = Receiver::start(vec![Reply::Open(vec![
-        event("ADDED", object("a", "10.96.0.1", "1")),
-        event("ADDED", object("b", "10.96.0.2", "2")),
+        added("a", "10.96.0.1", "1"),
+        added("b", "10.96.0.2", "2"),
         complete("3"),
         event("MODIFIED", object("a", "10.96.0.3", "4")),
         event("DELETED", object("b", "10.96.0.2", "5")),
@@ -234,7 +238,7 @@ async fn ranges_of_cluster_ips_are_followed() {
 #[tokio::test]
 async fn a_server_without_service_cidrs_is_connected_all_the_same() {
     // Y-16: as if there were none.
-    let list = vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")];
+    let list = vec![added("a", "10.96.0.1", "1"), complete("3")];
     let (server, mut receiver) = Receiver::start_with(vec![Reply::Open(list)], false).await;
     receiver.until("the rest is in", |l| l.has(&[("a", "10.96.0.1")]) && l.synced.len() == 3).await;
     receiver.until("the server answers", |l| l.connected == [true]).await;
@@ -249,16 +253,12 @@ async fn a_server_without_service_cidrs_is_connected_all_the_same() {
 #[tokio::test]
 async fn objects_that_a_relist_lacks_are_removed() {
     let first = vec![
-        event("ADDED", object("a", "10.96.0.1", "1")),
-        event("ADDED", object("b", "10.96.0.2", "2")),
+        added("a", "10.96.0.1", "1"),
+        added("b", "10.96.0.2", "2"),
         complete("3"),
         event("ERROR", status(410, "Expired")),
     ];
-    let second = vec![
-        event("ADDED", object("b", "10.96.0.2", "2")),
-        event("ADDED", object("c", "10.96.0.3", "9")),
-        complete("10"),
-    ];
+    let second = vec![added("b", "10.96.0.2", "2"), added("c", "10.96.0.3", "9"), complete("10")];
     let (_server, mut receiver) = Receiver::start(vec![Reply::Open(first), Reply::Open(second)]).await;
     receiver.until("the second list is in", |l| l.has(&[("b", "10.96.0.2"), ("c", "10.96.0.3")])).await;
     assert_eq!(receiver.changes, 4, "only the difference is sent");
@@ -268,9 +268,9 @@ async fn objects_that_a_relist_lacks_are_removed() {
 #[tokio::test]
 async fn an_expired_version_leads_to_a_relist() {
     let (server, mut receiver) = Receiver::start(vec![
-        Reply::Closed(vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")]),
+        Reply::Closed(vec![added("a", "10.96.0.1", "1"), complete("3")]),
         Reply::Whole(410, status(410, "Expired")),
-        Reply::Open(vec![event("ADDED", object("b", "10.96.0.2", "7")), complete("8")]),
+        Reply::Open(vec![added("b", "10.96.0.2", "7"), complete("8")]),
     ])
     .await;
     receiver.until("the new list is in", |l| l.has(&[("b", "10.96.0.2")])).await;
@@ -288,7 +288,7 @@ async fn a_server_without_streaming_lists_is_listed_and_watched() {
     let (server, mut receiver) = Receiver::start(vec![
         Reply::Whole(422, status(422, "sendInitialEvents is forbidden for watch")),
         Reply::Whole(200, list),
-        Reply::Open(vec![event("ADDED", object("b", "10.96.0.2", "6"))]),
+        Reply::Open(vec![added("b", "10.96.0.2", "6")]),
     ])
     .await;
     receiver.until("list and watch are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
@@ -303,7 +303,7 @@ async fn an_object_that_cannot_be_decoded_gives_a_warning_and_stops_no_other() {
     bad["spec"]["ports"] = json!("many");
     let (_server, mut receiver) = Receiver::start(vec![Reply::Open(vec![
         event("ADDED", bad),
-        event("ADDED", object("good", "10.96.0.2", "2")),
+        added("good", "10.96.0.2", "2"),
         complete("3"),
         event("MODIFIED", object("bad", "10.96.0.1", "4")),
     ])])
@@ -318,7 +318,7 @@ async fn an_object_that_cannot_be_decoded_gives_a_warning_and_stops_no_other() {
 #[tokio::test]
 async fn after_an_error_the_watch_is_retried_and_known_objects_stay() {
     let (_server, mut receiver) = Receiver::start(vec![
-        Reply::Closed(vec![event("ADDED", object("a", "10.96.0.1", "1")), complete("3")]),
+        Reply::Closed(vec![added("a", "10.96.0.1", "1"), complete("3")]),
         Reply::Whole(403, status(403, "Forbidden")),
         Reply::Open(vec![event("MODIFIED", object("a", "10.96.0.2", "4"))]),
     ])
@@ -331,15 +331,15 @@ async fn after_an_error_the_watch_is_retried_and_known_objects_stay() {
 #[tokio::test]
 async fn a_truncated_list_is_repeated_and_removes_nothing() {
     let both = vec![
-        event("ADDED", object("a", "10.96.0.1", "1")),
-        event("ADDED", object("b", "10.96.0.2", "2")),
+        added("a", "10.96.0.1", "1"),
+        added("b", "10.96.0.2", "2"),
         complete("3"),
         event("ERROR", status(410, "Expired")),
     ];
     let (_server, mut receiver) = Receiver::start(vec![
         Reply::Open(both),
-        Reply::Closed(vec![event("ADDED", object("a", "10.96.0.9", "7"))]),
-        Reply::Open(vec![event("ADDED", object("a", "10.96.0.9", "7")), complete("8")]),
+        Reply::Closed(vec![added("a", "10.96.0.9", "7")]),
+        Reply::Open(vec![added("a", "10.96.0.9", "7"), complete("8")]),
     ])
     .await;
     receiver.until("both are in", |l| l.has(&[("a", "10.96.0.1"), ("b", "10.96.0.2")])).await;
@@ -358,17 +358,17 @@ async fn a_wrong_address_or_file_is_an_error_that_names_it() {
 #[tokio::test]
 async fn a_stale_relist_changes_nothing_before_it_is_accepted() {
     let first = vec![
-        event("ADDED", object("a", "10.96.0.1", "7")),
-        event("ADDED", object("b", "10.96.0.2", "8")),
+        added("a", "10.96.0.1", "7"),
+        added("b", "10.96.0.2", "8"),
         complete("9"),
         event("ERROR", status(410, "Expired")),
     ];
-    let old = || vec![event("ADDED", object("a", "10.96.0.9", "1")), complete("2")];
+    let old = || vec![added("a", "10.96.0.9", "1"), complete("2")];
     let (server, mut receiver) = Receiver::start(vec![
         Reply::Open(first),
         Reply::Open(old()),
         Reply::Open(old()),
-        Reply::Open(vec![event("ADDED", object("a", "10.96.0.4", "10")), complete("11")]),
+        Reply::Open(vec![added("a", "10.96.0.4", "10"), complete("11")]),
     ])
     .await;
     receiver

@@ -58,6 +58,16 @@ pub enum Error {
 
 /// Sends the objects of the manifests in `path`, and every change, until the receiver is dropped.
 pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -> Result<(), Error> {
+    run_polling(path, node_name, tx, POLL).await
+}
+
+/// The same with another time than [`POLL`].
+async fn run_polling(
+    path: PathBuf,
+    node_name: Arc<str>,
+    tx: mpsc::Sender<Change>,
+    poll: Duration,
+) -> Result<(), Error> {
     let (wake, mut woken) = mpsc::channel(1);
     let mut watch = Watch::start(&path, wake.clone())?;
     let mut store = ManifestStore::new(path.clone(), node_name);
@@ -87,7 +97,7 @@ pub async fn run(path: PathBuf, node_name: Arc<str>, tx: mpsc::Sender<Change>) -
             tokio::select! {
                 _ = woken.recv() => break,
                 () = tx.closed() => return Ok(()),
-                () = sleep(POLL) => {
+                () = sleep(poll) => {
                     if watch.is_stale(&path) {
                         // Watch before reading, so that no change is missed.
                         if let Ok(new) = Watch::start(&path, wake.clone()) {

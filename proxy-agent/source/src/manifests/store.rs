@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -126,9 +125,7 @@ impl ManifestStore {
             }
         };
         *remaining -= bytes.len() as u64;
-        let mut hasher = DefaultHasher::new();
-        bytes.hash(&mut hasher);
-        let hash = Some(hasher.finish());
+        let hash = Some(crate::hash(&bytes));
         if file.hash == hash {
             return;
         }

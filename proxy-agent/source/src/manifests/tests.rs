@@ -7,6 +7,8 @@ use super::*;
 use agent_core::model::Node;
 
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Instead of [`POLL`].
+const QUICK: Duration = Duration::from_millis(100);
 
 fn service(name: &str, ip: &str) -> String {
     format!(
@@ -338,7 +340,7 @@ struct Running {
 impl Running {
     async fn start(path: &Path) -> Self {
         let (tx, rx) = mpsc::channel(64);
-        tokio::spawn(run(path.to_owned(), "n1".into(), tx));
+        tokio::spawn(run_polling(path.to_owned(), "n1".into(), tx, QUICK));
         let mut running = Self { rx, received: Received::default() };
         running.until("it has synced", |received| received.synced.len() == 3).await;
         running

@@ -77,7 +77,7 @@ impl<B> LimitedBody<B> {
 
     /// Counts data and sets the deadline of the line.
     fn received(&mut self, data: &[u8]) {
-        let end_of_line = data.iter().rposition(|byte| *byte == b'\n').filter(|_| self.watch);
+        let end_of_line = self.watch.then(|| data.iter().rposition(|byte| *byte == b'\n')).flatten();
         self.size = match end_of_line {
             Some(at) => data.len() - at - 1,
             None => self.size + data.len(),

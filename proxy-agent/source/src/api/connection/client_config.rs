@@ -3,8 +3,6 @@
 //! All of it may change while the agent runs: certificates and tokens are rotated, mounted files are replaced by moving a
 //! link. So all files are read again every few seconds, and a change replaces the whole configuration.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -107,13 +105,13 @@ impl ClientConfig {
         servers: Arc<Servers>,
         reload: Arc<Notify>,
     ) {
-        let mut known = fingerprint(&self, &loaded);
+        let mut known = fingerprint(&loaded.files);
         loop {
             let unauthorized = tokio::select! {
                 () = tokio::time::sleep(POLL) => false,
                 () = reload.notified() => true,
             };
-            let now = fingerprint(&self, &loaded);
+            let now = fingerprint(&loaded.files);
             let due = loaded.plugin.as_ref().is_some_and(|plugin| plugin.is_due(unauthorized));
             if now == known && !due {
                 servers.set_problem(PROBLEM, None); // A file may have its old content again.
@@ -135,7 +133,7 @@ impl ClientConfig {
                     servers.set(Origin::Configured, &loaded.servers);
                     servers.set_problem(PROBLEM, None);
                     // A new kubeconfig may name other files.
-                    known = fingerprint(&self, &loaded);
+                    known = fingerprint(&loaded.files);
                     tracing::info!("the credentials for the API server have changed: reconnecting");
                 }
                 Err(error) => {
@@ -247,13 +245,9 @@ fn read_token(user: &mut AuthInfo) -> Result<(), Error> {
 }
 
 /// A hash over the content of all files; a missing file counts, too.
-fn fingerprint(account: &ClientConfig, loaded: &Loaded) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    account.kubeconfig.hash(&mut hasher);
-    for file in &loaded.files {
-        (file, std::fs::read(file).ok()).hash(&mut hasher);
-    }
-    hasher.finish()
+fn fingerprint(files: &[PathBuf]) -> u64 {
+    let contents: Vec<Option<Vec<u8>>> = files.iter().map(|file| std::fs::read(file).ok()).collect();
+    crate::hash((files, contents))
 }
 
 #[cfg(test)]

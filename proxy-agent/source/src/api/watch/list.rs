@@ -1,21 +1,19 @@
 //! Lists: streaming ones, paged ones, and those of one object that only show a resource version.
 
 use std::cmp::Ordering;
-use std::fmt::Debug;
 use std::hash::Hash;
 use std::time::Duration;
 
 use futures::StreamExt;
 use kube::Api;
 use kube::api::{ListParams, VersionMatch, WatchEvent};
-use serde::de::DeserializeOwned;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Events;
 use super::decoded::Decoded;
 use super::end_reason::{EndReason, ROLLBACK_AFTER};
 use super::progress::{ListVersion, Progress};
-use super::reflector::{Closed, Known, Listing, Reflector};
+use super::reflector::{Closed, Known, Listing, Reflector, Watched};
 use crate::api::connection::with_responder;
 
 /// A streaming list that pauses for this long is not supported by the server: it sent all objects and will never send
@@ -32,11 +30,7 @@ const PAGE_SIZE: u32 = 500;
 /// How long the server may take to send its resource version. Nothing is watched meanwhile.
 const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
-impl<K, T> Reflector<K, T>
-where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Hash + Send + 'static,
-{
+impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
     /// A streaming list: a watch that starts with all objects, and then a bookmark.
     pub(super) async fn streaming_list(
         &self,

@@ -16,7 +16,6 @@ mod recovery;
 mod reflector;
 mod stall;
 
-use std::fmt::Debug;
 use std::hash::Hash;
 use std::time::Duration;
 
@@ -24,14 +23,13 @@ use futures::StreamExt;
 use futures::stream::BoxStream;
 use kube::Api;
 use kube::api::{WatchEvent, WatchParams};
-use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until};
 
 use crate::api::connection::with_responder;
 use decoded::Decoded;
 use end_reason::{EndReason, PROVEN_AFTER};
 use progress::{ListVersion, Progress};
-use reflector::{Closed, Known};
+use reflector::{Closed, Known, Watched};
 use stall::idle_after;
 
 pub(super) use progress::Shared;
@@ -42,11 +40,7 @@ const CONNECTED_AFTER: Duration = Duration::from_secs(2);
 
 type Events<K> = BoxStream<'static, kube::Result<WatchEvent<Decoded<K>>>>;
 
-impl<K, T> Reflector<K, T>
-where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Hash + Send + 'static,
-{
+impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
     /// Runs until the receiver is dropped. `single` is a subset of these objects that is cheap to list: its resource version
     /// is compared when a watch is idle.
     pub(in crate::api) async fn run(

@@ -1,17 +1,15 @@
 //! What to do when a watch has ended: retry, back off, fail over, or relist.
 
-use std::fmt::Debug;
 use std::hash::Hash;
 use std::time::Duration;
 
 use futures::FutureExt;
 use kube::core::Status;
-use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep};
 
 use super::end_reason::{EndReason, PROVEN_AFTER};
 use super::progress::{ListVersion, Progress, Shared};
-use super::reflector::{Closed, Reflector};
+use super::reflector::{Closed, Reflector, Watched};
 use crate::api::backoff::between;
 
 /// Pause before a failover.
@@ -26,11 +24,7 @@ const REJECTIONS_PER_FAILOVER: u32 = 8;
 /// How long to wait before asking again for a kind that the server does not serve.
 const UNAVAILABLE_PAUSE: Duration = Duration::from_secs(300);
 
-impl<K, T> Reflector<K, T>
-where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Hash + Send + 'static,
-{
+impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
     /// Decides what to do after the end of a watch, and waits before the next attempt.
     pub(super) async fn recover(
         &self,

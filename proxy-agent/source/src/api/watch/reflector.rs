@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::hash::Hash;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use super::decoded::Decoded;
-use crate::convert;
+use crate::{convert, hash};
 use agent_core::model::{Change, Kind, ObjectName};
 
 /// The receiver of changes has been dropped.
@@ -61,6 +61,17 @@ impl Output {
 
 /// Called with each object before it is converted.
 pub(in crate::api) type Observer<K> = Box<dyn Fn(&K) + Send + Sync>;
+
+/// A kind of object that can be listed and watched.
+pub(in crate::api) trait Watched:
+    kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+{
+}
+
+impl<K> Watched for K where
+    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
+{
+}
 
 /// One kind of object, from the API server to changes.
 pub(in crate::api) struct Reflector<K, T> {
@@ -113,11 +124,7 @@ impl<T> Listing<T> {
     }
 }
 
-impl<K, T> Reflector<K, T>
-where
-    K: kube::Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
-    T: Hash + Send + 'static,
-{
+impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
     /// An object of a list.
     pub(super) async fn init_apply(
         &self,
@@ -172,7 +179,7 @@ where
                 }
                 let trigger_time = (self.trigger_time)(object);
                 let (object, warnings) = (self.convert)(object);
-                let fingerprint = object.as_ref().map(fingerprint);
+                let fingerprint = object.as_ref().map(hash);
                 Update { name, object, fingerprint, trigger_time, warnings }
             }
             // What was known stays in use, as with every object that becomes unreadable.
@@ -222,10 +229,4 @@ where
         };
         self.output.send(Change::Warnings { object, lines }).await
     }
-}
-
-fn fingerprint<T: Hash>(object: &T) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    object.hash(&mut hasher);
-    hasher.finish()
 }
