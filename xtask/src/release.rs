@@ -58,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for Edit { file, text } in &edits {
         fs::write(root.join(file), text).with_context(|| format!("could not write {file}"))?;
     }
-    build(&root, &folder, &version)?;
+    gather(&root, &root.join(&folder), &version, &build::static_agent()?)?;
     println!("\nin {}; look at it, then:", folder.display());
     if !edits.is_empty() {
         println!("  git commit --all --message 'release {version}'");
@@ -160,25 +160,23 @@ fn toml(root: &Path, file: &str) -> Result<DocumentMut> {
 /// The list of checksums, as `sha256sum --check` reads it.
 const SUMS: &str = "SHA256SUMS";
 
-/// Builds and gathers what users fetch.
-fn build(root: &Path, folder: &Path, version: &Version) -> Result<()> {
-    let folder = root.join(folder);
+/// Gathers what users fetch, round a static agent.
+fn gather(root: &Path, folder: &Path, version: &Version, agent: &Path) -> Result<()> {
     if folder.exists() {
-        fs::remove_dir_all(&folder).with_context(|| format!("could not empty {}", folder.display()))?;
+        fs::remove_dir_all(folder).with_context(|| format!("could not empty {}", folder.display()))?;
     }
-    fs::create_dir_all(&folder).with_context(|| format!("could not make {}", folder.display()))?;
-    let agent = build::static_agent()?;
-    let architecture = image::architecture(&fs::read(&agent)?)?;
+    fs::create_dir_all(folder).with_context(|| format!("could not make {}", folder.display()))?;
+    let architecture = image::architecture(&fs::read(agent)?)?;
     let name = format!("proxy-agent-{version}-linux-{architecture}");
-    image::write(Some(&agent), &folder.join(format!("{name}.image.tar")))?;
-    fs::copy(&agent, folder.join(&name)).with_context(|| format!("could not copy {}", agent.display()))?;
+    image::write(Some(agent), &folder.join(format!("{name}.image.tar")))?;
+    fs::copy(agent, folder.join(&name)).with_context(|| format!("could not copy {}", agent.display()))?;
     for file in DEPLOY.map(Path::new) {
         let name = file.file_name().context("a file without a name")?;
-        fs::copy(root.join(file), folder.join(name))
-            .with_context(|| format!("could not copy {}", file.display()))?;
+        let copied = fs::copy(root.join(file), folder.join(name));
+        copied.with_context(|| format!("could not copy {}", file.display()))?;
     }
     fs::write(folder.join("NOTES.md"), notes(&read(root, CHANGELOG)?, version)?)?;
-    let sums = sums(&folder)?;
+    let sums = sums(folder)?;
     print!("{sums}");
     fs::write(folder.join(SUMS), sums).with_context(|| format!("could not write {SUMS}"))
 }
@@ -233,6 +231,32 @@ mod tests {
                 assert_eq!(was.replace(&before.to_string(), &after.to_string()), is, "{file}");
             }
         }
+    }
+
+    #[test]
+    fn what_users_fetch_is_gathered_with_its_checksums() {
+        let place = tempfile::tempdir().unwrap();
+        let (source, agent) = (place.path().join("agent.rs"), place.path().join("agent"));
+        fs::write(&source, "fn main() { println!(\"agent\"); }").unwrap();
+        let flags = ["-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-o"];
+        cmd::output(cmd::with("rustc", flags).args([&agent, &source])).unwrap();
+        for file in DEPLOY {
+            fs::create_dir_all(place.path().join(file).parent().unwrap()).unwrap();
+            fs::copy(workspace::root().join(file), place.path().join(file)).unwrap();
+        }
+        fs::write(place.path().join(CHANGELOG), CHANGES).unwrap();
+        let folder = place.path().join("release");
+        gather(place.path(), &folder, &version("0.2.0"), &agent).unwrap();
+        let files = workspace::entries(&folder).unwrap();
+        let names: Vec<_> = files.iter().map(|file| file.file_name().unwrap().to_str().unwrap()).collect();
+        let architecture = image::architecture(&fs::read(&agent).unwrap()).unwrap();
+        let (program, image) = (
+            format!("proxy-agent-0.2.0-linux-{architecture}"),
+            format!("proxy-agent-0.2.0-linux-{architecture}.image.tar"),
+        );
+        let manifests = ["daemonset-restricted.yaml", "daemonset.yaml", "kubeadm.yaml"];
+        assert_eq!(names, [&["NOTES.md", SUMS][..], &manifests, &[&program, &image]].concat());
+        cmd::output(cmd::with("sha256sum", ["--check", "--strict", SUMS]).current_dir(&folder)).unwrap();
     }
 
     #[test]
