@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -67,16 +67,20 @@ impl TestCluster {
         netns.ip(&batch)?;
         self.nodes.push(Node { name: node.into(), pods: 0 });
         let cgroup = self.cgroups.cgroup(Path::new(node).join("host"))?;
-        let place = Place {
-            name: node.into(),
-            node: Some(node.into()),
-            netns: Arc::new(netns),
-            cgroup,
-            v4,
-            v6,
-            host_interface: None,
-        };
-        self.insert(place).map(drop)
+        self.insert_machine(node, Some(node), netns, cgroup, (v4, v6))
+    }
+
+    /// A place with a network of its own on the underlay.
+    fn insert_machine(
+        &mut self,
+        name: &str,
+        node: Option<&str>,
+        netns: Netns,
+        cgroup: PathBuf,
+        (v4, v6): (Ipv4Addr, Ipv6Addr),
+    ) -> Result<()> {
+        let (node, netns) = (node.map(Into::into), Arc::new(netns));
+        self.insert(Place { name: name.into(), node, netns, cgroup, v4, v6, host_interface: None }).map(drop)
     }
 
     /// The MTU of pods' links: what an overlay adds must fit into the underlay's.
@@ -142,16 +146,7 @@ impl TestCluster {
             netns.ip(&format!("route add default via {}\nroute add default via {}\n", node.v4, node.v6))?;
         }
         let cgroup = self.cgroups.cgroup(Path::new("outside").join(client))?;
-        let place = Place {
-            name: client.into(),
-            node: None,
-            netns: Arc::new(netns),
-            cgroup,
-            v4,
-            v6,
-            host_interface: None,
-        };
-        self.insert(place).map(drop)
+        self.insert_machine(client, None, netns, cgroup, (v4, v6))
     }
 
     /// The node's and the pod's half of a routed pod's wiring.

@@ -1,21 +1,21 @@
 //! An API server whose watches begin and say nothing, beside others and alone, and one that has nothing to say (Y-5).
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use proxy_tests::agent::{Agent, Feed};
+use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::{ApiServer, Fault};
 use proxy_tests::manifests::node;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{eventually, get};
 use proxy_tests::test_cluster::TestCluster;
 
-use crate::api_server::{connected, server};
-use crate::common::web;
+use crate::api_scene::ApiScene;
+use crate::api_server::connected;
 use crate::health::http;
-use crate::life::{FLAGS, answers, one_node, quick, servers, service, warns};
+use crate::life::{answers, quick, warns};
 
 /// A watch of 15 s says nothing, then one of as long, which the server may end 3 s late.
 const NOTICED: Duration = Duration::from_secs(33);
@@ -23,15 +23,6 @@ const NOTICED: Duration = Duration::from_secs(33);
 const FOLLOWED: Duration = Duration::from_secs(7);
 /// How the warning begins.
 const WITHHELD: [&str; 2] = ["API server", "EndpointSlices: its watches are stalled"];
-
-/// A cluster with endpoints, and two of its API servers.
-fn scene() -> Result<(TestCluster, [ApiServer; 2])> {
-    let cluster = one_node(&["a", "b", "c"])?;
-    let first = server(&cluster)?;
-    let at = SocketAddr::from((Ipv4Addr::LOCALHOST, 6444));
-    let second = first.beside(cluster.place("node1").netns.listen(at)?)?;
-    Ok((cluster, [first, second]))
-}
 
 /// Lists among requests, in both forms; what asks for one object to learn a version is none. ServiceCIDRs, which nobody waits for,
 /// may still be on their way.
@@ -62,21 +53,17 @@ fn is_followed(agent: &Agent, pod: &Place, vip: SocketAddr) -> Result<()> {
 
 #[test]
 fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() -> Result<()> {
-    let (cluster, [first, second]) = scene()?;
-    let _servers = servers(&cluster, &["b", "c"])?;
-    let mut controller = web(&first, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-    let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
-    let (pod, vip) = (cluster.place("a"), service(1)[0]);
-    answers(pod, vip, "b")?;
-    connected(&agent, true)?;
+    let scene = ApiScene::raise()?;
+    let (cluster, first, second) = (&scene.cluster, &scene.server, scene.beside(6444)?);
+    let (mut controller, agent) = (scene.web()?, scene.agent(scene.urls(&second))?);
+    let (pod, vip) = (scene.pod(), scene.vip());
     let begun = Instant::now();
     first.fail(Fault::Silent);
     controller.replace(&[cluster.place("c")])?;
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: another server is followed after {:?}", begun.elapsed());
     warns(&agent, &[&first.url(), WITHHELD[1]], true)?;
-    ensure!(counted(&cluster, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 1);
+    ensure!(counted(cluster, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 1);
     ensure!(lists(&second) == 0, "watches go on from their version: {:#?}", second.requests());
     ensure!(!first.is_watched() && second.is_watched());
     connected(&agent, true)
@@ -84,14 +71,10 @@ fn a_server_that_withholds_what_it_knows_is_left_for_another_without_a_list() ->
 
 #[test]
 fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_speaks() -> Result<()> {
-    let (cluster, [server, _]) = scene()?;
-    let _servers = servers(&cluster, &["b", "c"])?;
-    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
-    let (pod, vip) = (cluster.place("a"), service(1)[0]);
-    answers(pod, vip, "b")?;
-    connected(&agent, true)?;
-    let (begun, asked, listed) = (Instant::now(), server.requests().len(), lists(&server));
+    let scene = ApiScene::raise()?;
+    let (mut controller, agent) = (scene.web()?, scene.agent(&scene.server)?);
+    let (cluster, server, pod, vip) = (&scene.cluster, &scene.server, scene.pod(), scene.vip());
+    let (begun, asked, listed) = (Instant::now(), server.requests().len(), lists(server));
     server.fail(Fault::Silent);
     controller.replace(&[cluster.place("c")])?;
     is_followed(&agent, pod, vip)?;
@@ -100,7 +83,7 @@ fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_spea
     // A watch that is only accepted is not taken for one that works.
     sleep(Duration::from_secs(4));
     warns(&agent, &WITHHELD, true)?;
-    ensure!(lists(&server) == listed + 1, "{:#?}", server.requests());
+    ensure!(lists(server) == listed + 1, "{:#?}", server.requests());
     let asked = server.requests().len() - asked;
     ensure!(asked <= 40, "{asked} requests in {:?}", begun.elapsed());
     server.fail(Fault::None);
@@ -112,20 +95,15 @@ fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_spea
 /// Nothing of what an agent watches changes, but other things do all the time: no server is left, and none is asked for
 /// lists again. Bookmarks come as from the real server: before the end of a watch, if there is progress at all.
 fn quiet(progress: bool) -> Result<()> {
-    let (cluster, both) = scene()?;
-    for server in &both {
+    let scene = ApiScene::raise()?;
+    let (first, second) = (&scene.server, &scene.beside(6444)?);
+    for server in [first, second] {
         server.bookmark_every(Duration::from_secs(3600));
         if !progress {
             server.without_progress();
         }
     }
-    let [first, second] = &both;
-    let _servers = servers(&cluster, &["b"])?;
-    let _controller = web(first, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-    let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
-    answers(cluster.place("a"), service(1)[0], "b")?;
-    connected(&agent, true)?;
+    let (_controller, agent) = (scene.web()?, scene.agent(scene.urls(second))?);
     let (begun, listed) = (Instant::now(), lists(first));
     while begun.elapsed() < NOTICED + FOLLOWED {
         first.put(&node("other", &[], &[], &[]));
@@ -138,7 +116,7 @@ fn quiet(progress: bool) -> Result<()> {
     ensure!((3..=9).contains(&asked.len()), "{asked:#?}");
     ensure!(second.requests().is_empty(), "{}", agent.log_text());
     ensure!(lists(first) == listed, "{:#?}", first.requests());
-    ensure!(counted(&cluster, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 0);
+    ensure!(counted(&scene.cluster, "proxy_agent_watches_ended_total{", "reason=\"stalled\"")? == 0);
     warns(&agent, &["API server"], false)
 }
 

@@ -13,11 +13,11 @@ use proxy_tests::manifests::EndpointController;
 use proxy_tests::probe::{eventually, get};
 use proxy_tests::test_cluster::TestCluster;
 
+use crate::api_scene::ApiScene;
 use crate::api_server::{connected, server};
 use crate::api_way::kubeconfig;
-use crate::common::web;
 use crate::health::http;
-use crate::life::{FLAGS, answers, one_node, quick, servers, service, status_until, warns};
+use crate::life::{FLAGS, answers, one_node, quick, service, status_until, warns};
 
 /// How long a fault lasts here.
 const LASTS: Duration = Duration::from_secs(12);
@@ -96,15 +96,11 @@ impl Trouble<'_> {
 
 /// Plays some faults one after the other.
 fn faults(faults: &[(Fault, &[&str])]) -> Result<()> {
-    let cluster = one_node(&["a", "b", "c"])?;
-    let server = server(&cluster)?;
-    let _servers = servers(&cluster, &["b", "c"])?;
-    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
-    answers(cluster.place("a"), service(1)[0], "b")?;
-    connected(&agent, true)?;
+    let scene = ApiScene::raise()?;
+    let mut controller = scene.web()?;
+    let agent = scene.agent(&scene.server)?;
     for (fault, words) in faults {
-        let trouble = Trouble { cluster: &cluster, server: &server, agent: &agent };
+        let trouble = Trouble { cluster: &scene.cluster, server: &scene.server, agent: &agent };
         let played = trouble.play(*fault, words, &mut controller);
         played.with_context(|| agent.log_text()).with_context(|| format!("{fault:?}"))?;
     }
@@ -140,34 +136,26 @@ fn a_server_that_shows_the_past_or_wants_to_be_left_alone_is_followed_when_it_is
 
 #[test]
 fn a_watch_that_has_gone_deaf_is_begun_anew() -> Result<()> {
-    let cluster = one_node(&["a", "b", "c"])?;
-    let server = server(&cluster)?;
-    let _servers = servers(&cluster, &["b", "c"])?;
-    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
-    answers(cluster.place("a"), service(1)[0], "b")?;
-    connected(&agent, true)?;
-    server.deafen();
+    let scene = ApiScene::raise()?;
+    let mut controller = scene.web()?;
+    let agent = scene.agent(&scene.server)?;
+    scene.server.deafen();
     let begun = Instant::now();
-    controller.replace(&[cluster.place("c")])?;
+    controller.replace(&[scene.cluster.place("c")])?;
     // Watches of endpoints are proved to work every 10 to 15 seconds.
-    answers(cluster.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
+    answers(scene.pod(), scene.vip(), "c").with_context(|| agent.log_text())?;
     eprintln!("deaf: served after {:?}", begun.elapsed());
     Ok(())
 }
 
 #[test]
 fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() -> Result<()> {
-    let cluster = one_node(&["a", "b", "c"])?;
-    let server = server(&cluster)?;
-    let _servers = servers(&cluster, &["b", "c"])?;
-    let mut controller = web(&server, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
-    answers(cluster.place("a"), service(1)[0], "b")?;
-    connected(&agent, true)?;
-    let (begun, asked) = (Instant::now(), server.requests().len());
-    server.fail(Fault::Hang);
-    controller.replace(&[cluster.place("c")])?;
+    let scene = ApiScene::raise()?;
+    let mut controller = scene.web()?;
+    let agent = scene.agent(&scene.server)?;
+    let (begun, asked) = (Instant::now(), scene.server.requests().len());
+    scene.server.fail(Fault::Hang);
+    controller.replace(&[scene.cluster.place("c")])?;
     // Silence of 3 to 4 seconds, 5 for an answer.
     eventually(Duration::from_secs(10), || {
         let status = agent.status_json()?;
@@ -178,12 +166,12 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
     warns(&agent, &["API server", "no answer within"], true)?;
     sleep(LASTS);
     // While nobody answers one request at a time is made.
-    let asked = server.requests().len() - asked;
+    let asked = scene.server.requests().len() - asked;
     eprintln!("hang: {asked} requests");
     ensure!(asked <= 8, "{asked} requests");
-    answers(cluster.place("a"), service(1)[0], "b")?;
-    server.fail(Fault::None);
-    answers(cluster.place("a"), service(1)[0], "c").with_context(|| agent.log_text())?;
+    answers(scene.pod(), scene.vip(), "b")?;
+    scene.server.fail(Fault::None);
+    answers(scene.pod(), scene.vip(), "c").with_context(|| agent.log_text())?;
     connected(&agent, true)?;
     status_until(&agent, "no warning", |status| !status["object_warnings"].to_string().contains("API server"))
         .map(drop)

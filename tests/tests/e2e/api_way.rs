@@ -15,6 +15,7 @@ use proxy_tests::probe::eventually;
 use proxy_tests::test_cluster::TestCluster;
 
 use crate::account::in_pod;
+use crate::api_scene::ApiScene;
 use crate::api_server::{connected, server};
 use crate::common::web;
 use crate::life::{FLAGS, SOON, answers, one_node, servers, service, warns};
@@ -33,16 +34,10 @@ fn beside(server: &ApiServer, cluster: &TestCluster, port: u16) -> Result<ApiSer
 
 #[test]
 fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
-    let cluster = one_node(&["a", "b", "c"])?;
-    let first = server(&cluster)?;
-    let second = beside(&first, &cluster, 6444)?;
-    let _servers = servers(&cluster, &["b", "c"])?;
-    let mut controller = web(&first, &cluster, "web", 1, &["b"], |plan| plan)?;
-    let urls = Feed::ApiServer(format!("{},{}", first.url(), second.url()));
-    let agent = Agent::start(&cluster, "node1", urls, &FLAGS)?;
-    let (pod, vip) = (cluster.place("a"), service(1)[0]);
-    answers(pod, vip, "b")?;
-    connected(&agent, true)?;
+    let scene = ApiScene::raise()?;
+    let (cluster, first, second) = (&scene.cluster, &scene.server, scene.beside(6444)?);
+    let (mut controller, agent) = (scene.web()?, scene.agent(scene.urls(&second))?);
+    let (pod, vip) = (scene.pod(), scene.vip());
     ensure!(second.requests().is_empty(), "the first one works");
     // Each fault in turn of whichever is in use.
     let mut home = "b";
@@ -54,7 +49,7 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
             used.cut();
         }
         controller.replace(&[cluster.place(home)])?;
-        eventually(Duration::from_secs(limit), || answers_now(&cluster, vip, home))
+        eventually(Duration::from_secs(limit), || answers_now(cluster, vip, home))
             .with_context(|| format!("{fault:?}:\n{}", agent.log_text()))?;
         eprintln!("{fault:?}: another server is followed after {:?}", begun.elapsed());
         used.fail(Fault::None);
@@ -67,16 +62,16 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
         ensure!(!other.requests().is_empty(), "{fault:?}: the other is not asked:\n{}", agent.log_text());
         Ok(())
     };
-    turn(&first, &second, Fault::Drop, 5)?;
-    turn(&second, &first, Fault::Hang, 12)?;
+    turn(first, &second, Fault::Drop, 5)?;
+    turn(&second, first, Fault::Hang, 12)?;
     // The other one was left a moment ago.
-    turn(&first, &second, Fault::Status(500), 20)?;
+    turn(first, &second, Fault::Status(500), 20)?;
     // Once it has its way, if that is not much to ask.
-    turn(&second, &first, Fault::Busy(2), 30)?;
-    turn(&first, &second, Fault::Busy(3600), 30)?;
+    turn(&second, first, Fault::Busy(2), 30)?;
+    turn(first, &second, Fault::Busy(3600), 30)?;
     // A server that has just begun knows no roles yet.
-    turn(&second, &first, Fault::Status(403), 30)?;
-    turn(&first, &second, Fault::Slow, 40)?;
+    turn(&second, first, Fault::Status(403), 30)?;
+    turn(first, &second, Fault::Slow, 40)?;
     connected(&agent, true)?;
     // Neither: what is served stays, and goes on with the first that is back.
     first.fail(Fault::Drop);
@@ -84,7 +79,7 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     connected(&agent, false)?;
     controller.replace(&[cluster.place("b")])?;
     std::thread::sleep(Duration::from_secs(3));
-    answers_now(&cluster, vip, "c")?;
+    answers_now(cluster, vip, "c")?;
     first.fail(Fault::None);
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
     connected(&agent, true)

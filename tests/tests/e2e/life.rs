@@ -1,5 +1,6 @@
 //! What tests of the agent's life share: a small cluster under load, and tables as they can be compared.
 
+use std::fmt::Debug;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use proxy_tests::manifests::ServicePlan;
 use proxy_tests::pod::Place;
 use proxy_tests::probe::{Ask, Runner, Server, eventually, eventually_by_command, get};
 use proxy_tests::test_cluster::{Plan, TestCluster};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 pub(crate) use proxy_tests::agent::FLAGS;
@@ -64,16 +66,7 @@ impl Loads {
 
     /// Waits until each of them has been answered this many times more.
     pub(crate) fn go_on(&mut self, answers: u64) -> Result<()> {
-        for (what, runner) in &mut self.0 {
-            let before = runner.report()?.made;
-            eventually(SOON, || {
-                let now = runner.report()?;
-                ensure!(now.failed == 0, "{what}: {now:?}");
-                ensure!(now.made >= before + answers, "{what} stands still: {now:?}");
-                Ok(())
-            })?;
-        }
-        Ok(())
+        go_on(&mut self.0, |now| (now.made, now.failed), answers)
     }
 
     /// Waits until only servers of these names answer any of them.
@@ -124,16 +117,7 @@ impl Holds {
 
     /// Waits until each of them has been answered this many times more.
     pub(crate) fn go_on(&mut self, answers: u64) -> Result<()> {
-        for (what, runner) in &mut self.0 {
-            let before = runner.report()?.made;
-            eventually(SOON, || {
-                let now = runner.report()?;
-                ensure!(now.failed == 0, "{what}: {now:?}");
-                ensure!(now.made >= before + answers, "{what} stands still: {now:?}");
-                Ok(())
-            })?;
-        }
-        Ok(())
+        go_on(&mut self.0, |now| (now.made, now.failed), answers)
     }
 
     /// Ends them; none may have lost an answer, and each has spoken to one server only.
@@ -144,6 +128,25 @@ impl Holds {
         }
         Ok(())
     }
+}
+
+/// Waits until each client has been answered this many times more, of what it counts as made and as failed.
+fn go_on<T: DeserializeOwned + Debug>(
+    clients: &mut [(String, Runner<T>)],
+    counts: impl Fn(&T) -> (u64, u64),
+    answers: u64,
+) -> Result<()> {
+    for (what, runner) in clients {
+        let (before, _) = counts(&runner.report()?);
+        eventually(SOON, || {
+            let now = runner.report()?;
+            let (made, failed) = counts(&now);
+            ensure!(failed == 0, "{what}: {now:?}");
+            ensure!(made >= before + answers, "{what} stands still: {now:?}");
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// The tables and what is attached, without what traffic and time change by themselves.

@@ -5,6 +5,8 @@ mod account;
 #[cfg(test)]
 mod adopted;
 #[cfg(test)]
+mod api_scene;
+#[cfg(test)]
 mod api_server;
 #[cfg(test)]
 mod api_silence;

@@ -7,7 +7,7 @@ use proxy_tests::packet::Packet;
 
 use crate::node::{Cast, FAMILIES, NEW, Node, at};
 use crate::nodeport::node_port;
-use crate::stage::{Stage, story};
+use crate::stage::{Seen, Stage, story};
 
 const SIZE: usize = 64;
 
@@ -26,6 +26,29 @@ fn all_become(stage: &mut Stage, hook: Hook, before: &Packet, after: &Packet) {
     assert!(before.len() == 3 && after.len() == 3);
     for (before, after) in before.into_iter().zip(after) {
         stage.frame(hook, before).becomes_bytes(after);
+    }
+}
+
+/// A pod's datagram to a ClusterIP in fragments, and those that are due behind it.
+struct InFragments {
+    sent: Vec<Vec<u8>>,
+    due: Vec<Vec<u8>>,
+}
+
+impl InFragments {
+    fn to_cluster_ip(stage: &Stage, cast: Cast) -> Self {
+        let fragments = |to| stage.fragments(&datagram((cast.pod, 40_000), to, 7), SIZE);
+        Self { sent: fragments((cast.vip, 80)), due: fragments((cast.remote, 8080)) }
+    }
+
+    #[track_caller]
+    fn comes<'a>(&self, stage: &'a mut Stage, n: usize) -> Seen<'a> {
+        stage.frame(Hook::INGRESS, self.sent[n].clone())
+    }
+
+    #[track_caller]
+    fn is_translated(&self, stage: &mut Stage, n: usize) {
+        self.comes(stage, n).becomes_bytes(self.due[n].clone());
     }
 }
 
@@ -78,17 +101,16 @@ fn fragments_are_masqueraded_like_whole_datagrams() {
 fn a_fragment_before_the_first_waits_for_it() {
     // D-3: whatever it is for, since an answer is known only when it leaves.
     for cast in FAMILIES {
-        let (pod, vip, endpoint) = ((cast.pod, 40_000), (cast.vip, 80), (cast.remote, 8080));
         story(
             || cluster_ip(cast),
             |stage| {
-                let sent = stage.fragments(&datagram(pod, vip, 7), SIZE);
-                let due = stage.fragments(&datagram(pod, endpoint, 7), SIZE);
-                stage.frame(Hook::INGRESS, sent[2].clone()).waits();
-                stage.frame(Hook::INGRESS, sent[1].clone()).waits();
-                stage.frame(Hook::INGRESS, sent[0].clone()).becomes_bytes(due[0].clone());
-                stage.frame(Hook::INGRESS, sent[2].clone()).becomes_bytes(due[2].clone());
-                stage.frame(Hook::INGRESS, sent[1].clone()).becomes_bytes(due[1].clone());
+                let (pod, endpoint) = ((cast.pod, 40_000), (cast.remote, 8080));
+                let asked = InFragments::to_cluster_ip(stage, cast);
+                asked.comes(stage, 2).waits();
+                asked.comes(stage, 1).waits();
+                asked.is_translated(stage, 0);
+                asked.is_translated(stage, 2);
+                asked.is_translated(stage, 1);
                 let answer = stage.fragments(&datagram(endpoint, pod, 8), SIZE);
                 stage.frame(Hook::INGRESS, answer[1].clone()).waits();
                 stage.frame(Hook::INGRESS, answer[0].clone()).passes();
@@ -102,26 +124,25 @@ fn a_fragment_before_the_first_waits_for_it() {
 #[test]
 fn a_fragment_to_a_service_whose_first_does_not_come_is_dropped() {
     for cast in FAMILIES {
-        let (pod, vip, endpoint) = ((cast.pod, 40_000), (cast.vip, 80), (cast.remote, 8080));
         story(
             || cluster_ip(cast),
             |stage| {
-                let sent = stage.fragments(&datagram(pod, vip, 7), SIZE);
-                let due = stage.fragments(&datagram(pod, endpoint, 7), SIZE);
+                let pod = (cast.pod, 40_000);
+                let asked = InFragments::to_cluster_ip(stage, cast);
                 for _ in 0..2 {
-                    stage.frame(Hook::INGRESS, sent[1].clone()).waits();
-                    stage.frame(Hook::INGRESS, sent[2].clone()).waits();
+                    asked.comes(stage, 1).waits();
+                    asked.comes(stage, 2).waits();
                 }
-                stage.frame(Hook::INGRESS, sent[1].clone()).dropped();
-                stage.frame(Hook::INGRESS, sent[2].clone()).dropped();
+                asked.comes(stage, 1).dropped();
+                asked.comes(stage, 2).dropped();
                 stage.counted(&[(Reason::FragmentUnknown, 2)]);
-                stage.frame(Hook::INGRESS, sent[0].clone()).becomes_bytes(due[0].clone());
+                asked.is_translated(stage, 0);
                 // After the first the order does not matter.
-                stage.frame(Hook::INGRESS, sent[2].clone()).becomes_bytes(due[2].clone());
-                stage.frame(Hook::INGRESS, sent[1].clone()).becomes_bytes(due[1].clone());
+                asked.is_translated(stage, 2);
+                asked.is_translated(stage, 1);
                 stage.counted(NEW);
                 // Another identification is another datagram.
-                let other = stage.fragments(&datagram(pod, vip, 8), SIZE);
+                let other = stage.fragments(&datagram(pod, (cast.vip, 80), 8), SIZE);
                 stage.frame(Hook::INGRESS, other[1].clone()).waits();
                 // Nor does a refused one let the rest through.
                 let closed = stage.fragments(&datagram(pod, (cast.vip, 81), 9), SIZE);

@@ -6,7 +6,7 @@ use proxy_common::addr::Proto;
 use proxy_tests::packet::{Packet, View};
 
 use crate::node::{Cast, FAMILIES, NEW, Node, SYN, SYN_ACK, V4, at, ip, packet};
-use crate::nodeport::{node_port, one_port};
+use crate::nodeport::{Masqueraded, node_port, one_port};
 use crate::stage::{Stage, story};
 
 /// One error was translated.
@@ -77,23 +77,18 @@ fn an_error_from_a_router_about_the_client_s_packet_names_the_service() {
 fn an_error_about_a_masqueraded_packet_finds_the_client() {
     for cast in FAMILIES {
         for proto in [Proto::TCP, Proto::UDP] {
-            let (client, node) = (at(cast.client, 5555), at(cast.node, 30_200));
-            let (endpoint, masqueraded) = (at(cast.remote, 8080), at(cast.node, 2000));
-            let asked = packet(proto, client, node, SYN);
-            let inside = packet(proto, client, endpoint, SYN);
-            let sent = packet(proto, masqueraded, endpoint, SYN);
+            let flow = Masqueraded::node_port(cast, proto);
+            let asked = packet(proto, flow.client, flow.service, SYN);
+            let inside = packet(proto, flow.client, flow.endpoint, SYN);
+            let sent = packet(proto, flow.node, flow.endpoint, SYN);
             for kind in kinds(cast) {
                 for answered in [false, true] {
                     story(
                         || node_port(cast, proto, cast.remote),
                         |stage| {
-                            stage.ingress(&asked).becomes(&inside);
-                            stage.egress(&inside).becomes(&sent);
+                            flow.goes(stage, SYN);
                             if answered {
-                                let answer = packet(proto, endpoint, masqueraded, SYN_ACK);
-                                let entered = packet(proto, endpoint, client, SYN_ACK);
-                                stage.ingress(&answer).becomes(&entered);
-                                stage.egress(&entered).becomes(&packet(proto, node, client, SYN_ACK));
+                                flow.comes_back(stage, SYN_ACK);
                             }
                             stage.counted(NEW);
                             let one = |from, to, shown| error(from, to, shown, &sent, *kind, 1000);
@@ -148,27 +143,17 @@ fn an_error_from_the_client_about_an_answer_finds_the_endpoint() {
 #[test]
 fn an_error_from_a_masqueraded_client_leaves_with_the_node_s_address() {
     for cast in FAMILIES {
-        let (client, node) = (at(cast.client, 5555), at(cast.node, 30_200));
-        let (endpoint, masqueraded) = (at(cast.remote, 8080), at(cast.node, 2000));
         let proto = Proto::UDP;
-        let answer = packet(proto, endpoint, masqueraded, SYN);
-        let inside = packet(proto, endpoint, client, SYN);
-        let shown = packet(proto, node, client, SYN);
+        let flow = Masqueraded::node_port(cast, proto);
+        let answer = packet(proto, flow.endpoint, flow.node, SYN);
+        let inside = packet(proto, flow.endpoint, flow.client, SYN);
+        let shown = packet(proto, flow.service, flow.client, SYN);
         for kind in kinds(cast) {
             story(
                 || node_port(cast, proto, cast.remote),
                 |stage| {
-                    stage
-                        .ingress(&packet(proto, client, node, SYN))
-                        .becomes(&packet(proto, client, endpoint, SYN));
-                    stage.egress(&packet(proto, client, endpoint, SYN)).becomes(&packet(
-                        proto,
-                        masqueraded,
-                        endpoint,
-                        SYN,
-                    ));
-                    stage.ingress(&answer).becomes(&inside);
-                    stage.egress(&inside).becomes(&shown);
+                    flow.goes(stage, SYN);
+                    flow.comes_back(stage, SYN);
                     stage.counted(NEW);
                     let one = |from, to, about| error(from, to, about, &shown, *kind, 1000);
                     stage.ingress(&one(cast.client, cast.node, &shown)).becomes(&one(

@@ -1,11 +1,14 @@
 //! The outside reaches Services by NodePort and external IP.
 
+use std::net::SocketAddr;
+
 use proxy_common::abi::frontend::{INTERNAL, LOCAL, NODE_PORT};
 use proxy_common::abi::{address, config};
 use proxy_common::addr::Proto;
+use proxy_tests::packet::TcpFlags;
 
 use crate::node::{ACK, Cast, FAMILIES, NEW, Node, SYN, SYN_ACK, V4, addr, at, packet};
-use crate::stage::story;
+use crate::stage::{Stage, story};
 
 /// A node with one port to masquerade with: 2000.
 pub(crate) fn one_port() -> Node {
@@ -19,41 +22,52 @@ pub(crate) fn node_port(cast: Cast, proto: Proto, endpoint: &str) -> Node {
     one_port().with((cast.any, 30_200), proto, NODE_PORT, &[(endpoint, 8080)])
 }
 
+/// The ends of a masqueraded flow.
+pub(crate) struct Masqueraded {
+    pub(crate) proto: Proto,
+    pub(crate) client: SocketAddr,
+    pub(crate) service: SocketAddr,
+    pub(crate) endpoint: SocketAddr,
+    pub(crate) node: SocketAddr,
+}
+
+impl Masqueraded {
+    /// From outside to the NodePort, which leads to another node by the one port there is.
+    pub(crate) fn node_port(cast: Cast, proto: Proto) -> Self {
+        let (client, service) = (at(cast.client, 5555), at(cast.node, 30_200));
+        Self { proto, client, service, endpoint: at(cast.remote, 8080), node: at(cast.node, 2000) }
+    }
+
+    /// A packet of the client's: translated where it comes in, masqueraded where it leaves.
+    #[track_caller]
+    pub(crate) fn goes(&self, stage: &mut Stage, flags: TcpFlags) {
+        let inside = packet(self.proto, self.client, self.endpoint, flags);
+        stage.ingress(&packet(self.proto, self.client, self.service, flags)).becomes(&inside);
+        stage.egress(&inside).becomes(&packet(self.proto, self.node, self.endpoint, flags));
+    }
+
+    /// The endpoint's answer, the other way round.
+    #[track_caller]
+    pub(crate) fn comes_back(&self, stage: &mut Stage, flags: TcpFlags) {
+        let inside = packet(self.proto, self.endpoint, self.client, flags);
+        stage.ingress(&packet(self.proto, self.endpoint, self.node, flags)).becomes(&inside);
+        stage.egress(&inside).becomes(&packet(self.proto, self.service, self.client, flags));
+    }
+}
+
 #[test]
 fn a_client_reaches_a_node_port_under_three_pairs_of_ends() {
     for cast in FAMILIES {
         for proto in [Proto::TCP, Proto::UDP] {
-            let (client, node) = (at(cast.client, 5555), at(cast.node, 30_200));
-            let (endpoint, masqueraded) = (at(cast.remote, 8080), at(cast.node, 2000));
+            let flow = Masqueraded::node_port(cast, proto);
             story(
                 || node_port(cast, proto, cast.remote),
                 |stage| {
-                    stage
-                        .ingress(&packet(proto, client, node, SYN))
-                        .becomes(&packet(proto, client, endpoint, SYN));
-                    stage.egress(&packet(proto, client, endpoint, SYN)).becomes(&packet(
-                        proto,
-                        masqueraded,
-                        endpoint,
-                        SYN,
-                    ));
+                    flow.goes(stage, SYN);
                     stage.counted(NEW);
-                    stage
-                        .ingress(&packet(proto, endpoint, masqueraded, SYN_ACK))
-                        .becomes(&packet(proto, endpoint, client, SYN_ACK));
-                    stage
-                        .egress(&packet(proto, endpoint, client, SYN_ACK))
-                        .becomes(&packet(proto, node, client, SYN_ACK));
+                    flow.comes_back(stage, SYN_ACK);
                     assert_eq!((stage.flows(), stage.legs()), ((1, 0), 3));
-                    stage
-                        .ingress(&packet(proto, client, node, ACK))
-                        .becomes(&packet(proto, client, endpoint, ACK));
-                    stage.egress(&packet(proto, client, endpoint, ACK)).becomes(&packet(
-                        proto,
-                        masqueraded,
-                        endpoint,
-                        ACK,
-                    ));
+                    flow.goes(stage, ACK);
                     stage.counted(&[]);
                 },
             );

@@ -7,7 +7,7 @@ use proxy_common::abi::{Range, Reason, config, iface};
 use proxy_common::addr::Proto;
 
 use crate::node::{ACK, Cast, FAMILIES, NEW, Node, SYN, SYN_ACK, V4, V6, addr, at, ip, packet};
-use crate::nodeport::one_port;
+use crate::nodeport::{Masqueraded, one_port};
 use crate::real::IFACE;
 use crate::stage::{Stage, story};
 use proxy_tests::packet::Packet;
@@ -82,16 +82,10 @@ fn a_pod_reaches_itself_through_its_service() {
                 || cluster_ip(cast, flags, &near),
                 |stage| {
                     goes(stage, cast.pod, cast.vip, cast.pod, (cast.node, 2000));
-                    let (endpoint, back) = (at(cast.pod, 8080), at(cast.pod, 5555));
-                    stage
-                        .ingress(&packet(Proto::TCP, endpoint, at(cast.node, 2000), SYN_ACK))
-                        .becomes(&packet(Proto::TCP, endpoint, back, SYN_ACK));
-                    stage.egress(&packet(Proto::TCP, endpoint, back, SYN_ACK)).becomes(&packet(
-                        Proto::TCP,
-                        at(cast.vip, 80),
-                        back,
-                        SYN_ACK,
-                    ));
+                    let (client, endpoint) = (at(cast.pod, 5555), at(cast.pod, 8080));
+                    let (service, node) = (at(cast.vip, 80), at(cast.node, 2000));
+                    let flow = Masqueraded { proto: Proto::TCP, client, service, endpoint, node };
+                    flow.comes_back(stage, SYN_ACK);
                 },
             );
         }

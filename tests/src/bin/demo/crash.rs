@@ -9,7 +9,7 @@ use proxy_tests::probe::{Ask, Runner};
 use proxy_tests::stop::pause;
 use proxy_tests::test_cluster::TestCluster;
 
-use crate::answers::{node_port, webui};
+use crate::answers::webui;
 use crate::promise::Promises;
 use crate::screen::Screen;
 use crate::updates::Clients;
@@ -25,14 +25,7 @@ pub(crate) fn show(
         "SIGKILL, as when memory runs out. Tables and programs are the kernel's, so traffic goes on without the agent. \
          Started again it finds them, compares them with the manifests, and writes only what differs: nothing.",
     )?;
-    let mut clients = Clients::start(
-        test_cluster,
-        &[
-            ("a pod, ClusterIP", "shell", webui()),
-            ("the host, ClusterIP", "node1", webui()),
-            ("outside, NodePort", "outside", node_port(test_cluster)),
-        ],
-    )?;
+    let mut clients = Clients::of_webui(test_cluster)?;
     let every = Duration::from_millis(20);
     let held =
         Runner::hold(test_cluster.place("shell-2"), &Ask::tcp(webui()), every, Duration::from_secs(60))?;

@@ -24,6 +24,16 @@ const AT_ONCE_MS: f64 = 500.0;
 pub(crate) struct Clients(Vec<(&'static str, Runner<Load>)>);
 
 impl Clients {
+    /// Clients of webui by every way there is.
+    pub(crate) fn of_webui(test_cluster: &TestCluster) -> Result<Self> {
+        let ways = [
+            ("a pod, ClusterIP", "shell", webui()),
+            ("the host, ClusterIP", "node1", webui()),
+            ("outside, NodePort", "outside", node_port(test_cluster)),
+        ];
+        Self::start(test_cluster, &ways)
+    }
+
     pub(crate) fn start(
         test_cluster: &TestCluster,
         clients: &[(&'static str, &str, SocketAddr)],
@@ -125,14 +135,7 @@ pub(crate) fn rolling(
          proxy that is late sends requests to pods that are gone. Clients in a pod, on the host and outside go on \
          asking, every request with a new connection.",
     )?;
-    let mut clients = Clients::start(
-        test_cluster,
-        &[
-            ("a pod, ClusterIP", "shell", webui()),
-            ("the host, ClusterIP", "node1", webui()),
-            ("outside, NodePort", "outside", node_port(test_cluster)),
-        ],
-    )?;
+    let mut clients = Clients::of_webui(test_cluster)?;
     let new = places(test_cluster, &["webui-v2-1", "webui-v2-2", "webui-v2-3"]);
     webui_pods.rolling_update(&new, &mut |event| match event {
         Event::Ready(pod) => {
