@@ -31,7 +31,14 @@ pub fn eventually<T>(timeout: Duration, attempt: impl FnMut() -> Result<T>) -> R
     try_until(timeout, PAUSE, attempt)
 }
 
-/// The same with longer pauses, for what asks the agent by a command.
+/// Waits for what shows by nothing that could be asked for: that something does *not* happen, or that a time has passed.
+/// `what` is printed where the test fails.
+pub fn wait(time: Duration, what: &str) {
+    crate::say(&format!("waits {time:?}: {what}"));
+    std::thread::sleep(time);
+}
+
+/// [`eventually`] with longer pauses, for what asks the agent by a command.
 ///
 /// # Errors
 /// As those of [`eventually`].

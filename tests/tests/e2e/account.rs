@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::{Agent, Feed};
-use proxy_tests::probe::eventually;
+use proxy_tests::probe::{eventually, wait};
 use proxy_tests::require::agent_binary;
 
 use crate::api_server::server;
@@ -112,7 +112,7 @@ fn a_token_that_is_replaced_in_its_file_is_used_from_then_on() -> Result<()> {
     eventually(READ_AGAIN, || {
         // A watch keeps the token with which it began.
         server.cut();
-        std::thread::sleep(Duration::from_secs(1));
+        wait(Duration::from_secs(1), "watches begin again");
         ensure!(used("second") > 0, "{:?}", server.headers().last());
         Ok(())
     })

@@ -9,7 +9,7 @@ use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::{ApiServer, Fault};
 use proxy_tests::manifests::node;
 use proxy_tests::pod::Place;
-use proxy_tests::probe::{eventually, get};
+use proxy_tests::probe::{eventually, get, wait};
 use proxy_tests::test_cluster::TestCluster;
 
 use crate::api_scene::ApiScene;
@@ -80,8 +80,7 @@ fn one_server_that_withholds_what_it_knows_is_listed_and_warned_of_until_it_spea
     is_followed(&agent, pod, vip)?;
     eprintln!("silent: listed after {:?}", begun.elapsed());
     warns(&agent, &WITHHELD, true)?;
-    // A watch that is only accepted is not taken for one that works.
-    sleep(Duration::from_secs(4));
+    wait(Duration::from_secs(4), "a watch that is only accepted is not taken for one that works");
     warns(&agent, &WITHHELD, true)?;
     ensure!(lists(server) == listed + 1, "{:#?}", server.requests());
     let asked = server.requests().len() - asked;

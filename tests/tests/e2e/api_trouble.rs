@@ -10,7 +10,7 @@ use proxy_tests::agent::{Agent, Feed};
 use proxy_tests::apiserver::tls::Ca;
 use proxy_tests::apiserver::{ApiServer, Fault, Gone};
 use proxy_tests::manifests::EndpointController;
-use proxy_tests::probe::{eventually, get};
+use proxy_tests::probe::{eventually, get, wait};
 use proxy_tests::test_cluster::TestCluster;
 
 use crate::api_scene::ApiScene;
@@ -56,10 +56,12 @@ impl Trouble<'_> {
             // Most faults are those of an answer: watches that run have theirs.
             server.cut();
         }
-        sleep(Duration::from_millis(500));
+        wait(Duration::from_millis(500), "watches break, and begin again");
         if matches!(fault, Fault::Busy(_)) {
-            // All four kinds ask once, and then nobody does for as long as the server wants.
-            sleep(Duration::from_secs(2));
+            wait(
+                Duration::from_secs(2),
+                "each of four kinds asks once, and then none does as long as the server wants",
+            );
             let early = server.requests().len() - asked;
             ensure!(early <= 6, "{early} requests to a server that wants to be left alone");
         }
@@ -164,7 +166,7 @@ fn a_server_that_hangs_is_noticed_within_seconds_and_followed_when_it_goes_on() 
     })?;
     eprintln!("hang: noticed after {:?}", begun.elapsed());
     warns(&agent, &["API server", "no answer within"], true)?;
-    sleep(LASTS);
+    wait(LASTS, "the agent goes on asking a server that hangs");
     // While nobody answers one request at a time is made.
     let asked = scene.server.requests().len() - asked;
     eprintln!("hang: {asked} requests");
@@ -184,7 +186,7 @@ fn a_server_of_which_nothing_is_heard_is_asked_whether_it_lives_unless_its_conne
     server.bookmark_every(Duration::from_secs(3600));
     let asked = || server.requests().iter().filter(|path| *path == "/livez").count();
     let agent = Agent::start(&cluster, "node1", &server, &FLAGS)?;
-    sleep(LASTS);
+    wait(LASTS, "a server of which nothing comes is asked over HTTP/1 whether it lives");
     // Every four to five seconds; a watch that is renewed is an answer, too.
     ensure!((1..=4).contains(&asked()), "{} times over HTTP/1", asked());
     connected(&agent, true)?;
@@ -194,7 +196,7 @@ fn a_server_of_which_nothing_is_heard_is_asked_whether_it_lives_unless_its_conne
     let (flag, before) = (kubeconfig(home.path(), &server, "{}")?, asked());
     let flags = [&FLAGS[..], &[&flag]].concat();
     let agent = Agent::start(&cluster, "node1", Feed::ApiServer(String::new()), &flags)?;
-    sleep(LASTS);
+    wait(LASTS, "over HTTP/2 the connection tells");
     ensure!(asked() == before, "{} times over HTTP/2", asked() - before);
     connected(&agent, true)
 }
@@ -213,7 +215,7 @@ fn while_nothing_listens_it_is_tried_one_at_a_time() -> Result<()> {
     let before = tried()?;
     drop(server);
     connected(&agent, false)?;
-    sleep(LASTS);
+    wait(LASTS, "the agent goes on trying to connect");
     let tries = tried()? - before;
     ensure!((3..=20).contains(&tries), "{tries} tries");
     let log = agent.log_text();

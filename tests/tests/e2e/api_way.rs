@@ -11,7 +11,7 @@ use proxy_tests::agent::{Agent, Feed};
 use proxy_tests::apiserver::tls::{Ca, Pair};
 use proxy_tests::apiserver::{ApiServer, Fault, StreamingLists};
 use proxy_tests::manifests::{Family, Phase, SlicePlan};
-use proxy_tests::probe::eventually;
+use proxy_tests::probe::{eventually, wait};
 use proxy_tests::test_cluster::TestCluster;
 
 use crate::account::in_pod;
@@ -53,10 +53,9 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
             .with_context(|| format!("{fault:?}:\n{}", agent.log_text()))?;
         eprintln!("{fault:?}: another server is followed after {:?}", begun.elapsed());
         used.fail(Fault::None);
-        // It is not gone back to. What was on its way to it has come by now.
-        std::thread::sleep(Duration::from_secs(1));
+        wait(Duration::from_secs(1), "what was on its way to the server that failed comes");
         let left = used.requests().len();
-        std::thread::sleep(Duration::from_secs(3));
+        wait(Duration::from_secs(3), "the server that failed is not asked again");
         let since = used.requests().split_off(left);
         ensure!(since.is_empty(), "{fault:?}: it is asked again, {since:?}:\n{}", agent.log_text());
         ensure!(!other.requests().is_empty(), "{fault:?}: the other is not asked:\n{}", agent.log_text());
@@ -78,7 +77,7 @@ fn when_one_of_several_servers_fails_another_is_asked_and_kept() -> Result<()> {
     second.fail(Fault::Drop);
     connected(&agent, false)?;
     controller.replace(&[cluster.place("b")])?;
-    std::thread::sleep(Duration::from_secs(3));
+    wait(Duration::from_secs(3), "what is served stays while no server answers");
     answers_now(cluster, vip, "c")?;
     first.fail(Fault::None);
     answers(pod, vip, "b").with_context(|| agent.log_text())?;
@@ -291,7 +290,7 @@ fn a_server_whose_certificate_is_its_own_ca_is_accepted_and_one_of_another_name_
     connected(&agent, false)?;
     fs::write(home.path().join("ca.crt"), format!("{}{}", own.certificate, other.certificate))?;
     // It is given now, but for another name.
-    std::thread::sleep(Duration::from_secs(7));
+    wait(Duration::from_secs(7), "files are read again every five seconds");
     connected(&agent, false)?;
     server.secure(&own, None)?;
     connected(&agent, true)

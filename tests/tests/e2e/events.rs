@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::apiserver::{ApiServer, Fault};
 use proxy_tests::manifests::ServicePlan;
-use proxy_tests::probe::eventually;
+use proxy_tests::probe::{eventually, wait};
 use proxy_tests::require::agent_binary;
 use serde_json::{Value, json};
 
@@ -88,7 +88,7 @@ fn events_of_a_time_of_trouble_are_told_when_it_is_over_and_the_server_is_not_as
     server.fail(Fault::Status(500));
     let mut agent = Agent::prepare(&agent_binary()?, &cluster, "node1", &server, &FLAGS)?;
     agent.spawn()?;
-    std::thread::sleep(LASTS);
+    wait(LASTS, "the agent tries to report its start to a server that fails");
     let sent = server.requests().iter().filter(|path| path.starts_with("/apis/events.k8s.io")).count();
     // After 1, 2, 4, 8, 16 seconds.
     ensure!((3..=7).contains(&sent), "{sent} times in {LASTS:?}");

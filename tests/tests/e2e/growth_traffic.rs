@@ -11,7 +11,7 @@ use proxy_tests::chaos::clients::{Clients, Term};
 use proxy_tests::crowd::Target;
 use proxy_tests::manifests::ManifestDir;
 use proxy_tests::pod::Place;
-use proxy_tests::probe::{Server, eventually};
+use proxy_tests::probe::{Server, eventually, wait};
 use proxy_tests::test_cluster::{PodNetwork, TestCluster};
 
 use crate::common::{manifests, two_nodes, vips};
@@ -165,7 +165,7 @@ fn where_memory_ends_it_is_told_old_flows_go_on_and_young_ones_make_room() -> Re
     ensure!(memory <= limit, "{memory} of {limit}");
     // Nearly full, of flows that have shown that they mean it.
     scene.come(last * 8 / 100)?;
-    std::thread::sleep(Duration::from_secs(2));
+    wait(Duration::from_secs(2), "flows that go on are not young any more");
     scene.go_on()?;
     // Questions that are answered once fill the rest, and are dropped until the turn comes to one of their own kind.
     let made_room = || counted(&scene.agent, "displaced");

@@ -12,7 +12,7 @@ use proxy_tests::chaos::bpf;
 use proxy_tests::chaos::sabotage::{Sabotage, contents, pins};
 use proxy_tests::manifests::{EndpointController, Phase};
 use proxy_tests::object::{Object, Publish};
-use proxy_tests::probe::{Ask, Server, eventually};
+use proxy_tests::probe::{Ask, Server, eventually, wait};
 use proxy_tests::require::agent_binary;
 use proxy_tests::test_cluster::TestCluster;
 
@@ -196,7 +196,7 @@ fn entries_that_somebody_deletes_changes_or_adds_are_as_they_were_within_a_minut
     scene.serves()?;
     // What is as it should be is left alone.
     let restored = scene.repairs("entry")?;
-    std::thread::sleep(Duration::from_secs(1));
+    wait(Duration::from_secs(1), "entries that are right are not written again");
     ensure!(scene.repairs("entry")? == restored, "{}", scene.agent.log_text());
     Ok(())
 }
@@ -297,8 +297,7 @@ fn a_cgroup_that_refuses_a_program_is_told_and_tried_again_and_holds_up_no_inter
         Ok(links.iter().filter(|link| link.to_string().contains("cgroup_")).count())
     };
     ensure!(of_sockets()? == 0, "{:#}", agent.status_json()?["links"]);
-    // Tried again, and said once.
-    std::thread::sleep(Duration::from_secs(4));
+    wait(Duration::from_secs(4), "the program is tried again, and that is logged once");
     let refused = agent.log_text().matches("cannot attach program sendmsg4").count();
     ensure!(refused == 1, "{refused} lines:\n{}", agent.log_text());
     bpf::detach_alone(program.as_fd(), cgroup.as_fd(), hook)?;

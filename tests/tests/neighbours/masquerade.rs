@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use proxy_tests::netns::Netns;
 use proxy_tests::packet::{Packet, TcpFlags, View};
 use proxy_tests::pod::Place;
-use proxy_tests::probe::Server;
+use proxy_tests::probe::{Server, wait};
 use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 use proxy_tests::wire::Wire;
 
@@ -145,8 +145,7 @@ fn after_a_long_silence_a_server_speaks_first_through_the_masquerade_of_the_cni(
             talks.iter().try_for_each(Talk::exchange)?;
             std::thread::sleep(Duration::from_millis(300));
         }
-        // Longer than what is unanswered is remembered.
-        std::thread::sleep(Duration::from_secs(6));
+        wait(Duration::from_secs(6), "what is unanswered is forgotten after two seconds, and a sweep");
         talks.iter().try_for_each(Talk::push)?;
         talks.iter().try_for_each(Talk::exchange)
     })
@@ -189,8 +188,7 @@ fn a_port_that_somebody_else_has_given_a_connection_is_not_given_to_another() ->
             if later {
                 serving.add(&cluster, &BEYOND, |plan| plan)?;
                 serving.knows(&server.addresses().map(|addr| addr.to_string()).each_ref().map(|s| &**s))?;
-                // Connection tracking is read again soon after.
-                std::thread::sleep(Duration::from_secs(2));
+                wait(Duration::from_secs(2), "connection tracking is read again soon after");
             }
             theirs.extend(talk_all((&node1.netns, 7778), server.at(PORT))?);
             let mut ours = Vec::new();

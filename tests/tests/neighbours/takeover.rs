@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use proxy_tests::agent::Agent;
 use proxy_tests::pod::Place;
+use proxy_tests::probe::wait;
 use proxy_tests::test_cluster::{Plan, PodNetwork, TestCluster};
 
 use crate::common::{MOMENT, PORT, Proxy, Web, is_served, leave_iptables, leave_rules, servers, soon};
@@ -89,8 +90,7 @@ fn meanwhile<T>(cluster: &TestCluster, busy: &[Talk], work: impl FnOnce() -> Res
         let asking = scope.spawn(|| rounds("new", &|| ask_all(cluster, &SHORT)));
         // After an error nobody serves any more.
         let done = work().inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
-        // A little longer than until it is done.
-        std::thread::sleep(MOMENT);
+        wait(MOMENT, "connections go on a little longer than until it is done");
         stop.store(true, Ordering::Relaxed);
         joined(speaking)?;
         joined(asking)?;
@@ -206,8 +206,7 @@ fn connections_that_share_their_ends_with_another_go_on() -> Result<()> {
             ensure!(log.contains("removed what kube-proxy had left"), "{log}");
             Ok(())
         })?;
-        // Whatever else is taken from netfilter has been by then.
-        std::thread::sleep(Duration::from_secs(2));
+        wait(Duration::from_secs(2), "whatever else is taken from netfilter is taken");
         for talk in straight.iter().chain(&talks) {
             talk.exchange()
                 .and_then(|()| talk.push())
@@ -243,7 +242,7 @@ fn an_agent_that_is_killed_while_it_takes_over_leaves_no_connection_alone() -> R
         let serving = meanwhile(&cluster, &talks, || {
             let mut serving = Proxy::Agent.serve(&cluster, "node1", &webs, &[])?;
             let agent = serving.agent.as_mut().context("an agent")?;
-            std::thread::sleep(Duration::from_millis(moment * 150));
+            wait(Duration::from_millis(moment * 150), "the agent gets a little further each time");
             agent.kill()?;
             agent.spawn()?;
             agent.wait_ready()?;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::manifests::ServicePlan;
-use proxy_tests::probe::{Ask, get};
+use proxy_tests::probe::{Ask, get, wait};
 use proxy_tests::test_cluster::PodNetwork;
 
 use crate::cluster::{Cluster, service, web_node_port};
@@ -70,7 +70,7 @@ fn times_out(network: PodNetwork, door: Door) -> Result<()> {
     // The client must be idle for longer than the time-out, or nothing is shown; upstream tries ten times, too.
     let mut changed = [false; 2];
     for _ in 0..10 {
-        std::thread::sleep(Duration::from_secs_f64(f64::from(TIMEOUT) + 0.5));
+        wait(Duration::from_secs_f64(f64::from(TIMEOUT) + 0.5), "affinity to end");
         for (family, ask) in asks.iter().enumerate() {
             let now = get(client, ask)?.name;
             changed[family] |= now != before[family];
