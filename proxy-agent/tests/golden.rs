@@ -1,7 +1,7 @@
 //! Golden scenarios: one story a file, manifests in, plans and tables out.
 //!
 //! A file in `scenarios/` begins with `#` lines that tell its story and the rules it shows, then settings
-//! (`key: value`), then blocks under titles like `-- plan --`. A story is a sequence of passes; each has
+//! (`key: value`), then blocks under titles like `-- plan --`. A story is a sequence of syncs; each has
 //!
 //! - what happens before it: `manifests [FILE]` (the text of a file in the manifest directory, new or in
 //!   the place of the old one), `delete FILE`, `links` (all interfaces), `wait MILLISECONDS`, `restart` (the
@@ -10,7 +10,7 @@
 //!   there are any, and `maps` (all tables) where the file asks for them and at the end.
 //!
 //! What follows is checked to the letter; `UPDATE_EXPECT=1` writes it anew. Beside that, the tables are linted
-//! after every single write, and after every pass an agent that starts afresh must find nothing to do.
+//! after every single write, and after every sync an agent that starts afresh must find nothing to do.
 
 #![expect(clippy::unwrap_used, reason = "this is all test: what cannot be read or written ends it")]
 
@@ -184,7 +184,7 @@ fn play(scenario: &Scenario) -> String {
             stage.happen(&block.title, &block.body);
             put(&mut played, &block.title, &block.body);
         }
-        let outcome = stage.pass();
+        let outcome = stage.sync();
         let mut maps = false;
         while let Some(block) = blocks.next_if(|block| is_outcome(&block.title)) {
             maps |= block.title == "maps";
@@ -226,7 +226,7 @@ struct Stage {
     planner: Option<Planner>,
 }
 
-/// What follows from one pass.
+/// What follows from one sync.
 struct Outcome {
     plan: String,
     warnings: String,
@@ -250,7 +250,7 @@ impl Stage {
         }
     }
 
-    /// Does what a block says happens before a pass.
+    /// Does what a block says happens before a sync.
     fn happen(&mut self, title: &str, body: &str) {
         let file = |name: &str| self.directory.path().join(name);
         match title.split_once(' ').unwrap_or((title, "")) {
@@ -270,13 +270,13 @@ impl Stage {
     }
 
     /// Applies changes, plans and writes, as the agent's loop does.
-    fn pass(&mut self) -> Outcome {
+    fn sync(&mut self) -> Outcome {
         let now_ms = self.now_ms;
         for change in self.store.refresh().unwrap() {
             self.world.apply(change);
         }
         self.world.apply(Change::Links(self.links.clone()));
-        let pass = match self.planner.take() {
+        let proposal = match self.planner.take() {
             None => {
                 for kind in [Kind::Service, Kind::Slice, Kind::Node] {
                     self.world.apply(Change::Synced(kind));
@@ -287,17 +287,17 @@ impl Stage {
             }
             Some(planner) => planner.dirty(&self.world.take_dirty(), Some(&self.world.node()), now_ms),
         };
-        let plan: String = pass.plan.steps.iter().map(|step| format!("{step}\n")).collect();
-        for step in &pass.plan.steps {
+        let plan: String = proposal.plan.steps.iter().map(|step| format!("{step}\n")).collect();
+        for step in &proposal.plan.steps {
             self.memory.apply(std::slice::from_ref(step)).unwrap();
             let found = lint_prefix(&self.memory.actual);
             assert_eq!(found, [], "after `{step}` of\n{plan}\n{}", self.memory.actual.dump());
         }
         assert_eq!(lint(&self.memory.actual), [], "after\n{plan}\n{}", self.memory.actual.dump());
         // What waits for numbers that rest now is served at once by an agent that starts.
-        let waits = pass.plan.retry_at_ms.is_some();
-        let warnings = self.warnings(&pass.plan);
-        let planner = pass.applied(now_ms).0;
+        let waits = proposal.plan.retry_at_ms.is_some();
+        let warnings = self.warnings(&proposal.plan);
+        let planner = proposal.applied(now_ms).0;
         assert_eq!(planner.actual(), &self.memory.actual, "what the planner believes is not what is");
         self.planner = Some(planner);
         self.now_ms += 1_000;
@@ -391,7 +391,7 @@ fn the_examples_load_without_a_warning_and_go_through_their_next_step() {
         actual.endpoints(actual.frontends[&key].cluster).map(|(addr, _)| addr.to_string()).collect()
     };
 
-    let outcome = stage.pass();
+    let outcome = stage.sync();
     assert_eq!(outcome.warnings, "");
     assert_eq!(outcome.health, "default/shopfront V4 port 30909: 1 local endpoints\n");
     assert_eq!(endpoints(&stage, "10.100.100.150"), ["10.244.1.81", "10.244.1.82", "10.244.2.81"]);
@@ -404,11 +404,11 @@ fn the_examples_load_without_a_warning_and_go_through_their_next_step() {
 
     assert!(!next.is_empty(), "there are examples of rollouts");
     next.iter().for_each(|(title, text)| stage.happen(title, text));
-    let outcome = stage.pass();
+    let outcome = stage.sync();
     assert_eq!(outcome.warnings, "");
     // The endpoint that terminates is out of it, the one that still starts not yet in.
     assert_eq!(endpoints(&stage, "10.100.100.150"), ["10.244.1.82", "10.244.1.83", "10.244.2.81"]);
     assert_eq!(endpoints(&stage, "10.100.100.160"), ["10.244.1.95", "10.244.2.95"]);
-    let outcome = stage.pass();
+    let outcome = stage.sync();
     assert_eq!(outcome.plan, "", "nothing has happened since");
 }

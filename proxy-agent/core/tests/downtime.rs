@@ -132,9 +132,9 @@ impl Trial {
             trial.world.apply(Change::Synced(kind));
         }
         let planner = Planner::new(&trial.actual, Capacity::default());
-        let pass = planner.full(&trial.world.take_desired(), 0);
-        pass.plan.steps.iter().for_each(|step| trial.actual.apply(step));
-        trial.planner = Some(pass.applied(0).0);
+        let proposal = planner.full(&trial.world.take_desired(), 0);
+        proposal.plan.steps.iter().for_each(|step| trial.actual.apply(step));
+        trial.planner = Some(proposal.applied(0).0);
         trial
     }
 
@@ -169,7 +169,7 @@ impl Trial {
         }
     }
 
-    /// Tells the next state of things, and looks after every write of the pass that follows.
+    /// Tells the next state of things, and looks after every write of the sync that follows.
     fn next(&mut self, states: &[State], pause_ms: u64) -> Result<(), String> {
         let before = self.states();
         let flows = self.backends();
@@ -178,8 +178,8 @@ impl Trial {
         self.tell();
         self.now_ms += pause_ms;
         let planner = self.planner.take().expect("a planner is always put back");
-        let pass = planner.dirty(&self.world.take_dirty(), Some(&self.world.node()), self.now_ms);
-        for (n, step) in pass.plan.steps.iter().enumerate() {
+        let proposal = planner.dirty(&self.world.take_dirty(), Some(&self.world.node()), self.now_ms);
+        for (n, step) in proposal.plan.steps.iter().enumerate() {
             self.actual.apply(step);
             let context =
                 |what: String| format!("{what}, after write {n} ({step}) from {before:?} to {after:?}");
@@ -193,7 +193,7 @@ impl Trial {
                 return Err(format!("flows to {} are torn, from {before:?} to {after:?}", ip(n)));
             }
         }
-        self.planner = Some(pass.applied(self.now_ms).0);
+        self.planner = Some(proposal.applied(self.now_ms).0);
         Ok(())
     }
 

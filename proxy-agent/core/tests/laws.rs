@@ -281,8 +281,8 @@ impl Watched {
     }
 
     /// Carries out a plan and checks all that must hold on the way.
-    fn carry_out(&mut self, pass: Proposal, now_ms: u64) -> Planner {
-        let steps = pass.plan.steps.clone();
+    fn carry_out(&mut self, proposal: Proposal, now_ms: u64) -> Planner {
+        let steps = proposal.plan.steps.clone();
         let before = seen(&self.memory.actual);
         let mut finished = self.memory.actual.clone();
         steps.iter().for_each(|step| finished.apply(step));
@@ -304,7 +304,7 @@ impl Watched {
         self.note(now_ms);
         let actual = &self.memory.actual;
         assert_eq!(lint(actual), [], "{}\n{}", lines(&steps), actual.dump());
-        let planner = pass.applied(now_ms).0;
+        let planner = proposal.applied(now_ms).0;
         assert_eq!(planner.actual(), actual);
         let mut twice = actual.clone();
         steps.iter().for_each(|step| twice.apply(step));
@@ -403,10 +403,10 @@ proptest! {
         let mut planner = Planner::new(&Actual::default(), Capacity::default());
         for (desired, pause) in &history {
             now_ms += pause;
-            let pass = planner.full(desired, now_ms);
-            prop_assert_eq!(&pass.plan.warnings, &Vec::<String>::new());
-            prop_assert_eq!(pass.plan.retry_at_ms, None);
-            planner = tables.carry_out(pass, now_ms);
+            let proposal = planner.full(desired, now_ms);
+            prop_assert_eq!(&proposal.plan.warnings, &Vec::<String>::new());
+            prop_assert_eq!(proposal.plan.retry_at_ms, None);
+            planner = tables.carry_out(proposal, now_ms);
             prop_assert_eq!(observe(&tables.memory.actual), expect(desired));
         }
     }
@@ -420,13 +420,13 @@ proptest! {
         for (desired, pause) in &history {
             now_ms += pause;
             let node = (old.node != desired.node).then_some(&desired.node);
-            let pass = planner.dirty(&difference(&old, desired), node, now_ms);
-            planner = tables.carry_out(pass, now_ms);
+            let proposal = planner.dirty(&difference(&old, desired), node, now_ms);
+            planner = tables.carry_out(proposal, now_ms);
             prop_assert_eq!(observe(&tables.memory.actual), expect(desired));
             old = desired.clone();
         }
-        let pass = planner.full(&old, now_ms);
-        prop_assert_eq!(pass.plan.steps, []);
+        let proposal = planner.full(&old, now_ms);
+        prop_assert_eq!(proposal.plan.steps, []);
     }
 
     #[test]
@@ -435,9 +435,9 @@ proptest! {
         let mut now_ms = 10_000;
         for (desired, pause) in &history {
             now_ms += pause;
-            let pass = Planner::new(&tables.memory.actual, Capacity::default()).full(desired, now_ms);
+            let proposal = Planner::new(&tables.memory.actual, Capacity::default()).full(desired, now_ms);
             tables.restart();
-            drop(tables.carry_out(pass, now_ms));
+            drop(tables.carry_out(proposal, now_ms));
             let again = Planner::new(&tables.memory.actual, Capacity::default()).full(desired, now_ms);
             prop_assert_eq!(again.plan.steps, []);
         }
@@ -461,10 +461,10 @@ proptest! {
                     Some(planner) => planner,
                     None => Planner::new(&tables.read().unwrap(), Capacity::default()),
                 };
-                let pass = planner.full(desired, now_ms);
+                let proposal = planner.full(desired, now_ms);
                 let before = tables.inner.writes;
-                let Err((done, _)) = tables.apply(&pass.plan.steps) else {
-                    kept = Some(pass.applied(now_ms).0);
+                let Err((done, _)) = tables.apply(&proposal.plan.steps) else {
+                    kept = Some(proposal.applied(now_ms).0);
                     break;
                 };
                 prop_assert_eq!(tables.inner.writes - before, done);
@@ -484,14 +484,14 @@ proptest! {
         let mut old = empty_world();
         for (n, (desired, pause)) in history.iter().enumerate() {
             now_ms += pause;
-            let pass = if n % 2 == 0 {
+            let proposal = if n % 2 == 0 {
                 planner.full(desired, now_ms)
             } else {
                 planner.dirty(&difference(&old, desired), Some(&desired.node), now_ms)
             };
-            let warnings = pass.plan.warnings.clone();
+            let warnings = proposal.plan.warnings.clone();
             let before = seen(&tables.memory.actual);
-            planner = tables.carry_out(pass, now_ms);
+            planner = tables.carry_out(proposal, now_ms);
             let (is, wished) = (seen(&tables.memory.actual), expect(desired).frontends);
             for (key, is) in &is {
                 let whole = wished.get(key) == Some(is) || before.get(key) == Some(is);
@@ -510,9 +510,9 @@ proptest! {
         tables.memory = Memory::default();
         tables.memory.actual = actual;
         tables.restart();
-        let pass = Planner::new(&tables.memory.actual, Capacity::default()).full(&old, now_ms);
-        prop_assert_eq!(&pass.plan.warnings, &Vec::<String>::new());
-        drop(tables.carry_out(pass, now_ms));
+        let proposal = Planner::new(&tables.memory.actual, Capacity::default()).full(&old, now_ms);
+        prop_assert_eq!(&proposal.plan.warnings, &Vec::<String>::new());
+        drop(tables.carry_out(proposal, now_ms));
         prop_assert_eq!(observe(&tables.memory.actual), expect(&old));
     }
 }
@@ -539,9 +539,9 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     // Y-24.
     let mut desired = big_world(10_000, 4);
     let mut memory = Memory::default();
-    let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
-    memory.apply(&pass.plan.steps).unwrap();
-    let planner = pass.applied(1).0;
+    let proposal = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
+    memory.apply(&proposal.plan.steps).unwrap();
+    let planner = proposal.applied(1).0;
     assert_eq!(lint(&memory.actual), []);
 
     let (port, service) = desired.services.iter_mut().nth(5_000).unwrap();
@@ -550,8 +550,8 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     service.backends.remove(&removed);
     service.backends.insert(new, 0);
     service.cluster.push(new);
-    let pass = planner.dirty(&[(port.clone(), Some(service.clone()))], None, 5_000);
-    let lines: Vec<String> = pass.plan.steps.iter().map(|step| step.to_string()).collect();
+    let proposal = planner.dirty(&[(port.clone(), Some(service.clone()))], None, 5_000);
+    let lines: Vec<String> = proposal.plan.steps.iter().map(|step| step.to_string()).collect();
     // One backend in, four slots, one flip, one backend out.
     assert_eq!(lines.len(), 7, "{lines:#?}");
     assert_eq!(lines[0], "backend 40001 = 10.1.2.3:8080 of svc 5001 gen 0 flags -");
@@ -559,8 +559,8 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     assert!(lines[5].contains(" -> svc 5001 cluster 40001+4 local 0+0 "), "{}", lines[5]);
     assert_eq!(lines[6], "backend 20004 retired gen 1");
 
-    memory.apply(&pass.plan.steps).unwrap();
-    let planner = pass.applied(5_001).0;
+    memory.apply(&proposal.plan.steps).unwrap();
+    let planner = proposal.applied(5_001).0;
     assert_eq!(planner.full(&desired, 5_002).plan.steps, []);
 }
 
@@ -578,8 +578,8 @@ fn damaged_tables_are_seen_and_repaired() {
     // Y-20.
     let desired = big_world(3, 2);
     let mut memory = Memory::default();
-    let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
-    memory.apply(&pass.plan.steps).unwrap();
+    let proposal = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
+    memory.apply(&proposal.plan.steps).unwrap();
     let whole = memory.actual;
     let (key, value) = whole.frontends.iter().next().map(|(k, v)| (*k, *v)).unwrap();
     let other = *whole.frontends.values().next_back().unwrap();
@@ -605,8 +605,8 @@ fn damaged_tables_are_seen_and_repaired() {
         memory.actual = whole.clone();
         memory.actual.apply(&damage);
         assert_ne!(lint(&memory.actual), [], "`{damage}` goes unseen");
-        let pass = Planner::new(&memory.actual, Capacity::default()).full(&desired, 9);
-        memory.apply(&pass.plan.steps).unwrap();
+        let proposal = Planner::new(&memory.actual, Capacity::default()).full(&desired, 9);
+        memory.apply(&proposal.plan.steps).unwrap();
         assert_eq!(lint(&memory.actual), [], "after `{damage}`:\n{}", memory.actual.dump());
         assert_eq!(observe(&memory.actual), expect(&desired), "after `{damage}`");
     }
@@ -628,9 +628,9 @@ fn agents_that_are_started_again_and_again_never_run_out_of_numbers() {
             desired.services.insert(name, service);
         }
         tables.restart();
-        let pass = Planner::new(&tables.memory.actual, capacity).full(&desired, 0);
-        assert_eq!(pass.plan.warnings, Vec::<String>::new(), "start {n}");
-        let _ = tables.carry_out(pass, 0);
+        let proposal = Planner::new(&tables.memory.actual, capacity).full(&desired, 0);
+        assert_eq!(proposal.plan.warnings, Vec::<String>::new(), "start {n}");
+        let _ = tables.carry_out(proposal, 0);
         let actual = &tables.memory.actual;
         let live = actual.backends.values().filter(|backend| backend.is_live()).count();
         assert_eq!((actual.shown_slots(), live, actual.services.len()), (6, 6, 2), "start {n}");
@@ -641,26 +641,26 @@ fn agents_that_are_started_again_and_again_never_run_out_of_numbers() {
 fn a_full_table_is_named_with_its_remedy_and_tried_again() {
     let capacity = Capacity { backends: 4, ..Capacity::default() };
     let mut desired = big_world(2, 2);
-    let pass = Planner::new(&Actual::default(), capacity).full(&desired, 0);
+    let proposal = Planner::new(&Actual::default(), capacity).full(&desired, 0);
     let warning = "Service default/svc-1 port http (TCP, IPv4): table BACKENDS is full: 2 more needed, 1 free; \
                      raise --max-backends; until then it stays as it is";
-    assert_eq!(pass.plan.warnings, [warning]);
-    assert_eq!(pass.plan.retry_at_ms, Some(GRACE_MS));
-    let planner = pass.applied(0).0;
+    assert_eq!(proposal.plan.warnings, [warning]);
+    assert_eq!(proposal.plan.retry_at_ms, Some(GRACE_MS));
+    let planner = proposal.applied(0).0;
     desired.services.remove(&port(0));
     let planner = planner.dirty(&[(port(0), None)], None, 10).applied(10).0;
-    let pass = planner.dirty(&[], None, 10 + GRACE_MS);
-    assert_eq!(pass.plan.warnings, Vec::<String>::new());
-    assert_eq!(observe(pass.applied(10 + GRACE_MS).0.actual()), expect(&desired));
+    let proposal = planner.dirty(&[], None, 10 + GRACE_MS);
+    assert_eq!(proposal.plan.warnings, Vec::<String>::new());
+    assert_eq!(observe(proposal.applied(10 + GRACE_MS).0.actual()), expect(&desired));
 }
 
 #[test]
 fn what_may_only_be_unreadable_is_not_taken_away() {
     // Y-22 with a source of which a part could not be read since the start.
     let desired = big_world(3, 2);
-    let pass = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
+    let proposal = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
     let mut memory = Memory::new(Capacity::default());
-    memory.apply(&pass.plan.steps).unwrap();
+    memory.apply(&proposal.plan.steps).unwrap();
     let mut partial = desired.clone();
     let (removed, _) = partial.services.pop_first().expect("three Services");
     let bare = partial.services.values_mut().next().expect("two are left");
