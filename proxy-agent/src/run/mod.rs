@@ -5,9 +5,9 @@
 
 mod attach;
 mod host;
-mod learnt;
 mod lost;
 mod report;
+mod server_cache;
 mod sockets;
 mod sync;
 mod tables;
@@ -358,7 +358,7 @@ async fn watch_source(
     node: Arc<str>,
     pods: bool,
     requests: Requests,
-    learnt: Note,
+    cache: Note,
     events: EventPublisher,
     tx: mpsc::Sender<Change>,
 ) -> Result<()> {
@@ -371,7 +371,7 @@ async fn watch_source(
         SourceConfig::ApiServer(servers) => ClientConfig { kubeconfig: None, servers },
         SourceConfig::InCluster => ClientConfig { kubeconfig: None, servers: Vec::new() },
     };
-    let cluster = Cluster::open(config, &requests, Box::new(learnt::Learnt(learnt))).await?;
+    let cluster = Cluster::open(config, &requests, Box::new(server_cache::CachedServers(cache))).await?;
     tokio::spawn(events.publish(Some(cluster.client()), node.clone()));
     cluster.run(node, pods, tx).await;
     Ok(())
