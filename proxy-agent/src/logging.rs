@@ -39,7 +39,7 @@ pub fn start(verbose: u8) -> io::Result<()> {
     // have it blocked, too.
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGXFSZ);
-    let _ = signals.thread_block();
+    signals.thread_block().ok();
     let thread = std::thread::Builder::new().name(THREAD.into());
     thread.spawn(|| QUEUE.write_to(|text| nix::unistd::write(io::stderr(), text).map_err(Into::into)))?;
     std::panic::set_hook(Box::new(|panic| {
@@ -57,13 +57,14 @@ pub fn start(verbose: u8) -> io::Result<()> {
         }
     }));
     // A second call (tests) finds the first one's subscriber in place, which is as good.
-    let _ = tracing_subscriber::fmt()
+    tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| Lines)
         // It would tell stderr itself, which panics where that cannot be written.
         .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal())
-        .try_init();
+        .try_init()
+        .ok();
     Ok(())
 }
 

@@ -220,8 +220,8 @@ impl Agent {
         let waited = eventually(START, || child.try_wait()?.context("the agent does not end"));
         if waited.is_err() {
             // It must not outlive the test that finds this.
-            let _ = child.kill();
-            let _ = child.wait();
+            child.kill().ok();
+            child.wait().ok();
         }
         waited
     }
@@ -262,7 +262,7 @@ impl Agent {
         std::thread::spawn(move || sender.send(child.wait_with_output()));
         let Ok(output) = receiver.recv_timeout(COMMAND * crate::patience()) else {
             // It is ours and still runs: its thread has not reaped it.
-            let _ = kill(pid, Signal::SIGKILL);
+            kill(pid, Signal::SIGKILL).ok();
             bail!("{} {arguments:?} did not end within {COMMAND:?}", self.binary.display());
         };
         let output = output.with_context(|| format!("waiting for {arguments:?}"))?;
@@ -304,12 +304,12 @@ impl Drop for Agent {
         }
         if self.child.is_some() {
             // It may have ended by itself; then there is nothing to kill.
-            let _ = self.kill();
+            self.kill().ok();
         }
         match self.ask(&["cleanup"]) {
             Ok((status, _)) if status.success() => {}
             outcome => {
-                crate::say(&format!("cleanup after the agent of {} failed: {outcome:?}", self.place.name))
+                crate::say(&format!("cleanup after the agent of {} failed: {outcome:?}", self.place.name));
             }
         }
         // With the bpffs its pins go, and with them what `cleanup` may have left; mostly it has done this, too.

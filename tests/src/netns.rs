@@ -181,8 +181,8 @@ impl Drop for Netns {
 /// Takes a name away, whether a namespace is mounted on it or not.
 pub(crate) fn remove(path: &Path) {
     // An error means that somebody else was quicker, or that nothing was mounted there.
-    let _ = umount2(path, MntFlags::MNT_DETACH);
-    let _ = std::fs::remove_file(path);
+    umount2(path, MntFlags::MNT_DETACH).ok();
+    std::fs::remove_file(path).ok();
 }
 
 fn pin_new(path: &Path) -> Result<()> {

@@ -179,8 +179,8 @@ impl Drop for Process {
     fn drop(&mut self) {
         drop(self.stdin.take());
         // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
 

@@ -85,8 +85,8 @@ fn chains<'a>(pods: &str, doors: impl Iterator<Item = &'a (Door, SocketAddr)>) -
     // Writing to a string does not fail.
     for (n, (door, endpoint)) in doors.enumerate() {
         let name = format!("KUBE-SEP-{n:016}");
-        let _ = writeln!(names, ":{name} - [0:0]");
-        let _ = writeln!(rules, "-A {name} -s {} -j KUBE-MARK-MASQ", endpoint.ip());
+        writeln!(names, ":{name} - [0:0]").ok();
+        writeln!(rules, "-A {name} -s {} -j KUBE-MARK-MASQ", endpoint.ip()).ok();
         for protocol in ["tcp", "udp"] {
             let (chain, knock, stranger) = match door {
                 Door::Address(at) => (
@@ -98,10 +98,9 @@ fn chains<'a>(pods: &str, doors: impl Iterator<Item = &'a (Door, SocketAddr)>) -
                     ("KUBE-NODEPORTS", format!("-p {protocol} -m {protocol} --dport {port}"), String::new())
                 }
             };
-            let _ = writeln!(rules, "-A {chain} {knock} {stranger} -j KUBE-MARK-MASQ");
-            let _ = writeln!(rules, "-A {chain} {knock} -j {name}");
-            let _ =
-                writeln!(rules, "-A {name} -p {protocol} -m {protocol} -j DNAT --to-destination {endpoint}");
+            writeln!(rules, "-A {chain} {knock} {stranger} -j KUBE-MARK-MASQ").ok();
+            writeln!(rules, "-A {chain} {knock} -j {name}").ok();
+            writeln!(rules, "-A {name} -p {protocol} -m {protocol} -j DNAT --to-destination {endpoint}").ok();
         }
     }
     format!(
@@ -148,11 +147,12 @@ fn table<'a>(
             };
             let mark = "meta mark set meta mark | 0x4000";
             // Writing to a string does not fail.
-            let _ = writeln!(
+            writeln!(
                 rules,
                 "{knock} {masqueraded} {mark}\n{knock} {family} saddr {} {mark}\n{knock} dnat to {endpoint}",
                 endpoint.ip()
-            );
+            )
+            .ok();
         }
     }
     format!(

@@ -104,7 +104,7 @@ fn binary(variable: &str, name: &str, remedy: &str) -> Result<PathBuf> {
 
 /// Looks for the header of a 64-bit ELF file for the machine `EM_BPF` (247) inside the program's bytes.
 fn holds_bpf_object(bytes: &[u8]) -> bool {
-    const EM_BPF: [u8; 2] = 247u16.to_le_bytes();
+    const EM_BPF: [u8; 2] = 247_u16.to_le_bytes();
     bytes.windows(20).any(|window| window.starts_with(b"\x7fELF\x02") && window[18..20] == EM_BPF)
 }
 

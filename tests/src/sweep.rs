@@ -25,8 +25,8 @@ pub fn sweep() {
     for name in leftovers(&temporary) {
         let directory = temporary.join(name);
         // Not every directory holds a bpffs.
-        let _ = umount2(&directory.join("bpf"), MntFlags::MNT_DETACH);
-        let _ = std::fs::remove_dir_all(&directory);
+        umount2(&directory.join("bpf"), MntFlags::MNT_DETACH).ok();
+        std::fs::remove_dir_all(&directory).ok();
     }
 }
 

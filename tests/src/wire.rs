@@ -97,7 +97,7 @@ fn open(interface: &str) -> Result<Socket> {
     let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
     socket.set_nonblocking(true)?;
     // More than an ordinary socket may have; where this is refused the usual size has to do.
-    let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &BUFFER);
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &BUFFER).ok();
     let index = if_nametoindex(interface).with_context(|| format!("looking for {interface}"))?;
     socket.bind(&address(index)?)?;
     Ok(socket)

@@ -123,7 +123,7 @@ fn install(missing: &[Missing]) -> Result<()> {
                 Some(format!("llvm-{LLVM}")),
             )?,
             Missing::CargoDeny => {
-                cargo_install(&cargo_deny_name(), &["cargo-deny", "--version", CARGO_DENY], None)?
+                cargo_install(&cargo_deny_name(), &["cargo-deny", "--version", CARGO_DENY], None)?;
             }
             Missing::CoreSource | Missing::Program { .. } => (),
         }

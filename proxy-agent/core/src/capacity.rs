@@ -9,6 +9,13 @@ use proxy_common::lb::Ring;
 /// Legs of a masqueraded flow.
 const LEGS: u32 = 3;
 
+/// A number of entries, as the kernel takes it; one that it could not take does not compile.
+#[expect(clippy::cast_possible_truncation, reason = "asserted")]
+pub(crate) const fn entries(count: usize) -> u32 {
+    assert!(count <= u32::MAX as usize);
+    count as u32
+}
+
 /// A size that can be chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Size {
@@ -35,14 +42,14 @@ macro_rules! sizes {
             $(Size {
                 flag: $flag,
                 map: maps::$map,
-                default: capacity::$map as u32,
+                default: entries(capacity::$map),
                 help: concat!($($help),+),
             },)*
         ];
 
         impl Capacities {
             /// Those of [`proxy_common::abi::capacity`].
-            pub const DEFAULT: Self = Self { $($field: capacity::$map as u32,)* };
+            pub const DEFAULT: Self = Self { $($field: entries(capacity::$map),)* };
 
             /// Each of them, with the name of the table that it is the size of.
             pub fn fields(&mut self) -> [(&'static str, &mut u32); SIZES.len()] {

@@ -4,6 +4,8 @@
 //! writes; `datapath` is the trait of whoever does them; `capacity`
 //! lists the sizes of tables. Nothing here talks to a kernel or a cluster, or asks for the time.
 
+#![warn(clippy::cast_possible_truncation)] // Sizes and ports come from outside.
+
 pub mod capacity;
 pub mod datapath;
 pub mod model;

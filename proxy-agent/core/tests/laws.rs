@@ -10,7 +10,7 @@ use agent_core::model::{
     Desired, DesiredFrontend, DesiredService, Family, NodeTables, ObjectName, ServicePort,
 };
 use agent_core::plan::{
-    Actual, Capacity, GRACE_MS, Planner, Proposal, Step, lint, lint_prefix, service_name,
+    Actual, Capacity, GRACE_MS, Plan, Planner, Proposal, Step, lint, lint_prefix, service_name,
 };
 use proptest::prelude::*;
 use proxy_common::abi::{
@@ -551,7 +551,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     service.backends.insert(new, 0);
     service.cluster.push(new);
     let proposal = planner.dirty(&[(port.clone(), Some(service.clone()))], None, 5_000);
-    let lines: Vec<String> = proposal.plan.steps.iter().map(|step| step.to_string()).collect();
+    let lines: Vec<String> = proposal.plan.steps.iter().map(ToString::to_string).collect();
     // One backend in, four slots, one flip, one backend out.
     assert_eq!(lines.len(), 7, "{lines:#?}");
     assert_eq!(lines[0], "backend 40001 = 10.1.2.3:8080 of svc 5001 gen 0 flags -");
@@ -570,7 +570,7 @@ fn an_unchanged_service_in_a_change_writes_nothing() {
     let desired = big_world(10, 3);
     let planner = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0).applied(0).0;
     let all: Vec<_> = desired.services.iter().map(|(p, s)| (p.clone(), Some(s.clone()))).collect();
-    assert_eq!(planner.dirty(&all, Some(&desired.node), 1).plan, Default::default());
+    assert_eq!(planner.dirty(&all, Some(&desired.node), 1).plan, Plan::default());
 }
 
 #[test]
@@ -661,7 +661,7 @@ fn what_may_only_be_unreadable_is_not_taken_away() {
     let proposal = Planner::new(&Actual::default(), Capacity::default()).full(&desired, 0);
     let mut memory = Memory::new(Capacity::default());
     memory.apply(&proposal.plan.steps).unwrap();
-    let mut partial = desired.clone();
+    let mut partial = desired;
     let (removed, _) = partial.services.pop_first().expect("three Services");
     let bare = partial.services.values_mut().next().expect("two are left");
     (bare.cluster, bare.backends) = (Vec::new(), BTreeMap::new());

@@ -28,7 +28,7 @@ async fn on_thread<T: Send + 'static>(
     let (done, result) = oneshot::channel();
     let helper = move || {
         if let Ok(work) = handed_over.recv() {
-            let _ = done.send(work()); // An error: the caller was cancelled.
+            done.send(work()).ok(); // An error: the caller was cancelled.
         }
     };
     if let Err(error) = start(Box::new(helper)) {

@@ -15,7 +15,7 @@ pub fn watch_directory(path: &Path, wake: mpsc::Sender<()>) -> notify::Result<Re
     };
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         if event.as_ref().map_or(true, |event| matters(&event.kind)) {
-            let _ = wake.try_send(()); // A full channel means that it is woken already.
+            wake.try_send(()).ok(); // A full channel means that it is woken already.
         }
     })?;
     watcher.watch(path, RecursiveMode::NonRecursive)?;

@@ -3,6 +3,8 @@
 //!
 //! Kubernetes types stop here: what leaves this crate is checked, normalised, and of our own types.
 
+#![warn(clippy::cast_possible_truncation)] // Sizes and ports come from outside.
+
 pub mod api;
 pub mod blocking;
 pub mod convert;

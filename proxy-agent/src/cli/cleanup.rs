@@ -80,7 +80,7 @@ pub fn unmount(root: &Path, mounts: &dyn Mounts) -> Result<Vec<String>> {
         return Ok(vec![]);
     }
     // What others have put under the mount point stays, and so does the directory then.
-    let _ = fs::remove_dir(root);
+    fs::remove_dir(root).ok();
     Ok(vec![format!("the BPF file system at {}", root.display())])
 }
 

@@ -57,7 +57,7 @@ impl View for Memory {
         let mut flows = self.flows.borrow_mut();
         let before = flows.len();
         flows.retain(|flow| !ids.contains(&flow.id));
-        Ok((before - flows.len()) as u32)
+        Ok(u32::try_from(before - flows.len())?)
     }
     fn fill(&self) -> Result<Vec<MapFill>> {
         Ok(self.fill.clone())
@@ -117,7 +117,8 @@ impl Memory {
         };
         let mut set = |role: Role, src, sport, dst, dport| {
             let tuple = Tuple::new(src, sport, dst, dport, sketch.proto);
-            flow.near[role.index()] = tuple.write_pair(&mut flow.pairs[role.index()]) as u8;
+            flow.near[role.index()] =
+                u8::try_from(tuple.write_pair(&mut flow.pairs[role.index()])).expect("one of two ends");
         };
         set(Role::OUTER, src, sport, vip, vport);
         set(Role::MIDDLE, src, sketch.middle_port.map_or(sport, Port::new), ep, eport);

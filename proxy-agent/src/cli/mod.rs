@@ -159,7 +159,7 @@ pub fn main(rooms: &Rooms) -> ExitCode {
     let cli = Cli::parse_from(std::env::args_os().map(verbosity));
     let more = if let Command::Run(args) = &cli.command { args.verbosity() } else { 0 };
     if let Err(error) = logging::start(cli.verbose.saturating_add(more)) {
-        let _ = writeln!(std::io::stderr(), "error: cannot start a thread for the log: {error}");
+        writeln!(std::io::stderr(), "error: cannot start a thread for the log: {error}").ok();
         return ExitCode::FAILURE;
     }
     let code = match dispatch(cli, rooms, &mut std::io::stdout().lock()) {

@@ -1,6 +1,6 @@
 //! The page of `status`, as text.
 
-use super::status::*;
+use super::status::{Remark, SOCKET_PROGRAMS, Status};
 use super::table;
 use super::view::{MapFill, span};
 

@@ -136,9 +136,8 @@ impl Config {
         if !bpf_root.is_absolute() {
             errors.add("--bpf-root", bpf_root.display().to_string(), "must be an absolute path");
         }
-        let (metrics, devices) = match (metrics, devices, errors.errors.is_empty()) {
-            (Some(metrics), Some(devices), true) => (metrics, devices),
-            _ => return Err(ConfigErrors(errors.errors)),
+        let (Some(metrics), Some(devices), true) = (metrics, devices, errors.errors.is_empty()) else {
+            return Err(ConfigErrors(errors.errors));
         };
         Ok(Self {
             source,

@@ -74,10 +74,13 @@ pub(super) fn servers(source: &SourceConfig, host: &dyn Host, errors: &mut Error
     match source {
         SourceConfig::Kubeconfig { file, servers } if servers.is_empty() => {
             let server = bootstrap::kubeconfig_server(host, file);
-            server.map(|url| vec![url]).unwrap_or_else(|reason| {
-                errors.add("--kubeconfig", file.display().to_string(), reason);
-                Vec::new()
-            })
+            server.map_or_else(
+                |reason| {
+                    errors.add("--kubeconfig", file.display().to_string(), reason);
+                    Vec::new()
+                },
+                |url| vec![url],
+            )
         }
         SourceConfig::ApiServer(servers) | SourceConfig::Kubeconfig { servers, .. } => servers.clone(),
         SourceConfig::Manifests(_) | SourceConfig::InCluster => Vec::new(),

@@ -235,12 +235,12 @@ impl Agent {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
         let mut beats = 0_u64;
-        loop {
+        let signal = loop {
             let due = self.world.synced().then(|| Duration::from_millis(self.runner.wait_ms(self.now_ms())));
             tokio::select! {
                 biased;
-                _ = terminate.recv() => return self.leave("SIGTERM"),
-                _ = interrupt.recv() => return self.leave("SIGINT"),
+                _ = terminate.recv() => break "SIGTERM",
+                _ = interrupt.recv() => break "SIGINT",
                 ended = &mut source => return Err(match ended {
                     Ok(Err(error)) => error,
                     Ok(Ok(())) => anyhow!("the source of Services ended by itself"),
@@ -265,12 +265,9 @@ impl Agent {
                     self.tick(beats.is_multiple_of(BEAT));
                 }
             }
-        }
-    }
-
-    /// Ends without touching anything.
-    fn leave(&mut self, why: &str) -> Result<()> {
-        tracing::info!("{why}: leaving; the kernel goes on with the tables as they are");
+        };
+        // Nothing is touched.
+        tracing::info!("{signal}: leaving; the kernel goes on with the tables as they are");
         Ok(())
     }
 

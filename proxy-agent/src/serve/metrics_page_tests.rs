@@ -97,12 +97,13 @@ fn table<'a>(metrics: impl Iterator<Item = (&'a String, &'a Metric)>) -> String 
         let unit = ["seconds", "bytes"].into_iter().find(|unit| base.ends_with(unit)).unwrap_or_default();
         let labels: Vec<String> = labels.iter().filter(|(label, _)| *label != "le").map(label).collect();
         // Writing to a string does not fail.
-        let _ = writeln!(
+        writeln!(
             table,
             "| `{name}` | {kind} | {unit} | {} | {} |",
             labels.join("; "),
             help.trim_end_matches('.')
-        );
+        )
+        .ok();
     }
     table
 }

@@ -99,7 +99,7 @@ impl Frontend {
             ^ key.addr.0[1].rotate_left(3)
             ^ key.addr.0[2].rotate_left(5)
             ^ key.addr.0[3].rotate_left(7)
-            ^ ((key.port.0 as u32) << 8 | key.proto.0 as u32);
+            ^ (u32::from(key.port.0) << 8 | u32::from(key.proto.0));
         0x5ea1_ed00
             ^ of_key
             ^ service.rotate_left(9)

@@ -49,7 +49,7 @@ fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Reply) -> boo
     let ports = tcp[0].rotate_left(16);
     let words: [u32; 5] = if packet.tcp_flags & Packet::ACK != 0 {
         // <SEQ=SEG.ACK><CTL=RST>
-        [ports, tcp[2], 0, (5_u32 << 28 | (Packet::RST as u32) << 16).to_be(), 0]
+        [ports, tcp[2], 0, (5_u32 << 28 | u32::from(Packet::RST) << 16).to_be(), 0]
     } else {
         // <SEQ=0><ACK=SEG.SEQ+SEG.LEN><CTL=RST,ACK>; SYN and FIN count as one.
         let syn_fin =
@@ -60,7 +60,7 @@ fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Reply) -> boo
         let data = total.wrapping_sub((u32::from(packet.l4)) + (header >> 28) * 4);
         let len = if data > 0xffff { 0 } else { data };
         let ack = u32::from_be(tcp[1]).wrapping_add(len).wrapping_add(syn_fin);
-        let flags = (Packet::RST | Packet::ACK) as u32;
+        let flags = u32::from(Packet::RST | Packet::ACK);
         [ports, 0, ack.to_be(), (5_u32 << 28 | flags << 16).to_be(), 0]
     };
     let sum = checksum::add(pseudo(packet, Proto::TCP, 20), checksum::sum(&words));
@@ -180,7 +180,7 @@ fn head_v4(packet: &Packet, len: u32, proto: Proto, out: &mut Reply) {
 #[inline(always)]
 fn head_v6(packet: &Packet, len: u32, proto: Proto, out: &mut Reply) {
     out.words[0] = 0x6000_0000_u32.to_be();
-    out.words[1] = (len << 16 | (proto.0 as u32) << 8 | 64).to_be();
+    out.words[1] = (len << 16 | u32::from(proto.0) << 8 | 64).to_be();
     let mut n = 0;
     while n < 4 {
         out.words[2 + n] = packet.tuple.dst.0[n];

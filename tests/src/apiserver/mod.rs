@@ -125,14 +125,14 @@ impl Shared {
     async fn telling(&self, n: u64) {
         let mut behaviour = self.behaviour.subscribe();
         // An error means that the server has ended.
-        let _ = behaviour.wait_for(|now| !now.fault.silences() && n >= now.deaf).await;
+        behaviour.wait_for(|now| !now.fault.silences() && n >= now.deaf).await.ok();
     }
 
     /// Waits until requests may be answered.
     async fn answering(&self) {
         let mut behaviour = self.behaviour.subscribe();
         // An error means that the server has ended.
-        let _ = behaviour.wait_for(|now| now.fault != Fault::Hang).await;
+        behaviour.wait_for(|now| now.fault != Fault::Hang).await.ok();
     }
 }
 
@@ -340,7 +340,7 @@ impl Drop for ApiServer {
         self.shared.behaviour.send_modify(|now| now.stopped = true);
         if let Some(thread) = self.thread.take() {
             // A panic of the server has been printed where it happened.
-            let _ = thread.join();
+            thread.join().ok();
         }
     }
 }

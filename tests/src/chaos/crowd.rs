@@ -64,7 +64,7 @@ impl Crowd {
         let (shared, netns) = (counts.clone(), place.netns.clone());
         let play = move || {
             // Without its namespace nobody connects, which whoever waits is told.
-            let _ = netns.run_in(|| crowd(to, many, manner, &shared));
+            netns.run_in(|| crowd(to, many, manner, &shared)).ok();
         };
         let thread = std::thread::Builder::new().name("crowd".into()).spawn(play).context("a thread")?;
         let crowd = Self { counts, thread: Some(thread) };
@@ -94,7 +94,7 @@ impl Drop for Crowd {
         self.counts.end.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             // A panic there has been printed.
-            let _ = thread.join();
+            thread.join().ok();
         }
     }
 }
@@ -135,7 +135,7 @@ impl Client {
         let mut stream = TcpStream::connect_timeout(&to, CONNECT).ok()?;
         if manner == Manner::Deaf {
             // It may be sent away meanwhile, which is noticed later.
-            let _ = stream.write_all(&QUESTION.repeat(100));
+            stream.write_all(&QUESTION.repeat(100)).ok();
         }
         stream.set_nonblocking(true).ok()?;
         Some(Self { stream, said: 0 })

@@ -160,7 +160,7 @@ impl<'a> Ground<'a> {
         let [pod, host, outside] = ["a", "node1", "outside"].map(|name| self.cluster.place(name));
         let crowds = [
             (pod, self.targets(|role| role.from_pods(self.cluster))),
-            (host, self.targets(|role| role.from_host())),
+            (host, self.targets(Role::from_host)),
             (outside, self.targets(|role| role.from_outside(self.cluster))),
         ];
         let crowds = crowds.map(|(place, mut targets)| {

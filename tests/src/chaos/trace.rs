@@ -95,7 +95,7 @@ pub(super) fn run(
     let mut trace = Trace { pid, at, calls: 0, made: BTreeMap::new(), text, loader, reached: false };
     go_on(pid, None)?;
     // Nobody may listen any more; the process is ended then by whoever ends this thread.
-    let _ = started.send(pid);
+    started.send(pid).ok();
     loop {
         match wait(None)? {
             WaitStatus::PtraceEvent(thread, _, libc::PTRACE_EVENT_SECCOMP) => {

@@ -56,13 +56,13 @@ impl TestCluster {
         if self.network.is_bridged() {
             // An address of its own, as CNI plugins give it: else it is that of a port, and changes when that goes.
             let (mtu, mac) = (self.pod_mtu(), mac(number, 1));
-            let _ = writeln!(
+            writeln!(
                 batch,
                 "link add cni0 address {mac} mtu {mtu} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
                  addr add 10.244.{number}.1/24 dev cni0\n\
                  addr add fd00:244:{number}::1/64 dev cni0 nodad\n\
                  link set cni0 up"
-            );
+            ).ok();
         }
         netns.ip(&batch)?;
         self.nodes.push(Node { name: node.into(), pods: 0 });
@@ -98,7 +98,7 @@ impl TestCluster {
             for other in self.nodes.iter().filter(|other| other.name != node.name) {
                 let [v4, v6] = self.pod_cidrs(&other.name);
                 let via = self.place(&other.name);
-                let _ = writeln!(batch, "route add {v4} via {}\nroute add {v6} via {}", via.v4, via.v6);
+                writeln!(batch, "route add {v4} via {}\nroute add {v6} via {}", via.v4, via.v6).ok();
             }
             self.place(&node.name).netns.ip(&batch)?;
         }
@@ -123,14 +123,15 @@ impl TestCluster {
             let far = self.number(&other.name);
             let [v4, v6] = self.pod_cidrs(&other.name);
             let (mac, outer) = (mac(far, 0), self.place(&other.name).v4);
-            let _ = writeln!(
+            writeln!(
                 batch,
                 "neigh add 10.244.{far}.0 lladdr {mac} dev vxlan0 nud permanent\n\
                  neigh add fd00:244:{far}:: lladdr {mac} dev vxlan0 nud permanent\n\
                  route add {v4} via 10.244.{far}.0 dev vxlan0 onlink\n\
                  route add {v6} via fd00:244:{far}:: dev vxlan0 onlink"
-            );
-            let _ = writeln!(forwarding, "fdb append {mac} dev vxlan0 dst {outer}");
+            )
+            .ok();
+            writeln!(forwarding, "fdb append {mac} dev vxlan0 dst {outer}").ok();
         }
         place.netns.ip(&batch)?;
         place.netns.bridge(&forwarding)

@@ -31,7 +31,7 @@ fn kube_proxy_should_recover_after_being_killed_accidentally() -> Result<()> {
         );
     }
     // What the kubelet does.
-    agents.iter_mut().try_for_each(|agent| agent.spawn())?;
+    agents.iter_mut().try_for_each(proxy_tests::agent::Agent::spawn)?;
     for node in crate::cluster::NODES {
         soon(|| {
             let health = http::get(test_cluster.place(node), healthz, "/healthz")?;

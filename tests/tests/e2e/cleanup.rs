@@ -43,7 +43,7 @@ fn nothing_is_left_after_cleanup_and_doing_it_twice_is_doing_it_once() -> Result
     let (code, said) = agent.ask(&["cleanup"])?;
     ensure!(code.success() && said.starts_with("removed "), "{said}");
     // The operator who mounted the bpffs would see an empty directory; the one below it is gone.
-    let left = std::fs::read_dir(agent.bpf_root()).map(|entries| entries.count()).unwrap_or(0);
+    let left = std::fs::read_dir(agent.bpf_root()).map_or(0, Iterator::count);
     ensure!(left == 0, "{left} things are left in {}", agent.bpf_root().display());
     for vip in service(1) {
         nobody_answers(pod, vip)?;

@@ -52,7 +52,7 @@ fn agent(cluster: &TestCluster, feed: impl Into<Feed>, flags: &[&str]) -> Result
 fn sources_and_flags_that_cannot_be_followed_are_named_with_a_remedy() -> Result<()> {
     let (cluster, dir) = (one_node(&["a"])?, manifests()?);
     let none = dir.path().join("none");
-    refused(&mut agent(&cluster, Feed::Manifests(none.clone()), &[])?, &["none", "does it exist"])?;
+    refused(&mut agent(&cluster, Feed::Manifests(none), &[])?, &["none", "does it exist"])?;
     let file = dir.path().join("file.yaml");
     dir.write("file.yaml", "")?;
     refused(&mut agent(&cluster, Feed::Manifests(file), &[])?, &["file.yaml", "is it a directory"])?;

@@ -171,7 +171,7 @@ fn where_memory_ends_it_is_told_old_flows_go_on_and_young_ones_make_room() -> Re
     let made_room = || counted(&scene.agent, "displaced");
     let (before, to) = (made_room()?, scene.cluster.place("node1").at(NODE_PORT));
     eventually(SOON, || {
-        let _ = questions(scene.cluster.place("outside"), to, 20, Duration::from_millis(200));
+        questions(scene.cluster.place("outside"), to, 20, Duration::from_millis(200)).ok();
         ensure!(made_room()? > before, "no young flow makes room");
         Ok(())
     })?;

@@ -97,8 +97,8 @@ fn serve(listener: &TcpListener, to: SocketAddr, heads: &Mutex<Vec<String>>) -> 
         for (mut from, mut to) in [(client.try_clone()?, server.try_clone()?), (server, client)] {
             std::thread::spawn(move || {
                 // Either end may go at any time.
-                let _ = std::io::copy(&mut from, &mut to);
-                let _ = to.shutdown(std::net::Shutdown::Both);
+                std::io::copy(&mut from, &mut to).ok();
+                to.shutdown(std::net::Shutdown::Both).ok();
             });
         }
     }

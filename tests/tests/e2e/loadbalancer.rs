@@ -70,8 +70,8 @@ fn a_local_policy_keeps_traffic_on_its_node_and_drops_it_where_there_is_no_endpo
         service(&dir, &cluster, ("far", 2, 30002), &["c"], |plan| {
             plan.load_balancer(&public(2)).external_local(None)
         })?;
-        service(&dir, &cluster, ("inside", 3, 30003), &["b", "c"], |plan| plan.internal_local())?;
-        service(&dir, &cluster, ("nowhere", 4, 0), &["c"], |plan| plan.internal_local())?;
+        service(&dir, &cluster, ("inside", 3, 30003), &["b", "c"], ServicePlan::internal_local)?;
+        service(&dir, &cluster, ("nowhere", 4, 0), &["c"], ServicePlan::internal_local)?;
         let _agent = agent(&cluster, "node1", &dir, &[])?;
         let (a, node1, outside) = (cluster.place("a"), cluster.place("node1"), cluster.place("outside"));
         for targets in [at(public(1), 80), node1.at(30001)] {

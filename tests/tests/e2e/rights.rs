@@ -177,8 +177,8 @@ impl Running {
 
     fn end(&mut self) {
         // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 
     fn log(&self) -> String {
@@ -189,7 +189,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.end();
-        let _ = self.exec(&["cleanup"]);
+        self.exec(&["cleanup"]).ok();
     }
 }
 
@@ -215,6 +215,7 @@ fn setting(netns: &Place) -> Result<String> {
 }
 
 /// Whatever an agent does in its life.
+#[expect(clippy::too_many_lines, reason = "one life of an agent, step by step")]
 fn lives(manifest: &str, lacks: &[&str]) -> Result<()> {
     let mut scene = Scene::new(manifest)?;
     let _servers = servers(&scene.cluster, &["b", "c", "d"])?;

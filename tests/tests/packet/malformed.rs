@@ -57,7 +57,7 @@ fn sorts(cast: Cast) -> Vec<(Hook, Packet)> {
             packet.extension(0, &[0; 6]).extension(60, &[0; 6])
         }
     };
-    let embedded = more(about.clone()).without_ethernet().build();
+    let embedded = more(about).without_ethernet().build();
     let from = ip(cast.router);
     let error = Packet::icmp(from, ip(cast.pod), kind, 0, [0; 4]).payload(&embedded);
     vec![

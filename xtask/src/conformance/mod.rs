@@ -86,7 +86,7 @@ impl Table {
         );
         for (heading, ids) in &rules.sections {
             // Writing to a string does not fail.
-            let _ = write!(text, "\n## {heading}\n\n| rule | | shown by |\n|---|---|---|\n");
+            write!(text, "\n## {heading}\n\n| rule | | shown by |\n|---|---|---|\n").ok();
             for id in ids {
                 let Some(rule) = rules.all.get(id) else { continue };
                 let tests = match (cited.by_test.get(id), &rule.no_test) {
@@ -94,7 +94,7 @@ impl Table {
                     (None, Some(reason)) => format!("no test: {reason}"),
                     (None, None) => String::new(),
                 };
-                let _ = writeln!(text, "| {} | {} | {tests} |", link(*id), rule.title);
+                writeln!(text, "| {} | {} | {tests} |", link(*id), rule.title).ok();
             }
         }
         Self { text, summary }

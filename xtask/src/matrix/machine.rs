@@ -1,6 +1,7 @@
 //! A virtual machine: boots a kernel with an initramfs, and reads on its console how the probes go.
 
 use std::{
+    collections::VecDeque,
     fs,
     io::{BufRead as _, BufReader, Read, Write as _},
     path::{Path, PathBuf},
@@ -130,8 +131,8 @@ struct Machine(Child);
 impl Machine {
     fn end(&mut self) {
         // Errors: it has ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        self.0.kill().ok();
+        self.0.wait().ok();
     }
 }
 
@@ -151,7 +152,7 @@ fn read_console(from: impl Read + Send + 'static, to: &Path) -> Result<Receiver<
         while console.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             // A full disk loses the file, not the probes.
-            let _ = writeln!(file, "{text}");
+            writeln!(file, "{text}").ok();
             if sender.send(text).is_err() {
                 return;
             }
@@ -167,12 +168,12 @@ struct Watch<'a> {
     booted: Option<String>,
     probes: Vec<Probe>,
     ended: bool,
-    last: std::collections::VecDeque<String>,
+    last: VecDeque<String>,
 }
 
 impl<'a> Watch<'a> {
     fn new(release: &'a str) -> Self {
-        Self { release, booted: None, probes: Vec::new(), ended: false, last: Default::default() }
+        Self { release, booted: None, probes: Vec::new(), ended: false, last: VecDeque::default() }
     }
 
     fn hear(&mut self, line: &str) {

@@ -82,7 +82,7 @@ impl Apt {
             return Ok(());
         }
         // An error: there was none.
-        let _ = fs::remove_file(self.stamp());
+        fs::remove_file(self.stamp()).ok();
         fs::write(&path, text).with_context(|| format!("could not write {}", path.display()))
     }
 
@@ -150,7 +150,7 @@ impl Apt {
         }
         let new = kernel.root.with_extension("new");
         // An error: there was none.
-        let _ = fs::remove_dir_all(&new);
+        fs::remove_dir_all(&new).ok();
         let downloads = new.join("packages");
         fs::create_dir_all(&downloads)
             .with_context(|| format!("could not create {}", downloads.display()))?;

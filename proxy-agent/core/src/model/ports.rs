@@ -33,7 +33,8 @@ pub fn largest(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<PortRange> {
     ranges.sort_by_key(|range| (Reverse(range.len()), *range.start()));
     let ranges = ranges.into_iter().take(PORT_RANGES);
     // All 65536 ports are never meant: port 0 is none.
-    ranges.map(|range| PortRange { first: *range.start(), count: range.len() as u16 }).collect()
+    let count = |range: &RangeInclusive<u16>| u16::try_from(range.len()).unwrap_or(u16::MAX);
+    ranges.map(|range| PortRange { first: *range.start(), count: count(&range) }).collect()
 }
 
 /// Ports near each other as one range: each gap of fewer than this many would be a range of its own, of which there

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
-use proxy_common::abi::{Config, Iface, PortRange, Range, RouteKey, SERVICE_RANGES, address, config, iface};
+use proxy_common::abi::{Config, Iface, PortRange, Range, RouteKey, address, config, iface};
 use proxy_common::addr::Addr;
 
 use super::conflicts::Owners;
@@ -123,15 +123,15 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
 /// The ranges of ClusterIPs that there is room for; adjacent ones are one.
 fn put_service_ranges(config: &mut Config, ranges: impl Iterator<Item = IpNet>) {
     let ranges = IpNet::aggregate(&ranges.collect());
-    let count = ranges.len().min(SERVICE_RANGES);
-    config.service_range_count = count as u32;
+    config.service_range_count = 0;
     for (place, range) in config.service_ranges.iter_mut().zip(&ranges) {
         let mask = match range.netmask() {
             // The first 96 bits of an IPv4-mapped address are the same for all.
             IpAddr::V4(mask) => Addr([u32::MAX, u32::MAX, u32::MAX, Addr::from(IpAddr::V4(mask)).word_v4()]),
-            mask => mask.into(),
+            mask @ IpAddr::V6(_) => mask.into(),
         };
         *place = Range { first: range.network().into(), mask };
+        config.service_range_count += 1;
     }
 }
 

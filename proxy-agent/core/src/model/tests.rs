@@ -562,7 +562,7 @@ fn a_reused_cluster_ip_ends_with_the_one_that_is_left() {
     for order in [
         [before.clone(), gone.clone(), after.clone()],
         [before.clone(), after.clone(), gone.clone()],
-        [after.clone(), before.clone(), gone.clone()],
+        [after, before, gone],
     ] {
         assert_eq!(holders(&world(order)), [("10.96.0.1:80/TCP".to_owned(), "after".to_owned())].into());
     }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use proxy_common::abi::{capacity, maps};
 
-use crate::capacity::{Capacities, size_flag};
+use crate::capacity::{Capacities, entries, size_flag};
 
 /// Entries the tables were made for. Index 0 of SLOTS, BACKENDS and SERVICES is never used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub struct Capacity {
 impl From<&Capacities> for Capacity {
     fn from(sizes: &Capacities) -> Self {
         let Capacities { frontends, slots, backends, addresses, sources, services, ifaces, .. } = *sizes;
-        let routes = capacity::MASQUERADE as u32;
+        let routes = entries(capacity::MASQUERADE);
         Self { frontends, slots, backends, addresses, sources, services, ifaces, routes }
     }
 }

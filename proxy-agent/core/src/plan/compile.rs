@@ -125,14 +125,14 @@ impl Planner {
         runs.cluster = match cluster {
             Some(run) => run,
             None => {
-                let run = self.runs.take(want.cluster.len() as u32);
+                let run = self.runs.take(want.cluster.len());
                 run.ok_or_else(|| full(&self.runs, &want.cluster))?
             }
         };
         runs.local = match local {
             Some(run) => run,
             None if shared => runs.cluster,
-            None => match self.runs.take(want.local.len() as u32) {
+            None => match self.runs.take(want.local.len()) {
                 Some(run) => run,
                 None => {
                     let shortage = full(&self.runs, &want.local);

@@ -93,7 +93,8 @@ impl RunPool {
         pool
     }
 
-    pub(super) fn take(&mut self, count: u32) -> Option<Run> {
+    pub(super) fn take(&mut self, count: usize) -> Option<Run> {
+        let count = u32::try_from(count).ok()?;
         let (first, length) = self.free.iter().find(|(_, length)| **length >= count)?;
         let (first, length) = (*first, *length);
         self.free.remove(&first);

@@ -261,6 +261,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::too_many_lines, reason = "one line for each kind of step")]
     fn every_step_is_one_readable_line() {
         let key = FrontendKey::new(addr("10.96.0.10"), Port::new(53), Proto::UDP);
         let value = Frontend {

@@ -76,7 +76,7 @@ pub async fn watch(changes: mpsc::Sender<Change>) {
     let (first, routes_known) = oneshot::channel();
     let links = async {
         // An error: routes are not followed any more, because the receiver has gone.
-        let _ = routes_known.await;
+        routes_known.await.ok();
         watch_links(changes.clone()).await;
     };
     tokio::join!(routes::watch(changes.clone(), first), links);

@@ -46,7 +46,7 @@ pub(super) async fn watch(changes: mpsc::Sender<Change>, first: tokio::sync::one
 fn notify(first: &mut Option<tokio::sync::oneshot::Sender<()>>) {
     if let Some(first) = first.take() {
         // Nobody waits any more when the other side has ended.
-        let _ = first.send(());
+        first.send(()).ok();
     }
 }
 
@@ -147,7 +147,7 @@ fn routes(message: &RouteMessage) -> Vec<Route> {
                         hop.attributes.iter().for_each(|attribute| found.take(attribute));
                         found
                     })
-                    .collect()
+                    .collect();
             }
             other => single.take(other),
         }

@@ -333,7 +333,7 @@ fn what_is_refused_is_tried_again_after_a_pause_and_others_are_not_held_up() {
     let mut loaded = room.load();
     let mut links = interfaces();
     let ghost = Link { index: 4_000, name: "ghost".into(), ..links[0].clone() };
-    links.push(ghost.clone());
+    links.push(ghost);
     let results = loaded.sync_interfaces(&links);
     assert_eq!(results.iter().filter(|(_, result)| result.is_err()).count(), 1);
     assert_eq!(loaded.interfaces(), (2, 0), "one that has just gone is nothing to be told");

@@ -135,7 +135,7 @@ impl Events {
         let last = async {
             if self.0.send((event, Some(done))).await.is_ok() {
                 // An error: the publisher has ended.
-                let _ = published.await;
+                published.await.ok();
             }
         };
         if timeout(LAST_TIMEOUT, last).await.is_err() {
@@ -157,7 +157,7 @@ impl EventPublisher {
             }
             if let Some(done) = done {
                 // An error: the waiter has given up.
-                let _ = done.send(());
+                done.send(()).ok();
             }
         }
     }

@@ -90,7 +90,7 @@ impl Cluster {
             () = connection::probe(transport.clone()) => {}
             () = async {
                 discovery::cluster_info(transport, servers.clone(), &scheme).await;
-                std::future::pending().await
+                std::future::pending::<()>().await;
             } => {}
             () = report_problems(&servers, &tx) => {}
             () = tx.closed() => {}

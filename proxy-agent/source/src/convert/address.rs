@@ -26,7 +26,7 @@ pub(crate) enum Fault {
 pub(crate) fn ip(text: &str) -> Result<IpAddr, Fault> {
     Ok(match raw(text)? {
         IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4),
-        v4 => v4,
+        v4 @ IpAddr::V4(_) => v4,
     })
 }
 

@@ -112,7 +112,7 @@ async fn run_polling(
             }
         }
         let settled = async { while timeout(QUIET, woken.recv()).await.is_ok() {} };
-        let _ = timeout(PATIENCE, settled).await;
+        timeout(PATIENCE, settled).await.ok();
     }
 }
 

@@ -263,7 +263,7 @@ fn of_what_is_no_regular_file_any_more_the_previous_content_stays_and_nothing_bl
         assert_eq!(bench.received.warnings, BTreeMap::new());
         fs::remove_file(&at).unwrap();
         make(&at);
-        other(&bench, n as u8 + 1);
+        other(&bench, u8::try_from(n).unwrap() + 1);
         bench.look();
         let expected = format!("10.96.1.{}", n + 1);
         assert_eq!(

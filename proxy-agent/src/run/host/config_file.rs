@@ -45,7 +45,7 @@ pub(in crate::run) async fn changed(file: ConfigFile) -> Error {
         if before.is_some() {
             sleep(pause).await;
         } else {
-            let _ = timeout(pause, woken.recv()).await; // Told or not, it is time to look.
+            timeout(pause, woken.recv()).await.ok(); // Told or not, it is time to look.
         }
     }
 }

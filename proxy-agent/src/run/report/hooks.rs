@@ -62,7 +62,7 @@ impl Report {
             match result {
                 Ok(Attached::Kept | Attached::Updated) => {}
                 Ok(Attached::New) => {
-                    tracing::info!("new sockets in cgroup {cgroup} are left to their packets")
+                    tracing::info!("new sockets in cgroup {cgroup} are left to their packets");
                 }
                 Err(error) => {
                     let line = format!(

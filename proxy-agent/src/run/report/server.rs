@@ -31,7 +31,7 @@ impl Report {
                 tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build();
             let runtime = match made {
                 Ok(runtime) => {
-                    let _ = begun.send(Ok(()));
+                    begun.send(Ok(())).ok();
                     runtime
                 }
                 // Nobody waits who is not there.
@@ -69,5 +69,5 @@ impl Report {
 /// Says that an address is not served.
 async fn lost(failing: &mpsc::Sender<Event>, event: Event) {
     // An error: the loop has ended, and with it the agent.
-    let _ = failing.send(event).await;
+    failing.send(event).await.ok();
 }

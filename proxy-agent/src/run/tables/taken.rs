@@ -51,7 +51,7 @@ impl Follower {
             state => {
                 if let (State::Reading(wake), true) = (&state, news) {
                     // Full: it has been asked already.
-                    let _ = wake.try_send(());
+                    wake.try_send(()).ok();
                 }
                 self.state = state;
             }
@@ -107,7 +107,7 @@ fn wait(woken: &Receiver<()>, pause: Pause) -> bool {
         Ok(()) => {
             // What comes meanwhile is read with it.
             std::thread::sleep(pause.least);
-            let _ = woken.try_recv();
+            woken.try_recv().ok();
         }
     }
     true

@@ -36,7 +36,7 @@ impl Agent {
             }
             Ok(_) => {}
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "cannot see whether to retire")
+                tracing::warn!(error = &error as &dyn std::error::Error, "cannot see whether to retire");
             }
         }
         self.report.retired(self.adoption.as_ref().is_some_and(adopt::Adoption::is_retired));
@@ -91,7 +91,7 @@ impl Agent {
                 self.runner.request(now);
             }
             Err(error) => {
-                tracing::warn!("connections of kube-proxy's rules are not taken over yet: {error:#}")
+                tracing::warn!("connections of kube-proxy's rules are not taken over yet: {error:#}");
             }
         }
         let left = planner_flags(self.planner.as_ref());

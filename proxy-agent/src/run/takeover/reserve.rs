@@ -61,7 +61,7 @@ fn entry(flow: &Flow) -> Option<(Connection, Tuple)> {
         answered: sent.reversed(),
         status: Status::SeenReply | Status::Assured,
         tcp: (flow.proto() == Proto::TCP).then_some(ESTABLISHED),
-        timeout: LASTS.as_secs() as u32,
+        timeout: u32::try_from(LASTS.as_secs()).unwrap_or(u32::MAX),
         mark: 0,
         zoned: false,
     };

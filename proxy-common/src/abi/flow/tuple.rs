@@ -85,7 +85,7 @@ impl Tuple {
             let (low, high) = if rises { (&self.src, &self.dst) } else { (&self.dst, &self.src) };
             let (low_port, high_port) =
                 if rises { (self.sport, self.dport) } else { (self.dport, self.sport) };
-            (Key::v6([low, high], [low_port, high_port], self.proto, secret), !rises as usize)
+            (Key::v6([low, high], [low_port, high_port], self.proto, secret), usize::from(!rises))
         }
     }
 

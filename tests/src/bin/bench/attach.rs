@@ -51,8 +51,8 @@ fn one_round(netns: &Netns, times: &mut Times) -> Result<()> {
     let root = BpfRoot::new(directory.path().join("bpf"));
     let measured = attach(netns, &root, times);
     // What cannot be removed now is swept by the next run.
-    let _ = remove_all(&root);
-    let _ = nix::mount::umount2(root.path(), nix::mount::MntFlags::MNT_DETACH);
+    remove_all(&root).ok();
+    nix::mount::umount2(root.path(), nix::mount::MntFlags::MNT_DETACH).ok();
     measured
 }
 

@@ -91,7 +91,7 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     for (case, times) in cases.iter().zip(&all) {
         match case.limit {
             Some(limit) => {
-                figures.against(format!("packet: {} vs twice the floor", case.name), "ns", times, limit)
+                figures.against(format!("packet: {} vs twice the floor", case.name), "ns", times, limit);
             }
             None => figures.value(format!("packet: {}", case.name), "ns", times),
         }
@@ -239,7 +239,7 @@ fn syn() -> Vec<u8> {
 /// The embedded programs and maps of their default sizes, not pinned.
 fn load() -> Result<Ebpf> {
     ensure!(!OBJECT.is_empty(), "no BPF object inside: run `cargo xtask build-ebpf`, then build again");
-    let (bits, quiet) = (Features::probe().bits(), 0u8);
+    let (bits, quiet) = (Features::probe().bits(), 0_u8);
     let cpus = u32::try_from(aya::util::nr_cpus().map_or(1, |n| n))?;
     let mut ebpf = EbpfLoader::new()
         .override_global("FEATURES", &bits, false)

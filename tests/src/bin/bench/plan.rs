@@ -170,8 +170,8 @@ impl Tables {
 impl Drop for Tables {
     fn drop(&mut self) {
         // What cannot be removed now is swept by the next run.
-        let _ = remove_all(&self.root);
-        let _ = nix::mount::umount2(self.root.path(), nix::mount::MntFlags::MNT_DETACH);
+        remove_all(&self.root).ok();
+        nix::mount::umount2(self.root.path(), nix::mount::MntFlags::MNT_DETACH).ok();
     }
 }
 

@@ -256,7 +256,7 @@ fn cleaned(agent: &mut Agent, pod: &Place) -> Result<String> {
     ensure!(status.success(), "SIGTERM: {status}");
     let (status, said) = agent.ask(&["cleanup"])?;
     ensure!(status.success(), "cleanup: {status}: {said}");
-    let left = std::fs::read_dir(agent.bpf_root()).map(Iterator::count).unwrap_or(0);
+    let left = std::fs::read_dir(agent.bpf_root()).map_or(0, Iterator::count);
     ensure!(left == 0, "{left} things are left in {}", agent.bpf_root().display());
     // The kernel frees programs a little later than links.
     eventually(SOON, || {

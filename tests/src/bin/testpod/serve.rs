@@ -49,7 +49,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     for address in at(&arguments.bind, &arguments.udp) {
         let socket = UdpSocket::bind(address).with_context(|| format!("listening on udp {address}"))?;
         // What waits while this process has to wait for a processor is not lost. Only root may; others get what is usual.
-        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &QUEUE);
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &QUEUE).ok();
         let name = name.clone();
         std::thread::spawn(move || answer_datagrams(&socket, &name));
     }
@@ -148,7 +148,7 @@ fn answer_datagrams(socket: &UdpSocket, name: &str) {
         // The header must not push a large answer over what a datagram can hold.
         let room = 65_507 - text.len();
         text.extend_from_slice(&buffer[..length.min(room)]);
-        let _ = socket.send_to(&text, from);
+        socket.send_to(&text, from).ok();
     }
 }
 

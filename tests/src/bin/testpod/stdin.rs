@@ -56,5 +56,5 @@ fn read(sender: &Sender<Order>) {
         }
     }
     // A send that fails finds nobody to tell.
-    let _ = sender.send(Order::Stop);
+    sender.send(Order::Stop).ok();
 }

@@ -229,7 +229,7 @@ fn run(ground: &mut Ground<'_>, step: &str, at: Option<(&Site, Act)>) -> Result<
         if let Ok(pid) = pid {
             // It may have ended by itself; as long as the tracer has not reaped it the id is its own.
             if !tracer.is_finished() {
-                let _ = kill(pid, Signal::SIGKILL);
+                kill(pid, Signal::SIGKILL).ok();
             }
         }
         let traced = tracer.join().map_err(|_| anyhow!("the tracer panicked"))?;

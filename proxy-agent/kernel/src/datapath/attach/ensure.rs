@@ -1,7 +1,7 @@
 //! One link at its hook: kept, updated or made; and what refuses is tried again.
 
 use super::grace::Expedited;
-use super::hooks::*;
+use super::hooks::{Held, Spot, Unit};
 use super::loaded::Loaded;
 use super::{AttachError, Attached, PinName, open_link};
 use crate::datapath::store::pin::{PinId, pin_at, pin_id};

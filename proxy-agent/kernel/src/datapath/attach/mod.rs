@@ -191,7 +191,7 @@ impl Loaded {
         let refused = matches!(error, AttachError::Attach { .. });
         if refused || !Direction::BOTH.into_iter().all(|direction| self.is_attached(index, direction)) {
             // The error that led here matters more.
-            let _ = self.drop_interface(index);
+            self.drop_interface(index).ok();
         }
     }
 
@@ -255,7 +255,7 @@ impl Loaded {
     pub(crate) fn detach(&mut self, pin: &PinName) -> Result<bool, AttachError> {
         if let Some(link) = self.hooks.take(pin) {
             // One that has lost its pin is attached as long as we hold it.
-            let _ = sys::link_detach(link.as_fd());
+            sys::link_detach(link.as_fd()).ok();
         }
         drop_pin(self.root(), pin)
     }
@@ -287,7 +287,7 @@ pub(crate) fn drop_pin_at(path: &Path, pin: &PinName) -> Result<bool, AttachErro
             // Others may hold the link: it is detached, not only forgotten. A severed link has nothing to
             // detach, and kernels before 5.11 detach when the pin goes.
             if let Ok(link) = sys::obj_get(path) {
-                let _ = sys::link_detach(link.as_fd());
+                sys::link_detach(link.as_fd()).ok();
             }
         }
         PinName::Filter(index, direction) => filter::clear(*index, *direction)?,

@@ -101,7 +101,7 @@ impl Loaded {
             Some(newest) if !made => Self::load(&object, root, &newest.root, &fates, warnings)?,
             newest => Self::make(&object, root, newest, &fates, warnings).inspect_err(|_| {
                 // What was made for nothing goes at once; the programs that run do not know it.
-                let _ = root.in_making().remove_generation();
+                root.in_making().remove_generation().ok();
             })?,
         };
         Ok(Prepared { loaded, found, fates, made })

@@ -73,7 +73,7 @@ fn seen_in(cgroup: &Path) -> io::Result<Option<u64>> {
     let cgroup = fs::File::open(cgroup)?;
     let link = sys::link_cgroup(program.as_fd(), cgroup.as_fd(), hook)?;
     // The program is asked before the way there is looked up: whether there is one does not matter.
-    let _ = socket.connect(to);
+    socket.connect(to).ok();
     drop(link);
     // Others in this cgroup may have connected meanwhile: each socket has an entry of its own.
     let own = sys::socket_u64(socket.as_fd(), libc::SOL_SOCKET, libc::SO_COOKIE)?;

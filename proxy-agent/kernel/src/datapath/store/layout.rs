@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(there.len(), 32);
         assert_eq!(there[..8], (1_u64 << 40).to_le_bytes());
         assert_eq!(there[16..24], u64::from(u32::MAX).to_le_bytes());
-        let mut known = there.clone();
+        let mut known = there;
         known[8..16].copy_from_slice(&[9; 8]);
         let back = Translation::new(&next, &now).apply(&known);
         assert_eq!(sys::values::<Affinity>(&back), [value]);

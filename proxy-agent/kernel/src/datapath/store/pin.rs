@@ -385,7 +385,7 @@ pub(crate) fn pin_at(
 ) -> Result<PinId, PinError> {
     let failed = |source| PinError::Pin { path: path.to_owned(), source };
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let making = path.with_file_name(format!("{}{name}", NEW));
+    let making = path.with_file_name(format!("{NEW}{name}"));
     if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
         root.prepare()?;
         create(parent)?;

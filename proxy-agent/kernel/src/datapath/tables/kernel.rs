@@ -16,6 +16,16 @@ use crate::sys;
 use agent_core::datapath::Datapath;
 use agent_core::plan::{Actual, GRACE_MS, Step};
 
+/// What a step of one kind says; nothing of the others.
+macro_rules! part {
+    ($step:pat => $said:expr) => {
+        |step: &Step| match step {
+            $step => Some($said),
+            _ => None,
+        }
+    };
+}
+
 /// Why the tables could not be read or written.
 pub type KernelError = TableError;
 
@@ -148,46 +158,25 @@ impl Kernel {
         );
         self.writes += u64::from(of_trie);
         match first {
-            Step::PutConfig(_) => put(&self.config, run, |step| match step {
-                Step::PutConfig(config) => Some((0, **config)),
-                _ => None,
-            }),
-            Step::PutIface(..) => put(&self.ifaces, run, |step| match step {
-                Step::PutIface(index, iface) => Some((*index, *iface)),
-                _ => None,
-            }),
-            Step::DeleteIface(_) => delete(&self.ifaces, run, |step| match step {
-                Step::DeleteIface(index) => Some(*index),
-                _ => None,
-            }),
+            Step::PutConfig(_) => put(&self.config, run, part!(Step::PutConfig(config) => (0, **config))),
+            Step::PutIface(..) => {
+                put(&self.ifaces, run, part!(Step::PutIface(index, iface) => (*index, *iface)))
+            }
+            Step::DeleteIface(_) => delete(&self.ifaces, run, part!(Step::DeleteIface(index) => *index)),
             Step::PutRoute(..) => {
                 self.news = true;
-                put(&self.routes, run, |step| match step {
-                    Step::PutRoute(key, source) => Some((*key, *source)),
-                    _ => None,
-                })
+                put(&self.routes, run, part!(Step::PutRoute(key, source) => (*key, *source)))
             }
-            Step::DeleteRoute(_) => delete(&self.routes, run, |step| match step {
-                Step::DeleteRoute(key) => Some(*key),
-                _ => None,
-            }),
-            Step::PutServicePorts(..) => put(&self.service_ports, run, |step| match step {
-                Step::PutServicePorts(word, bits) => Some((*word, *bits)),
-                _ => None,
-            }),
-            Step::PutService(..) => put(&self.services, run, |step| match step {
-                Step::PutService(id, name) => Some((*id, **name)),
-                _ => None,
-            }),
-            Step::DeleteService(_) => delete(&self.services, run, |step| match step {
-                Step::DeleteService(id) => Some(*id),
-                _ => None,
-            }),
+            Step::DeleteRoute(_) => delete(&self.routes, run, part!(Step::DeleteRoute(key) => *key)),
+            Step::PutServicePorts(..) => {
+                put(&self.service_ports, run, part!(Step::PutServicePorts(word, bits) => (*word, *bits)))
+            }
+            Step::PutService(..) => {
+                put(&self.services, run, part!(Step::PutService(id, name) => (*id, **name)))
+            }
+            Step::DeleteService(_) => delete(&self.services, run, part!(Step::DeleteService(id) => *id)),
             Step::PutBackend(..) => {
-                let part = |step: &Step| match step {
-                    Step::PutBackend(index, backend) => Some((*index, *backend)),
-                    _ => None,
-                };
+                let part = part!(Step::PutBackend(index, backend) => (*index, *backend));
                 let backends = || run.iter().filter_map(part).map(|(_, backend)| backend);
                 let added = self.endpoint_bits.add(backends().filter(Backend::is_live).map(|live| live.addr));
                 self.news |= added.map_err(|error| (0, error))?;
@@ -198,40 +187,23 @@ impl Kernel {
                 }
                 Ok(())
             }
-            Step::PutSlot(..) => put(&self.slots, run, |step| match step {
-                Step::PutSlot(slot, backend) => Some((*slot, *backend)),
-                _ => None,
-            }),
-            Step::PutSource(_) => put(&self.sources, run, |step| match step {
-                Step::PutSource(key) => Some((*key, LISTED)),
-                _ => None,
-            }),
-            Step::DeleteSource(_) => delete(&self.sources, run, |step| match step {
-                Step::DeleteSource(key) => Some(*key),
-                _ => None,
-            }),
-            Step::PutFrontend(..) => put(&self.frontends, run, |step| match step {
-                Step::PutFrontend(key, frontend) => Some((*key, *frontend)),
-                _ => None,
-            }),
-            Step::DeleteFrontend(_) => delete(&self.frontends, run, |step| match step {
-                Step::DeleteFrontend(key) => Some(*key),
-                _ => None,
-            }),
+            Step::PutSlot(..) => {
+                put(&self.slots, run, part!(Step::PutSlot(slot, backend) => (*slot, *backend)))
+            }
+            Step::PutSource(_) => put(&self.sources, run, part!(Step::PutSource(key) => (*key, LISTED))),
+            Step::DeleteSource(_) => delete(&self.sources, run, part!(Step::DeleteSource(key) => *key)),
+            Step::PutFrontend(..) => {
+                put(&self.frontends, run, part!(Step::PutFrontend(key, frontend) => (*key, *frontend)))
+            }
+            Step::DeleteFrontend(_) => delete(&self.frontends, run, part!(Step::DeleteFrontend(key) => *key)),
             Step::PutAddress(..) => {
-                let part = |step: &Step| match step {
-                    Step::PutAddress(addr, flags) => Some((*addr, *flags)),
-                    _ => None,
-                };
+                let part = part!(Step::PutAddress(addr, flags) => (*addr, *flags));
                 let added = self.address_bits.add(run.iter().filter_map(part).map(|(addr, _)| addr));
                 added.map_err(|error| (0, error))?;
                 put(&self.addresses, run, part)
             }
             Step::DeleteAddress(_) => {
-                delete(&self.addresses, run, |step| match step {
-                    Step::DeleteAddress(addr) => Some(*addr),
-                    _ => None,
-                })?;
+                delete(&self.addresses, run, part!(Step::DeleteAddress(addr) => *addr))?;
                 let due = self.address_bits.lose(run.len());
                 // Bits too many do no harm, so an error only means that they are counted another time.
                 if due && let Err(error) = self.count_addresses() {

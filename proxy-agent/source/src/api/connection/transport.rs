@@ -166,7 +166,7 @@ impl Transport {
                     counting.done(Some(answer.status()));
                     self.servers.answered(&target, answer.version());
                     // Outside of `with_responder` there is no cell.
-                    let _ = RESPONDER.try_with(|answered| answered.set(Some(target.generation())));
+                    RESPONDER.try_with(|answered| answered.set(Some(target.generation()))).ok();
                     self.honor_retry_after(&target, &answer);
                     let status = answer.status();
                     return Ok(answer.map(|body| LimitedBody::new(body, status, watch)));

@@ -73,7 +73,7 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
                 return self.recover_from_status(status, &why, progress, shared).await;
             }
             EndReason::Truncated | EndReason::LimitExceeded(_) => {
-                self.fail_over(&why, progress, shared).await?
+                self.fail_over(&why, progress, shared).await?;
             }
             EndReason::Undecodable(_) | EndReason::Stale { .. } => {
                 progress.version = None;

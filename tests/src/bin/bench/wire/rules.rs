@@ -20,7 +20,7 @@ pub(crate) fn load(cluster: &TestCluster, vip: Ipv4Addr, port: u16, services: u3
 fn text(vip: Ipv4Addr, pod: Ipv4Addr, port: u16, services: u32) -> String {
     let mut elements = format!("{vip} . tcp . 80 : goto service-web");
     for n in 1..services {
-        let _ = write!(elements, ",\n{} . tcp . 80 : goto service-other", super::extra::address(n - 1));
+        write!(elements, ",\n{} . tcp . 80 : goto service-other", super::extra::address(n - 1)).ok();
     }
     let pods = "10.244.0.0/16";
     format!(

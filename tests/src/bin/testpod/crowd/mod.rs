@@ -196,7 +196,7 @@ impl Crowd {
             held: kind != NEW,
         };
         // Who does not read it has gone, and this program ends with its standard input.
-        let _ = crate::print(&Said::Lost(loss));
+        crate::print(&Said::Lost(loss)).ok();
         false
     }
 }
@@ -228,7 +228,7 @@ impl Held {
         let begun = (Instant::now(), now_ms());
         let Some(line) = &mut self.line else {
             // Its end has been counted; new requests tell whether the Service is served.
-            let _ = self.reopen(crowd).await;
+            self.reopen(crowd).await.ok();
             return;
         };
         let from = line.local().map_or_else(String::new, |from| format!(" from {from}"));
