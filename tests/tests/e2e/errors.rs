@@ -121,7 +121,7 @@ fn an_api_server_that_cannot_be_reached_is_named_and_tried_again() -> Result<()>
         ensure!(code.code() == Some(1) && page.contains("the first list has not arrived"), "{page}");
         ensure!(page.contains(url) && page.contains("remedy: see that the source can be reached"), "{page}");
         let log = agent.log_text();
-        ensure!(log.contains("trying again") && log.contains("refused"), "{log}");
+        ensure!(log.contains("retrying") && log.contains("refused"), "{log}");
         Ok(())
     })?;
     ensure!(agent.status_json()?["links"] == serde_json::json!([]), "programs are attached");
