@@ -58,7 +58,6 @@ pub struct FrontendRow {
     pub kind: &'static str,
     /// Address; `*` for every accepted address of this node.
     pub address: String,
-    /// Port.
     pub port: u16,
     /// `TCP`, `UDP` or `SCTP`.
     pub protocol: String,
@@ -76,7 +75,6 @@ pub struct FrontendRow {
     pub rejected: u64,
     /// The ones that were dropped.
     pub dropped: u64,
-    /// Its endpoints.
     pub endpoints: Vec<EndpointRow>,
 }
 

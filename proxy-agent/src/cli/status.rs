@@ -76,7 +76,6 @@ pub struct Agent {
 pub struct ReasonCount {
     /// Its label.
     pub reason: &'static str,
-    /// Its value.
     pub count: u64,
     /// What it means.
     pub meaning: &'static str,

@@ -10,7 +10,6 @@ use super::kube_proxy::fields::Origin;
 pub struct FlagError {
     /// The flag, or the field of the file.
     pub flag: &'static str,
-    /// Its value.
     pub value: String,
     /// What is wrong with it.
     pub reason: String,

@@ -15,7 +15,6 @@ const DEFAULT_MEMORY: u32 = 512;
 /// How many entries the tables may have. They begin with less and grow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSizes {
-    /// Each.
     pub each: Capacities,
     /// All together, in MiB.
     pub memory: u32,

@@ -43,7 +43,6 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Nothing.
     pub const NOTHING: Self = Self { checks: Vec::new(), v4: Accepted::Everywhere, v6: Accepted::Everywhere };
 
     /// What the world asks for.

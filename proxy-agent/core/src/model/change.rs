@@ -43,7 +43,6 @@ pub enum Change {
     /// What is wrong with an object, whole or in part; an empty list takes earlier warnings back.
     /// `object` is its name for a person: `Service default/web`, `web.yaml:12`.
     Warnings {
-        /// The object.
         object: String,
         /// One line each.
         lines: Vec<String>,

@@ -11,11 +11,9 @@ use super::{Family, ObjectName};
 /// The unit of programming: one port of a Service in one family.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServicePort {
-    /// The Service.
     pub service: ObjectName,
     /// Name of the port; empty when unnamed.
     pub port: Arc<str>,
-    /// Protocol.
     pub proto: Proto,
     /// Family.
     pub family: Family,
@@ -67,6 +65,5 @@ pub struct NodeTables {
 pub struct Desired {
     /// Every Service port.
     pub services: BTreeMap<ServicePort, DesiredService>,
-    /// The node.
     pub node: NodeTables,
 }

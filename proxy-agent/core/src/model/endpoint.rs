@@ -12,7 +12,6 @@ use super::{Family, ObjectName};
 pub struct SlicePort {
     /// Name; empty when unnamed.
     pub name: Arc<str>,
-    /// Protocol.
     pub proto: Proto,
     /// Port number at the endpoints.
     pub port: u16,

@@ -19,9 +19,7 @@ pub struct NoLocal {
 /// Both families' counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct NoLocalByFamily {
-    /// IPv4.
     pub v4: NoLocal,
-    /// IPv6.
     pub v6: NoLocal,
 }
 

@@ -33,9 +33,7 @@ impl fmt::Display for ObjectName {
 /// An IP family: each is proxied on its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
-    /// IPv4.
     V4,
-    /// IPv6.
     V6,
 }
 
@@ -64,7 +62,6 @@ pub enum Affinity {
 pub struct Port {
     /// Name; empty when unnamed.
     pub name: Arc<str>,
-    /// Protocol.
     pub proto: Proto,
     /// Port number at the Service's addresses.
     pub port: u16,

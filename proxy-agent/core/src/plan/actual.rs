@@ -13,19 +13,14 @@ use super::Step;
 /// The configuration tables, read from the kernel at start and kept in step with every write since.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actual {
-    /// FRONTENDS.
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     /// SLOTS that are not zero.
     pub slots: BTreeMap<u32, u32>,
     /// BACKENDS that were ever used; retired ones keep their generation.
     pub backends: BTreeMap<u32, Backend>,
-    /// ADDRESSES.
     pub addresses: BTreeMap<Addr, u32>,
-    /// SOURCES.
     pub sources: BTreeSet<SourceKey>,
-    /// SERVICES.
     pub services: BTreeMap<u32, ServiceName>,
-    /// IFACES.
     pub ifaces: BTreeMap<u32, Iface>,
     /// MASQUERADE.
     pub routes: BTreeMap<RouteKey, Addr>,

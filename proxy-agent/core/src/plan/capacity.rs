@@ -9,19 +9,13 @@ use crate::capacity::{Capacities, entries, size_flag};
 /// Entries the tables were made for. Index 0 of SLOTS, BACKENDS and SERVICES is never used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// FRONTENDS.
     pub frontends: u32,
-    /// SLOTS.
     pub slots: u32,
-    /// BACKENDS.
     pub backends: u32,
-    /// ADDRESSES.
     pub addresses: u32,
-    /// SOURCES.
     pub sources: u32,
     /// SERVICES and SERVICE_STATS.
     pub services: u32,
-    /// IFACES.
     pub ifaces: u32,
     /// MASQUERADE, whose size is fixed.
     pub routes: u32,

@@ -18,7 +18,6 @@ pub enum Violation {
     /// Nobody knows whose it is.
     #[error("frontend {} belongs to service id {service}, which has no name", Destination(.key))]
     FrontendUnnamed {
-        /// The frontend.
         key: FrontendKey,
         /// Its service id.
         service: u32,
@@ -26,7 +25,6 @@ pub enum Violation {
     /// A packet that chose this slot would be dropped.
     #[error("frontend {} shows slot {slot}, which leads to backend {backend}: {why}", Destination(.key))]
     Slot {
-        /// The frontend.
         key: FrontendKey,
         /// The slot.
         slot: u32,
@@ -38,7 +36,6 @@ pub enum Violation {
     /// The empty run begins at 0, every other one after it.
     #[error("frontend {} has the impossible run {}+{}", Destination(.key), .run.first, .run.count)]
     Run {
-        /// The frontend.
         key: FrontendKey,
         /// The run.
         run: Run,
@@ -58,7 +55,6 @@ pub enum Violation {
     /// Everybody would be turned away.
     #[error("frontend {} asks for source ranges and service id {service} has none", Destination(.key))]
     NoSources {
-        /// The frontend.
         key: FrontendKey,
         /// Its service id.
         service: u32,
@@ -96,7 +92,6 @@ pub enum Violation {
     /// The frontends of one Service show different slots.
     #[error("frontend {} shows other slots than its siblings of service id {service}", Destination(.key))]
     Split {
-        /// The frontend.
         key: FrontendKey,
         /// Its service id.
         service: u32,

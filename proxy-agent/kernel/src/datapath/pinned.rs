@@ -28,18 +28,10 @@ use agent_core::plan::Actual;
 pub enum PinnedError {
     /// No pins.
     #[error("no agent has run under {root}: start `proxy-agent run`, or name its directory with --bpf-root")]
-    NoAgent {
-        /// The root.
-        root: String,
-    },
+    NoAgent { root: String },
     /// Not allowed to look.
     #[error("not allowed to read the tables under {root}: run as root")]
-    Forbidden {
-        /// The root.
-        root: String,
-        /// Why.
-        source: TableError,
-    },
+    Forbidden { root: String, source: TableError },
     /// A table cannot be used.
     #[error(transparent)]
     Table(#[from] TableError),
@@ -54,7 +46,6 @@ pub enum PinnedError {
 /// How full a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct MapFill {
-    /// The map.
     pub name: &'static str,
     /// Entries in use.
     pub used: u64,

@@ -18,7 +18,6 @@ use agent_core::model::Family;
 
 use super::passing;
 
-/// The table.
 const TABLE: &str = "ebpf-proxy-nat";
 
 /// Keeps netfilter rewriting if there is such a connection, and `rules` that are about to go or have gone, else no longer; how

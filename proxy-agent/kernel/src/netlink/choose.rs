@@ -13,7 +13,6 @@ pub struct DevicesError {
 }
 
 impl DevicesError {
-    /// The pattern.
     #[must_use]
     pub fn pattern(&self) -> &str {
         &self.pattern

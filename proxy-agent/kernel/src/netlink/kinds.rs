@@ -16,7 +16,6 @@ pub(super) struct Row {
     pub(super) kinds: &'static [&'static str],
     /// What such a device is to the programs.
     pub(super) device: Device,
-    /// Why.
     #[cfg_attr(
         not(test),
         expect(dead_code, reason = "said here, shown in ARCHITECTURE.md, compared by a test")

@@ -61,7 +61,6 @@ pub enum NetlinkError {
     List {
         /// Links or addresses.
         what: &'static str,
-        /// Why.
         source: rtnetlink::Error,
     },
 }

@@ -37,9 +37,7 @@ pub enum Error {
     /// It cannot be listed.
     #[error("cannot read the manifest directory {path}: does it exist, and is it a directory?")]
     Open {
-        /// The directory.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
@@ -48,9 +46,7 @@ pub enum Error {
         "cannot watch the manifest directory {path}; look at fs.inotify.max_user_instances and max_user_watches"
     )]
     Watch {
-        /// The directory.
         path: PathBuf,
-        /// Why.
         #[source]
         source: notify::Error,
     },

@@ -86,7 +86,6 @@ pub(in crate::config) enum Origin {
     /// The command line.
     #[default]
     Flags,
-    /// The file.
     File,
 }
 

@@ -11,7 +11,6 @@ use crate::model::{Family, ObjectName, Service, frontends};
 /// A `healthCheckNodePort` to serve, in one family (H-14).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HealthCheck {
-    /// The Service.
     pub service: ObjectName,
     /// Family to listen in.
     pub family: Family,

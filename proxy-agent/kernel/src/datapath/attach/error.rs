@@ -12,62 +12,27 @@ use crate::datapath::store::pin::PinError;
 pub enum AttachError {
     /// The object has no such program.
     #[error("the BPF object has no program {program}: build it again with `cargo xtask build-ebpf`")]
-    Missing {
-        /// Its name.
-        program: &'static str,
-    },
+    Missing { program: &'static str },
     /// The cgroup root cannot be opened.
     #[error("cannot open the cgroup root {path}: name a cgroup v2 directory with --cgroup-root")]
-    CgroupRoot {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    CgroupRoot { path: PathBuf, source: io::Error },
     /// The kernel refused.
     #[error("cannot attach program {program} to {place}")]
-    Attach {
-        /// The program.
-        program: &'static str,
-        /// Cgroup or interface.
-        place: String,
-        /// Why.
-        source: io::Error,
-    },
+    Attach { program: &'static str, place: String, source: io::Error },
     /// The swap of a program failed.
     #[error("cannot replace program {program} at {place}; the older one goes on")]
-    Replace {
-        /// The program.
-        program: &'static str,
-        /// Cgroup or interface.
-        place: String,
-        /// Why.
-        source: io::Error,
-    },
+    Replace { program: &'static str, place: String, source: io::Error },
     /// The swap of a program for one that works with other tables failed.
     #[error("cannot exchange program {program} at {place} for one that works with the new tables")]
-    Exchange {
-        /// The program.
-        program: String,
-        /// Its pin.
-        place: String,
-        /// Why.
-        source: io::Error,
-    },
+    Exchange { program: String, place: String, source: io::Error },
     /// The link could not be pinned.
     #[error("cannot pin the link {path}")]
-    Pin {
-        /// The pin.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Pin { path: PathBuf, source: io::Error },
     /// The interface has another name now, or is gone.
     #[error("interface {name} (index {index}) is gone or has another name now")]
     Renamed {
         /// Name it had.
         name: Arc<str>,
-        /// Its index.
         index: u32,
     },
     /// A clsact filter could not be set.

@@ -19,7 +19,6 @@ use super::hooks::{Spot, Unit};
 use super::loaded::Loaded;
 use super::{AttachError, Attached, PinName};
 
-/// The program.
 pub(crate) const PROGRAM: &str = "exclude_socket";
 
 /// A pattern of `--socket-lb-exclude-cgroups` that cannot be read.
@@ -31,7 +30,6 @@ pub struct PatternError {
 }
 
 impl PatternError {
-    /// The pattern.
     #[must_use]
     pub fn pattern(&self) -> &str {
         &self.pattern

@@ -39,32 +39,19 @@ const LAST: u16 = u16::MAX;
 pub enum FilterError {
     /// The qdisc could not be added.
     #[error("cannot add the clsact qdisc to interface {interface} (CONFIG_NET_CLS_ACT, module sch_ingress)")]
-    Qdisc {
-        /// The interface.
-        interface: String,
-        /// Why.
-        source: Box<TcError>,
-    },
+    Qdisc { interface: String, source: Box<TcError> },
     /// The filter could not be set or removed.
     #[error("cannot {act} the filter of program {program} at interface {interface}")]
     Filter {
         /// What was tried.
         act: &'static str,
-        /// The program.
         program: String,
-        /// The interface.
         interface: String,
-        /// Why.
         source: Box<ProgramError>,
     },
     /// The qdisc could not be removed.
     #[error("cannot remove the clsact qdisc from interface {interface}")]
-    RemoveQdisc {
-        /// The interface.
-        interface: String,
-        /// Why.
-        source: io::Error,
-    },
+    RemoveQdisc { interface: String, source: io::Error },
 }
 
 impl FilterError {

@@ -24,7 +24,6 @@ use crate::sys;
 pub struct Repair {
     /// `link`, `program`, `pin`, `map` or `filter`.
     pub what: &'static str,
-    /// Which.
     pub object: String,
     /// Whether it is as it was.
     pub result: Result<(), AttachError>,

@@ -7,7 +7,6 @@ use aya_log::EbpfLogger;
 /// How much the programs log; anything but `Off` costs time for each packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ProgramLog {
-    /// Nothing.
     Off = 0,
     /// What went wrong.
     Error = 1,

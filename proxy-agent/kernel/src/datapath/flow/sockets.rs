@@ -53,7 +53,6 @@ pub enum SocketError {
     Storage {
         /// What was tried.
         act: &'static str,
-        /// Why.
         source: io::Error,
     },
     /// The kernel does not describe itself.
@@ -72,7 +71,6 @@ pub enum SocketError {
     Destroy {
         /// Where it is connected to.
         endpoint: SocketAddr,
-        /// Why.
         source: io::Error,
     },
 }

@@ -36,36 +36,20 @@ pub enum LoadError {
     Missing {
         /// Map or program.
         what: &'static str,
-        /// Its name.
         name: String,
     },
     /// A pinned map cannot be looked at.
     #[error("cannot open the pinned map {path}")]
-    OpenPin {
-        /// The pin.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    OpenPin { path: PathBuf, source: io::Error },
     /// What the tables say of their layout cannot be read.
     #[error(
         "cannot read {path}, which says what the pinned tables hold: run `proxy-agent cleanup` (open connections through \
          Services break), then start again"
     )]
-    Layout {
-        /// The pin.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Layout { path: PathBuf, source: io::Error },
     /// What is said of the layout could not be written.
     #[error("cannot write {path}, by which the next agent knows what the tables hold")]
-    Describe {
-        /// The pin.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Describe { path: PathBuf, source: io::Error },
     /// What is in the tables could not be carried over.
     #[error("cannot carry over what is in the tables")]
     Carry(#[from] TableError),
@@ -80,20 +64,10 @@ pub enum LoadError {
     Refused(Box<Refusal>),
     /// A program of a kind that this agent does not know.
     #[error("cannot load program {program}: build the BPF object again with `cargo xtask build-ebpf`")]
-    Kind {
-        /// Its name.
-        program: String,
-        /// Why.
-        source: Box<ProgramError>,
-    },
+    Kind { program: String, source: Box<ProgramError> },
     /// A loaded program cannot be looked at.
     #[error("cannot look at the loaded program {program}")]
-    Facts {
-        /// Its name.
-        program: String,
-        /// Why.
-        source: io::Error,
-    },
+    Facts { program: String, source: io::Error },
     /// There are no random numbers.
     #[error(
         "cannot read random numbers from {RANDOM}: the agent needs the host's or the container's usual /dev"

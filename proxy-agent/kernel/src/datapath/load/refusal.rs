@@ -17,7 +17,6 @@ const LINE: usize = 300;
 /// Why a program was refused, and where more stands.
 #[derive(Debug)]
 pub struct Refusal {
-    /// The program.
     pub program: String,
     /// The last thing the verifier said; empty when it said nothing.
     pub said: String,

@@ -25,7 +25,6 @@ const NO_INTERFACE: u32 = i32::MAX as u32;
 /// One thing a kernel has or lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature {
-    /// Its name.
     pub name: &'static str,
     /// Its bit in [`AgentState::absent`](proxy_common::abi::AgentState::absent); 0 where there is no fall-back.
     pub bit: u32,

@@ -31,44 +31,26 @@ const FIRST: u64 = 1;
 pub enum PinError {
     /// The directory could not be made.
     #[error("cannot create {path}; run as root, or name another directory with --bpf-root")]
-    Create {
-        /// The directory.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Create { path: PathBuf, source: io::Error },
     /// bpffs could not be mounted.
     #[error("cannot mount bpffs at {path}; run as root (CAP_SYS_ADMIN), or: mount -t bpf bpf {path}")]
     Mount {
         /// The mount point.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// The file system could not be looked at.
     #[error("cannot tell what file system {path} is on")]
-    Statfs {
-        /// The path.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Statfs { path: PathBuf, source: io::Error },
     /// An object could not be pinned.
     #[error("cannot pin {path}")]
-    Pin {
-        /// The pin.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Pin { path: PathBuf, source: io::Error },
     /// A directory could not be read or removed.
     #[error("cannot {act} {path}")]
     Directory {
         /// What was tried.
         act: &'static str,
-        /// The path.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
 }

@@ -24,23 +24,14 @@ const NO_BATCH: i32 = 524;
 pub enum TableError {
     /// The pin is not there or cannot be opened.
     #[error("cannot open map {map} at {path}")]
-    Open {
-        /// The map.
-        map: &'static str,
-        /// Its pin.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Open { map: &'static str, path: PathBuf, source: io::Error },
     /// The pinned map is not the one this program knows.
     #[error(
         "map {map} at {path} has {found_key}-byte keys and {found_value}-byte values, expected {key} and \
          {value}: use the proxy-agent that made it, or run `proxy-agent cleanup` first"
     )]
     Layout {
-        /// The map.
         map: &'static str,
-        /// Its pin.
         path: PathBuf,
         /// Bytes of a key in the kernel.
         found_key: u32,
@@ -54,9 +45,7 @@ pub enum TableError {
     /// The table has no room.
     #[error("map {map} is full ({max} entries): no room for {object}; {}", remedy(map))]
     Full {
-        /// The map.
         map: &'static str,
-        /// Its size.
         max: u32,
         /// What found no room.
         object: String,
@@ -68,9 +57,7 @@ pub enum TableError {
         act: &'static str,
         /// The element.
         object: String,
-        /// The map.
         map: &'static str,
-        /// Why.
         source: io::Error,
     },
 }

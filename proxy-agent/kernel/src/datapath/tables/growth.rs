@@ -42,7 +42,6 @@ const MIB: u64 = 1 << 20;
 /// What tables may become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Each.
     pub each: Capacities,
     /// All together, in MiB.
     pub memory: u32,
@@ -82,7 +81,6 @@ impl Against {
 /// A table that is to become larger, or ought to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Larger {
-    /// The table.
     pub map: &'static str,
     used: u64,
     from: u32,

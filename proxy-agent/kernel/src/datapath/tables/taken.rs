@@ -34,7 +34,6 @@ pub enum TakenError {
     /// There are more than the table holds.
     #[error("map {} is full ({max} entries): no room for {left} more", maps::TAKEN)]
     Full {
-        /// Its size.
         max: u32,
         /// What found no room.
         left: usize,

@@ -10,9 +10,7 @@ pub enum Error {
     /// The kubeconfig file is missing or wrong.
     #[error("cannot use the kubeconfig {path}: give a readable file with --kubeconfig")]
     Kubeconfig {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: kube::config::KubeconfigError,
     },
@@ -26,16 +24,13 @@ pub enum Error {
     Url {
         /// What was given.
         url: String,
-        /// Why.
         #[source]
         source: http::uri::InvalidUri,
     },
     /// The file with the token cannot be read.
     #[error("cannot use the token in {path}: give a readable file that holds one")]
     Token {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -44,7 +39,6 @@ pub enum Error {
     Plugin {
         /// The kubeconfig.
         path: PathBuf,
-        /// Why.
         #[source]
         source: PluginError,
     },
@@ -56,16 +50,11 @@ pub enum Error {
     },
     /// The CA holds no certificate.
     #[error("the CA for the API server {url} holds no whole certificate")]
-    Authority {
-        /// Its address.
-        url: String,
-    },
+    Authority { url: String },
     /// The client cannot be built (certificates, mostly).
     #[error("cannot prepare a client for the API server {url}")]
     Client {
-        /// Its address.
         url: String,
-        /// Why.
         #[source]
         source: kube::Error,
     },

@@ -37,22 +37,13 @@ pub enum PluginError {
     NoCommand,
     /// It could not be run.
     #[error("cannot run {command}")]
-    Run {
-        /// The program.
-        command: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Run { command: PathBuf, source: io::Error },
     /// It does not end.
     #[error("{command} has not ended within {TIMEOUT:?}")]
-    TimedOut {
-        /// The program.
-        command: PathBuf,
-    },
+    TimedOut { command: PathBuf },
     /// Its exit status is not 0.
     #[error("{command} has failed ({status}): {stderr}")]
     Failed {
-        /// The program.
         command: PathBuf,
         /// How it ended.
         status: ExitStatus,
@@ -61,12 +52,7 @@ pub enum PluginError {
     },
     /// Its output is no credential.
     #[error("{command} gives no ExecCredential with a token, or a certificate and its key")]
-    Invalid {
-        /// The program.
-        command: PathBuf,
-        /// Why.
-        source: Option<Box<serde_saphyr::Error>>,
-    },
+    Invalid { command: PathBuf, source: Option<Box<serde_saphyr::Error>> },
 }
 
 #[derive(Deserialize)]
