@@ -1,17 +1,22 @@
 //! A place where a process can run: a network namespace and a cgroup.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 
 use crate::netns::Netns;
+use crate::probe::eventually;
+
+/// How long a program may be busy.
+const BUSY: Duration = Duration::from_secs(5);
 
 /// A pod, the host side of a node, or a client: where processes run, and which addresses they have there.
 #[derive(Clone, Debug)]
@@ -78,8 +83,12 @@ impl Place {
                 last()
             });
         }
-        command
-            .spawn()
-            .with_context(|| format!("starting {} in {}", command.get_program().display(), self.name))
+        // A program or script that was written just now is busy as long as a process that a test beside this one has forked
+        // holds it open: until that process becomes another program.
+        let started = eventually(BUSY, || match command.spawn() {
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => Err(error.into()),
+            started => Ok(started),
+        })?;
+        started.with_context(|| format!("starting {} in {}", command.get_program().display(), self.name))
     }
 }

@@ -173,7 +173,9 @@ impl Node {
 /// A process that is called kube-proxy and does nothing.
 fn pretender(at: &Netns, directory: &TempDir) -> Result<Child> {
     let path = directory.path().join("kube-proxy");
-    std::fs::copy("/bin/sleep", &path).context("copying sleep")?;
+    // By another process: a program that this one has open for writing is busy in whatever a test beside it starts just then.
+    let copied = Command::new("cp").arg("/bin/sleep").arg(&path).status().context("copying sleep")?;
+    ensure!(copied.success(), "cp: {copied}");
     Ok(at.run_in(|| Command::new(path).arg("600").spawn())??)
 }
 

@@ -120,7 +120,10 @@ fn crowds_are_borne(descriptors: u64) -> Result<()> {
     ensure!(displaced > 500.0, "only {displaced} were sent away");
     let grown = figure(&host, "process_resident_memory_bytes")? - resident;
     ensure!(grown < 64e6, "{grown} bytes more memory");
-    ensure!(crowds.iter().all(|crowd| crowd.closed() > 0), "{crowds:?}");
+    eventually(SOON, || {
+        ensure!(crowds.iter().all(|crowd| crowd.closed() > 0), "{crowds:?}");
+        Ok(())
+    })?;
     drop(crowds);
     is_at_work(&mut cluster, &mut web, &agent, ("b", "p4"))?;
     eventually(SOON, || {
