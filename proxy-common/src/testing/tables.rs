@@ -212,9 +212,9 @@ impl Tables for MemoryTables {
         self.forwarded.get()
     }
 
-    /// What the agent keeps in ENDPOINT_BITS follows from BACKENDS.
+    /// What the agent keeps in ENDPOINT_BITS follows from BACKENDS; addresses may share a bit.
     fn is_endpoint(&self, addr: &Addr) -> bool {
-        self.backends.values().any(|backend| backend.is_live() && backend.addr.same(addr))
+        self.backends.values().any(|backend| backend.is_live() && backend.addr.place() == addr.place())
     }
 
     fn is_taken(&self, tuple: &Tuple) -> bool {

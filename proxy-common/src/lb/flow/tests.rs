@@ -7,7 +7,7 @@ use crate::abi::{
     FORWARD, Flow, FlowId, FrontendKey, Hook, PortRange, REPLY, Reason, Role, State, Timeouts, Tuple, config,
     frontend,
 };
-use crate::addr::{Port, Proto};
+use crate::addr::{Addr, Port, Proto};
 use crate::lb::tests::{ETH, Node, Talk, addr, answer, key, shown};
 use crate::lb::{LONGEST_PAUSE, Subprograms as _, Tables as _, adopt, flow};
 use crate::testing::{ByteFrame, Outcome, SECRET, frame, run, segment, tuple};
@@ -760,6 +760,16 @@ fn own_conversations_displace_only_each_other() {
     assert_eq!(node.tables.live().iter().filter(|flow| flow.is_own()).count(), 3);
     assert_eq!(node.enter(&question), entered);
     assert_eq!(node.tables.live().len(), 4);
+}
+
+#[test]
+fn an_address_that_shares_the_bit_of_an_endpoint_counts_as_one() {
+    let mut node = Node::new();
+    node.service(("0.0.0.0", 30_200), Proto::UDP, frontend::NODE_PORT, &[ENDPOINT]);
+    let endpoint = node.tables.backends.values().next().unwrap().addr;
+    let other =
+        (0..u32::MAX).map(Addr::v4).find(|addr| addr.place() == endpoint.place() && *addr != endpoint);
+    assert!(node.tables.is_endpoint(&endpoint) && node.tables.is_endpoint(&other.unwrap()));
 }
 
 #[test]
