@@ -9,7 +9,7 @@ use proxy_tests::answer::{Hold, Load};
 use proxy_tests::manifests::{Phase, ServicePlan};
 use proxy_tests::packet::{Sum, protocol};
 use proxy_tests::pod::Place;
-use proxy_tests::probe::{Ask, Runner, Server};
+use proxy_tests::probe::{Ask, Runner, Server, get};
 use proxy_tests::test_cluster::PodNetwork;
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -151,6 +151,8 @@ fn proxy_implementation_should_not_be_vulnerable_to_the_invalid_conntrack_state_
 fn injected(cluster: &Cluster, to: SocketAddr) -> Result<()> {
     let (client, server) = (cluster.place("a"), cluster.place("c"));
     let every = std::time::Duration::from_millis(10);
+    // The connection that is held is to begin when the node serves the Service, not while it is about to.
+    soon(|| get(client, &Ask::tcp(to)))?;
     let mut held = Runner::hold(client, &Ask::tcp(to), every, LIMIT)?;
     let before = more(&mut held, 0)?;
     let peer = before.last.context("nobody has answered")?.peer;
