@@ -116,10 +116,8 @@ where
             let late = self.deadline.as_ref().is_some_and(|at| at.is_elapsed());
             if !late {
                 // Polled here as well, so that steady small frames do not keep it from firing.
-                if let Some(deadline) = &mut self.deadline
-                    && deadline.as_mut().poll(context).is_ready()
-                {
-                    // It has just passed; the next frame is late.
+                if let Some(deadline) = &mut self.deadline {
+                    let _registered = deadline.as_mut().poll(context);
                 }
                 return Poll::Ready(Some(Ok(frame)));
             }
