@@ -159,6 +159,18 @@ fn backend(n: u32) -> Backend {
     Backend { addr: addr("10.244.0.7"), port: Port::new(8080), flags: 1, generation: n, service: 1, pad: 0 }
 }
 
+/// What SERVICES holds of port `http` of Service `default/web`.
+fn web_http() -> ServiceName {
+    ServiceName {
+        namespace: text("default"),
+        name: text("web"),
+        port: text("http"),
+        proto: Proto::TCP,
+        family: 4,
+        pad: [0; 2],
+    }
+}
+
 #[test]
 fn this_kernel_is_probed_without_a_side_effect() {
     let _room = Room::new();
@@ -197,14 +209,7 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     let routes =
         [(Addr::ANY_V4, 0, "10.0.0.1"), (addr("10.8.0.0"), 16, "10.8.0.1"), (Addr::ANY_V6, 0, "fd00::9")]
             .map(|(dst, bits, source)| (RouteKey::range(3, dst, bits), addr(source)));
-    let name = ServiceName {
-        namespace: text("default"),
-        name: text("web"),
-        port: text("http"),
-        proto: Proto::TCP,
-        family: 4,
-        pad: [0; 2],
-    };
+    let name = web_http();
     let sources = [SourceKey::range(1, addr("10.0.0.0"), 8), SourceKey::range(1, addr("fd00::"), 16)];
     let mut steps = vec![
         Step::PutConfig(Box::new(config)),

@@ -1,13 +1,13 @@
 //! Flags in, settings out.
 
-use agent_kernel::datapath::store::pin::BpfRoot;
 use std::collections::HashMap;
 use std::io;
 
+use agent_core::model::{DetectLocal, Link, SocketLb};
+use agent_kernel::datapath::store::pin::BpfRoot;
 use clap::Parser;
 
 use super::*;
-use agent_core::model::{DetectLocal, Link, SocketLb};
 
 /// A host that says what it was told to.
 #[derive(Default)]

@@ -10,17 +10,6 @@ use super::takeover::adopt::Adoption;
 use super::{Agent, MAX_GAP_MS, lost, sockets};
 
 impl Agent {
-    /// Where connection tracking was not there at the start, it is set when it comes.
-    pub(super) fn set_conntrack(&mut self) {
-        if self.conntrack {
-            return;
-        }
-        self.conntrack = super::host::set_conntrack(&self.config).unwrap_or_else(|error| {
-            self.report.warn(format!("{error:#}"));
-            true
-        });
-    }
-
     /// Compares what was set with what the node is, once it is known (F-13).
     pub(super) fn fit(&mut self) -> Result<()> {
         let node = self.world.node_object();

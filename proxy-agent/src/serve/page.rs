@@ -1,13 +1,15 @@
 //! The figures of one scrape, each under its documented name (docs/metrics.md).
 
-use super::health::{Health, family_name};
-use super::snapshot::Snapshot;
+use std::fmt;
+
 use agent_core::model::{Family, NoLocalByFamily};
 use agent_kernel::datapath::pinned::MapFill;
 use agent_kernel::datapath::tables::growth::Standing;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet};
 use prometheus_client::metrics::MetricType;
-use std::fmt;
+
+use super::health::{Health, family_name};
+use super::snapshot::Snapshot;
 
 /// Labels of a counter without exemplars.
 type Labels = [(&'static str, &'static str); 1];

@@ -1,11 +1,13 @@
 //! What the run loop and the tables know at one moment, for a scrape.
 
-use super::http::Counts;
+use std::collections::BTreeMap;
+
 use agent_core::model::NoLocalByFamily;
 use agent_kernel::datapath::pinned::MapFill;
 use agent_kernel::datapath::tables::growth::Standing;
 use proxy_common::abi::Reason;
-use std::collections::BTreeMap;
+
+use super::http::Counts;
 
 /// What the run loop and the tables know at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]

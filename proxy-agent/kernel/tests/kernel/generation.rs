@@ -25,14 +25,7 @@ fn content(room: &Room) -> Content {
 /// Something in every table that programs or the agent fill.
 fn fill(room: &Room) -> Vec<Flow> {
     let key = FrontendKey::new(addr("10.96.0.1"), Port::new(80), Proto::TCP);
-    let name = ServiceName {
-        namespace: text("default"),
-        name: text("web"),
-        port: text("http"),
-        proto: Proto::TCP,
-        family: 4,
-        pad: [0; 2],
-    };
+    let name = web_http();
     let steps = [
         Step::PutConfig(Box::new(Config { seed: 77, ..Config::EMPTY })),
         Step::PutService(3, Box::new(name)),

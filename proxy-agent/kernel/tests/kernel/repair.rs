@@ -379,14 +379,7 @@ fn every_entry_that_somebody_changes_deletes_or_adds_is_found_with_the_write_tha
     drop(room.load());
     let mut kernel = Kernel::open(&room.root).unwrap();
     let key = |n: u8| FrontendKey::new(addr(&format!("10.96.0.{n}")), Port::new(80), Proto::TCP);
-    let name = ServiceName {
-        namespace: text("default"),
-        name: text("web"),
-        port: text("http"),
-        proto: Proto::TCP,
-        family: 4,
-        pad: [0; 2],
-    };
+    let name = web_http();
     let mut wanted = Actual::default();
     let config = Config { seed: 7, ..Config::EMPTY };
     let wide = SourceKey::range(1, addr("10.0.0.0"), 8);

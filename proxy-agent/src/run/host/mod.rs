@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use super::Agent;
 use crate::config::{Config, ConfigFile};
 
 /// Sets what the node is expected to have set, before anything else (Z-7); says whether connection tracking was
@@ -21,7 +22,7 @@ pub(super) fn tune(config: &Config) -> Result<bool> {
     set_conntrack(config)
 }
 
-pub(super) fn set_conntrack(config: &Config) -> Result<bool> {
+fn set_conntrack(config: &Config) -> Result<bool> {
     match sysctl::apply(Path::new("/"), &config.sysctls)? {
         sysctl::Applied::Done(notes) => {
             notes.into_iter().for_each(|note| tracing::warn!("{note}"));
@@ -36,5 +37,18 @@ pub(super) async fn file_changed(file: Option<ConfigFile>) -> anyhow::Error {
     match file {
         Some(file) => config_file::changed(file).await,
         None => std::future::pending().await,
+    }
+}
+
+impl Agent {
+    /// Where connection tracking was not there at the start, it is set when it comes.
+    pub(super) fn set_conntrack(&mut self) {
+        if self.conntrack {
+            return;
+        }
+        self.conntrack = set_conntrack(&self.config).unwrap_or_else(|error| {
+            self.report.warn(format!("{error:#}"));
+            true
+        });
     }
 }

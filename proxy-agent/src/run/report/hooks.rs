@@ -1,10 +1,12 @@
 //! What is said of hooks: attached, refused, restored, left to packets.
 
-use super::Report;
-use agent_kernel::datapath::attach::{AttachError, Attached};
-use jiff::Timestamp;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use agent_kernel::datapath::attach::{AttachError, Attached};
+use jiff::Timestamp;
+
+use super::Report;
 
 impl Report {
     pub(in crate::run) fn interfaces(&mut self, results: Vec<(Arc<str>, Result<Attached, AttachError>)>) {

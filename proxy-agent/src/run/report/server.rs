@@ -1,11 +1,12 @@
 //! Health and metrics, served from a thread of their own.
 
-use super::Report;
-use crate::config::Config;
-use crate::serve::{self};
 use agent_source::api::events::{Event, Events};
 use anyhow::{Context, Result};
 use tokio::sync::mpsc;
+
+use super::Report;
+use crate::config::Config;
+use crate::serve;
 
 impl Report {
     /// Serves health and metrics from a thread of their own, so that neither waits for a sync.

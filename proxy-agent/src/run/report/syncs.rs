@@ -1,13 +1,15 @@
 //! What is said of syncs: wanted, done, failed; and how far the first one is.
 
-use super::Report;
-use super::{PROGRESS, unix_ms};
-use crate::serve::service_health::Wanted;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
 use agent_core::model::World;
 use agent_core::plan::Plan;
 use jiff::Timestamp;
-use std::sync::PoisonError;
-use std::time::{Duration, Instant};
+
+use super::Report;
+use super::{PROGRESS, unix_ms};
+use crate::serve::service_health::Wanted;
 
 impl Report {
     pub(in crate::run) fn queued(&self) {

@@ -1,14 +1,14 @@
 //! A batch of connections passes from netfilter to us, in the order of ARCHITECTURE.md section 3b.
 
+use std::collections::BTreeMap;
+use std::io;
+
 use agent_kernel::datapath::flow::{Flows, wait_for_packets};
 use agent_kernel::kube_proxy::passing;
 use agent_kernel::netlink::conntrack::{self, Connection};
 use agent_kernel::netlink::is_absent;
 use anyhow::{Context, Result};
-use proxy_common::abi::FlowId;
-use proxy_common::abi::Tuple;
-use std::collections::BTreeMap;
-use std::io;
+use proxy_common::abi::{FlowId, Tuple};
 
 pub(super) const CHANGING: &str = "changing the kernel's connection tracking";
 

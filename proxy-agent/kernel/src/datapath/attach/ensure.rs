@@ -1,15 +1,17 @@
 //! One link at its hook: kept, updated or made; and what refuses is tried again.
 
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit};
+
 use super::grace::Expedited;
 use super::hooks::{Held, Spot, Unit};
 use super::loaded::Loaded;
 use super::{AttachError, Attached, PinName, open_link};
 use crate::datapath::store::pin::{PinId, pin_at, pin_id};
 use crate::sys::{self, LinkFacts};
-use nix::sys::resource::{Resource, getrlimit};
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::Path;
 
 /// What bringing a link in line has come to.
 struct Brought {
