@@ -206,7 +206,9 @@ fn cargo_install(name: &str, what: &[&str], feature: Option<String>) -> Result<(
         .arg(&folder)
         // Away from the workspace: its settings are not the tool's.
         .current_dir(&folder)
-        .env("LLVM_PREFIX", llvm_prefix());
+        .env("LLVM_PREFIX", llvm_prefix())
+        // They run for seconds: what takes long in bpf-linker is LLVM, which comes compiled.
+        .envs([("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0"), ("CARGO_PROFILE_RELEASE_LTO", "off")]);
     cmd::run(&mut command)
 }
 
