@@ -3,11 +3,14 @@
 //! What is compared is measured in rounds, one after the other in each, and a figure is the median over the rounds.
 //! A ratio is the median of the rounds' ratios, so that slow phases of the machine weigh on both sides.
 
+mod asm;
 mod attach;
+mod change;
 mod figure;
+mod object;
 mod packet;
-mod plan;
 mod raw;
+mod tables;
 mod wire;
 
 use std::path::PathBuf;
@@ -19,33 +22,48 @@ use clap::{Parser, ValueEnum};
 use crate::figure::Figures;
 
 #[derive(Parser)]
-#[command(about = "Measures connections, packets and plans (root); an otherwise idle machine helps")]
+#[command(
+    name = "cargo xtask bench",
+    about = "Measures packets, changes and connections (root); an otherwise idle machine helps"
+)]
 struct Arguments {
+    /// What to measure.
+    #[arg(value_enum, default_values_t = Part::ALL)]
+    parts: Vec<Part>,
     /// Also write every figure to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Measure only these.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Part::ALL)]
-    only: Vec<Part>,
     /// Rounds; the median counts.
-    #[arg(long, default_value_t = 9)]
-    rounds: usize,
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
-    /// New connections a second, pod to Service.
-    Wire,
-    /// Nanoseconds a packet in the kernel programs.
+    /// Nanoseconds a packet in the kernel programs, and in a hand-written one.
     Packet,
     /// Planning, writing and comparing the tables of a large cluster.
-    Plan,
+    Change,
     /// Attaching to hundreds of interfaces.
     Attach,
+    /// New connections a second, pod to Service.
+    Wire,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Packet, Self::Plan, Self::Attach, Self::Wire];
+    const ALL: [Self; 4] = [Self::Packet, Self::Change, Self::Attach, Self::Wire];
+
+    /// Measures it.
+    fn measure(self, figures: &mut Figures, rounds: usize) -> (&'static str, Result<()>) {
+        let (name, [baseline, value], measure): (_, _, fn(&mut Figures, usize) -> Result<()>) = match self {
+            Self::Packet => ("packet", ["FLOOR", "OURS"], packet::measure),
+            Self::Change => ("change", ["BASELINE", "VALUE"], change::measure),
+            Self::Attach => ("attach", ["BASELINE", "VALUE"], attach::measure),
+            Self::Wire => ("wire", ["BASELINE", "VALUE"], wire::measure),
+        };
+        figures.begin(name, baseline, value);
+        (name, measure(figures, rounds))
+    }
 }
 
 fn main() -> ExitCode {
@@ -68,15 +86,8 @@ fn main() -> ExitCode {
 /// Whether everything asked for could be measured.
 fn run(arguments: &Arguments) -> Result<bool> {
     let mut figures = Figures::default();
-    let rounds = arguments.rounds.max(1);
-    for part in &arguments.only {
-        let (name, measured) = match part {
-            Part::Packet => ("packet", packet::measure(&mut figures, rounds)),
-            Part::Attach => ("attach", attach::measure(&mut figures, rounds)),
-            Part::Plan => ("plan", plan::measure(&mut figures, rounds)),
-            Part::Wire => ("wire", wire::measure(&mut figures, rounds)),
-        };
-        if let Err(error) = measured {
+    for part in &arguments.parts {
+        if let (name, Err(error)) = part.measure(&mut figures, arguments.rounds.into()) {
             figures.missing(name, &format!("{error:#}"));
         }
     }

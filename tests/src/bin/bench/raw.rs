@@ -1,120 +1,83 @@
-//! The calls of bpf(2) that the benchmarks make themselves: loading small programs to compare with or to feed others,
-//! and running a program many times.
+//! The calls of bpf(2) that the benchmarks make themselves: small programs to compare with or to feed others,
+//! what they look up, and running a program many times.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_map_type, bpf_prog_type};
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_map_type, bpf_prog_type};
 
-/// `r0 = -1; exit`: a TC program that does nothing (TCX_NEXT), as the bytes the kernel takes.
-const EMPTY: [u64; 2] = [0xffff_ffff_0000_00b7, 0x0000_0000_0000_0095];
+use crate::asm::Code;
 
-/// Loads the empty program.
+/// Room for what the verifier says.
+const LOG: u32 = 1 << 16;
+
+/// A TC program that does nothing (TCX_NEXT).
 pub(crate) fn load_empty() -> io::Result<OwnedFd> {
-    load(&EMPTY)
+    load(&Code::new().returns(-1))
 }
 
-/// An instruction: operation, destination and source register, offset, immediate number.
-const fn op(code: u8, registers: u8, offset: i16, number: i32) -> u64 {
-    let (offset, number) = (offset.cast_unsigned() as u64, number.cast_unsigned() as u64);
-    code as u64 | (registers as u64) << 8 | offset << 16 | number << 32
+/// Loads a TC program.
+pub(crate) fn load(code: &[u64]) -> io::Result<OwnedFd> {
+    load_as(code, bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, 0)
 }
 
-/// Where an Ethernet frame with IPv4 has the identification and the destination.
-const COUNTED: i32 = 18;
-const NUMBERED: i32 = 30;
-/// `tc_index` in `struct __sk_buff`.
-const MARK: i16 = 44;
-/// How the destination begins.
-const NETWORK: [u8; 2] = [10, 3];
-
-/// A program that makes each packet another one and hands it to `program`: it counts up in the identification, and
-/// writes the number to the end of the destination address, 10.3.0.0. And one that does only that, to compare with; they work while the third
-/// descriptor is open.
-pub(crate) fn load_feeders(program: BorrowedFd<'_>) -> io::Result<[OwnedFd; 3]> {
-    let programs = program_array(program)?;
-    let feeder = |index: i32| {
-        // bpf_skb_load_bytes and bpf_skb_store_bytes, of bytes on the stack that end at -6; the context waits in r6.
-        let bytes = |helper: i32, at: i32, length: i32| {
-            [
-                op(0xbf, 0x61, 0, 0),
-                op(0xb7, 0x02, 0, at),
-                op(0xbf, 0xa3, 0, 0),
-                op(0x07, 0x03, 0, -6 - length),
-                op(0xb7, 0x04, 0, length),
-                op(0xb7, 0x05, 0, 0),
-                op(0x85, 0, 0, helper),
-            ]
-        };
-        let mut code = vec![op(0xbf, 0x16, 0, 0)];
-        code.extend(bytes(26, COUNTED, 2));
-        // r7 = the number, in the order of the network, and one more.
-        code.extend([op(0x69, 0xa7, -8, 0), op(0xdc, 0x07, 0, 16), op(0x07, 0x07, 0, 1)]);
-        code.extend([op(0xdc, 0x07, 0, 16), op(0x6b, 0x7a, -8, 0)]);
-        code.extend(bytes(9, COUNTED, 2));
-        code.push(op(0x6a, 0x0a, -10, u16::from_ne_bytes(NETWORK).into()));
-        code.extend(bytes(9, NUMBERED, 4));
-        // bpf_tail_call, which returns only when there is no such program.
-        code.extend([op(0xbf, 0x61, 0, 0), op(0x18, 0x12, 0, programs.as_raw_fd()), 0]);
-        code.extend([op(0xb7, 0x03, 0, index), op(0x85, 0, 0, 12), EMPTY[0], EMPTY[1]]);
-        load(&code)
-    };
-    // The kernel empties the array when the last descriptor of it is closed.
-    Ok([feeder(0)?, feeder(1)?, programs])
+/// A program at a hook of sockets that does nothing and allows everything.
+pub(crate) fn load_empty_at(hook: bpf_attach_type) -> io::Result<OwnedFd> {
+    load_as(&Code::new().returns(1), bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, hook as u32)
 }
 
-/// The same without making another packet: it only takes away the mark that the program leaves at one it has rewritten.
-pub(crate) fn load_wipers(program: BorrowedFd<'_>) -> io::Result<[OwnedFd; 3]> {
-    let programs = program_array(program)?;
-    let wiper = |index: i32| {
-        load(&[
-            op(0xb7, 0x02, 0, 0),
-            op(0x63, 0x21, MARK, 0),
-            op(0x18, 0x12, 0, programs.as_raw_fd()),
-            0,
-            op(0xb7, 0x03, 0, index),
-            op(0x85, 0, 0, 12),
-            EMPTY[0],
-            EMPTY[1],
-        ])
-    };
-    Ok([wiper(0)?, wiper(1)?, programs])
-}
-
-/// An array of two programs whose second one is missing.
-#[expect(unsafe_code, reason = "unions of the kernel's interface, and a descriptor out of it")]
-fn program_array(program: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: the attributes are integers and pointers; zeros are values of all of them.
-    let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
-    attr.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_PROG_ARRAY as u32;
-    attr.__bindgen_anon_1.key_size = 4;
-    attr.__bindgen_anon_1.value_size = 4;
-    attr.__bindgen_anon_1.max_entries = 2;
-    let fd = i32::try_from(call(bpf_cmd::BPF_MAP_CREATE, &mut attr)?).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just handed this descriptor to us alone.
-    let array = unsafe { OwnedFd::from_raw_fd(fd) };
-    let (key, value) = (0_u32, program.as_raw_fd());
-    // SAFETY: as above.
-    let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
-    attr.__bindgen_anon_2.map_fd = array.as_raw_fd().cast_unsigned();
-    attr.__bindgen_anon_2.key = &raw const key as u64;
-    attr.__bindgen_anon_2.__bindgen_anon_1.value = &raw const value as u64;
-    call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr)?;
-    Ok(array)
-}
-
-#[expect(unsafe_code, reason = "a union of the kernel's interface, and a descriptor out of it")]
-fn load(code: &[u64]) -> io::Result<OwnedFd> {
-    // SAFETY: the attributes are integers and pointers; zeros are values of all of them.
-    let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
-    attr.__bindgen_anon_3.prog_type = bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS as u32;
+fn load_as(code: &[u64], kind: bpf_prog_type, attach_type: u32) -> io::Result<OwnedFd> {
+    let mut attr = nothing();
+    attr.__bindgen_anon_3.prog_type = kind as u32;
+    attr.__bindgen_anon_3.expected_attach_type = attach_type;
     attr.__bindgen_anon_3.insns = code.as_ptr() as u64;
-    attr.__bindgen_anon_3.insn_cnt = u32::try_from(code.len()).map_err(io::Error::other)?;
+    attr.__bindgen_anon_3.insn_cnt = length(code)?;
     attr.__bindgen_anon_3.license = c"GPL".as_ptr() as u64;
-    let fd = call(bpf_cmd::BPF_PROG_LOAD, &mut attr)?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just handed this descriptor to us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let refused = match open(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+        Ok(program) => return Ok(program),
+        Err(error) => error,
+    };
+    // Once more, to hear why.
+    let mut log = vec![0_u8; LOG as usize];
+    attr.__bindgen_anon_3.log_level = 1;
+    attr.__bindgen_anon_3.log_size = LOG;
+    attr.__bindgen_anon_3.log_buf = log.as_mut_ptr() as u64;
+    open(bpf_cmd::BPF_PROG_LOAD, &mut attr).map_err(|_| {
+        let text = String::from_utf8_lossy(&log);
+        io::Error::new(refused.kind(), format!("{refused}: {}", text.trim_end_matches('\0').trim()))
+    })
+}
+
+/// Makes a map.
+pub(crate) fn create_map(kind: bpf_map_type, key: u32, value: u32, entries: u32) -> io::Result<OwnedFd> {
+    let mut attr = nothing();
+    attr.__bindgen_anon_1.map_type = kind as u32;
+    attr.__bindgen_anon_1.key_size = key;
+    attr.__bindgen_anon_1.value_size = value;
+    attr.__bindgen_anon_1.max_entries = entries;
+    open(bpf_cmd::BPF_MAP_CREATE, &mut attr)
+}
+
+/// Writes an element; key and value are as long as the map's.
+pub(crate) fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    let mut attr = nothing();
+    attr.__bindgen_anon_2.map_fd = map.as_raw_fd().cast_unsigned();
+    attr.__bindgen_anon_2.key = key.as_ptr() as u64;
+    attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_ptr() as u64;
+    call(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Puts a program on a hook of a cgroup, for as long as the descriptor is open.
+pub(crate) fn attach(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = nothing();
+    attr.link_create.__bindgen_anon_1.prog_fd = program.as_raw_fd().cast_unsigned();
+    attr.link_create.__bindgen_anon_2.target_fd = cgroup.as_raw_fd().cast_unsigned();
+    attr.link_create.attach_type = hook as u32;
+    open(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 
 /// What many runs of a program came to.
@@ -128,16 +91,15 @@ pub(crate) struct Run {
 }
 
 /// Runs a program `repeat` times on one packet; each run finds the packet as the one before left it.
-#[expect(unsafe_code, reason = "unions of the kernel's interface")]
+#[expect(unsafe_code, reason = "a union of the kernel's interface")]
 pub(crate) fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32) -> io::Result<Run> {
     let mut out = vec![0; packet.len()];
-    // SAFETY: as above.
-    let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
+    let mut attr = nothing();
     attr.test.prog_fd = program.as_raw_fd().cast_unsigned();
     attr.test.data_in = packet.as_ptr() as u64;
-    attr.test.data_size_in = u32::try_from(packet.len()).map_err(io::Error::other)?;
+    attr.test.data_size_in = length(packet)?;
     attr.test.data_out = out.as_mut_ptr() as u64;
-    attr.test.data_size_out = attr_len(&out)?;
+    attr.test.data_size_out = length(&out)?;
     attr.test.repeat = repeat;
     call(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr)?;
     // SAFETY: the call has filled this member.
@@ -145,8 +107,22 @@ pub(crate) fn test_run(program: BorrowedFd<'_>, packet: &[u8], repeat: u32) -> i
     Ok(Run { nanoseconds: f64::from(test.duration), returned: test.retval, packet: out })
 }
 
-fn attr_len(bytes: &[u8]) -> io::Result<u32> {
-    u32::try_from(bytes.len()).map_err(io::Error::other)
+fn length<T>(elements: &[T]) -> io::Result<u32> {
+    u32::try_from(elements.len()).map_err(io::Error::other)
+}
+
+#[expect(unsafe_code, reason = "unions of the kernel's interface")]
+fn nothing() -> bpf_attr {
+    // SAFETY: the attributes are integers and pointers; zeros are values of all of them.
+    unsafe { std::mem::zeroed() }
+}
+
+/// A call that answers with a descriptor.
+#[expect(unsafe_code, reason = "a descriptor of the kernel's")]
+fn open(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(call(command, attr)?).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just handed this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[expect(unsafe_code, reason = "bpf(2) has no wrapper in libc")]

@@ -89,7 +89,7 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
         if let Some((agent, _)) = &node.agent
             && let Some(memory) = memory(agent)
         {
-            figures.value("agent: memory with 10,000 Services (VmRSS)", "MiB", &[memory]);
+            figures.value("memory of the agent with 10,000 Services (VmRSS)", "MiB", &[memory]);
             break;
         }
     }
@@ -136,7 +136,7 @@ fn report(figures: &mut Figures, services: u32, turns: &[Turns]) {
     let measures: [(&str, &str, Pick); 2] =
         [("rate", "connections/s", |turns| &turns.rates), ("CPU", "us/connection", |turns| &turns.costs)];
     for (measure, unit, of) in measures {
-        let name = |lane: usize| format!("wire {measure}: {}, {count}", LANES[lane].name);
+        let name = |lane: usize| format!("{measure}: {}, {count}", LANES[lane].name);
         figures.value(name(0), unit, of(&turns[0]));
         for (lane, turn) in turns.iter().enumerate().skip(1).filter(|(_, turn)| !turn.rates.is_empty()) {
             figures.pair(format!("{} vs no agent", name(lane)), unit, of(turn), of(&turns[0]));

@@ -1,4 +1,5 @@
-//! Planning: from what is known to the list of writes, and the writes themselves on real maps.
+//! What a change costs, the first one included: from what is known to the list of writes, and the writes
+//! themselves on real maps.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
@@ -32,31 +33,33 @@ const ENDPOINTS: u32 = 10;
 const CHANGES: u32 = 50;
 
 pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
-    progress(&format!("plan: {LARGE} Services with {ENDPOINTS} endpoints each, in memory and in real maps"));
+    progress(&format!(
+        "change: {LARGE} Services with {ENDPOINTS} endpoints each, in memory and in real maps"
+    ));
     let mut times = Times::default();
     for _ in 0..rounds.clamp(1, 5) {
         one_round(SMALL, &mut times.small)?;
         one_round(LARGE, &mut times.large)?;
     }
     let Times { small, large } = times;
-    figures.value("plan: full plan, 10,000 Services x 10 endpoints", "ms", &large.full_ms);
-    figures.value("plan: writing all of it to the kernel's maps", "ms", &large.write_ms);
-    figures.value("plan: reading all of it back, as after a restart", "ms", &large.read_ms);
-    figures.value("plan: comparing all of it in slices, twice a minute", "ms", &large.compare_ms);
-    figures.value("plan: finding that nothing differs, as after a restart", "ms", &large.restart_ms);
+    figures.value("full plan, 10,000 Services x 10 endpoints", "ms", &large.full_ms);
+    figures.value("writing all of it to the kernel's maps", "ms", &large.write_ms);
+    figures.value("reading all of it back, as after a restart", "ms", &large.read_ms);
+    figures.value("comparing all of it in slices, twice a minute", "ms", &large.compare_ms);
+    figures.value("finding that nothing differs, as after a restart", "ms", &large.restart_ms);
     figures.pair(
-        "plan: one endpoint changes, of 10,000 Services vs of 100",
+        "one endpoint changes, of 10,000 Services vs of 100",
         "us",
         &large.change_us,
         &small.change_us,
     );
     figures.pair(
-        "plan: writing that change, of 10,000 Services vs of 100",
+        "writing that change, of 10,000 Services vs of 100",
         "us",
         &large.change_write_us,
         &small.change_write_us,
     );
-    figures.value("plan: writes of one changed endpoint of ten", "writes", &large.change_steps);
+    figures.value("writes of one changed endpoint of ten", "writes", &large.change_steps);
     Ok(())
 }
 
