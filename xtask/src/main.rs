@@ -51,7 +51,7 @@ enum Command {
     Demo(scenario::Args),
     /// Run the tests, all levels or those named.
     Test(test::Args),
-    /// Measure (root). `--json FILE` also writes every figure to a file.
+    /// Measure (root): all, or `packet`, `socket`, `change`, `attach`, `wire`. `--json FILE` also writes every figure to a file.
     Bench(scenario::Args),
     /// Count what clients lose while faults happen to the agent; `compare`: with nftables rules beside it (root).
     Chaos(scenario::Args),

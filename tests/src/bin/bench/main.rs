@@ -10,6 +10,7 @@ mod figure;
 mod object;
 mod packet;
 mod raw;
+mod socket;
 mod tables;
 mod wire;
 
@@ -24,7 +25,7 @@ use crate::figure::Figures;
 #[derive(Parser)]
 #[command(
     name = "cargo xtask bench",
-    about = "Measures packets, changes and connections (root); an otherwise idle machine helps"
+    about = "Measures packets, socket calls, changes and connections (root); an otherwise idle machine helps"
 )]
 struct Arguments {
     /// What to measure.
@@ -42,6 +43,8 @@ struct Arguments {
 enum Part {
     /// Nanoseconds a packet in the kernel programs, and in a hand-written one.
     Packet,
+    /// Nanoseconds that the programs add to connect, sendmsg, recvmsg and getpeername.
+    Socket,
     /// Planning, writing and comparing the tables of a large cluster.
     Change,
     /// Attaching to hundreds of interfaces.
@@ -51,12 +54,13 @@ enum Part {
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Packet, Self::Change, Self::Attach, Self::Wire];
+    const ALL: [Self; 5] = [Self::Packet, Self::Socket, Self::Change, Self::Attach, Self::Wire];
 
     /// Measures it.
     fn measure(self, figures: &mut Figures, rounds: usize) -> (&'static str, Result<()>) {
         let (name, [baseline, value], measure): (_, _, fn(&mut Figures, usize) -> Result<()>) = match self {
             Self::Packet => ("packet", ["FLOOR", "OURS"], packet::measure),
+            Self::Socket => ("socket", ["WITHOUT", "OURS"], socket::measure),
             Self::Change => ("change", ["BASELINE", "VALUE"], change::measure),
             Self::Attach => ("attach", ["BASELINE", "VALUE"], attach::measure),
             Self::Wire => ("wire", ["BASELINE", "VALUE"], wire::measure),
