@@ -24,7 +24,7 @@ use crate::figure::Figures;
 
 #[derive(Parser)]
 #[command(
-    name = "cargo xtask bench",
+    bin_name = "cargo xtask bench",
     about = "Measures packets, socket calls, changes and connections (root); an otherwise idle machine helps"
 )]
 struct Arguments {
