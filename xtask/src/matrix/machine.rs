@@ -23,6 +23,11 @@ const CPU: &str = "Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-rtm,-invpcid";
 const MARK: &str = "@probe ";
 /// How much longer than on a real machine things may take inside.
 const PATIENCE: u32 = 8;
+/// How long a kernel may say nothing before its first program has begun. On an idle machine it takes some ten seconds
+/// altogether.
+const SILENCE: Duration = Duration::from_secs(90);
+/// How often a machine is started that stops while it boots.
+const STARTS: u32 = 3;
 /// Lines of the console that are shown of a machine that broke off.
 const LAST_LINES: usize = 12;
 
@@ -71,8 +76,38 @@ fn limit(scope: Scope) -> Duration {
 }
 
 /// Boots the kernel, shows how the probes go, and waits until the machine has been switched off, for a bounded time.
+///
+/// Now and then an emulated machine with more than one processor stops for ever while it boots (seen once in some
+/// hundred boots, with nothing said at all): that says nothing about the programs, so it is started again, and said.
 pub(super) fn boot(kernel: &Kernel, initramfs: &Path, scope: Scope) -> Result<Outcome> {
     let begun = Instant::now();
+    for start in 1..STARTS {
+        match run(kernel, initramfs, scope, begun)? {
+            Ended::Stuck(why) => println!("start {start} of {STARTS}: {why}"),
+            Ended::Booted(outcome) => return Ok(outcome),
+        }
+    }
+    Ok(match run(kernel, initramfs, scope, begun)? {
+        Ended::Booted(outcome) => outcome,
+        Ended::Stuck(why) => Outcome {
+            version: kernel.version.clone(),
+            probes: Vec::new(),
+            broke_off: Some(format!("{STARTS} starts: {why}")),
+            took: begun.elapsed(),
+        },
+    })
+}
+
+/// How a machine has ended.
+enum Ended {
+    /// Its first program was heard, or it has ended by itself.
+    Booted(Outcome),
+    /// It was stopped, since it had gone silent before its first program began.
+    Stuck(String),
+}
+
+/// Starts a machine once; `begun` is when the first one of this kernel was started.
+fn run(kernel: &Kernel, initramfs: &Path, scope: Scope, begun: Instant) -> Result<Ended> {
     let qemu = cmd::find(QEMU, &[]).with_context(|| format!("no {QEMU} here; run: cargo xtask setup"))?;
     let mut command = Command::new(qemu);
     command
@@ -92,11 +127,19 @@ pub(super) fn boot(kernel: &Kernel, initramfs: &Path, scope: Scope) -> Result<Ou
     let console = console_file(kernel)?;
     let lines = read_console(machine.0.stdout.take().context("qemu has no standard output")?, &console)?;
     let mut watch = Watch::new(&kernel.release);
-    let until = begun + limit(scope);
+    let until = Instant::now() + limit(scope);
     let broke_off = loop {
-        match lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        let next = watch.next_line_until(Instant::now(), until);
+        match lines.recv_timeout(next.saturating_duration_since(Instant::now())) {
             Ok(line) => watch.hear(&line),
             Err(RecvTimeoutError::Disconnected) => break watch.incomplete(),
+            Err(RecvTimeoutError::Timeout) if watch.booted.is_none() => {
+                let silence = SILENCE.as_secs();
+                let (console, end) = (console.display(), watch.end());
+                return Ok(Ended::Stuck(format!(
+                    "silent for {silence} s while it booted: stopped; the end of {console}:\n{end}"
+                )));
+            }
             Err(RecvTimeoutError::Timeout) => {
                 break Some(format!("not done after {} s: stopped", limit(scope).as_secs()));
             }
@@ -105,7 +148,7 @@ pub(super) fn boot(kernel: &Kernel, initramfs: &Path, scope: Scope) -> Result<Ou
     machine.end();
     let broke_off = broke_off.map(|why| format!("{why}; the end of {}:\n{}", console.display(), watch.end()));
     let version = kernel.version.clone();
-    Ok(Outcome { version, probes: watch.probes, broke_off, took: begun.elapsed() })
+    Ok(Ended::Booted(Outcome { version, probes: watch.probes, broke_off, took: begun.elapsed() }))
 }
 
 fn kernel_command_line(scope: Scope) -> String {
@@ -115,7 +158,7 @@ fn kernel_command_line(scope: Scope) -> String {
     };
     // What the kernel does not know becomes the environment of the first program, and its arguments.
     format!(
-        "console=ttyS0 panic=-1 quiet loglevel=4 rdinit=/bin/guest PATH=/bin \
+        "console=ttyS0 panic=-1 rdinit=/bin/guest PATH=/bin \
          PROXY_TESTS_PATIENCE={PATIENCE}{probes}"
     )
 }
@@ -175,6 +218,11 @@ struct Watch<'a> {
 impl<'a> Watch<'a> {
     fn new(release: &'a str) -> Self {
         Self { release, booted: None, probes: Vec::new(), ended: false, last: VecDeque::default() }
+    }
+
+    /// Until when the next line is waited for, at the latest `until`.
+    fn next_line_until(&self, now: Instant, until: Instant) -> Instant {
+        if self.booted.is_some() { until } else { until.min(now + SILENCE) }
     }
 
     fn hear(&mut self, line: &str) {
@@ -237,6 +285,18 @@ mod tests {
         assert_eq!(watch.incomplete(), None);
         assert_eq!(watch.probes.len(), 1);
         assert_eq!(watch.end(), "    [    0.1] x86/cpu: something\n");
+    }
+
+    #[test]
+    fn a_silent_machine_is_given_up_early_only_while_it_boots() {
+        let (now, mut watch) = (Instant::now(), Watch::new("6.1.0"));
+        let until = now + SILENCE * 5;
+        assert_eq!(watch.next_line_until(now, until), now + SILENCE);
+        watch.hear("[    0.1] Linux version 6.1.0");
+        assert_eq!(watch.next_line_until(now + SILENCE, until), now + SILENCE * 2);
+        assert_eq!(watch.next_line_until(until, until), until);
+        watch.hear(r#"@probe {"line":"kernel","release":"6.1.0","version":""}"#);
+        assert_eq!(watch.next_line_until(now, until), until);
     }
 
     #[test]

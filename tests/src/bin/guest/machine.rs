@@ -39,6 +39,13 @@ pub(crate) fn mount_file_systems() -> Result<()> {
     Ok(())
 }
 
+/// Keeps the kernel's ordinary messages off the console, where they could get into the middle of a line of ours.
+/// While it boots they are welcome: they say where it has got to if it stops.
+pub(crate) fn quieten() -> Result<()> {
+    const PATH: &str = "/proc/sys/kernel/printk";
+    std::fs::write(PATH, "4").with_context(|| format!("writing {PATH}"))
+}
+
 /// Loads every module that was packed, each after those that it needs.
 pub(crate) fn load_modules() -> Result<()> {
     let order = std::fs::read_to_string(ORDER).with_context(|| format!("reading {ORDER}"))?;

@@ -41,6 +41,7 @@ fn run() -> Result<()> {
         "this is the first program of a virtual machine: run `cargo xtask test kernels`"
     );
     machine::mount_file_systems()?;
+    machine::quieten()?;
     let mut reports = Reports::open()?;
     machine::load_modules()?;
     probes::run(&mut reports, arguments.whole);
