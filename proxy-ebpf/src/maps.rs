@@ -53,6 +53,8 @@ pub static PAUSE: Array<u64, 1> = Array::new();
 /// Preallocated: a packet must not wait for memory.
 #[btf_map]
 pub static FLOWS: HashMap<Key, Leg, { capacity::FLOWS }> = HashMap::new();
+#[btf_map]
+pub static FLOW_FILTER: Array<u64, { capacity::FLOW_FILTER }> = Array::new();
 /// Such a map begins at a page, so that each record begins at a cache line.
 #[btf_map]
 pub static RECORDS: Array<Flow, { capacity::RECORDS }, { BPF_F_MMAPABLE as usize }> = Array::new();
@@ -85,6 +87,10 @@ pub static FEATURES: Global<u32> = Global::new(0);
 pub static PLACES: Global<u32> = Global::new(capacity::RING as u32 / lb::Ring::COUNT);
 #[unsafe(no_mangle)]
 pub static CPUS: Global<u32> = Global::new(1);
+
+/// How many ticks a window has, as a power of two; set by the agent when it loads the object.
+#[unsafe(no_mangle)]
+pub static WINDOW_SHIFT: Global<u32> = Global::new(4);
 
 // Maps that only user space touches would otherwise be dropped from the object.
 #[used]

@@ -115,6 +115,19 @@ impl Skb {
             && (tagged == 0 || tag & 0xfff == 0)
     }
 
+    /// Whether the frame bears this host's address and no VLAN's tag.
+    #[inline(always)]
+    pub fn is_addressed_here(&self) -> bool {
+        // SAFETY: as above.
+        let (kind, tagged) = unsafe {
+            (
+                (&raw const (*self.0).pkt_type).read_volatile(),
+                (&raw const (*self.0).vlan_present).read_volatile(),
+            )
+        };
+        kind == PACKET_HOST && tagged == 0
+    }
+
     /// Whether the frame is for the bridge that the interface is a port of: then it is the host's, and
     /// translated here, because netfilter may look at it on the bridge already (br_netfilter).
     #[inline(always)]

@@ -80,12 +80,13 @@ fn functions(file: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
         let Some(index) = symbol.section_index() else { continue };
         let section = file.section_by_index(index).context("a symbol of a section that is not there")?;
         let (start, end) = (symbol.address(), symbol.address() + symbol.size());
-        let called: BTreeMap<u64, Place> = section
+        let called: BTreeMap<u64, (usize, Option<u64>)> = section
             .relocations()
             .filter_map(|(at, relocation)| match relocation.target() {
                 RelocationTarget::Symbol(target) => {
                     let target = file.symbol_by_index(target).ok()?;
-                    Some((at, (target.section_index()?.0, target.address())))
+                    let begins = target.kind() != SymbolKind::Section;
+                    Some((at, (target.section_index()?.0, begins.then(|| target.address()))))
                 }
                 _ => None,
             })
@@ -100,8 +101,14 @@ fn functions(file: &object::File<'_>) -> Result<BTreeMap<Place, Function>> {
     Ok(found)
 }
 
-/// The frame of a function in bytes, and the places of those that it calls (RFC 9669 §3).
-fn read(code: &[u8], start: u64, section: usize, relocated: &BTreeMap<u64, Place>) -> (u64, Vec<Place>) {
+/// The frame of a function in bytes, and the places of those that it calls (RFC 9669 §3). A call that is relocated
+/// leads to a symbol, or into a section: then its instruction says how far, as if it were the first one there.
+fn read(
+    code: &[u8],
+    start: u64,
+    section: usize,
+    relocated: &BTreeMap<u64, (usize, Option<u64>)>,
+) -> (u64, Vec<Place>) {
     let (mut frame, mut calls) = (0, Vec::new());
     // Registers that point into the frame, with their distance from its end.
     let mut pointers: [Option<i64>; 16] = [None; 16];
@@ -140,8 +147,11 @@ fn read(code: &[u8], start: u64, section: usize, relocated: &BTreeMap<u64, Place
             5 if opcode == 0x85 => {
                 let at = start + 8 * n as u64;
                 if src == 1 {
-                    let target = (at + 8).wrapping_add_signed(8 * imm);
-                    calls.push(relocated.get(&at).copied().unwrap_or((section, target)));
+                    let from = |at: u64| (at + 8).wrapping_add_signed(8 * imm);
+                    calls.push(match relocated.get(&at) {
+                        Some((section, begins)) => (*section, begins.unwrap_or(from(0))),
+                        None => (section, from(at)),
+                    });
                 }
                 // A call leaves nothing in the registers for arguments and the result.
                 pointers[..6].fill(None);

@@ -6,6 +6,10 @@
 use proxy_common::abi::{capacity, maps};
 use proxy_common::lb::Ring;
 
+/// Entries that any table may have. With three legs for each of so many flows a byte of FLOW_FILTER counts fifty, and never
+/// as many as it cannot hold.
+pub const MOST_ENTRIES: u32 = 1 << 24;
+
 /// Legs of a masqueraded flow.
 const LEGS: u32 = 3;
 

@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
-use agent_core::capacity::{Capacities, SIZES};
+use agent_core::capacity::{Capacities, MOST_ENTRIES, SIZES};
 use agent_kernel::datapath::tables::growth::Limits;
 
 const HEADING: &str = "Sizes of tables, in entries: they begin small and grow up to these";
@@ -32,6 +32,7 @@ impl TableSizes {
 fn entries(text: &str) -> Result<u32, String> {
     match text.parse::<u32>() {
         Ok(0) => Err("a table needs room for at least one entry".to_owned()),
+        Ok(n) if n > MOST_ENTRIES => Err(format!("no table can have more than {MOST_ENTRIES} entries")),
         Ok(n) => Ok(n),
         Err(e) => Err(e.to_string()),
     }

@@ -129,6 +129,7 @@ pub fn tables() -> Vec<Table> {
         table::<u32, Warning>(maps::COMPLAINTS),
         table::<u32, u64>(maps::PAUSE),
         table::<Key, Leg>(maps::FLOWS),
+        table::<u32, u64>(maps::FLOW_FILTER),
         table::<u32, Flow>(maps::RECORDS),
         table::<u32, Secret>(maps::SECRET),
         // A queue has no keys.

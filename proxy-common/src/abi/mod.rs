@@ -20,6 +20,7 @@
 //! | [`maps::COMPLAINTS`] | array | n → [`Warning`] | agent | command line | the newest are kept |
 //! | [`maps::PAUSE`] | array of 1 | → until when nothing new begins, on the clock of flows | agent, while it exchanges the programs | TC | – |
 //! | [`maps::FLOWS`] | hash | [`Key`] → [`Leg`] | TC, `flows` | TC | young flows make room, else new ones are dropped and counted |
+//! | [`maps::FLOW_FILTER`] | array | [`FilterPlace::word`] → how many legs FLOWS has at each of eight [places](Key::place); zero is certain | TC, `flows` | TC | counts are shared: a look more |
 //! | [`maps::RECORDS`] | array | index → [`Flow`] | TC, `flows` | TC, agent, command line | as FLOWS |
 //! | [`maps::SECRET`] | array of 1 | → [`Secret`] | agent, once | TC, `flows` | – |
 //! | [`maps::FREE`] | queue | index | TC, `flows` | TC, `flows` | holds every index |
@@ -59,8 +60,8 @@ pub use agent::{
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
 pub use flow::{
-    FORWARD, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State, TELL, Timeouts,
-    Tuple, ask, flow_flags, window,
+    FORWARD, FilterPlace, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State,
+    TELL, Timeouts, Tuple, ask, flow_flags, window,
 };
 pub use fragment::{Fragment, FragmentKey};
 pub use frontend::{Frontend, FrontendKey, Run};
@@ -82,7 +83,7 @@ pub mod maps {
         ($($name:ident)*) => {
             $(#[expect(missing_docs, reason = "the table says it")] pub const $name: &str = stringify!($name);)*
             /// Every map of the programs that is pinned, in the order of the table.
-            pub const ALL: [&str; 28] = [$($name),*];
+            pub const ALL: [&str; 29] = [$($name),*];
         };
     }
 
@@ -105,6 +106,7 @@ pub mod maps {
         COMPLAINTS
         PAUSE
         FLOWS
+        FLOW_FILTER
         RECORDS
         SECRET
         FREE
@@ -155,6 +157,8 @@ pub mod capacity {
     pub const RECORDS: usize = 163_840;
     /// Legs of flows: two a flow, three of a masqueraded one.
     pub const FLOWS: usize = 524_288;
+    /// Words of eight bytes each, a byte for each [`Key::place`](super::Key::place).
+    pub const FLOW_FILTER: usize = 131072;
     /// Places for young flows on one CPU, a quarter each for TCP, for other protocols, and for the node's own
     /// conversations (see `lb::Ring`). At 300,000 new flows a second on one CPU each has more than 100 ms to
     /// show that it is meant. The agent makes the map as large as there are CPUs.

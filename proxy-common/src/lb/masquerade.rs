@@ -227,7 +227,7 @@ const fn further(at: u32, step: u32, total: u32) -> u32 {
 pub fn price<T: Tables>(tables: &T, packet: &Packet) -> u64 {
     const YOUNG: u64 = 1 << 63;
     let now = tables.now();
-    let price = match tables.leg_of(packet).1 {
+    let price = match tables.leg_at(&tables.key_of(packet).0) {
         None => 0,
         Some((leg, _)) => tables
             .record(leg.id.index(), |flow| {

@@ -1,7 +1,7 @@
 //! Decisions: what becomes of a packet or a socket call. Functions over [`Tables`], which
 //! lend them data, and [`Subprograms`], through which they call each other where the kernel wants a call.
 //!
-//! The story of a packet: [`ingress`] finds its flow or [`open`]s one and names the new destination;
+//! The story of a packet: [`quick`] lets go on what can be told from little; [`ingress`] finds its flow or [`open`]s one and names the new destination;
 //! [`egress`] finds the same flow by its tuple behind the stack and names the new source. [`socket`] is the
 //! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in
 //! [`flow`], and how those of another proxy become ours in [`adopt`].
@@ -13,6 +13,7 @@ pub mod fragment;
 pub mod ingress;
 pub mod masquerade;
 pub mod open;
+pub mod quick;
 pub mod select;
 pub mod socket;
 mod subprog;

@@ -2,7 +2,7 @@
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Leg, Notes, Pair, Reason, Role, SourceKey, Tuple,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, SourceKey, Tuple, window,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::wire::Packet;
@@ -15,11 +15,19 @@ pub trait Tables {
     fn config(&self) -> Option<&Config>;
     /// Now, in nanoseconds of `CLOCK_MONOTONIC_COARSE`.
     fn now(&self) -> u64;
+    /// Which window of the clock this is: for the rest of it a leg speaks for its record (see [`Notes::asked`]).
+    fn window(&self) -> u32 {
+        window(self.now())
+    }
     /// Until when nothing new begins, on the same clock: the agent is about to exchange programs and tables.
     /// It ends by itself, whatever becomes of the agent.
     fn paused_until(&self) -> u64;
     /// A random word.
     fn random(&self) -> u32;
+    /// Whether anything may be known of an address; false is certain.
+    fn is_known(&self, addr: &Addr) -> bool {
+        self.address(addr) != 0
+    }
     /// What is known of an address: bits of [`crate::abi::address`], 0 for nothing.
     fn address(&self, addr: &Addr) -> u32;
     /// A frontend as it stands; its seal has not been checked.
@@ -56,8 +64,12 @@ pub trait Tables {
     fn may_search_on(&self) -> bool;
     /// The leg of a pair.
     fn leg(&self, pair: &Pair) -> Option<Leg>;
-    /// The place of a packet's source in the pair of its ends, and the leg of that pair.
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Self::Place)>);
+    /// The key of a packet's ends, and the place of its source in their pair.
+    fn key_of(&self, packet: &Packet) -> (Key, usize);
+    /// Whether there may be a leg at a key; false is certain.
+    fn may_have_leg(&self, key: &Key) -> bool;
+    /// The leg at a key.
+    fn leg_at(&self, key: &Key) -> Option<(Leg, Self::Place)>;
     /// Writes the notes of a leg of IPv4, if it is still this flow's.
     fn note(&self, place: Self::Place, id: FlowId, notes: Notes);
     /// Whether the entry of a pair is no whole leg.

@@ -4,9 +4,10 @@ use std::vec::Vec;
 
 use super::ByteFrame;
 use crate::abi::{Hook, Reason};
+use crate::lb::quick::{Quick, quick};
 use crate::lb::{Subprograms, Verdict, egress, ingress};
 use crate::wire::reject::{self, Reply};
-use crate::wire::{Edit, End, Kind, Packet, parse, rewrite, rewrite_error};
+use crate::wire::{Edit, End, Kind, Packet, parse, peek, rewrite, rewrite_error};
 
 /// What became of a frame at a hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +24,8 @@ pub enum Outcome {
     Dropped,
 }
 
-/// Runs an Ethernet frame through the decision of a hook and applies it, as the kernel programs do.
+/// Runs an Ethernet frame through the decision of a hook and applies it, as the kernel programs do. What goes on
+/// quickly although its hook would not have it so fails the test.
 pub fn run(tables: &impl Subprograms, frame: &ByteFrame, hook: Hook, ifindex: u32) -> Outcome {
     run_on::<true>(tables, frame, hook, ifindex)
 }
@@ -35,16 +37,33 @@ pub fn run_on<const ETHERNET: bool>(
     hook: Hook,
     ifindex: u32,
 ) -> Outcome {
+    let end = if hook == Hook::INGRESS { End::Dst } else { End::Src };
+    let mut edit = Edit::NONE;
+    let peeked = peek::<_, ETHERNET>(frame);
+    let quickly = peeked.map_or(Quick::Ask, |packet| quick(tables, hook, &packet, &mut edit));
     let mut packet = Packet::at(ifindex);
-    if parse::<_, ETHERNET>(frame, &mut packet).is_none() {
+    let parsed = parse::<_, ETHERNET>(frame, &mut packet);
+    if let Some(peeked) = peeked {
+        assert_eq!((parsed, Packet { ifindex, ..peeked }), (Some(()), packet), "both have read the same");
+    }
+    if quickly == Quick::Rewrite {
+        let mut out = frame.clone();
+        let done = rewrite(&mut out, &packet, end, &edit);
+        return if done { Outcome::Rewritten(out) } else { Outcome::Dropped };
+    }
+    if parsed.is_none() {
         return Outcome::Passed;
     }
-    let mut edit = Edit::NONE;
-    let (verdict, end) = if hook == Hook::INGRESS {
-        (ingress::ingress(tables, &mut packet, &mut edit), End::Dst)
+    let verdict = if hook == Hook::INGRESS {
+        ingress::ingress(tables, &mut packet, &mut edit)
     } else {
-        (egress::egress(tables, &mut packet, &mut edit), End::Src)
+        egress::egress(tables, &mut packet, &mut edit)
     };
+    if quickly == Quick::Pass && verdict != Verdict::Pass {
+        // Unless the tables have changed in between.
+        let again = quick(tables, hook, &packet, &mut Edit { ..Edit::NONE });
+        assert_ne!(again, Quick::Pass, "goes on quickly although it is {verdict:?}: {packet:?}");
+    }
     match verdict {
         Verdict::Pass => Outcome::Passed,
         Verdict::Rewrite => {

@@ -234,9 +234,17 @@ impl Tables for MemoryTables {
         self.flows.borrow().get(&key).copied().filter(|leg| leg.is_of(&key))
     }
 
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Key)>) {
-        let (key, source) = packet.tuple.key(packet.v4, || Some(&SECRET));
-        (source, self.flows.borrow().get(&key).filter(|leg| leg.is_of(&key)).map(|leg| (*leg, key)))
+    fn key_of(&self, packet: &Packet) -> (Key, usize) {
+        packet.tuple.key(packet.v4, || Some(&SECRET))
+    }
+
+    /// What the programs keep in FLOW_FILTER follows from FLOWS; keys may share a place.
+    fn may_have_leg(&self, key: &Key) -> bool {
+        self.flows.borrow().keys().any(|other| other.place(&SECRET) == key.place(&SECRET))
+    }
+
+    fn leg_at(&self, key: &Key) -> Option<(Leg, Key)> {
+        self.flows.borrow().get(key).filter(|leg| leg.is_of(key)).map(|leg| (*leg, *key))
     }
 
     fn note(&self, place: Key, id: FlowId, notes: Notes) {

@@ -6,7 +6,7 @@ mod parse;
 pub mod reject;
 mod rewrite;
 
-pub use parse::{Kind, Packet, parse};
+pub use parse::{Kind, Packet, parse, peek};
 pub use rewrite::{Edit, End, rewrite, rewrite_error};
 
 /// What can be read and written in one go: words, so that a load is a load and not a loop over bytes.

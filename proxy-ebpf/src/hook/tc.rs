@@ -6,9 +6,10 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
-use proxy_common::abi::Reason;
+use proxy_common::abi::{Hook, Reason};
+use proxy_common::lb::quick::{Quick, quick};
 use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
-use proxy_common::wire::{Edit, End, Kind, Packet, parse, reject, rewrite};
+use proxy_common::wire::{Edit, End, Kind, Packet, parse, peek, reject, rewrite};
 
 use crate::scratch::{Scratch, scratch};
 use crate::skb::Skb;
@@ -19,6 +20,8 @@ use crate::tables::TcTables;
 const NEXT: i32 = -1;
 /// Drop: TCX_DROP, TC_ACT_SHOT.
 const DROP: i32 = 2;
+/// Nothing has been decided yet; no program returns this.
+const ASK: i32 = 0xa5c;
 /// What `tc_index` says of a packet whose source has been rewritten: other interfaces that it leaves through
 /// on its way (a bridge's port, a VLAN's parent) ignore it. Every ingress hook clears it.
 const LEFT: u16 = 0xeb9f;
@@ -43,10 +46,59 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
     leave::<false>(&ctx)
 }
 
+// A program is two functions, called one after the other: what most packets need is small, and lies in one piece; the
+// frames of both do not add up.
+
 #[inline(always)]
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
-    let mut skb = Skb(ctx.as_ptr().cast());
+    let ctx = ctx.as_ptr().cast();
+    let done = enter_quickly::<ETHERNET>(Skb(ctx));
+    if done == ASK { enter_asking::<ETHERNET>(Skb(ctx)) } else { done }
+}
+
+#[inline(always)]
+fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
+    let ctx = ctx.as_ptr().cast();
+    let done = leave_quickly::<ETHERNET>(Skb(ctx));
+    if done == ASK { leave_asking::<ETHERNET>(Skb(ctx)) } else { done }
+}
+
+#[inline(never)]
+fn enter_quickly<const ETHERNET: bool>(mut skb: Skb) -> i32 {
     skb.set_mark(0);
+    if ETHERNET && !skb.is_addressed_here() {
+        return ASK;
+    }
+    quickly::<ETHERNET>(&mut skb, Hook::INGRESS, End::Dst)
+}
+
+#[inline(never)]
+fn leave_quickly<const ETHERNET: bool>(mut skb: Skb) -> i32 {
+    if skb.mark() == LEFT {
+        return NEXT;
+    }
+    quickly::<ETHERNET>(&mut skb, Hook::EGRESS, End::Src)
+}
+
+#[inline(always)]
+fn quickly<const ETHERNET: bool>(skb: &mut Skb, hook: Hook, end: End) -> i32 {
+    let Some(packet) = peek::<_, ETHERNET>(skb) else { return ASK };
+    let mut edit = Edit::NONE;
+    match quick(&TcTables::new(skb.0), hook, &packet, &mut edit) {
+        Quick::Pass => NEXT,
+        Quick::Rewrite => {
+            let done = finish(rewrite(skb, &packet, end, &edit));
+            if hook == Hook::EGRESS {
+                skb.set_mark(LEFT);
+            }
+            done
+        }
+        Quick::Ask => ASK,
+    }
+}
+
+#[inline(never)]
+fn enter_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
     // What the stack would not take is not ours either: frames for other machines, which a bridge may
     // forward, and those of a VLAN, which come again at its own interface.
     if ETHERNET && !skb.is_for_this_host() {
@@ -65,12 +117,8 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     }
 }
 
-#[inline(always)]
-fn leave<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
-    let mut skb = Skb(ctx.as_ptr().cast());
-    if skb.mark() == LEFT {
-        return NEXT;
-    }
+#[inline(never)]
+fn leave_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
     let Some(Scratch { packet, edit, .. }) = scratch() else { return NEXT };
     if !read::<ETHERNET>(&skb, packet) {
         return NEXT;
@@ -99,11 +147,15 @@ fn read<const ETHERNET: bool>(skb: &Skb, packet: &mut Packet) -> bool {
 /// In place, not a function of its own: a call and reading everything back costs an established flow 15 ns.
 #[inline(always)]
 fn apply(skb: &mut Skb, packet: &Packet, end: End, edit: &Edit) -> i32 {
-    let done = if !matches!(packet.kind, Kind::IcmpError) {
+    finish(if !matches!(packet.kind, Kind::IcmpError) {
         rewrite(skb, packet, end, edit)
     } else {
         subprog_rewrite_error(skb.0, matches!(end, End::Dst).into()) != 0
-    };
+    })
+}
+
+#[inline(always)]
+fn finish(done: bool) -> i32 {
     if done {
         NEXT
     } else {

@@ -13,7 +13,7 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Leg, Notes, Pair, Reason, Role, RouteKey, SourceKey, Tuple, capacity,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, SourceKey, Tuple, capacity,
 };
 use proxy_common::addr::{Addr, Port};
 use proxy_common::lb::{Inserted, Ring, Stat, Tables};
@@ -83,6 +83,12 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
     }
 
     #[inline(always)]
+    fn window(&self) -> u32 {
+        // SAFETY: takes no arguments.
+        (unsafe { bpf_jiffies64() } >> maps::WINDOW_SHIFT.load()) as u32
+    }
+
+    #[inline(always)]
     fn paused_until(&self) -> u64 {
         maps::PAUSE.get(0).copied().unwrap_or(0)
     }
@@ -94,9 +100,14 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
     }
 
     #[inline(always)]
+    fn is_known(&self, addr: &Addr) -> bool {
+        is_set(&maps::ADDRESS_BITS, addr)
+    }
+
+    #[inline(always)]
     fn address(&self, addr: &Addr) -> u32 {
         // Most packets are for addresses without an entry, and a bit is cheaper to look at than a hash table.
-        if !is_set(&maps::ADDRESS_BITS, addr) {
+        if !self.is_known(addr) {
             return 0;
         }
         // SAFETY: a word, replaced whole; a stale one is as good as a look a moment earlier.
@@ -202,9 +213,18 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
     }
 
     #[inline(always)]
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, *mut Leg)>) {
-        let (key, source) = packet.tuple.key(packet.v4, leg::secret);
-        (source, leg::at(&key))
+    fn key_of(&self, packet: &Packet) -> (Key, usize) {
+        packet.tuple.key(packet.v4, leg::secret)
+    }
+
+    #[inline(always)]
+    fn may_have_leg(&self, key: &Key) -> bool {
+        leg::may_be_at(key)
+    }
+
+    #[inline(always)]
+    fn leg_at(&self, key: &Key) -> Option<(Leg, *mut Leg)> {
+        leg::at(key)
     }
 
     #[inline(always)]
@@ -240,9 +260,7 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
 
     #[inline(always)]
     fn delete_leg(&self, pair: &Pair) {
-        // An absent key is what was wanted; one that stays behind counts no more after its window, and its
-        // place is taken when needed.
-        let _ = maps::FLOWS.remove(&pair.key(leg::secret));
+        leg::delete(&pair.key(leg::secret));
     }
 
     #[inline(always)]

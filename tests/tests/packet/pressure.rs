@@ -358,6 +358,24 @@ fn a_flow_whose_legs_find_no_room_is_dropped_whole() {
 }
 
 #[test]
+fn legs_are_counted_as_long_as_they_are_there() {
+    const MORE: u64 = 20;
+    for cast in FAMILIES {
+        story(
+            || cluster_ips(cast),
+            |stage| {
+                let before = stage.counted_legs();
+                let ports = 1..=PLACES as u16 + MORE as u16;
+                stage.hurry(|stage| ports.for_each(|port| knock(stage, cast, Proto::TCP, port)));
+                stage.counted(&[(Reason::NewFlow, PLACES as u64 + MORE), (Reason::Displaced, MORE)]);
+                assert_eq!(stage.legs(), 2 * PLACES);
+                assert_eq!(stage.counted_legs(), before.map(|before| before + 2 * PLACES as u64));
+            },
+        );
+    }
+}
+
+#[test]
 fn a_young_flow_makes_room_for_a_leg() {
     for cast in FAMILIES {
         story(

@@ -142,6 +142,7 @@ fn shown(flow: &Flow) -> Flow {
 pub(crate) struct Real {
     programs: Programs,
     legs: HashMap<MapData, Key, Leg>,
+    filter: Array<MapData, u64>,
     records: Array<MapData, Flow>,
     free: Queue<MapData, u32>,
     endpoint_bits: Array<MapData, u64>,
@@ -188,6 +189,7 @@ fn load() -> anyhow::Result<Real> {
         programs.array(maps::SECRET)?.set(0, SECRET, 0)?;
         Ok(Real {
             legs: programs.hash(maps::FLOWS)?,
+            filter: programs.array(maps::FLOW_FILTER)?,
             records: programs.array(maps::RECORDS)?,
             free: programs.queue(maps::FREE)?,
             endpoint_bits: programs.array(maps::ENDPOINT_BITS)?,
@@ -265,7 +267,26 @@ impl Real {
         let free: Vec<u32> = std::iter::from_fn(|| self.free.pop(0).ok()).collect();
         free.iter().for_each(|index| self.free.push(*index, 0).unwrap());
         *copy.free.borrow_mut() = free.into();
-        copy.broken_flows()
+        let mut wrong = copy.broken_flows();
+        wrong.extend(self.uncounted_legs(copy.flows.borrow().keys()));
+        wrong
+    }
+
+    /// What is wrong with FLOW_FILTER: packets of a leg that is not counted would pass untranslated. Legs that somebody has
+    /// deleted stay counted.
+    fn uncounted_legs<'a>(&self, keys: impl Iterator<Item = &'a Key>) -> Vec<String> {
+        let mut places = BTreeMap::<(u32, u32), u64>::new();
+        for place in keys.map(|key| key.place(&SECRET)) {
+            *places.entry((place.word, place.shift)).or_default() += 1;
+        }
+        let counted = |(word, shift): (u32, u32)| self.filter.get(&word, 0).unwrap() >> shift & 0xff;
+        let short = places.into_iter().filter(|(place, legs)| counted(*place) < *legs);
+        short.map(|(place, legs)| format!("{legs} legs at {place:?}, {} counted", counted(place))).collect()
+    }
+
+    /// Legs that FLOW_FILTER counts.
+    pub(crate) fn counted_legs(&self) -> u64 {
+        self.filter.iter().map(|word| word.unwrap().to_ne_bytes().map(u64::from).iter().sum::<u64>()).sum()
     }
 
     /// Ends a flow.
@@ -310,6 +331,7 @@ impl Real {
     /// Inserts a leg.
     pub(crate) fn plant(&mut self, key: &Key, leg: &Leg) {
         self.legs.insert(key, leg, 0).unwrap();
+        self.count(key, 1);
     }
 
     /// Removes all legs of nobody.
@@ -317,8 +339,16 @@ impl Real {
         for (key, leg) in entries(&self.legs).unwrap() {
             if leg.id == NOBODY {
                 self.legs.remove(&key).unwrap();
+                self.count(&key, -1);
             }
         }
+    }
+
+    /// Counts a leg as the programs do, while none is at work.
+    fn count(&mut self, key: &Key, by: i64) {
+        let place = key.place(&SECRET);
+        let word = self.filter.get(&place.word, 0).unwrap();
+        self.filter.set(place.word, word.wrapping_add_signed(by * place.one()), 0).unwrap();
     }
 
     /// Changes every living flow.

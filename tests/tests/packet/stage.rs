@@ -313,6 +313,11 @@ impl Stage {
         self.host.flows.borrow().len()
     }
 
+    /// Legs that the kernel's programs have counted.
+    pub(crate) fn counted_legs(&self) -> Option<u64> {
+        self.kernel.as_ref().map(|kernel| kernel.counted_legs())
+    }
+
     /// Lets time pass, as far as flows are concerned. The clock of the kernel cannot be set: they become older instead.
     pub(crate) fn rest(&mut self, milliseconds: u64) {
         let past = milliseconds * 1_000_000;

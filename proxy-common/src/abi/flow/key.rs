@@ -1,6 +1,6 @@
 //! What a pair of ends is looked up by.
 
-use crate::abi::table_type;
+use crate::abi::{capacity, table_type};
 use crate::addr::{Addr, Port, Proto};
 
 table_type! {
@@ -58,12 +58,57 @@ impl Secret {
     }
 }
 
+/// Where the legs of a key are counted in FLOW_FILTER: in a byte of a word, so that the tables of a busy node still
+/// lie in a processor's second cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FilterPlace {
+    /// The word.
+    pub word: u32,
+    /// How far up in it the byte begins, in bits.
+    pub shift: u32,
+}
+
+/// Places in FLOW_FILTER, as a power of two. There are more than legs by default, and with fifty times as many legs, which
+/// is the most that the agent allows, 256 in one place, which a byte cannot hold, are still out of the question.
+const FILTER_BITS: u32 = 20;
+const _: () = assert!(1 << FILTER_BITS == capacity::FLOW_FILTER * 8);
+
+impl FilterPlace {
+    /// One leg, as it is added to the word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn one(&self) -> i64 {
+        1 << self.shift
+    }
+
+    /// Whether any leg is counted.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_taken(&self, word: u64) -> bool {
+        word >> self.shift & 0xff != 0
+    }
+}
+
 impl Key {
     /// Whether it is of IPv4.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(&self) -> bool {
         self.high >> 48 == 0
+    }
+
+    /// Its place in [`FLOW_FILTER`](crate::abi::maps::FLOW_FILTER): the upper bits of a multilinear sum, as above, so that
+    /// nobody can choose pairs that share a place.
+    #[inline(always)]
+    #[must_use]
+    pub const fn place(&self, secret: &Secret) -> FilterPlace {
+        let f = &secret.factors[0];
+        let low =
+            (self.low as u32 as u64).wrapping_mul(f[1]).wrapping_add((self.low >> 32).wrapping_mul(f[2]));
+        let high =
+            (self.high as u32 as u64).wrapping_mul(f[3]).wrapping_add((self.high >> 32).wrapping_mul(f[4]));
+        let place = f[0].wrapping_add(low).wrapping_add(high) >> (64 - FILTER_BITS);
+        FilterPlace { word: (place >> 3) as u32, shift: (place as u32 & 7) * 8 }
     }
 
     /// All bits, or none of IPv4.

@@ -57,12 +57,26 @@ table_type! {
 pub struct Notes {
     /// In which [`window`] the record has said that an old flow goes on here.
     pub asked: u32,
-    /// What the direction that counts at this leg has last acknowledged; only of TCP, and nothing at an inner
-    /// leg.
+    /// What the direction that counts at this leg has last acknowledged; of TCP, and nothing at an inner leg. At an
+    /// outer leg of UDP, which acknowledges nothing, the index of the flow's backend.
     pub acked: u32,
 }
 
 impl Notes {
+    /// The backend that an outer leg of UDP leads to.
+    #[inline(always)]
+    #[must_use]
+    pub const fn backend(self) -> u32 {
+        self.acked
+    }
+
+    /// The same of an outer leg of UDP that leads to a backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn bound_to(self, backend: u32) -> Self {
+        Self { acked: backend, ..self }
+    }
+
     /// As they stand in the leg.
     #[inline(always)]
     #[must_use]
@@ -71,7 +85,7 @@ impl Notes {
     }
 }
 
-/// The clock in steps of 2^26 ns (67 ms): for the rest of one of them a leg speaks for its record (see
+/// The clock in steps of 2^26 ns (67 ms), where it is not counted in ticks of the kernel: for the rest of one of them a leg speaks for its record (see
 /// [`Notes::asked`]).
 #[inline(always)]
 #[must_use]

@@ -26,7 +26,7 @@ mod tuple;
 #[cfg(test)]
 mod tests;
 
-pub use key::{Key, Secret};
+pub use key::{FilterPlace, Key, Secret};
 pub use leg::{FlowId, Leg, Notes, window};
 pub use record::{FORWARD, Flow, REPLY, SILENCE, State, TELL, flow_flags};
 pub use timeouts::Timeouts;

@@ -445,9 +445,16 @@ impl Tables for World {
         self.meet();
         self.tables.leg(pair)
     }
-    fn leg_of(&self, packet: &Packet) -> (usize, Option<(Leg, Key)>) {
+    fn key_of(&self, packet: &Packet) -> (Key, usize) {
+        self.tables.key_of(packet)
+    }
+    fn may_have_leg(&self, key: &Key) -> bool {
         self.meet();
-        self.tables.leg_of(packet)
+        self.tables.may_have_leg(key)
+    }
+    fn leg_at(&self, key: &Key) -> Option<(Leg, Key)> {
+        self.meet();
+        self.tables.leg_at(key)
     }
     fn note(&self, place: Key, id: FlowId, notes: Notes) {
         self.meet();

@@ -2,7 +2,7 @@
 
 use super::lost;
 use super::progress::is_due;
-use crate::abi::{FORWARD, Flow, FlowId, Hook, Notes, REPLY, Role, SILENCE, State, flow_flags, window};
+use crate::abi::{FORWARD, Flow, FlowId, Hook, Key, Leg, Notes, REPLY, Role, SILENCE, State, flow_flags};
 use crate::addr::{Port, Proto};
 use crate::lb::Tables;
 use crate::wire::{Edit, Kind, Packet};
@@ -75,31 +75,51 @@ pub(crate) struct Way {
     pub(crate) forward: bool,
 }
 
+/// Whether a leg of IPv4 speaks for its record, which it has asked in this window. Then nothing else need be looked at:
+/// the edit is filled in, and what the packet acknowledges is noted.
+#[inline(always)]
+pub(crate) fn goes_on<T: Tables>(
+    tables: &T,
+    hook: Hook,
+    packet: &Packet,
+    key: &Key,
+    source: usize,
+    edit: &mut Edit,
+) -> bool {
+    let Some((leg, place)) = tables.leg_at(key) else { return false };
+    let way = Way { id: leg.id, role: leg.role(), forward: source == leg.near() };
+    let notes = leg.notes();
+    if !(way.leads(hook) && packet.goes_on() && notes.asked == tables.window()) {
+        return false;
+    }
+    if way.is_bound(packet) {
+        // A leg that has a backend noted has asked for its generation in this window. One that is in use again, for
+        // the same endpoint, is as good.
+        let there = tables.backend(notes.backend());
+        if there.is_none_or(|backend| backend.port != leg.port() || !backend.addr.same(&leg.addr(true))) {
+            return false;
+        }
+    }
+    leg.fill(true, edit);
+    // Nothing counts at an inner leg.
+    if packet.tcp_flags & Packet::ACK != 0 && notes.acked != packet.ack && way.role != Role::INNER {
+        tables.note(place, leg.id, Notes { acked: packet.ack, ..notes });
+    }
+    true
+}
+
 /// Finds a packet's flow, refreshes it and fills in the edit that it asks for.
 #[inline(always)]
 pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &mut Edit) -> Touched {
-    let (source, Some((leg, place))) = tables.leg_of(packet) else {
+    let (key, source) = tables.key_of(packet);
+    let Some((leg, place)) = tables.leg_at(&key) else {
         return Touched::NONE;
     };
     // Copied at once, needed or not: so it need not stay on the kernel's small stack.
-    edit.addr = leg.addr(packet.v4);
-    edit.port = leg.port();
-    edit.other_port = leg.other_port();
-    edit.out = 0;
+    leg.fill(packet.v4, edit);
     let (notes, now) = (leg.notes(), tables.now());
     let leg = Way { id: leg.id, role: leg.role(), forward: source == leg.near() };
     let found = Touched { touch: Touch::None, id: leg.id, forward: leg.forward, care: false };
-    let noted = packet.v4 && leg.leads(hook);
-    // UDP towards its endpoint asks each time whether that is still there.
-    let goes_on = noted && packet.goes_on() && !(packet.tuple.proto == Proto::UDP && leg.role == Role::OUTER);
-    let acked = if packet.tcp_flags & Packet::ACK != 0 { packet.ack } else { notes.acked };
-    if goes_on && notes.asked == window(now) {
-        // Nothing counts at an inner leg.
-        if notes.acked != acked && leg.role != Role::INNER {
-            tables.note(place, leg.id, Notes { acked, ..notes });
-        }
-        return Touched { touch: Touch::Rewrite, ..found };
-    }
     let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now) {
         Look::Go => Ok(pass(tables, flow, &leg, hook, packet, now, edit)),
         Look::None => Ok((Touch::None, false, false)),
@@ -109,6 +129,7 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
         Look::Bound(index, generation) => Err(Some((index, generation))),
         Look::Translated => Err(None),
     });
+    let bound = if let Some(Err(Some((index, _)))) = looked { index } else { 0 };
     let passed = match looked {
         Some(Err(asked)) => {
             let ended = match asked {
@@ -129,11 +150,13 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
         return found;
     };
     // What a RST acknowledges does not count.
-    if noted && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
+    if packet.v4 && leg.leads(hook) && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
         // Of a flow that may have to leave by another interface the record is asked each time.
         let stays = edit.out == 0 || edit.out == packet.ifindex;
-        let asked = if goes_on && settled && stays { window(now) } else { 0 };
-        tables.note(place, leg.id, Notes { asked, acked });
+        let asked = if packet.goes_on() && settled && stays { tables.window() } else { 0 };
+        let acked = if packet.tcp_flags & Packet::ACK != 0 { packet.ack } else { notes.acked };
+        let notes = Notes { asked, acked };
+        tables.note(place, leg.id, if leg.is_bound(packet) { notes.bound_to(bound) } else { notes });
     }
     Touched { touch, care, ..found }
 }
@@ -148,6 +171,25 @@ impl Way {
             Role::INNER => hook == Hook::INGRESS && !self.forward,
             _ => false,
         }
+    }
+}
+
+impl Way {
+    /// Whether the packet goes on only while its endpoint is there: UDP has no end.
+    #[inline(always)]
+    fn is_bound(&self, packet: &Packet) -> bool {
+        packet.tuple.proto == Proto::UDP && self.role == Role::OUTER
+    }
+}
+
+impl Leg {
+    /// What is written over a packet where this leg leads.
+    #[inline(always)]
+    const fn fill(&self, v4: bool, edit: &mut Edit) {
+        edit.addr = self.addr(v4);
+        edit.port = self.port();
+        edit.other_port = self.other_port();
+        edit.out = 0;
     }
 }
 

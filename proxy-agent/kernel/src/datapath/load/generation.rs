@@ -20,7 +20,8 @@ use crate::sys::{self, MapFacts};
 /// come from the object, `BPF_F_TOKEN_FD` from the creator.
 const IGNORED_FLAGS: u32 = 1 << 16;
 /// The tables of flows, which go together: one leads to another by indices.
-pub(crate) const FLOW_TABLES: [&str; 4] = [maps::FLOWS, maps::RECORDS, maps::FREE, maps::RING];
+pub(crate) const FLOW_TABLES: [&str; 5] =
+    [maps::FLOWS, maps::FLOW_FILTER, maps::RECORDS, maps::FREE, maps::RING];
 
 /// A map of a generation.
 #[derive(Debug)]

@@ -8,6 +8,8 @@ use aya::maps::{Array, MapError};
 use aya::programs::{Program, ProgramError};
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_obj::btf::BtfError;
+use nix::sys::time::TimeValLike as _;
+use nix::time::{ClockId, clock_getres};
 use proxy_common::abi::{Secret, maps};
 use proxy_common::lb::Ring;
 
@@ -32,6 +34,10 @@ const FEATURES: &str = "FEATURES";
 const PLACES: &str = "PLACES";
 /// See above.
 const CPUS: &str = "CPUS";
+/// How long a window is, in ticks, as a power of two.
+const WINDOW_SHIFT: &str = "WINDOW_SHIFT";
+/// How long it is about, in nanoseconds: not longer.
+const WINDOW: u64 = 1 << 26;
 /// Map that a data path with logging writes to.
 pub(super) const LOG_MAP: &str = "AYA_LOGS";
 /// Entries of each map of a trial: the verifier does not look at sizes.
@@ -120,6 +126,8 @@ pub(super) fn open_maps(
         }
     }
     loader.override_global(PLACES, &places, false).override_global(CPUS, &cpus, false);
+    let shift = window_shift();
+    loader.override_global(WINDOW_SHIFT, &shift, false);
     loader.load(object).map_err(|error| match error {
         EbpfError::BtfError(BtfError::LoadError { io_error, verifier_log }) => {
             let log = verifier_log.to_string();
@@ -127,6 +135,14 @@ pub(super) fn open_maps(
         }
         error => LoadError::Maps(Box::new(error)),
     })
+}
+
+/// How many of the kernel's ticks make a window. The coarse clock goes on by one tick.
+fn window_shift() -> u32 {
+    const USUAL: u64 = 4_000_000;
+    let tick =
+        clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map_or(USUAL, |tick| tick.num_nanoseconds() as u64);
+    (WINDOW / tick.max(1)).checked_ilog2().unwrap_or(0)
 }
 
 /// Draws the random numbers that keys of flows are made with, unless an agent before this one has: its flows are found by

@@ -267,7 +267,8 @@ fn pinned(root: &BpfRoot, map: &str) -> Option<u32> {
 pub fn bytes(sizes: &Capacities) -> u64 {
     let hash =
         |key: usize, value: usize| (key.next_multiple_of(8) + value.next_multiple_of(8)) as u64 + ENTRY;
-    let words = capacity::ENDPOINT_BITS + capacity::ADDRESS_BITS + capacity::SERVICE_PORTS;
+    let words =
+        capacity::ENDPOINT_BITS + capacity::ADDRESS_BITS + capacity::SERVICE_PORTS + capacity::FLOW_FILTER;
     let fixed = hash(size_of::<PeerKey>(), size_of::<SocketEntry>()) * capacity::PEERS as u64
         + hash(size_of::<Tuple>(), size_of::<u32>()) * capacity::TAKEN as u64
         + (size_of::<RouteKey>() as u64 + NODE) * capacity::MASQUERADE as u64

@@ -98,7 +98,7 @@ fn of_no_service(what: &str, flags: Option<TcpFlags>, end: End, ranges: bool, fl
     let packet = match flags {
         Some(TcpFlags::ACK) => Packet::tcp(from, to, TcpFlags::ACK).payload(&[0; 64]),
         Some(flags) => Packet::tcp(from, to, flags),
-        None => Packet::udp(from, to).payload(&[0; 64]),
+        None => Packet::udp(from, outside([172, 16, 0, 0], 53)).payload(&[0; 64]),
     };
     let proto = if flags.is_some() { Proto::TCP } else { Proto::UDP };
     let known = if ranges { ", ServiceCIDRs" } else { "" };

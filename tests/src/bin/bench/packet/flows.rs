@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 use aya::Ebpf;
-use proxy_common::abi::{Flow, FlowId, Role, State, Tuple, ask, flow_flags, maps};
+use proxy_common::abi::{Flow, FlowId, Role, State, Tuple, ask, capacity, flow_flags, maps};
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::testing::SECRET;
 use proxy_common::wire::End;
@@ -97,12 +97,19 @@ pub(super) fn fill(ebpf: &mut Ebpf, ideal: &Ideal) -> Result<()> {
         records.set(index, flow(index, kind, flows, n), 0)?;
     }
     let mut legs = hash(ebpf, maps::FLOWS)?;
+    let mut filter = vec![0_u64; capacity::FLOW_FILTER];
     for (index, (kind, flows, n)) in (FRESH..).zip(all()) {
         let flow = flow(index, kind, flows, n);
         for role in [Role::OUTER, Role::MIDDLE, Role::INNER].into_iter().filter(|role| flow.has(*role)) {
             let key = flow.pairs[role.index()].key(|| Some(&SECRET));
             legs.insert(key, flow.leg(role).sealed(&key), 0)?;
+            let place = key.place(&SECRET);
+            filter[place.word as usize] += place.one() as u64;
         }
+    }
+    let mut words = array(ebpf, maps::FLOW_FILTER)?;
+    for (index, word) in (0..).zip(filter) {
+        words.set(index, word, 0)?;
     }
     for (flows, n) in RINGS.into_iter().flat_map(|flows| (0..flows).map(move |n| (flows, n))) {
         let ends = TCP4.ends(flows, n);
