@@ -78,12 +78,35 @@ pub struct Transfer {
     pub failure: Option<String>,
 }
 
-/// How fast connections could be made.
+/// What a measured client does as fast as it can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Work {
+    /// New connections: connect, one request, one answer, close.
+    Connections,
+    /// Requests and answers of a few bytes, one after the other over one connection.
+    Requests,
+    /// Bytes to the server over one connection, counted in mebibytes.
+    Bulk,
+}
+
+impl Work {
+    /// As on the command line, and as the first byte of a connection says it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::Requests => "requests",
+            Self::Bulk => "bulk",
+        }
+    }
+}
+
+/// How fast a client was.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
-    /// Connections that were answered.
-    pub connections: u64,
-    /// Connections that failed.
+    /// Connections or requests that were answered, or mebibytes that were received.
+    pub done: u64,
+    /// Those that failed.
     pub failed: u64,
     /// Why the last of them failed.
     pub failure: Option<String>,

@@ -47,8 +47,6 @@ const MAX_GAP_MS: u64 = 3_600_000;
 
 /// How often the flow tables are swept a little, and the record for the command line is renewed.
 const TICK: Duration = Duration::from_millis(500);
-/// Runs of 512 records that one sweep looks at: the default table is looked through in five seconds.
-const SWEEP_RUNS: u32 = 32;
 /// Ticks from one heartbeat to the next.
 const BEAT: u64 = 8;
 /// How long another agent that ends may take to let go of the pins.
@@ -311,7 +309,7 @@ impl Agent {
         if self.ready {
             self.look_at_settings();
         }
-        match self.sweeper.tick(SWEEP_RUNS) {
+        match self.sweeper.tick(TICK) {
             Ok(0) => {}
             Ok(ended) => tracing::debug!("{ended} flows had ended"),
             Err(error) => tracing::warn!(error = &error as &dyn std::error::Error, "flows are not swept"),

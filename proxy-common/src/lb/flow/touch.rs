@@ -112,6 +112,9 @@ pub(crate) fn goes_on<T: Tables>(
 #[inline(always)]
 pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &mut Edit) -> Touched {
     let (key, source) = tables.key_of(packet);
+    if !tables.may_have_leg(&key) {
+        return Touched::NONE;
+    }
     let Some((leg, place)) = tables.leg_at(&key) else {
         return Touched::NONE;
     };

@@ -42,9 +42,9 @@ enum Command {
     Hold(hold::Arguments),
     /// Hold connections and make new requests, as many clients, and print each loss.
     Crowd(crowd::Arguments),
-    /// For measuring: answer one connection after the other.
+    /// For measuring: serve one connection after the other.
     Answer(measure::AnswerArguments),
-    /// For measuring: make connections as fast as possible.
+    /// For measuring: make connections or requests, or send bytes, as fast as possible.
     Rate(measure::RateArguments),
     /// Ask several servers in turn over one UDP socket.
     Roam(roam::Arguments),

@@ -217,6 +217,10 @@ pub fn wait_for_packets() {
     }
 }
 
+/// Records that the agent has looked at in a second: the default table in five seconds, a larger one in as many times
+/// that. So much of a processor is spent on it, and no more.
+pub const SWEPT_A_SECOND: u32 = 32_768;
+
 /// Looks through the flows a few thousand records at a time.
 #[derive(Debug)]
 pub struct Sweeper {
@@ -233,11 +237,17 @@ impl Sweeper {
 
     /// Looks through all records once: those that have never been used are free from then on.
     pub fn all(&mut self) -> Result<u32, TableError> {
-        self.tick(self.flows.max().div_ceil(ask::MOST))
+        self.look(self.flows.max().div_ceil(ask::MOST))
+    }
+
+    /// Looks at the records whose turn has come after a time; how many flows were over.
+    pub fn tick(&mut self, after: Duration) -> Result<u32, TableError> {
+        let records = after.as_secs_f64() * f64::from(SWEPT_A_SECOND);
+        self.look((records as u32).div_ceil(ask::MOST))
     }
 
     /// Looks at the next records, so many times [`ask::MOST`]; how many flows were over.
-    pub fn tick(&mut self, times: u32) -> Result<u32, TableError> {
+    fn look(&mut self, times: u32) -> Result<u32, TableError> {
         let mut ended = 0;
         for _ in 0..times {
             ended += self.flows.sweep(self.at, ask::MOST, &self.timeouts)?;

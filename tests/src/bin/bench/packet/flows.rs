@@ -84,7 +84,13 @@ fn tuple(from: SocketAddr, to: SocketAddr, proto: Proto) -> Tuple {
     Tuple::new(src, sport, dst, dport, proto)
 }
 
-/// Writes all flows to the tables, and those of TCP over IPv4 that are not masqueraded to the floor's, too.
+/// How many flows there are.
+pub(super) fn count() -> u32 {
+    KINDS.len() as u32 * RINGS.iter().sum::<u32>()
+}
+
+/// Writes all flows to the tables, and those of TCP over IPv4 that are not masqueraded to the floor's, too. In place of the
+/// others' legs the floor gets as many entries that nobody asks for: what a look-up costs depends on how many there are.
 pub(super) fn fill(ebpf: &mut Ebpf, ideal: &Ideal) -> Result<()> {
     array(ebpf, maps::SECRET)?.set(0, SECRET, 0)?;
     let all = || {
@@ -97,12 +103,17 @@ pub(super) fn fill(ebpf: &mut Ebpf, ideal: &Ideal) -> Result<()> {
         records.set(index, flow(index, kind, flows, n), 0)?;
     }
     let mut legs = hash(ebpf, maps::FLOWS)?;
+    let mut learnt = 0;
     let mut filter = vec![0_u64; capacity::FLOW_FILTER];
     for (index, (kind, flows, n)) in (FRESH..).zip(all()) {
         let flow = flow(index, kind, flows, n);
         for role in [Role::OUTER, Role::MIDDLE, Role::INNER].into_iter().filter(|role| flow.has(*role)) {
             let key = flow.pairs[role.index()].key(|| Some(&SECRET));
             legs.insert(key, flow.leg(role).sealed(&key), 0)?;
+            if kind.name != TCP4.name {
+                learnt += 1;
+                ideal.fill(learnt)?;
+            }
             let place = key.place(&SECRET);
             filter[place.word as usize] += place.one() as u64;
         }

@@ -71,6 +71,13 @@ impl Ideal {
     }
 }
 
+impl Ideal {
+    /// Gives it an entry that no packet asks for.
+    pub(super) fn fill(&self, n: u32) -> io::Result<()> {
+        raw::update(self.flows.as_fd(), &bytes(&[n, 0, 0, 0]), &[0; 8])
+    }
+}
+
 fn bytes(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }

@@ -19,6 +19,7 @@ mod stage;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::time::Duration;
 
+use agent_kernel::datapath::flow::SWEPT_A_SECOND;
 use anyhow::{Context, Result, ensure};
 use aya::Ebpf;
 use aya::maps::{Array, MapData};
@@ -30,7 +31,7 @@ use self::case::{Case, Outcome};
 use self::flows::FRESH;
 use self::ideal::Ideal;
 use self::stage::Stage;
-use crate::figure::{Figures, progress};
+use crate::figure::{Figures, Goal, progress};
 use crate::object::classifier;
 use crate::tables::{self, MANY};
 use crate::{object, raw};
@@ -84,7 +85,12 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
         lanes.push((case, lane(case, ours(&ebpf, case.end)?)?, floor, Times::default()));
     }
     sweep(&ebpf)?;
+    let mut looks = Vec::new();
     for round in 0..rounds + WARM_UP {
+        let look = look_through(&ebpf)?;
+        if round >= WARM_UP {
+            looks.push(look);
+        }
         for (case, lane, floor, times) in &mut lanes {
             settings.set(0, tables::config(case.ranges, 0), 0)?;
             let ours = lane.time(case).with_context(|| case.name.clone())?;
@@ -109,6 +115,9 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
             figures.pair(case.name.clone(), "ns", &times.ours, &times.floor).within(case.goal);
         }
     }
+    figures.value("sweep, a record of a living flow", "ns", &looks);
+    let share: Vec<f64> = looks.iter().map(|look| look * f64::from(SWEPT_A_SECOND) / 1e7).collect();
+    figures.value("sweep, all flows alive, however many", "% of a CPU", &share).within(Goal::Value(2.0));
     Ok(())
 }
 
@@ -154,6 +163,28 @@ fn ours(ebpf: &Ebpf, end: End) -> Result<BorrowedFd<'_>> {
     classifier(ebpf, if end == End::Dst { "tc_ingress" } else { "tc_egress" })
 }
 
+/// Nanoseconds that a look at a record takes whose flow is alive.
+fn look_through(ebpf: &Ebpf) -> Result<f64> {
+    let (mut nanoseconds, mut looks) = (0.0, 0.0);
+    for from in (FRESH..FRESH + flows::count() - ask::MOST).step_by(ask::MOST as usize) {
+        let question = question(from, [u8::MAX; size_of::<Timeouts>()]);
+        let run = raw::test_run(classifier(ebpf, "flows")?, &question, 1).context("looking at flows")?;
+        ensure!(run.returned == 0, "{} flows that are alive have ended", run.returned);
+        nanoseconds += run.nanoseconds;
+        looks += f64::from(ask::MOST);
+    }
+    Ok(nanoseconds / looks)
+}
+
+/// What `flows` is asked: to sweep from a record on, with these time-outs.
+fn question(from: u32, timeouts: [u8; size_of::<Timeouts>()]) -> Vec<u8> {
+    let mut question = vec![0; ask::BODY];
+    let words = [ask::SWEEP, from, ask::MOST].map(u32::to_ne_bytes).concat();
+    question[ask::OFFSET..][..words.len()].copy_from_slice(&words);
+    question.extend(timeouts);
+    question
+}
+
 /// Ends all flows that first packets have opened, and makes records free; how many flows there were.
 fn sweep(ebpf: &Ebpf) -> Result<u32> {
     let mut ended = 0;
@@ -161,9 +192,7 @@ fn sweep(ebpf: &Ebpf) -> Result<u32> {
     std::thread::sleep(Duration::from_millis(20));
     for from in (0..FRESH).step_by(ask::MOST as usize) {
         // Whoever has been silent for more than no time is over.
-        let mut question = vec![0; ask::BODY + size_of::<Timeouts>()];
-        let words = [ask::SWEEP, from, ask::MOST].map(u32::to_ne_bytes).concat();
-        question[ask::OFFSET..][..words.len()].copy_from_slice(&words);
+        let question = question(from, [0; size_of::<Timeouts>()]);
         ended += raw::test_run(classifier(ebpf, "flows")?, &question, 1).context("ending flows")?.returned;
     }
     Ok(ended)

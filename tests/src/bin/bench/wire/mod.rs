@@ -1,7 +1,9 @@
-//! New connections a second from a pod to a Service: connect, one request, one answer, close.
+//! What connections cost: new ones, requests over one, and many bytes over one, from pod to pod, from a pod to a Service,
+//! and from outside to a NodePort.
 //!
-//! Four nodes of the same build, each with a client pod and a server pod: one without an agent, one with the agent, one
-//! with the agent and sockets left to TC, one with nftables rules. The same program asks on all of them, in turns.
+//! Four nodes of the same build, each with a client pod, a server pod and a client outside: one without an agent, one with
+//! the agent, one with the agent and sockets left to TC, one with nftables rules. The same program asks on all of them, in
+//! turns.
 
 mod extra;
 mod rules;
@@ -11,13 +13,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::agent::Agent;
-use proxy_tests::answer::{Rate, Used};
+use proxy_tests::answer::{Rate, Used, Work};
 use proxy_tests::manifests::{EndpointController, Family, ManifestDir, ServicePlan};
 use proxy_tests::object::{Object, Publish};
 use proxy_tests::probe::{Process, eventually};
 use proxy_tests::test_cluster::{Plan, TestCluster};
 
-use crate::figure::{Figures, progress};
+use crate::figure::{Figures, Goal, progress};
 
 /// How long one client is measured.
 const TURN: &str = "0.15";
@@ -31,6 +33,8 @@ const LOADING: Duration = Duration::from_secs(120);
 const MANY: u32 = 10_000;
 /// Where the server pod listens.
 const PORT: u16 = 8080;
+/// Where the Service is known to those outside.
+const NODE_PORT: u16 = 30_080;
 /// The Service.
 const VIP: [u8; 4] = [10, 100, 0, 1];
 
@@ -50,20 +54,61 @@ struct Node {
     cluster: TestCluster,
 }
 
-/// What is measured: on which node, and whether the Service is asked or the pod itself.
+/// Who is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum To {
+    Pod,
+    ClusterIp,
+    /// From outside.
+    NodePort,
+}
+
+/// A column of the measurement: on which node, and who is asked.
 struct Lane {
     name: &'static str,
     on: Forwarder,
-    service: bool,
+    to: To,
+    /// Which lane it is compared with, and what it may cost the processor beside that: a connection; a request or bytes.
+    against: &'static [(usize, [Option<f64>; 2])],
 }
 
-const LANES: [Lane; 5] = [
-    Lane { name: "pod to pod, no agent", on: Forwarder::None, service: false },
-    Lane { name: "pod to pod, agent attached", on: Forwarder::Agent, service: false },
-    Lane { name: "ClusterIP, socket LB", on: Forwarder::Agent, service: true },
-    Lane { name: "ClusterIP, TC", on: Forwarder::AgentTc, service: true },
-    Lane { name: "ClusterIP, nftables", on: Forwarder::Nftables, service: true },
+/// The last number is the goal for a request and for bytes.
+const LANES: [Lane; 7] = [
+    Lane { name: "pod to pod, no agent", on: Forwarder::None, to: To::Pod, against: &[] },
+    Lane {
+        name: "pod to pod, agent attached",
+        on: Forwarder::Agent,
+        to: To::Pod,
+        against: &[(0, [Some(1.03), Some(1.02)])],
+    },
+    Lane {
+        name: "ClusterIP, socket LB",
+        on: Forwarder::Agent,
+        to: To::ClusterIp,
+        against: &[(0, [Some(1.04), Some(1.02)]), (4, [None; 2])],
+    },
+    Lane {
+        name: "ClusterIP, TC",
+        on: Forwarder::AgentTc,
+        to: To::ClusterIp,
+        against: &[(0, [Some(1.04), Some(1.02)]), (4, [None; 2])],
+    },
+    Lane {
+        name: "ClusterIP, nftables",
+        on: Forwarder::Nftables,
+        to: To::ClusterIp,
+        against: &[(0, [None; 2])],
+    },
+    Lane { name: "NodePort, nftables", on: Forwarder::Nftables, to: To::NodePort, against: &[] },
+    Lane {
+        name: "NodePort, agent",
+        on: Forwarder::Agent,
+        to: To::NodePort,
+        against: &[(5, [Some(0.85), None])],
+    },
 ];
+
+const WORKS: [Work; 3] = [Work::Connections, Work::Requests, Work::Bulk];
 
 pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     let mut nodes = Vec::new();
@@ -72,7 +117,7 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
             Ok(node) => nodes.push((forwarder, node)),
             // Without nft the others can be measured still.
             Err(error) if forwarder == Forwarder::Nftables => {
-                figures.missing("wire: ClusterIP, nftables", &format!("{error:#}"));
+                figures.missing("wire: nftables", &format!("{error:#}"));
             }
             Err(error) => return Err(error.context(format!("a node with {forwarder:?}"))),
         }
@@ -82,8 +127,10 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
             progress(&format!("wire: loading {services} Services"));
             nodes.iter().try_for_each(|(forwarder, node)| node.load(*forwarder, services))?;
         }
-        progress(&format!("wire: connections with {services} Service(s), {rounds} rounds"));
-        report(figures, services, &turns(&nodes, rounds * TURNS)?);
+        progress(&format!("wire: {services} Service(s), {} rounds", rounds * TURNS));
+        for (work, turns) in WORKS.iter().zip(turns(&nodes, rounds * TURNS)?) {
+            report(figures, services, *work, &turns);
+        }
     }
     for (_, node) in &nodes {
         if let Some((agent, _)) = &node.agent
@@ -99,51 +146,64 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
 /// What the turns of a lane came to.
 #[derive(Clone, Default)]
 struct Turns {
-    /// Connections a second.
+    /// Connections, requests or mebibytes a second.
     rates: Vec<f64>,
-    /// Processor time of client, server and kernel, a connection, in microseconds.
+    /// Processor time of client, server and kernel for each, in microseconds.
     costs: Vec<f64>,
 }
 
 /// One of the measures.
 type Pick = fn(&Turns) -> &[f64];
 
-/// All turns by lane. A lane whose node is missing is empty.
-fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Turns>> {
-    let mut all = vec![Turns::default(); LANES.len()];
+/// All turns by work and lane. A lane whose node is missing is empty.
+fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Vec<Turns>>> {
+    let mut all = vec![vec![Turns::default(); LANES.len()]; WORKS.len()];
     // The first round warms up.
     for round in 0..=rounds {
         let mut order: Vec<usize> = (0..LANES.len()).collect();
         if round % 2 == 1 {
             order.reverse();
         }
-        for index in order {
-            let (lane, turns) = (&LANES[index], &mut all[index]);
-            let Some((_, node)) = nodes.iter().find(|(forwarder, _)| *forwarder == lane.on) else { continue };
-            let (rate, cost) =
-                node.turn(lane.service).with_context(|| format!("measuring: {}", lane.name))?;
-            if round > 0 {
-                turns.rates.push(rate);
-                turns.costs.push(cost);
+        for (work, all) in WORKS.iter().zip(&mut all) {
+            for index in &order {
+                let (lane, turns) = (&LANES[*index], &mut all[*index]);
+                let Some((_, node)) = nodes.iter().find(|(forwarder, _)| *forwarder == lane.on) else {
+                    continue;
+                };
+                let measured = node.turn(lane.to, *work);
+                let (rate, cost) = measured.with_context(|| format!("{}: {}", work.name(), lane.name))?;
+                if round > 0 {
+                    turns.rates.push(rate);
+                    turns.costs.push(cost);
+                }
             }
         }
     }
     Ok(all)
 }
 
-fn report(figures: &mut Figures, services: u32, turns: &[Turns]) {
+fn report(figures: &mut Figures, services: u32, work: Work, turns: &[Turns]) {
     let count = if services == 1 { "1 Service" } else { "10,000 Services" };
+    let (rate, cost) = match work {
+        Work::Connections => ("connections/s", "us/connection"),
+        Work::Requests => ("requests/s", "us/request"),
+        Work::Bulk => ("MiB/s", "us/MiB"),
+    };
     let measures: [(&str, &str, Pick); 2] =
-        [("rate", "connections/s", |turns| &turns.rates), ("CPU", "us/connection", |turns| &turns.costs)];
+        [("rate", rate, |turns| &turns.rates), ("CPU", cost, |turns| &turns.costs)];
     for (measure, unit, of) in measures {
-        let name = |lane: usize| format!("{measure}: {}, {count}", LANES[lane].name);
-        figures.value(name(0), unit, of(&turns[0]));
-        for (lane, turn) in turns.iter().enumerate().skip(1).filter(|(_, turn)| !turn.rates.is_empty()) {
-            figures.pair(format!("{} vs no agent", name(lane)), unit, of(turn), of(&turns[0]));
-        }
-        for lane in [2, 3] {
-            if !turns[4].rates.is_empty() {
-                figures.pair(format!("{} vs nftables", name(lane)), unit, of(&turns[lane]), of(&turns[4]));
+        let name = |lane: usize| format!("{}, {measure}: {}, {count}", work.name(), LANES[lane].name);
+        for (lane, turn) in turns.iter().enumerate().filter(|(_, turn)| !turn.rates.is_empty()) {
+            if LANES[lane].against.is_empty() {
+                figures.value(name(lane), unit, of(turn));
+            }
+            for (other, goals) in LANES[lane].against.iter().filter(|(n, _)| !turns[*n].rates.is_empty()) {
+                let name = format!("{} vs {}", name(lane), LANES[*other].name);
+                let figure = figures.pair(name, unit, of(turn), of(&turns[*other]));
+                let goal = goals[usize::from(work != Work::Connections)];
+                if let Some(goal) = goal.filter(|_| measure == "CPU") {
+                    figure.within(Goal::Ratio(goal));
+                }
             }
         }
     }
@@ -151,7 +211,7 @@ fn report(figures: &mut Figures, services: u32, turns: &[Turns]) {
 
 impl Node {
     fn raise(forwarder: Forwarder) -> Result<Self> {
-        let cluster = Plan::default().node("node1", &["client", "server"]).raise()?;
+        let cluster = Plan::default().node("node1", &["client", "server"]).client("outside").raise()?;
         let arguments = ["--port".to_owned(), PORT.to_string()];
         let mut server = Process::start(cluster.place("server"), "answer", &arguments)?;
         server.line::<serde_json::Value>(PATIENCE)?;
@@ -160,7 +220,7 @@ impl Node {
             Forwarder::AgentTc => Some(start_agent(&cluster, "host")?),
             Forwarder::None => None,
             Forwarder::Nftables => {
-                rules::load(&cluster, VIP.into(), PORT, 1)?;
+                rules::load(&cluster, 1)?;
                 None
             }
         };
@@ -170,7 +230,7 @@ impl Node {
     /// Adds Services that nobody asks.
     fn load(&self, forwarder: Forwarder, services: u32) -> Result<()> {
         if forwarder == Forwarder::Nftables {
-            rules::load(&self.cluster, VIP.into(), PORT, services)?;
+            rules::load(&self.cluster, services)?;
         }
         let Some((agent, manifests)) = &self.agent else { return Ok(()) };
         manifests.write("extra.json", &extra::services(services - 1)?)?;
@@ -183,25 +243,29 @@ impl Node {
         })
     }
 
-    /// One turn: connections a second, and microseconds of processor time a connection.
-    fn turn(&self, service: bool) -> Result<(f64, f64)> {
-        let to: SocketAddr =
-            if service { (VIP, 80).into() } else { (self.cluster.place("server").v4, PORT).into() };
+    /// One turn: how many a second, and microseconds of processor time for each.
+    fn turn(&self, to: To, work: Work) -> Result<(f64, f64)> {
+        let (from, to): (_, SocketAddr) = match to {
+            To::Pod => ("client", (self.cluster.place("server").v4, PORT).into()),
+            To::ClusterIp => ("client", (VIP, 80).into()),
+            To::NodePort => ("outside", (self.cluster.place("node1").v4, NODE_PORT).into()),
+        };
         let before = self.used()?;
-        let arguments = ["--to", &to.to_string(), "--seconds", TURN].map(ToOwned::to_owned);
-        let mut client = Process::start(self.cluster.place("client"), "rate", &arguments)?;
+        let arguments =
+            ["--to", &to.to_string(), "--seconds", TURN, "--work", work.name()].map(ToOwned::to_owned);
+        let mut client = Process::start(self.cluster.place(from), "rate", &arguments)?;
         let rate: Rate = client.line(PATIENCE)?;
         let used = rate.cpu_seconds + self.used()? - before;
         ensure!(
-            rate.failed == 0 && rate.connections > 0,
-            "{} of {} connections to {to} failed: {}",
+            rate.failed == 0 && rate.done > 0,
+            "{} of {} to {to} failed: {}",
             rate.failed,
-            rate.failed + rate.connections,
+            rate.failed + rate.done,
             rate.failure.unwrap_or_default()
         );
         #[expect(clippy::cast_precision_loss, reason = "a count of one turn")]
-        let connections = rate.connections as f64;
-        Ok((connections / rate.seconds, used * 1e6 / connections))
+        let done = rate.done as f64;
+        Ok((done / rate.seconds, used * 1e6 / done))
     }
 
     /// Processor time of the server so far.
@@ -215,7 +279,8 @@ impl Node {
 /// An agent with the one Service, whose pod is the server.
 fn start_agent(cluster: &TestCluster, socket_lb: &str) -> Result<(Agent, ManifestDir)> {
     let manifests = ManifestDir::new()?;
-    let service = ServicePlan::new("web", &[VIP.into()]).port("http", "TCP", 80, PORT).build();
+    let service =
+        ServicePlan::new("web", &[VIP.into()]).port("http", "TCP", 80, PORT).node_port(NODE_PORT).build();
     manifests.publish(&Object::from(&service))?;
     let ports = [("http", "TCP", PORT)];
     EndpointController::adopt(&manifests, "web", &ports, &[Family::V4], &[cluster.place("server")])?;

@@ -11,13 +11,17 @@ use anyhow::Result;
 use proxy_tests::reference::{self, HOOKS};
 use proxy_tests::test_cluster::TestCluster;
 
+use super::{NODE_PORT, PORT, VIP};
+
 /// Loads rules for a Service whose one endpoint is the cluster's server pod, and as many more as make up `services`.
-pub(crate) fn load(cluster: &TestCluster, vip: Ipv4Addr, port: u16, services: u32) -> Result<()> {
+pub(crate) fn load(cluster: &TestCluster, services: u32) -> Result<()> {
     reference::needs_nft()?;
-    cluster.place("node1").netns.nft(&text(vip, cluster.place("server").v4, port, services))
+    let node = cluster.place("node1");
+    node.netns.nft(&text(node.v4, cluster.place("server").v4, services))
 }
 
-fn text(vip: Ipv4Addr, pod: Ipv4Addr, port: u16, services: u32) -> String {
+fn text(node: Ipv4Addr, pod: Ipv4Addr, services: u32) -> String {
+    let (vip, port, node_port) = (Ipv4Addr::from(VIP), PORT, NODE_PORT);
     let mut elements = format!("{vip} . tcp . 80 : goto service-web");
     for n in 1..services {
         write!(elements, ",\n{} . tcp . 80 : goto service-other", super::extra::address(n - 1)).ok();
@@ -36,6 +40,10 @@ table ip services {{
         ip daddr {vip} tcp dport 80 ip saddr != {pods} jump mark-for-masquerade
         numgen random mod 1 vmap {{ 0 : goto endpoint-web }}
     }}
+    chain external-web {{
+        jump mark-for-masquerade
+        goto service-web
+    }}
     chain service-other {{
         ip saddr != {pods} jump mark-for-masquerade
         numgen random mod 3 vmap {{ 0 : goto endpoint-web, 1 : goto endpoint-web, 2 : goto endpoint-web }}
@@ -45,7 +53,15 @@ table ip services {{
         elements = {{ {elements} }}
     }}
     map no-endpoint-services {{ type ipv4_addr . inet_proto . inet_service : verdict; }}
-    chain services {{ ip daddr . meta l4proto . th dport vmap @service-ips; }}
+    set nodeport-ips {{ type ipv4_addr; elements = {{ {node} }}; }}
+    map service-nodeports {{
+        type inet_proto . inet_service : verdict
+        elements = {{ tcp . {node_port} : goto external-web }}
+    }}
+    chain services {{
+        ip daddr . meta l4proto . th dport vmap @service-ips
+        ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
+    }}
     chain endpoints-check {{ ip daddr . meta l4proto . th dport vmap @no-endpoint-services; }}{HOOKS}
 }}
 "
