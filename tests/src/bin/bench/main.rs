@@ -7,6 +7,7 @@ mod asm;
 mod attach;
 mod change;
 mod figure;
+mod memory;
 mod object;
 mod packet;
 mod raw;
@@ -25,7 +26,7 @@ use crate::figure::Figures;
 #[derive(Parser)]
 #[command(
     bin_name = "cargo xtask bench",
-    about = "Measures packets, socket calls, changes and connections (root); an otherwise idle machine helps"
+    about = "Measures packets, socket calls, changes, memory and connections (root); an otherwise idle machine helps"
 )]
 struct Arguments {
     /// What to measure.
@@ -49,12 +50,14 @@ enum Part {
     Change,
     /// Attaching to hundreds of interfaces.
     Attach,
+    /// MiB of the tables of an idle node, and of an agent with a large cluster.
+    Memory,
     /// New connections a second, pod to Service.
     Wire,
 }
 
 impl Part {
-    const ALL: [Self; 5] = [Self::Packet, Self::Socket, Self::Change, Self::Attach, Self::Wire];
+    const ALL: [Self; 6] = [Self::Packet, Self::Socket, Self::Change, Self::Attach, Self::Memory, Self::Wire];
 
     /// Measures it.
     fn measure(self, figures: &mut Figures, rounds: usize) -> (&'static str, Result<()>) {
@@ -63,6 +66,7 @@ impl Part {
             Self::Socket => ("socket", ["WITHOUT", "OURS"], socket::measure),
             Self::Change => ("change", ["BASELINE", "VALUE"], change::measure),
             Self::Attach => ("attach", ["BASELINE", "VALUE"], attach::measure),
+            Self::Memory => ("memory", ["BASELINE", "VALUE"], memory::measure),
             Self::Wire => ("wire", ["BASELINE", "VALUE"], wire::measure),
         };
         figures.begin(name, baseline, value);
