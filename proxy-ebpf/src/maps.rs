@@ -74,8 +74,9 @@ pub static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 pub static PEERS: LruHashMap<PeerKey, SocketEntry, { capacity::PEERS }> = LruHashMap::new();
 #[btf_map]
 pub static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
+/// All CPUs count in one place, once for each connection: a place for each of them would take a hundred MiB on large machines.
 #[btf_map]
-pub static SERVICE_STATS: PerCpuArray<ServiceStats, { capacity::SERVICES }> = PerCpuArray::new();
+pub static SERVICE_STATS: Array<ServiceStats, { capacity::SERVICES }> = Array::new();
 
 /// Bits of `proxy_common::abi::feature`, set by the agent when it loads the object. Frozen, so the verifier
 /// removes what the kernel lacks before it looks at it.

@@ -31,7 +31,7 @@
 //! | [`maps::SOCKETS`] | socket storage | socket → [`SocketState`] | socket hooks | socket hooks | lives and dies with the socket |
 //! | [`maps::PEERS`] | LRU hash | [`PeerKey`] → [`SocketEntry`] | socket hooks | socket hooks | the oldest answer shows its endpoint |
 //! | [`maps::REASONS`] | per-CPU array | [`Reason`] → count | all hooks | agent, command line | – |
-//! | [`maps::SERVICE_STATS`] | per-CPU array | service id → [`ServiceStats`] | all hooks | agent, command line | ids past the end are not counted |
+//! | [`maps::SERVICE_STATS`] | array | service id → [`ServiceStats`] | all hooks | agent, command line | ids past the end are not counted |
 //! | [`maps::LAYOUT`] | array of 1 | → what [`layout`] says of all these, as text | agent, when it makes the tables | the next agent | – |
 //!
 //! Numbers in values are in host byte order; addresses and ports are in network order, as their types say.
@@ -75,7 +75,7 @@ use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say
 /// of themselves.
-pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 7 } else { 6 };
+pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 8 } else { 7 };
 
 /// Map names as `bpftool map` shows them: at most 15 bytes. The table of [`abi`](self) says what is in each.
 pub mod maps {
@@ -242,7 +242,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 6);
+        assert_eq!(ABI_VERSION, 7);
         assert_eq!(
             sizes,
             [

@@ -152,7 +152,7 @@ pub(crate) struct Real {
     fragments: HashMap<MapData, FragmentKey, Fragment>,
     affinity: HashMap<MapData, AffinityKey, Affinity>,
     reasons: PerCpuArray<MapData, u64>,
-    stats: PerCpuArray<MapData, ServiceStats>,
+    stats: Array<MapData, ServiceStats>,
     /// Counters when the story began.
     before: (BTreeMap<Reason, u64>, BTreeMap<u32, [u64; 3]>),
 }
@@ -198,7 +198,7 @@ fn load() -> anyhow::Result<Real> {
             fragments: programs.hash(maps::FRAGMENTS)?,
             affinity: programs.hash(maps::AFFINITY)?,
             reasons: programs.counters(maps::REASONS)?,
-            stats: programs.counters(maps::SERVICE_STATS)?,
+            stats: programs.array(maps::SERVICE_STATS)?,
             programs,
             before: Default::default(),
         })
@@ -427,10 +427,8 @@ impl Real {
 
     fn stats(&self) -> BTreeMap<u32, [u64; 3]> {
         let count = |id: u32| {
-            let cpus = self.stats.get(&id, 0).unwrap();
-            cpus.iter().fold([0; 3], |sum: [u64; 3], one| {
-                [sum[0] + one.chosen, sum[1] + one.refused, sum[2] + one.dropped]
-            })
+            let ServiceStats { chosen, refused, dropped, .. } = self.stats.get(&id, 0).unwrap();
+            [chosen, refused, dropped]
         };
         (0..SERVICES).map(|id| (id, count(id))).collect()
     }

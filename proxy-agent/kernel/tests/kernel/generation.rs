@@ -52,10 +52,10 @@ fn fill(room: &Room) -> Vec<Flow> {
     let mut reasons: aya::maps::PerCpuArray<_, u64> =
         aya::maps::Map::PerCpuArray(map(maps::REASONS)).try_into().unwrap();
     reasons.set(2, each(1_000_u64 << 32, cpus), 0).unwrap();
-    let mut stats: aya::maps::PerCpuArray<_, proxy_common::abi::ServiceStats> =
-        aya::maps::Map::PerCpuArray(map(maps::SERVICE_STATS)).try_into().unwrap();
+    let mut stats: aya::maps::Array<_, proxy_common::abi::ServiceStats> =
+        aya::maps::Map::Array(map(maps::SERVICE_STATS)).try_into().unwrap();
     let counted = proxy_common::abi::ServiceStats { chosen: 11, refused: 12, dropped: 13 };
-    stats.set(3, each(counted, cpus), 0).unwrap();
+    stats.set(3, counted, 0).unwrap();
     let mut tables = FlowTables::open(room);
     let mut flows: Vec<Flow> = (1..=300).map(|port| tables.add(port, port % 3 != 0, NEVER)).collect();
     // One that is over, whose record is free: nobody is to find it again.

@@ -23,8 +23,8 @@ pub(crate) fn tables(
     new: &Generation,
     made: &BTreeMap<&'static str, u32>,
 ) -> Result<(), TableError> {
-    let counted = [maps::REASONS, maps::SERVICE_STATS, maps::SOCKETS, maps::PAUSE];
-    for name in made.keys().filter(|name| !FLOW_TABLES.contains(name) && !counted.contains(name)) {
+    let counters = [maps::REASONS, maps::SERVICE_STATS, maps::SOCKETS, maps::PAUSE];
+    for name in made.keys().filter(|name| !FLOW_TABLES.contains(name) && !counters.contains(name)) {
         entries(old, new, name)?;
     }
     Ok(())
@@ -150,7 +150,7 @@ impl<'a> Counters<'a> {
         let mut found = Vec::new();
         if let (Some(reasons), Some(map)) = (&self.reasons, self.old.map(maps::REASONS)) {
             for (index, reason) in reasons {
-                let each = of_each_cpu(map, maps::REASONS, *index)?;
+                let each = counted(map, maps::REASONS, *index)?;
                 let sum = each.iter().flat_map(|one| sys::values::<u64>(one)).fold(0, u64::wrapping_add);
                 found.push((*reason as u32, sum));
             }
@@ -158,7 +158,7 @@ impl<'a> Counters<'a> {
         if let (Some((ids, translation)), Some(map)) = (&self.stats, self.old.map(maps::SERVICE_STATS)) {
             for id in ids {
                 let mut sums = [0_u64; 3];
-                for one in of_each_cpu(map, maps::SERVICE_STATS, *id)? {
+                for one in counted(map, maps::SERVICE_STATS, *id)? {
                     for ServiceStats { chosen, refused, dropped, .. } in sys::values(&translation.apply(&one))
                     {
                         let each = [chosen, refused, dropped];
@@ -172,9 +172,10 @@ impl<'a> Counters<'a> {
     }
 }
 
-/// An element of a per-CPU array; nothing past its end.
-fn of_each_cpu(map: &FoundMap, name: &'static str, index: u32) -> Result<Vec<Vec<u8>>, TableError> {
-    let cpus = crate::datapath::tables::cpus::cpus() as usize;
+/// An element of an array of counters, one for each CPU or one for all; nothing past its end.
+fn counted(map: &FoundMap, name: &'static str, index: u32) -> Result<Vec<Vec<u8>>, TableError> {
+    let per_cpu = map.facts.kind == Kind::BPF_MAP_TYPE_PERCPU_ARRAY as u32;
+    let cpus = if per_cpu { crate::datapath::tables::cpus::cpus() as usize } else { 1 };
     let size = (map.facts.value_size as usize).next_multiple_of(8);
     let mut values = vec![0; size * cpus];
     let failed = |source| TableError::Call { act: "read", object: format!("{index}"), map: name, source };

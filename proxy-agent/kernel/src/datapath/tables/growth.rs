@@ -283,7 +283,7 @@ pub fn bytes(sizes: &Capacities) -> u64 {
         maps::SOURCES => size_of::<SourceKey>() as u64 + NODE,
         maps::IFACES => hash(size_of::<u32>(), size_of::<Iface>()),
         maps::SERVICES => hash(size_of::<u32>(), size_of::<ServiceName>()),
-        maps::SERVICE_STATS => size_of::<ServiceStats>() as u64 * u64::from(cpus()),
+        maps::SERVICE_STATS => size_of::<ServiceStats>() as u64,
         maps::RECORDS => size_of::<Flow>() as u64,
         maps::FLOWS => hash(size_of::<Key>(), size_of::<Leg>()),
         maps::RING => size_of::<FlowId>() as u64,
