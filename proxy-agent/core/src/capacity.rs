@@ -6,18 +6,31 @@
 use proxy_common::abi::{capacity, maps};
 use proxy_common::lb::Ring;
 
-/// Entries that any table may have. With three legs for each of so many flows a byte of FLOW_FILTER counts fifty, and never
-/// as many as it cannot hold.
+/// Entries that any table may have. With three legs for each of so many flows a byte of FLOW_FILTER counts a hundred, and
+/// never as many as it cannot hold.
 pub const MOST_ENTRIES: u32 = 1 << 24;
 
 /// Legs of a masqueraded flow.
 const LEGS: u32 = 3;
+/// Before 6.16 each CPU sets so many free entries of an LRU table aside, where others do not find them: they evict instead.
+const SET_ASIDE: u32 = 128;
 
 /// A number of entries, as the kernel takes it; one that it could not take does not compile.
 #[expect(clippy::cast_possible_truncation, reason = "asserted")]
 pub(crate) const fn entries(count: usize) -> u32 {
     assert!(count <= u32::MAX as usize);
     count as u32
+}
+
+/// Entries of PEERS, and how many there are at most on a machine with many CPUs.
+const PEERS: u32 = entries(capacity::PEERS);
+/// See above.
+const MOST_PEERS: u32 = 32_768;
+
+/// Entries of an LRU table of which nearly all are to be had, whatever so many CPUs set aside.
+#[must_use]
+pub fn lru(cpus: u32) -> u32 {
+    cpus.saturating_mul(8 * SET_ASIDE)
 }
 
 /// A size that can be chosen.
@@ -90,9 +103,9 @@ sizes! {
 }
 
 impl Capacities {
-    /// The size of each map that has one to choose, on a machine with so many CPUs.
+    /// The size of each map that has one to choose or depends on the machine, which has so many CPUs.
     #[must_use]
-    pub fn each(&self, cpus: u32) -> [(&'static str, u32); 14] {
+    pub fn each(&self, cpus: u32) -> [(&'static str, u32); 15] {
         let Self {
             frontends,
             slots,
@@ -121,6 +134,7 @@ impl Capacities {
             (maps::RING, self.places().saturating_mul(Ring::COUNT * cpus)),
             (maps::FRAGMENTS, fragments),
             (maps::AFFINITY, affinity),
+            (maps::PEERS, PEERS.max(lru(cpus).min(MOST_PEERS))),
         ]
     }
 
@@ -149,8 +163,17 @@ mod tests {
     #[test]
     fn what_has_a_size_has_the_flag_for_it() {
         for (map, size) in Capacities::DEFAULT.each(2) {
-            assert!(size_flag(map).is_some() && size != 0, "{map}");
+            assert!(size_flag(map).is_some() || map == maps::PEERS, "{map}");
+            assert!(size != 0, "{map}");
         }
+    }
+
+    #[test]
+    fn the_table_of_sockets_grows_with_what_cpus_set_aside() {
+        let peers = |cpus| Capacities::DEFAULT.each(cpus).into_iter().find(|(map, _)| *map == maps::PEERS);
+        assert_eq!(peers(2), Some((maps::PEERS, 8_192)));
+        assert_eq!(peers(16), Some((maps::PEERS, 16_384)));
+        assert_eq!(peers(64), Some((maps::PEERS, 32_768)));
     }
 
     #[test]

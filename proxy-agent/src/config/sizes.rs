@@ -52,7 +52,7 @@ impl Args for TableSizes {
         let sizes = SIZES.iter().zip(DEFAULTS.iter());
         let sizes = sizes.map(|(size, default)| flag(size.flag, "N", default).help(size.help.trim()));
         let memory = flag(MEMORY, "MIB", &MEMORY_DEFAULT).help(
-            "Memory that all tables together may grow to, in MiB. At least what the smallest take: 16, and more with many \
+            "Memory that all tables together may grow to, in MiB. At least what the smallest take: 13, and more with many \
              CPUs. Tables begin with half of it at most",
         );
         command.args(sizes).arg(memory)

@@ -196,7 +196,7 @@ fn of_growth(page: &mut Page<'_>, growth: &Standing) -> fmt::Result {
     page.gauge("proxy_agent_table_memory_limit_bytes", "Memory that --map-memory allows them", *limit)?;
     page.gauges(
         "proxy_agent_table_planned_entries",
-        "Entries that the table is about to be made for, since it is four fifths full",
+        "Entries that the table is about to be made for, since it fills",
         planned.iter().map(|(table, entries)| ([("table", *table)], f64::from(*entries))),
     )?;
     page.gauges(

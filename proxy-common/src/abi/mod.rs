@@ -158,7 +158,7 @@ pub mod capacity {
     /// Legs of flows: two a flow, three of a masqueraded one.
     pub const FLOWS: usize = 524_288;
     /// Words of eight bytes each, a byte for each [`Key::place`](super::Key::place).
-    pub const FLOW_FILTER: usize = 131072;
+    pub const FLOW_FILTER: usize = 65_536;
     /// Places for young flows on one CPU, a quarter each for TCP, for other protocols, and for the node's own
     /// conversations (see `lb::Ring`). At 300,000 new flows a second on one CPU each has more than 100 ms to
     /// show that it is meant. The agent makes the map as large as there are CPUs.
@@ -167,8 +167,9 @@ pub mod capacity {
     pub const FRAGMENTS: usize = 16_384;
     /// Clients with an affinity.
     pub const AFFINITY: usize = 131_072;
-    /// Destinations that sockets of the node have no room for: two for each.
-    pub const PEERS: usize = 32_768;
+    /// Destinations that sockets of the node have no room for: two for each. The agent makes the map larger where many CPUs
+    /// set entries aside.
+    pub const PEERS: usize = 8_192;
 }
 
 /// Declares a table type: C layout, no implicit padding (checked at compile time), `aya::Pod` in user space.

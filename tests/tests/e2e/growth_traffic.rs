@@ -111,9 +111,9 @@ impl Scene {
 fn living_flows_fill_their_table_and_it_grows_twice_and_no_connection_is_lost() -> Result<()> {
     let mut scene = Scene::raise(8, STEADY)?;
     let first = size(&scene.agent, "RECORDS")?;
-    scene.come(first * 55 / 100)?;
+    scene.come(first * 40 / 100)?;
     ensure!(size(&scene.agent, "RECORDS")? == first, "it grows too early");
-    for (more, grown) in [(first * 30 / 100, first * 2), (first * 80 / 100, first * 4)] {
+    for (more, grown) in [(first * 45 / 100, first * 2), (first * 80 / 100, first * 4)] {
         scene.come(more)?;
         eventually(SOON, || {
             scene.clients.receive()?;

@@ -264,7 +264,7 @@ fn taken(room: &Room) -> u64 {
 #[test]
 fn tables_take_about_as_much_memory_as_is_reckoned() {
     let room = Room::new();
-    let reckoned = agent_kernel::datapath::tables::growth::bytes;
+    let reckoned = agent_kernel::datapath::tables::memory::bytes;
     drop(room.load());
     let small = taken(&room);
     // What the agent writes takes its memory as it comes; of that there is none yet.

@@ -68,9 +68,9 @@ pub struct FilterPlace {
     pub shift: u32,
 }
 
-/// Places in FLOW_FILTER, as a power of two. There are more than legs by default, and with fifty times as many legs, which
-/// is the most that the agent allows, 256 in one place, which a byte cannot hold, are still out of the question.
-const FILTER_BITS: u32 = 20;
+/// Places in FLOW_FILTER, as a power of two: as many as legs by default. With a hundred times as many legs, which is the
+/// most that the agent allows, 256 in one place, which a byte cannot hold, are still out of the question.
+const FILTER_BITS: u32 = 19;
 const _: () = assert!(1 << FILTER_BITS == capacity::FLOW_FILTER * 8);
 
 impl FilterPlace {

@@ -11,6 +11,8 @@ use aya_obj::Object;
 use aya_obj::generated::bpf_map_type as Kind;
 use proxy_common::abi::maps;
 
+use agent_core::capacity::size_flag;
+
 use super::LoadError;
 use crate::datapath::store::layout::Layout;
 use crate::datapath::store::pin::BpfRoot;
@@ -119,7 +121,8 @@ pub(crate) fn fates(
         // What is in a table has to find room in the next one.
         wanted.max_entries = asked.max(there.facts.max_entries);
         let sized = wanted.kind != Kind::BPF_MAP_TYPE_SK_STORAGE as u32;
-        if sized && there.facts.max_entries > asked {
+        // Where there is no flag nobody has asked.
+        if sized && there.facts.max_entries > asked && size_flag(name).is_some() {
             fates.warnings.push(format!(
                 "map {name} keeps its {} entries ({asked} asked for): tables become smaller only after `proxy-agent cleanup`",
                 there.facts.max_entries

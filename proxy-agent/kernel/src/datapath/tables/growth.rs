@@ -1,41 +1,35 @@
 //! How large tables are at first, and when which of them is to become larger.
 //!
-//! They begin small and double when they are four fifths full, up to the sizes that the operator allows, each and all
-//! together. What is in them comes along (`change`), so that only memory speaks against larger ones.
+//! They begin small and double when they are four fifths full (small ones of flows earlier), up to the sizes that the
+//! operator allows, each and all together. What is in them comes along (`change`), so that only memory speaks against larger
+//! ones.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-use proxy_common::abi::{
-    Affinity, AffinityKey, Backend, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Iface, Key,
-    Leg, PeerKey, RouteKey, ServiceName, ServiceStats, SocketEntry, SourceKey, Tuple, capacity, maps,
-};
-use proxy_common::addr::Addr;
+use proxy_common::abi::maps;
 
-use agent_core::capacity::{Capacities, size_flag};
+use agent_core::capacity::{Capacities, lru, size_flag};
 
 use super::cpus::cpus;
+use super::memory::bytes;
 use crate::datapath::store::pin::BpfRoot;
 use crate::sys;
 
 /// A table grows when it is so full, in per cent.
 pub const FULL: u64 = 80;
 /// Tables begin with this part of what they may become.
-const PART: u32 = 16;
+const PART: u32 = 32;
 /// But with no fewer entries: what is smaller saves next to nothing.
 const LEAST: u32 = 4_096;
-/// Flows come in bursts, and a table that grows takes seconds to do so.
-const FLOWS: u32 = 32_768;
+/// Flows come in bursts, and a table that grows takes seconds to do so: it begins with so many entries,
+const FLOWS: u32 = 16_384;
+/// and grows when fewer than these are free, as far as they are no more than two fifths of it.
+const FREE_FLOWS: u32 = 6_500;
 /// Where memory is short, tables begin with no fewer entries than this, and flows than that.
 const SMALLEST: u32 = 256;
 /// See above.
 const SMALLEST_FLOWS: u32 = 1_024;
-/// Before 6.16 each CPU sets so many free entries of an LRU table aside, where others do not find them: they evict instead.
-const SET_ASIDE: u32 = 128;
-/// What the kernel keeps for an entry of a hash table besides key and value, its place among the buckets included.
-const ENTRY: u64 = 64;
-/// The same of a trie of prefixes.
-const NODE: u64 = 56;
 /// Bytes of a MiB.
 const MIB: u64 = 1 << 20;
 
@@ -206,11 +200,12 @@ impl Limits {
             let (from, limit) = (*from, *limit);
             let used = used.get(map).copied().unwrap_or(0);
             let is_short = short.contains(&map);
-            if !is_short && used * 100 < u64::from(from) * FULL {
+            let is_full = is_short || used * 100 >= u64::from(from) * FULL;
+            if !is_full && !is_due(map, from, used) {
                 continue;
             }
             // What is short of room may lack much of it: a node learns all of a large cluster at once.
-            let factors: &[u32] = if is_short { &[8, 4, 2] } else { &[2] };
+            let factors: &[u32] = if is_short { &[16, 8, 4, 2] } else { &[2] };
             let with = |factor: u32| {
                 let (mut tried, to) = (sizes, from.saturating_mul(factor).min(limit).max(from));
                 for (field, size) in tried.fields() {
@@ -229,8 +224,11 @@ impl Limits {
                 (false, None) => Some(Against::Memory(self.memory)),
                 (false, Some(_)) => None,
             };
-            if against.is_none() {
-                sizes = tried;
+            match against {
+                None => sizes = tried,
+                // It would have grown early.
+                Some(_) if !is_full => continue,
+                Some(_) => {}
             }
             said.push(Larger { map, used, from, to, memory, against });
         }
@@ -244,12 +242,17 @@ impl Limits {
     }
 }
 
+/// Whether a table grows before it is four fifths full: a small one of flows.
+fn is_due(map: &str, size: u32, used: u64) -> bool {
+    map == maps::RECORDS && used + u64::from(FREE_FLOWS.min(size / 5 * 2)) > u64::from(size)
+}
+
 /// With how many entries a table begins where memory is short.
 fn smallest(map: &str) -> u32 {
     match map {
         maps::RECORDS => SMALLEST_FLOWS,
         // Much more than four fifths of it are to be had, whatever CPUs set aside.
-        maps::AFFINITY => SMALLEST.max(8 * SET_ASIDE * cpus()),
+        maps::AFFINITY => SMALLEST.max(lru(cpus())),
         _ => SMALLEST,
     }
 }
@@ -260,38 +263,6 @@ fn pinned(root: &BpfRoot, map: &str) -> Option<u32> {
     let fd = sys::obj_get(&root.map(map)).ok()?;
     let size = sys::map_facts(fd.as_fd()).ok()?.max_entries;
     Some(if map == maps::RING { size / cpus() } else { size })
-}
-
-/// About how much memory tables of these sizes take when they are full, with those whose size nobody chooses.
-#[must_use]
-pub fn bytes(sizes: &Capacities) -> u64 {
-    let hash =
-        |key: usize, value: usize| (key.next_multiple_of(8) + value.next_multiple_of(8)) as u64 + ENTRY;
-    let words =
-        capacity::ENDPOINT_BITS + capacity::ADDRESS_BITS + capacity::SERVICE_PORTS + capacity::FLOW_FILTER;
-    let fixed = hash(size_of::<PeerKey>(), size_of::<SocketEntry>()) * capacity::PEERS as u64
-        + hash(size_of::<Tuple>(), size_of::<u32>()) * capacity::TAKEN as u64
-        + (size_of::<RouteKey>() as u64 + NODE) * capacity::MASQUERADE as u64
-        + words as u64 * size_of::<u64>() as u64;
-    let each = |map: &str| match map {
-        maps::FRONTENDS => hash(size_of::<FrontendKey>(), size_of::<Frontend>()),
-        // An element of an array takes whole words.
-        maps::SLOTS => size_of::<u64>() as u64,
-        maps::FREE => size_of::<u32>() as u64,
-        maps::BACKENDS => size_of::<Backend>() as u64,
-        maps::ADDRESSES => hash(size_of::<Addr>(), size_of::<u32>()),
-        maps::SOURCES => size_of::<SourceKey>() as u64 + NODE,
-        maps::IFACES => hash(size_of::<u32>(), size_of::<Iface>()),
-        maps::SERVICES => hash(size_of::<u32>(), size_of::<ServiceName>()),
-        maps::SERVICE_STATS => size_of::<ServiceStats>() as u64,
-        maps::RECORDS => size_of::<Flow>() as u64,
-        maps::FLOWS => hash(size_of::<Key>(), size_of::<Leg>()),
-        maps::RING => size_of::<FlowId>() as u64,
-        maps::FRAGMENTS => hash(size_of::<FragmentKey>(), size_of::<Fragment>()),
-        maps::AFFINITY => hash(size_of::<AffinityKey>(), size_of::<Affinity>()),
-        _ => 0,
-    };
-    fixed + sizes.each(cpus()).into_iter().map(|(map, size)| each(map) * u64::from(size)).sum::<u64>()
 }
 
 #[cfg(test)]
@@ -317,7 +288,7 @@ mod tests {
             bytes(&begun),
             bytes(&LIMITS.each)
         );
-        assert_eq!((begun.flows, begun.slots, begun.services), (FLOWS, 65_536, LEAST));
+        assert_eq!((begun.flows, begun.slots, begun.services), (FLOWS, 32_768, LEAST));
         let small = Limits { each: Capacities { flows: 1_000, services: 7, ..LIMITS.each }, ..LIMITS };
         let begun = start(&small);
         assert_eq!((begun.flows, begun.services, begun.young_flows), (1_000, 7, LIMITS.each.young_flows));
@@ -363,7 +334,7 @@ mod tests {
         assert_eq!((sizes, said[0].against), (None, Some(Against::Limit)));
         assert!(said[0].to_string().ends_with("is as large as --max-services allows"), "{}", said[0]);
         let (sizes, _) = LIMITS.next(&now, &BTreeMap::new(), &[maps::SLOTS]);
-        assert_eq!(sizes.unwrap().slots, now.slots * 8, "what finds no room grows at once");
+        assert_eq!(sizes.unwrap().slots, now.slots * 16, "what finds no room grows at once");
         let memory = u32::try_from(bytes(&Capacities { slots: now.slots * 5, ..now }).div_ceil(MIB)).unwrap();
         let (sizes, _) = Limits { memory, ..LIMITS }.next(&now, &BTreeMap::new(), &[maps::SLOTS]);
         assert_eq!(sizes.unwrap().slots, now.slots * 4, "as far as memory goes");
@@ -386,5 +357,22 @@ mod tests {
         let (sizes, said) = limits.next(&now, &used, &[]);
         assert_eq!((sizes, said[0].against), (None, Some(Against::Memory(memory))));
         assert!(said[0].to_string().contains("raise --map-memory"), "{}", said[0]);
+    }
+
+    #[test]
+    fn a_small_table_of_flows_grows_early_and_nothing_is_said_where_it_cannot() {
+        let now = start(&LIMITS);
+        let next = |limits: &Limits, now: &Capacities, used: u32| {
+            limits.next(now, &BTreeMap::from([(maps::RECORDS, u64::from(used))]), &[])
+        };
+        assert_eq!(next(&LIMITS, &now, FLOWS - FREE_FLOWS).0, None);
+        assert_eq!(next(&LIMITS, &now, FLOWS - FREE_FLOWS + 1).0.unwrap().flows, FLOWS * 2);
+        let large = Capacities { flows: FLOWS * 4, ..now };
+        assert_eq!(next(&LIMITS, &large, FLOWS * 3).0, None, "a large one at four fifths");
+        let small = Capacities { flows: 1_000, ..now };
+        assert_eq!(next(&LIMITS, &small, 600).0, None);
+        assert!(next(&LIMITS, &small, 601).0.is_some());
+        let most = Limits { each: Capacities { flows: FLOWS, ..LIMITS.each }, ..LIMITS };
+        assert_eq!(next(&most, &now, FLOWS - 4_000), (None, Vec::new()));
     }
 }

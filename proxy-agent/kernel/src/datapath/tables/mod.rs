@@ -5,4 +5,5 @@ pub mod compare;
 pub(crate) mod cpus;
 pub mod growth;
 pub mod kernel;
+pub mod memory;
 pub mod taken;
