@@ -7,3 +7,13 @@ pub mod datapath;
 pub mod kube_proxy;
 pub mod netlink;
 mod sys;
+
+/// Has all threads take memory from the same place from now on.
+pub fn share_memory() {
+    sys::share_memory();
+}
+
+/// Gives memory back to the kernel that has been freed.
+pub fn trim() {
+    sys::trim();
+}

@@ -58,6 +58,7 @@ const QUEUE: usize = 4096;
 
 /// Runs the agent until it is told to end.
 pub fn run(config: Config) -> Result<()> {
+    agent_kernel::share_memory();
     let without = host::require::rights()?;
     let conntrack = host::tune(&config)?;
     let root = BpfRoot::new(&config.bpf_root);
@@ -142,6 +143,8 @@ struct Agent {
     /// The next sync reads the kernel and compares everything.
     full: bool,
     full_at_ms: u64,
+    /// Whether much memory has been freed.
+    freed: bool,
     /// Whether the kernel's connection tracking has been set; it comes with the first rule that needs it.
     conntrack: bool,
     /// Whether what was set has been compared with what the node is.
@@ -206,6 +209,7 @@ impl Agent {
             ready: false,
             full: true,
             full_at_ms: 0,
+            freed: false,
             conntrack: false,
             fitted: false,
         })
@@ -321,6 +325,9 @@ impl Agent {
             self.exclude();
         }
         self.grow(beat);
+        if beat && std::mem::take(&mut self.freed) {
+            agent_kernel::trim();
+        }
         if self.ready {
             self.repair();
         }

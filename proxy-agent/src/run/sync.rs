@@ -9,6 +9,9 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use super::takeover::adopt::Adoption;
 use super::{Agent, MAX_GAP_MS, lost, sockets};
 
+/// A plan of so many steps leaves much memory behind that was needed for it.
+const MANY: usize = 10_000;
+
 impl Agent {
     /// Compares what was set with what the node is, once it is known (F-13).
     pub(super) fn fit(&mut self) -> Result<()> {
@@ -56,6 +59,7 @@ impl Agent {
                 if !self.ready {
                     self.attach()?;
                 }
+                self.freed |= full || plan.steps.len() >= MANY;
                 let first = !std::mem::replace(&mut self.ready, true);
                 self.report.wrote(&self.world, &plan, full, started.elapsed());
                 self.follow_sockets(retired, first || !plan.steps.is_empty()); // Y-25: last, and only after success.

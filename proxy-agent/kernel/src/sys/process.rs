@@ -31,6 +31,30 @@ pub(crate) fn wait_for_grace() -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Has all threads take memory from the same place from now on: what one has freed another can use. glibc has a place for each.
+pub(crate) fn share_memory() {
+    #[cfg(target_env = "gnu")]
+    {
+        #[expect(unsafe_code, reason = "no crate in use has this call")]
+        // SAFETY: takes numbers. Where it is refused all is as it was.
+        unsafe {
+            libc::mallopt(libc::M_ARENA_MAX, 1)
+        };
+    }
+}
+
+/// Gives memory back to the kernel that has been freed. glibc keeps what lies below something in use; other C libraries do not.
+pub(crate) fn trim() {
+    #[cfg(target_env = "gnu")]
+    {
+        #[expect(unsafe_code, reason = "no crate in use has this call")]
+        // SAFETY: takes a number, and touches nothing that is in use.
+        unsafe {
+            libc::malloc_trim(0)
+        };
+    }
+}
+
 /// Whether this thread goes before all threads that have no such right; what it begins does not.
 pub(crate) fn go_first(first: bool) -> io::Result<()> {
     let (policy, priority) = match first {
