@@ -2,10 +2,12 @@
 //!
 //! No clock of its own: times are milliseconds that the caller passes in.
 
+use agent_core::model::Urgency;
+
 /// How often syncs are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// How long a request waits for others of the same burst.
+    /// How long a request that is not urgent waits for what may belong to it.
     pub settle_ms: u64,
     /// Least time from the end of a sync to the start of the next (Y-18).
     pub min_gap_ms: u64,
@@ -25,6 +27,8 @@ pub struct SyncRunner {
     queued_ms: Option<u64>,
     /// The first request since the last sync began.
     requested_ms: Option<u64>,
+    /// The first of them that is to settle.
+    settling_ms: Option<u64>,
     /// The end of the last sync, or when all began.
     ended_ms: u64,
     /// Whether a sync has ended at all.
@@ -42,6 +46,7 @@ impl SyncRunner {
             limits,
             queued_ms: None,
             requested_ms: None,
+            settling_ms: None,
             ended_ms: now_ms,
             ended: false,
             not_later_ms: None,
@@ -49,10 +54,14 @@ impl SyncRunner {
         }
     }
 
-    /// Something has changed.
-    pub fn request(&mut self, now_ms: u64) {
+    /// Something has changed. While something settles all wait for it: a sync is of everything that has changed.
+    pub fn request(&mut self, now_ms: u64, urgency: Urgency) {
         self.queued_ms.get_or_insert(now_ms);
         self.requested_ms.get_or_insert(now_ms);
+        match urgency {
+            Urgency::AtOnce => {}
+            Urgency::Settled => drop(self.settling_ms.get_or_insert(now_ms)),
+        }
     }
 
     /// A sync is wanted at `at_ms` even if nothing changes until then.
@@ -66,7 +75,8 @@ impl SyncRunner {
         let Limits { settle_ms, min_gap_ms, max_gap_ms, .. } = self.limits;
         let after = |gap| self.ended_ms.saturating_add(gap);
         let latest = if self.failures == 0 { after(max_gap_ms) } else { after(self.retry_gap_ms()) };
-        let wanted = self.requested_ms.map(|since| since.saturating_add(settle_ms));
+        let settled = self.settling_ms.map(|since| since.saturating_add(settle_ms));
+        let wanted = settled.or(self.requested_ms);
         let due = [wanted, self.not_later_ms].into_iter().flatten().fold(latest, u64::min);
         // The first sync of all waits for nothing; a retry keeps the gap like any other sync.
         if self.ended { due.max(after(min_gap_ms)) } else { due }
@@ -99,6 +109,7 @@ impl SyncRunner {
     /// A sync begins: it answers all requests so far. Later ones ask for another.
     pub fn begin(&mut self) {
         self.requested_ms = None;
+        self.settling_ms = None;
         self.not_later_ms = None;
     }
 
@@ -147,11 +158,43 @@ mod tests {
     }
 
     #[test]
-    fn the_first_request_after_an_idle_time_waits_only_for_its_burst() {
+    fn an_urgent_request_after_an_idle_time_waits_for_nothing() {
         // Y-18.
         let mut runner = idle_since(1_000);
-        runner.request(5_000);
-        runner.request(5_004);
+        runner.request(5_000, Urgency::AtOnce);
+        assert!(runner.is_due(5_000));
+        runner.begin();
+        runner.succeeded(5_001);
+        // What follows in the same burst keeps the gap.
+        runner.request(5_002, Urgency::AtOnce);
+        assert_eq!(runner.due_ms(), 5_101);
+    }
+
+    #[test]
+    fn what_is_urgent_waits_for_what_settles_and_not_the_other_way_round() {
+        // Y-18.
+        let mut runner = idle_since(1_000);
+        runner.request(5_000, Urgency::Settled);
+        runner.request(5_002, Urgency::AtOnce);
+        assert_eq!((runner.due_ms(), runner.queued_ms()), (5_005, Some(5_000)));
+        runner.begin();
+        runner.succeeded(5_006);
+        // Of what was asked for while the gap lasted, only the part of it that has not settled is waited for.
+        runner.request(5_010, Urgency::AtOnce);
+        runner.request(5_104, Urgency::Settled);
+        assert_eq!(runner.due_ms(), 5_109);
+        runner.begin();
+        runner.succeeded(5_110);
+        runner.request(6_000, Urgency::AtOnce);
+        assert!(runner.is_due(6_000), "a settling request is over with its sync");
+    }
+
+    #[test]
+    fn a_request_that_settles_after_an_idle_time_waits_only_for_its_burst() {
+        // Y-18.
+        let mut runner = idle_since(1_000);
+        runner.request(5_000, Urgency::Settled);
+        runner.request(5_004, Urgency::Settled);
         assert_eq!(runner.due_ms(), 5_005);
         assert!(!runner.is_due(5_004) && runner.is_due(5_005));
         assert_eq!(runner.wait_ms(5_001), 4);
@@ -160,7 +203,7 @@ mod tests {
     #[test]
     fn the_first_pass_of_all_keeps_no_gap() {
         let mut runner = SyncRunner::new(LIMITS, 1_000);
-        runner.request(1_010);
+        runner.request(1_010, Urgency::Settled);
         assert_eq!(runner.due_ms(), 1_015);
     }
 
@@ -168,11 +211,11 @@ mod tests {
     fn requests_in_a_row_are_answered_at_most_so_often() {
         // Y-18.
         let mut runner = idle_since(1_000);
-        runner.request(1_001);
+        runner.request(1_001, Urgency::Settled);
         assert_eq!(runner.due_ms(), 1_100);
         runner.begin();
         runner.succeeded(1_110);
-        runner.request(1_111);
+        runner.request(1_111, Urgency::Settled);
         assert_eq!(runner.due_ms(), 1_210);
     }
 
@@ -186,9 +229,9 @@ mod tests {
     #[test]
     fn a_request_during_a_pass_asks_for_another() {
         let mut runner = idle_since(0);
-        runner.request(500);
+        runner.request(500, Urgency::Settled);
         runner.begin();
-        runner.request(510);
+        runner.request(510, Urgency::Settled);
         runner.succeeded(520);
         assert_eq!((runner.queued_ms(), runner.due_ms()), (Some(510), 620));
         runner.begin();
@@ -200,7 +243,7 @@ mod tests {
     fn failures_are_retried_ever_later_up_to_a_limit() {
         // Y-19.
         let mut runner = idle_since(0);
-        runner.request(1_000);
+        runner.request(1_000, Urgency::Settled);
         let mut gaps = Vec::new();
         for n in 0..5 {
             let now = 10_000 * (n + 1);
@@ -223,11 +266,11 @@ mod tests {
             runner.begin();
             runner.failed(now);
         }
-        runner.request(40_010);
+        runner.request(40_010, Urgency::Settled);
         assert_eq!(runner.due_ms(), 40_100);
         runner.begin();
         runner.failed(40_110);
-        runner.request(40_500);
+        runner.request(40_500, Urgency::Settled);
         assert_eq!(runner.due_ms(), 40_505);
     }
 

@@ -90,8 +90,8 @@ pub fn run(config: Config) -> Result<()> {
     result
 }
 
-/// When syncs are made: bursts are taken together, and nothing waits longer than a few milliseconds unless it is to
-/// (Y-18, Y-19).
+/// When syncs are made: a change that comes alone at once, one that may be half of another a moment later, and those of a
+/// burst together (Y-18, Y-19).
 fn limits(config: &Config) -> Limits {
     let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     Limits {
@@ -254,7 +254,7 @@ impl Agent {
                     events.record_last(event).await;
                     return Err(why);
                 }
-                () = tokio::time::sleep(due.unwrap_or(Duration::MAX)), if due.is_some() => self.sync()?,
+                () = pass(due.unwrap_or(Duration::MAX)), if due.is_some() => self.sync()?,
                 Some(change) = changes.recv() => {
                     self.apply(change);
                     // A burst is taken in at once: the sync looks at its end.
@@ -294,15 +294,13 @@ impl Agent {
         let links = matches!(change, Change::Links(_));
         // What was kept on the suspicion that it is only unreadable can be compared now.
         self.full |= matches!(change, Change::Whole(true));
-        if !self.world.apply(change) {
-            return;
-        }
+        let Some(urgency) = self.world.apply(change) else { return };
         if links && self.ready {
             // A new pod's first packet must find the programs there (D-17): they do not wait for a sync.
             self.attach_interfaces();
         }
         let now = self.now_ms();
-        self.runner.request(now);
+        self.runner.request(now, urgency);
         self.report.queued();
     }
 
@@ -351,6 +349,13 @@ impl Agent {
             self.report.untracked(self.taken.warning());
             self.report.write(&self.world, self.runner.queued_ms().is_some());
         }
+    }
+}
+
+/// A time passes. None needs no timer: that would take its next tick, a millisecond, all the same.
+async fn pass(time: Duration) {
+    if !time.is_zero() {
+        tokio::time::sleep(time).await;
     }
 }
 

@@ -61,7 +61,7 @@ impl Agent {
                 }
                 self.freed |= full || plan.steps.len() >= MANY;
                 let first = !std::mem::replace(&mut self.ready, true);
-                self.report.wrote(&self.world, &plan, full, started.elapsed());
+                self.report.wrote(&mut self.world, &plan, full, started.elapsed());
                 self.follow_sockets(retired, first || !plan.steps.is_empty()); // Y-25: last, and only after success.
                 if retired {
                     self.lead_in();
@@ -109,7 +109,7 @@ impl Agent {
             }
         };
         let retired = sockets::retires_udp(proposal.before(), &proposal.plan.steps);
-        let lost = lost::lost(&self.world, proposal.before(), &proposal.plan.steps);
+        let lost = lost::lost(&self.world, &proposal);
         if let Err((done, error)) = self.kernel.apply(&proposal.plan.steps) {
             let failed = proposal.plan.steps.get(done).map(Step::to_string).unwrap_or_default();
             return Err(anyhow!(error).context(format!(

@@ -24,7 +24,7 @@ use tokio::time::sleep;
 
 use super::health::family_name;
 use super::{Connections, Health};
-use agent_core::model::{Accepted, Family, HealthCheck, ObjectName, World};
+use agent_core::model::{Accepted, Family, HealthCheck, ObjectName};
 use agent_source::api::events::{Event, Events};
 
 /// When what could not be opened is tried again, if no sync comes first (H-16).
@@ -34,8 +34,8 @@ const BACKLOG: u32 = 128;
 /// What should be served, as of the last sync.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Wanted {
-    /// Services and counts.
-    pub checks: Vec<HealthCheck>,
+    /// Counts, a family each.
+    pub checks: BTreeMap<ObjectName, Vec<HealthCheck>>,
     /// IPv4 addresses at which NodePorts are accepted (H-15).
     pub v4: Accepted,
     /// The same for IPv6.
@@ -43,16 +43,11 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    pub const NOTHING: Self = Self { checks: Vec::new(), v4: Accepted::Everywhere, v6: Accepted::Everywhere };
+    pub const NOTHING: Self =
+        Self { checks: BTreeMap::new(), v4: Accepted::Everywhere, v6: Accepted::Everywhere };
 
-    /// What the world asks for.
-    #[must_use]
-    pub fn of(world: &World) -> Self {
-        Self {
-            checks: world.health_checks(),
-            v4: world.node_port_addresses(Family::V4),
-            v6: world.node_port_addresses(Family::V6),
-        }
+    fn check(&self, (service, family): &Key) -> Option<&HealthCheck> {
+        self.checks.get(service)?.iter().find(|check| check.family == *family)
     }
 
     fn addresses(&self, family: Family) -> Vec<IpAddr> {
@@ -81,9 +76,19 @@ impl Default for ServiceHealth {
 }
 
 impl ServiceHealth {
-    /// To be called after each successful sync, even when nothing has changed: what failed is tried again.
-    pub fn want(&self, wanted: Wanted) {
-        self.wanted.send_replace(wanted);
+    /// To be called after each successful sync, even when nothing has changed: what failed is tried again. `changed` are the
+    /// Services whose checks are other ones now, or none; `accepted` is where each family is served.
+    pub fn want(&self, changed: Vec<(ObjectName, Vec<HealthCheck>)>, accepted: [Accepted; 2]) {
+        self.wanted.send_modify(|wanted| {
+            for (service, checks) in changed {
+                if checks.is_empty() {
+                    wanted.checks.remove(&service);
+                } else {
+                    wanted.checks.insert(service, checks);
+                }
+            }
+            [wanted.v4, wanted.v6] = accepted;
+        });
     }
 
     /// What is not served and why, one line each.
@@ -161,14 +166,14 @@ impl Server {
 
     /// Closes, then opens, then counts (H-18). Tells whether anything could not be opened.
     async fn reconcile(&mut self, wanted: &Wanted) -> bool {
-        for (_, served) in self.served.extract_if(.., |key, served| {
-            let is_same = |check: &&HealthCheck| (&check.service, check.family) == (&key.0, key.1);
-            wanted.checks.iter().find(is_same).is_none_or(|check| check.port != served.port)
-        }) {
+        for (_, served) in self
+            .served
+            .extract_if(.., |key, served| wanted.check(key).is_none_or(|check| check.port != served.port))
+        {
             served.close().await;
         }
         let mut failures = BTreeMap::new();
-        for check in &wanted.checks {
+        for check in wanted.checks.values().flatten() {
             let key = (check.service.clone(), check.family);
             if let Err((at, error)) = self.open(&key, check, &wanted.addresses(check.family)).await {
                 let line = format!(
@@ -359,8 +364,16 @@ mod tests {
         HealthCheck { service: ObjectName::new("shop", name), family, port, local_endpoints }
     }
 
+    fn by_service(checks: &[HealthCheck]) -> BTreeMap<ObjectName, Vec<HealthCheck>> {
+        let mut all: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for check in checks {
+            all.entry(check.service.clone()).or_default().push(check.clone());
+        }
+        all
+    }
+
     fn wanted(checks: &[HealthCheck], v4: &[IpAddr]) -> Wanted {
-        Wanted { checks: checks.to_vec(), v4: Accepted::At(v4.to_vec()), v6: Accepted::Everywhere }
+        Wanted { checks: by_service(checks), v4: Accepted::At(v4.to_vec()), v6: Accepted::Everywhere }
     }
 
     async fn ask(to: SocketAddr, line: &str) -> String {
@@ -453,7 +466,7 @@ mod tests {
         let port = port();
         let checks = [check("web", Family::V4, port, 2), check("web", Family::V6, port, 5)];
         let everywhere =
-            Wanted { checks: checks.to_vec(), v4: Accepted::Everywhere, v6: Accepted::Everywhere };
+            Wanted { checks: by_service(&checks), v4: Accepted::Everywhere, v6: Accepted::Everywhere };
         // H-14: were one socket to serve both families, the other could not be opened.
         assert!(!server.reconcile(&everywhere).await);
         let v6 = SocketAddr::new(Ipv6Addr::LOCALHOST.into(), port);
@@ -488,7 +501,7 @@ mod tests {
         }
         assert!(service_health.warnings().is_empty());
         // H-17: an address that goes takes its listener along and no other.
-        server.reconcile(&wanted(&both.checks, &[LOCAL])).await;
+        server.reconcile(&Wanted { v4: Accepted::At(vec![LOCAL]), ..both }).await;
         assert!(is_closed(SocketAddr::new(second, port)).await);
         assert!(ask(SocketAddr::new(LOCAL, port), "GET /").await.contains("200 OK"));
     }
@@ -508,22 +521,41 @@ mod tests {
             timeout(SOON, wait).await.expect("the listeners do not get there");
         };
         // H-16, X-21: "b" listens first, so "a" is refused, though it comes first by name.
-        service_health.want(wanted(&[of("b", 7)], &[LOCAL]));
+        service_health.wanted.send_replace(wanted(&[of("b", 7)], &[LOCAL]));
         let open = async {
             while is_closed(at).await {
                 tokio::task::yield_now().await;
             }
         };
         timeout(SOON, open).await.unwrap();
-        service_health.want(wanted(&[of("a", 1), of("b", 7)], &[LOCAL]));
+        service_health.wanted.send_replace(wanted(&[of("a", 1), of("b", 7)], &[LOCAL]));
         settled(&|lines| lines.len() == 1 && lines[0].contains("Service shop/a")).await;
         assert!(ask(at, "GET /").await.contains("weight: 7"));
-        service_health.want(wanted(&[of("a", 1)], &[LOCAL]));
+        service_health.wanted.send_replace(wanted(&[of("a", 1)], &[LOCAL]));
         settled(&<[String]>::is_empty).await;
         assert!(ask(at, "GET /").await.contains("weight: 1"));
         // When the loop ends, so do the listeners.
         drop(service_health);
         timeout(SOON, running).await.unwrap().unwrap();
         assert!(is_closed(at).await);
+    }
+
+    #[test]
+    fn only_what_has_changed_is_said_and_the_rest_stays_wanted() {
+        // Y-25.
+        let service_health = ServiceHealth::default();
+        let everywhere = || [Accepted::Everywhere, Accepted::Everywhere];
+        let say = |name: &str, checks: &[HealthCheck]| {
+            service_health.want(vec![(ObjectName::new("shop", name), checks.to_vec())], everywhere());
+            service_health.wanted.borrow().checks.values().flatten().cloned().collect::<Vec<_>>()
+        };
+        let (a, b) = (check("a", Family::V4, 1, 2), check("b", Family::V4, 2, 0));
+        assert!(say("a", std::slice::from_ref(&a)).iter().eq([&a]));
+        assert_eq!(say("b", std::slice::from_ref(&b)), [a, b.clone()]);
+        let moved = check("a", Family::V6, 1, 1);
+        assert_eq!(say("a", std::slice::from_ref(&moved)), [moved, b.clone()]);
+        assert_eq!(say("a", &[]), [b]);
+        service_health.want(Vec::new(), [Accepted::At(vec![LOCAL]), Accepted::Everywhere]);
+        assert_eq!(service_health.wanted.borrow().v4, Accepted::At(vec![LOCAL]));
     }
 }

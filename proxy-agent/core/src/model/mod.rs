@@ -24,6 +24,7 @@ mod tables;
 mod tests;
 pub mod topology;
 mod uplinks;
+mod urgency;
 mod warnings;
 mod world;
 
@@ -36,5 +37,6 @@ pub use node::{Device, Link, Node, NodeIps, Route};
 pub use service::{Affinity, Family, ObjectName, Port, Service};
 pub use settings::{DetectLocal, NodePortAddresses, Settings, SocketLb};
 pub use tables::{Accepted, NODE_PORTS};
+pub use urgency::Urgency;
 pub use warnings::Warning;
 pub use world::{HealthCheck, World};

@@ -1,7 +1,7 @@
 //! Service ports that this node serves nobody of, although the cluster could: a figure operators watch (H-42).
 
 use std::collections::BTreeMap;
-use std::iter::Sum;
+use std::ops::{AddAssign, SubAssign};
 
 use proxy_common::abi::frontend;
 
@@ -23,23 +23,42 @@ pub struct NoLocalByFamily {
     pub v6: NoLocal,
 }
 
-impl Sum for NoLocalByFamily {
-    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        let add = |a: NoLocal, b: NoLocal| NoLocal {
-            internal: a.internal + b.internal,
-            external: a.external + b.external,
-        };
-        all.fold(Self::default(), |sum, one| Self { v4: add(sum.v4, one.v4), v6: add(sum.v6, one.v6) })
+impl AddAssign for NoLocal {
+    fn add_assign(&mut self, other: Self) {
+        self.internal += other.internal;
+        self.external += other.external;
+    }
+}
+
+impl SubAssign for NoLocal {
+    fn sub_assign(&mut self, other: Self) {
+        self.internal -= other.internal;
+        self.external -= other.external;
+    }
+}
+
+impl AddAssign for NoLocalByFamily {
+    fn add_assign(&mut self, other: Self) {
+        self.v4 += other.v4;
+        self.v6 += other.v6;
+    }
+}
+
+impl SubAssign for NoLocalByFamily {
+    fn sub_assign(&mut self, other: Self) {
+        self.v4 -= other.v4;
+        self.v6 -= other.v6;
     }
 }
 
 impl NoLocalByFamily {
-    /// Adds the ports of a Service.
-    pub(super) fn add(&mut self, ports: &BTreeMap<ServicePort, DesiredService>) {
+    /// Among the ports of a Service.
+    pub(super) fn of(ports: &BTreeMap<ServicePort, DesiredService>) -> Self {
+        let mut all = Self::default();
         for (port, desired) in ports.iter().filter(|(_, desired)| desired.local.is_empty()) {
             let count = match port.family {
-                Family::V4 => &mut self.v4,
-                Family::V6 => &mut self.v6,
+                Family::V4 => &mut all.v4,
+                Family::V6 => &mut all.v6,
             };
             let missed = |internal: u32| {
                 const MISSED: u32 = frontend::LOCAL | frontend::ANY;
@@ -49,5 +68,6 @@ impl NoLocalByFamily {
             count.internal += u64::from(missed(frontend::INTERNAL));
             count.external += u64::from(missed(0));
         }
+        all
     }
 }

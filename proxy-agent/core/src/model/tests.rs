@@ -379,14 +379,15 @@ fn only_what_differs_is_handed_on() {
     assert_eq!(first.len(), 2);
     assert!(world.take_dirty().is_empty());
 
-    assert!(!world.apply(Change::Slice(name("web-1"), Some(slice("web", "2 R Z=a; 1 R")))), "only reordered");
-    assert!(!world.apply(Change::Slice(name("none"), None)), "T-78");
-    assert!(!world.apply(Change::Service(name("web"), Some(service("10.96.0.1")))));
+    let reordered = Change::Slice(name("web-1"), Some(slice("web", "2 R Z=a; 1 R")));
+    assert_eq!(world.apply(reordered), None);
+    assert_eq!(world.apply(Change::Slice(name("none"), None)), None, "T-78");
+    assert_eq!(world.apply(Change::Service(name("web"), Some(service("10.96.0.1")))), None);
     assert!(world.take_dirty().is_empty());
 
     // T-79, and a change that is taken back.
-    assert!(world.apply(Change::Slice(name("web-2"), Some(slice("web", "3 R")))));
-    assert!(world.apply(Change::Slice(name("web-2"), None)));
+    assert!(world.apply(Change::Slice(name("web-2"), Some(slice("web", "3 R")))).is_some());
+    assert!(world.apply(Change::Slice(name("web-2"), None)).is_some());
     assert!(world.take_dirty().is_empty());
 
     // The same endpoints, cut into slices another way.
@@ -451,7 +452,7 @@ fn the_zone_of_the_node_concerns_every_service() {
         Change::Slice(name("web-1"), Some(slice("web", "1 Z=a R; 2 Z=b R"))),
     ]);
     assert_eq!(octets(&world.take_dirty()[0].1.as_ref().unwrap().cluster), "1");
-    assert!(world.apply(Change::Node(Some(node(Some("b"), &[])))));
+    assert!(world.apply(Change::Node(Some(node(Some("b"), &[])))).is_some());
     assert_eq!(octets(&world.take_dirty()[0].1.as_ref().unwrap().cluster), "2");
     world.apply(Change::Node(Some(Node { eligible: false, ..node(Some("b"), &[]) })));
     assert!(world.take_dirty().is_empty());
@@ -728,9 +729,9 @@ fn ranges_of_cluster_ips_are_united_until_the_last_service_cidr_has_gone() {
     };
     let mut world = World::new(settings());
     assert_eq!(inside(&world), [false; 4]);
-    assert!(world.apply(ranges_of("kubernetes", &["10.96.0.0/16", "fd00:96::/108"])));
-    assert!(world.apply(ranges_of("more", &["10.97.0.0/16", "10.96.0.0/16"])));
-    assert!(!world.apply(ranges_of("more", &["10.97.0.0/16", "10.96.0.0/16"])));
+    assert!(world.apply(ranges_of("kubernetes", &["10.96.0.0/16", "fd00:96::/108"])).is_some());
+    assert!(world.apply(ranges_of("more", &["10.97.0.0/16", "10.96.0.0/16"])).is_some());
+    assert_eq!(world.apply(ranges_of("more", &["10.97.0.0/16", "10.96.0.0/16"])), None);
     assert_eq!(inside(&world), [true, true, false, true]);
     assert_eq!(world.node().config.service_range_count, 2, "adjacent ranges are one");
     world.apply(Change::ServiceRanges("kubernetes".into(), None));
@@ -935,15 +936,196 @@ fn local_ready_addresses_are_counted_once_for_the_health_check() {
 }
 
 #[test]
+fn health_checks_of_a_change_are_those_of_its_services_and_add_up_to_all() {
+    // Y-24, Y-25: what a change costs is counted here, beside a thousand Services that it does not touch.
+    let balanced = |ip: &str, port| Service { health_check_node_port: port, ..service(ip) };
+    let mut world = World::new(settings());
+    for n in 0..1_000_u16 {
+        let (other, ip) = (format!("other-{n}"), format!("10.97.{}.{}", n / 250, n % 250 + 1));
+        world.apply(Change::Service(name(&other), Some(balanced(&ip, 20_000 + n))));
+        world.apply(Change::Slice(name(&format!("{other}-1")), Some(slice(&other, "9 L R"))));
+    }
+    world.apply(Change::Service(name("none"), Some(service("10.96.0.9"))));
+    let mut known: BTreeMap<_, _> = world.take_health_checks().into_iter().collect();
+    assert_eq!(known.len(), 1_000, "only Services that have one");
+    let steps = [
+        (Change::Service(name("web"), Some(balanced("10.96.0.1", 32_000))), 1),
+        (Change::Slice(name("web-1"), Some(slice("web", "1 L R; 2 R"))), 1),
+        (Change::Slice(name("web-1"), Some(slice("web", "1 L R; 2 L R"))), 1),
+        // It changes hands (E-7).
+        (Change::Slice(name("web-1"), Some(slice("other-7", "1 L R; 2 L R"))), 2),
+        (Change::Slice(name("none-1"), Some(slice("none", "3 L R"))), 0),
+        (Change::Slice(name("nobody-1"), Some(slice("nobody", "3 L R"))), 0),
+        (Change::Service(name("web"), Some(service("10.96.0.1"))), 1),
+        (Change::Slice(name("web-2"), Some(slice("web", "4 L R"))), 0),
+        (Change::Service(name("other-8"), None), 1),
+        (Change::Service(name("other-8"), Some(balanced("10.98.0.8", 20_008))), 1),
+    ];
+    for (change, services) in steps {
+        let context = format!("{change:?}");
+        world.apply(change);
+        let changed = world.take_health_checks();
+        assert_eq!(changed.len(), services, "{context}");
+        known.extend(changed);
+        let mut all: Vec<HealthCheck> = known.values().flatten().cloned().collect();
+        all.sort();
+        let mut expected = world.health_checks();
+        expected.sort();
+        assert_eq!(all, expected, "{context}");
+        assert_eq!(world.take_health_checks(), [], "{context}: once");
+    }
+}
+
+#[test]
+fn endpoints_are_counted_as_they_come_and_go() {
+    let mut world = world([]);
+    for (slice_name, endpoints, count) in
+        [("a", "1 R; 2 R", 2), ("b", "1 R", 3), ("a", "1 R; 2 R; 3 R", 4), ("b", "", 3), ("a", "3 R", 1)]
+    {
+        world.apply(Change::Slice(name(slice_name), Some(slice("web", endpoints))));
+        assert_eq!(world.endpoint_count(), count, "{slice_name}: {endpoints}");
+    }
+    world.apply(Change::Slice(name("a"), None));
+    world.apply(Change::Slice(name("none"), None));
+    assert_eq!(world.endpoint_count(), 0);
+}
+
+#[test]
+fn what_only_adds_goes_at_once_and_what_may_be_half_of_a_move_settles() {
+    // Y-18.
+    use Urgency::{AtOnce, Settled};
+    let of_service = |service: Service| Change::Service(name("web"), Some(service));
+    let of_slice = |text: &str| Change::Slice(name("web-1"), Some(slice("web", text)));
+    let resetting = || Service { reset_on_loss: true, ..service("10.96.0.1") };
+    let more_ports = || {
+        let port = |name: &str, port| Port { name: name.into(), proto: Proto::TCP, port, node_port: 0 };
+        Service { ports: vec![port("", 80), port("more", 81)], ..service("10.96.0.1") }
+    };
+    let renamed = || Slice {
+        ports: vec![SlicePort { name: "http".into(), proto: Proto::TCP, port: 8080 }],
+        ..slice("web", "1 R")
+    };
+    let story = [
+        ("a Service before its slices serves nobody yet", of_service(service("10.96.0.1")), Settled),
+        ("a slice", of_slice("1 R; 2 R"), AtOnce),
+        ("an endpoint more", of_slice("1 R; 2 R; 3 R"), AtOnce),
+        ("one is not ready", of_slice("1 R; 2 R; 3 NR"), AtOnce),
+        ("one terminates", of_slice("1 R; 2 R; 3 ST"), AtOnce),
+        ("one leaves where there is no slice to move to", of_slice("1 R; 2 R"), AtOnce),
+        ("one is replaced there", of_slice("1 R; 4 R"), AtOnce),
+        ("all leave", of_slice(""), Settled),
+        ("and are back", of_slice("1 R; 2 R"), AtOnce),
+        ("another slice", Change::Slice(name("web-2"), Some(slice("web", "5 R"))), AtOnce),
+        ("one leaves, perhaps to there", of_slice("1 R"), Settled),
+        ("the other slice goes", Change::Slice(name("web-2"), None), Settled),
+        ("a port more", of_service(more_ports()), AtOnce),
+        ("a port less", of_service(service("10.96.0.1")), Settled),
+        ("another address", of_service(service("10.96.0.2")), Settled),
+        ("who loses an endpoint is reset from now on", of_service(resetting()), Settled),
+        ("so it is not lost in haste", of_slice("2 R"), Settled),
+        ("one more is", of_slice("2 R; 3 R"), AtOnce),
+        ("the port gets another name", Change::Slice(name("web-1"), Some(renamed())), Settled),
+        ("the slice changes hands", Change::Slice(name("web-1"), Some(slice("api", "1 R"))), Settled),
+        ("a slice of no Service", Change::Slice(name("api-2"), Some(slice("api", "2 R"))), Settled),
+        ("its Service", Change::Service(name("api"), Some(service("10.96.0.3"))), AtOnce),
+        ("it goes", Change::Service(name("api"), None), Settled),
+        ("an interface", Change::Links(vec![link(2, "eth0", &["192.168.0.2/24"])]), Settled),
+        ("all are known", Change::Synced(Kind::Service), Settled),
+    ];
+    let mut world = world([]);
+    for (what, change, urgency) in story {
+        assert_eq!(world.apply(change), Some(urgency), "{what}");
+    }
+}
+
+#[test]
+fn an_endpoint_that_moves_to_another_slice_is_never_gone_from_what_is_written() {
+    // Y-18, C-1: whichever half of the move comes first.
+    let of_slice = |name_of: &str, text: &str| Change::Slice(name(name_of), Some(slice("web", text)));
+    let gone = |name_of: &str| Change::Slice(name(name_of), None);
+    // Of who need not be reset, one that leaves the only slice for a new one is gone until that is there.
+    let (both, to_reset) = (&[true, false][..], &[true][..]);
+    let moves = [
+        (
+            "to one that is there",
+            both,
+            ["1 R; 2 R", "3 R"],
+            [of_slice("a", "2 R"), of_slice("b", "1 R; 3 R")],
+        ),
+        ("and was the last one here", both, ["1 R", "3 R"], [of_slice("a", ""), of_slice("b", "1 R; 3 R")]),
+        ("to a new one", both, ["1 R; 2 R", ""], [of_slice("b", "1 R"), of_slice("a", "2 R")]),
+        ("to one that comes later", both, ["1 R", ""], [of_slice("a", ""), of_slice("b", "1 R")]),
+        ("from one that goes", both, ["1 R", "3 R"], [gone("a"), of_slice("b", "1 R; 3 R")]),
+        ("from the only one", both, ["1 R", ""], [gone("a"), of_slice("b", "1 R")]),
+        ("and others stay", to_reset, ["1 R; 2 R", ""], [of_slice("a", "2 R"), of_slice("b", "1 R")]),
+    ];
+    let cases = moves.into_iter().flat_map(|(what, resets, slices, halves)| {
+        resets.iter().map(move |reset| (what, *reset, slices, halves.clone()))
+    });
+    let owner = ServicePort { service: name("web"), port: "".into(), proto: Proto::TCP, family: Family::V4 };
+    for (what, reset_on_loss, [a, b], [first, second]) in cases {
+        let context = format!("{what}, reset: {reset_on_loss}");
+        let web = Service { reset_on_loss, ..service("10.96.0.1") };
+        let mut world = world([Change::Service(name("web"), Some(web)), of_slice("a", a)]);
+        if !b.is_empty() {
+            world.apply(of_slice("b", b));
+        }
+        world.take_dirty();
+        let sync = |world: &mut World| {
+            assert!(!world.has_left(&owner, (ip("10.244.0.1"), 8080)), "{context}");
+            for (_, desired) in world.take_dirty() {
+                let octets = octets(&desired.unwrap().cluster);
+                assert!(octets.split(' ').any(|octet| octet == "1"), "{context}: {octets:?}");
+            }
+        };
+        // What settles waits for the other half.
+        if world.apply(first) == Some(Urgency::AtOnce) {
+            sync(&mut world);
+        }
+        world.apply(second);
+        sync(&mut world);
+    }
+}
+
+#[test]
+fn service_ports_without_an_endpoint_here_add_up_whatever_comes_and_goes() {
+    // H-42.
+    let local = |ip: &str| Service { internal_local: true, ..service(ip) };
+    let mut world = world([]);
+    let mut expect = |change: Change, internal: u64| {
+        let context = format!("{change:?}");
+        world.apply(change);
+        world.take_dirty();
+        let v4 = NoLocal { internal, external: 0 };
+        assert_eq!(
+            world.without_local_endpoints(),
+            NoLocalByFamily { v4, ..Default::default() },
+            "{context}"
+        );
+        world.take_desired();
+        assert_eq!(world.without_local_endpoints().v4, v4, "{context}, all of it");
+    };
+    let slice_of = |service: &str, text: &str| Change::Slice(name(service), Some(slice(service, text)));
+    expect(Change::Service(name("a"), Some(local("10.96.0.1"))), 0);
+    expect(slice_of("a", "1 R"), 1);
+    expect(Change::Service(name("b"), Some(local("10.96.0.2"))), 1);
+    expect(slice_of("b", "1 R"), 2);
+    expect(slice_of("b", "1 L R"), 1);
+    expect(Change::Service(name("a"), Some(service("10.96.0.1"))), 0);
+    expect(Change::Service(name("a"), Some(local("10.96.0.1"))), 1);
+    expect(Change::Service(name("a"), None), 0);
+}
+
+#[test]
 fn warnings_are_kept_by_object_until_taken_back() {
     let warn = |lines: &[&str]| Change::Warnings {
         object: "Service default/web".to_owned(),
         lines: lines.iter().map(|line| (*line).to_owned()).collect(),
     };
     let mut world = world([warn(&["spec.externalIPs[0] is wrong"])]);
-    assert!(!world.apply(warn(&["spec.externalIPs[0] is wrong"])));
+    assert_eq!(world.apply(warn(&["spec.externalIPs[0] is wrong"])), None);
     assert_eq!(world.warnings().len(), 1);
-    assert!(world.apply(warn(&[])));
+    assert!(world.apply(warn(&[])).is_some());
     assert!(world.warnings().is_empty());
     let many: Vec<String> = (0..50).map(|i| i.to_string()).collect();
     world.apply(Change::Warnings { object: "x".to_owned(), lines: many });

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address, maps};
+use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, maps};
 use proxy_common::addr::Addr;
 
 use super::Step;
 use super::capacity::{Capacity, Shortage};
-use super::mirror::{Mirror, use_of};
+use super::mirror::{Mirror, NODE_BITS, use_of};
 use super::print::Destination;
 use crate::model::NodeTables;
 
@@ -244,7 +244,6 @@ impl Batch {
         node: Option<&NodeTables>,
         everything: bool,
     ) -> (Vec<Step>, Vec<Step>) {
-        const NODE_BITS: u32 = address::NODE | address::NODE_PORT;
         let actual = mirror.actual();
         let mut uses = BTreeMap::new();
         for key in self.puts.keys().chain(&self.dropped) {
@@ -261,11 +260,7 @@ impl Batch {
         };
         if let Some(node) = node {
             node.addresses.keys().for_each(&mut look);
-            actual
-                .addresses
-                .iter()
-                .filter(|(_, bits)| **bits & NODE_BITS != 0)
-                .for_each(|(addr, _)| look(addr));
+            mirror.of_node().iter().for_each(&mut look);
         }
         if everything {
             actual.addresses.keys().for_each(&mut look);

@@ -85,7 +85,12 @@ pub(super) struct Mirror {
     uses: HashMap<Addr, Uses>,
     /// How many frontends beside ClusterIPs have a port.
     ports: HashMap<u16, u32>,
+    /// Of ADDRESSES those with bits of the node: few, beside the ClusterIPs.
+    of_node: BTreeSet<Addr>,
 }
+
+/// The bits of ADDRESSES that are the node's.
+pub(super) const NODE_BITS: u32 = address::NODE | address::NODE_PORT;
 
 impl Mirror {
     pub(super) fn new(actual: &Actual) -> Self {
@@ -110,6 +115,11 @@ impl Mirror {
 
     pub(super) fn ids(&self) -> BTreeSet<u32> {
         self.held.keys().copied().collect()
+    }
+
+    /// The node's addresses.
+    pub(super) fn of_node(&self) -> &BTreeSet<Addr> {
+        &self.of_node
     }
 
     pub(super) fn uses(&self, addr: &Addr) -> Uses {
@@ -179,15 +189,15 @@ impl Mirror {
                 self.link_frontend(key, &value);
             }
             Step::DeleteFrontend(key) => self.unlink_frontend(&key),
+            Step::PutAddress(addr, bits) if bits & NODE_BITS != 0 => drop(self.of_node.insert(addr)),
+            Step::PutAddress(addr, _) | Step::DeleteAddress(addr) => drop(self.of_node.remove(&addr)),
             Step::PutConfig(_)
             | Step::PutIface(..)
             | Step::DeleteIface(_)
             | Step::PutRoute(..)
             | Step::DeleteRoute(_)
             | Step::PutServicePorts(..)
-            | Step::PutSlot(..)
-            | Step::PutAddress(..)
-            | Step::DeleteAddress(_) => {}
+            | Step::PutSlot(..) => {}
         }
         self.actual.apply(step);
     }
@@ -263,5 +273,30 @@ impl Mirror {
                 self.uses.remove(&key.addr);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_addresses_of_the_node_are_known_without_a_walk_through_all_of_them() {
+        let addr = |last: u8| Addr::from(std::net::IpAddr::from([10, 0, 0, last]));
+        let mut mirror = Mirror::default();
+        for (last, bits) in [
+            (1, address::NODE),
+            (2, address::CLUSTER_IP),
+            (3, NODE_BITS | address::EXTERNAL),
+            (4, address::NODE),
+        ] {
+            mirror.apply(&Step::PutAddress(addr(last), bits));
+        }
+        assert_eq!(*mirror.of_node(), BTreeSet::from([addr(1), addr(3), addr(4)]));
+        // It becomes a Service's alone; it goes.
+        mirror.apply(&Step::PutAddress(addr(3), address::EXTERNAL));
+        mirror.apply(&Step::DeleteAddress(addr(4)));
+        assert_eq!(*mirror.of_node(), BTreeSet::from([addr(1)]));
+        assert_eq!(*Mirror::new(mirror.actual()).of_node(), BTreeSet::from([addr(1)]));
     }
 }

@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use proxy_common::abi::Run;
+use proxy_common::abi::{FrontendKey, Run};
+use proxy_common::addr::{Addr, Port};
 
 use super::batch::{Batch, Released};
 use super::capacity::{Capacity, Refusal};
@@ -49,6 +50,11 @@ impl Proposal {
         self.planner.actual()
     }
 
+    /// Where a Service port is asked for before the plan is carried out, by its id.
+    pub fn frontends_of(&self, id: u32) -> impl Iterator<Item = &FrontendKey> {
+        self.planner.mirror.held(id).into_iter().flat_map(|held| &held.frontends)
+    }
+
     /// To be called when all steps of the plan have been done, with the time after the last of them: from
     /// then on what the plan released rests.
     #[must_use = "the planner is needed for the next plan"]
@@ -88,6 +94,11 @@ impl Planner {
     #[must_use]
     pub fn actual(&self) -> &Actual {
         self.mirror.actual()
+    }
+
+    /// The live endpoints of a Service port, by its id.
+    pub fn endpoints_of(&self, id: u32) -> impl Iterator<Item = (Addr, Port)> {
+        self.mirror.held(id).into_iter().flat_map(|held| held.backends.keys().copied())
     }
 
     /// Compares everything, and removes what is not desired: to be called only when every source has

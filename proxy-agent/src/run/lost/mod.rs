@@ -19,7 +19,7 @@ use proxy_common::addr::{Addr, Port, Proto};
 
 use self::segments::Segments;
 use agent_core::model::{Family, ObjectName, ServicePort, World};
-use agent_core::plan::{Actual, Step};
+use agent_core::plan::{Proposal, Step};
 use agent_kernel::datapath::flow::streams::{self, Streams};
 use agent_kernel::datapath::flow::{Adopted, Flows, now};
 use agent_kernel::datapath::store::pin::BpfRoot;
@@ -55,9 +55,10 @@ impl Endpoint {
     }
 }
 
-/// The endpoints that leave with these steps, of Services that want to know.
-pub(super) fn lost(world: &World, before: &Actual, steps: &[Step]) -> Endpoints {
-    let retired = steps.iter().filter_map(|step| match step {
+/// The endpoints that leave with a plan, of Services that want to know.
+pub(super) fn lost(world: &World, proposal: &Proposal) -> Endpoints {
+    let before = proposal.before();
+    let retired = proposal.plan.steps.iter().filter_map(|step| match step {
         Step::PutBackend(index, new) if !new.is_live() => Some(*index),
         _ => None,
     });
@@ -66,11 +67,10 @@ pub(super) fn lost(world: &World, before: &Actual, steps: &[Step]) -> Endpoints 
             before.backends.get(&index).filter(|old| old.is_live() && old.flags & backend::RESET != 0)?;
         let owner = service_port(before.services.get(&old.service)?);
         let endpoint = (IpAddr::from(old.addr), old.port.number());
-        let frontends = before.frontends.iter().filter(|(_, frontend)| frontend.service == old.service);
         let told = || Endpoint {
             name: format!("{}:{} of Service {}", endpoint.0, endpoint.1, owner.service),
             end: (old.addr, old.port),
-            frontends: frontends.map(|(key, _)| (key.addr, key.port)).collect(),
+            frontends: proposal.frontends_of(old.service).map(|key| (key.addr, key.port)).collect(),
         };
         world.has_left(&owner, endpoint).then(|| ((index, old.generation), told()))
     });

@@ -65,6 +65,8 @@ pub(super) struct Report {
     retired: bool,
     /// Warnings that have been logged: each is logged once.
     logged: std::collections::BTreeSet<String>,
+    /// What was last written for the command line to show: most syncs have nothing new to say.
+    shown: Option<Vec<String>>,
     /// Why the last sync failed.
     failure: Option<String>,
     started: Instant,
@@ -158,6 +160,7 @@ impl Report {
             untracked: None,
             retired: false,
             logged: std::collections::BTreeSet::new(),
+            shown: None,
             failure: None,
             started,
             reported: Instant::now(),
@@ -242,6 +245,7 @@ impl Report {
     /// Others are at work from now on.
     pub(super) fn moved(&mut self, root: &BpfRoot) -> Result<()> {
         self.pinned = Pinned::open(root)?;
+        self.shown = None;
         *self.scraped.lock().unwrap_or_else(PoisonError::into_inner) = Pinned::open(root)?;
         Ok(())
     }
@@ -328,9 +332,13 @@ impl Report {
             u32::try_from(warnings.len() + self.refused.len() + not_served.len()).unwrap_or(u32::MAX);
         self.state.synced = u32::from(world.synced() && self.state.synced_ms != 0);
         self.state.connected = u32::from(world.connected());
-        if let Err(error) =
-            self.pinned.write_warnings(&lines).and_then(|()| self.pinned.write_agent(&self.state))
-        {
+        let shown = if self.shown.as_ref() == Some(&lines) {
+            Ok(())
+        } else {
+            self.shown = None;
+            self.pinned.write_warnings(&lines).map(|()| self.shown = Some(lines))
+        };
+        if let Err(error) = shown.and_then(|()| self.pinned.write_agent(&self.state)) {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "`proxy-agent status` will show old facts"

@@ -3,13 +3,12 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use agent_core::model::World;
+use agent_core::model::{Family, World};
 use agent_core::plan::Plan;
 use jiff::Timestamp;
 
 use super::Report;
 use super::{PROGRESS, unix_ms};
-use crate::serve::service_health::Wanted;
 
 impl Report {
     pub(in crate::run) fn queued(&self) {
@@ -31,7 +30,7 @@ impl Report {
         }
     }
 
-    pub(in crate::run) fn wrote(&mut self, world: &World, plan: &Plan, full: bool, took: Duration) {
+    pub(in crate::run) fn wrote(&mut self, world: &mut World, plan: &Plan, full: bool, took: Duration) {
         for family in self.families {
             self.health.synced(*family);
             self.metrics.syncs().took(*family, full, took);
@@ -41,7 +40,8 @@ impl Report {
         }
         self.eligible = world.node_object().map_or(self.eligible, |node| node.eligible);
         self.health.node_eligible(self.eligible);
-        self.service_health.want(Wanted::of(world)); // Y-25: after success only.
+        let accepted = [Family::V4, Family::V6].map(|family| world.node_port_addresses(family));
+        self.service_health.want(world.take_health_checks(), accepted); // Y-25: after success only.
         self.failure = None;
         self.state.synced_ms = unix_ms();
         self.refused.clone_from(&plan.warnings);

@@ -7,7 +7,6 @@
 pub(super) mod untranslated;
 
 use super::Agent;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,11 +14,11 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use proxy_common::abi::SocketEntry;
-use proxy_common::addr::{Addr, Port, Proto};
+use proxy_common::addr::Proto;
 
 use crate::serve::metrics::Metrics;
 use agent_core::model::Family;
-use agent_core::plan::{Actual, Step};
+use agent_core::plan::{Actual, Planner, Step};
 use agent_kernel::datapath::flow::sockets::{Connected, LedOn, SocketError, Storage, lead_on};
 use agent_kernel::datapath::store::pin::BpfRoot;
 
@@ -41,8 +40,8 @@ impl Sockets {
         Self { root, storage: None, metrics, pending, at_work: None }
     }
 
-    /// Looks for sockets that the steps have taken the endpoint from, once the tables are as `actual` says.
-    pub(super) fn follow(&mut self, actual: &Actual, retired: bool, changed: bool) {
+    /// Looks for sockets that the steps have taken the endpoint from, once the tables are as the planner knows them.
+    pub(super) fn follow(&mut self, planner: &Planner, retired: bool, changed: bool) {
         let started = Instant::now();
         let at_work = self.at_work.as_ref().is_some_and(|thread| !thread.is_finished());
         let due = retired || changed && self.pending.load(Ordering::Relaxed);
@@ -52,7 +51,7 @@ impl Sockets {
             self.count(started, [0; 2]);
             return;
         }
-        let lost = self.connected().map(|sockets| choose(actual, sockets));
+        let lost = self.connected().map(|sockets| choose(planner, sockets));
         let (lost, stuck) = lost.unwrap_or_else(|error| {
             warn(&error);
             (Vec::new(), false)
@@ -138,17 +137,10 @@ pub(super) fn retires_udp(before: &Actual, steps: &[Step]) -> bool {
 }
 
 /// The sockets that have lost their endpoint and have another one to go to; and whether there are any that have not.
-fn choose(actual: &Actual, sockets: Vec<Connected>) -> (Vec<Connected>, bool) {
-    let lost: Vec<_> = sockets.into_iter().filter(|socket| has_lost(actual, &socket.entry)).collect();
-    if lost.is_empty() {
-        return (lost, false);
-    }
-    let mut endpoints: BTreeMap<u32, Vec<(Addr, Port)>> = BTreeMap::new();
-    for backend in actual.backends.values().filter(|backend| backend.is_live()) {
-        endpoints.entry(backend.service).or_default().push((backend.addr, backend.port));
-    }
+fn choose(planner: &Planner, sockets: Vec<Connected>) -> (Vec<Connected>, bool) {
     let mut stuck = false;
-    let lost = lost.into_iter().filter(|socket| match fate(actual, &endpoints, &socket.entry) {
+    let lost = sockets.into_iter().filter(|socket| has_lost(planner.actual(), &socket.entry));
+    let lost = lost.filter(|socket| match fate(planner, &socket.entry) {
         Fate::Stays => false,
         Fate::Moves => true,
         Fate::Waits => {
@@ -156,7 +148,8 @@ fn choose(actual: &Actual, sockets: Vec<Connected>) -> (Vec<Connected>, bool) {
             false
         }
     });
-    (lost.collect(), stuck)
+    let lost = lost.collect();
+    (lost, stuck)
 }
 
 fn has_lost(actual: &Actual, entry: &SocketEntry) -> bool {
@@ -175,15 +168,18 @@ enum Fate {
     Waits,
 }
 
-fn fate(actual: &Actual, endpoints: &BTreeMap<u32, Vec<(Addr, Port)>>, entry: &SocketEntry) -> Fate {
-    match actual
-        .frontend_at(entry.vip, entry.vport, Proto::UDP)
-        .and_then(|frontend| endpoints.get(&frontend.service))
-    {
-        None => Fate::Waits,
-        Some(ends) if ends.contains(&(entry.addr, entry.port)) => Fate::Stays,
-        Some(_) => Fate::Moves,
+fn fate(planner: &Planner, entry: &SocketEntry) -> Fate {
+    let Some(frontend) = planner.actual().frontend_at(entry.vip, entry.vport, Proto::UDP) else {
+        return Fate::Waits;
+    };
+    let mut fate = Fate::Waits;
+    for end in planner.endpoints_of(frontend.service) {
+        if end == (entry.addr, entry.port) {
+            return Fate::Stays;
+        }
+        fate = Fate::Moves;
     }
+    fate
 }
 
 impl Agent {
@@ -199,7 +195,7 @@ impl Agent {
     /// interface need no such thing.
     pub(super) fn follow_sockets(&mut self, retired: bool, changed: bool) {
         if let Some(planner) = &self.planner {
-            self.sockets.follow(planner.actual(), retired, changed);
+            self.sockets.follow(planner, retired, changed);
         }
     }
 }
@@ -208,7 +204,9 @@ impl Agent {
 mod tests {
     use std::net::IpAddr;
 
+    use agent_core::plan::Capacity;
     use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, address};
+    use proxy_common::addr::{Addr, Port};
 
     use super::*;
 
@@ -256,11 +254,7 @@ mod tests {
     }
 
     fn fate_of(actual: &Actual, entry: &SocketEntry) -> Fate {
-        let mut endpoints: BTreeMap<u32, Vec<(Addr, Port)>> = BTreeMap::new();
-        for backend in actual.backends.values().filter(|backend| backend.is_live()) {
-            endpoints.entry(backend.service).or_default().push((backend.addr, backend.port));
-        }
-        fate(actual, &endpoints, entry)
+        fate(&Planner::new(actual, Capacity::default()), entry)
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub(super) mod growth;
 pub(super) mod repair;
 pub(super) mod taken;
 
+use agent_core::model::Urgency;
 use agent_core::plan::Capacity;
 use agent_kernel::datapath::flow::Sweeper;
 use agent_kernel::datapath::load::Loaded;
@@ -65,7 +66,7 @@ impl Agent {
         // What found no room is planned again.
         self.full = true;
         let now = self.now_ms();
-        self.runner.request(now);
+        self.runner.request(now, Urgency::Settled);
         Ok(())
     }
 }

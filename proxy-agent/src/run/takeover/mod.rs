@@ -4,6 +4,7 @@ pub(super) mod adopt;
 mod handover;
 pub(super) mod reserve;
 
+use agent_core::model::Urgency;
 use agent_core::plan::Planner;
 use proxy_common::abi::config::{LEAVE_MIDDLE, LEAVE_NEW};
 
@@ -32,7 +33,7 @@ impl Agent {
                 self.report.keep_rules(true);
                 self.taken_over = false;
                 let now = self.now_ms();
-                self.runner.request(now);
+                self.runner.request(now, Urgency::Settled);
             }
             Ok(_) => {}
             Err(error) => {
@@ -88,7 +89,7 @@ impl Agent {
                 self.world.set_leave(adoption.leave());
                 self.lead_pods();
                 let now = self.now_ms();
-                self.runner.request(now);
+                self.runner.request(now, Urgency::Settled);
             }
             Err(error) => {
                 tracing::warn!("connections of kube-proxy's rules are not taken over yet: {error:#}");
@@ -115,7 +116,7 @@ impl Agent {
                     };
                     tracing::info!("sockets of pods are translated {how}");
                     let now = self.now_ms();
-                    self.runner.request(now);
+                    self.runner.request(now, Urgency::Settled);
                 }
             }
             Err(error) => tracing::warn!(

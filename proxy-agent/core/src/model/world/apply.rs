@@ -8,14 +8,16 @@ use ipnet::IpNet;
 use super::World;
 use crate::model::merge::sorted;
 use crate::model::tables::{Around, global_addresses};
-use crate::model::{Family, Link, Node, NodeIps, ObjectName, Route, Service, Slice};
+use crate::model::{Family, Link, Node, NodeIps, ObjectName, Route, Service, Slice, Urgency};
 
 impl World {
-    pub(super) fn apply_service(&mut self, name: ObjectName, service: Option<Service>) -> bool {
+    pub(super) fn apply_service(&mut self, name: ObjectName, service: Option<Service>) -> Option<Urgency> {
         let service = service.map(|service| self.permitted(service));
-        if self.services.get(&name) == service.as_ref() {
-            return false;
+        let old = self.services.get(&name);
+        if old == service.as_ref() {
+            return None;
         }
+        let urgency = Urgency::of_service(old, service.as_ref(), self.slices_of.contains_key(&name));
         let moved = self.owners.replace(&name, service.as_ref());
         self.stale.extend(moved);
         let own = |service: &Service| {
@@ -28,11 +30,12 @@ impl World {
             Some(service) => self.services.insert(name.clone(), service),
             None => self.services.remove(&name),
         };
+        self.note_check(&name);
         self.stale.insert(name);
         if near {
             self.look_around(); // M-13: an address of an interface became a Service's, or ceased to be.
         }
-        true
+        Some(urgency)
     }
 
     /// A Service without what is switched off: a family (S-12), external IPs (V-8).
@@ -45,16 +48,22 @@ impl World {
         service
     }
 
-    pub(super) fn apply_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> bool {
+    pub(super) fn apply_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> Option<Urgency> {
         let slice = slice.map(|slice| sorted(slice, &mut self.names));
-        if self.slices.get(&name) == slice.as_ref() {
-            return false;
+        let old = self.slices.get(&name);
+        if old == slice.as_ref() {
+            return None;
         }
+        let service = slice.as_ref().and_then(|slice| self.services.get(&slice.service));
+        let has_others = slice.as_ref().is_some_and(|slice| self.has_others(&name, slice));
+        let urgency = Urgency::of_slice(old, slice.as_ref(), service, has_others);
         if let Some(slice) = &slice {
+            self.endpoints += slice.endpoints.len();
             self.count_pods(slice, true);
         }
         // E-7: a slice that changes hands leaves its old Service.
         if let Some(old) = self.slices.remove(&name) {
+            self.endpoints -= old.endpoints.len();
             self.count_pods(&old, false);
             if let Some(names) = self.slices_of.get_mut(&old.service) {
                 names.remove(&name);
@@ -62,14 +71,22 @@ impl World {
                     self.slices_of.remove(&old.service);
                 }
             }
+            self.note_check(&old.service);
             self.stale.insert(old.service);
         }
         if let Some(slice) = slice {
             self.slices_of.entry(slice.service.clone()).or_default().insert(name.clone());
+            self.note_check(&slice.service);
             self.stale.insert(slice.service.clone());
             self.slices.insert(name, slice);
         }
-        true
+        Some(urgency)
+    }
+
+    /// Whether the Service of a slice has other slices of its family.
+    fn has_others(&self, name: &ObjectName, slice: &Slice) -> bool {
+        let names = self.slices_of.get(&slice.service).into_iter().flatten().filter(|other| *other != name);
+        names.filter_map(|other| self.slices.get(other)).any(|other| other.family == slice.family)
     }
 
     /// Adds or removes a slice's pods.

@@ -1,6 +1,6 @@
 //! Where `healthCheckNodePort`s are served, and what they answer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 
 use super::World;
@@ -20,21 +20,59 @@ pub struct HealthCheck {
     pub local_endpoints: usize,
 }
 
+/// What is known of health checks from one time they are taken to the next.
+#[derive(Debug, Default)]
+pub(super) struct Checks {
+    /// Services that had one when they were last taken.
+    served: HashSet<ObjectName>,
+    /// Services of which something has changed since, if they have or had one.
+    changed: BTreeSet<ObjectName>,
+}
+
 impl World {
-    /// The `healthCheckNodePort`s to serve, with their counts (H-14, H-20).
+    /// The `healthCheckNodePort`s to serve, with their counts (H-14, H-20): a walk through all Services.
     #[must_use]
     pub fn health_checks(&self) -> Vec<HealthCheck> {
-        let with_port = self.services.iter().filter(|(_, service)| service.health_check_node_port != 0);
-        with_port
-            .flat_map(|(name, service)| {
-                service.cluster_ips.iter().map(|ip| HealthCheck {
-                    service: name.clone(),
-                    family: Family::of(ip),
-                    port: service.health_check_node_port,
-                    local_endpoints: self.local_ready(name, service, Family::of(ip)),
-                })
+        self.services.keys().flat_map(|name| self.checks_of(name)).collect()
+    }
+
+    /// Those of each Service that has changed since they were last taken; none of one that has none any more. What
+    /// they cost is what has changed, however many Services there are.
+    pub fn take_health_checks(&mut self) -> Vec<(ObjectName, Vec<HealthCheck>)> {
+        let changed = std::mem::take(&mut self.checks.changed).into_iter();
+        changed
+            .map(|name| {
+                let checks = self.checks_of(&name);
+                if checks.is_empty() {
+                    self.checks.served.remove(&name);
+                } else {
+                    self.checks.served.insert(name.clone());
+                }
+                (name, checks)
             })
             .collect()
+    }
+
+    /// A Service or its endpoints have changed.
+    pub(super) fn note_check(&mut self, name: &ObjectName) {
+        let has = self.services.get(name).is_some_and(|service| service.health_check_node_port != 0);
+        if has || self.checks.served.contains(name) {
+            self.checks.changed.insert(name.clone());
+        }
+    }
+
+    fn checks_of(&self, name: &ObjectName) -> Vec<HealthCheck> {
+        let Some(service) = self.services.get(name).filter(|service| service.health_check_node_port != 0)
+        else {
+            return Vec::new();
+        };
+        let check = |ip: &IpAddr| HealthCheck {
+            service: name.clone(),
+            family: Family::of(ip),
+            port: service.health_check_node_port,
+            local_endpoints: self.local_ready(name, service, Family::of(ip)),
+        };
+        service.cluster_ips.iter().map(check).collect()
     }
 
     /// Where NodePorts of a family are accepted, and health checks are served (H-15).

@@ -15,6 +15,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use proxy_common::abi::FrontendKey;
 
+use self::health::Checks;
 pub use self::health::HealthCheck;
 use self::taken::Taken;
 use super::compile::Here;
@@ -26,7 +27,7 @@ use super::tables::Around;
 use super::warnings::Warnings;
 use super::{
     Change, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort, Settings, Slice,
-    SocketLb,
+    SocketLb, Urgency,
 };
 
 /// Everything reported so far.
@@ -40,6 +41,8 @@ pub struct World {
     slices: HashMap<ObjectName, Slice>,
     /// Names of the slices of a Service, in order.
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    /// In all slices.
+    endpoints: usize,
     /// The Node object while there is one.
     node: Option<Node>,
     /// The last Node object there was, with the addresses that count: a deleted one does not change the tables
@@ -65,6 +68,7 @@ pub struct World {
     /// Services to compile again.
     stale: BTreeSet<ObjectName>,
     taken: Taken,
+    checks: Checks,
 }
 
 impl World {
@@ -85,6 +89,7 @@ impl World {
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
+            endpoints: 0,
             node: None,
             last_node: Node { ips, ..Node::default() },
             links: Vec::new(),
@@ -103,14 +108,16 @@ impl World {
             whole: true,
             stale: BTreeSet::new(),
             taken: Taken::default(),
+            checks: Checks::default(),
         }
     }
 
-    /// Applies a change; says whether it changed anything.
-    pub fn apply(&mut self, change: Change) -> bool {
-        match change {
-            Change::Service(name, service) => self.apply_service(name, service),
-            Change::Slice(name, slice) => self.apply_slice(name, slice),
+    /// Applies a change. Unless it changed nothing it says how soon that has to be in the tables; nothing but Services and
+    /// their endpoints is in a hurry.
+    pub fn apply(&mut self, change: Change) -> Option<Urgency> {
+        let news = match change {
+            Change::Service(name, service) => return self.apply_service(name, service),
+            Change::Slice(name, slice) => return self.apply_slice(name, slice),
             Change::Node(node) => self.apply_node(node),
             Change::ServiceRanges(name, ranges) => self.apply_service_ranges(name, ranges),
             Change::Links(links) => self.apply_links(links),
@@ -120,7 +127,8 @@ impl World {
             Change::Whole(whole) => std::mem::replace(&mut self.whole, whole) != whole,
             Change::Triggered(..) | Change::Repeated(_) | Change::Excluded(..) => false,
             Change::Connected(connected) => std::mem::replace(&mut self.connected, connected) != connected,
-        }
+        };
+        news.then_some(Urgency::Settled)
     }
 
     /// Whether every kind of object has been listed and the links are known. Before that nothing may be
@@ -187,7 +195,7 @@ impl World {
     /// Number of endpoints in all slices.
     #[must_use]
     pub fn endpoint_count(&self) -> usize {
-        self.slices.values().map(|slice| slice.endpoints.len()).sum()
+        self.endpoints
     }
 
     /// Whether everything the source has was understood at least once.

@@ -93,7 +93,8 @@ impl World {
     pub(super) fn lies_inside(&self, range: &IpNet) -> Option<String> {
         // A wide pod range that holds the Services, too, is somebody's way to say "everything in here is ours".
         let pods = self.settings.cluster_cidrs.iter().find(|pods| range.contains(*pods));
-        let pod = || self.pods_in_ranges.iter().find(|ip| range.contains(*ip));
+        // A range of addresses is one of the set, too: pods outside it cost nothing.
+        let pod = || self.pods_in_ranges.range(range.network()..=range.broadcast()).next();
         pods.map(|pods| format!("the pod range {pods}"))
             .or_else(|| self.here.local.inside(range))
             .or_else(|| pod().map(|ip| format!("the pod {ip}")))

@@ -20,6 +20,8 @@ pub(super) struct Taken {
     ports: HashMap<ObjectName, Box<[Port]>>,
     /// Only of Services that have some.
     no_local: HashMap<ObjectName, NoLocalByFamily>,
+    /// Of all Services together.
+    no_local_sum: NoLocalByFamily,
     /// Nobody outside knows its key, and so what has the fingerprint of something else.
     hasher: RandomState,
 }
@@ -51,6 +53,7 @@ impl Taken {
     pub(super) fn clear(&mut self) {
         self.ports.clear();
         self.no_local.clear();
+        self.no_local_sum = NoLocalByFamily::default();
     }
 
     /// Replaces what was taken of a Service, and returns what differs: ports that are new or changed, then those that
@@ -61,10 +64,12 @@ impl Taken {
         now: Ports,
     ) -> Vec<(ServicePort, Option<DesiredService>)> {
         let before = self.ports.remove(service).unwrap_or_default();
-        self.no_local.remove(service);
-        let mut no_local = NoLocalByFamily::default();
-        no_local.add(&now);
+        if let Some(was) = self.no_local.remove(service) {
+            self.no_local_sum -= was;
+        }
+        let no_local = NoLocalByFamily::of(&now);
         if no_local != NoLocalByFamily::default() {
+            self.no_local_sum += no_local;
             self.no_local.insert(service.clone(), no_local);
         }
 
@@ -92,6 +97,6 @@ impl Taken {
     /// Service ports with policy Local and without an endpoint of this node, of those for which there are endpoints
     /// elsewhere (H-42).
     pub(super) fn no_local(&self) -> NoLocalByFamily {
-        self.no_local.values().copied().sum()
+        self.no_local_sum
     }
 }
