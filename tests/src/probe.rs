@@ -304,9 +304,13 @@ pub fn roam(place: &Place, targets: &[SocketAddr]) -> Result<Vec<Request>> {
 pub struct Remote(Process);
 
 impl Remote {
-    /// A socket of this family (`inet`, `inet6`) and kind (`udp`, `tcp`, `mptcp`).
+    /// A socket of this family (`inet`, `inet6`) and kind (`udp`, `tcp`, `mptcp`). A second that an answer may take, and the
+    /// minute that it lives at most, are multiplied by [`patience`](crate::patience).
     pub fn open(place: &Place, family: &str, kind: &str) -> Result<Self> {
-        let arguments = ["--family", family, "--kind", kind].map(ToOwned::to_owned);
+        let (answer, life) = (1000 * crate::patience(), 60 * crate::patience());
+        let (answer, life) = (answer.to_string(), life.to_string());
+        let arguments = ["--family", family, "--kind", kind, "--timeout-ms", &answer, "--seconds", &life]
+            .map(ToOwned::to_owned);
         Process::start(place, "socket", &arguments).map(Self)
     }
 
