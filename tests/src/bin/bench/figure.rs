@@ -204,7 +204,7 @@ pub(crate) fn median(values: &[f64]) -> f64 {
 }
 
 /// What a share of the values lies below; between two of them in proportion.
-fn rank(values: &[f64], share: f64) -> f64 {
+pub(crate) fn rank(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };

@@ -46,7 +46,7 @@ enum Part {
     Packet,
     /// Nanoseconds that the programs add to connect, sendmsg, recvmsg and getpeername.
     Socket,
-    /// Planning, writing and comparing the tables of a large cluster.
+    /// Planning, writing and comparing the tables of a large cluster; one endpoint, from the API server to the tables.
     Change,
     /// Attaching to hundreds of interfaces.
     Attach,

@@ -1,4 +1,4 @@
-//! What a change costs, the first one included: from what is known to the list of writes, and the writes
+//! What a change costs by itself, the first one included: from what is known to the list of writes, and the writes
 //! themselves on real maps.
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -21,18 +21,17 @@ use proxy_common::abi::PortRange;
 use proxy_common::addr::Proto;
 use tempfile::TempDir;
 
+use super::ENDPOINTS;
 use crate::figure::{Figures, progress};
 
 /// Services of the large cluster.
 const LARGE: u32 = 10_000;
 /// Services of the small one, to see what a change costs there.
 const SMALL: u32 = 100;
-/// Endpoints of each.
-const ENDPOINTS: u32 = 10;
 /// One-endpoint changes of one round.
 const CHANGES: u32 = 50;
 
-pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
+pub(super) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     progress(&format!(
         "change: {LARGE} Services with {ENDPOINTS} endpoints each, in memory and in real maps"
     ));
