@@ -71,7 +71,7 @@ fn answer(skb: &Skb) -> Option<i32> {
     Some(done as i32)
 }
 
-/// Adds to a counter of this CPU, in one instruction: the hooks interrupt this program, and count in between.
+/// Adds to a counter in one instruction: the hooks interrupt this program, and count in between.
 #[inline(always)]
 fn add_count(which: u32, count: u64) -> bool {
     let counter = if which < ask::STATS {
@@ -87,7 +87,7 @@ fn add_count(which: u32, count: u64) -> bool {
         })
     };
     let Some(counter) = counter else { return false };
-    // SAFETY: a counter of this CPU's.
+    // SAFETY: the element stays mapped, and a counter is only ever added to.
     unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) count, options(nostack)) };
     true
 }
