@@ -34,37 +34,49 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     crate::print(&transfer)
 }
 
+/// Bytes that are made, and checked, at a time.
+const BLOCK: usize = 32 * 1024;
+/// Bytes that are made of one number.
+const WORD: usize = size_of::<u64>();
+const _: () = assert!(BLOCK.is_multiple_of(WORD));
+
 fn send(mut socket: &Socket, bytes: u64) -> Result<(), Failure> {
     let mut sent = 0;
-    let mut buffer = [0; 32 * 1024];
+    let mut block = [0; BLOCK];
     while sent < bytes {
-        let length = buffer.len().min(usize::try_from(bytes - sent).unwrap_or(usize::MAX));
-        for (byte, at) in buffer[..length].iter_mut().zip(sent..) {
-            *byte = expected(at);
-        }
-        socket.write_all(&buffer[..length]).map_err(|e| failure("send", &e))?;
+        let length = block.len().min(usize::try_from(bytes - sent).unwrap_or(usize::MAX));
+        fill(&mut block, sent);
+        socket.write_all(&block[..length]).map_err(|e| failure("send", &e))?;
         sent += length as u64;
     }
     socket.shutdown(Shutdown::Write).map_err(|e| failure("shutdown", &e))
 }
 
 fn receive(mut socket: &Socket, transfer: &mut Transfer) -> Result<(), Failure> {
-    let mut buffer = [0; 32 * 1024];
+    let (mut block, mut expected) = ([0; BLOCK], [0; BLOCK]);
     loop {
-        let length = socket.read(&mut buffer).map_err(|e| failure("receive", &e))?;
-        if length == 0 {
-            return Ok(());
+        fill(&mut expected, transfer.echoed);
+        let mut length = 0;
+        while length < BLOCK {
+            match socket.read(&mut block[length..]).map_err(|e| failure("receive", &e))? {
+                0 => break,
+                more => length += more,
+            }
         }
-        let damaged = buffer[..length].iter().zip(transfer.echoed..).any(|(byte, at)| *byte != expected(at));
-        if damaged {
+        if block[..length] != expected[..length] {
             return Err("receive damaged".into());
         }
         transfer.echoed += length as u64;
+        if length < BLOCK {
+            return Ok(());
+        }
     }
 }
 
-/// The byte at a place in the stream: no two stretches of it look alike, so one that is lost, doubled or moved
-/// is seen.
-fn expected(at: u64) -> u8 {
-    (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56).to_le_bytes()[0]
+/// The bytes of the stream from a place on, which is a multiple of [`WORD`]: no two stretches of it look alike, so one that
+/// is lost, doubled or moved is seen.
+fn fill(block: &mut [u8; BLOCK], at: u64) {
+    for (word, at) in block.chunks_exact_mut(WORD).zip((at..).step_by(WORD)) {
+        word.copy_from_slice(&at.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+    }
 }
