@@ -181,8 +181,10 @@ fn chain(functions: &BTreeMap<Place, Function>, place: Place, above: usize) -> R
 
 #[cfg(test)]
 mod tests {
-    use object::write::{Object, Symbol, SymbolSection};
-    use object::{Architecture, BinaryFormat, Endianness, SectionKind, SymbolFlags, SymbolScope};
+    use object::write::{Object, Relocation, SectionId, Symbol, SymbolSection};
+    use object::{
+        Architecture, BinaryFormat, Endianness, RelocationFlags, SectionKind, SymbolFlags, SymbolScope,
+    };
 
     use super::*;
 
@@ -200,10 +202,9 @@ mod tests {
         [0x85, 0x10, 0, 0, a, b, c, d]
     }
 
-    /// A program in one section: functions one behind the other.
-    fn object(functions: &[(&str, &[[u8; 8]])]) -> Vec<u8> {
-        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
-        let section = object.add_section(Vec::new(), b"classifier".to_vec(), SectionKind::Text);
+    /// Adds a section of functions, one behind the other.
+    fn add(object: &mut Object<'_>, section: &[u8], functions: &[(&str, &[[u8; 8]])]) -> SectionId {
+        let section = object.add_section(Vec::new(), section.to_vec(), SectionKind::Text);
         for (name, code) in functions {
             let value = object.append_section_data(section, &code.concat(), 8);
             object.add_symbol(Symbol {
@@ -217,6 +218,13 @@ mod tests {
                 flags: SymbolFlags::None,
             });
         }
+        section
+    }
+
+    /// A program and what it calls, in one section.
+    fn object(functions: &[(&str, &[[u8; 8]])]) -> Vec<u8> {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        add(&mut object, b"classifier", functions);
         object.write().unwrap()
     }
 
@@ -229,6 +237,21 @@ mod tests {
         .unwrap();
         assert_eq!(found.chain, [("outer".to_owned(), 40), ("inner".to_owned(), 100)]);
         assert_eq!(found.bytes, 64 + 128);
+    }
+
+    #[test]
+    fn a_call_into_another_section_leads_to_where_its_instruction_says() {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        let text: [(&str, &[_]); 2] =
+            [("first", &[store(8), EXIT]), ("second", &[store(80), store(90), EXIT])];
+        let text = add(&mut object, b".text", &text);
+        // The second function begins at the third instruction there; calls count from the one after them.
+        let program = add(&mut object, b"classifier", &[("program", &[store(40), call(1), EXIT])]);
+        let symbol = object.section_symbol(text);
+        let flags = RelocationFlags::Elf { r_type: object::elf::R_BPF_64_32 };
+        object.add_relocation(program, Relocation { offset: 8, symbol, addend: 0, flags }).unwrap();
+        let found = deepest(&object.write().unwrap()).unwrap();
+        assert_eq!(found.chain, [("program".to_owned(), 40), ("second".to_owned(), 90)]);
     }
 
     #[test]
