@@ -68,6 +68,20 @@ fn asks(node: &Node, tuple: &Tuple, flags: u8, numbers: [u32; 2]) -> Outcome {
 }
 
 #[test]
+fn only_what_the_node_itself_sends_from_the_port_of_a_service_is_noted() {
+    let node = masquerading();
+    let noted = |from| {
+        let sent = frame(&key(from, ("192.0.2.99", 53), Proto::UDP), 0, b"?", false);
+        assert_eq!(run(&node.tables, &sent, Hook::EGRESS, ETH), Outcome::Passed);
+        node.tables.live().len()
+    };
+    assert_eq!(noted((NODE, 81)), 0, "no Service has that port");
+    assert_eq!(noted(("10.244.1.5", 80)), 0, "a pod's is the pod's");
+    assert_eq!(noted((NODE, 80)), 1);
+    assert!(the_flow(&node).has(Role::OWN));
+}
+
+#[test]
 fn a_blind_acknowledgement_makes_no_connection() {
     // The SYN-ACKs of a flood reach nobody.
     let node = masquerading();
