@@ -61,7 +61,8 @@ impl Programs {
     pub fn load(directory: &Path, capacities: &Capacities) -> Result<Self> {
         ensure!(nix::unistd::geteuid().is_root(), "this runs the real programs: run it as root");
         let root = BpfRoot::new(directory.join("bpf"));
-        let loaded = Loaded::open(&root, &Features::probe(), capacities, ProgramLog::Off)?;
+        let mut loaded = Loaded::open(&root, &Features::probe(), capacities, ProgramLog::Off)?;
+        loaded.load_rest()?;
         let (kernel, flows) = (Kernel::open(&root)?, Flows::open(&root)?);
         let programs = Self { loaded, kernel, flows, root, written: Vec::new() };
         programs.sweep()?;

@@ -626,6 +626,52 @@ fn filters_take_the_place_of_links_where_there_is_no_tcx() {
 }
 
 #[test]
+fn programs_without_ethernet_header_are_loaded_for_the_first_interface_and_before_those_of_an_older_agent_go()
+{
+    for tcx in [true, false] {
+        let room = Room::new();
+        room.veth("v0", "v1");
+        let mut links = interfaces();
+        let with_header = |loaded: &Loaded, header: bool| {
+            let name = if header { "tc_ingress" } else { "tc_ingress_l3" };
+            loaded.classifier(name).unwrap().fd().is_ok()
+        };
+        let mut first = room.try_load(&SMALL, tcx).unwrap();
+        done(first.sync_interfaces(&links));
+        assert!(with_header(&first, true) && !with_header(&first, false));
+
+        // v0 has come again as another one.
+        let v0 = links.iter_mut().find(|link| &*link.name == "v0").unwrap();
+        (v0.layer3, v0.born) = (true, v0.born + 1);
+        let index = v0.index;
+        assert_eq!(done(first.sync_interfaces(&links)).len(), 1);
+        let at_v0 = || {
+            let links = Pinned::open(&room.root).unwrap().links().unwrap();
+            let mut found: Vec<_> = links
+                .into_iter()
+                .filter(|link| matches!(link.place, Place::Interface(at, _) if at == index))
+                .map(|link| (link.program, link.program_id))
+                .collect();
+            found.sort();
+            found
+        };
+        let names = |found: &[(String, u32)]| found.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        let before = at_v0();
+        assert_eq!(names(&before), ["tc_egress_l3", "tc_ingress_l3"]);
+        drop(first);
+
+        // The next agent's programs are in the kernel before it looks at an interface, and take the place of these.
+        let larger = Capacities { flows: SMALL.flows * 2, ..SMALL };
+        let second = room.try_load(&larger, tcx).unwrap();
+        assert!(with_header(&second, false));
+        assert_eq!(second.changed().unwrap().hooks, 4);
+        let after = at_v0();
+        assert_eq!(names(&after), names(&before));
+        assert!(before.iter().zip(&after).all(|((_, old), (_, new))| old != new), "{before:?} {after:?}");
+    }
+}
+
+#[test]
 fn a_qdisc_that_others_use_stays() {
     let room = Room::new();
     room.veth("v0", "v1");
@@ -918,7 +964,7 @@ fn a_refused_program_is_named_in_three_lines_with_a_file_for_the_log_and_nothing
     // Its first instruction becomes `exit`, with no value to return.
     elf[at..at + 8].copy_from_slice(&[0x95, 0, 0, 0, 0, 0, 0, 0]);
     let error =
-        Loaded::open_object(&elf, &room.root, &Features::probe(), &SMALL, ProgramLog::Off).unwrap_err();
+        Loaded::open_object(elf.leak(), &room.root, &Features::probe(), &SMALL, ProgramLog::Off).unwrap_err();
     let said = error.to_string();
     assert!(said.contains("program tc_egress: unreachable insn 1 (") && said.lines().count() == 3, "{said}");
     // Nor does any of it come along with the causes behind it.

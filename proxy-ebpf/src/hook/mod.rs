@@ -8,7 +8,7 @@
 //! | `getpeername4`, `getpeername6` | node cgroup | the same for the peer |
 //! | `exclude_socket` | cgroups of pods that are left to their packets | marks their sockets |
 //! | `tc_ingress`, `tc_egress` | every interface but `lo` | translates packets, before and behind the stack |
-//! | `tc_ingress_l3`, `tc_egress_l3` | interfaces without Ethernet header | the same |
+//! | `tc_ingress_l3`, `tc_egress_l3` | interfaces without Ethernet header | the same; loaded with the first of them |
 //! | `flows` | none: the agent runs it | makes flows and takes them apart |
 
 mod cgroup;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::filter::FilterError;
+use crate::datapath::load::LoadError;
 use crate::datapath::store::pin::PinError;
 
 /// Why a program is not where it should be.
@@ -12,7 +13,10 @@ use crate::datapath::store::pin::PinError;
 pub enum AttachError {
     /// The object has no such program.
     #[error("the BPF object has no program {program}: build it again with `cargo xtask build-ebpf`")]
-    Missing { program: &'static str },
+    Missing { program: String },
+    /// A program that is loaded when it is first needed could not be.
+    #[error("cannot load program {program}")]
+    Load { program: String, source: Box<LoadError> },
     /// The cgroup root cannot be opened.
     #[error("cannot open the cgroup root {path}: name a cgroup v2 directory with --cgroup-root")]
     CgroupRoot { path: PathBuf, source: io::Error },
@@ -52,6 +56,7 @@ impl AttachError {
             Self::Attach { source, .. } => source.raw_os_error() == Some(libc::ENODEV),
             Self::Filter(error) => error.is_of_something_gone(),
             Self::Missing { .. }
+            | Self::Load { .. }
             | Self::CgroupRoot { .. }
             | Self::Replace { .. }
             | Self::Exchange { .. }

@@ -11,6 +11,7 @@ use nix::net::if_::if_indextoname;
 use super::filter;
 use super::loaded::Loaded;
 use super::{AttachError, Direction, PinName, drop_pin, open_link};
+use crate::datapath::store::pin::BpfRoot;
 use crate::sys::{self, ProgramFacts};
 
 impl Loaded {
@@ -29,15 +30,16 @@ impl Loaded {
         Ok(exchanged)
     }
 
-    fn exchange_link(&self, pin: &PinName) -> Result<bool, AttachError> {
+    fn exchange_link(&mut self, pin: &PinName) -> Result<bool, AttachError> {
         let path = self.root().link(&pin.to_string());
         let Some((link, facts)) = open_link(&path)? else { return Ok(false) };
         // Its cgroup or interface has gone; whoever attaches next removes the pin.
         let Some(running) = program(pin, sys::program_by_id(facts.program))? else { return Ok(false) };
-        let Some(program) = self.programs.get(&running.name) else {
+        if !self.have(&running.name)? {
             // Another layout's: nobody here can do its work.
             return drop_pin(self.root(), pin).map(|_| false);
-        };
+        }
+        let program = self.program(&running.name)?;
         match sys::link_update(link.as_fd(), program.fd.as_fd(), None) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(false),
@@ -60,30 +62,34 @@ impl Loaded {
         let Some(name) = Direction::programs(direction).into_iter().find(|name| *name == running.name) else {
             return drop_pin(self.root(), pin).map(|_| false);
         };
+        self.have(name)?;
         filter::set(&mut self.ebpf, &interface, direction, name)?;
         self.remember(pin, name)?;
         Ok(true)
     }
+}
 
-    /// Whether any program at a hook works with this map.
-    pub(crate) fn is_used(&self, map: u32) -> Result<bool, AttachError> {
-        for name in self.root().link_names()? {
-            let path = self.root().link(&name);
-            let Some(pin) = PinName::parse(&name) else { continue };
-            let running = match &pin {
-                PinName::Qdisc(_) => continue,
-                PinName::Filter(..) => sys::obj_get(&path),
-                PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => match open_link(&path)? {
-                    Some((_, facts)) => sys::program_by_id(facts.program),
-                    None => continue,
-                },
-            };
-            if program(&pin, running)?.is_some_and(|facts| facts.maps.contains(&map)) {
-                return Ok(true);
-            }
+/// Whether this is so of any program at a hook.
+pub(crate) fn any_at_hooks(
+    root: &BpfRoot,
+    is_so: impl Fn(&ProgramFacts) -> bool,
+) -> Result<bool, AttachError> {
+    for name in root.link_names()? {
+        let path = root.link(&name);
+        let Some(pin) = PinName::parse(&name) else { continue };
+        let running = match &pin {
+            PinName::Qdisc(_) => continue,
+            PinName::Filter(..) => sys::obj_get(&path),
+            PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => match open_link(&path)? {
+                Some((_, facts)) => sys::program_by_id(facts.program),
+                None => continue,
+            },
+        };
+        if program(&pin, running)?.is_some_and(|facts| is_so(&facts)) {
+            return Ok(true);
         }
-        Ok(false)
     }
+    Ok(false)
 }
 
 /// What the kernel says of a program at a hook; `None` where there is none any more.

@@ -13,6 +13,7 @@ use proxy_common::abi::maps;
 
 use super::hooks::Hooks;
 use super::program_log::{Bridge, ProgramLog, ProgramLogger};
+use crate::datapath::probe::Features;
 use crate::datapath::store::pin::BpfRoot;
 use crate::sys::{self, ProgramFacts};
 
@@ -38,7 +39,9 @@ pub struct Loaded {
     pub(crate) root: BpfRoot,
     pub(crate) ebpf: Ebpf,
     pub(crate) programs: BTreeMap<String, LoadedProgram>,
-    pub(crate) tcx: bool,
+    /// The object that the programs are in.
+    pub(crate) object: &'static [u8],
+    pub(crate) features: Features,
     /// What is attached.
     pub(crate) hooks: Hooks,
     pub(crate) log: ProgramLog,
@@ -54,7 +57,7 @@ impl Loaded {
         &self.root
     }
 
-    /// A loaded TC program by its ELF name, to be run on a packet of one's own (`BPF_PROG_TEST_RUN`).
+    /// A TC program by its ELF name, once it is loaded, to be run on a packet of one's own (`BPF_PROG_TEST_RUN`).
     #[must_use]
     pub fn classifier(&self, name: &str) -> Option<&SchedClassifier> {
         match self.ebpf.program(name)? {

@@ -168,7 +168,7 @@ impl Loaded {
         for pin in PinName::of_interface(index) {
             // A filter may have lost its pin, which is only a note; a link without one is held.
             let there = self.root().link(&pin.to_string()).symlink_metadata().is_ok();
-            if there || self.hooks.holds(&pin) || !self.tcx {
+            if there || self.hooks.holds(&pin) || !self.features.tcx {
                 self.detach(&pin)?;
             }
         }
@@ -198,7 +198,7 @@ impl Loaded {
     /// Whether an interface carries a program of ours in this direction, as far as can be told.
     fn is_attached(&self, index: u32, direction: Direction) -> bool {
         let is_pinned = |pin: PinName| self.root().link(&pin.to_string()).symlink_metadata().is_ok();
-        if self.tcx {
+        if self.features.tcx {
             let pin = PinName::Tcx(index, direction);
             return self.hooks.holds(&pin) || is_pinned(pin);
         }
@@ -207,7 +207,10 @@ impl Loaded {
     }
 
     fn attach_interface(&mut self, link: &Link) -> Result<Attached, AttachError> {
-        if !self.tcx {
+        for direction in Direction::BOTH {
+            self.have(direction.program(link.layer3))?;
+        }
+        if !self.features.tcx {
             return self.attach_filters(link);
         }
         let mut most = Attached::Kept;
@@ -260,8 +263,8 @@ impl Loaded {
         drop_pin(self.root(), pin)
     }
 
-    pub(crate) fn program(&self, program: &'static str) -> Result<&LoadedProgram, AttachError> {
-        self.programs.get(program).ok_or(AttachError::Missing { program })
+    pub(crate) fn program(&self, program: &str) -> Result<&LoadedProgram, AttachError> {
+        self.programs.get(program).ok_or_else(|| AttachError::Missing { program: program.to_owned() })
     }
 }
 

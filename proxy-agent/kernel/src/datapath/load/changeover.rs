@@ -20,6 +20,8 @@ use super::carry_flows::{FlowCarrier, Stage};
 use super::carry_sockets::SocketCarrier;
 use super::generation::{Fates, Generation};
 use super::{Changeover, LoadError, Loaded};
+use crate::datapath::attach::AttachError;
+use crate::datapath::attach::exchange::any_at_hooks;
 use crate::datapath::attach::grace::Expedited;
 use crate::datapath::flow::sockets::SocketError;
 use crate::datapath::flow::{Flows, now, wait_for_packets};
@@ -122,6 +124,11 @@ impl Loaded {
             generation.root.remove_generation()?;
         }
         Ok(Changeover { hooks, paused, took: begun.elapsed(), ..Changeover::default() })
+    }
+
+    /// Whether any program at a hook works with this map.
+    fn is_used(&self, map: u32) -> Result<bool, AttachError> {
+        any_at_hooks(self.root(), |program| program.maps.contains(&map))
     }
 
     /// The way to carry over what sockets remember. Where there is none they forget it, which is no reason to stay with what

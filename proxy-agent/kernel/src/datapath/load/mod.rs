@@ -1,5 +1,8 @@
 //! From the object to maps and programs in the kernel: tables that are pinned are used again, or carried over to others
 //! (`change`). Programs are loaded before anything is exchanged, so that a failure leaves the data path as it was.
+//!
+//! To have a program verified is what takes long at a start. Those for interfaces without Ethernet header, a third of it, wait
+//! until there is such an interface, or are loaded with the others where some hook has one of an earlier agent's.
 
 mod carry;
 mod carry_flows;
@@ -22,9 +25,11 @@ use proxy_common::abi::maps;
 use self::generation::Fates;
 use self::object::{LOG_MAP, Maps, draw_secret, load_program, open_maps, pin_flows, program_fd, refused};
 use self::remove::remove_versions;
+use crate::datapath::attach::exchange::any_at_hooks;
 use crate::datapath::attach::hooks::Hooks;
 use crate::datapath::attach::loaded::{LoadedProgram, identity};
 use crate::datapath::attach::program_log::Bridge;
+use crate::datapath::attach::{AttachError, Direction};
 use crate::datapath::flow;
 use crate::datapath::probe::{self, Features};
 use crate::datapath::store::layout::Layout;
@@ -55,7 +60,7 @@ impl Loaded {
 
     /// The same with an object of the caller's.
     pub fn open_object(
-        object: &[u8],
+        object: &'static [u8],
         root: &BpfRoot,
         features: &Features,
         capacities: &Capacities,
@@ -76,7 +81,7 @@ impl Loaded {
     }
 
     fn prepare_object(
-        object: &[u8],
+        object: &'static [u8],
         root: &BpfRoot,
         features: &Features,
         capacities: &Capacities,
@@ -148,29 +153,55 @@ impl Loaded {
                     .map_err(|error| LoadError::Log(Box::new(error)))?,
             ),
         };
-        let mut programs = BTreeMap::new();
-        for (name, program) in ebpf.programs_mut() {
-            load_program(program).map_err(|error| refused(bytes, features, name, error))?;
-            let failed = |source| LoadError::Facts { program: name.into(), source };
-            let fd = program_fd(program).map_err(failed)?;
-            let identity = match identity(&sys::program_facts(fd.as_fd()).map_err(failed)?) {
-                Err(error) if error.raw_os_error() == Some(libc::EPERM) => None,
-                identity => Some(identity.map_err(failed)?),
-            };
-            programs.insert(name.to_owned(), LoadedProgram { fd, identity });
-        }
-        pin_flows(tables, &programs)?;
-        Ok(Self {
+        let mut loaded = Self {
             root: root.clone(),
             ebpf,
-            programs,
-            tcx: features.tcx,
+            programs: BTreeMap::new(),
+            object: bytes,
+            features: features.clone(),
             hooks: Hooks::default(),
             log,
             logger,
             warnings,
             changed: None,
-        })
+        };
+        // Who may not know what is at a hook loads them all.
+        let every = any_at_hooks(root, |program| is_of_layer3(&program.name)).unwrap_or(true);
+        let names: Vec<String> = loaded.ebpf.programs().map(|(name, _)| name.to_owned()).collect();
+        for name in names.iter().filter(|name| every || !is_of_layer3(name)) {
+            loaded.load_one(name)?;
+        }
+        pin_flows(tables, &loaded.programs)?;
+        Ok(loaded)
+    }
+
+    /// Loads a program unless it is loaded; `false` when the object has none of this name.
+    pub(crate) fn have(&mut self, name: &str) -> Result<bool, AttachError> {
+        let failed = |error| AttachError::Load { program: name.to_owned(), source: Box::new(error) };
+        Ok(self.programs.contains_key(name) || self.load_one(name).map_err(failed)?)
+    }
+
+    fn load_one(&mut self, name: &str) -> Result<bool, LoadError> {
+        let Some(program) = self.ebpf.program_mut(name) else { return Ok(false) };
+        load_program(program).map_err(|error| refused(self.object, &self.features, name, error))?;
+        let failed = |source| LoadError::Facts { program: name.into(), source };
+        let fd = program_fd(program).map_err(failed)?;
+        let identity = match identity(&sys::program_facts(fd.as_fd()).map_err(failed)?) {
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => None,
+            identity => Some(identity.map_err(failed)?),
+        };
+        self.programs.insert(name.to_owned(), LoadedProgram { fd, identity });
+        Ok(true)
+    }
+
+    /// Loads what has been left for later, too: to run a packet of one's own through each.
+    pub fn load_rest(&mut self) -> Result<(), AttachError> {
+        for direction in Direction::BOTH {
+            for name in direction.programs() {
+                self.have(name)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -199,9 +230,14 @@ impl Prepared {
     }
 }
 
+/// Whether a program is one for interfaces without Ethernet header.
+fn is_of_layer3(program: &str) -> bool {
+    Direction::BOTH.iter().any(|direction| direction.program(true) == program)
+}
+
 /// What is loaded, and how.
 struct Source<'a> {
-    bytes: &'a [u8],
+    bytes: &'static [u8],
     parsed: Object,
     features: &'a Features,
     log: ProgramLog,
