@@ -311,5 +311,12 @@ impl Frame for Skb {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_crc(diff: u32, following: u32) -> u32 {
-    crc32c::difference(diff, following)
+    crc32c::difference_by(|a, b| subprog_multiply(a, b), diff, following)
+}
+
+/// Likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_multiply(a: u32, b: u32) -> u32 {
+    crc32c::multiply(a, b)
 }

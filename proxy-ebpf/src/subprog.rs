@@ -32,8 +32,18 @@ impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
     }
 
     #[inline(always)]
-    fn choose(&self, _packet: &Packet, known: u32, attempt: u32, _choice: &mut Choice) -> Verdict {
-        Verdict::from_number(subprog_choose(known, attempt))
+    fn choose(
+        &self,
+        _packet: &Packet,
+        known: u32,
+        attempt: u32,
+        last: bool,
+        _choice: &mut Choice,
+    ) -> Option<Verdict> {
+        match subprog_choose(known, attempt, last.into()) {
+            UNDECIDED => None,
+            number => Some(Verdict::from_number(number)),
+        }
     }
 
     /// The choice is the one that lies in the working storage, from the call before.
@@ -99,13 +109,13 @@ impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
     }
 
     #[inline(always)]
-    fn find_port(&self, _packet: &mut Packet, at: u32) -> u32 {
-        subprog_find_port(self.0, at)
+    fn find_port(&self, _packet: &mut Packet, start: u32, call: u32) -> u32 {
+        subprog_find_port(self.0, start, call)
     }
 
     #[inline(always)]
-    fn price(&self, _packet: &Packet) -> u64 {
-        subprog_price(self.0)
+    fn price(&self, _packet: &mut Packet, at: u32) -> u64 {
+        subprog_price(self.0, at)
     }
 
     #[inline(always)]
@@ -124,6 +134,8 @@ impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
     }
 }
 
+/// What [`subprog_choose`] says of no verdict.
+const UNDECIDED: u32 = u32::MAX;
 /// Where the answer of [`subprog_enter`] has what came of it: in the highest bits of the holder's index, of
 /// which so many records there never are.
 pub const ENTERED_AT: u32 = 29;
@@ -166,9 +178,10 @@ pub extern "C" fn subprog_open(known: u32) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_choose(known: u32, attempt: u32) -> u32 {
+pub extern "C" fn subprog_choose(known: u32, attempt: u32, last: u32) -> u32 {
     let Some(s) = scratch() else { return Verdict::Drop as u32 };
-    open::choose(&TcTables::NO_PACKET, &s.packet, known, attempt, &mut s.choice) as u32
+    let verdict = open::choose(&TcTables::NO_PACKET, &s.packet, known, attempt, last != 0, &mut s.choice);
+    verdict.map_or(UNDECIDED, |verdict| verdict as u32)
 }
 
 #[unsafe(no_mangle)]
@@ -252,16 +265,16 @@ pub extern "C" fn subprog_find_source(ctx: *mut __sk_buff) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_find_port(ctx: *mut __sk_buff, at: u32) -> u32 {
+pub extern "C" fn subprog_find_port(ctx: *mut __sk_buff, start: u32, call: u32) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    masquerade::find_port(&TcTables::new(ctx), &mut s.packet, at)
+    masquerade::find_port(&TcTables::new(ctx), &mut s.packet, start, call)
 }
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_price(ctx: *mut __sk_buff) -> u64 {
+pub extern "C" fn subprog_price(ctx: *mut __sk_buff, at: u32) -> u64 {
     let Some(s) = scratch() else { return u64::MAX };
-    masquerade::price(&TcTables::new(ctx), &s.packet)
+    masquerade::price(&TcTables::new(ctx), &mut s.packet, at)
 }
 
 #[unsafe(no_mangle)]

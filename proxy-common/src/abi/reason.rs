@@ -37,7 +37,7 @@ reasons! {
     UndefinedPort = "undefined_port", "Rejected: the ClusterIP has no such port (P-21).";
     NoLocalEndpoint = "no_local_endpoint", "Dropped: policy Local and no endpoint on this node (P-15, P-16).";
     SourceRange = "source_range", "Dropped: the source is not in loadBalancerSourceRanges (V-17).";
-    TornFrontend = "torn_frontend", "Dropped: a frontend was rewritten three times while it was read.";
+    TornFrontend = "torn_frontend", "Dropped: a frontend was rewritten twice while it was read.";
     BadSlot = "bad_slot", "Dropped: a slot led to no live backend.";
     FlowTableFull = "flow_table_full", "Dropped: there is no room for another flow.";
     FlowInsert = "flow_insert", "Dropped: a flow entry could not be written.";

@@ -1,12 +1,14 @@
 //! When a source must be rewritten, and to what.
 
 use super::flow::{self, Entered};
-use super::{Subprograms, Tables, Verdict, select};
+use super::{Subprograms, Verdict, select};
 use crate::abi::{Backend, Config, FlowId, Reason, Role, config, frontend};
 use crate::addr::{Addr, Port};
 use crate::lb::select::Source;
 use crate::wire::{Edit, Packet};
 
+/// What [`find_port`] says when it may not look any further: above all ports.
+pub const ENDED: u32 = 1 << 16;
 /// Source ports that one call of [`find_port`] looks at.
 const TRIES: u32 = 128;
 /// After so many of them the best one that is not free is taken, if there is any.
@@ -167,16 +169,16 @@ pub fn find_source<T: Subprograms>(tables: &T, packet: &mut Packet) -> u32 {
     };
     packet.tuple.src = addr;
     let total = tables.config().map_or(0, |config| config.snat_total);
-    let mut at = ((u64::from(select::scramble(tables.random())) * u64::from(total)) >> 32) as u32;
-    let stride = STEP.checked_rem(total).unwrap_or(0).wrapping_mul(TRIES).checked_rem(total).unwrap_or(0);
+    let start = ((u64::from(select::scramble(tables.random())) * u64::from(total)) >> 32) as u32;
+    // Little in the loop: the verifier walks through all of it.
     for call in 0..CALLS {
-        if call * TRIES >= total || call != 0 && !tables.may_search_on() {
+        let found = tables.find_port(packet, start, call);
+        if found == ENDED {
             break;
         }
-        if tables.find_port(packet, at) != 0 {
+        if found != 0 {
             return 1;
         }
-        at = further(at, stride, total);
     }
     tables.count(Reason::NoSourcePort);
     0
@@ -184,24 +186,26 @@ pub fn find_source<T: Subprograms>(tables: &T, packet: &mut Packet) -> u32 {
 
 /// Looks for a port towards the destination of `packet`, from its source address: one that is free, or of a
 /// flow that is closed, the longest ago, or of the oldest of the young ones; these make room when the leg is
-/// entered. What others on this node use towards that destination is left out. Of all ports, which are
-/// numbered, those from the one with the number `at` on are looked at. 0 if there is none.
+/// entered. What others on this node use towards that destination is left out. All ports are numbered; of those from
+/// the one with the number `start` on it is the turn of so many as belong to this call, counted from 0. 0 if there is
+/// none, [`ENDED`] if all have had their turn, or there may be no further call.
 #[inline(always)]
-pub fn find_port<T: Subprograms>(tables: &T, packet: &mut Packet, mut at: u32) -> u32 {
+pub fn find_port<T: Subprograms>(tables: &T, packet: &mut Packet, start: u32, call: u32) -> u32 {
     let total = tables.config().map_or(0, |config| config.snat_total);
+    if call >= CALLS || call * TRIES >= total || call != 0 && !tables.may_search_on() {
+        return ENDED;
+    }
     let step = STEP.checked_rem(total).unwrap_or(0);
+    let behind = u64::from(call * TRIES) * u64::from(step) + u64::from(start);
+    let mut at = behind.checked_rem(total.into()).unwrap_or(0) as u32;
     // The lowest cost so far, and the port that it buys.
     let (mut best, mut least) = (0_u32, u64::MAX);
     for n in 0..TRIES {
         if n >= total || n > ENOUGH && best != 0 {
             break;
         }
-        packet.tuple.sport = tables.snat_port(at);
+        let price = tables.price(packet, at);
         at = further(at, step, total);
-        if packet.tuple.sport.0 == 0 || tables.is_service_port(packet.tuple.sport) {
-            continue;
-        }
-        let price = tables.price(packet);
         if price < least {
             (best, least) = (packet.tuple.sport.0.into(), price);
             if price == 0 {
@@ -220,12 +224,16 @@ const fn further(at: u32, step: u32, total: u32) -> u32 {
     if next < total { next } else { next - total }
 }
 
-/// What the source of `packet` costs: nothing if it is free; if it has a flow that is closed, the time of
-/// that flow's last packet; if that flow is young, when it began, which is always more. `u64::MAX` if it is
-/// not to be had.
+/// What the source port with the number `at`, which `packet` gets, costs: nothing if it is free; if it has a flow that
+/// is closed, the time of that flow's last packet; if that flow is young, when it began, which is always more.
+/// `u64::MAX` if it is not to be had.
 #[inline(always)]
-pub fn price<T: Tables>(tables: &T, packet: &Packet) -> u64 {
+pub fn price<T: Subprograms>(tables: &T, packet: &mut Packet, at: u32) -> u64 {
     const YOUNG: u64 = 1 << 63;
+    packet.tuple.sport = tables.snat_port(at);
+    if packet.tuple.sport.0 == 0 || tables.is_service_port(packet.tuple.sport) {
+        return u64::MAX;
+    }
     let now = tables.now();
     let price = match tables.leg_at(&tables.key_of(packet).0) {
         None => 0,

@@ -32,7 +32,7 @@ pub fn open<T: Subprograms>(
         return Verdict::Pass;
     }
     for attempt in 0..BACKENDS {
-        let verdict = tables.choose(packet, known, attempt, choice);
+        let verdict = decide(tables, packet, known, attempt, choice);
         if verdict != Verdict::Rewrite {
             return verdict;
         }
@@ -116,24 +116,43 @@ fn opened<T: Tables>(tables: &T, choice: &Choice, other_port: Port, edit: &mut E
 /// Chooses a backend. On [`Verdict::Rewrite`] the choice is filled in; anything else has been counted.
 /// Attempts after the first look elsewhere.
 #[inline(always)]
-pub fn choose<T: Tables>(
+fn decide<T: Subprograms>(
     tables: &T,
     packet: &Packet,
     known: u32,
     attempt: u32,
     choice: &mut Choice,
 ) -> Verdict {
+    for look in 1..=select::LOOKS {
+        let last = look == select::LOOKS;
+        if let Some(verdict) = tables.choose(packet, known, attempt, last, choice) {
+            return verdict;
+        }
+    }
+    Verdict::Drop
+}
+
+/// One look for a backend. `None` if tables were rewritten meanwhile, unless this is the `last` look.
+#[inline(always)]
+pub fn choose<T: Tables>(
+    tables: &T,
+    packet: &Packet,
+    known: u32,
+    attempt: u32,
+    last: bool,
+    choice: &mut Choice,
+) -> Option<Verdict> {
     let key = &packet.tuple;
     if key.dst.is_never_service() {
-        return Verdict::Pass;
+        return Some(Verdict::Pass);
     }
     let Some(config) = tables.config() else {
         tables.count(Reason::ConfigMissing);
-        return Verdict::Pass;
+        return Some(Verdict::Pass);
     };
     let source = select::source_of(tables, config, &key.src, packet.ifindex);
     let asker = Question { tuple: key, source, seed: config.seed, attempt };
-    match select::backend_for(tables, &asker, (&key.dst, key.dport, key.proto), known) {
+    let verdict = match select::look(tables, &asker, (&key.dst, key.dport, key.proto), known) {
         Ok(Selected { frontend, index, backend }) => {
             choice.addr = backend.addr;
             choice.port = backend.port;
@@ -146,9 +165,11 @@ pub fn choose<T: Tables>(
             Verdict::Rewrite
         }
         Err(Rejection::NotOurs) => Verdict::Pass,
+        Err(Rejection::Torn(_)) if !last => return None,
         Err(rejection) if rejection.count(tables) => Verdict::Reject,
         Err(_) => Verdict::Drop,
-    }
+    };
+    Some(verdict)
 }
 
 /// A packet that asks for a backend.

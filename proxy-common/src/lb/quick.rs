@@ -23,7 +23,7 @@ pub enum Quick {
 pub fn quick<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &mut Edit) -> Quick {
     let (key, source) = tables.key_of(packet);
     if tables.may_have_leg(&key) {
-        return if flow::goes_on(tables, hook, packet, &key, source, edit) {
+        return if flow::goes_on(tables, hook, packet, &key, source, edit).is_some() {
             Quick::Rewrite
         } else {
             Quick::Ask

@@ -7,10 +7,8 @@ use crate::abi::{
 };
 use crate::addr::{Addr, Port, Proto};
 
-/// How often a frontend that is being rewritten is read again.
-const READS: usize = 3;
-/// How often a selection that met a table in the middle of a change starts anew.
-const SELECTIONS: usize = 3;
+/// How often it is looked for a backend while tables are in the middle of a change.
+pub(super) const LOOKS: usize = 2;
 
 /// Who sends, as far as traffic policies care (docs/service-semantics.md, 0.2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -135,32 +133,46 @@ impl Rejection {
 pub(super) fn backend_for<T: Tables, A: Asker>(
     tables: &T,
     asker: &A,
+    destination: (&Addr, Port, Proto),
+    known: u32,
+) -> Result<Selected, Rejection> {
+    let mut torn = Reason::BadSlot;
+    for _ in 0..LOOKS {
+        match look(tables, asker, destination, known) {
+            Err(Rejection::Torn(reason)) => torn = reason,
+            found => return found,
+        }
+    }
+    Err(Rejection::Torn(torn))
+}
+
+/// The same with one look at each table.
+#[inline(always)]
+pub(super) fn look<T: Tables, A: Asker>(
+    tables: &T,
+    asker: &A,
     (addr, port, proto): (&Addr, Port, Proto),
     known: u32,
 ) -> Result<Selected, Rejection> {
-    for _ in 0..SELECTIONS {
-        let frontend = frontend_for(tables, addr, port, proto, known)?;
-        if asker.leaves(frontend.flags) {
-            return Err(Rejection::NotOurs);
-        }
-        if frontend.flags & frontend::SOURCE_RANGES != 0
-            && !tables.source_allowed(&SourceKey::exact(frontend.service, asker.address()))
-        {
-            return Err(Rejection::SourceRange(frontend.service));
-        }
-        let (run, flag) = usable(&frontend, asker.source())?;
-        let chosen = match remembered(tables, &frontend, flag, asker.client()) {
-            None => pick(tables, &frontend, run, asker.hash(tables)),
-            chosen => chosen,
-        };
-        // Looked up once more, so that two ways lead to a number and not to a whole backend.
-        if let Some(index) = chosen
-            && let Some(backend) = tables.backend(index).filter(Backend::is_live)
-        {
-            return Ok(Selected { frontend, index, backend });
-        }
+    let frontend = frontend_for(tables, addr, port, proto, known)?;
+    if asker.leaves(frontend.flags) {
+        return Err(Rejection::NotOurs);
     }
-    Err(Rejection::Torn(Reason::BadSlot))
+    if frontend.flags & frontend::SOURCE_RANGES != 0
+        && !tables.source_allowed(&SourceKey::exact(frontend.service, asker.address()))
+    {
+        return Err(Rejection::SourceRange(frontend.service));
+    }
+    let (run, flag) = usable(&frontend, asker.source())?;
+    let chosen = match remembered(tables, &frontend, flag, asker.client()) {
+        None => pick(tables, &frontend, run, asker.hash(tables)),
+        chosen => chosen,
+    };
+    // Looked up once more, so that two ways lead to a number and not to a whole backend.
+    match chosen.and_then(|index| Some((index, tables.backend(index)?))) {
+        Some((index, backend)) if backend.is_live() => Ok(Selected { frontend, index, backend }),
+        _ => Err(Rejection::Torn(Reason::BadSlot)),
+    }
 }
 
 /// The frontend for a destination: exact first, then the NodePort if the address accepts them (V-1, V-2).
@@ -178,15 +190,12 @@ fn frontend_for<T: Tables>(
         key.addr = addr.wildcard();
         found = tables.frontend(&key);
     }
-    for _ in 0..READS {
-        match found {
-            Some(frontend) if frontend.is_sealed_for(&key) => return Ok(frontend),
-            Some(_) => found = tables.frontend(&key),
-            None if known & address::CLUSTER_IP != 0 => return Err(Rejection::UndefinedPort),
-            None => return Err(Rejection::NotOurs),
-        }
+    match found {
+        Some(frontend) if frontend.is_sealed_for(&key) => Ok(frontend),
+        Some(_) => Err(Rejection::Torn(Reason::TornFrontend)),
+        None if known & address::CLUSTER_IP != 0 => Err(Rejection::UndefinedPort),
+        None => Err(Rejection::NotOurs),
     }
-    Err(Rejection::Torn(Reason::TornFrontend))
 }
 
 /// The run of slots a source may use (P-9), and the flag its backends carry.

@@ -27,8 +27,15 @@ pub trait Subprograms: Tables + Sized {
         open::open(self, packet, known, edit, &mut Choice { ..Choice::NONE })
     }
     /// [`open::choose`].
-    fn choose(&self, packet: &Packet, known: u32, attempt: u32, choice: &mut Choice) -> Verdict {
-        open::choose(self, packet, known, attempt, choice)
+    fn choose(
+        &self,
+        packet: &Packet,
+        known: u32,
+        attempt: u32,
+        last: bool,
+        choice: &mut Choice,
+    ) -> Option<Verdict> {
+        open::choose(self, packet, known, attempt, last, choice)
     }
     /// [`flow::make`].
     fn make(&self, packet: &Packet, choice: &Choice, middle_port: Port) -> FlowId {
@@ -83,12 +90,12 @@ pub trait Subprograms: Tables + Sized {
         masquerade::find_source(self, packet)
     }
     /// [`masquerade::find_port`].
-    fn find_port(&self, packet: &mut Packet, at: u32) -> u32 {
-        masquerade::find_port(self, packet, at)
+    fn find_port(&self, packet: &mut Packet, start: u32, call: u32) -> u32 {
+        masquerade::find_port(self, packet, start, call)
     }
     /// [`masquerade::price`].
-    fn price(&self, packet: &Packet) -> u64 {
-        masquerade::price(self, packet)
+    fn price(&self, packet: &mut Packet, at: u32) -> u64 {
+        masquerade::price(self, packet, at)
     }
     /// [`masquerade::enter_source`].
     fn enter_source(&self, packet: &Packet, id: FlowId) -> Entered {

@@ -26,7 +26,9 @@ static POWERS: [[u32; 2]; 16] = {
 const X32: u32 = multiply(multiply(ONE >> 8, ONE >> 8), multiply(ONE >> 8, ONE >> 8));
 
 /// The product of two polynomials modulo the polynomial; masks instead of branches.
-const fn multiply(a: u32, b: u32) -> u32 {
+#[inline(always)]
+#[must_use]
+pub const fn multiply(a: u32, b: u32) -> u32 {
     let (mut product, mut shifted) = (0, b);
     let mut bit = 0;
     while bit < 32 {
@@ -42,6 +44,12 @@ const fn multiply(a: u32, b: u32) -> u32 {
 /// stands in memory.
 #[inline(always)]
 pub fn difference(diff: u32, following: u32) -> u32 {
+    difference_by(multiply, diff, following)
+}
+
+/// The same with another [`multiply`]: the kernel's calls it as a separately verified function.
+#[inline(always)]
+pub fn difference_by(multiply: impl Fn(u32, u32) -> u32, diff: u32, following: u32) -> u32 {
     // The bytes' own CRC is their polynomial times x^32.
     let mut crc = multiply(u32::from_le_bytes(diff.to_ne_bytes()), X32);
     let mut k = 0;

@@ -25,4 +25,6 @@ pub use sweep::sweep;
 pub(crate) use end::{displace, enter_free, give_back};
 pub(crate) use leg::enter_for;
 pub(crate) use progress::care_for;
+#[cfg(test)]
+use touch::BELIEVED;
 pub(crate) use touch::{Touch, Touched, goes_on, touch};

@@ -8,6 +8,7 @@ use crate::abi::{
     frontend,
 };
 use crate::addr::{Addr, Port, Proto};
+use crate::lb::flow::BELIEVED;
 use crate::lb::tests::{ETH, Node, Talk, addr, answer, key, shown};
 use crate::lb::{LONGEST_PAUSE, Subprograms as _, Tables as _, adopt, flow};
 use crate::testing::{ByteFrame, Outcome, SECRET, frame, run, segment, tuple};
@@ -174,7 +175,7 @@ fn a_forged_end_does_not_end_an_old_flow() {
             let talk = Talk::open(&node, CLIENT, VIP);
             // Both ends have acknowledged something now.
             let right = if client { Talk::CLIENT.wrapping_add(1) } else { Talk::ENDPOINT + 1 };
-            for far in [1 << 20, 1 << 31, 0_u32.wrapping_sub(1)] {
+            for far in [BELIEVED, 1 << 31, 0_u32.wrapping_sub(1)] {
                 let seq = right.wrapping_add(far);
                 if client {
                     talk.asks(flags, seq, 1)
@@ -185,6 +186,23 @@ fn a_forged_end_does_not_end_an_old_flow() {
             let flow = the_flow(&node);
             assert_eq!((flow.fin, flow.rst), ([0; 2], [0; 2]), "{flags:#x} {client}");
         }
+    }
+}
+
+#[test]
+fn an_end_behind_all_that_linux_lets_be_under_way_is_believed() {
+    // D-6.
+    for client in [true, false] {
+        let node = masquerading();
+        let talk = Talk::open(&node, CLIENT, VIP);
+        let right = if client { Talk::CLIENT.wrapping_add(1) } else { Talk::ENDPOINT + 1 };
+        let seq = right.wrapping_add(6 << 20);
+        if client {
+            talk.asks(FIN_ACK, seq, 1)
+        } else {
+            talk.answers(FIN_ACK, seq, right)
+        };
+        assert_eq!(the_flow(&node).fin, if client { [1, 0] } else { [0, 1] });
     }
 }
 
