@@ -6,8 +6,8 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, Queue, SkStorage};
 use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend,
-    FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
+    Affinity, AffinityKey, AgentState, Backend, Config, Device, Flow, FlowId, Fragment, FragmentKey,
+    Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
     SocketState, Tuple, Warning, capacity,
 };
 use proxy_common::addr::Addr;
@@ -34,6 +34,8 @@ pub static ADDRESS_BITS: Array<u64, { capacity::ADDRESS_BITS }> = Array::new();
 pub static SOURCES: LpmTrie<[u32; 5], u32, { capacity::SOURCES }> = LpmTrie::new();
 #[btf_map]
 pub static IFACES: HashMap<u32, Iface, { capacity::IFACES }, SPARSE> = HashMap::new();
+#[btf_map]
+pub static DEVICES: HashMap<u32, Device, { capacity::DEVICES }, SPARSE> = HashMap::new();
 #[btf_map]
 pub static MASQUERADE: LpmTrie<[u32; 5], Addr, { capacity::MASQUERADE }> = LpmTrie::new();
 #[btf_map]

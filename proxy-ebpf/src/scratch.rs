@@ -1,4 +1,4 @@
-//! The working storage of the TC programs.
+//! The working storage of the TC and XDP programs.
 
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
@@ -8,13 +8,17 @@ use proxy_common::lb::{Choice, Ring};
 use proxy_common::wire::reject::Reply;
 use proxy_common::wire::{Edit, Packet};
 
-/// Working storage of one CPU. TC programs are not interrupted by their like, so each has it for itself while
+/// Working storage of one CPU. TC and XDP programs are not interrupted by their like, so each has it for itself while
 /// it runs. The program `flows` may be interrupted by them and touches only `timeouts`, and the time, which
 /// is off by a tick at most for it.
 #[repr(C)]
 pub struct Scratch {
     pub packet: Packet,
     pub edit: Edit,
+    /// Of a packet that is sent on at the driver: as it came, what its destination becomes, and to which neighbour it goes.
+    pub arrived: Packet,
+    pub enters: Edit,
+    pub ethernet: [u32; 3],
     pub choice: Choice,
     pub leg: Leg,
     // What is asked of the tables that have these keys.

@@ -134,6 +134,14 @@ impl Agent {
         self.arguments.extend(flags.iter().map(ToString::to_string));
     }
 
+    /// The value of a flag of `run`, from the next start on.
+    pub fn set(&mut self, flag: &str, value: &str) {
+        if let Some(at) = self.arguments.iter().position(|argument| argument == flag) {
+            self.arguments.drain(at..self.arguments.len().min(at + 2));
+        }
+        self.further(&[flag, value]);
+    }
+
     /// What a shell is to do before it becomes the agent, from the next start on: set limits, lead its output elsewhere.
     pub fn before(&mut self, script: &str) {
         self.before = Some(script.to_owned());

@@ -18,7 +18,7 @@ use std::{fs, thread};
 
 use agent_core::datapath::Datapath;
 use agent_core::model::Change;
-use agent_core::model::{Link, Route, Settings, World};
+use agent_core::model::{AtDriver, Link, Route, Settings, World};
 use agent_core::plan::{Actual, Step};
 use agent_kernel::datapath::attach::{AttachError, Attached, Direction};
 use agent_kernel::datapath::flow::sockets::{LedOn, Storage, lead_on};
@@ -35,9 +35,9 @@ use agent_kernel::datapath::tables::taken::Taken;
 use agent_kernel::netlink::{self, Devices};
 use nix::sched::{CloneFlags, setns, unshare};
 use proxy_common::abi::{
-    Affinity, AffinityKey, AgentState, Backend, Config, Flow, FlowId, Frontend, FrontendKey, Iface, Key, Leg,
-    PortRange, Role, RouteKey, Run, Secret, ServiceName, SocketEntry, SocketState, SourceKey, State, Tuple,
-    maps, text,
+    Affinity, AffinityKey, AgentState, Backend, Config, Device, Flow, FlowId, Frontend, FrontendKey, Iface,
+    Key, Leg, PortRange, Role, RouteKey, Run, Secret, ServiceName, SocketEntry, SocketState, SourceKey,
+    State, Tuple, maps, text,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 use proxy_common::lb::Tables as _;
@@ -669,6 +669,78 @@ fn programs_without_ethernet_header_are_loaded_for_the_first_interface_and_befor
         assert_eq!(names(&after), names(&before));
         assert!(before.iter().zip(&after).all(|((_, old), (_, new))| old != new), "{before:?} {after:?}");
     }
+}
+
+#[test]
+fn a_program_at_a_driver_stays_over_a_restart_moves_to_larger_tables_and_goes_when_it_is_not_wanted() {
+    let room = Room::new();
+    room.veth("v0", "v1");
+    let links = interfaces();
+    let at = |name: &str| {
+        let link = links.iter().find(|link| &*link.name == name).unwrap();
+        AtDriver { index: link.index, name: link.name.clone(), born: link.born, mac: link.mac, is_pair: true }
+    };
+    let (v0, v1) = (at("v0"), at("v1"));
+    let devices = || {
+        let map = aya::maps::MapData::from_pin(room.root.map(maps::DEVICES)).unwrap();
+        let map: aya::maps::HashMap<_, u32, Device> = aya::maps::Map::HashMap(map).try_into().unwrap();
+        let mut found: Vec<_> =
+            map.iter().map(Result::unwrap).map(|(index, device)| (index, device.mac)).collect();
+        found.sort();
+        found
+    };
+    let pinned = || -> Vec<u32> {
+        let links = Pinned::open(&room.root).unwrap().links().unwrap();
+        links
+            .into_iter()
+            .filter(|link| matches!(link.place, Place::Driver(_)))
+            .map(|link| link.program_id)
+            .collect()
+    };
+    let mut first = room.load();
+    // Without the programs that begin flows there is nothing to do for one.
+    assert!(first.sync_drivers(std::slice::from_ref(&v0)).is_empty());
+    done(first.sync_interfaces(&links));
+    // The other end is not ready, and that is said; it is not asked again at once.
+    let refused = first.sync_drivers(std::slice::from_ref(&v0));
+    assert!(matches!(&refused[..], [(_, Err(AttachError::SendsNothing { .. }))]), "{refused:?}");
+    assert!(first.sync_drivers(std::slice::from_ref(&v0)).is_empty());
+    assert!(first.refusing().is_empty(), "nobody lacks anything");
+    assert_eq!(devices(), [(0, [0; 6]); 0]);
+    // Each end makes the other ready.
+    let both = [AtDriver { is_pair: false, ..v0.clone() }, AtDriver { is_pair: false, ..v1.clone() }];
+    assert_eq!(done(first.sync_drivers(&both)).len(), 2);
+    assert!(first.sync_drivers(&both).is_empty());
+    let mut known = [(v0.index, v0.mac), (v1.index, v1.mac)];
+    known.sort_unstable();
+    assert_eq!(devices(), known);
+    let before = pinned();
+    drop(first);
+
+    let mut second = room.load();
+    done(second.sync_interfaces(&links));
+    assert!(done(second.sync_drivers(&both)).iter().all(|(_, how)| *how == Attached::Kept));
+    assert_eq!(pinned(), before);
+    drop(second);
+
+    let larger = Capacities { flows: SMALL.flows * 2, ..SMALL };
+    let mut third = room.try_load(&larger, true).unwrap();
+    assert_eq!(third.changed().unwrap().hooks, 6);
+    assert_eq!(devices(), known, "what is known of drivers is carried over");
+    let after = pinned();
+    assert!(after.len() == 2 && !after.iter().any(|id| before.contains(id)), "{before:?} {after:?}");
+    done(third.sync_interfaces(&links));
+    // Not wanted any more, as far as this agent can know: by its pin, and after it has attached it itself.
+    assert!(done(third.sync_drivers(&both[..1])).iter().all(|(_, how)| *how == Attached::Kept));
+    assert_eq!((pinned().len(), devices().len()), (1, 1));
+    assert!(third.sync_drivers(&[]).is_empty());
+    assert_eq!((pinned().len(), devices().len()), (0, 0));
+    // With its interface it goes, too.
+    done(third.sync_drivers(&both[1..]));
+    let rest: Vec<_> = links.iter().filter(|link| link.index != v1.index).cloned().collect();
+    third.sync_interfaces(&rest);
+    assert_eq!((pinned().len(), devices().len()), (0, 0));
+    assert_eq!(room.hooks().len(), 2);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use super::kube_proxy::v1alpha1::{IGNORED, KubeProxyConfiguration};
 use super::sizes::TableSizes;
-use agent_core::model::SocketLb;
+use agent_core::model::{Drivers, SocketLb};
 
 /// Whose sockets are translated at `connect`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -25,6 +25,27 @@ impl From<SocketLbArg> for SocketLb {
             SocketLbArg::All => Self::All,
             SocketLbArg::Host => Self::Host,
             SocketLbArg::Off => Self::Off,
+        }
+    }
+}
+
+/// Which interfaces to the outside carry a program at their driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum XdpArg {
+    /// None.
+    Off,
+    /// Hardware and bonds, where the driver takes it.
+    Auto,
+    /// Every interface whose driver takes it, such as veth devices.
+    Native,
+}
+
+impl From<XdpArg> for Drivers {
+    fn from(arg: XdpArg) -> Self {
+        match arg {
+            XdpArg::Off => Self::Off,
+            XdpArg::Auto => Self::Auto,
+            XdpArg::Native => Self::Native,
         }
     }
 }
@@ -88,6 +109,11 @@ pub struct RunArgs {
     /// Interfaces that carry programs, as glob patterns [default: all but lo].
     #[arg(long, value_name = "GLOB,...", value_delimiter = ',')]
     pub devices: Vec<String>,
+    /// Send on at the driver (XDP) what comes from outside and goes to an endpoint elsewhere, or back: connections that
+    /// have been answered then pass neither netfilter nor TC programs of others on this node. Some drivers reset their
+    /// device when the program comes or goes. A driver that refuses is left to the stack, which is said.
+    #[arg(long, value_enum, default_value_t = XdpArg::Off)]
+    pub xdp: XdpArg,
     /// Drop what goes to an address inside a ServiceCIDR that is no Service's, as kube-proxy's nftables mode does;
     /// false where another proxy serves some of the Services.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true,

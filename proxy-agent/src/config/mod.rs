@@ -34,7 +34,7 @@ pub use sizes::TableSizes;
 pub use source::SourceConfig;
 pub use sysctl::Sysctls;
 
-use agent_core::model::{DetectLocal, NodePortAddresses, Settings};
+use agent_core::model::{DetectLocal, Drivers, NodePortAddresses, Settings};
 use agent_kernel::datapath::attach::exclude::Excluded;
 use agent_kernel::datapath::flow::Timeouts;
 use agent_kernel::netlink::Devices;
@@ -59,6 +59,8 @@ pub struct Config {
     pub bpf_root: PathBuf,
     /// Which interfaces carry programs.
     pub devices: Devices,
+    /// Which interfaces carry a program at their driver.
+    pub drivers: Drivers,
     /// Whose sockets are left to their packets.
     pub excluded: Excluded,
     /// Whether pods say that, too.
@@ -145,6 +147,7 @@ impl Config {
             cgroup_root: args.cgroup_root.clone(),
             bpf_root: bpf_root.to_owned(),
             devices,
+            drivers: args.xdp.into(),
             excluded,
             pod_annotations: args.socket_lb_pod_annotations,
             scheduler: args.scheduler,

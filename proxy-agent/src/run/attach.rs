@@ -47,6 +47,16 @@ impl Agent {
         let links = self.config.devices.choose(self.world.links());
         let results = self.loaded.sync_interfaces(&links);
         self.report.interfaces(results);
+        self.attach_drivers();
         self.tell_hooks();
+    }
+
+    /// What an uplink is may change with more than links, and a driver that refused is tried again.
+    pub(super) fn attach_drivers(&mut self) {
+        let mut wanted = self.world.at_drivers(self.config.drivers);
+        let named = self.config.devices.choose(self.world.links());
+        wanted.retain(|driver| named.iter().any(|link| link.index == driver.index));
+        let results = self.loaded.sync_drivers(&wanted);
+        self.report.drivers(&wanted, results, self.loaded.at_drivers());
     }
 }

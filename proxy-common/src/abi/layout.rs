@@ -11,9 +11,9 @@ use alloc::vec::Vec;
 use core::mem::size_of;
 
 use super::{
-    Affinity, AffinityKey, AgentState, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend,
-    FrontendKey, Iface, Key, Leg, PeerKey, Reason, RouteKey, Secret, ServiceName, ServiceStats, SocketEntry,
-    SocketState, SourceKey, State, Tuple, Warning, maps,
+    Affinity, AffinityKey, AgentState, Backend, Config, Device, Flow, FlowId, Fragment, FragmentKey,
+    Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, RouteKey, Secret, ServiceName, ServiceStats,
+    SocketEntry, SocketState, SourceKey, State, Tuple, Warning, maps,
 };
 use crate::addr::{Addr, Port, Proto};
 
@@ -120,6 +120,7 @@ pub fn tables() -> Vec<Table> {
         table::<u32, u64>(maps::ADDRESS_BITS),
         table::<SourceKey, u32>(maps::SOURCES),
         table::<u32, Iface>(maps::IFACES),
+        table::<u32, Device>(maps::DEVICES),
         table::<RouteKey, Addr>(maps::MASQUERADE),
         table::<u32, u64>(maps::SERVICE_PORTS),
         table::<u32, Config>(maps::CONFIG),

@@ -11,6 +11,7 @@
 //! | [`maps::ADDRESS_BITS`] | array | [`Addr::place`] / 64 → bits of the addresses that may be in ADDRESSES | agent | all hooks | bits are shared: a look more |
 //! | [`maps::SOURCES`] | LPM trie | [`SourceKey`] → 1 | agent | all hooks | as above |
 //! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC | the agent says so; answers leave as the routes say, pods of that interface are strangers |
+//! | [`maps::DEVICES`] | hash | ifindex → [`Device`] | agent | XDP | the agent says so; what comes in there goes by the stack |
 //! | [`maps::MASQUERADE`] | LPM trie | [`RouteKey`] → [`Addr`] | agent | TC | the agent says so; single routes leave under the address of the shorter ones, a new interface masquerades nothing (counted) |
 //! | [`maps::SERVICE_PORTS`] | array | port / 64 → bits of the ports that are a frontend's beside ClusterIPs | agent | TC | – |
 //! | [`maps::CONFIG`] | array of 1 | → [`Config`] | agent | all hooks | – |
@@ -41,6 +42,7 @@ mod affinity;
 mod agent;
 pub mod backend;
 pub mod config;
+pub mod device;
 mod flow;
 mod fragment;
 pub mod frontend;
@@ -59,6 +61,7 @@ pub use agent::{
 };
 pub use backend::Backend;
 pub use config::{Config, Iface, PORT_RANGES, PortRange, Range, SERVICE_RANGES, address, feature, iface};
+pub use device::Device;
 pub use flow::{
     FORWARD, FilterPlace, Flow, FlowId, Hook, Key, Leg, Notes, Pair, REPLY, Role, SILENCE, Secret, State,
     TELL, Timeouts, Tuple, ask, flow_flags, window,
@@ -75,7 +78,7 @@ use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say
 /// of themselves.
-pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 8 } else { 7 };
+pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 9 } else { 8 };
 
 /// Map names as `bpftool map` shows them: at most 15 bytes. The table of [`abi`](self) says what is in each.
 pub mod maps {
@@ -83,7 +86,7 @@ pub mod maps {
         ($($name:ident)*) => {
             $(#[expect(missing_docs, reason = "the table says it")] pub const $name: &str = stringify!($name);)*
             /// Every map of the programs that is pinned, in the order of the table.
-            pub const ALL: [&str; 29] = [$($name),*];
+            pub const ALL: [&str; 30] = [$($name),*];
         };
     }
 
@@ -97,6 +100,7 @@ pub mod maps {
         ADDRESS_BITS
         SOURCES
         IFACES
+        DEVICES
         MASQUERADE
         SERVICE_PORTS
         CONFIG
@@ -145,6 +149,8 @@ pub mod capacity {
     pub const SOURCES: usize = 65_536;
     /// Interfaces of the node.
     pub const IFACES: usize = 4_096;
+    /// Interfaces with a program at their driver.
+    pub const DEVICES: usize = 256;
     /// Routes that ask for a source of their own.
     pub const MASQUERADE: usize = 16_384;
     /// Words of 64 ports each: all there are.
@@ -225,6 +231,7 @@ mod tests {
             ("Backend", size_of::<Backend>(), align_of::<Backend>()),
             ("SourceKey", size_of::<SourceKey>(), align_of::<SourceKey>()),
             ("Iface", size_of::<Iface>(), align_of::<Iface>()),
+            ("Device", size_of::<Device>(), align_of::<Device>()),
             ("RouteKey", size_of::<RouteKey>(), align_of::<RouteKey>()),
             ("Config", size_of::<Config>(), align_of::<Config>()),
             ("Tuple", size_of::<Tuple>(), align_of::<Tuple>()),
@@ -243,7 +250,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 7);
+        assert_eq!(ABI_VERSION, 8);
         assert_eq!(
             sizes,
             [
@@ -252,6 +259,7 @@ mod tests {
                 ("Backend", 32, 4),
                 ("SourceKey", 24, 4),
                 ("Iface", 16, 4),
+                ("Device", 8, 2),
                 ("RouteKey", 24, 4),
                 ("Config", 400, 8),
                 ("Tuple", 40, 4),

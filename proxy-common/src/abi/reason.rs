@@ -58,6 +58,7 @@ reasons! {
     ReplyRedirected = "reply_redirected", "An answer was sent out of the interface that the question had come in by.";
     CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
     EndpointLost = "endpoint_lost", "Rejected: the endpoint of the connection has left, and its Service wants it reset.";
+    PassedThrough = "passed_through", "A packet from outside to an endpoint elsewhere, or back, was sent on at the driver (XDP).";
 }
 
 impl Reason {

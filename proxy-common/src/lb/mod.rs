@@ -3,7 +3,7 @@
 //!
 //! The story of a packet: [`quick`] lets go on what can be told from little; [`ingress`] finds its flow or [`open`]s one and names the new destination;
 //! [`egress`] finds the same flow by its tuple behind the stack and names the new source. [`socket`] is the
-//! same story without packets. What is chosen and why is in [`select`]; how flows begin, live and end is in
+//! same story without packets, and [`through`] in one go for those that only pass the node. What is chosen and why is in [`select`]; how flows begin, live and end is in
 //! [`flow`], and how those of another proxy become ours in [`adopt`].
 
 pub mod adopt;
@@ -18,6 +18,9 @@ pub mod select;
 pub mod socket;
 mod subprog;
 mod tables;
+pub mod through;
+#[cfg(test)]
+mod through_tests;
 
 #[cfg(test)]
 mod tests;

@@ -9,8 +9,10 @@ use crate::abi::{
     backend, config, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
-use crate::testing::{ByteFrame, MemoryTables, Outcome, frame, icmp_error, run, segment, tuple, verify};
-use crate::wire::Packet;
+use crate::testing::{
+    ByteFrame, MemoryTables, Outcome, frame, icmp_error, run, run_through, segment, tuple, verify,
+};
+use crate::wire::{Packet, lower_hops};
 
 pub(super) const ETH: u32 = 2;
 
@@ -137,6 +139,20 @@ impl Node {
         }
     }
 
+    /// Through both, with the answer of the program at the driver, which must be the same.
+    #[track_caller]
+    pub(super) fn pass(&self, frame: &ByteFrame) -> (ByteFrame, bool) {
+        let through = run_through(&self.tables, frame, ETH, ETH);
+        let left = self.leave(&self.enter(frame));
+        if let Some(through) = &through {
+            let mut routed = left.clone();
+            assert!(lower_hops(&mut routed, &tuple(&left).expect("a packet")));
+            assert_eq!(through, &routed, "{} as {} and {}", shown(frame), shown(through), shown(&routed));
+            assert_eq!(verify(through), Ok(()));
+        }
+        (left, through.is_some())
+    }
+
     /// How many flows are young, and how many old.
     pub(super) fn flows(&self) -> [usize; 2] {
         let live = self.tables.live();
@@ -190,13 +206,13 @@ impl<'a> Talk<'a> {
     /// A segment of the client's, as it leaves towards the endpoint.
     #[track_caller]
     pub(super) fn asks(&self, flags: u8, seq: u32, ack: u32) -> ByteFrame {
-        self.node.leave(&self.node.enter(&segment(&self.ask, flags, [seq, ack], b"", false)))
+        self.node.pass(&segment(&self.ask, flags, [seq, ack], b"", false)).0
     }
 
     /// A segment of the endpoint's, as it leaves towards the client.
     #[track_caller]
     pub(super) fn answers(&self, flags: u8, seq: u32, ack: u32) -> ByteFrame {
-        self.node.leave(&self.node.enter(&segment(&self.received.reversed(), flags, [seq, ack], b"", false)))
+        self.node.pass(&segment(&self.received.reversed(), flags, [seq, ack], b"", false)).0
     }
 
     /// The SYN-ACK reaches the client.

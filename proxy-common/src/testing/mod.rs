@@ -8,6 +8,6 @@ mod tables;
 
 pub use frame::ByteFrame;
 pub use packet::{frame, icmp_error, segment, tuple, verify};
-pub use run::{Outcome, run, run_on};
+pub use run::{Outcome, run, run_on, run_through};
 pub use socket::MemorySocket;
 pub use tables::{MemoryTables, SECRET};

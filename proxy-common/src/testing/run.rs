@@ -5,9 +5,10 @@ use std::vec::Vec;
 use super::ByteFrame;
 use crate::abi::{Hook, Reason};
 use crate::lb::quick::{Quick, quick};
+use crate::lb::through::{self, Passage};
 use crate::lb::{Subprograms, Verdict, egress, ingress};
 use crate::wire::reject::{self, Reply};
-use crate::wire::{Edit, End, Kind, Packet, parse, peek, rewrite, rewrite_error};
+use crate::wire::{Edit, End, Kind, Packet, lower_hops, parse, peek, peek_v6, rewrite, rewrite_error};
 
 /// What became of a frame at a hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +44,7 @@ pub fn run_on<const ETHERNET: bool>(
     let quickly = peeked.map_or(Quick::Ask, |packet| quick(tables, hook, &packet, &mut edit));
     let mut packet = Packet::at(ifindex);
     let parsed = parse::<_, ETHERNET>(frame, &mut packet);
-    if let Some(peeked) = peeked {
+    if let Some(peeked) = peeked.or_else(|| peek_v6::<_, ETHERNET>(frame)) {
         assert_eq!((parsed, Packet { ifindex, ..peeked }), (Some(()), packet), "both have read the same");
     }
     if quickly == Quick::Rewrite {
@@ -95,4 +96,27 @@ pub fn run_on<const ETHERNET: bool>(
         Verdict::Wait if hook == Hook::INGRESS => Outcome::Waits,
         Verdict::Reject | Verdict::Wait | Verdict::Drop => Outcome::Dropped,
     }
+}
+
+/// Runs an Ethernet frame that has come in by the interface `from` through the program at its driver, as the kernel does
+/// where routes lead it out by `out`; the Ethernet header stays. `None` where it goes on to the stack.
+pub fn run_through(tables: &impl Subprograms, frame: &ByteFrame, from: u32, out: u32) -> Option<ByteFrame> {
+    let mut packet = peek::<_, true>(frame).or_else(|| peek_v6::<_, true>(frame))?;
+    packet.ifindex = from;
+    let (mut enters, mut leaves) = (Edit::NONE, Edit::NONE);
+    let passage = through::enter(tables, &packet, &mut enters)?.number();
+    let arrived = packet;
+    packet.apply(End::Dst, &enters);
+    packet.ifindex = out;
+    let mut sent = frame.clone();
+    if !through::leave(tables, &packet, Passage::from_number(passage), &mut leaves)
+        || !lower_hops(&mut sent, &packet)
+    {
+        return None;
+    }
+    let done =
+        rewrite(&mut sent, &arrived, End::Dst, &enters) && rewrite(&mut sent, &packet, End::Src, &leaves);
+    assert!(done, "what has been read can be written: {packet:?}");
+    tables.count(Reason::PassedThrough);
+    Some(sent)
 }

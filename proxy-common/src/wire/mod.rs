@@ -6,8 +6,8 @@ mod parse;
 pub mod reject;
 mod rewrite;
 
-pub use parse::{Kind, Packet, parse, peek};
-pub use rewrite::{Edit, End, rewrite, rewrite_error};
+pub use parse::{Kind, Packet, parse, peek, peek_v6};
+pub use rewrite::{Edit, End, lower_hops, rewrite, rewrite_error};
 
 /// What can be read and written in one go: words, so that a load is a load and not a loop over bytes.
 pub trait Words: Copy {}

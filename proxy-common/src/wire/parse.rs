@@ -211,6 +211,45 @@ fn peek_v4<F: Frame, const L3: usize, const L4: usize, const MORE: usize>(frame:
     Some(packet)
 }
 
+/// [`peek`] for IPv6, without extension headers.
+#[inline(always)]
+pub fn peek_v6<F: Frame, const ETHERNET: bool>(frame: &F) -> Option<Packet> {
+    if !ETHERNET {
+        return peek_v6_at::<_, 0, 40, 48>(frame);
+    }
+    match frame.load_at::<u16, { offset_of!(EthHdr, ether_type) }>()? {
+        ETHERTYPE_IPV6 => peek_v6_at::<_, { EthHdr::LEN }, { EthHdr::LEN + 40 }, { EthHdr::LEN + 48 }>(frame),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn peek_v6_at<F: Frame, const L3: usize, const L4: usize, const MORE: usize>(frame: &F) -> Option<Packet> {
+    let head: [u32; 12] = frame.load_at::<_, L3>()?;
+    let [payload @ .., proto, _] = head[1].to_ne_bytes();
+    if head[0].to_ne_bytes()[0] >> 4 != 6 {
+        return None;
+    }
+    let (src, dst) = (Addr([head[2], head[3], head[4], head[5]]), Addr([head[6], head[7], head[8], head[9]]));
+    if src.is_v4() || dst.is_v4() {
+        return None;
+    }
+    let mut packet = Packet { v4: false, l3: L3 as u16, l4: L4 as u16, ..Packet::at(0) };
+    let (sport, dport) = ports(head[10]);
+    packet.tuple = Tuple::new(src, sport, dst, dport, Proto(proto));
+    match packet.tuple.proto {
+        Proto::TCP => {
+            let more: [u32; 3] = frame.load_at::<_, MORE>()?;
+            (packet.seq, packet.ack) = (u32::from_be(head[11]), u32::from_be(more[0]));
+            [packet.data_offset, packet.tcp_flags, ..] = more[1].to_ne_bytes();
+            packet.segment = i32::from(u16::from_be_bytes(payload));
+        }
+        Proto::UDP => {}
+        _ => return None,
+    }
+    Some(packet)
+}
+
 #[inline(always)]
 fn parse_v4<F: Frame, const L3: usize>(frame: &F, packet: &mut Packet) -> Option<()> {
     let ip: [u32; 5] = frame.load_at::<_, L3>()?;

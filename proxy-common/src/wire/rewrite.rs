@@ -63,6 +63,32 @@ pub fn rewrite<F: Frame>(frame: &mut F, packet: &Packet, end: End, edit: &Edit) 
     frame.update_checksum(usize::from(packet.l4) + field, diff, ports, flags | v6)
 }
 
+/// What a router does to a packet that goes on (RFC 1812 §5.3.1, RFC 8200 §3): it has one hop less. False for one
+/// that has none to spare, and is left as it is.
+#[inline(always)]
+#[must_use]
+pub fn lower_hops<F: Frame>(frame: &mut F, packet: &Packet) -> bool {
+    let (at, hops) = if packet.v4 { (8, 0) } else { (4, 3) };
+    let at = usize::from(packet.l3) + at;
+    let Some(word) = frame.load::<u32>(at) else { return false };
+    let mut bytes = word.to_ne_bytes();
+    if bytes[hops] <= 1 {
+        return false;
+    }
+    bytes[hops] -= 1;
+    if packet.v4 {
+        // In the same word, behind the protocol, stands the header's checksum.
+        let [hops, proto, field @ ..] = bytes;
+        let diff = checksum::diff(
+            u16::from_ne_bytes([hops + 1, proto]).into(),
+            u16::from_ne_bytes([hops, proto]).into(),
+        );
+        let [first, second] = checksum::apply(u16::from_ne_bytes(field), diff).to_ne_bytes();
+        bytes = [hops, proto, first, second];
+    }
+    frame.store(at, u32::from_ne_bytes(bytes))
+}
+
 /// The difference that replacing an address of the packet's makes.
 #[inline(always)]
 fn addr_diff(packet: &Packet, old: &Addr, new: &Addr) -> u32 {

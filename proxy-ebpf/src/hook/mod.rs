@@ -9,8 +9,10 @@
 //! | `exclude_socket` | cgroups of pods that are left to their packets | marks their sockets |
 //! | `tc_ingress`, `tc_egress` | every interface but `lo` | translates packets, before and behind the stack |
 //! | `tc_ingress_l3`, `tc_egress_l3` | interfaces without Ethernet header | the same; loaded with the first of them |
+//! | `xdp_ingress`, `xdp_ingress_sg` | drivers of interfaces to the outside, where wanted | sends on what only passes the node |
 //! | `flows` | none: the agent runs it | makes flows and takes them apart |
 
 mod cgroup;
 mod flows;
 mod tc;
+mod xdp;

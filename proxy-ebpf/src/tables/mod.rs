@@ -23,7 +23,7 @@ use crate::feature::clock;
 use crate::maps;
 use crate::scratch::{Scratch, scratch};
 
-/// The maps of the kernel, and the context of the TC program at work, or none. With `PACKET` the programs
+/// The maps of the kernel, and the context of the TC program at work, or none (also XDP). With `PACKET` the programs
 /// have the working storage [`Scratch`]: the packet that the functions are given is always the one in there,
 /// and so are edit and choice, and subprograms find them; keys are made up there, too.
 pub struct MapTables<const PACKET: bool>(pub *mut __sk_buff);
@@ -188,7 +188,8 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
 
     #[inline(always)]
     fn is_of_others(&self, tuple: &Tuple) -> bool {
-        socket::is_of_others(self.0, tuple)
+        // Without a packet that is not to be known.
+        !self.0.is_null() && socket::is_of_others(self.0, tuple)
     }
 
     #[inline(always)]

@@ -90,3 +90,4 @@ mod sockets;
 mod sources;
 #[cfg(test)]
 mod updates;
+mod xdp;

@@ -261,8 +261,8 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 /// What no made-up story meets, or hardly one: reasons of sockets, of full tables, of helpers that fail, and
-/// of tuples that meet; and of what happens only after many packets or much time (see the stories of pressure).
-const ELSEWHERE: [Reason; 12] = [
+/// of tuples that meet; of what happens only after many packets or much time (see the stories of pressure); and at drivers.
+const ELSEWHERE: [Reason; 13] = [
     Reason::EndpointLost,
     Reason::SocketTranslated,
     Reason::SocketStorage,
@@ -275,6 +275,7 @@ const ELSEWHERE: [Reason; 12] = [
     Reason::EntryRestored,
     Reason::FlowBusy,
     Reason::ReplyRedirected,
+    Reason::PassedThrough,
 ];
 
 const SYN: u8 = TcpFlags::SYN.0;

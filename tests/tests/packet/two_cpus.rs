@@ -41,10 +41,13 @@ fn stay_on(cpu: usize) {
     sched_setaffinity(Pid::from_raw(0), &one).unwrap();
 }
 
+/// Source ports for masquerading.
+const PORTS: std::ops::Range<u16> = 2000..2024;
+
 /// Both families, TCP and UDP, two remote endpoints, everything masqueraded with few ports.
 fn node() -> Node {
     let mut node = Node::new().config(|config| config.flags |= config::MASQUERADE_ALL);
-    node.ports(2000, 24);
+    node.ports(PORTS.start, PORTS.end - PORTS.start);
     for cast in FAMILIES {
         for proto in [Proto::TCP, Proto::UDP] {
             node.serve((cast.vip, 80), proto, INTERNAL, &[(cast.remote, 8080), (cast.other, 8080)]);
@@ -89,7 +92,14 @@ fn talk(programs: &Programs, seed: u64, ended: &AtomicBool) -> u64 {
         let (endpoint, client) = ends(&back);
         assert_eq!(client.ip(), at(cast.pod, 0).ip(), "an answer goes to some client: {back:?}");
         if let Some(answer) = run(&packet(proto, endpoint, client, flags), Hook::EGRESS) {
-            assert_eq!(ends(&answer), (at(cast.vip, 80), client), "under the Service's name");
+            let (service, asked) = ends(&answer);
+            // Where its tuple behind the Service was taken, by a leg that is left behind, a flow has another port there.
+            let asked_by = if PORTS.contains(&client.port()) { asked.port() } else { client.port() };
+            assert_eq!(
+                (service, asked),
+                (at(cast.vip, 80), at(cast.pod, asked_by)),
+                "under the Service's name"
+            );
         }
     }
     translated

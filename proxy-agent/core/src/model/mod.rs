@@ -8,6 +8,7 @@ mod change;
 mod compile;
 mod conflicts;
 mod desired;
+mod drivers;
 mod endpoint;
 mod frontends;
 mod local;
@@ -30,6 +31,7 @@ mod world;
 
 pub use change::{Change, Kind};
 pub use desired::{Desired, DesiredFrontend, DesiredService, NodeTables, ServicePort};
+pub use drivers::{AtDriver, Drivers};
 pub use endpoint::{Endpoint, Slice, SlicePort};
 pub use names::Names;
 pub use no_local::{NoLocal, NoLocalByFamily};

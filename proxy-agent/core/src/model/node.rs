@@ -85,6 +85,10 @@ pub struct Link {
     pub layer3: bool,
     /// What it is to packets.
     pub device: Device,
+    /// The kernel's word for what kind of device it is; empty for hardware.
+    pub kind: Arc<str>,
+    /// Index of the interface that it is made on top of, such as a VLAN's parent.
+    pub lower: Option<u32>,
     /// Its Ethernet address; zero when it has none.
     pub mac: [u8; 6],
     /// Index of the bridge or bond that it is a port of.

@@ -68,6 +68,8 @@ pub enum Place {
     Cgroup(u64),
     /// An interface, by its index.
     Interface(u32, Direction),
+    /// An interface's driver, by the interface's index.
+    Driver(u32),
     /// Nowhere any more: the cgroup or interface has gone.
     Nowhere,
 }
@@ -326,13 +328,14 @@ impl Pinned {
                 let facts = sys::program_facts(fd.as_fd()).ok()?;
                 (Place::Interface(*index, *direction), (facts.name, facts.id))
             }
-            PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => {
+            PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) | PinName::Driver(_) => {
                 let link = sys::link_facts(fd.as_fd()).ok()?;
                 let place = match (link.target, pin) {
                     (Target::Cgroup(id), _) if id != 0 => Place::Cgroup(id),
                     (Target::Interface(index), PinName::Tcx(_, direction)) if index != 0 => {
                         Place::Interface(index, *direction)
                     }
+                    (Target::Interface(index), PinName::Driver(_)) if index != 0 => Place::Driver(index),
                     _ => Place::Nowhere,
                 };
                 let program = match sys::program_by_id(link.program) {

@@ -9,6 +9,7 @@
 mod choose;
 pub mod conntrack;
 pub(crate) mod devices;
+pub(crate) mod driver;
 pub(crate) mod ipvs;
 mod kinds;
 pub(crate) mod nf_make;
@@ -287,6 +288,11 @@ fn link(message: &LinkMessage, kinds: &BTreeMap<u32, String>) -> Option<Link> {
         LinkAttribute::Address(bytes) => <[u8; 6]>::try_from(bytes.as_slice()).ok(),
         _ => None,
     });
+    let lower = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::Link(index) => Some(*index),
+        _ => None,
+    });
+    let kind = kind(message);
     let of_master = master.and_then(|index| kinds.get(&index)).map(String::as_str);
     Some(Link {
         index: header.index,
@@ -294,7 +300,9 @@ fn link(message: &LinkMessage, kinds: &BTreeMap<u32, String>) -> Option<Link> {
         loopback: header.flags.contains(LinkFlags::Loopback),
         up: header.flags.contains(LinkFlags::Up),
         layer3: kinds::frames(header.link_layer_type) == kinds::Frames::Network,
-        device: kinds::device(&kind(message), header.link_layer_type, of_master),
+        device: kinds::device(&kind, header.link_layer_type, of_master),
+        kind: kind.into(),
+        lower,
         mac: mac.unwrap_or_default(),
         master,
         born: 0,

@@ -127,6 +127,10 @@ pub(crate) fn link_facts(fd: BorrowedFd<'_>) -> io::Result<LinkFacts> {
             // SAFETY: the kernel fills this member for TCX links; any bytes are a value.
             Target::Interface(unsafe { found.__bindgen_anon_1.tcx.ifindex })
         }
+        kind if kind == bpf_link_type::BPF_LINK_TYPE_XDP as u32 => {
+            // SAFETY: the kernel fills this member for XDP links; any bytes are a value.
+            Target::Interface(unsafe { found.__bindgen_anon_1.xdp.ifindex })
+        }
         _ => Target::Other,
     };
     Ok(LinkFacts { id: found.id, program: found.prog_id, target })

@@ -33,6 +33,19 @@ pub(crate) fn link_tcx(program: BorrowedFd<'_>, index: u32, egress: bool) -> io:
     call_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
 }
 
+/// `XDP_FLAGS_DRV_MODE` of `linux/if_link.h`.
+const AT_THE_DRIVER: u32 = 1 << 2;
+
+/// Attaches to the driver of interface `index`.
+pub(crate) fn link_xdp(program: BorrowedFd<'_>, index: u32) -> io::Result<OwnedFd> {
+    let mut attr = attr();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_ifindex = index;
+    attr.link_create.attach_type = bpf_attach_type::BPF_XDP as u32;
+    attr.link_create.flags = AT_THE_DRIVER;
+    call_fd(bpf_cmd::BPF_LINK_CREATE, &mut attr)
+}
+
 /// Attaches to a cgroup, beside what others have attached there.
 pub(crate) fn link_cgroup(
     program: BorrowedFd<'_>,

@@ -11,11 +11,13 @@ use super::{attr, call, call_fd, raw};
 pub(crate) fn program_load(
     kind: bpf_prog_type,
     hook: Option<bpf_attach_type>,
+    flags: u32,
     instructions: &[u64],
 ) -> io::Result<OwnedFd> {
     let mut attr = attr();
     attr.__bindgen_anon_3.prog_type = kind as u32;
     attr.__bindgen_anon_3.expected_attach_type = hook.map_or(0, |hook| hook as u32);
+    attr.__bindgen_anon_3.prog_flags = flags;
     attr.__bindgen_anon_3.insns = instructions.as_ptr() as u64;
     attr.__bindgen_anon_3.insn_cnt = instructions.len() as u32;
     attr.__bindgen_anon_3.license = c"GPL".as_ptr() as u64;

@@ -3,8 +3,10 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use agent_core::model::AtDriver;
 use agent_kernel::datapath::attach::{AttachError, Attached};
 use jiff::Timestamp;
+use proxy_common::abi::NOTE;
 
 use super::Report;
 
@@ -43,6 +45,44 @@ impl Report {
         if self.refusing != refusing {
             self.refusing = refusing.to_vec();
         }
+    }
+
+    /// What came of attaching programs at drivers, and which carry one now.
+    pub(in crate::run) fn drivers<'a>(
+        &mut self,
+        wanted: &[AtDriver],
+        results: Vec<(Arc<str>, Result<Attached, AttachError>)>,
+        carry: impl Iterator<Item = &'a str>,
+    ) {
+        self.refusing_drivers.retain(|name, _| wanted.iter().any(|driver| driver.name == *name));
+        for (name, result) in results {
+            match result {
+                Ok(Attached::Kept) => {}
+                Ok(_) => {
+                    tracing::info!("interface {name}: what only passes this node is sent on at its driver");
+                }
+                Err(error) if error.is_of_something_gone() => {}
+                Err(error) => {
+                    let line = format!(
+                        "interface {name}: no program at its driver, so all goes by the stack: {:#}",
+                        anyhow::Error::from(error)
+                    );
+                    if self.logged.insert(line.clone()) {
+                        tracing::warn!("{line}");
+                    }
+                    self.refusing_drivers.insert(name, line);
+                }
+            }
+        }
+        let mut lines = Vec::new();
+        for name in carry {
+            self.refusing_drivers.remove(name);
+            lines.push(format!(
+                "{NOTE}interface {name}: what only passes this node is sent on at its driver (XDP)"
+            ));
+        }
+        lines.extend(self.refusing_drivers.values().map(|line| format!("{NOTE}{line}")));
+        self.at_drivers = lines;
     }
 
     /// So much of a kind that somebody else had removed or changed was restored.

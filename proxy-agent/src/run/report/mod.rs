@@ -5,6 +5,7 @@ mod latency;
 mod server;
 mod syncs;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -57,6 +58,10 @@ pub(super) struct Report {
     refused: Vec<String>,
     /// Hooks that refuse their programs.
     refusing: Vec<String>,
+    /// Drivers that refuse theirs, by interface, and why.
+    refusing_drivers: BTreeMap<Arc<str>, String>,
+    /// What is to be known of drivers.
+    at_drivers: Vec<String>,
     /// What somebody else has last removed or changed, and when it was restored; and how often there was something.
     restored: Option<(u64, String)>,
     /// What connection tracking does not show.
@@ -156,6 +161,8 @@ impl Report {
             warnings: all,
             refused: Vec::new(),
             refusing: Vec::new(),
+            refusing_drivers: BTreeMap::new(),
+            at_drivers: Vec::new(),
             restored: None,
             untracked: None,
             retired: false,
@@ -314,6 +321,7 @@ impl Report {
         }
         let retired = "this node: retired, so what is new is left to another proxy; `proxy-agent retire --undo` takes it back";
         lines.extend(self.retired.then(|| format!("{NOTE}{retired}")));
+        lines.extend(self.at_drivers.iter().cloned());
         lines.extend(world.notes().iter().map(|note| format!("{NOTE}{}: {}", note.object, note.line)));
         lines.extend(self.restored.iter().map(|(times, line)| {
             format!("{NOTE}hooks, pins or tables were removed or changed by somebody else and restored, {times} times; last {line}")

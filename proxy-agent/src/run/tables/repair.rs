@@ -118,6 +118,7 @@ impl Agent {
     pub(in crate::run) fn repair(&mut self) {
         let retried = self.loaded.retry();
         self.report.retried(retried);
+        self.attach_drivers();
         self.look();
         if self.repairs.compare.is_due(COMPARE) {
             self.compare();

@@ -57,7 +57,7 @@ fn sweep(node: &Node) -> u32 {
 /// A datagram of a client, as it leaves.
 #[track_caller]
 fn ask(node: &Node, from: (&str, u16), to: (&str, u16), proto: Proto) -> ByteFrame {
-    node.leave(&node.enter(&frame(&key(from, to, proto), 0, b"?", false)))
+    node.pass(&frame(&key(from, to, proto), 0, b"?", false)).0
 }
 
 /// What becomes of a client's packet on its whole way.

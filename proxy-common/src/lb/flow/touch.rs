@@ -156,7 +156,8 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     if packet.v4 && leg.leads(hook) && touch == Touch::Rewrite && packet.tcp_flags & Packet::RST == 0 {
         // Of a flow that may have to leave by another interface the record is asked each time.
         let stays = edit.out == 0 || edit.out == packet.ifindex;
-        let asked = if packet.goes_on() && settled && stays { tables.window() } else { 0 };
+        // Nor does a leg speak before its flow has been cared for: that is not to be put off from window to window.
+        let asked = if packet.goes_on() && settled && stays && !care { tables.window() } else { 0 };
         let acked = if packet.tcp_flags & Packet::ACK != 0 { packet.ack } else { notes.acked };
         let notes = Notes { asked, acked };
         tables.note(place, leg.id, if leg.is_bound(packet) { notes.bound_to(bound) } else { notes });

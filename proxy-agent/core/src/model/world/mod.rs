@@ -20,14 +20,15 @@ pub use self::health::HealthCheck;
 use self::taken::Taken;
 use super::compile::Here;
 use super::conflicts::Owners;
+use super::drivers;
 use super::local::{Local, UsedBy};
 use super::merge::merge;
 use super::names::Names;
 use super::tables::Around;
 use super::warnings::Warnings;
 use super::{
-    Change, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort, Settings, Slice,
-    SocketLb, Urgency,
+    AtDriver, Change, Drivers, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort,
+    Settings, Slice, SocketLb, Urgency,
 };
 
 /// Everything reported so far.
@@ -168,6 +169,12 @@ impl World {
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// The interfaces whose drivers are to carry a program.
+    #[must_use]
+    pub fn at_drivers(&self, mode: Drivers) -> Vec<AtDriver> {
+        drivers::at_drivers(mode, &self.links, &self.around.uplinks)
     }
 
     /// The links of the node, by index.

@@ -137,7 +137,7 @@ impl Loaded {
                     }
                 }
                 // Looked for all the time.
-                Unit::Excluded(_) => {}
+                Unit::Excluded(_) | Unit::Driver(_) => {}
             }
         }
         self.hooks.batch_ended();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::filter::FilterError;
 use crate::datapath::load::LoadError;
 use crate::datapath::store::pin::PinError;
+use crate::datapath::store::table::TableError;
 
 /// Why a program is not where it should be.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,14 @@ pub enum AttachError {
     /// The kernel refused.
     #[error("cannot attach program {program} to {place}")]
     Attach { program: &'static str, place: String, source: io::Error },
+    /// The interface cannot send what drivers give it.
+    #[error(
+        "interface {name} cannot send from its driver: its other end needs GRO or a program of its own there"
+    )]
+    SendsNothing { name: Arc<str> },
+    /// What programs at drivers know of an interface could not be written.
+    #[error("cannot write what programs at drivers know of interface {name}")]
+    Device { name: Arc<str>, source: TableError },
     /// The swap of a program failed.
     #[error("cannot replace program {program} at {place}; the older one goes on")]
     Replace { program: &'static str, place: String, source: io::Error },
@@ -57,6 +66,8 @@ impl AttachError {
             Self::Filter(error) => error.is_of_something_gone(),
             Self::Missing { .. }
             | Self::Load { .. }
+            | Self::SendsNothing { .. }
+            | Self::Device { .. }
             | Self::CgroupRoot { .. }
             | Self::Replace { .. }
             | Self::Exchange { .. }

@@ -23,7 +23,9 @@ impl Loaded {
             let done = match &pin {
                 PinName::Qdisc(_) => false,
                 PinName::Filter(index, direction) => self.exchange_filter(&pin, *index, *direction)?,
-                PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => self.exchange_link(&pin)?,
+                PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) | PinName::Driver(_) => {
+                    self.exchange_link(&pin)?
+                }
             };
             exchanged += usize::from(done);
         }
@@ -80,10 +82,12 @@ pub(crate) fn any_at_hooks(
         let running = match &pin {
             PinName::Qdisc(_) => continue,
             PinName::Filter(..) => sys::obj_get(&path),
-            PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => match open_link(&path)? {
-                Some((_, facts)) => sys::program_by_id(facts.program),
-                None => continue,
-            },
+            PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) | PinName::Driver(_) => {
+                match open_link(&path)? {
+                    Some((_, facts)) => sys::program_by_id(facts.program),
+                    None => continue,
+                }
+            }
         };
         if program(&pin, running)?.is_some_and(|facts| is_so(&facts)) {
             return Ok(true);

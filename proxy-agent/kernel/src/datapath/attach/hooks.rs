@@ -20,7 +20,7 @@ use super::{AttachError, Attached, Direction, PinName};
 use crate::datapath::flow;
 use crate::datapath::store::pin::PinId;
 use crate::sys::{self, Target};
-use agent_core::model::Link;
+use agent_core::model::{AtDriver, Link};
 use proxy_common::abi::maps;
 
 /// Pause before a hook that has refused is tried again, the first time.
@@ -37,13 +37,15 @@ pub(crate) enum Spot {
     Cgroup { path: PathBuf, id: u64, hook: Hook },
     /// An interface.
     Interface { index: u32, name: Arc<str>, direction: Direction },
+    /// An interface's driver.
+    Driver { index: u32, name: Arc<str> },
 }
 
 impl Spot {
     pub(crate) fn target(&self) -> Target {
         match self {
             Self::Cgroup { id, .. } => Target::Cgroup(*id),
-            Self::Interface { index, .. } => Target::Interface(*index),
+            Self::Interface { index, .. } | Self::Driver { index, .. } => Target::Interface(*index),
         }
     }
 
@@ -56,6 +58,7 @@ impl Spot {
             Self::Interface { index, direction, .. } => {
                 sys::link_tcx(program, *index, *direction == Direction::Egress)
             }
+            Self::Driver { index, .. } => sys::link_xdp(program, *index),
         }
     }
 }
@@ -65,6 +68,7 @@ impl fmt::Display for Spot {
         match self {
             Self::Cgroup { path, .. } => write!(f, "cgroup {}", path.display()),
             Self::Interface { name, .. } => write!(f, "interface {name}"),
+            Self::Driver { name, .. } => write!(f, "the driver of interface {name}"),
         }
     }
 }
@@ -78,6 +82,8 @@ pub(crate) enum Unit {
     Excluded(u64),
     /// An interface, by its index.
     Interface(u32),
+    /// An interface's driver, by its index.
+    Driver(u32),
 }
 
 /// A link as it should be.
@@ -116,6 +122,10 @@ pub(crate) struct Hooks {
     pub(crate) kept: Vec<Kept>,
     pub(crate) cgroup: Option<PathBuf>,
     pub(crate) interfaces: BTreeMap<u32, Link>,
+    /// Interfaces whose drivers are to carry a program.
+    pub(super) drivers: BTreeMap<u32, AtDriver>,
+    /// Whether pins of an earlier agent at drivers have been looked through.
+    pub(super) drivers_adopted: bool,
     /// Interfaces whose filters this process has put in place.
     pub(crate) filters: BTreeSet<u32>,
     pub(super) refused: BTreeMap<Unit, Refused>,

@@ -93,6 +93,7 @@ impl Loaded {
             _ => match &spot {
                 Spot::Cgroup { .. } => Unit::Sockets,
                 Spot::Interface { index, .. } => Unit::Interface(*index),
+                Spot::Driver { index, .. } => Unit::Driver(*index),
             },
         };
         if what == "link"

@@ -5,6 +5,7 @@
 //! (6.6) there are no links on interfaces: a clsact filter takes their place, and a pin of its program
 //! remembers it.
 
+pub mod driver;
 mod ensure;
 mod error;
 pub(crate) mod exchange;
@@ -155,7 +156,9 @@ impl Loaded {
         let mut result = Ok(());
         for index in gone {
             self.hooks.interfaces.remove(&index);
+            self.hooks.drivers.remove(&index);
             self.hooks.forget(Unit::Interface(index));
+            self.hooks.forget(Unit::Driver(index));
             // The others go all the same.
             result = result.and(self.drop_interface(index));
         }
@@ -165,6 +168,7 @@ impl Loaded {
     /// Removes the programs of an interface, with what they hang on.
     fn drop_interface(&mut self, index: u32) -> Result<(), AttachError> {
         self.hooks.filters.remove(&index);
+        self.drop_driver(index);
         for pin in PinName::of_interface(index) {
             // A filter may have lost its pin, which is only a note; a link without one is held.
             let there = self.root().link(&pin.to_string()).symlink_metadata().is_ok();
@@ -286,7 +290,7 @@ pub(crate) fn drop_pin(root: &BpfRoot, pin: &PinName) -> Result<bool, AttachErro
 /// The same for a pin of any version.
 pub(crate) fn drop_pin_at(path: &Path, pin: &PinName) -> Result<bool, AttachError> {
     match pin {
-        PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => {
+        PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) | PinName::Driver(_) => {
             // Others may hold the link: it is detached, not only forgotten. A severed link has nothing to
             // detach, and kernels before 5.11 detach when the pin goes.
             if let Ok(link) = sys::obj_get(path) {

@@ -47,6 +47,8 @@ pub(crate) enum PinName {
     Excluded(u64),
     /// A TCX link.
     Tcx(u32, Direction),
+    /// The program at an interface's driver.
+    Driver(u32),
     /// The program of a clsact filter.
     Filter(u32, Direction),
     /// A program that says: the clsact qdisc of this interface is ours.
@@ -59,8 +61,10 @@ impl PinName {
             return Some(Self::Cgroup(program.to_owned()));
         }
         let (kind, rest) = name.split_once('_')?;
-        if kind == "exclude" {
-            return rest.parse().ok().map(Self::Excluded);
+        match kind {
+            "exclude" => return rest.parse().ok().map(Self::Excluded),
+            "xdp" => return rest.parse().ok().map(Self::Driver),
+            _ => {}
         }
         let (index, place) = rest.split_once('_')?;
         let index = index.parse().ok()?;
@@ -74,7 +78,7 @@ impl PinName {
         })
     }
 
-    /// All that an interface may have, a filter before the qdisc that it hangs on.
+    /// All that an interface may have in the stack, a filter before the qdisc that it hangs on.
     pub(crate) fn of_interface(index: u32) -> [Self; 5] {
         let [egress, ingress] = Direction::BOTH;
         [
@@ -93,6 +97,7 @@ impl PinName {
             Self::Cgroup(program) => program,
             Self::Excluded(_) => super::exclude::PROGRAM,
             Self::Tcx(_, direction) | Self::Filter(_, direction) => direction.program(false),
+            Self::Driver(_) => super::driver::PROGRAM,
             Self::Qdisc(_) => "",
         }
     }
@@ -101,7 +106,9 @@ impl PinName {
     pub(crate) fn interface(&self) -> Option<u32> {
         match self {
             Self::Cgroup(_) | Self::Excluded(_) => None,
-            Self::Tcx(index, _) | Self::Filter(index, _) | Self::Qdisc(index) => Some(*index),
+            Self::Tcx(index, _) | Self::Filter(index, _) | Self::Driver(index) | Self::Qdisc(index) => {
+                Some(*index)
+            }
         }
     }
 }
@@ -111,6 +118,7 @@ impl fmt::Display for PinName {
         match self {
             Self::Cgroup(program) => write!(f, "cgroup_{program}"),
             Self::Excluded(id) => write!(f, "exclude_{id}"),
+            Self::Driver(index) => write!(f, "xdp_{index}"),
             Self::Tcx(index, direction) => write!(f, "tc_{index}_{}", direction.word()),
             Self::Filter(index, direction) => write!(f, "clsact_{index}_{}", direction.word()),
             Self::Qdisc(index) => write!(f, "clsact_{index}_qdisc"),
@@ -131,6 +139,7 @@ mod tests {
             PinName::Tcx(7, Direction::Egress),
             PinName::Filter(12, Direction::Ingress),
             PinName::Qdisc(12),
+            PinName::Driver(12),
         ];
         for name in names {
             assert_eq!(PinName::parse(&name.to_string()), Some(name));

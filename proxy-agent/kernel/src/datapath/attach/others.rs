@@ -102,7 +102,7 @@ impl Ours {
                     ours.interfaces.insert(*index);
                     ours.programs.extend(sys::program_facts(fd.as_fd()).map(|facts| facts.id));
                 }
-                PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) => {
+                PinName::Cgroup(_) | PinName::Excluded(_) | PinName::Tcx(..) | PinName::Driver(_) => {
                     let Ok(facts) = sys::link_facts(fd.as_fd()) else { continue };
                     ours.programs.insert(facts.program);
                     match (facts.target, &pin) {

@@ -1,8 +1,9 @@
 //! From the object to maps and programs in the kernel: tables that are pinned are used again, or carried over to others
 //! (`change`). Programs are loaded before anything is exchanged, so that a failure leaves the data path as it was.
 //!
-//! To have a program verified is what takes long at a start. Those for interfaces without Ethernet header, a third of it, wait
-//! until there is such an interface, or are loaded with the others where some hook has one of an earlier agent's.
+//! To have a program verified is what takes long at a start. Those for interfaces without Ethernet header, and those for
+//! drivers, wait until there is such an interface, or are loaded with the others where some hook has one of an earlier
+//! agent's.
 
 mod carry;
 mod carry_flows;
@@ -25,6 +26,7 @@ use proxy_common::abi::maps;
 use self::generation::Fates;
 use self::object::{LOG_MAP, Maps, draw_secret, load_program, open_maps, pin_flows, program_fd, refused};
 use self::remove::remove_versions;
+use crate::datapath::attach::driver::{is_known, is_of_drivers};
 use crate::datapath::attach::exchange::any_at_hooks;
 use crate::datapath::attach::hooks::Hooks;
 use crate::datapath::attach::loaded::{LoadedProgram, identity};
@@ -166,9 +168,15 @@ impl Loaded {
             changed: None,
         };
         // Who may not know what is at a hook loads them all.
-        let every = any_at_hooks(root, |program| is_of_layer3(&program.name)).unwrap_or(true);
+        let runs = |of: fn(&str) -> bool| any_at_hooks(root, |program| of(&program.name)).unwrap_or(true);
+        let (layer3, drivers) = (runs(is_of_layer3), runs(is_of_drivers));
         let names: Vec<String> = loaded.ebpf.programs().map(|(name, _)| name.to_owned()).collect();
-        for name in names.iter().filter(|name| every || !is_of_layer3(name)) {
+        let wanted = |name: &str| match name {
+            _ if is_of_layer3(name) => layer3,
+            _ if is_of_drivers(name) => drivers && is_known(name, features),
+            _ => true,
+        };
+        for name in names.iter().filter(|name| wanted(name)) {
             loaded.load_one(name)?;
         }
         pin_flows(tables, &loaded.programs)?;

@@ -16,6 +16,7 @@ use proxy_common::lb::Ring;
 use super::error::{LoadError, RANDOM};
 use super::generation::Fates;
 use super::refusal::Refusal;
+use crate::datapath::attach::driver::is_known;
 use crate::datapath::attach::loaded::LoadedProgram;
 use crate::datapath::attach::program_log::ProgramLog;
 use crate::datapath::flow;
@@ -174,7 +175,7 @@ pub fn trial(features: &Features) -> Result<usize, LoadError> {
     probe::raise_memlock();
     let mut ebpf = open_maps(OBJECT, &Maps::Trial, features, ProgramLog::Off, VerifierLogLevel::STATS)?;
     let mut loaded = 0;
-    for (name, program) in ebpf.programs_mut() {
+    for (name, program) in ebpf.programs_mut().filter(|(name, _)| is_known(name, features)) {
         load_program(program).map_err(|error| refused(OBJECT, features, name, error))?;
         loaded += 1;
     }

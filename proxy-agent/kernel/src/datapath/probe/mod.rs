@@ -19,6 +19,8 @@ use crate::sys::instruction::{
 
 /// `BPF_F_PSEUDO_HDR | BPF_F_IPV6`.
 const PSEUDO_HEADER_IPV6: u32 = 1 << 4 | 1 << 7;
+/// `BPF_F_XDP_HAS_FRAGS`.
+const IN_PIECES: u32 = 1 << 5;
 /// No interface has this index.
 const NO_INTERFACE: u32 = i32::MAX as u32;
 
@@ -59,6 +61,8 @@ pub struct Features {
     pub mptcp_socket: bool,
     /// TC programs can ask for the cookie, too.
     pub netns_cookie_tc: bool,
+    /// Programs at drivers may have packets in several pieces (5.18).
+    pub xdp_frags: bool,
     /// We know the cookie of our own network namespace, which is the host's.
     pub host_netns: bool,
     /// Where cgroup v2 is mounted.
@@ -93,6 +97,7 @@ impl Features {
             netns_cookie: sock(&[call(helper::GET_NETNS_COOKIE), set(Register::RESULT, 1), EXIT]).is_ok(),
             mptcp_socket: sock(&MPTCP_STATE).is_ok(),
             netns_cookie_tc: tc(&[call(helper::GET_NETNS_COOKIE), set(Register::RESULT, 0), EXIT]).is_ok(),
+            xdp_frags: has_xdp_frags(),
             host_netns: netns::cookie().is_some(),
             cgroup2: cgroup2_mount(),
         }
@@ -206,6 +211,7 @@ impl Features {
         netns_cookie: false,
         mptcp_socket: false,
         netns_cookie_tc: false,
+        xdp_frags: false,
         host_netns: false,
         cgroup2: None,
     };
@@ -251,8 +257,13 @@ const MPTCP_STATE: [u64; 6] = [
     EXIT,
 ];
 
+fn has_xdp_frags() -> bool {
+    let body = [set(Register::RESULT, 2), EXIT];
+    insist(|| sys::program_load(bpf_prog_type::BPF_PROG_TYPE_XDP, None, IN_PIECES, &body)).is_ok()
+}
+
 fn load(kind: bpf_prog_type, hook: Option<bpf_attach_type>, body: &[u64]) -> io::Result<OwnedFd> {
-    insist(|| sys::program_load(kind, hook, body))
+    insist(|| sys::program_load(kind, hook, 0, body))
 }
 
 /// How often a kernel is asked that has no room for a question at the moment.

@@ -106,7 +106,7 @@ fn note_cookies(map: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<OwnedF
         set(Register::RESULT, 1),
         EXIT,
     ];
-    sys::program_load(bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, Some(hook), &body)
+    sys::program_load(bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR, Some(hook), 0, &body)
 }
 
 #[cfg(test)]
