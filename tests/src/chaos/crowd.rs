@@ -29,7 +29,7 @@ pub enum Manner {
     Idle,
     /// Send a header byte by byte, without an end.
     Slow,
-    /// Ask a hundred times in one go, and take no answer.
+    /// Ask a thousand times in one go, which is more than a server reads before it has answered, and take no answer.
     Deaf,
     /// Connect, say nothing, and connect again when they are sent away.
     Insistent,
@@ -135,7 +135,7 @@ impl Client {
         let mut stream = TcpStream::connect_timeout(&to, CONNECT).ok()?;
         if manner == Manner::Deaf {
             // It may be sent away meanwhile, which is noticed later.
-            stream.write_all(&QUESTION.repeat(100)).ok();
+            stream.write_all(&QUESTION.repeat(1000)).ok();
         }
         stream.set_nonblocking(true).ok()?;
         Some(Self { stream, said: 0 })
@@ -149,6 +149,10 @@ impl Client {
             if self.stream.write(&[byte]).is_err_and(|error| error.kind() != ErrorKind::WouldBlock) {
                 return false;
             }
+        }
+        // Behind an answer that has not been taken only this shows a reset.
+        if self.stream.take_error().is_ok_and(|error| error.is_some()) {
+            return false;
         }
         match self.stream.peek(&mut [0]) {
             Ok(bytes) => bytes != 0,
