@@ -145,10 +145,8 @@ impl Run<'_> {
         let failed = || format!("could not write {}", log.display());
         fs::create_dir_all(log.parent().unwrap_or(Path::new("/"))).with_context(failed)?;
         let file = fs::File::create(log).with_context(failed)?;
-        // Before the others, which take what is left: they have more to wait for, and nothing is to run alone at the end.
-        let mut command = Command::new("nice");
         // This very program, even if it has been compiled anew meanwhile.
-        command.args(["-n", "-5", &format!("/proc/{}/exe", std::process::id())]);
+        let mut command = Command::new("/proc/self/exe");
         command.args(["test", &level.to_string()]);
         command.args(self.args.only.iter().flat_map(|only| ["--only", only]));
         command.stdout(file.try_clone().with_context(failed)?).stderr(file).stdin(Stdio::null());
