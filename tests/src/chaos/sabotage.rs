@@ -2,6 +2,7 @@
 //! pinned and written; each by a name, to be done to an agent that runs, in any order and as often as wanted.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -228,6 +229,9 @@ fn remove(pins: Vec<PathBuf>) -> Result<usize> {
     Ok(pins.len())
 }
 
+/// How often a directory is removed again into which something has come meanwhile.
+const REMOVALS: usize = 20;
+
 /// What is below a directory, and not itself: it is a mount point.
 fn remove_all(root: &Path) -> Result<usize> {
     let mut done = 0;
@@ -238,7 +242,14 @@ fn remove_all(root: &Path) -> Result<usize> {
             continue;
         }
         let path = entry.path();
-        fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
+        // The agent may put something back at the same moment.
+        let mut removed = fs::remove_dir_all(&path);
+        for _ in 0..REMOVALS {
+            if removed.as_ref().is_err_and(|error| error.kind() == ErrorKind::DirectoryNotEmpty) {
+                removed = fs::remove_dir_all(&path);
+            }
+        }
+        removed.with_context(|| format!("removing {}", path.display()))?;
         done += 1;
     }
     Ok(done)
