@@ -54,8 +54,11 @@ impl Agent {
     /// What an uplink is may change with more than links, and a driver that refused is tried again.
     pub(super) fn attach_drivers(&mut self) {
         let mut wanted = self.world.at_drivers(self.config.drivers);
-        let named = self.config.devices.choose(self.world.links());
-        wanted.retain(|driver| named.iter().any(|link| link.index == driver.index));
+        let carries = |index| {
+            let links = self.world.links().iter();
+            links.filter(|link| link.index == index).any(|link| self.config.devices.carries(link))
+        };
+        wanted.retain(|driver| carries(driver.index));
         let results = self.loaded.sync_drivers(&wanted);
         self.report.drivers(&wanted, results, self.loaded.at_drivers());
     }

@@ -36,6 +36,9 @@ pub struct AtDriver {
 /// The interfaces among `links` that are to carry one. A port of a bridge or bond carries none, since what it stands for has
 /// the addresses; nor does one with VLANs on top: a driver may take off the tag before the program sees the frame.
 pub(super) fn at_drivers(mode: Drivers, links: &[Link], uplinks: &BTreeSet<u32>) -> Vec<AtDriver> {
+    if mode == Drivers::Off {
+        return Vec::new();
+    }
     let lowers: BTreeSet<u32> =
         links.iter().filter(|link| &*link.kind == "vlan").filter_map(|link| link.lower).collect();
     let takes = |link: &Link| match mode {

@@ -3,8 +3,8 @@
 //! They only make things faster: what they leave alone takes the way through the stack and TC. So one that is refused hurts
 //! nobody; it is said, and tried again after a pause. A driver that carries somebody else's program refuses ours (`EBUSY`).
 //!
-//! There is no way in the stack in a driver's place (generic XDP): it copies packets first, and since Linux 6.9 what it has
-//! copied reaches TC programs without its Ethernet header.
+//! There is no way in the stack in a driver's place (generic XDP): on Linux 6.18 packets came to TC programs behind it without
+//! their Ethernet header.
 
 use std::sync::Arc;
 
