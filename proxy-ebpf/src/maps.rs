@@ -8,7 +8,7 @@ use aya_ebpf::macros::btf_map;
 use proxy_common::abi::{
     Affinity, AffinityKey, AgentState, Backend, Config, Device, Flow, FlowId, Fragment, FragmentKey,
     Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, Secret, ServiceName, ServiceStats, SocketEntry,
-    SocketState, Tuple, Warning, capacity,
+    SocketState, Tunnel, TunnelKey, Tuple, Warning, capacity,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb;
@@ -38,6 +38,8 @@ pub static IFACES: HashMap<u32, Iface, { capacity::IFACES }, SPARSE> = HashMap::
 pub static DEVICES: HashMap<u32, Device, { capacity::DEVICES }, SPARSE> = HashMap::new();
 #[btf_map]
 pub static MASQUERADE: LpmTrie<[u32; 5], Addr, { capacity::MASQUERADE }> = LpmTrie::new();
+#[btf_map]
+pub static TUNNELS: HashMap<TunnelKey, Tunnel, { capacity::TUNNELS }, SPARSE> = HashMap::new();
 #[btf_map]
 pub static SERVICE_PORTS: Array<u64, { capacity::SERVICE_PORTS }> = Array::new();
 #[btf_map]

@@ -156,7 +156,7 @@ fn frontend(key: &FrontendKey, service: u32) -> Frontend {
 }
 
 fn backend(n: u32) -> Backend {
-    Backend { addr: addr("10.244.0.7"), port: Port::new(8080), flags: 1, generation: n, service: 1, pad: 0 }
+    Backend { addr: addr("10.244.0.7"), port: Port::new(8080), flags: 1, generation: n, service: 1, node: 0 }
 }
 
 /// What SERVICES holds of port `http` of Service `default/web`.

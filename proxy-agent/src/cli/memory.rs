@@ -141,7 +141,7 @@ impl Memory {
 
     fn add_backend(&mut self, index: u32, endpoint: &str, flags: u16, generation: u32, service: u32) {
         let (addr, port) = split(endpoint);
-        self.actual.backends.insert(index, Backend { addr, port, flags, generation, service, pad: 0 });
+        self.actual.backends.insert(index, Backend { addr, port, flags, generation, service, node: 0 });
     }
 }
 

@@ -234,7 +234,7 @@ fn serve(tables: &mut MemoryTables, service: u32, key: FrontendKey, flags: u32, 
     for (index, endpoint) in (first..).zip(endpoints) {
         let flags = backend::IN_CLUSTER | if index == first { backend::LOCAL | backend::IN_LOCAL } else { 0 };
         let (addr, port) = (addr(endpoint), Port::new(8080));
-        tables.backends.insert(index, Backend { addr, port, flags, generation: 1, service, pad: 0 });
+        tables.backends.insert(index, Backend { addr, port, flags, generation: 1, service, node: 0 });
         tables.slots.insert(index, index);
     }
     let count = u32::try_from(endpoints.len()).unwrap_or(0);

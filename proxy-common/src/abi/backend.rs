@@ -31,8 +31,9 @@ table_type! {
         pub generation: u32,
         /// Id of the Service port it belongs to.
         pub service: u32,
-        /// Zero.
-        pub pad: u32,
+        /// Number of the node that the endpoint runs on, part of a [`TunnelKey`](super::TunnelKey); 0 for this node,
+        /// one that is not known, and where no frontend of the Service has [`DSR`](super::frontend::DSR).
+        pub node: u32,
     }
 }
 
@@ -40,7 +41,7 @@ impl Backend {
     /// An index out of use that remembers its generation.
     #[must_use]
     pub const fn retired(generation: u32) -> Self {
-        Self { addr: Addr::ANY_V6, port: Port(0), flags: 0, generation, service: 0, pad: 0 }
+        Self { addr: Addr::ANY_V6, port: Port(0), flags: 0, generation, service: 0, node: 0 }
     }
 
     /// Whether the index is in use.

@@ -95,8 +95,10 @@ table_type! {
         pub seed: u32,
         /// How many of `service_ranges` are in use.
         pub service_range_count: u32,
+        /// UDP port of this node at which agents of other nodes ask whether wrapped packets get through; 0 for none.
+        pub probe_port: Port,
         /// Zero.
-        pub pad: u32,
+        pub pad: u16,
         /// Source ports for masquerading; the ranges do not overlap, those that are not in use are empty.
         pub snat_ports: [PortRange; PORT_RANGES],
         /// Ranges of ClusterIPs (P-22). One that is not in use is [`Range::NONE`], so that a reader in the
@@ -157,6 +159,7 @@ impl Config {
         snat_total: 0,
         seed: 0,
         service_range_count: 0,
+        probe_port: Port(0),
         pad: 0,
         snat_ports: [PortRange::NONE; PORT_RANGES],
         service_ranges: [Range::NONE; SERVICE_RANGES],

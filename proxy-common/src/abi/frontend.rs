@@ -17,6 +17,10 @@ pub const AFFINITY: u32 = 1 << 3;
 pub const SOURCE_RANGES: u32 = 1 << 4;
 /// Stands for a NodePort, under the wildcard address of its family.
 pub const NODE_PORT: u32 = 1 << 5;
+/// Direct server return: what comes from outside for an endpoint on another node goes there wrapped, and the answers
+/// leave from that node, where a [`Tunnel`](super::Tunnel) leads there. Such a frontend has its local run filled, for
+/// what comes wrapped.
+pub const DSR: u32 = 1 << 6;
 
 table_type! {
     /// A destination as a packet or a socket names it. NodePorts stand under [`Addr::wildcard`].

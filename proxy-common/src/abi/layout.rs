@@ -13,7 +13,7 @@ use core::mem::size_of;
 use super::{
     Affinity, AffinityKey, AgentState, Backend, Config, Device, Flow, FlowId, Fragment, FragmentKey,
     Frontend, FrontendKey, Iface, Key, Leg, PeerKey, Reason, RouteKey, Secret, ServiceName, ServiceStats,
-    SocketEntry, SocketState, SourceKey, State, Tuple, Warning, maps,
+    SocketEntry, SocketState, SourceKey, State, Tunnel, TunnelKey, Tuple, Warning, maps,
 };
 use crate::addr::{Addr, Port, Proto};
 
@@ -122,6 +122,7 @@ pub fn tables() -> Vec<Table> {
         table::<u32, Iface>(maps::IFACES),
         table::<u32, Device>(maps::DEVICES),
         table::<RouteKey, Addr>(maps::MASQUERADE),
+        table::<TunnelKey, Tunnel>(maps::TUNNELS),
         table::<u32, u64>(maps::SERVICE_PORTS),
         table::<u32, Config>(maps::CONFIG),
         table::<u32, ServiceName>(maps::SERVICES),

@@ -13,6 +13,7 @@
 //! | [`maps::IFACES`] | hash | ifindex → [`Iface`] | agent | TC | the agent says so; answers leave as the routes say, pods of that interface are strangers |
 //! | [`maps::DEVICES`] | hash | ifindex → [`Device`] | agent | XDP | the agent says so; what comes in there goes by the stack |
 //! | [`maps::MASQUERADE`] | LPM trie | [`RouteKey`] → [`Addr`] | agent | TC | the agent says so; single routes leave under the address of the shorter ones, a new interface masquerades nothing (counted) |
+//! | [`maps::TUNNELS`] | hash | [`TunnelKey`] → [`Tunnel`] | agent | TC | the agent says so; flows to endpoints on that node are masqueraded |
 //! | [`maps::SERVICE_PORTS`] | array | port / 64 → bits of the ports that are a frontend's beside ClusterIPs | agent | TC | – |
 //! | [`maps::CONFIG`] | array of 1 | → [`Config`] | agent | all hooks | – |
 //! | [`maps::SERVICES`] | hash | service id → [`ServiceName`] | agent | agent at start, command line | as FRONTENDS |
@@ -54,6 +55,7 @@ mod reason;
 mod route;
 pub mod socket;
 mod source;
+pub mod tunnel;
 
 pub use affinity::{Affinity, AffinityKey};
 pub use agent::{
@@ -72,13 +74,14 @@ pub use reason::Reason;
 pub use route::RouteKey;
 pub use socket::{PeerKey, SOCKET_ENTRIES, SocketEntry, SocketState};
 pub use source::SourceKey;
+pub use tunnel::{Tunnel, TunnelKey};
 
 #[cfg(any(doc, feature = "user"))]
 use crate::addr::Addr;
 
 /// Any change of a byte in this room changes this number. It is for people: agents compare what layouts say
 /// of themselves.
-pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 9 } else { 8 };
+pub const ABI_VERSION: u32 = if cfg!(feature = "next-layout") { 10 } else { 9 };
 
 /// Map names as `bpftool map` shows them: at most 15 bytes. The table of [`abi`](self) says what is in each.
 pub mod maps {
@@ -86,7 +89,7 @@ pub mod maps {
         ($($name:ident)*) => {
             $(#[expect(missing_docs, reason = "the table says it")] pub const $name: &str = stringify!($name);)*
             /// Every map of the programs that is pinned, in the order of the table.
-            pub const ALL: [&str; 30] = [$($name),*];
+            pub const ALL: [&str; 31] = [$($name),*];
         };
     }
 
@@ -102,6 +105,7 @@ pub mod maps {
         IFACES
         DEVICES
         MASQUERADE
+        TUNNELS
         SERVICE_PORTS
         CONFIG
         SERVICES
@@ -153,6 +157,8 @@ pub mod capacity {
     pub const DEVICES: usize = 256;
     /// Routes that ask for a source of their own.
     pub const MASQUERADE: usize = 16_384;
+    /// Nodes with endpoints that answer clients themselves, twice: for each family.
+    pub const TUNNELS: usize = 16_384;
     /// Words of 64 ports each: all there are.
     pub const SERVICE_PORTS: usize = 1_024;
     /// Service ports with a name and counters.
@@ -233,6 +239,8 @@ mod tests {
             ("Iface", size_of::<Iface>(), align_of::<Iface>()),
             ("Device", size_of::<Device>(), align_of::<Device>()),
             ("RouteKey", size_of::<RouteKey>(), align_of::<RouteKey>()),
+            ("TunnelKey", size_of::<TunnelKey>(), align_of::<TunnelKey>()),
+            ("Tunnel", size_of::<Tunnel>(), align_of::<Tunnel>()),
             ("Config", size_of::<Config>(), align_of::<Config>()),
             ("Tuple", size_of::<Tuple>(), align_of::<Tuple>()),
             ("Pair", size_of::<Pair>(), align_of::<Pair>()),
@@ -250,7 +258,7 @@ mod tests {
             ("ServiceStats", size_of::<ServiceStats>(), align_of::<ServiceStats>()),
             ("AgentState", size_of::<AgentState>(), align_of::<AgentState>()),
         ];
-        assert_eq!(ABI_VERSION, 8);
+        assert_eq!(ABI_VERSION, 9);
         assert_eq!(
             sizes,
             [
@@ -261,6 +269,8 @@ mod tests {
                 ("Iface", 16, 4),
                 ("Device", 8, 2),
                 ("RouteKey", 24, 4),
+                ("TunnelKey", 8, 4),
+                ("Tunnel", 48, 4),
                 ("Config", 400, 8),
                 ("Tuple", 40, 4),
                 ("Pair", 40, 4),

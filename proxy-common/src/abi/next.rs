@@ -17,7 +17,9 @@ table_type! {
         pub born: u64,
         pub rst: [u64; 2],
         pub checked: u64,
-        pub room: [u64; 3],
+        pub room: [u64; 2],
+        pub spare: u32,
+        pub node: u32,
         pub seen: [u64; 2],
         pub pad: [u8; 3],
         pub near: [u8; 3],
@@ -61,7 +63,7 @@ table_type! {
 
 table_type! {
     pub struct Backend {
-        pub pad: u32,
+        pub node: u32,
         pub service: u32,
         pub generation: u32,
         pub flags: u16,
@@ -103,7 +105,8 @@ table_type! {
         pub next: [u64; 4],
         pub service_ranges: [Range; SERVICE_RANGES],
         pub snat_ports: [PortRange; PORT_RANGES],
-        pub pad: u32,
+        pub probe_port: Port,
+        pub pad: u16,
         pub service_range_count: u32,
         pub seed: u32,
         pub snat_total: u32,

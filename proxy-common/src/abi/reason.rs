@@ -59,6 +59,10 @@ reasons! {
     CollisionUnresolved = "collision_unresolved", "Dropped: no free tuple behind the Service was found.";
     EndpointLost = "endpoint_lost", "Rejected: the endpoint of the connection has left, and its Service wants it reset.";
     PassedThrough = "passed_through", "A packet from outside to an endpoint elsewhere, or back, was sent on at the driver (XDP).";
+    Wrapped = "wrapped", "A packet was sent to its endpoint's node, which answers the client itself (DSR).";
+    Unwrapped = "unwrapped", "A packet that another node had wrapped was unwrapped (DSR).";
+    WrapFailed = "wrap_failed", "Dropped: a packet could not be wrapped, unwrapped or sent to its endpoint's node.";
+    TooBig = "too_big", "Answered with an ICMP error: wrapped, the packet would be too long for its way.";
 }
 
 impl Reason {

@@ -84,7 +84,7 @@ impl Node {
                 flags: local | backend::IN_CLUSTER,
                 generation: 1,
                 service,
-                pad: 0,
+                node: 0,
             };
             self.tables.backends.insert(index, backend);
             self.tables.slots.insert(index, index);

@@ -178,7 +178,7 @@ impl Node {
                     flags: backend::IN_CLUSTER | if near { backend::LOCAL | backend::IN_LOCAL } else { 0 },
                     generation: 1,
                     service,
-                    pad: 0,
+                    node: 0,
                 },
             );
             self.tables.slots.insert(index, index);

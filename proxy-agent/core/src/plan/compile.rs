@@ -181,7 +181,7 @@ impl Planner {
             indices.insert(*endpoint, index);
             let old = known.get(&index);
             let generation = old.map_or(0, |old| old.generation);
-            let new = Backend { addr: *addr, port: *port, flags: *flags, generation, service: id, pad: 0 };
+            let new = Backend { addr: *addr, port: *port, flags: *flags, generation, service: id, node: 0 };
             if old == Some(&new) {
                 continue;
             }

@@ -286,7 +286,7 @@ mod tests {
             flags: backend::LOCAL,
             generation: 2,
             service: 3,
-            pad: 0,
+            node: 0,
         };
         let iface = Iface::new(iface::L3, 2);
         let port = Iface { bridge: [2, 0, 0, 0xab, 0, 1], ..Iface::new(iface::POD, 0) };

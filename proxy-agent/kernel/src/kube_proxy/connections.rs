@@ -135,7 +135,7 @@ mod tests {
                 actual.frontends.insert(key, value.sealed(&key));
             }
             let (addr, port) = (addr(ENDPOINT.0), Port::new(ENDPOINT.1));
-            let backend = Backend { addr, port, flags: 0, generation: 7, service, pad: 0 };
+            let backend = Backend { addr, port, flags: 0, generation: 7, service, node: 0 };
             actual.backends.insert(service * 10, backend);
         }
         actual.addresses.insert(addr(NODE), address::NODE | address::NODE_PORT);

@@ -243,7 +243,7 @@ mod tests {
             actual.frontends.insert(key, value.sealed(&key));
             for (n, end) in (0..).zip(*ends) {
                 let (addr, port) = (addr(end), Port::new(5353));
-                let backend = Backend { addr, port, flags: 0, generation: 1, service, pad: 0 };
+                let backend = Backend { addr, port, flags: 0, generation: 1, service, node: 0 };
                 actual.backends.insert(service * 10 + n, backend);
             }
         }

@@ -43,6 +43,10 @@ pub mod flow_flags {
     pub const ADOPTED: u8 = 1 << 4;
     /// With that: its client is bound to its endpoint.
     pub const AFFINITY: u8 = 1 << 5;
+    /// Its packets go to the endpoint's node wrapped, which answers the client itself (direct server return): answers
+    /// do not pass here. There is the outer pair only; the middle one has the client, the node's address, and the
+    /// endpoint's [hint](crate::wire::wrap::hint) as port.
+    pub const DIRECT: u8 = 1 << 6;
 }
 
 /// How long an end must have been silent before what it did counts as its last word, in nanoseconds.
@@ -111,9 +115,14 @@ table_type! {
         pub first: u32,
         /// The last one. The reply direction, while young.
         pub last: u32,
+        /// Of a flow with [`flow_flags::DIRECT`] the node that its packets go to: part of a
+        /// [`TunnelKey`](crate::abi::TunnelKey). Who claims it.
+        pub node: u32,
+        /// Zero.
+        pub spare: u32,
         /// Zero: a record begins where a cache line does, and its first one is all that a packet of an old
         /// flow needs.
-        pub room: [u64; 3],
+        pub room: [u64; 2],
     }
 }
 
@@ -147,7 +156,9 @@ impl Flow {
         checked: 0,
         first: 0,
         last: 0,
-        room: [0; 3],
+        node: 0,
+        spare: 0,
+        room: [0; 2],
         #[cfg(feature = "next-layout")]
         next: [0; 8],
     };
@@ -250,6 +261,13 @@ impl Flow {
     #[must_use]
     pub const fn is_own(&self) -> bool {
         self.flags & flow_flags::OWN != 0
+    }
+
+    /// Whether its packets are wrapped and sent to the endpoint's node.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_direct(&self) -> bool {
+        self.flags & flow_flags::DIRECT != 0
     }
 
     /// Whether Service and endpoint are one: nothing is translated, and there is only the outer pair.

@@ -39,7 +39,7 @@ fn service(tables: &mut MemoryTables, n: u32, vip: (&str, u16), proto: Proto, fl
         flags: backend::IN_CLUSTER,
         generation: 1,
         service: n,
-        pad: 0,
+        node: 0,
     };
     tables.backends.insert(n, backend);
     tables.slots.insert(n, n);

@@ -129,7 +129,7 @@ fn fill_backends(ebpf: &mut Ebpf) -> Result<()> {
                 flags: backend::IN_CLUSTER,
                 generation: 1,
                 service: service_id(n),
-                pad: 0,
+                node: 0,
             };
             backends.set(backend_index(v4, n) + k, value, 0)?;
             set_bit(&mut bits, &value.addr);
