@@ -186,6 +186,10 @@ impl Proto {
     pub const ICMP: Self = Self(1);
     /// TCP (RFC 9293).
     pub const TCP: Self = Self(6);
+    /// IPv4 in a packet (RFC 2003).
+    pub const IPV4: Self = Self(4);
+    /// IPv6 in a packet (RFC 2473).
+    pub const IPV6: Self = Self(41);
     /// UDP (RFC 768).
     pub const UDP: Self = Self(17);
     /// ICMP for IPv6 (RFC 4443).

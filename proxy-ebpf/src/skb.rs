@@ -86,9 +86,16 @@ impl Skb {
     }
 
     #[inline(always)]
-    fn len(&self) -> u32 {
+    pub fn len(&self) -> u32 {
         // SAFETY: as above.
         unsafe { (&raw const (*self.0).len).read_volatile() }
+    }
+
+    /// Of several segments that have been put together, how much each carries; else 0.
+    #[inline(always)]
+    pub fn segment_size(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).gso_size).read_volatile() }
     }
 
     /// The interface the packet is on.

@@ -3,11 +3,11 @@
 //! on lies in [`Scratch`].
 
 use aya_ebpf::bindings::__sk_buff;
-use proxy_common::abi::{FlowId, Role, Timeouts, capacity};
+use proxy_common::abi::{FlowId, Role, Run, Timeouts, capacity};
 use proxy_common::addr::Port;
 use proxy_common::lb::{
-    Choice, Entered, Inserted, Recalled, Subprograms, Tables as _, Verdict, adopt, flow, fragment,
-    masquerade, open,
+    Choice, Entered, Inserted, Recalled, Ring, Subprograms, Tables as _, Verdict, adopt, direct, flow,
+    fragment, masquerade, open,
 };
 use proxy_common::wire::{Edit, End, Packet, parse, rewrite_error};
 
@@ -46,10 +46,20 @@ impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
         }
     }
 
+    #[inline(always)]
+    fn hinted(&self, run: Run, service: u32, hint: u16) -> u32 {
+        subprog_hinted(run.first, run.count, service, hint.into())
+    }
+
     /// The choice is the one that lies in the working storage, from the call before.
     #[inline(always)]
-    fn make(&self, _packet: &Packet, _choice: &Choice, middle_port: Port) -> FlowId {
-        FlowId(subprog_make(middle_port.0.into()))
+    fn make(&self, _packet: &Packet, _choice: &Choice, middle_port: Port, id: FlowId) -> u32 {
+        subprog_make(middle_port.0.into(), id.0)
+    }
+
+    #[inline(always)]
+    fn take(&self, ring: Ring) -> FlowId {
+        FlowId(subprog_take_record(ring.0))
     }
 
     #[inline(always)]
@@ -186,9 +196,21 @@ pub extern "C" fn subprog_choose(known: u32, attempt: u32, last: u32) -> u32 {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_make(middle_port: u32) -> u64 {
+pub extern "C" fn subprog_hinted(first: u32, count: u32, service: u32, hint: u32) -> u32 {
+    direct::hinted(&TcTables::NO_PACKET, Run { first, count }, service, hint as u16)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_take_record(ring: u32) -> u64 {
+    flow::take(&TcTables::NO_PACKET, Ring(ring)).0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_make(middle_port: u32, id: u64) -> u32 {
     let Some(s) = scratch() else { return 0 };
-    flow::make(&TcTables::NO_PACKET, &s.packet, &s.choice, Port(middle_port as u16)).0
+    flow::make(&TcTables::NO_PACKET, &s.packet, &s.choice, Port(middle_port as u16), FlowId(id))
 }
 
 #[unsafe(no_mangle)]

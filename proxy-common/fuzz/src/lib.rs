@@ -109,6 +109,15 @@ fn pass(tables: &MemoryTables, hook: Hook, sent: &ByteFrame, bare: bool) -> Byte
             assert!(is_right(&reply), "{:?}: {sent:?} was answered by {reply:?}", verify(&reply));
             reply
         }
+        Outcome::Wrapped(out) => {
+            assert!(hook == Hook::INGRESS, "wrapped where it leaves: {sent:?}");
+            let more = out.bytes.len() - (sent.bytes.len() - if head.is_empty() { 0 } else { 14 });
+            assert!(
+                more == 20 || more == 40 || more == 14 + 20 || more == 14 + 40,
+                "{sent:?} became {out:?}"
+            );
+            sent.clone()
+        }
         Outcome::Passed | Outcome::Waits | Outcome::Dropped => sent.clone(),
     }
 }

@@ -25,7 +25,8 @@ pub fn egress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit) 
     }
     match found.touch {
         Touch::Rewrite => {}
-        Touch::Pass => return Verdict::Pass,
+        // The second one is for packets that enter.
+        Touch::Pass | Touch::Wrap => return Verdict::Pass,
         Touch::Masquerade => {
             let verdict = masquerade::choose_source(tables, packet, found.id, edit);
             if verdict != Verdict::Rewrite {

@@ -3,7 +3,7 @@
 
 use super::flow::{self, Touch};
 use super::fragment::Recalled;
-use super::{Subprograms, Tables, Verdict, adopt, open};
+use super::{Subprograms, Tables, Verdict, adopt, direct, open};
 use crate::abi::{Hook, Reason, address};
 use crate::addr::Proto;
 use crate::wire::{Edit, Kind, Packet};
@@ -25,11 +25,15 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
     }
     let found = flow::touch(tables, Hook::INGRESS, packet, edit);
     match found.touch {
-        Touch::Rewrite | Touch::Pass => {
+        Touch::Rewrite | Touch::Pass | Touch::Wrap => {
             if found.care {
                 flow::care_for(tables, packet, &found);
             }
-            return if found.touch == Touch::Rewrite { Verdict::Rewrite } else { Verdict::Pass };
+            return match found.touch {
+                Touch::Rewrite => Verdict::Rewrite,
+                Touch::Wrap => Verdict::Wrap,
+                _ => Verdict::Pass,
+            };
         }
         Touch::None | Touch::Masquerade => {}
         Touch::Lost => {
@@ -42,6 +46,9 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
                 tables.count(Reason::Reselected);
             }
         }
+    }
+    if packet.wrapped != 0 {
+        return direct::enter(tables, packet, edit);
     }
     // The quick way out for all other traffic.
     let known = tables.address(&packet.tuple.dst);
@@ -66,6 +73,10 @@ fn unallocated<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
 #[inline(always)]
 fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     match tables.address(&packet.tuple.dst) {
+        _ if packet.wrapped != 0 => {
+            tables.count(Reason::FragmentUnknown);
+            Verdict::Drop
+        }
         0 => unallocated(tables, packet),
         known => open::fragment_of_nothing(tables, known),
     }
@@ -74,11 +85,18 @@ fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
 /// An ICMP error about a flow goes where the flow's answers go (D-2).
 #[inline(always)]
 fn error<T: Tables>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
-    if flow::touch(tables, Hook::INGRESS, packet, edit).touch == Touch::Rewrite {
-        tables.count(Reason::IcmpTranslated);
-        Verdict::Rewrite
-    } else {
-        Verdict::Pass
+    match flow::touch(tables, Hook::INGRESS, packet, edit).touch {
+        Touch::Rewrite => {
+            tables.count(Reason::IcmpTranslated);
+            Verdict::Rewrite
+        }
+        Touch::Wrap => Verdict::Wrap,
+        // It would come back by the routes.
+        _ if packet.wrapped != 0 => {
+            tables.count(Reason::WrapFailed);
+            Verdict::Drop
+        }
+        _ => Verdict::Pass,
     }
 }
 

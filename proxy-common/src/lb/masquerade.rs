@@ -22,7 +22,7 @@ const FINDS: usize = 3;
 
 /// Whether the flow's source must be rewritten when it leaves (the truth table M-12, hairpin M-10), except
 /// that a flow to an endpoint on this node keeps its source, since its answers are certain to pass here;
-/// `--masquerade-local` restores kube-proxy's way.
+/// `--masquerade-local` restores kube-proxy's way, but for what has come here wrapped.
 #[inline(always)]
 pub(super) fn is_needed(
     config: &Config,
@@ -30,11 +30,12 @@ pub(super) fn is_needed(
     backend: &Backend,
     client: &Addr,
     source: Source,
+    wrapped: bool,
 ) -> bool {
     if backend.addr.same(client) {
         return true;
     }
-    let near = backend.is_local() && config.flags & config::MASQUERADE_LOCAL == 0;
+    let near = backend.is_local() && (wrapped || config.flags & config::MASQUERADE_LOCAL == 0);
     if flags & frontend::INTERNAL != 0 {
         if config.flags & config::MASQUERADE_ALL != 0 {
             return true;

@@ -4,9 +4,11 @@
 //! The story of a packet: [`quick`] lets go on what can be told from little; [`ingress`] finds its flow or [`open`]s one and names the new destination;
 //! [`egress`] finds the same flow by its tuple behind the stack and names the new source. [`socket`] is the
 //! same story without packets, and [`through`] in one go for those that only pass the node. What is chosen and why is in [`select`]; how flows begin, live and end is in
-//! [`flow`], and how those of another proxy become ours in [`adopt`].
+//! [`flow`], and how those of another proxy become ours in [`adopt`]. Where the endpoint's node answers the client itself,
+//! the packet goes there as [`direct`] says.
 
 pub mod adopt;
+pub mod direct;
 pub mod egress;
 pub mod flow;
 pub mod fragment;
@@ -46,6 +48,8 @@ pub enum Verdict {
     Drop,
     /// Put it at the end of the queue, to come again.
     Wait,
+    /// Send it to the endpoint's node in a packet of its own.
+    Wrap,
 }
 
 impl Verdict {
@@ -57,6 +61,7 @@ impl Verdict {
             1 => Self::Rewrite,
             2 => Self::Reject,
             4 => Self::Wait,
+            5 => Self::Wrap,
             _ => Self::Drop,
         }
     }

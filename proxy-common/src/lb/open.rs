@@ -1,10 +1,10 @@
 //! A packet that belongs to no flow: if it is for a Service it opens one.
 
 use super::select::{self, Asker, Choice, Rejection, Selected, Source};
-use super::{Inserted, Stat, Subprograms, Tables, Verdict, adopt, is_paused, masquerade};
+use super::{Inserted, Ring, Stat, Subprograms, Tables, Verdict, adopt, direct, is_paused, masquerade};
 use crate::abi::{FlowId, Reason, Tuple, address, frontend};
 use crate::addr::{Addr, Port, Proto};
-use crate::wire::{Edit, Kind, Packet};
+use crate::wire::{Edit, Kind, Packet, wrap};
 
 /// Backends that are tried when a flow's tuple behind the Service is taken.
 const BACKENDS: u32 = 4;
@@ -99,8 +99,12 @@ fn begin<T: Subprograms>(tables: &T, packet: &Packet, choice: &Choice, middle_po
     if choice.port == behind && choice.addr.same(&packet.tuple.src) {
         return Inserted::Exists;
     }
-    let id = tables.make(packet, choice, middle_port);
-    if id == FlowId::NONE { Inserted::Full } else { tables.join(packet, id) }
+    let id = tables.take(Ring::of(packet.tuple.proto));
+    if id == FlowId::NONE {
+        return Inserted::Full;
+    }
+    tables.make(packet, choice, middle_port, id);
+    tables.join(packet, id)
 }
 
 #[inline(always)]
@@ -108,9 +112,10 @@ fn opened<T: Tables>(tables: &T, choice: &Choice, other_port: Port, edit: &mut E
     edit.addr = choice.addr;
     edit.port = choice.port;
     edit.other_port = other_port;
+    edit.out = choice.node;
     tables.count(Reason::NewFlow);
     tables.count_service(choice.service, Stat::Chosen);
-    Verdict::Rewrite
+    if choice.node == 0 { Verdict::Rewrite } else { Verdict::Wrap }
 }
 
 /// Chooses a backend. On [`Verdict::Rewrite`] the choice is filled in; anything else has been counted.
@@ -134,7 +139,7 @@ fn decide<T: Subprograms>(
 
 /// One look for a backend. `None` if tables were rewritten meanwhile, unless this is the `last` look.
 #[inline(always)]
-pub fn choose<T: Tables>(
+pub fn choose<T: Subprograms>(
     tables: &T,
     packet: &Packet,
     known: u32,
@@ -151,7 +156,9 @@ pub fn choose<T: Tables>(
         return Some(Verdict::Pass);
     };
     let source = select::source_of(tables, config, &key.src, packet.ifindex);
-    let asker = Question { tuple: key, source, seed: config.seed, attempt };
+    let wrapped = packet.wrapped != 0;
+    let hint = wrapped.then_some(packet.hint);
+    let asker = Question { tuple: key, source, seed: config.seed, attempt, hint };
     let verdict = match select::look(tables, &asker, (&key.dst, key.dport, key.proto), known) {
         Ok(Selected { frontend, index, backend }) => {
             choice.addr = backend.addr;
@@ -161,7 +168,16 @@ pub fn choose<T: Tables>(
             choice.service = frontend.service;
             choice.flags = frontend.flags;
             choice.masquerade =
-                u32::from(masquerade::is_needed(config, frontend.flags, &backend, &key.src, source));
+                u32::from(masquerade::is_needed(config, frontend.flags, &backend, &key.src, source, wrapped));
+            choice.node = 0;
+            if matches!(source, Source::External)
+                && let Some(node) = direct::way_to(tables, packet, frontend.flags, &backend)
+            {
+                choice.node = backend.node;
+                choice.masquerade = 0;
+                choice.addr = node;
+                choice.port = Port(wrap::hint(&backend.addr, backend.port));
+            }
             Verdict::Rewrite
         }
         Err(Rejection::NotOurs) => Verdict::Pass,
@@ -178,6 +194,7 @@ struct Question<'a> {
     source: Source,
     seed: u32,
     attempt: u32,
+    hint: Option<u16>,
 }
 
 impl Asker for Question<'_> {
@@ -199,6 +216,11 @@ impl Asker for Question<'_> {
     #[inline(always)]
     fn leaves(&self, _flags: u32) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn hint(&self) -> Option<u16> {
+        self.hint
     }
 
     /// Another one for each attempt.

@@ -1,6 +1,6 @@
 //! Which frontend a destination means, which of its endpoints may be used, and which one it is to be.
 
-use super::{Stat, Tables};
+use super::{Stat, Subprograms, Tables};
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Frontend, FrontendKey, Reason, Run, SourceKey, Tuple, address,
     backend, config, frontend, iface,
@@ -31,6 +31,10 @@ pub(super) trait Asker {
     fn client(&self) -> Addr;
     /// Whether a frontend with these flags is decided about elsewhere.
     fn leaves(&self, flags: u32) -> bool;
+    /// Of a packet that another node had wrapped, the endpoint that it means.
+    fn hint(&self) -> Option<u16> {
+        None
+    }
     /// The word that chooses among the backends.
     fn hash<T: Tables>(&self, tables: &T) -> u32;
 }
@@ -62,6 +66,9 @@ pub struct Choice {
     pub(super) flags: u32,
     /// 1 if the source must be rewritten on the way out.
     pub(super) masquerade: u32,
+    /// If packets go there wrapped, the endpoint's node; then address and port are the node's address and the
+    /// endpoint's hint. Else 0.
+    pub(super) node: u32,
 }
 
 impl Choice {
@@ -75,6 +82,7 @@ impl Choice {
         service: 0,
         flags: 0,
         masquerade: 0,
+        node: 0,
     };
 }
 
@@ -130,7 +138,7 @@ impl Rejection {
 
 /// The backend for a destination. `known` is what is known of its address.
 #[inline(always)]
-pub(super) fn backend_for<T: Tables, A: Asker>(
+pub(super) fn backend_for<T: Subprograms, A: Asker>(
     tables: &T,
     asker: &A,
     destination: (&Addr, Port, Proto),
@@ -148,7 +156,7 @@ pub(super) fn backend_for<T: Tables, A: Asker>(
 
 /// The same with one look at each table.
 #[inline(always)]
-pub(super) fn look<T: Tables, A: Asker>(
+pub(super) fn look<T: Subprograms, A: Asker>(
     tables: &T,
     asker: &A,
     (addr, port, proto): (&Addr, Port, Proto),
@@ -163,11 +171,10 @@ pub(super) fn look<T: Tables, A: Asker>(
     {
         return Err(Rejection::SourceRange(frontend.service));
     }
-    let (run, flag) = usable(&frontend, asker.source())?;
-    let chosen = match remembered(tables, &frontend, flag, asker.client()) {
-        None => pick(tables, &frontend, run, asker.hash(tables)),
-        chosen => chosen,
-    };
+    let (run, flag) = usable(&frontend, asker.source(), asker.hint().is_some())?;
+    let chosen = meant(tables, &frontend, run, asker)
+        .or_else(|| remembered(tables, &frontend, flag, asker.client()))
+        .or_else(|| pick(tables, &frontend, run, asker.hash(tables)));
     // Looked up once more, so that two ways lead to a number and not to a whole backend.
     match chosen.and_then(|index| Some((index, tables.backend(index)?))) {
         Some((index, backend)) if backend.is_live() => Ok(Selected { frontend, index, backend }),
@@ -198,9 +205,20 @@ fn frontend_for<T: Tables>(
     }
 }
 
-/// The run of slots a source may use (P-9), and the flag its backends carry.
+/// The backend that another node means, which has wrapped the packet.
 #[inline(always)]
-fn usable(frontend: &Frontend, source: Source) -> Result<(Run, u16), Rejection> {
+fn meant<T: Subprograms, A: Asker>(tables: &T, frontend: &Frontend, run: Run, asker: &A) -> Option<u32> {
+    let hint = asker.hint().filter(|hint| *hint != 0)?;
+    Some(tables.hinted(run, frontend.service, hint)).filter(|index| *index != 0)
+}
+
+/// The run of slots a source may use (P-9), and the flag its backends carry. What comes wrapped goes to endpoints on
+/// this node, if there are any.
+#[inline(always)]
+fn usable(frontend: &Frontend, source: Source, wrapped: bool) -> Result<(Run, u16), Rejection> {
+    if wrapped && frontend.local.count != 0 {
+        return Ok((frontend.local, backend::IN_LOCAL));
+    }
     let internal = frontend.flags & frontend::INTERNAL != 0;
     let local = frontend.flags & frontend::LOCAL != 0 && (internal || matches!(source, Source::External));
     let (run, flag) =

@@ -7,8 +7,8 @@
 use super::flow::{self, Entered};
 use super::fragment::{self, Recalled};
 use super::select::Choice;
-use super::{Inserted, Tables, Verdict, masquerade, open};
-use crate::abi::{FlowId, Role, Timeouts};
+use super::{Inserted, Ring, Tables, Verdict, direct, masquerade, open};
+use crate::abi::{FlowId, Role, Run, Timeouts};
 use crate::addr::Port;
 use crate::wire::{Edit, Packet};
 
@@ -37,9 +37,17 @@ pub trait Subprograms: Tables + Sized {
     ) -> Option<Verdict> {
         open::choose(self, packet, known, attempt, last, choice)
     }
+    /// [`direct::hinted`].
+    fn hinted(&self, run: Run, service: u32, hint: u16) -> u32 {
+        direct::hinted(self, run, service, hint)
+    }
+    /// [`flow::take`].
+    fn take(&self, ring: Ring) -> FlowId {
+        flow::take(self, ring)
+    }
     /// [`flow::make`].
-    fn make(&self, packet: &Packet, choice: &Choice, middle_port: Port) -> FlowId {
-        flow::make(self, packet, choice, middle_port)
+    fn make(&self, packet: &Packet, choice: &Choice, middle_port: Port, id: FlowId) -> u32 {
+        flow::make(self, packet, choice, middle_port, id)
     }
     /// [`flow::join`].
     fn join(&self, packet: &Packet, id: FlowId) -> Inserted {

@@ -2,7 +2,7 @@
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Notes, Pair, Reason, Role, SourceKey, Tuple, window,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, SourceKey, Tunnel, TunnelKey, Tuple, window,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::wire::Packet;
@@ -47,6 +47,8 @@ pub trait Tables {
     /// Source of masqueraded flows that leave by an interface towards `dst`, of the family of `dst` (M-13);
     /// it may be unspecified, which is as good as none.
     fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr>;
+    /// The way to another node.
+    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel>;
     /// Whether a frontend that is no ClusterIP has this port.
     fn is_service_port(&self, port: Port) -> bool;
     /// Whether a socket of this node holds the tuple that the node would send; one that listens at its source
@@ -91,6 +93,8 @@ pub trait Tables {
     fn give_record(&self, index: u32) -> bool;
     /// Puts a flow, or none, into the next place of this CPU's ring; the one that stood there.
     fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId;
+    /// Who stands in the next place of this CPU's ring.
+    fn next_in_ring(&self, ring: Ring) -> FlowId;
     /// The flow at some place of some ring.
     fn any_in_rings(&self) -> FlowId;
     /// Lets `f` read and change in place what is known of a fragmented datagram.
@@ -116,6 +120,8 @@ impl Ring {
     pub const OTHER: Self = Self(1);
     /// Conversations of the node's own.
     pub const OWN: Self = Self(2);
+    /// Flows whose packets are wrapped, for as long as they live.
+    pub const DIRECT: Self = Self(3);
 
     /// That of a flow to a Service.
     #[inline(always)]

@@ -7,7 +7,8 @@ use std::vec::Vec;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, State, Tuple, frontend,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, Secret, SourceKey, State, Tunnel, TunnelKey, Tuple,
+    frontend,
 };
 use crate::addr::{Addr, Port};
 use crate::lb::masquerade::Allowance;
@@ -39,6 +40,8 @@ pub struct MemoryTables {
     pub ifaces: HashMap<u32, Iface>,
     /// MASQUERADE.
     pub masquerade: HashMap<RouteKey, Addr>,
+    /// TUNNELS.
+    pub tunnels: HashMap<TunnelKey, Tunnel>,
     /// AFFINITY.
     pub affinity: RefCell<HashMap<AffinityKey, Affinity>>,
     /// FLOWS; the keys are made with [`SECRET`].
@@ -199,6 +202,10 @@ impl Tables for MemoryTables {
         self.masquerade.get(longest).copied().filter(|addr| addr.is_v4() == dst.is_v4())
     }
 
+    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel> {
+        self.tunnels.get(key).copied()
+    }
+
     /// What the agent keeps in SERVICE_PORTS follows from FRONTENDS.
     fn is_service_port(&self, port: Port) -> bool {
         self.frontends.iter().any(|(key, value)| key.port == port && value.flags & frontend::INTERNAL == 0)
@@ -329,6 +336,12 @@ impl Tables for MemoryTables {
                 FlowId::NONE
             }
         }
+    }
+
+    fn next_in_ring(&self, ring: Ring) -> FlowId {
+        let rings = self.rings.borrow();
+        let (next, places) = &rings[ring.0 as usize];
+        if self.places.is_none() { FlowId::NONE } else { places.get(*next).copied().unwrap_or(FlowId::NONE) }
     }
 
     fn any_in_rings(&self) -> FlowId {

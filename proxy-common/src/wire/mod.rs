@@ -5,6 +5,7 @@ pub mod crc32c;
 mod parse;
 pub mod reject;
 mod rewrite;
+pub mod wrap;
 
 pub use parse::{Kind, Packet, parse, peek, peek_v6};
 pub use rewrite::{Edit, End, lower_hops, rewrite, rewrite_error};

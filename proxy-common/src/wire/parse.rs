@@ -65,6 +65,10 @@ pub struct Packet {
     pub segment: i32,
     /// The first byte of TCP flags: its upper half is the length of the TCP header in words.
     pub data_offset: u8,
+    /// Bits of [`crate::lb::direct`] if another node had wrapped it; else 0.
+    pub wrapped: u8,
+    /// With that: the [hint](super::wrap::hint) of the endpoint that the other node means; 0 for none.
+    pub hint: u16,
 }
 
 impl Packet {
@@ -130,6 +134,8 @@ impl Packet {
             ack: 0,
             segment: 0,
             data_offset: 0,
+            wrapped: 0,
+            hint: 0,
         }
     }
 }
@@ -145,6 +151,7 @@ impl Packet {
         self.tcp_flags = 0;
         self.icmp_type = 0;
         self.l3 = 0;
+        self.wrapped = 0;
         self.ifindex = ifindex;
     }
 }

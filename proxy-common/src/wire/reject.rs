@@ -2,7 +2,7 @@
 //! (RFC 9293 §3.5.2), "port unreachable" for everything else (RFC 792, RFC 4443 §3.1), which a connected
 //! client reads as "connection refused" (P-19).
 
-use super::{Frame, Packet, checksum};
+use super::{Frame, Kind, Packet, checksum};
 use crate::addr::Proto;
 
 /// Words of the longest reply behind the link-layer header: IPv6, ICMPv6, and the rejected packet's IPv6
@@ -35,10 +35,32 @@ pub fn build<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool {
     match (matches!(packet.tuple.proto, Proto::TCP), v4) {
         (true, _) if packet.tcp_flags & Packet::RST != 0 => false,
         (true, _) => reset(frame, packet, v4, out),
-        (false, true) => unreachable_v4(frame, packet, out),
-        (false, false) => unreachable_v6(frame, packet, out),
+        (false, true) => icmp_v4(frame, packet, PORT_UNREACHABLE_V4, 0, out),
+        (false, false) => icmp_v6(frame, packet, PORT_UNREACHABLE_V6, 0, out),
     }
 }
+
+/// Builds what a router answers to a packet that is too long for its way (RFC 1191 §4, RFC 4443 §3.2), which takes `room`
+/// bytes at most. False when it must not be answered.
+#[inline(always)]
+#[must_use]
+pub fn build_too_big<F: Frame>(frame: &F, packet: &Packet, room: u32, out: &mut Reply) -> bool {
+    if packet.tuple.src.is_never_service() || matches!(packet.kind, Kind::IcmpError | Kind::LaterFragment) {
+        return false;
+    }
+    if packet.v4 {
+        icmp_v4(frame, packet, FRAGMENTATION_NEEDED, room & 0xffff, out)
+    } else {
+        icmp_v6(frame, packet, PACKET_TOO_BIG, room, out)
+    }
+}
+
+/// Types and codes of ICMP.
+const PORT_UNREACHABLE_V4: [u8; 2] = [3, 3];
+const FRAGMENTATION_NEEDED: [u8; 2] = [3, 4];
+/// Types and codes of ICMPv6.
+const PORT_UNREACHABLE_V6: [u8; 2] = [1, 4];
+const PACKET_TOO_BIG: [u8; 2] = [2, 0];
 
 #[inline(always)]
 fn reset<F: Frame>(frame: &F, packet: &Packet, v4: bool, out: &mut Reply) -> bool {
@@ -88,7 +110,7 @@ fn halves(first: u16, second: u16) -> u32 {
 }
 
 #[inline(always)]
-fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool {
+fn icmp_v4<F: Frame>(frame: &F, packet: &Packet, what: [u8; 2], more: u32, out: &mut Reply) -> bool {
     // Without options the rejected packet's header has a fixed size, and so has the reply.
     if packet.l4 != packet.l3 + 20 {
         return false;
@@ -96,12 +118,11 @@ fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool
     let Some(original) = frame.load::<[u32; 7]>(packet.l3.into()) else {
         return false;
     };
-    // Type 3, code 3.
-    let head = u32::from_ne_bytes([3, 3, 0, 0]);
-    let sum = checksum::add(head, checksum::sum(&original));
+    let head = u32::from_ne_bytes([what[0], what[1], 0, 0]);
+    let sum = checksum::add(checksum::add(head, more.to_be()), checksum::sum(&original));
     head_v4(packet, 36, Proto::ICMP, out);
     out.words[5] = head | halves(0, !checksum::fold(sum));
-    out.words[6] = 0;
+    out.words[6] = more.to_be();
     let mut n = 0;
     while n < 7 {
         out.words[7 + n] = original[n];
@@ -112,17 +133,16 @@ fn unreachable_v4<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool
 }
 
 #[inline(always)]
-fn unreachable_v6<F: Frame>(frame: &F, packet: &Packet, out: &mut Reply) -> bool {
+fn icmp_v6<F: Frame>(frame: &F, packet: &Packet, what: [u8; 2], more: u32, out: &mut Reply) -> bool {
     let Some(original) = frame.load::<[u32; 12]>(packet.l3.into()) else {
         return false;
     };
-    // Type 1, code 4.
-    let head = u32::from_ne_bytes([1, 4, 0, 0]);
-    let body = checksum::add(head, checksum::sum(&original));
+    let head = u32::from_ne_bytes([what[0], what[1], 0, 0]);
+    let body = checksum::add(checksum::add(head, more.to_be()), checksum::sum(&original));
     let sum = checksum::add(pseudo(packet, Proto::ICMPV6, 56), body);
     head_v6(packet, 56, Proto::ICMPV6, out);
     out.words[10] = head | halves(0, !checksum::fold(sum));
-    out.words[11] = 0;
+    out.words[11] = more.to_be();
     let mut n = 0;
     while n < 12 {
         out.words[12 + n] = original[n];

@@ -13,6 +13,7 @@
 //! | `flows` | none: the agent runs it | makes flows and takes them apart |
 
 mod cgroup;
+mod direct;
 mod flows;
 mod tc;
 mod xdp;

@@ -8,9 +8,10 @@ use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
 use proxy_common::abi::{Hook, Reason};
 use proxy_common::lb::quick::{Quick, quick};
-use proxy_common::lb::{Tables as _, Verdict, egress, ingress};
+use proxy_common::lb::{Tables as _, Verdict, direct, egress, ingress};
 use proxy_common::wire::{Edit, End, Kind, Packet, parse, peek, reject, rewrite};
 
+use super::direct::{FAILED, OTHER, OURS, TOO_BIG, subprog_unwrap, subprog_wrap};
 use crate::scratch::{Scratch, scratch};
 use crate::skb::Skb;
 use crate::subprog::{subprog_parse, subprog_rewrite_error};
@@ -19,9 +20,11 @@ use crate::tables::TcTables;
 /// Go on with the next program, or the stack: TCX_NEXT, which clsact calls TC_ACT_UNSPEC.
 const NEXT: i32 = -1;
 /// Drop: TCX_DROP, TC_ACT_SHOT.
-const DROP: i32 = 2;
+pub const DROP: i32 = 2;
 /// Nothing has been decided yet; no program returns this.
 const ASK: i32 = 0xa5c;
+/// The packet is to go to the endpoint's node, in one of its own; likewise.
+const WRAP: i32 = 0x3a9;
 /// What `tc_index` says of a packet whose source has been rewritten: other interfaces that it leaves through
 /// on its way (a bridge's port, a VLAN's parent) ignore it. Every ingress hook clears it.
 const LEFT: u16 = 0xeb9f;
@@ -46,14 +49,29 @@ pub fn tc_egress_l3(ctx: TcContext) -> i32 {
     leave::<false>(&ctx)
 }
 
-// A program is two functions, called one after the other: what most packets need is small, and lies in one piece; the
+// A program is two functions and more, called one after the other: what most packets need is small, and lies in one piece; the
 // frames of both do not add up.
 
 #[inline(always)]
 fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     let ctx = ctx.as_ptr().cast();
     let done = enter_quickly::<ETHERNET>(Skb(ctx));
-    if done == ASK { enter_asking::<ETHERNET>(Skb(ctx)) } else { done }
+    if done != ASK {
+        return done;
+    }
+    let done = enter_asking::<ETHERNET>(Skb(ctx));
+    if done == WRAP { wrapping::<ETHERNET>(ctx) } else { done }
+}
+
+/// To the endpoint's node, in a packet of its own.
+#[inline(never)]
+fn wrapping<const ETHERNET: bool>(ctx: *mut __sk_buff) -> i32 {
+    let done = subprog_wrap(ctx);
+    if done != TOO_BIG {
+        return done;
+    }
+    let Some(Scratch { edit, .. }) = scratch() else { return DROP };
+    subprog_reject(ctx, ETHERNET.into(), edit.out)
 }
 
 #[inline(always)]
@@ -108,10 +126,19 @@ fn enter_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
     if !read::<ETHERNET>(&skb, packet) {
         return NEXT;
     }
+    if direct::may_wrap(packet) {
+        match subprog_unwrap(skb.0) {
+            OTHER | OURS => {}
+            FAILED => return DROP,
+            // For the agent.
+            _ => return NEXT,
+        }
+    }
     match ingress::ingress(&TcTables::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
-        Verdict::Reject => subprog_reject(skb.0, ETHERNET.into()),
+        Verdict::Reject => subprog_reject(skb.0, ETHERNET.into(), 0),
+        Verdict::Wrap => WRAP,
         Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
     }
@@ -130,8 +157,8 @@ fn leave_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
             skb.set_mark(LEFT);
             if edit.out != 0 && done == NEXT { send_back(edit.out) } else { done }
         }
-        // Nothing is rejected behind the stack, and nothing waits there.
-        Verdict::Reject | Verdict::Wait | Verdict::Drop => DROP,
+        // Nothing is rejected behind the stack, nothing waits there, and nothing is wrapped.
+        Verdict::Reject | Verdict::Wait | Verdict::Wrap | Verdict::Drop => DROP,
     }
 }
 
@@ -172,11 +199,12 @@ fn send_back(ifindex: u32) -> i32 {
     if done == TC_ACT_REDIRECT as i32 { done } else { NEXT }
 }
 
-/// Sends a reject reply out of the interface the packet came in by. A global function, since few packets come
+/// Sends a reject reply out of the interface the packet came in by; or, with `room` other than 0, that the packet is too
+/// long, and may have so many bytes. A global function, since few packets come
 /// here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
+pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32, room: u32) -> i32 {
     let mut skb = Skb(ctx);
     let Some(scratch) = scratch() else { return DROP };
     let (packet, reply) = (&scratch.packet, &mut scratch.reply);
@@ -188,7 +216,12 @@ pub extern "C" fn subprog_reject(ctx: *mut __sk_buff, ethernet: u32) -> i32 {
         skb.ifindex()
     );
     reply.len = 0;
-    if !reject::build(&skb, packet, reply) {
+    let built = if room == 0 {
+        reject::build(&skb, packet, reply)
+    } else {
+        reject::build_too_big(&skb, packet, room, reply)
+    };
+    if !built {
         return DROP;
     }
     let replied = if ethernet != 0 {

@@ -13,7 +13,7 @@ use aya_ebpf::helpers::generated::{
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
-    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, SourceKey, Tuple, capacity,
+    Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, SourceKey, Tunnel, TunnelKey, Tuple, capacity,
 };
 use proxy_common::addr::{Addr, Port};
 use proxy_common::lb::{Inserted, Ring, Stat, Tables};
@@ -176,6 +176,12 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
     }
 
     #[inline(always)]
+    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel> {
+        // SAFETY: replaced whole, and rarely; of a copy that is torn at that moment one packet may go astray.
+        unsafe { maps::TUNNELS.get(key) }.copied()
+    }
+
+    #[inline(always)]
     fn is_service_port(&self, port: Port) -> bool {
         let number = u32::from(port.number());
         maps::SERVICE_PORTS.get(number / 64).is_some_and(|word| word >> (number % 64) & 1 != 0)
@@ -320,6 +326,16 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
         // SAFETY: the element stays mapped; only this CPU writes it, and a flow's id is checked before it is
         // used.
         unsafe { core::mem::replace(&mut *stands, id) }
+    }
+
+    #[inline(always)]
+    fn next_in_ring(&self, ring: Ring) -> FlowId {
+        let Some(scratch) = scratch() else { return FlowId::NONE };
+        let Some(at) = scratch.places.get(ring.0 as usize) else { return FlowId::NONE };
+        // SAFETY: takes no arguments.
+        let cpu = unsafe { bpf_get_smp_processor_id() };
+        let place = (cpu * Ring::COUNT + ring.0) * maps::PLACES.load() + *at;
+        maps::RING.get(place).copied().unwrap_or(FlowId::NONE)
     }
 
     #[inline(always)]

@@ -82,7 +82,7 @@ table_type! {
         /// flow may displace it; then 1. The forward direction.
         pub old: u8,
         /// How many of `pairs` there are, the inner one not counted: 2, or 1 if the endpoint is the Service
-        /// itself, or the flow the node's own.
+        /// itself, packets are wrapped, or the flow is the node's own.
         pub legs: u8,
         /// At which place of each pair the end on the client's side stands.
         pub near: [u8; 3],
@@ -270,7 +270,15 @@ impl Flow {
         self.flags & flow_flags::DIRECT != 0
     }
 
-    /// Whether Service and endpoint are one: nothing is translated, and there is only the outer pair.
+    /// Whether the endpoint has answered. Where answers do not pass here, the client has shown it by going on.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_answered(&self) -> bool {
+        self.seen[REPLY] != 0 || self.is_direct() && self.old != 0
+    }
+
+    /// Whether Service and endpoint are one, or packets are wrapped: nothing is translated, and there is only the outer
+    /// pair.
     #[inline(always)]
     #[must_use]
     pub const fn is_identity(&self) -> bool {

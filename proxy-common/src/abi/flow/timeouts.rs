@@ -30,6 +30,10 @@ table_type! {
     }
 }
 
+/// Seconds that an open TCP connection may be silent of which one side is seen: longer than the two hours after which
+/// keep-alive speaks (`tcp_keepalive_time` of the kernel's ip-sysctl.rst), and its probes.
+const ONE_SIDED: u32 = 8_100;
+
 impl Timeouts {
     /// As numbers in the order of the fields, for the program that sweeps.
     #[must_use]
@@ -89,6 +93,11 @@ impl Timeouts {
         let young = flow.old == 0;
         let fins = flow.fin[FORWARD] + flow.fin[REPLY];
         match flow.proto() {
+            // What the endpoint does is not seen: neither its FIN nor its RST.
+            Proto::TCP if flow.is_direct() && fins > 0 => self.tcp_closed,
+            Proto::TCP if flow.is_direct() && !young && !flow.is_reset() => {
+                if self.tcp_established < ONE_SIDED { self.tcp_established } else { ONE_SIDED }
+            }
             Proto::TCP if flow.is_reset() => self.tcp_reset,
             Proto::TCP if fins > 1 => self.tcp_closed,
             Proto::TCP if young => self.tcp_syn,

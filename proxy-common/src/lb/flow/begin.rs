@@ -5,19 +5,20 @@ use super::leg::{Entered, enter_for};
 use crate::abi::{Flow, FlowId, Pair, Reason, Role, State, Tuple, flow_flags, frontend};
 use crate::addr::{Port, Proto};
 use crate::lb::select::{self, Choice};
-use crate::lb::{Inserted, Ring, Subprograms};
+use crate::lb::{Inserted, Ring, Subprograms, Tables};
 use crate::wire::Packet;
 
 /// How many young flows are displaced for one new one when there is no free record.
 const DISPLACED: usize = 6;
 
-/// A record for a new flow, claimed. If there is none, the oldest young flows of this CPU make room.
+/// A record for a new flow, claimed. If there is none, the oldest young flows of this CPU make room; if that is not
+/// enough, [`FlowId::NONE`].
 #[inline(always)]
-fn take_record<T: Subprograms>(tables: &T, ring: Ring) -> Option<FlowId> {
+pub fn take<T: Subprograms>(tables: &T, ring: Ring) -> FlowId {
     for _ in 0..DISPLACED {
         if let Some(index) = tables.take_record() {
             if tables.claim(index) {
-                return tables.record(index, |flow| flow.id);
+                return tables.record(index, |flow| flow.id).unwrap_or(FlowId::NONE);
             }
             // Another CPU still looks at the flow that was here before: the record is used later.
             enter_free(tables, index);
@@ -27,49 +28,54 @@ fn take_record<T: Subprograms>(tables: &T, ring: Ring) -> Option<FlowId> {
         // Where this CPU has no young flows, others have.
         displace(tables, tables.any_in_rings());
     }
-    None
+    FlowId::NONE
 }
 
-/// Makes the record of a new flow of `packet`, which is for a Service, to the backend of `choice`; it stays
-/// claimed. `middle_port` replaces the client's port behind the Service unless zero. [`FlowId::NONE`] if
-/// there is no room.
+/// Makes the flow `id` of a record that has been taken: of `packet`, which is for a Service, to the backend of `choice`. It
+/// stays claimed. `middle_port` replaces the client's port behind the Service unless zero.
 #[inline(always)]
-pub fn make<T: Subprograms>(tables: &T, packet: &Packet, choice: &Choice, middle_port: Port) -> FlowId {
+pub fn make<T: Tables>(tables: &T, packet: &Packet, choice: &Choice, middle_port: Port, id: FlowId) -> u32 {
     let tuple = &packet.tuple;
-    let Some(id) = take_record(tables, Ring::of(tuple.proto)) else {
-        return FlowId::NONE;
-    };
     let now = tables.now();
     let uplink = tables.iface(packet.ifindex).map_or(0, |iface| iface.uplink);
     let middle_port = if middle_port.0 == 0 { tuple.sport } else { middle_port };
-    // If Service and endpoint are one there is nothing to translate, but it may change.
-    let identity = choice.port == tuple.dport && middle_port == tuple.sport && choice.addr.same(&tuple.dst);
+    // If Service and endpoint are one there is nothing to translate, but it may change. What goes wrapped stays as it is.
+    let identity = choice.node != 0
+        || choice.port == tuple.dport && middle_port == tuple.sport && choice.addr.same(&tuple.dst);
     let _ = tables.record(id.index(), |flow| {
         clear(flow, packet, now);
         flow.service = choice.service;
         flow.backend = choice.index;
         flow.generation = choice.generation;
-        flow.flags = if choice.masquerade != 0 { flow_flags::MASQUERADE } else { 0 };
-        flow.legs = if identity { 1 } else { 2 };
+        flow.flags = match (choice.masquerade, choice.node) {
+            (_, 1..) => flow_flags::DIRECT,
+            (1.., _) => flow_flags::MASQUERADE,
+            _ => 0,
+        };
+        flow.node = choice.node;
         let middle = Tuple::new(tuple.src, middle_port, choice.addr, choice.port, tuple.proto);
         flow.near[Role::MIDDLE.index()] = middle.write_pair(&mut flow.pairs[Role::MIDDLE.index()]) as u8;
-        flow.uplink = uplink;
+        flow.legs = if identity { 1 } else { 2 };
+        // Answers to what came wrapped leave by the routes.
+        flow.uplink = if packet.wrapped == 0 { uplink } else { 0 };
         flow.state = State::LIVE;
     });
     if choice.flags & frontend::AFFINITY != 0 {
         select::remember(tables, choice.service, choice.index, choice.generation, tuple.src);
     }
-    id
+    1
 }
 
 /// Enters the legs of a flow that has just been made, and ends the claim; or takes it apart again.
 #[inline(always)]
 pub fn join<T: Subprograms>(tables: &T, packet: &Packet, id: FlowId) -> Inserted {
     let mut holder = FlowId::NONE;
-    let ring = Ring::of(packet.tuple.proto);
+    let kind = tables.record(id.index(), |flow| (flow.is_identity(), flow.is_direct()));
+    let (identity, direct) = kind.unwrap_or((true, false));
+    let ring = if direct { Ring::DIRECT } else { Ring::of(packet.tuple.proto) };
     // The middle leg first: it is the one that can be taken.
     let mut entered = Entered::Done;
-    if tables.record(id.index(), |flow| flow.is_identity()) == Some(false) {
+    if !identity {
         entered = enter_for(tables, id, Role::MIDDLE, &mut holder);
         if entered == Entered::Taken {
             tables.dissolve(id);
@@ -145,17 +151,19 @@ fn clear(flow: &mut Flow, packet: &Packet, now: u64) {
     flow.checked = now;
     flow.first = 0;
     flow.last = 0;
+    flow.node = 0;
 }
 
 /// Makes the record of a conversation of the node's own, whose first packet leaves, so that its answers are
 /// not taken for questions. It stays claimed; [`FlowId::NONE`] if there is no room.
 #[inline(always)]
 pub fn make_own<T: Subprograms>(tables: &T, packet: &Packet, guest: bool) -> FlowId {
-    let Some(id) = take_record(tables, Ring::OWN) else {
+    let id = take(tables, Ring::OWN);
+    if id == FlowId::NONE {
         // Without the note a port of a Service may take the answers: counted, but no reason to stop the packet.
         tables.count(Reason::FlowTableFull);
         return FlowId::NONE;
-    };
+    }
     let now = tables.now();
     let _ = tables.record(id.index(), |flow| {
         clear(flow, packet, now);

@@ -26,7 +26,7 @@ pub(crate) fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet) -> Look 
         Look::Go
     } else if leg.forward && leg.role == Role::MIDDLE {
         Look::Superseded
-    } else if leg.forward && packet.is_syn() && flow.seen[REPLY] != 0 {
+    } else if leg.forward && packet.is_syn() && flow.is_answered() {
         Look::Ended
     } else {
         Look::Lost
@@ -42,7 +42,7 @@ pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
     }
     let now = tables.now();
     let lost = tables.record(id.index(), |flow| {
-        if flow.lives(id) && flow.proto() == Proto::TCP && !flow.is_own() && flow.seen[REPLY] != 0 {
+        if flow.lives(id) && flow.proto() == Proto::TCP && !flow.is_own() && flow.is_answered() {
             flow.state = State::LOST;
             flow.checked = now;
         }
@@ -60,7 +60,7 @@ pub fn lose<T: Tables>(tables: &T, id: FlowId) -> u32 {
 #[inline(always)]
 pub(crate) fn sweep<T: Subprograms>(tables: &T, id: FlowId, now: u64) -> u32 {
     let notified = |flow: &mut Flow| {
-        let long = if flow.seen[REPLY] == 0 { TRIES } else { TELL };
+        let long = if !flow.is_answered() { TRIES } else { TELL };
         now.saturating_sub(flow.checked) >= long
     };
     if tables.record(id.index(), notified) == Some(true) { tables.take_apart(id) } else { 0 }

@@ -15,7 +15,7 @@ mod race_tests;
 #[cfg(test)]
 mod tests;
 
-pub use begin::{join, join_own, make, make_own};
+pub use begin::{join, join_own, make, make_own, take};
 pub use end::{dissolve, take_apart};
 pub use leg::{Entered, enter, look_after};
 pub use lost::lose;

@@ -37,6 +37,10 @@ pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: boo
         }
         if flow.old == 0 {
             match (packet.tuple.proto, forward) {
+                (Proto::TCP, true) if flow.is_direct() => {
+                    // Who goes on has been answered, elsewhere.
+                    flow.old = u8::from(packet.tcp_flags & (Packet::SYN | Packet::RST) == 0);
+                }
                 (Proto::TCP, true) => grown_tcp(flow, packet),
                 (Proto::TCP, false) => note_window(flow, packet),
                 (_, true) => grown(flow, now),
@@ -84,7 +88,7 @@ fn grown_tcp(flow: &mut Flow, packet: &Packet) {
 
 #[inline(always)]
 fn grown(flow: &mut Flow, now: u64) {
-    let both_ways = flow.seen[REPLY] != 0;
+    let both_ways = flow.seen[REPLY] != 0 || flow.is_direct();
     if both_ways && now.saturating_sub(flow.born) >= STREAM && flow.flags & flow_flags::GUEST == 0 {
         flow.old = 1;
     }

@@ -7,7 +7,8 @@ use std::vec::Vec;
 
 use crate::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey, Hook,
-    Iface, Key, Leg, Notes, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tuple, frontend,
+    Iface, Key, Leg, Notes, Pair, PortRange, Reason, Role, SourceKey, State, Timeouts, Tunnel, TunnelKey,
+    Tuple, frontend,
 };
 use crate::addr::{Addr, Port, Proto};
 use crate::lb::tests::{ETH, Node, addr, key};
@@ -422,6 +423,9 @@ impl Tables for World {
     fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr> {
         self.tables.masquerade_address(ifindex, dst)
     }
+    fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel> {
+        self.tables.tunnel(key)
+    }
     fn is_service_port(&self, port: Port) -> bool {
         self.tables.is_service_port(port)
     }
@@ -505,6 +509,9 @@ impl Tables for World {
     fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId {
         self.meet();
         self.tables.put_in_ring(ring, id)
+    }
+    fn next_in_ring(&self, ring: Ring) -> FlowId {
+        self.tables.next_in_ring(ring)
     }
     fn any_in_rings(&self) -> FlowId {
         self.tables.any_in_rings()

@@ -19,6 +19,9 @@ pub(crate) enum Touch {
     Pass,
     /// The edit is filled in.
     Rewrite,
+    /// Its endpoint's node answers the client: the packet goes there wrapped. The edit has the node's address, the
+    /// endpoint's hint as port, and the node as interface.
+    Wrap,
     /// A packet of a masqueraded flow at egress: its source is still to be chosen.
     Masquerade,
     /// The flow's backend has been removed: choose anew.
@@ -250,9 +253,9 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
         // their backend is removed (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it
         // ends (P-18), but a new connection from the same port is a new flow (P-26).
         Role::OUTER => {
-            if fresh && flow.may_begin_anew() {
+            if fresh && flow.may_begin_anew() && !flow.is_direct() {
                 Look::Ended
-            } else if packet.tuple.proto == Proto::UDP || flow.seen[REPLY] == 0 || fresh {
+            } else if packet.tuple.proto == Proto::UDP || !flow.is_answered() || fresh {
                 Look::Bound(flow.backend, flow.generation)
             } else {
                 Look::Go
@@ -281,6 +284,13 @@ fn pass<T: Tables>(
     let mut counts = true;
     let touch = match leg.role {
         Role::OUTER if left && enters == forward => Touch::Pass,
+        Role::OUTER if enters && forward && flow.is_direct() => {
+            let (addr, port) = flow.endpoint();
+            edit.addr = *addr;
+            edit.port = port;
+            edit.out = flow.node;
+            Touch::Wrap
+        }
         Role::OUTER if enters && forward => Touch::Rewrite,
         Role::MIDDLE if !enters && !forward => {
             edit.out = flow.uplink;
@@ -325,6 +335,9 @@ fn pass<T: Tables>(
         if packet.tcp_flags & Packet::ACK != 0 {
             flow.acked[direction] = packet.ack;
         }
+        if flow.is_direct() && packet.tcp_flags & (Packet::FIN | Packet::RST) == 0 {
+            flow.last = packet.seq;
+        }
         care = flow.old == 0 || forward && is_due(flow, now);
     }
     // The record may have been given to another flow while it was read.
@@ -362,7 +375,9 @@ fn end_of<T: Tables>(tables: &T, flow: &mut Flow, packet: &Packet, direction: us
     // Before a handshake is complete there is nothing to compare with, and little to lose; nor is there in a
     // flow that has been adopted, until its other end speaks.
     let unknown = flow.old == 0 || flow.flags & flow_flags::ADOPTED != 0 && acked == 0;
-    let believed = unknown || packet.seq.wrapping_sub(acked) < BELIEVED;
+    // Of a flow whose answers do not pass here, what the client has sent last is all there is to compare with.
+    let from = if flow.is_direct() { flow.last } else { acked };
+    let believed = unknown || packet.seq.wrapping_sub(from) < BELIEVED;
     if packet.tcp_flags & Packet::RST == 0 {
         flow.seen[direction] = now;
         if believed {

@@ -14,7 +14,7 @@ mod tests;
 pub use state::{Memory, original};
 
 use super::select::{self, Asker, Rejection, Selected, Source};
-use super::{Stat, Tables};
+use super::{Stat, Subprograms, Tables};
 use crate::abi::socket::{BY_PACKET, EXCLUDED};
 use crate::abi::{Config, Reason, SocketEntry, SocketState, address, config, frontend};
 use crate::addr::{Addr, Port, Proto};
@@ -62,7 +62,7 @@ pub enum Decision {
 
 /// Decides a call of a socket with this storage, writes what was chosen to `entry`, and remembers it.
 #[inline(always)]
-pub fn translate<'a, T: Tables, M: Memory<'a>>(
+pub fn translate<'a, T: Subprograms, M: Memory<'a>>(
     tables: &T,
     memory: &M,
     mut state: Option<&'a mut SocketState>,
@@ -113,7 +113,7 @@ pub fn translate<'a, T: Tables, M: Memory<'a>>(
 
 /// Decides a call whose socket remembers nothing that fits.
 #[inline(always)]
-fn decide<T: Tables>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Decision {
+fn decide<T: Subprograms>(tables: &T, call: &Call, entry: &mut SocketEntry) -> Decision {
     let loopback = call.dst.is_loopback();
     let known = match call.dst.is_never_service() {
         true if loopback => address::NODE_PORT,
