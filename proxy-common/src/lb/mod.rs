@@ -9,6 +9,8 @@
 
 pub mod adopt;
 pub mod direct;
+#[cfg(test)]
+mod direct_tests;
 pub mod egress;
 pub mod flow;
 pub mod fragment;

@@ -106,7 +106,9 @@ fn unwrap(tables: &impl Subprograms, frame: &ByteFrame, packet: &mut Packet) -> 
     }
     read.come_out_of(&outer);
     *packet = read;
-    tables.count(Reason::Unwrapped);
+    if read.wrapped != 0 {
+        tables.count(Reason::Unwrapped);
+    }
     let mut out = frame.clone();
     out.bytes.drain(usize::from(outer.l3)..usize::from(outer.l4));
     Some(out)
