@@ -51,6 +51,11 @@ impl<const PACKET: bool> Subprograms for MapTables<PACKET> {
         subprog_hinted(run.first, run.count, service, hint.into())
     }
 
+    #[inline(always)]
+    fn meant(&self, slot: u32, service: u32, hint: u16) -> u32 {
+        subprog_meant(slot, service, hint.into())
+    }
+
     /// The choice is the one that lies in the working storage, from the call before.
     #[inline(always)]
     fn make(&self, _packet: &Packet, _choice: &Choice, middle_port: Port, id: FlowId) -> u32 {
@@ -198,6 +203,12 @@ pub extern "C" fn subprog_choose(known: u32, attempt: u32, last: u32) -> u32 {
 #[inline(never)]
 pub extern "C" fn subprog_hinted(first: u32, count: u32, service: u32, hint: u32) -> u32 {
     direct::hinted(&TcTables::NO_PACKET, Run { first, count }, service, hint as u16)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn subprog_meant(slot: u32, service: u32, hint: u32) -> u32 {
+    direct::meant(&TcTables::NO_PACKET, slot, service, hint as u16)
 }
 
 #[unsafe(no_mangle)]

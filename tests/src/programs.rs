@@ -20,6 +20,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use proxy_common::abi::{Backend, Flow, FlowId, Hook, ask};
 use proxy_common::testing::{ByteFrame, Outcome};
+use proxy_common::wire::wrap;
 
 /// Where `ingress_ifindex` and `ifindex` lie in `struct __sk_buff`, the context of a test run.
 const INGRESS_IFINDEX_AT: usize = 36;
@@ -190,6 +191,7 @@ impl Programs {
             (2, _) => Outcome::Dropped,
             // Behind the stack nothing is refused: an answer leaves by another interface.
             (7, true) if hook == Hook::EGRESS => Outcome::Rewritten(frame),
+            (7, true) if is_longer(&frame.bytes, bytes, ethernet) => Outcome::Wrapped(frame),
             (7, true) => Outcome::Rejected(frame),
             (7, false) => Outcome::Waits,
             (other, _) => bail!("the program returned {other}"),
@@ -221,6 +223,13 @@ fn undo(step: &Step) -> Option<Step> {
         Step::PutAddress(addr, _) => Step::DeleteAddress(addr),
         _ => return None,
     })
+}
+
+/// Whether a packet is another one with an IP header before it.
+fn is_longer(is: &[u8], was: &[u8], ethernet: bool) -> bool {
+    let at = if ethernet { 14 } else { 0 };
+    let header = is.len().saturating_sub(was.len());
+    [wrap::length(true), wrap::length(false)].contains(&header) && is.get(at + header..) == was.get(at..)
 }
 
 fn is_invalid(error: &ProgramError) -> bool {

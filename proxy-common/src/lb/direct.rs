@@ -172,18 +172,26 @@ pub(super) fn enter<T: Subprograms>(tables: &T, packet: &Packet, edit: &mut Edit
 
 /// The backend among the slots of a run that another node means by its hint; 0 if there is none.
 #[inline(always)]
-pub fn hinted<T: Tables>(tables: &T, run: Run, service: u32, hint: u16) -> u32 {
+pub fn hinted<T: Subprograms>(tables: &T, run: Run, service: u32, hint: u16) -> u32 {
+    // Little in the loop: the verifier walks through all of it.
     for n in 0..SLOTS {
         if n >= run.count {
             break;
         }
-        let index = tables.slot(run.first.wrapping_add(n)).unwrap_or(0);
-        let found = tables.backend(index).is_some_and(|backend| {
-            backend.is_live() && backend.service == service && wrap::hint(&backend.addr, backend.port) == hint
-        });
-        if found {
+        let index = tables.meant(run.first.wrapping_add(n), service, hint);
+        if index != 0 {
             return index;
         }
     }
     0
+}
+
+/// The backend in a slot, if another node means it by its hint; else 0.
+#[inline(always)]
+pub fn meant<T: Tables>(tables: &T, slot: u32, service: u32, hint: u16) -> u32 {
+    let index = tables.slot(slot).unwrap_or(0);
+    let found = tables.backend(index).is_some_and(|backend| {
+        backend.is_live() && backend.service == service && wrap::hint(&backend.addr, backend.port) == hint
+    });
+    if found { index } else { 0 }
 }

@@ -41,6 +41,10 @@ pub trait Subprograms: Tables + Sized {
     fn hinted(&self, run: Run, service: u32, hint: u16) -> u32 {
         direct::hinted(self, run, service, hint)
     }
+    /// [`direct::meant`].
+    fn meant(&self, slot: u32, service: u32, hint: u16) -> u32 {
+        direct::meant(self, slot, service, hint)
+    }
     /// [`flow::take`].
     fn take(&self, ring: Ring) -> FlowId {
         flow::take(self, ring)

@@ -41,7 +41,7 @@ pub fn write(words: &mut [u32; WORDS], v4: bool, head: u32, len: u32, (from, to)
     if v4 {
         let total = (20 + len) as u16;
         words[0] = u32::from_be_bytes([0x45, head[1], (total >> 8) as u8, total as u8]).to_be();
-        words[1] = ((hint as u32) << 16 | 0x4000).to_be();
+        words[1] = (u32::from(hint) << 16 | 0x4000).to_be();
         words[2] = u32::from_ne_bytes([64, Proto::IPV4.0, 0, 0]);
         words[3] = from.word_v4();
         words[4] = to.word_v4();
@@ -55,8 +55,8 @@ pub fn write(words: &mut [u32; WORDS], v4: bool, head: u32, len: u32, (from, to)
         words[2] = u32::from_ne_bytes([64, Proto::IPV4.0, a, b]);
     } else {
         let class = u32::from_be_bytes([head[0], head[1], 0, 0]) & 0x0ff0_0000;
-        words[0] = (0x6000_0000 | class | hint as u32).to_be();
-        words[1] = ((len & 0xffff) << 16 | (Proto::IPV6.0 as u32) << 8 | 64).to_be();
+        words[0] = (0x6000_0000 | class | u32::from(hint)).to_be();
+        words[1] = ((len & 0xffff) << 16 | u32::from(Proto::IPV6.0) << 8 | 64).to_be();
         let mut n = 0;
         while n < 4 {
             words[2 + n] = from.0[n];

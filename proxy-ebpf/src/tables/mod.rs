@@ -315,7 +315,7 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
     fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId {
         let Some(scratch) = scratch() else { return FlowId::NONE };
         let size = maps::PLACES.load();
-        let Some(place) = scratch.places.get_mut(ring.0 as usize) else { return FlowId::NONE };
+        let Some(place) = scratch.places.get_mut(index_of(ring)) else { return FlowId::NONE };
         let at = *place;
         *place = if at + 1 < size { at + 1 } else { 0 };
         // SAFETY: takes no arguments.
@@ -331,7 +331,7 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
     #[inline(always)]
     fn next_in_ring(&self, ring: Ring) -> FlowId {
         let Some(scratch) = scratch() else { return FlowId::NONE };
-        let Some(at) = scratch.places.get(ring.0 as usize) else { return FlowId::NONE };
+        let Some(at) = scratch.places.get(index_of(ring)) else { return FlowId::NONE };
         // SAFETY: takes no arguments.
         let cpu = unsafe { bpf_get_smp_processor_id() };
         let place = (cpu * Ring::COUNT + ring.0) * maps::PLACES.load() + *at;
@@ -384,6 +384,17 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
         // SAFETY: all CPUs count here, each in one instruction.
         unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) 1_u64, options(nostack)) };
     }
+}
+
+/// The number of a ring, as one among them.
+#[inline(always)]
+fn index_of(ring: Ring) -> usize {
+    let mut index = ring.0 as usize;
+    const _: () = assert!(Ring::COUNT == 4);
+    // SAFETY: changes no ring's number. The verifier loses the bound of a number that is kept on the stack: here it sees
+    // one at the register that is used.
+    unsafe { asm!("{0} &= 3", inout(reg) index, options(pure, nomem, nostack)) };
+    index
 }
 
 /// The key, in its place in the working storage if there is one.

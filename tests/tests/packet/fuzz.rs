@@ -505,7 +505,9 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
         memory.sent = stage.framed(&bytes);
         memory.egress = egress;
         memory.came = match outcome {
-            Outcome::Rewritten(frame) | Outcome::Rejected(frame) => stage.framed(&frame.bytes),
+            Outcome::Rewritten(frame) | Outcome::Rejected(frame) | Outcome::Wrapped(frame) => {
+                stage.framed(&frame.bytes)
+            }
             Outcome::Passed | Outcome::Waits | Outcome::Dropped => memory.sent.clone(),
         };
     }

@@ -8,6 +8,7 @@
 #![expect(clippy::unwrap_used, reason = "all of this file is tests, helpers included")]
 
 mod clusterip;
+mod direct;
 mod fragments;
 mod fuzz;
 mod icmp;

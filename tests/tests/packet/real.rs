@@ -15,7 +15,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use proxy_common::abi::{
     Affinity, AffinityKey, Config, FORWARD, Flow, FlowId, Fragment, FragmentKey, Hook, Key, Leg, Pair, REPLY,
-    Reason, Role, ServiceStats, Tuple, frontend, maps,
+    Reason, Role, ServiceStats, Tunnel, TunnelKey, Tuple, frontend, maps,
 };
 use proxy_common::addr::Addr;
 use proxy_common::lb::Ring;
@@ -149,6 +149,7 @@ pub(crate) struct Real {
     /// The words of it that may not be 0.
     used_bits: BTreeSet<u32>,
     taken: HashMap<MapData, Tuple, u32>,
+    tunnels: HashMap<MapData, TunnelKey, Tunnel>,
     fragments: HashMap<MapData, FragmentKey, Fragment>,
     affinity: HashMap<MapData, AffinityKey, Affinity>,
     reasons: PerCpuArray<MapData, u64>,
@@ -195,6 +196,7 @@ fn load() -> anyhow::Result<Real> {
             endpoint_bits: programs.array(maps::ENDPOINT_BITS)?,
             used_bits: BTreeSet::new(),
             taken: programs.hash(maps::TAKEN)?,
+            tunnels: programs.hash(maps::TUNNELS)?,
             fragments: programs.hash(maps::FRAGMENTS)?,
             affinity: programs.hash(maps::AFFINITY)?,
             reasons: programs.counters(maps::REASONS)?,
@@ -399,6 +401,12 @@ impl Real {
         }
         if !tables.taken.is_empty() || self.taken.keys().next().is_some() {
             clear(&mut self.taken).unwrap();
+        }
+        if !tables.tunnels.is_empty() || self.tunnels.keys().next().is_some() {
+            clear(&mut self.tunnels).unwrap();
+        }
+        for (key, tunnel) in &tables.tunnels {
+            self.tunnels.insert(key, tunnel, 0).unwrap();
         }
         for tuple in &tables.taken {
             self.taken.insert(tuple, 1, 0).unwrap();

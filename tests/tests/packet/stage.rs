@@ -244,7 +244,12 @@ impl Stage {
             Outcome::Rejected(frame) => {
                 View::ethernet(&self.framed(&frame.bytes)).and_then(|view| view.verify()).err()
             }
-            Outcome::Rewritten(_) | Outcome::Passed | Outcome::Waits | Outcome::Dropped => None,
+            // What is inside is as it came, and the tests have the header.
+            Outcome::Rewritten(_)
+            | Outcome::Wrapped(_)
+            | Outcome::Passed
+            | Outcome::Waits
+            | Outcome::Dropped => None,
         };
         wrong.map(|error| format!("{error:#}"))
     }
@@ -267,6 +272,7 @@ impl Stage {
             Outcome::Waits => "put at the end of the queue".into(),
             Outcome::Rewritten(frame) => format!("rewritten to {}", show(frame)),
             Outcome::Rejected(frame) => format!("refused with {}", show(frame)),
+            Outcome::Wrapped(frame) => format!("wrapped as {}", show(frame)),
         }
     }
 
@@ -507,6 +513,13 @@ impl Seen<'_> {
     pub(crate) fn becomes_bytes(self, bytes: Vec<u8>) {
         let partial = self.stage.form == Form::Partial && is_finished_by_hardware(&bytes);
         self.is(&Outcome::Rewritten(ByteFrame { bytes, partial }));
+    }
+
+    /// It goes to its endpoint's node in this packet.
+    #[track_caller]
+    pub(crate) fn becomes_wrapped(self, bytes: Vec<u8>) {
+        let partial = self.stage.form == Form::Partial && is_finished_by_hardware(&self.sent);
+        self.is(&Outcome::Wrapped(ByteFrame { bytes, partial }));
     }
 
     /// It is answered with this Ethernet frame.

@@ -194,6 +194,7 @@ impl<'a, P: Programs> System<'a, P> {
             Outcome::Passed => {}
             Outcome::Rewritten(out) => frame = out,
             Outcome::Rejected(answer) => return rejection(&answer, from, to),
+            Outcome::Wrapped(_) => return Err("it was wrapped, though no Service asks for that".into()),
             Outcome::Dropped => return Ok(Observed::Drop),
             Outcome::Waits => return Err("a whole packet was made to wait".into()),
         }

@@ -161,7 +161,7 @@ fn write_iface(f: &mut fmt::Formatter<'_>, index: u32, iface: &Iface) -> fmt::Re
 }
 
 fn write_backend(f: &mut fmt::Formatter<'_>, index: u32, backend: &Backend) -> fmt::Result {
-    let Backend { addr, port, flags, generation, service, pad: _ } = *backend;
+    let Backend { addr, port, flags, generation, service, node: _ } = *backend;
     if *backend == Backend::retired(generation) {
         return write!(f, "backend {index} retired gen {generation}");
     }
@@ -201,6 +201,7 @@ fn write_config(f: &mut fmt::Formatter<'_>, config: &Config) -> fmt::Result {
         snat_total,
         seed,
         service_range_count,
+        probe_port: _,
         pad: _,
         snat_ports,
         service_ranges,
