@@ -9,7 +9,7 @@ use proxy_tests::packet::Packet;
 
 use crate::node::{ACK, Cast, FAMILIES, NEW, Node, RST, SYN, SYN_ACK, V4, addr, at, ip, packet};
 use crate::real::IFACE;
-use crate::stage::{Stage, story};
+use crate::stage::{Stage, framed_story, whole_story};
 
 /// The number of the other node.
 const OTHER: u32 = 7;
@@ -75,7 +75,7 @@ fn a_clients_packets_go_to_the_endpoints_node_as_they_are() {
     for cast in FAMILIES {
         for (proto, first, next) in [(Proto::TCP, SYN, ACK), (Proto::UDP, ACK, ACK)] {
             for (vip, port) in [(cast.external, 80), (cast.node, PORT)] {
-                story(
+                framed_story(
                     || node(cast, cast.remote),
                     |stage| {
                         for flags in [first, next, next] {
@@ -99,7 +99,7 @@ fn they_come_out_there_and_answers_leave_under_the_services_address() {
     for cast in FAMILIES {
         for (proto, first, back, next) in [(Proto::TCP, SYN, SYN_ACK, ACK), (Proto::UDP, ACK, ACK, ACK)] {
             for (vip, port) in [(cast.external, 80), (other(cast), PORT)] {
-                story(
+                whole_story(
                     || node(cast, &["+", cast.pod].concat()).config(|c| c.flags |= config::MASQUERADE_LOCAL),
                     |stage| {
                         let (client, service) = (at(cast.client, 5555), at(vip, port));
@@ -126,7 +126,7 @@ fn they_come_out_there_and_answers_leave_under_the_services_address() {
 fn the_endpoint_is_the_one_that_the_other_node_means() {
     let pods = ["10.244.1.5", "10.244.1.6", "10.244.1.7", "10.244.1.8"];
     for meant in pods {
-        story(
+        whole_story(
             || {
                 let near: Vec<String> = pods.iter().map(|pod| format!("+{pod}")).collect();
                 let ends: Vec<(&str, u16)> = near.iter().map(|pod| (pod.as_str(), 8080)).collect();
@@ -149,7 +149,7 @@ fn the_endpoint_is_the_one_that_the_other_node_means() {
 #[test]
 fn without_a_way_that_is_ready_flows_are_masqueraded() {
     for cast in FAMILIES {
-        story(
+        framed_story(
             || {
                 let mut node = node(cast, cast.remote);
                 node.tables.tunnels.values_mut().for_each(|tunnel| tunnel.flags = 0);
@@ -170,7 +170,7 @@ fn without_a_way_that_is_ready_flows_are_masqueraded() {
 #[test]
 fn what_becomes_too_long_is_answered_by_the_length_that_fits() {
     for (cast, header, kind, code) in [(FAMILIES[0], 20, 3, 4), (FAMILIES[1], 40, 2, 0)] {
-        story(
+        whole_story(
             || node(cast, cast.remote),
             |stage| {
                 let (client, service) = (at(cast.client, 5555), at(cast.external, 80));
@@ -207,7 +207,7 @@ fn too_big(cast: Cast, about: &[u8], kind: u8, code: u8, room: u32) -> Vec<u8> {
 #[test]
 fn a_tunnel_of_somebody_else_and_what_is_no_services_stay_as_they_are() {
     for cast in FAMILIES {
-        story(
+        whole_story(
             || node(cast, &["+", cast.pod].concat()).with((cast.vip, 80), Proto::TCP, 1, &[(cast.pod, 8080)]),
             |stage| {
                 let client = at(cast.client, 5555);
@@ -239,7 +239,7 @@ fn a_tunnel_of_somebody_else_and_what_is_no_services_stay_as_they_are() {
 #[test]
 fn an_agents_question_comes_out_for_the_node() {
     for cast in FAMILIES {
-        story(
+        whole_story(
             || node(cast, cast.remote).config(|config| config.probe_port = Port::new(10_261)),
             |stage| {
                 let probe = Packet::udp(at(other(cast), 10_261), at(cast.node, 10_261)).payload(b"question");
@@ -254,7 +254,7 @@ fn an_agents_question_comes_out_for_the_node() {
 
 #[test]
 fn a_place_of_an_old_flow_is_not_given_away() {
-    story(
+    framed_story(
         || node(V4, V4.remote),
         |stage| {
             let sent = |port, flags| packet(Proto::TCP, at(V4.client, port), at(V4.external, 80), flags);
@@ -276,7 +276,7 @@ fn a_place_of_an_old_flow_is_not_given_away() {
 #[test]
 fn where_the_endpoint_has_gone_the_node_leads_on_masqueraded() {
     for cast in FAMILIES {
-        story(
+        whole_story(
             || {
                 let mut node = node(cast, cast.remote);
                 let key = FrontendKey::new(addr(cast.external), Port::new(80), Proto::TCP);

@@ -335,7 +335,10 @@ fn pass<T: Tables>(
         if packet.tcp_flags & Packet::ACK != 0 {
             flow.acked[direction] = packet.ack;
         }
-        if flow.is_direct() && packet.tcp_flags & (Packet::FIN | Packet::RST) == 0 {
+        if flow.is_direct()
+            && packet.tuple.proto == Proto::TCP
+            && packet.tcp_flags & (Packet::FIN | Packet::RST) == 0
+        {
             flow.last = packet.seq;
         }
         care = flow.old == 0 || forward && is_due(flow, now);
