@@ -12,9 +12,8 @@ use crate::wire::{Edit, Kind, Packet};
 #[inline(always)]
 pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit) -> Verdict {
     match packet.kind {
-        Kind::Whole => {}
+        Kind::Whole | Kind::IcmpError => {}
         Kind::FirstFragment => drop(tables.remember_fragment(packet)),
-        Kind::IcmpError => return error(tables, packet, edit),
         // For any destination: what is an answer is known only when it leaves, and there nothing can wait.
         Kind::LaterFragment => match tables.recall_fragment(packet) {
             Recalled::Known => {}
@@ -24,6 +23,9 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         Kind::Other => return other(tables, packet),
     }
     let found = flow::touch(tables, Hook::INGRESS, packet, edit);
+    if matches!(packet.kind, Kind::IcmpError) {
+        return error(tables, packet, found.touch);
+    }
     match found.touch {
         Touch::Rewrite | Touch::Pass | Touch::Wrap => {
             if found.care {
@@ -84,8 +86,8 @@ fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
 
 /// An ICMP error about a flow goes where the flow's answers go (D-2).
 #[inline(always)]
-fn error<T: Tables>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
-    match flow::touch(tables, Hook::INGRESS, packet, edit).touch {
+fn error<T: Tables>(tables: &T, packet: &Packet, touch: Touch) -> Verdict {
+    match touch {
         Touch::Rewrite => {
             tables.count(Reason::IcmpTranslated);
             Verdict::Rewrite

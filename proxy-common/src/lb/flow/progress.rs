@@ -48,6 +48,10 @@ pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: boo
                 (_, false) => {}
             }
         }
+        let ends = packet.tcp_flags & (Packet::FIN | Packet::RST) != 0;
+        if flow.is_direct() && packet.tuple.proto == Proto::TCP && !ends {
+            flow.last = packet.seq;
+        }
         let due = forward && is_due(flow, now);
         if due {
             flow.checked = now;

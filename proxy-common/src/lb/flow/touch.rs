@@ -335,13 +335,8 @@ fn pass<T: Tables>(
         if packet.tcp_flags & Packet::ACK != 0 {
             flow.acked[direction] = packet.ack;
         }
-        if flow.is_direct()
-            && packet.tuple.proto == Proto::TCP
-            && packet.tcp_flags & (Packet::FIN | Packet::RST) == 0
-        {
-            flow.last = packet.seq;
-        }
-        care = flow.old == 0 || forward && is_due(flow, now);
+        // Of one side alone what it sends is noted each time.
+        care = flow.old == 0 || flow.is_direct() || forward && is_due(flow, now);
     }
     // The record may have been given to another flow while it was read.
     let settled = flow.old != 0 && flow.last_reset() == 0;
