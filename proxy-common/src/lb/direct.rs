@@ -129,7 +129,8 @@ pub fn inside<T: Tables>(tables: &T, outer: &Packet, hint: u16, packet: &mut Pac
         return Inside::Probe;
     }
     let node_port = tuple.dst.same(&outer.tuple.src);
-    let external = tables.address(&tuple.dst) & address::EXTERNAL != 0;
+    let known = tables.address(&tuple.dst);
+    let external = known & address::EXTERNAL != 0;
     let ours = if matches!(packet.kind, Kind::LaterFragment) {
         external || node_port
     } else {
@@ -139,7 +140,7 @@ pub fn inside<T: Tables>(tables: &T, outer: &Packet, hint: u16, packet: &mut Pac
                 key.addr = tuple.dst.wildcard();
                 tables.frontend(&key).is_some()
             }
-            || has_flow(tables, packet)
+            || known & address::CLUSTER_IP == 0 && has_flow(tables, packet)
     };
     if !ours {
         return Inside::Other;

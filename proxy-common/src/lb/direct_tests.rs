@@ -540,3 +540,24 @@ fn the_question_of_an_agent_comes_out_for_the_node() {
         assert_eq!(pair.b.tables.counted(Reason::Unwrapped), 0, "it is no packet of a Service");
     }
 }
+
+#[test]
+fn what_has_been_wrapped_is_not_wrapped_again() {
+    // The address moves from one node to the other, each of which sends the client's packets to the other.
+    let family = &FAMILIES[0];
+    let mut pair = Pair::new();
+    let (client, vip) = ((family.client, 40_000), (family.vip, 80));
+    serve(&mut pair.b, family.vip, 80, Proto::TCP, 0, &[(family.third, 8080)]);
+    let tunnel = pair.a.tables.tunnels[&TunnelKey::new(SECOND, &addr(family.vip))];
+    let back = Tunnel { to: tunnel.from, from: tunnel.to, ..tunnel };
+    pair.b.tables.tunnels.insert(TunnelKey::new(SECOND, &addr(family.vip)), back);
+    let at_b = wrapped(&pair.b, &ask(client, vip, Proto::TCP, Packet::SYN));
+    assert_eq!(tuple(&at_b).unwrap().tuple.dst, addr(family.nodes[0]));
+    let on_wire = wrapped(&pair.a, &ask(client, vip, Proto::TCP, Packet::SYN));
+    let error =
+        icmp_error(addr("198.51.100.1"), addr(family.vip), &ask((family.vip, 80), client, Proto::TCP, 0));
+    assert_eq!(run(&pair.b.tables, &wrapped(&pair.a, &error), Hook::INGRESS, ETH), Outcome::Dropped);
+    let got = unwrapped(&pair.b, &on_wire);
+    assert!(shown(&got).ends_with("> 10.244.3.7|8080"), "{}", shown(&got));
+    assert_eq!(pair.b.tables.live().iter().filter(|flow| flow.is_direct()).count(), 0);
+}

@@ -27,6 +27,10 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         return error(tables, packet, found.touch);
     }
     match found.touch {
+        // What another node has wrapped is not sent on so: it might come back, for ever. It begins anew, here.
+        Touch::Wrap if packet.wrapped != 0 => {
+            tables.take_apart(found.id);
+        }
         Touch::Rewrite | Touch::Pass | Touch::Wrap => {
             if found.care {
                 flow::care_for(tables, packet, &found);
@@ -92,8 +96,8 @@ fn error<T: Tables>(tables: &T, packet: &Packet, touch: Touch) -> Verdict {
             tables.count(Reason::IcmpTranslated);
             Verdict::Rewrite
         }
-        Touch::Wrap => Verdict::Wrap,
-        // It would come back by the routes.
+        Touch::Wrap if packet.wrapped == 0 => Verdict::Wrap,
+        // It would come back by the routes, or for ever.
         _ if packet.wrapped != 0 => {
             tables.count(Reason::WrapFailed);
             Verdict::Drop

@@ -117,7 +117,10 @@ fn unwrap(tables: &impl Subprograms, frame: &ByteFrame, packet: &mut Packet) -> 
 /// Puts a packet into one of its own.
 fn wrap_up(tables: &impl Subprograms, frame: &ByteFrame, packet: &Packet, edit: &Edit) -> Outcome {
     let l3 = usize::from(packet.l3);
-    let len = (frame.bytes.len() - l3) as u32;
+    let Some(len) = wrap::length_in(frame, packet, (frame.bytes.len() - l3) as u32) else {
+        tables.count(Reason::WrapFailed);
+        return Outcome::Dropped;
+    };
     match direct::wrapping(tables, packet, edit, len) {
         Wrapping::By(tunnel) => {
             let mut words = [0; wrap::WORDS];

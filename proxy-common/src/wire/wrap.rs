@@ -33,6 +33,16 @@ pub const fn length(v4: bool) -> usize {
     if v4 { LENGTHS[0] } else { LENGTHS[1] }
 }
 
+/// How many bytes a packet is long, from its IP header on, as that says; `None` if there are less. Behind a short packet a
+/// frame is filled up.
+#[inline(always)]
+pub fn length_in<F: Frame>(frame: &F, packet: &Packet, there: u32) -> Option<u32> {
+    let at = usize::from(packet.l3) + if packet.v4 { 2 } else { 4 };
+    let said =
+        u32::from(u16::from_be(frame.load::<u16>(at)?)) + if packet.v4 { 0 } else { LENGTHS[1] as u32 };
+    (said <= there).then_some(said)
+}
+
 /// Writes the header for a packet of `len` bytes (of which `head` is the first word) to `words`. It is not to be
 /// fragmented, so its identification (RFC 6864), or the lower half of its flow label, is free for the hint.
 #[inline(always)]

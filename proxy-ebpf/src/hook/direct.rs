@@ -103,10 +103,8 @@ fn lengths(skb: &Skb, packet: &Packet) -> Option<(u32, u32)> {
         let longest = if packet.tuple.proto == Proto::UDP { headers + size } else { 0 };
         return Some((there, longest));
     }
-    // Behind a short packet a frame is filled up.
-    let at = usize::from(packet.l3) + if packet.v4 { 2 } else { 4 };
-    let said = u32::from(u16::from_be(skb.load::<u16>(at)?)) + if packet.v4 { 0 } else { 40 };
-    (said <= there).then_some((said, said))
+    let said = wrap::length_in(skb, packet, there)?;
+    Some((said, said))
 }
 
 /// Puts a header before the packet and sends it; anything but `TC_ACT_REDIRECT` if that fails.

@@ -9,9 +9,13 @@ use std::net::{IpAddr, SocketAddr};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Settings, TestError, TestRunner};
-use proxy_common::abi::{Hook, PortRange, Range, Reason, RouteKey, config, frontend, iface};
+use proxy_common::abi::tunnel::READY;
+use proxy_common::abi::{
+    Hook, PortRange, Range, Reason, RouteKey, Tunnel, TunnelKey, config, frontend, iface,
+};
 use proxy_common::addr::Proto;
 use proxy_common::testing::Outcome;
+use proxy_common::wire::wrap;
 use proxy_tests::packet::{Packet, Sum, TcpFlags, Transport, View, protocol};
 
 use crate::node::{Node, addr};
@@ -58,6 +62,8 @@ const ADDRESSES: [[&str; 14]; 2] = [
 const VIPS: [usize; 4] = [0, 6, 2, 13];
 const ENDPOINTS: [usize; 5] = [4, 8, 7, 1, 3];
 const PORTS: [u16; 8] = [80, 40_000, 8080, 30_200, 53, 40_001, 1024, 1025];
+/// The number of another node.
+const OTHER: u32 = 7;
 const PROTOS: [Proto; 3] = [Proto::TCP, Proto::UDP, Proto::SCTP];
 
 /// A Service by numbers.
@@ -105,6 +111,8 @@ enum Event {
     Call { service: usize, from: usize, port: usize, flags: u8, dress: Dress },
     /// What came out last enters the other hook.
     Onward,
+    /// What was sent last comes from another node, or whoever has this address, in a packet for this node.
+    Wrapped { from: usize },
     /// The last packet that was sent is sent again.
     Again,
     /// Whoever got the last packet answers, with these TCP flags.
@@ -148,6 +156,8 @@ fn service() -> impl Strategy<Value = Service> {
         1 => Just(frontend::LOCAL),
         1 => Just(frontend::AFFINITY),
         1 => Just(frontend::SOURCE_RANGES),
+        3 => Just(frontend::DSR),
+        1 => Just(frontend::DSR | frontend::AFFINITY),
         1 => Just(frontend::LOCAL | frontend::AFFINITY | frontend::SOURCE_RANGES)
     ];
     let vip = prop_oneof![4 => Just(0_usize), 1 => Just(1), 2 => Just(2), 2 => Just(3)];
@@ -241,6 +251,7 @@ fn act() -> impl Strategy<Value = Act> {
         3 => packet,
         5 => Just(Event::Onward),
         2 => Just(Event::Again),
+        3 => prop_oneof![3 => Just(9_usize), 1 => Just(3), 1 => end()].prop_map(|from| Event::Wrapped { from }),
         5 => flags().prop_map(Event::Answer),
         2 => error,
         1 => (0_usize..6, 0_usize..4).prop_map(|(service, endpoint)| Event::Retire(service, endpoint)),
@@ -325,12 +336,25 @@ impl World {
                 endpoints.iter().map(|(ip, port)| (ip.as_str(), *port)).collect();
             let port = PORTS[service.port];
             let id = node.serve((vip, port), PROTOS[service.proto], kind | service.flags, &endpoints);
+            if service.flags & frontend::DSR != 0 {
+                for backend in node.tables.backends.values_mut().filter(|backend| backend.service == id) {
+                    backend.node = if backend.is_local() { 0 } else { OTHER };
+                }
+            }
             node = node.allow(id, of[5], if service.v6 { 64 } else { 24 });
             if service.torn {
                 for value in node.tables.frontends.values_mut().filter(|value| value.service == id) {
                     value.seal ^= 1;
                 }
             }
+        }
+        // What is for the router's part comes wrapped; some ways are short, some not to be used.
+        for (family, of) in ADDRESSES.iter().enumerate() {
+            let [to, from] = [of[9], of[3]].map(addr);
+            let mtu = [1500, 1500, 1500, 50][self.seed as usize / 8 % 4];
+            let flags = u32::from(!(self.seed as usize / 32 + family).is_multiple_of(5)) * READY;
+            let tunnel = Tunnel { to, from, ifindex: IFACE, mtu, flags, pad: 0 };
+            node.tables.tunnels.insert(TunnelKey::new(OTHER, &to), tunnel);
         }
         // Some know a route with a source of its own.
         if self.seed.is_multiple_of(3) {
@@ -407,6 +431,22 @@ fn error(frame: &[u8], from: usize, kind: u8, code: u8, cut: usize) -> Option<Ve
     Some(Packet::icmp(from, view.source, kind, code, [0, 0, 5, 120]).payload(embedded).build())
 }
 
+/// A frame's packet inside one of its family, from this address to the node.
+fn wrapped(frame: &[u8], from: usize) -> Option<Vec<u8>> {
+    let family = match frame.get(12..14)? {
+        [8, 0] => 0,
+        [0x86, 0xdd] => 1,
+        _ => return None,
+    };
+    let of = ADDRESSES[family];
+    let length = u32::try_from(frame.len() - 14).ok()?;
+    let mut words = [0; wrap::WORDS];
+    let ends = [of[from], of[3]].map(addr);
+    wrap::write(&mut words, family == 0, 0, length, (&ends[0], &ends[1]), 7);
+    let header: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    Some([&frame[..14], &header[..wrap::length(family == 0)], &frame[14..]].concat())
+}
+
 fn bend(bytes: &mut Vec<u8>, bend: &Bend, ethernet: bool) {
     match bend {
         Bend::Flip(bit) if bit / 8 < bytes.len() => bytes[bit / 8] ^= 1 << (bit % 8),
@@ -443,7 +483,12 @@ struct Memory {
 
 /// Tells it; the reasons that it met go to `met`.
 fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, u64>>) -> Result<(), String> {
-    let mut stage = Stage::new(form, world.build().tables);
+    let mut tables = world.build().tables;
+    if form != Form::Ethernet {
+        // See `framed_story`.
+        tables.tunnels.clear();
+    }
+    let mut stage = Stage::new(form, tables);
     let mut memory = Memory::default();
     for (n, act) in acts.iter().enumerate() {
         let mut egress = act.egress;
@@ -463,6 +508,10 @@ fn tell(world: &World, form: Form, acts: &[Act], met: &RefCell<BTreeMap<Reason, 
             Event::Again => {
                 egress = memory.egress;
                 Some(memory.sent.clone())
+            }
+            Event::Wrapped { from } => {
+                egress = false;
+                (form == Form::Ethernet).then(|| wrapped(&memory.sent, *from)).flatten()
             }
             Event::Answer(flags) => answer(&memory.came, *flags),
             Event::Error { from, kind, code, cut } => error(&memory.came, *from, *kind, *code, *cut),
