@@ -23,7 +23,7 @@ use std::{env, fs};
 use agent_core::datapath::Datapath;
 use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
-use agent_core::model::{HealthCheck, Link, NodePortAddresses, Settings, World};
+use agent_core::model::{HealthCheck, Link, LoadBalancerMode, NodePortAddresses, Settings, World};
 use agent_core::plan::{Capacity, Plan, Planner, lint, lint_prefix};
 use agent_source::manifests::ManifestStore;
 use proxy_common::abi::{FrontendKey, PortRange};
@@ -40,7 +40,7 @@ macro_rules! scenarios {
 }
 
 scenarios! {
-    affinity affinity_off all_terminating blue_green broken_file cluster_ip_reused clusterip dual_stack
+    affinity affinity_off all_terminating blue_green broken_file cluster_ip_reused clusterip direct_return direct_return_flag dual_stack
     external_ips external_name graceful_termination hand_written_endpoints headless health_node_port
     internal_policy_local loadbalancer masquerade multiple_slices multiport name_collision
     named_target_port nodeport nodeport_addresses not_ready odd_addresses odd_ports port_renumbered
@@ -126,6 +126,13 @@ impl Scenario {
         match key {
             "node-name" => settings.node_name = value.into(),
             "cluster-cidr" => settings.cluster_cidrs = list(value),
+            "loadbalancer-mode" => {
+                settings.loadbalancer_mode = match value {
+                    "snat" => LoadBalancerMode::Snat,
+                    "dsr" => LoadBalancerMode::Dsr,
+                    _ => panic!("`{value}` is no mode"),
+                };
+            }
             "masquerade-all" => settings.masquerade_all = value.parse().unwrap(),
             "nodeport-addresses" => {
                 settings.nodeport_addresses = NodePortAddresses::Ranges(list(value));

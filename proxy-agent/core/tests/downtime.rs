@@ -121,6 +121,7 @@ impl Trial {
                 external_local: false,
                 health_check_node_port: 0,
                 reset_on_loss: false,
+                mode: None,
                 created: 0,
             }),
         ));

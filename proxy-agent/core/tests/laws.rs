@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use agent_core::datapath::Datapath;
 use agent_core::datapath::memory::{Fault, Faulty, Memory};
 use agent_core::model::{
-    Desired, DesiredFrontend, DesiredService, Family, NodeTables, ObjectName, ServicePort,
+    Desired, DesiredBackend, DesiredFrontend, DesiredService, Family, NodeTables, ObjectName, ServicePort,
 };
 use agent_core::plan::{
     Actual, Capacity, GRACE_MS, Plan, Planner, Proposal, Step, lint, lint_prefix, service_name,
@@ -52,7 +52,7 @@ fn keys() -> Vec<FrontendKey> {
 /// What is drawn for one Service.
 #[derive(Clone, Debug)]
 struct Draw {
-    /// 0 absent, 1 ready, 2 ready and local, 3 draining.
+    /// 0 absent, 1 ready, 2 ready and local, 3 draining, 4 ready on a node that answers clients itself.
     endpoints: Vec<u8>,
     reversed: bool,
     affinity_secs: u32,
@@ -61,7 +61,7 @@ struct Draw {
 
 fn draw() -> impl Strategy<Value = Draw> {
     let affinity = prop_oneof![3 => Just(0), 1 => Just(10_800_u32)];
-    (prop::collection::vec(0_u8..4, ENDPOINTS), prop::bool::weighted(0.2), affinity, 0_u8..4).prop_map(
+    (prop::collection::vec(0_u8..5, ENDPOINTS), prop::bool::weighted(0.2), affinity, 0_u8..4).prop_map(
         |(endpoints, reversed, affinity_secs, sources)| Draw { endpoints, reversed, affinity_secs, sources },
     )
 }
@@ -72,11 +72,12 @@ fn service(draw: &Draw) -> DesiredService {
     for (n, state) in draw.endpoints.iter().enumerate() {
         let flags = match state {
             0 => continue,
-            1 => 0,
+            1 | 4 => 0,
             2 => backend::LOCAL,
             _ => backend::DRAINING,
         };
-        backends.insert(endpoint(n), flags);
+        let node = if *state == 4 { 9 } else { 0 };
+        backends.insert(endpoint(n), DesiredBackend { flags, node });
         if *state != 3 {
             cluster.push(endpoint(n));
         }
@@ -96,7 +97,7 @@ fn service(draw: &Draw) -> DesiredService {
 /// A whole world: who has which destination has been settled, as the model does.
 fn world() -> impl Strategy<Value = Desired> {
     let services = prop::collection::vec(prop::option::weighted(0.8, draw()), SERVICES);
-    let owners = prop::collection::vec((0..SERVICES + 2, 0_u8..8), keys().len());
+    let owners = prop::collection::vec((0..SERVICES + 2, 0_u8..16), keys().len());
     (services, owners, 0_u8..8, 0_u32..2).prop_map(|(draws, owners, node, seed)| {
         let mut services: BTreeMap<ServicePort, DesiredService> = draws
             .iter()
@@ -126,6 +127,9 @@ fn frontend_flags(service: &DesiredService, key: &FrontendKey, bits: u8) -> u32 
         flags |= frontend::INTERNAL;
     } else if !service.source_ranges.is_empty() {
         flags |= frontend::SOURCE_RANGES;
+    }
+    if bits & 8 != 0 && flags & (frontend::INTERNAL | frontend::LOCAL) == 0 {
+        flags |= frontend::DSR;
     }
     flags
 }
@@ -189,7 +193,7 @@ fn name_of(actual: &Actual, id: u32) -> String {
 #[derive(Debug, PartialEq, Eq)]
 struct Observed {
     frontends: BTreeMap<FrontendKey, Seen>,
-    backends: BTreeMap<(String, Endpoint), u16>,
+    backends: BTreeMap<(String, Endpoint), DesiredBackend>,
     sources: BTreeSet<(String, Addr, u32)>,
     addresses: BTreeMap<Addr, u32>,
     ifaces: BTreeMap<u32, Iface>,
@@ -203,7 +207,12 @@ fn observe(actual: &Actual) -> Observed {
     let source = |key: &SourceKey| (name_of(actual, u32::from_be(key.service)), key.addr, key.prefix_len);
     Observed {
         frontends: seen(actual),
-        backends: live.map(|b| ((name_of(actual, b.service), (b.addr, b.port)), b.flags)).collect(),
+        backends: live
+            .map(|b| {
+                let Backend { addr, port, flags, generation: _, service, node } = *b;
+                ((name_of(actual, service), (addr, port)), DesiredBackend { flags, node })
+            })
+            .collect(),
         sources: actual.sources.iter().map(source).collect(),
         addresses: actual.addresses.clone(),
         ifaces: actual.ifaces.clone(),
@@ -254,7 +263,7 @@ fn expect(desired: &Desired) -> Observed {
             let ranges = service.source_ranges.iter();
             expected.sources.extend(ranges.map(|(addr, bits)| (name.clone(), *addr, 32 + 96 + bits)));
         }
-        expected.backends.extend(service.backends.iter().map(|(e, flags)| ((name.clone(), *e), *flags)));
+        expected.backends.extend(service.backends.iter().map(|(e, backend)| ((name.clone(), *e), *backend)));
     }
     expected
 }
@@ -525,7 +534,7 @@ fn big_world(services: u32, endpoints: u32) -> Desired {
             .collect();
         let service = DesiredService {
             frontends: vec![DesiredFrontend { key, flags: frontend::INTERNAL | frontend::ANY }],
-            backends: list.iter().map(|endpoint| (*endpoint, 0)).collect(),
+            backends: list.iter().map(|endpoint| (*endpoint, DesiredBackend::default())).collect(),
             cluster: list,
             ..DesiredService::default()
         };
@@ -548,7 +557,7 @@ fn one_endpoint_change_among_ten_thousand_services_writes_one_service() {
     let removed = service.cluster.pop().unwrap();
     let new = (addr(10, 1, 2, 3), Port::new(8080));
     service.backends.remove(&removed);
-    service.backends.insert(new, 0);
+    service.backends.insert(new, DesiredBackend::default());
     service.cluster.push(new);
     let proposal = planner.dirty(&[(port.clone(), Some(service.clone()))], None, 5_000);
     let lines: Vec<String> = proposal.plan.steps.iter().map(ToString::to_string).collect();
@@ -589,6 +598,8 @@ fn damaged_tables_are_seen_and_repaired() {
         Step::PutFrontend(key, stolen),
         Step::PutFrontend(key, Frontend { service: 77, ..value }.sealed(&key)),
         Step::PutFrontend(key, Frontend { flags: frontend::SOURCE_RANGES, ..value }.sealed(&key)),
+        Step::PutFrontend(key, Frontend { flags: value.flags | frontend::DSR, ..value }.sealed(&key)),
+        Step::PutBackend(1, Backend { flags: backend::LOCAL, node: 9, ..whole.backends[&1] }),
         Step::PutBackend(1, Backend::retired(1)),
         Step::PutBackend(9, Backend { service: 77, ..whole.backends[&1] }),
         Step::PutSlot(value.cluster.first, 0),
@@ -623,7 +634,7 @@ fn agents_that_are_started_again_and_again_never_run_out_of_numbers() {
         for (mut name, mut service) in big_world(2, 3).services {
             let endpoint = |(addr, _): &Endpoint| (*addr, Port::new(8000 + n));
             service.cluster = service.cluster.iter().map(endpoint).collect();
-            service.backends = service.cluster.iter().map(|endpoint| (*endpoint, 0)).collect();
+            service.backends = service.cluster.iter().map(|end| (*end, DesiredBackend::default())).collect();
             name.port = format!("p{}", n / 3).into();
             desired.services.insert(name, service);
         }

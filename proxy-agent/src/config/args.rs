@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use super::kube_proxy::v1alpha1::{IGNORED, KubeProxyConfiguration};
 use super::sizes::TableSizes;
-use agent_core::model::{Drivers, SocketLb};
+use agent_core::model::{Drivers, LoadBalancerMode, SocketLb};
 
 /// Whose sockets are translated at `connect`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -46,6 +46,24 @@ impl From<XdpArg> for Drivers {
             XdpArg::Off => Self::Off,
             XdpArg::Auto => Self::Auto,
             XdpArg::Native => Self::Native,
+        }
+    }
+}
+
+/// What becomes of packets from outside for endpoints on other nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LoadBalancerModeArg {
+    /// They are masqueraded, and the answers come back by this node.
+    Snat,
+    /// They go to the endpoint's node as they are, which answers the client itself (direct server return).
+    Dsr,
+}
+
+impl From<LoadBalancerModeArg> for LoadBalancerMode {
+    fn from(arg: LoadBalancerModeArg) -> Self {
+        match arg {
+            LoadBalancerModeArg::Snat => Self::Snat,
+            LoadBalancerModeArg::Dsr => Self::Dsr,
         }
     }
 }
@@ -123,6 +141,12 @@ pub struct RunArgs {
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false,
         action = clap::ArgAction::Set, value_name = "BOOL")]
     pub masquerade_local: bool,
+    /// What becomes of packets from outside for endpoints on other nodes, unless the Service says otherwise (annotation
+    /// `ebpf-proxy/loadbalancer-mode`). Direct server return keeps the client's address and saves answers a hop; the
+    /// network has to let nodes send under the Service's address. It holds for NodePorts, external and load-balancer
+    /// addresses under externalTrafficPolicy Cluster, over TCP and UDP.
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = LoadBalancerModeArg::Snat)]
+    pub loadbalancer_mode: LoadBalancerModeArg,
     /// Remove what a kube-proxy has left on this node, once this agent does its work and no kube-proxy runs here.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true,
         action = clap::ArgAction::Set, value_name = "BOOL")]

@@ -24,7 +24,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use proxy_common::abi::PortRange;
 
-pub use args::{RunArgs, Scheduler, SocketLbArg};
+pub use args::{LoadBalancerModeArg, RunArgs, Scheduler, SocketLbArg};
 pub use errors::{ConfigErrors, FlagError};
 pub use families::Misfits;
 pub use host::{Host, ThisHost};
@@ -201,6 +201,7 @@ fn settings(
         drop_unallocated: args.drop_unallocated_cluster_ips,
         masquerade_all: kube.section().masquerade_all,
         masquerade_local: args.masquerade_local,
+        loadbalancer_mode: args.loadbalancer_mode.into(),
         nodeport_addresses: nodeport_addresses(&kube.node_port_addresses, errors),
         socket_lb: args.socket_lb.into(),
         localhost_node_ports: kube.iptables.localhost_node_ports,

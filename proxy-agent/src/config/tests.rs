@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use agent_core::model::{DetectLocal, Link, SocketLb};
+use agent_core::model::{DetectLocal, Link, LoadBalancerMode, SocketLb};
 use agent_kernel::datapath::store::pin::BpfRoot;
 use clap::Parser;
 
@@ -108,6 +108,7 @@ fn no_flags_mean_the_documented_defaults() {
             drop_unallocated: true,
             masquerade_all: false,
             masquerade_local: false,
+            loadbalancer_mode: LoadBalancerMode::Snat,
             nodeport_addresses: NodePortAddresses::Primary,
             socket_lb: SocketLb::All,
             localhost_node_ports: true,
@@ -292,6 +293,13 @@ fn switches_are_taken_bare_and_with_a_value() {
     let settings = config(&["--socket-lb=host", "--cgroup-root=/sys/fs/cgroup/unified"]);
     assert_eq!(settings.settings.socket_lb, SocketLb::Host);
     assert_eq!(settings.cgroup_root, Some("/sys/fs/cgroup/unified".into()));
+}
+
+#[test]
+fn the_mode_of_load_balancing_is_one_of_two() {
+    let of = |mode| config(&["--loadbalancer-mode", mode]).settings.loadbalancer_mode;
+    assert_eq!([of("snat"), of("dsr")], [LoadBalancerMode::Snat, LoadBalancerMode::Dsr]);
+    assert!(Line::try_parse_from(["run", "--loadbalancer-mode=hybrid"]).is_err());
 }
 
 fn carries(devices: &Devices, name: &str) -> bool {

@@ -5,7 +5,7 @@ use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 
-use agent_core::model::SocketLb;
+use agent_core::model::{LoadBalancerMode, SocketLb};
 
 use super::facts::{
     Detect, Edit, EndpointFacts, Facts, Hints, NodeFacts, Operator, ServiceFacts, SliceFacts,
@@ -41,10 +41,11 @@ fn service() -> impl Strategy<Value = ServiceFacts> {
         policy(),
         0_u8..3,
         prop::bool::weighted(0.05),
+        prop_oneof![2 => Just(None), 1 => Just(Some("dsr")), 1 => Just(Some("snat"))],
     );
     (addresses, rules).prop_map(|(addresses, rules)| {
         let (kind, cluster_ip, families, ports, external_ips, ingress) = addresses;
-        let (ranges, affinity, internal, external, day, foreign) = rules;
+        let (ranges, affinity, internal, external, day, foreign, mode) = rules;
         ServiceFacts {
             kind,
             cluster_ip,
@@ -58,6 +59,7 @@ fn service() -> impl Strategy<Value = ServiceFacts> {
             external,
             day,
             foreign,
+            mode,
         }
     })
 }
@@ -123,7 +125,8 @@ fn operator() -> impl Strategy<Value = Operator> {
     let detect = prop_oneof![
         4 => Just(Detect::Range), 1 => Just(Detect::Bridge), 1 => Just(Detect::Prefix), 1 => Just(Detect::Nothing)
     ];
-    let masquerade = (prop::bool::weighted(0.2), prop::bool::weighted(0.3));
+    let modes = prop_oneof![Just(LoadBalancerMode::Snat), Just(LoadBalancerMode::Dsr)];
+    let masquerade = (prop::bool::weighted(0.2), prop::bool::weighted(0.3), modes);
     let switches = [0.8, 0.8, 0.9, 0.9].map(prop::bool::weighted);
     (cluster, pods, masquerade, node_ports, sockets, detect, switches).prop_map(
         |(cluster_cidrs, pod_cidrs, masquerade, node_port_ranges, socket_lb, detect, switches)| Operator {
@@ -131,6 +134,7 @@ fn operator() -> impl Strategy<Value = Operator> {
             pod_cidrs,
             masquerade_all: masquerade.0,
             masquerade_local: masquerade.1,
+            loadbalancer_mode: masquerade.2,
             node_port_ranges,
             detect,
             drop_unallocated: switches[0],

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use agent_core::model::SocketLb;
+use agent_core::model::{LoadBalancerMode, SocketLb};
 use ipnet::IpNet;
 use proxy_common::addr::Proto;
 
@@ -123,6 +123,8 @@ pub(crate) struct ServiceFacts {
     pub(crate) day: u8,
     /// Whether it belongs to another proxy (S-1).
     pub(crate) foreign: bool,
+    /// What it says of who answers clients from outside.
+    pub(crate) mode: Option<&'static str>,
 }
 
 /// One endpoint as a slice shows it.
@@ -185,6 +187,8 @@ pub(crate) struct Operator {
     pub(crate) masquerade_all: bool,
     /// `--masquerade-local`.
     pub(crate) masquerade_local: bool,
+    /// `--loadbalancer-mode`: it decides who answers, and nothing that is asked here.
+    pub(crate) loadbalancer_mode: LoadBalancerMode,
     /// `--nodeport-addresses`; `None` is `primary`.
     pub(crate) node_port_ranges: Option<Vec<IpNet>>,
     /// Whether the node has IPv6 at all.

@@ -11,7 +11,7 @@ use std::path::Path;
 use agent_core::datapath::Datapath as _;
 use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
-use agent_core::model::{DetectLocal, Link, NodePortAddresses, Settings, SocketLb, World};
+use agent_core::model::{DetectLocal, Link, LoadBalancerMode, NodePortAddresses, Settings, SocketLb, World};
 use agent_core::plan::{Capacity, Planner, lint};
 use agent_source::manifests::ManifestStore;
 use proptest::collection::vec;
@@ -285,6 +285,7 @@ impl Agent {
             cluster_cidrs: Vec::new(),
             masquerade_all: false,
             masquerade_local: false,
+            loadbalancer_mode: LoadBalancerMode::Snat,
             nodeport_addresses: NodePortAddresses::Primary,
             detect_local: DetectLocal::AnyRange,
             localhost_node_ports: true,

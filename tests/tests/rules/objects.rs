@@ -56,9 +56,10 @@ fn service(n: u8, facts: &ServiceFacts) -> Value {
         .collect();
     let labels =
         if facts.foreign { json!({ "service.kubernetes.io/service-proxy-name": "" }) } else { json!({}) };
+    let annotations = facts.mode.map(|mode| json!({ "ebpf-proxy/loadbalancer-mode": mode }));
     json!({
         "metadata": { "name": name_of("s", n), "namespace": "default", "labels": labels,
-            "creationTimestamp": day(facts.day) },
+            "annotations": annotations, "creationTimestamp": day(facts.day) },
         "spec": {
             "type": facts.kind,
             "clusterIP": ips.first(), "clusterIPs": ips,
@@ -200,6 +201,7 @@ pub(crate) fn settings(facts: &Facts, host_netns: u64) -> Settings {
         cluster_cidrs: operator.cluster_cidrs.clone(),
         masquerade_all: operator.masquerade_all,
         masquerade_local: operator.masquerade_local,
+        loadbalancer_mode: operator.loadbalancer_mode,
         nodeport_addresses: match &operator.node_port_ranges {
             None => NodePortAddresses::Primary,
             Some(ranges) => NodePortAddresses::Ranges(ranges.clone()),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use agent_core::model::Change;
-use agent_core::model::{DetectLocal, NodePortAddresses, ObjectName, Settings, SocketLb};
+use agent_core::model::{DetectLocal, LoadBalancerMode, NodePortAddresses, ObjectName, Settings, SocketLb};
 use agent_source::convert;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
@@ -59,6 +59,7 @@ pub(crate) fn settings(column: Column, host_netns: u64) -> Settings {
         cluster_cidrs: cluster,
         masquerade_all: column == Column::MasqueradeAll,
         masquerade_local: true,
+        loadbalancer_mode: LoadBalancerMode::Snat,
         nodeport_addresses: NodePortAddresses::Primary,
         detect_local: if column == Column::NodeCidr {
             DetectLocal::NodeCidr

@@ -78,6 +78,7 @@ fn service(cluster_ip: &str) -> Service {
         affinity: Affinity::None,
         health_check_node_port: 0,
         reset_on_loss: false,
+        mode: None,
         created: 0,
     }
 }

@@ -14,7 +14,8 @@ use super::local::{Local, UsedBy};
 use super::merge::merge;
 use super::topology::{Candidate, choose};
 use super::{
-    Affinity, DesiredFrontend, DesiredService, Endpoint, Family, ObjectName, Service, ServicePort, Slice,
+    Affinity, DesiredBackend, DesiredFrontend, DesiredService, Endpoint, Family, NodeNumbers, ObjectName,
+    Service, ServicePort, Slice,
 };
 
 /// Where we are: what the choice of endpoints depends on beside the Service.
@@ -28,12 +29,20 @@ pub(super) struct Here {
     pub(super) addresses: BTreeSet<IpAddr>,
     /// What no Service gets.
     pub(super) local: Local,
+    /// Other nodes with endpoints of Services with direct server return.
+    pub(super) nodes: NodeNumbers,
 }
 
 impl Here {
     /// E-19: by node name, exactly.
     pub(super) fn is_local(&self, endpoint: &Endpoint) -> bool {
         !self.node.is_empty() && endpoint.node.as_ref() == Some(&self.node)
+    }
+
+    /// The number of the other node that an endpoint runs on; 0 for none.
+    fn number_of(&self, endpoint: &Endpoint) -> u32 {
+        let node = endpoint.node.as_ref().filter(|_| !self.is_local(endpoint));
+        node.map_or(0, |node| self.nodes.number(node))
     }
 
     /// Whether replies are certain to pass here: the node says so, or the address is our own.
@@ -86,6 +95,16 @@ fn compile_port<'a>(
         endpoints.values().map(|endpoint| candidate(endpoint, here)).collect();
     let chosen = choose(&candidates, wanted.uses, &here.node, here.zone.as_deref());
 
+    let any = if chosen.any { frontend::ANY } else { 0 };
+    let frontends: Vec<DesiredFrontend> = wanted
+        .frontends
+        .iter()
+        .filter(|(key, flags)| {
+            owners.owner(key) == Some(&wanted.owner) && here.local.in_use(key, **flags).is_none()
+        })
+        .map(|(key, flags)| DesiredFrontend { key: *key, flags: flags | any })
+        .collect();
+    let direct = frontends.iter().any(|frontend| frontend.flags & frontend::DSR != 0);
     let resets = |endpoint: &Endpoint| {
         service.reset_on_loss && wanted.owner.proto == Proto::TCP && !endpoint.terminating
     };
@@ -104,18 +123,10 @@ fn compile_port<'a>(
             flags |= backend::DRAINING;
         }
         flags |= if resets(endpoint) { backend::RESET } else { 0 };
-        backends.insert(destinations[i], flags);
+        let node = if direct { here.number_of(endpoint) } else { 0 };
+        backends.insert(destinations[i], DesiredBackend { flags, node });
     }
 
-    let any = if chosen.any { frontend::ANY } else { 0 };
-    let frontends = wanted
-        .frontends
-        .iter()
-        .filter(|(key, flags)| {
-            owners.owner(key) == Some(&wanted.owner) && here.local.in_use(key, **flags).is_none()
-        })
-        .map(|(key, flags)| DesiredFrontend { key: *key, flags: flags | any })
-        .collect();
     let pick = |set: &[usize]| set.iter().map(|i| destinations[*i]).collect();
     DesiredService {
         frontends,

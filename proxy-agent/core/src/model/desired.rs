@@ -28,6 +28,15 @@ pub struct DesiredFrontend {
     pub flags: u32,
 }
 
+/// One endpoint that may hold flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct DesiredBackend {
+    /// Bits of [`proxy_common::abi::backend`].
+    pub flags: u16,
+    /// The number of the other node that answers clients itself; 0 for none.
+    pub node: u32,
+}
+
 /// What should be programmed for one Service port.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct DesiredService {
@@ -35,12 +44,13 @@ pub struct DesiredService {
     pub frontends: Vec<DesiredFrontend>,
     /// Idle time-out of session affinity in seconds; 0 without affinity.
     pub affinity_secs: u32,
-    /// Every endpoint that may hold flows, with bits of [`proxy_common::abi::backend`]: those of both sets,
-    /// and those that get no new flows but still serve (`DRAINING`).
-    pub backends: BTreeMap<(Addr, Port), u16>,
+    /// Every endpoint that may hold flows: those of both sets, and those that get no new flows but still serve
+    /// (`DRAINING`).
+    pub backends: BTreeMap<(Addr, Port), DesiredBackend>,
     /// The endpoints new flows use under policy Cluster, one element a slot.
     pub cluster: Vec<(Addr, Port)>,
-    /// The same under policy Local; empty also when no destination of this port has that policy.
+    /// The same under policy Local, and for what another node has sent on (direct server return); empty also when no
+    /// destination of this port asks for that.
     pub local: Vec<(Addr, Port)>,
     /// Source ranges as (network address, prefix bits in its own family); used by frontends that carry
     /// the flag `SOURCE_RANGES`.

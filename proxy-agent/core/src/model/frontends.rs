@@ -5,10 +5,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use proxy_common::abi::{FrontendKey, frontend};
-use proxy_common::addr::{self, Addr};
+use proxy_common::addr::{self, Addr, Proto};
 
 use super::topology::Uses;
-use super::{Affinity, Family, ObjectName, Port, Service, ServicePort};
+use super::{Affinity, Family, LoadBalancerMode, ObjectName, Port, Service, ServicePort};
 
 /// One Service port and the destinations it asks for, with every flag that the Service alone decides.
 pub(super) struct Wanted {
@@ -51,7 +51,8 @@ fn wanted_by_port(
 
     let common = if matches!(service.affinity, Affinity::ClientIp(_)) { frontend::AFFINITY } else { 0 };
     let local = |is_local: bool| if is_local { frontend::LOCAL } else { 0 };
-    let external = common | local(service.external_local);
+    let direct = is_direct(service, port);
+    let external = common | local(service.external_local) | if direct { frontend::DSR } else { 0 };
     let number = addr::Port::new(port.port);
     let key = |ip: IpAddr| FrontendKey::new(ip.into(), number, port.proto);
 
@@ -76,10 +77,24 @@ fn wanted_by_port(
         frontends,
         uses: Uses {
             cluster: !service.internal_local || accessible,
-            local: service.internal_local || service.external_local && accessible,
+            local: service.internal_local || (service.external_local || direct) && accessible,
         },
         restricted: if restricted { load_balancer_ips } else { Vec::new() },
     }
+}
+
+/// Whether what comes from outside to a port may go to its endpoint's node as it is. Under policy Local nothing goes to
+/// another node, and SCTP is not wrapped.
+fn is_direct(service: &Service, port: &Port) -> bool {
+    service.mode == Some(LoadBalancerMode::Dsr)
+        && !service.external_local
+        && matches!(port.proto, Proto::TCP | Proto::UDP)
+}
+
+/// Whether other nodes answer what comes from outside to some port of a Service.
+pub(super) fn has_direct(service: &Service) -> bool {
+    let everywhere = !service.external_ips.is_empty() || !service.load_balancer_ips.is_empty();
+    service.ports.iter().any(|port| is_direct(service, port) && (everywhere || port.node_port != 0))
 }
 
 /// The ranges that restrict the load-balancer IPs of a family; empty when nothing does (V-15, V-16).

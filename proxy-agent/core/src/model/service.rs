@@ -7,6 +7,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use proxy_common::addr::Proto;
 
+use super::LoadBalancerMode;
+
 /// Namespace and name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectName {
@@ -92,6 +94,8 @@ pub struct Service {
     pub health_check_node_port: u16,
     /// Connections to an endpoint that leaves without having terminated are reset.
     pub reset_on_loss: bool,
+    /// What becomes of packets from outside for endpoints on other nodes; `None` for what the operator has set.
+    pub mode: Option<LoadBalancerMode>,
     /// Creation time in Unix seconds: the older Service wins a contested address.
     pub created: i64,
 }

@@ -19,6 +19,15 @@ pub enum SocketLb {
     Off,
 }
 
+/// What becomes of a packet from outside for an endpoint on another node (`--loadbalancer-mode`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LoadBalancerMode {
+    /// It is masqueraded, and the answer comes back here.
+    Snat,
+    /// It goes to the endpoint's node as it is, which answers the client itself (direct server return).
+    Dsr,
+}
+
 /// Node addresses at which NodePorts are accepted (`--nodeport-addresses`, V-33).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodePortAddresses {
@@ -64,6 +73,8 @@ pub struct Settings {
     pub masquerade_all: bool,
     /// Masquerade flows to local endpoints under policy Cluster, as kube-proxy does.
     pub masquerade_local: bool,
+    /// `--loadbalancer-mode`: what holds for Services that say nothing.
+    pub loadbalancer_mode: LoadBalancerMode,
     /// `--drop-unallocated-cluster-ips`: what goes to an address inside a ServiceCIDR that is no Service's is dropped
     /// (P-22).
     pub drop_unallocated: bool,
@@ -96,6 +107,7 @@ impl Settings {
             detect_local: DetectLocal::AnyRange,
             masquerade_all: false,
             masquerade_local: false,
+            loadbalancer_mode: LoadBalancerMode::Snat,
             drop_unallocated: true,
             nodeport_addresses: NodePortAddresses::Primary,
             socket_lb: SocketLb::All,

@@ -11,7 +11,7 @@ use proxy_common::addr::{Addr, Port as Number, Proto};
 use super::*;
 use crate::model::{Change, Kind};
 
-fn settings() -> Settings {
+pub(super) fn settings() -> Settings {
     Settings {
         host_netns: 1,
         snat_ports: vec![PortRange { first: 61_000, count: 1_000 }],
@@ -20,15 +20,15 @@ fn settings() -> Settings {
     }
 }
 
-fn name(name: &str) -> ObjectName {
+pub(super) fn name(name: &str) -> ObjectName {
     ObjectName::new("default", name)
 }
 
-fn ip(text: &str) -> IpAddr {
+pub(super) fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-fn service(cluster_ip: &str) -> Service {
+pub(super) fn service(cluster_ip: &str) -> Service {
     Service {
         cluster_ips: vec![ip(cluster_ip)],
         ports: vec![Port { name: "".into(), proto: Proto::TCP, port: 80, node_port: 0 }],
@@ -40,6 +40,7 @@ fn service(cluster_ip: &str) -> Service {
         external_local: false,
         health_check_node_port: 0,
         reset_on_loss: false,
+        mode: None,
         created: 0,
     }
 }
@@ -54,7 +55,7 @@ fn node(zone: Option<&str>, ips: &[&str]) -> Node {
 }
 
 /// `3 Z=a,b N=n1 L R`: last octet, hints, `L` for local, then the state of section 14.1.
-fn endpoint(text: &str, node: &str) -> Endpoint {
+pub(super) fn endpoint(text: &str, node: &str) -> Endpoint {
     let mut words = text.split_whitespace();
     let last = words.next().unwrap();
     let mut endpoint = Endpoint {
@@ -84,7 +85,7 @@ fn endpoint(text: &str, node: &str) -> Endpoint {
     endpoint
 }
 
-fn slice(service: &str, endpoints: &str) -> Slice {
+pub(super) fn slice(service: &str, endpoints: &str) -> Slice {
     let endpoints = endpoints.split(';').filter(|text| !text.trim().is_empty());
     Slice {
         service: name(service),
@@ -102,13 +103,13 @@ fn world(changes: impl IntoIterator<Item = Change>) -> World {
     world
 }
 
-fn only(world: &World) -> DesiredService {
+pub(super) fn only(world: &World) -> DesiredService {
     let desired = world.desired().services;
     assert_eq!(desired.len(), 1, "{desired:?}");
     desired.into_values().next().unwrap()
 }
 
-fn octets(set: &[(Addr, Number)]) -> String {
+pub(super) fn octets(set: &[(Addr, Number)]) -> String {
     let last = |addr: &Addr| IpAddr::from(*addr).to_string().rsplit('.').next().unwrap().to_owned();
     set.iter().map(|(addr, _)| last(addr)).collect::<Vec<_>>().join(" ")
 }
@@ -198,7 +199,7 @@ fn endpoints_are_chosen_as_the_vectors_say() {
             assert_eq!(found.flags & frontend::ANY != 0, *any, "ANY of {vector}");
         }
         for chosen in desired.cluster.iter().chain(&desired.local) {
-            assert_eq!(desired.backends[chosen] & backend::DRAINING, 0, "{vector}");
+            assert_eq!(desired.backends[chosen].flags & backend::DRAINING, 0, "{vector}");
         }
     }
 }
@@ -469,7 +470,7 @@ fn endpoints_that_still_serve_keep_their_flows() {
         Change::Slice(name("w"), Some(slice("web", "1 Z=a L R; 2 Z=b R; 3 S; 4 ST; 5 T; 6 NR"))),
     ]);
     let found: Vec<(String, u16)> =
-        only(&world).backends.iter().map(|(key, flags)| (octets(&[*key]), *flags)).collect();
+        only(&world).backends.iter().map(|(key, backend)| (octets(&[*key]), backend.flags)).collect();
     let drain = backend::DRAINING;
     let expected = [("1", backend::LOCAL | backend::IN_CLUSTER), ("2", drain), ("3", drain), ("4", drain)];
     assert_eq!(found, expected.map(|(octet, flags)| (octet.to_owned(), flags)));
@@ -487,11 +488,11 @@ fn an_endpoint_without_node_at_an_own_address_is_local_to_its_flows_but_not_to_t
         Change::Slice(name("w"), Some(nowhere)),
     ]);
     let key = (Addr::from(ip("10.244.0.1")), Number::new(8080));
-    assert_eq!(only(&world).backends[&key], backend::DRAINING);
+    assert_eq!(only(&world).backends[&key].flags, backend::DRAINING);
     world.take_dirty();
     world.apply(Change::Links(vec![link(2, "eth0", &["192.168.0.2/24", "10.244.0.1/32"])]));
     let dirty = world.take_dirty();
-    assert_eq!(dirty[0].1.as_ref().unwrap().backends[&key], backend::LOCAL | backend::DRAINING);
+    assert_eq!(dirty[0].1.as_ref().unwrap().backends[&key].flags, backend::LOCAL | backend::DRAINING);
     assert!(dirty[0].1.as_ref().unwrap().local.is_empty(), "E-19");
 }
 
@@ -1227,7 +1228,7 @@ fn who_is_to_be_reset_is_known_until_it_leaves_or_terminates() {
     ]);
     let flags = |last: u8| {
         let at = (ip(&format!("10.244.0.{last}")).into(), proxy_common::addr::Port::new(8080));
-        only(&world).backends.get(&at).map(|flags| flags & (backend::RESET | backend::DRAINING))
+        only(&world).backends.get(&at).map(|end| end.flags & (backend::RESET | backend::DRAINING))
     };
     assert_eq!(flags(1), Some(backend::RESET));
     assert_eq!(flags(2), Some(backend::RESET | backend::DRAINING));

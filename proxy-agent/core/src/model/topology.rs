@@ -33,7 +33,7 @@ impl Candidate<'_> {
 pub struct Uses {
     /// Some destination has policy Cluster, or is external (short-circuit, V-24).
     pub cluster: bool,
-    /// Some destination has policy Local.
+    /// Some destination has policy Local, or is served to clients of other nodes (direct server return).
     pub local: bool,
 }
 

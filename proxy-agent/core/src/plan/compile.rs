@@ -10,7 +10,7 @@ use super::capacity::{Refusal, Shortage};
 use super::name::{describe, service_name};
 use super::planner::Planner;
 use super::step::Step;
-use crate::model::{DesiredService, ServicePort};
+use crate::model::{DesiredBackend, DesiredService, ServicePort};
 
 impl From<Shortage> for Refusal {
     fn from(shortage: Shortage) -> Self {
@@ -86,7 +86,7 @@ impl Planner {
         &self,
         batch: &Batch,
         known: Option<u32>,
-        endpoints: &BTreeMap<(Addr, Port), u16>,
+        endpoints: &BTreeMap<(Addr, Port), DesiredBackend>,
         ranges: &BTreeSet<(Addr, u32)>,
     ) -> Result<(), Shortage> {
         let held = known.and_then(|id| self.mirror.held(id));
@@ -168,12 +168,12 @@ impl Planner {
         &mut self,
         batch: &mut Batch,
         id: u32,
-        endpoints: &BTreeMap<(Addr, Port), u16>,
+        endpoints: &BTreeMap<(Addr, Port), DesiredBackend>,
     ) -> BTreeMap<(Addr, Port), u32> {
         let held = self.mirror.held(id);
         let known = &self.mirror.actual().backends;
         let mut indices = BTreeMap::new();
-        for (endpoint @ (addr, port), flags) in endpoints {
+        for (endpoint @ (addr, port), DesiredBackend { flags, node }) in endpoints {
             let index = match held.and_then(|held| held.backends.get(endpoint)) {
                 Some(index) => *index,
                 None => self.indices.take().expect("free backend indices have been counted"),
@@ -181,7 +181,8 @@ impl Planner {
             indices.insert(*endpoint, index);
             let old = known.get(&index);
             let generation = old.map_or(0, |old| old.generation);
-            let new = Backend { addr: *addr, port: *port, flags: *flags, generation, service: id, node: 0 };
+            let new =
+                Backend { addr: *addr, port: *port, flags: *flags, generation, service: id, node: *node };
             if old == Some(&new) {
                 continue;
             }
@@ -247,11 +248,11 @@ fn without_owner(batch: &mut Batch, port: &ServicePort, want: &DesiredService) -
     frontends.into_iter().collect()
 }
 
-/// Every endpoint with its flags; one that only a slot list names has none.
-fn endpoints(want: &DesiredService) -> BTreeMap<(Addr, Port), u16> {
+/// Every endpoint with its flags and node; one that only a slot list names has none of either.
+fn endpoints(want: &DesiredService) -> BTreeMap<(Addr, Port), DesiredBackend> {
     let mut endpoints = want.backends.clone();
     for endpoint in want.cluster.iter().chain(&want.local) {
-        endpoints.entry(*endpoint).or_insert(0);
+        endpoints.entry(*endpoint).or_default();
     }
     endpoints
 }

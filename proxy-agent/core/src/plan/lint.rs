@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proxy_common::abi::{Backend, FrontendKey, Run, address, frontend};
-use proxy_common::addr::Addr;
+use proxy_common::addr::{Addr, Proto};
 
 use super::Actual;
 use super::mirror::Uses;
@@ -58,6 +58,17 @@ pub enum Violation {
         key: FrontendKey,
         /// Its service id.
         service: u32,
+    },
+    /// Nothing that comes there goes to another node, or nothing of its protocol is wrapped.
+    #[error("frontend {} is answered by other nodes (DSR), and is a ClusterIP, of policy Local or neither TCP nor UDP", Destination(.0))]
+    Direct(FrontendKey),
+    /// A packet would be sent to another node while its endpoint is here.
+    #[error("backend {index} is local and has the number {node:#x} of another node")]
+    Elsewhere {
+        /// The index.
+        index: u32,
+        /// The node's number.
+        node: u32,
     },
     /// A live backend whose service id has no name.
     #[error("backend {index} is live and belongs to service id {service}, which has no name")]
@@ -133,6 +144,11 @@ pub fn lint_prefix(actual: &Actual) -> Vec<Violation> {
         if value.flags & frontend::INTERNAL == 0 && !is_named(actual, key.port.number().into()) {
             found.push(Violation::PortUnnamed(key));
         }
+        let elsewhere = frontend::INTERNAL | frontend::LOCAL;
+        let wrapped = matches!(key.proto, Proto::TCP | Proto::UDP);
+        if value.flags & frontend::DSR != 0 && (value.flags & elsewhere != 0 || !wrapped) {
+            found.push(Violation::Direct(key));
+        }
         for run in BTreeSet::from([value.cluster, value.local]) {
             if (run.first == 0) != (run.count == 0) || run.first.checked_add(run.count).is_none() {
                 found.push(Violation::Run { key, run });
@@ -144,7 +160,11 @@ pub fn lint_prefix(actual: &Actual) -> Vec<Violation> {
     }
     lint_overlap(&runs, &mut found);
     let live = actual.backends.iter().filter(|(_, backend)| backend.is_live());
-    for (index, Backend { service, .. }) in live {
+    for (index, backend) in live {
+        let Backend { service, node, .. } = backend;
+        if backend.is_local() && *node != 0 {
+            found.push(Violation::Elsewhere { index: *index, node: *node });
+        }
         if !actual.services.contains_key(service) {
             found.push(Violation::BackendUnnamed { index: *index, service: *service });
         }

@@ -43,6 +43,7 @@ const FRONTEND_FLAGS: &[(u32, &str)] = &[
     (frontend::AFFINITY, "affinity"),
     (frontend::SOURCE_RANGES, "source-ranges"),
     (frontend::NODE_PORT, "node-port"),
+    (frontend::DSR, "dsr"),
 ];
 const BACKEND_FLAGS: &[(u32, &str)] = &[
     (backend::LOCAL as u32, "local"),
@@ -161,7 +162,7 @@ fn write_iface(f: &mut fmt::Formatter<'_>, index: u32, iface: &Iface) -> fmt::Re
 }
 
 fn write_backend(f: &mut fmt::Formatter<'_>, index: u32, backend: &Backend) -> fmt::Result {
-    let Backend { addr, port, flags, generation, service, node: _ } = *backend;
+    let Backend { addr, port, flags, generation, service, node } = *backend;
     if *backend == Backend::retired(generation) {
         return write!(f, "backend {index} retired gen {generation}");
     }
@@ -170,7 +171,8 @@ fn write_backend(f: &mut fmt::Formatter<'_>, index: u32, backend: &Backend) -> f
         "backend {index} = {} of svc {service} gen {generation} flags {}",
         socket(addr, port),
         Flags(u32::from(flags), BACKEND_FLAGS)
-    )
+    )?;
+    if node != 0 { write!(f, " node {node:#x}") } else { Ok(()) }
 }
 
 fn write_frontend(f: &mut fmt::Formatter<'_>, key: &FrontendKey, value: &Frontend) -> fmt::Result {
@@ -201,7 +203,7 @@ fn write_config(f: &mut fmt::Formatter<'_>, config: &Config) -> fmt::Result {
         snat_total,
         seed,
         service_range_count,
-        probe_port: _,
+        probe_port,
         pad: _,
         snat_ports,
         service_ranges,
@@ -231,7 +233,8 @@ fn write_config(f: &mut fmt::Formatter<'_>, config: &Config) -> fmt::Result {
     if used.len() != *service_range_count as usize {
         write!(f, " ({service_range_count} IN USE)")?;
     }
-    write!(f, " seed {seed} flags {}", Flags(*flags, CONFIG_FLAGS))
+    write!(f, " seed {seed} flags {}", Flags(*flags, CONFIG_FLAGS))?;
+    if probe_port.number() != 0 { write!(f, " probe-port {probe_port}") } else { Ok(()) }
 }
 
 fn ones(mask: &Addr) -> u32 {
@@ -313,11 +316,22 @@ mod tests {
                 "frontend 10.96.0.10:53/UDP -> svc 3 cluster 17+3 local 0+0 flags internal,any \
                  affinity 60s SEAL BROKEN",
             ),
+            (
+                Step::PutFrontend(
+                    key,
+                    Frontend { flags: frontend::ANY | frontend::DSR, ..value }.sealed(&key),
+                ),
+                "frontend 10.96.0.10:53/UDP -> svc 3 cluster 17+3 local 0+0 flags any,dsr",
+            ),
             (Step::DeleteFrontend(key), "delete frontend 10.96.0.10:53/UDP"),
             (Step::PutService(3, Box::new(name)), "service 3 = kube-system/kube-dns:dns UDP IPv4"),
             (Step::DeleteService(3), "delete service 3"),
             (Step::PutBackend(5, backend), "backend 5 = [fd00::5]:53 of svc 3 gen 2 flags local"),
             (Step::PutBackend(5, Backend::retired(3)), "backend 5 retired gen 3"),
+            (
+                Step::PutBackend(5, Backend { flags: backend::IN_CLUSTER, node: 0x735_e0b9, ..backend }),
+                "backend 5 = [fd00::5]:53 of svc 3 gen 2 flags in-cluster node 0x735e0b9",
+            ),
             (
                 Step::PutBackend(5, Backend { flags: backend::RESET, ..Backend::retired(3) }),
                 "backend 5 = [::]:0 of svc 0 gen 3 flags reset",
@@ -349,6 +363,11 @@ mod tests {
                 Step::PutConfig(Box::new(node)),
                 "config host-netns 0 node 0.0.0.0 :: pods 0.0.0.0/0 ::/0 snat 1024+28976 61000+4536 \
                  ranges 10.96.0.0/12 fd00:96::/108 seed 0 flags pod-interfaces,leave-new",
+            ),
+            (
+                Step::PutConfig(Box::new(Config { probe_port: Port::new(10_257), ..Config::EMPTY })),
+                "config host-netns 0 node 0.0.0.0 :: pods 0.0.0.0/0 ::/0 snat - ranges - seed 0 flags - \
+                 probe-port 10257",
             ),
             (
                 Step::PutConfig(Box::new(Config { snat_total: 5, service_range_count: 1, ..node })),

@@ -9,10 +9,12 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use super::{LABEL_PROXY_NAME, Warnings, address};
-use agent_core::model::{Affinity, Family, Port, Service};
+use agent_core::model::{Affinity, Family, LoadBalancerMode, Port, Service};
 
 /// What happens to connections when an endpoint leaves a Service without terminating: `keep` or `reset`.
 pub(super) const ANNOTATION_ON_LOSS: &str = "ebpf-proxy/on-endpoint-loss";
+/// What becomes of packets from outside for endpoints on other nodes: `snat` or `dsr`.
+pub(super) const ANNOTATION_MODE: &str = "ebpf-proxy/loadbalancer-mode";
 /// What the API server fills in when a Service asks for affinity without a time-out.
 const DEFAULT_AFFINITY_SECS: u32 = 10_800;
 const MAX_AFFINITY_SECS: i32 = 86_400;
@@ -39,6 +41,7 @@ pub fn service(object: &core::Service) -> (Option<Service>, Vec<String>) {
             external_local,
             health_check_node_port: health_check_node_port(spec, kind, external_local, &mut warnings),
             reset_on_loss: reset_on_loss(&object.metadata, &mut warnings),
+            mode: mode(&object.metadata, &mut warnings),
             created: object.metadata.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second()),
         }
     });
@@ -169,8 +172,26 @@ fn health_check_node_port(
     }
 }
 
+fn annotation<'a>(metadata: &'a ObjectMeta, name: &str) -> Option<&'a str> {
+    metadata.annotations.as_ref().and_then(|all| all.get(name)).map(String::as_str)
+}
+
+fn mode(metadata: &ObjectMeta, warnings: &mut Warnings) -> Option<LoadBalancerMode> {
+    match annotation(metadata, ANNOTATION_MODE)? {
+        "snat" => Some(LoadBalancerMode::Snat),
+        "dsr" => Some(LoadBalancerMode::Dsr),
+        other => {
+            warnings.add(
+                format_args!("the annotation {ANNOTATION_MODE}"),
+                format_args!("{other:?} is neither snat nor dsr: the agent's --loadbalancer-mode holds"),
+            );
+            None
+        }
+    }
+}
+
 fn reset_on_loss(metadata: &ObjectMeta, warnings: &mut Warnings) -> bool {
-    match metadata.annotations.as_ref().and_then(|all| all.get(ANNOTATION_ON_LOSS)).map(String::as_str) {
+    match annotation(metadata, ANNOTATION_ON_LOSS) {
         None | Some("keep") => false,
         Some("reset") => true,
         Some(other) => {

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::*;
-use agent_core::model::{Affinity, Family, Service, Slice, SlicePort};
+use agent_core::model::{Affinity, Family, LoadBalancerMode, Service, Slice, SlicePort};
 
 #[test]
 fn a_pod_says_by_annotation_that_its_sockets_are_left() {
@@ -501,9 +501,32 @@ fn a_service_says_by_annotation_what_becomes_of_connections_to_a_lost_endpoint()
 }
 
 #[test]
+fn a_service_says_by_annotation_who_answers_clients_from_outside() {
+    let converted = |annotations: Value| {
+        let (service, warnings) = convert_service(json!({
+            "metadata": { "name": "web", "annotations": annotations },
+            "spec": { "clusterIP": "10.96.0.1", "ports": [{ "port": 80 }] },
+        }));
+        (service.unwrap().mode, warnings)
+    };
+    let (snat, dsr) = (Some(LoadBalancerMode::Snat), Some(LoadBalancerMode::Dsr));
+    assert_eq!(converted(json!({})), (None, vec![]));
+    assert_eq!(converted(json!({ "ebpf-proxy/loadbalancer-mode": "snat" })), (snat, vec![]));
+    assert_eq!(converted(json!({ "ebpf-proxy/loadbalancer-mode": "dsr" })), (dsr, vec![]));
+    for other in ["DSR", ""] {
+        let (mode, warnings) = converted(json!({ "ebpf-proxy/loadbalancer-mode": other }));
+        let told = format!(
+            "the annotation ebpf-proxy/loadbalancer-mode {other:?} is neither snat nor dsr: the agent's \
+             --loadbalancer-mode holds"
+        );
+        assert_eq!((mode, warnings), (None, vec![told]));
+    }
+}
+
+#[test]
 fn the_annotations_of_the_proxy_are_documented() {
     let page = include_str!("../../../../docs/metrics.md");
-    for annotation in [service::ANNOTATION_ON_LOSS, node::ANNOTATION_SOCKET_LB] {
+    for annotation in [service::ANNOTATION_MODE, service::ANNOTATION_ON_LOSS, node::ANNOTATION_SOCKET_LB] {
         assert!(page.contains(&format!("\n| `{annotation}` |")), "docs/metrics.md lacks {annotation}");
     }
 }

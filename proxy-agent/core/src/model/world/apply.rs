@@ -25,11 +25,16 @@ impl World {
             let mut all = cluster_ips.iter().chain(external_ips).chain(load_balancer_ips);
             all.any(|ip| self.here.addresses.contains(ip))
         };
+        let was_direct = self.is_direct(&name);
         let near = self.services.get(&name).is_some_and(own) || service.as_ref().is_some_and(own);
         match service {
             Some(service) => self.services.insert(name.clone(), service),
             None => self.services.remove(&name),
         };
+        let is_direct = self.is_direct(&name);
+        if was_direct != is_direct {
+            self.count_all_nodes(&name, is_direct);
+        }
         self.note_check(&name);
         self.stale.insert(name);
         if near {
@@ -38,13 +43,15 @@ impl World {
         Some(urgency)
     }
 
-    /// A Service without what is switched off: a family (S-12), external IPs (V-8).
+    /// A Service without what is switched off: a family (S-12), external IPs (V-8). What it does not say about direct server
+    /// return holds as the operator has set it.
     fn permitted(&self, mut service: Service) -> Service {
         let families = self.settings.families();
         service.cluster_ips.retain(|ip| families.contains(&Family::of(ip)));
         if !self.settings.external_ips {
             service.external_ips.clear();
         }
+        service.mode.get_or_insert(self.settings.loadbalancer_mode);
         service
     }
 
@@ -60,11 +67,17 @@ impl World {
         if let Some(slice) = &slice {
             self.endpoints += slice.endpoints.len();
             self.count_pods(slice, true);
+            if self.is_direct(&slice.service) {
+                self.count_nodes(slice, true);
+            }
         }
         // E-7: a slice that changes hands leaves its old Service.
         if let Some(old) = self.slices.remove(&name) {
             self.endpoints -= old.endpoints.len();
             self.count_pods(&old, false);
+            if self.is_direct(&old.service) {
+                self.count_nodes(&old, false);
+            }
             if let Some(names) = self.slices_of.get_mut(&old.service) {
                 names.remove(&name);
                 if names.is_empty() {

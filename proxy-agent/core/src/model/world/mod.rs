@@ -4,6 +4,7 @@
 //! the last time is handed on. The cost of a change does not depend on how many Services there are.
 
 mod apply;
+mod direct;
 mod health;
 mod pending;
 mod taken;

@@ -26,6 +26,13 @@ impl World {
         let mut all: Vec<Warning> = self.warnings.iter().chain(conflicts).collect();
         all.extend(self.no_pod_cidrs());
         all.extend(self.covering_ranges());
+        all.extend(self.here.nodes.without().map(|(node, first)| Warning {
+            object: format!("Node {node}"),
+            line: format!(
+                "has the same number as Node {first}: what goes to its endpoints is masqueraded, and not answered by it \
+                 (direct server return); give one of them another name"
+            ),
+        }));
         let not_served = |(name, all): (&ObjectName, &Vec<(FrontendKey, UsedBy)>)| {
             let lines = all.iter().filter_map(|(key, by)| why_not_served(key, by));
             lines.map(|line| Warning { object: format!("Service {name}"), line }).collect::<Vec<_>>()

@@ -217,6 +217,7 @@ fn service(n: u32) -> Service {
         external_local: false,
         health_check_node_port: 0,
         reset_on_loss: false,
+        mode: None,
         created: 0,
     }
 }
