@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use proxy_common::abi::{Flow, REPLY, ServiceName, Tuple, backend, flow_flags, untext};
+use proxy_common::abi::{Flow, ServiceName, Tuple, backend, flow_flags, untext};
 use proxy_common::addr::{Addr, Port, Proto};
 
 use self::segments::Segments;
@@ -244,27 +244,47 @@ impl Worker {
     fn silent(&mut self, lost: &[Flow]) -> Result<usize> {
         let mut told = 0;
         for flow in lost {
-            if flow.seen[REPLY] == 0 {
+            if !flow.is_answered() {
                 // Who tries to connect sends.
                 told += 1;
                 continue;
             }
             let segments = open(&mut self.segments, || Ok(Segments::open()?))?;
-            let [by_client, by_endpoint] = flow.acked;
-            let (to_client, to_endpoint) = flow.between_ends();
             // One that has no way is no reason to leave out the others.
-            let end = |tuple: &Tuple, acked, other| {
-                let sent = segments.end(tuple, acked, other);
+            let end = |End { tuple, acked, other }: &End| {
+                let sent = segments.end(tuple, *acked, *other);
                 if let Err(error) = &sent {
                     tracing::debug!("no segment from {} to {}: {error}", tuple.src, tuple.dst);
                 }
                 sent.is_ok()
             };
-            told += usize::from(end(&to_client, by_client, by_endpoint));
-            end(&to_endpoint, by_endpoint, by_client);
+            let (client, endpoint) = ends(flow);
+            told += usize::from(end(&client));
+            if let Some(endpoint) = endpoint {
+                end(&endpoint);
+            }
         }
         Ok(told)
     }
+}
+
+/// Somebody who is to be told.
+#[derive(Debug, PartialEq, Eq)]
+struct End {
+    /// From the other end, to this one.
+    tuple: Tuple,
+    /// What this one has last acknowledged, and what the other one has.
+    acked: u32,
+    other: u32,
+}
+
+/// The client, and the endpoint: not that of a flow to another node, which hears of it there and has answers of which
+/// nothing is known here.
+fn ends(flow: &Flow) -> (End, Option<End>) {
+    let [by_client, by_endpoint] = flow.acked;
+    let (to_client, to_endpoint) = flow.between_ends();
+    let endpoint = End { tuple: to_endpoint, acked: by_endpoint, other: by_client };
+    (End { tuple: to_client, acked: by_client, other: by_endpoint }, (!flow.is_direct()).then_some(endpoint))
 }
 
 /// Sockets of the node are closed whose connections netfilter translates: those that a kube-proxy's rules have begun stay with it
@@ -310,5 +330,31 @@ impl Batch {
         let count = self.reset + self.closed;
         let names: Vec<&str> = self.endpoints.values().map(|endpoint| endpoint.name.as_str()).collect();
         tracing::info!("{} left without terminating: {count} connections reset", names.join(", "));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tuple(src: [u8; 4], sport: u16, dst: [u8; 4], dport: u16) -> Tuple {
+        let addr = |octets| IpAddr::from(octets).into();
+        Tuple::new(addr(src), Port::new(sport), addr(dst), Port::new(dport), Proto::TCP)
+    }
+
+    #[test]
+    fn of_a_flow_to_another_node_the_client_alone_is_told() {
+        let (client, vip, node) = ([192, 0, 2, 9], [203, 0, 113, 7], [10, 0, 0, 2]);
+        let mut flow = Flow { legs: 2, acked: [100, 200], ..Flow::EMPTY };
+        for (pair, end) in [(0, tuple(client, 4000, vip, 80)), (1, tuple(client, 4000, node, 8080))] {
+            flow.near[pair] = u8::try_from(end.write_pair(&mut flow.pairs[pair])).expect("one of two ends");
+        }
+        let told = End { tuple: tuple(vip, 80, client, 4000), acked: 100, other: 200 };
+        let endpoint = End { tuple: tuple(client, 4000, node, 8080), acked: 200, other: 100 };
+        assert_eq!(ends(&flow), (told, Some(endpoint)));
+        // The same with a node in the endpoint's place.
+        (flow.flags, flow.legs, flow.acked) = (flow_flags::DIRECT, 1, [100, 0]);
+        let told = End { tuple: tuple(vip, 80, client, 4000), acked: 100, other: 0 };
+        assert_eq!(ends(&flow), (told, None));
     }
 }
