@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::Result;
-use proxy_common::abi::{backend, frontend};
+use proxy_common::abi::backend;
 use serde::Serialize;
 
 use super::service::{State, selected};
@@ -46,8 +46,7 @@ pub fn rows(view: &dyn View) -> Result<Vec<BackendRow>> {
     let (actual, connections) = (view.actual()?, connections(view)?);
     let mut in_use = std::collections::BTreeSet::new();
     for value in actual.frontends.values() {
-        let run = if value.flags & frontend::LOCAL != 0 { value.local } else { value.cluster };
-        in_use.extend(selected(run, &actual));
+        in_use.extend(selected(value, &actual));
     }
     let mut rows = BTreeMap::new();
     for (index, backend) in actual.backends.iter().filter(|(_, backend)| backend.is_live()) {

@@ -23,6 +23,11 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// Whether it is this address, whatever the port.
+    fn is(&self, addr: &Addr) -> bool {
+        IpAddr::from(*addr) == self.ip && self.port.is_none()
+    }
+
     fn matches(&self, (addr, port): (&Addr, Port)) -> bool {
         IpAddr::from(*addr) == self.ip && self.port.is_none_or(|number| number == port.number())
     }
@@ -85,8 +90,10 @@ pub struct FlowRow {
     pub client: String,
     /// The address that was named.
     pub destination: String,
-    /// Where it goes.
+    /// Where it goes; with `dsr` the address of a node.
     pub endpoint: String,
+    /// Whether that node answers the client itself (direct server return), so that answers do not pass here.
+    pub dsr: bool,
     /// The node's address and port that the endpoint sees; null when it sees the client.
     pub masquerade: Option<String>,
     /// See [`state`].
@@ -130,7 +137,10 @@ fn passes(filter: &Filter, flow: &Flow, actual: &Actual) -> bool {
         })
     };
     service.as_ref().is_none_or(of_service)
-        && endpoint.is_none_or(|peer| peer.matches(target(flow)))
+        && endpoint.is_none_or(|peer| match flow.is_direct() {
+            true => peer.is(flow.endpoint().0),
+            false => peer.matches(target(flow)),
+        })
         && client.is_none_or(|peer| peer.matches(flow.client()))
 }
 
@@ -146,7 +156,9 @@ fn row(flow: &Flow, actual: &Actual, now: Now) -> FlowRow {
         protocol: flow.proto().to_string(),
         client: text(flow.client()),
         destination: text(flow.vip()),
-        endpoint: text(target(flow)),
+        // What stands there as a port is a hint to the node.
+        endpoint: if flow.is_direct() { flow.endpoint().0.to_string() } else { text(target(flow)) },
+        dsr: flow.is_direct(),
         masquerade: flow.has_source().then(|| text(flow.node())),
         state: state(flow),
         idle_ms: now.mono_ns.saturating_sub(last) / 1_000_000,
@@ -165,6 +177,7 @@ pub fn state(flow: &Flow) -> &'static str {
     }
     match (flow.old != 0, flow.fin[FORWARD] != 0, flow.fin[REPLY] != 0) {
         (_, true, true) => "closed",
+        (false, ..) if flow.is_direct() => "begun",
         (false, ..) if flow.seen[REPLY] == 0 => "unanswered",
         (false, ..) => "answered",
         (true, true, false) => "closing by client",
@@ -203,7 +216,7 @@ pub fn text(rows: &[FlowRow]) -> String {
             row.protocol.clone(),
             row.client.clone(),
             row.destination.clone(),
-            row.endpoint.clone(),
+            if row.dsr { format!("dsr via {}", row.endpoint) } else { row.endpoint.clone() },
             row.masquerade.clone().unwrap_or_else(|| "-".to_owned()),
             match row.translated_by {
                 NETFILTER => format!("{} ({NETFILTER})", row.state),
@@ -218,6 +231,7 @@ pub fn text(rows: &[FlowRow]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::abi::flow_flags;
     use proxy_common::addr::Proto;
 
     use super::super::memory::{NOW, Sketch, golden, small_cluster};
@@ -245,7 +259,7 @@ mod tests {
             serde_json::to_value(&rows[2]).unwrap(),
             serde_json::json!({
                 "protocol": "TCP", "client": "192.0.2.9:40000", "destination": "10.0.0.1:30200",
-                "endpoint": "10.244.2.7:8080", "masquerade": "10.0.0.1:1024", "state": "established",
+                "endpoint": "10.244.2.7:8080", "dsr": false, "masquerade": "10.0.0.1:1024", "state": "established",
                 "idle_ms": 5000, "service": "default/web:http", "translated_by": "ebpf-proxy", "entries": 3,
             })
         );
@@ -274,6 +288,36 @@ mod tests {
         assert_eq!(rows[0].destination, "[fd00::a]:53");
         assert_eq!(flush(&memory, &Filter::default(), NOW).unwrap(), Flushed { flows: 1, entries: 2 });
         assert!(memory.flows.borrow().is_empty());
+    }
+
+    #[test]
+    fn a_flow_that_goes_to_a_node_is_shown_without_a_port_there() {
+        let memory = small_cluster();
+        memory.flows.borrow_mut().clear();
+        let sketch = |client, old| Sketch {
+            old,
+            proto: Proto::TCP,
+            client,
+            vip: "203.0.113.7:80",
+            // What stands in the place of a port is a hint.
+            endpoint: "10.0.0.2:32513",
+            middle_port: None,
+            node: None,
+            fin: [0, 0],
+            backend: (2, 3),
+            service: 1,
+            idle_s: 1,
+        };
+        memory.add_flow(&sketch("192.0.2.9:40000", true));
+        memory.add_flow(&sketch("192.0.2.9:40001", false));
+        for flow in memory.flows.borrow_mut().iter_mut() {
+            (flow.flags, flow.legs, flow.node) = (flow_flags::DIRECT, 1, 9);
+        }
+        let of = |endpoint: &str| rows(&memory, &filter("", endpoint, ""), NOW).unwrap();
+        let all = of("");
+        golden("conntrack_list_dsr", &text(&all));
+        assert_eq!((&*all[0].endpoint, all[0].dsr, all[0].entries), ("10.0.0.2", true, 1));
+        assert_eq!((of("10.0.0.2").len(), of("10.0.0.2:32513").len(), of("203.0.113.7").len()), (2, 0, 0));
     }
 
     #[test]

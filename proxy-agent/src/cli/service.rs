@@ -65,6 +65,8 @@ pub struct FrontendRow {
     pub family: u8,
     /// Traffic policy: `Cluster` or `Local`.
     pub policy: &'static str,
+    /// Whether endpoints' nodes answer clients from outside themselves (direct server return).
+    pub dsr: bool,
     /// Idle time-out of session affinity in seconds; null without affinity.
     pub affinity_seconds: Option<u32>,
     /// Whether only listed source ranges may open flows.
@@ -122,6 +124,7 @@ fn row(
         protocol: key.proto.to_string(),
         family: if key.addr.is_v4() { 4 } else { 6 },
         policy: if is(frontend::LOCAL) { "Local" } else { "Cluster" },
+        dsr: is(frontend::DSR),
         affinity_seconds: is(frontend::AFFINITY).then_some(value.affinity_secs),
         source_ranges: is(frontend::SOURCE_RANGES),
         connections: stats.map_or(0, |s| s.chosen),
@@ -138,8 +141,7 @@ fn endpoints(
     actual: &Actual,
     connections: &BTreeMap<(u32, u32), u64>,
 ) -> Vec<EndpointRow> {
-    let run = if value.flags & frontend::LOCAL != 0 { value.local } else { value.cluster };
-    let selected = selected(run, actual);
+    let selected = selected(value, actual);
     let mut rows: Vec<_> = backends
         .iter()
         .map(|(index, backend)| {
@@ -161,10 +163,15 @@ fn endpoints(
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
-/// The backend indices in a run.
-pub(super) fn selected(run: Run, actual: &Actual) -> BTreeSet<u32> {
-    let end = run.first.saturating_add(run.count);
-    actual.slots.range(run.first..end).map(|(_, backend)| *backend).collect()
+/// The backends that new flows of a frontend go to, by index: those of its policy, and those that other nodes send to.
+pub(super) fn selected(value: &Frontend, actual: &Actual) -> BTreeSet<u32> {
+    let is = |bit| value.flags & bit != 0;
+    let runs = [(value.cluster, !is(frontend::LOCAL)), (value.local, is(frontend::LOCAL | frontend::DSR))];
+    let backends = |run: Run| {
+        let end = run.first.saturating_add(run.count);
+        actual.slots.range(run.first..end).map(|(_, backend)| *backend)
+    };
+    runs.into_iter().filter(|(_, used)| *used).flat_map(|(run, _)| backends(run)).collect()
 }
 
 /// `address:port/protocol` of a frontend.
@@ -212,7 +219,7 @@ pub fn text(rows: &[FrontendRow]) -> String {
                 (kind, _) => kind.to_owned(),
             },
             destination(row),
-            row.policy.to_owned(),
+            format!("{}{}", row.policy, if row.dsr { " (dsr)" } else { "" }),
             row.affinity_seconds.map_or_else(|| "-".to_owned(), |s| format!("{s}s")),
             row.connections.to_string(),
             row.rejected.to_string(),
@@ -242,7 +249,7 @@ mod tests {
             json,
             serde_json::json!({
                 "service": "default/web:http", "type": "NodePort", "address": "*", "port": 30200,
-                "protocol": "TCP", "family": 4, "policy": "Local", "affinity_seconds": 10800,
+                "protocol": "TCP", "family": 4, "policy": "Local", "dsr": false, "affinity_seconds": 10800,
                 "source_ranges": false, "connections": 41, "rejected": 0, "dropped": 2,
                 "endpoints": [
                     {"endpoint": "10.244.1.5:8080", "state": "active", "local": true, "connections": 1},
@@ -252,6 +259,25 @@ mod tests {
             })
         );
         assert!(serde_json::to_value(&rows[0]).unwrap()["affinity_seconds"].is_null());
+    }
+
+    #[test]
+    fn a_frontend_of_which_other_nodes_answer_says_so_and_has_what_they_send_to() {
+        let mut memory = small_cluster();
+        let node_port =
+            memory.actual.frontends.keys().find(|key| key.addr.is_unspecified()).copied().unwrap();
+        // The endpoint of this node is only for what other nodes send.
+        memory.actual.slots = BTreeMap::from([(10, 2), (20, 1)]);
+        let cluster = Run { first: 10, count: 1 };
+        memory.actual.frontends.entry(node_port).and_modify(|value| {
+            *value =
+                Frontend { flags: frontend::NODE_PORT | frontend::ANY | frontend::DSR, cluster, ..*value };
+        });
+        let rows = rows(&memory).unwrap();
+        assert_eq!((rows[0].dsr, rows[1].dsr), (false, true));
+        let states: Vec<_> = rows[1].endpoints.iter().map(|row| row.state.word()).collect();
+        assert_eq!(states, ["active", "draining", "active"]);
+        assert!(text(&rows).lines().any(|line| line.contains("*:30200/TCP        Cluster (dsr)  ")));
     }
 
     #[test]
