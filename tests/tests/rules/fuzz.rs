@@ -50,7 +50,7 @@ fn good() -> String {
 fn originals() -> [Value; 5] {
     let service = json!({
         "apiVersion": "v1", "kind": "Service",
-        "metadata": { "name": "bad", "namespace": "yard", "labels": { "a": "b" }, "annotations": { "c": "d" },
+        "metadata": { "name": "bad", "namespace": "yard", "labels": { "a": "b" }, "annotations": { "ebpf-proxy/loadbalancer-mode": "dsr" },
             "creationTimestamp": "2026-01-01T00:00:00Z" },
         "spec": {
             "type": "LoadBalancer", "clusterIP": "10.96.7.7", "clusterIPs": ["10.96.7.7", "fd00:96::77"],
