@@ -147,6 +147,14 @@ pub struct RunArgs {
     /// addresses under externalTrafficPolicy Cluster, over TCP and UDP.
     #[arg(long, value_enum, value_name = "MODE", default_value_t = LoadBalancerModeArg::Snat)]
     pub loadbalancer_mode: LoadBalancerModeArg,
+    /// The Service whose endpoints are the agents of all nodes, with a UDP port `dsr`: by it they know each other's addresses,
+    /// for direct server return.
+    #[arg(long, value_name = "NAMESPACE/NAME", default_value = "kube-system/ebpf-proxy")]
+    pub agents_service: String,
+    /// UDP port at which the agents of other nodes ask whether wrapped packets get through to this one; the same on all. 0
+    /// switches direct server return off, on the way to this node and from it.
+    #[arg(long, value_name = "PORT", default_value_t = 10261)]
+    pub dsr_probe_port: u16,
     /// Remove what a kube-proxy has left on this node, once this agent does its work and no kube-proxy runs here.
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true,
         action = clap::ArgAction::Set, value_name = "BOOL")]

@@ -34,7 +34,7 @@ pub use sizes::TableSizes;
 pub use source::SourceConfig;
 pub use sysctl::Sysctls;
 
-use agent_core::model::{DetectLocal, Drivers, NodePortAddresses, Settings};
+use agent_core::model::{DetectLocal, Drivers, NodePortAddresses, ObjectName, Settings};
 use agent_kernel::datapath::attach::exclude::Excluded;
 use agent_kernel::datapath::flow::Timeouts;
 use agent_kernel::netlink::Devices;
@@ -133,6 +133,7 @@ impl Config {
             errors.add("--metrics-bind-address", at, "is taken by --healthz-bind-address");
         }
         settings.own_ports = healthz.iter().chain(&metrics).map(SocketAddr::port).collect();
+        probe_port(&mut settings, &mut errors);
         let devices = devices(&args.devices, &mut errors);
         let excluded = excluded(&args.socket_lb_exclude_cgroups, &mut errors);
         if !bpf_root.is_absolute() {
@@ -208,8 +209,35 @@ fn settings(
         host_netns: host.netns_cookie(),
         snat_ports,
         own_ports: Vec::new(),
+        agents_service: agents_service(&args.agents_service, errors),
+        probe_port: args.dsr_probe_port,
         seed: SELECTION_SEED,
     }
+}
+
+/// The Service of the agents.
+fn agents_service(text: &str, errors: &mut Errors) -> ObjectName {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            ObjectName::new(namespace, name)
+        }
+        _ => {
+            let reason = "is not a namespace and a name such as kube-system/ebpf-proxy";
+            errors.add("--agents-service", text, reason);
+            ObjectName::new("", "")
+        }
+    }
+}
+
+/// The port of probes becomes one of the agent's own. It is of another protocol than the others, but a port that has one use
+/// is understood by who writes rules for it.
+fn probe_port(settings: &mut Settings, errors: &mut Errors) {
+    let port = settings.probe_port;
+    if settings.own_ports.contains(&port) {
+        let reason = "is taken by --healthz-bind-address or --metrics-bind-address";
+        errors.add("--dsr-probe-port", port.to_string(), reason);
+    }
+    settings.own_ports.extend(Some(port).filter(|port| *port != 0));
 }
 
 /// The address that stands for the node; empty is what templates leave of an unset option.

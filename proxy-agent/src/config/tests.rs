@@ -117,7 +117,9 @@ fn no_flags_mean_the_documented_defaults() {
                 PortRange { first: 1024, count: 28_976 },
                 PortRange { first: 61_000, count: 4_536 },
             ],
-            own_ports: vec![10256, 10249],
+            own_ports: vec![10256, 10249, 10261],
+            agents_service: ObjectName::new("kube-system", "ebpf-proxy"),
+            probe_port: 10261,
             seed: SELECTION_SEED,
         }
     );
@@ -300,6 +302,23 @@ fn the_mode_of_load_balancing_is_one_of_two() {
     let of = |mode| config(&["--loadbalancer-mode", mode]).settings.loadbalancer_mode;
     assert_eq!([of("snat"), of("dsr")], [LoadBalancerMode::Snat, LoadBalancerMode::Dsr]);
     assert!(Line::try_parse_from(["run", "--loadbalancer-mode=hybrid"]).is_err());
+}
+
+#[test]
+fn the_agents_find_each_other_by_a_service_and_a_port() {
+    let settings = config(&["--agents-service=net/proxies", "--dsr-probe-port=4711"]).settings;
+    assert_eq!(settings.agents_service, ObjectName::new("net", "proxies"));
+    assert_eq!((settings.probe_port, settings.own_ports), (4711, vec![10256, 10249, 4711]));
+    let settings = config(&["--dsr-probe-port=0"]).settings;
+    assert_eq!((settings.probe_port, settings.own_ports), (0, vec![10256, 10249]));
+    for wrong in ["ebpf-proxy", "/ebpf-proxy", "kube-system/", "a/b/c", ""] {
+        let [said] = errors(&[&format!("--agents-service={wrong}")]).try_into().unwrap();
+        assert!(said.starts_with(&format!("--agents-service {wrong:?}: is not a namespace")), "{said}");
+    }
+    assert_eq!(
+        errors(&["--dsr-probe-port=10249"]),
+        [r#"--dsr-probe-port "10249": is taken by --healthz-bind-address or --metrics-bind-address"#]
+    );
 }
 
 fn carries(devices: &Devices, name: &str) -> bool {

@@ -11,7 +11,9 @@ use std::path::Path;
 use agent_core::datapath::Datapath as _;
 use agent_core::datapath::memory::Memory;
 use agent_core::model::{Change, Kind};
-use agent_core::model::{DetectLocal, Link, LoadBalancerMode, NodePortAddresses, Settings, SocketLb, World};
+use agent_core::model::{
+    DetectLocal, Link, LoadBalancerMode, NodePortAddresses, ObjectName, Settings, SocketLb, World,
+};
 use agent_core::plan::{Capacity, Planner, lint};
 use agent_source::manifests::ManifestStore;
 use proptest::collection::vec;
@@ -293,6 +295,8 @@ impl Agent {
             host_netns: 1,
             snat_ports: vec![PortRange { first: 20_000, count: 10_000 }],
             own_ports: Vec::new(),
+            agents_service: ObjectName::new("kube-system", "ebpf-proxy"),
+            probe_port: 0,
             seed: 7,
         };
         let mut world = World::new(settings);

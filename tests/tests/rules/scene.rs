@@ -71,6 +71,8 @@ pub(crate) fn settings(column: Column, host_netns: u64) -> Settings {
         host_netns,
         snat_ports: vec![PortRange { first: 20_000, count: 10_000 }],
         own_ports: Vec::new(),
+        agents_service: ObjectName::new("kube-system", "ebpf-proxy"),
+        probe_port: 0,
         seed: 7,
     }
 }

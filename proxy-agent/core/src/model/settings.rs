@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use proxy_common::abi::PortRange;
 
-use super::Family;
+use super::{Family, ObjectName};
 
 /// Whose sockets are translated at `connect` (`--socket-lb`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +90,10 @@ pub struct Settings {
     pub snat_ports: Vec<PortRange>,
     /// Ports that the agent serves on the node: no NodePort takes them over.
     pub own_ports: Vec<u16>,
+    /// `--agents-service`: the Service whose endpoints are the agents of all nodes.
+    pub agents_service: ObjectName,
+    /// `--dsr-probe-port`: where the agent answers probes of other nodes; 0 for nowhere.
+    pub probe_port: u16,
     /// Seed of the selection hash: the same on every node, so that nodes agree.
     pub seed: u32,
 }
@@ -115,6 +119,8 @@ impl Settings {
             host_netns: 0,
             snat_ports: Vec::new(),
             own_ports: Vec::new(),
+            agents_service: ObjectName::new("kube-system", "ebpf-proxy"),
+            probe_port: 0,
             seed: 0,
         }
     }

@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 use proxy_common::abi::{Config, Iface, PortRange, Range, RouteKey, address, config, iface};
-use proxy_common::addr::Addr;
+use proxy_common::addr::{Addr, Port};
 
 use super::conflicts::Owners;
 use super::node::is_global;
@@ -89,7 +89,12 @@ fn node_config(settings: &Settings, node: &Node, links: &[Link]) -> Config {
     set(settings.socket_lb != SocketLb::Off, config::SOCKET_HOST);
     set(settings.socket_lb != SocketLb::Off && settings.localhost_node_ports, config::LOCALHOST_NODE_PORTS);
 
-    let mut table = Config { host_netns: settings.host_netns, seed: settings.seed, ..Config::EMPTY };
+    let mut table = Config {
+        host_netns: settings.host_netns,
+        seed: settings.seed,
+        probe_port: Port::new(settings.probe_port),
+        ..Config::EMPTY
+    };
     // M-3: a setting for one family alone means that pods of the other are not told apart.
     let ranges: &[IpNet] = match settings.detect_local {
         DetectLocal::AnyRange if settings.cluster_cidrs.is_empty() => &node.pod_cidrs,

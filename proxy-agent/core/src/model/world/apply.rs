@@ -7,6 +7,7 @@ use ipnet::IpNet;
 
 use super::World;
 use crate::model::merge::sorted;
+use crate::model::peers::peers;
 use crate::model::tables::{Around, global_addresses};
 use crate::model::{Family, Link, Node, NodeIps, ObjectName, Route, Service, Slice, Urgency};
 
@@ -63,6 +64,8 @@ impl World {
         }
         let service = slice.as_ref().and_then(|slice| self.services.get(&slice.service));
         let has_others = slice.as_ref().is_some_and(|slice| self.has_others(&name, slice));
+        let agents = &self.settings.agents_service;
+        let of_agents = [old, slice.as_ref()].into_iter().flatten().any(|slice| slice.service == *agents);
         let urgency = Urgency::of_slice(old, slice.as_ref(), service, has_others);
         if let Some(slice) = &slice {
             self.endpoints += slice.endpoints.len();
@@ -92,6 +95,9 @@ impl World {
             self.note_check(&slice.service);
             self.stale.insert(slice.service.clone());
             self.slices.insert(name, slice);
+        }
+        if of_agents {
+            self.peers = peers(self.slices_of(&self.settings.agents_service)).into();
         }
         Some(urgency)
     }

@@ -12,6 +12,7 @@ mod warn;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use proxy_common::abi::FrontendKey;
@@ -28,8 +29,8 @@ use super::names::Names;
 use super::tables::Around;
 use super::warnings::Warnings;
 use super::{
-    AtDriver, Change, Drivers, Family, Kind, Link, Node, NodeIps, ObjectName, Route, Service, ServicePort,
-    Settings, Slice, SocketLb, Urgency,
+    AtDriver, Change, Drivers, Family, Kind, Link, Node, NodeIps, ObjectName, Peers, Route, Service,
+    ServicePort, Settings, Slice, SocketLb, Urgency,
 };
 
 /// Everything reported so far.
@@ -43,6 +44,8 @@ pub struct World {
     slices: HashMap<ObjectName, Slice>,
     /// Names of the slices of a Service, in order.
     slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    /// The agents that slices of their Service name.
+    peers: Arc<Peers>,
     /// In all slices.
     endpoints: usize,
     /// The Node object while there is one.
@@ -91,6 +94,7 @@ impl World {
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
+            peers: Arc::default(),
             endpoints: 0,
             node: None,
             last_node: Node { ips, ..Node::default() },
@@ -204,6 +208,12 @@ impl World {
     #[must_use]
     pub fn endpoint_count(&self) -> usize {
         self.endpoints
+    }
+
+    /// The agents of all nodes, as far as their Service (`--agents-service`) has endpoints.
+    #[must_use]
+    pub fn peers(&self) -> &Arc<Peers> {
+        &self.peers
     }
 
     /// Whether everything the source has was understood at least once.

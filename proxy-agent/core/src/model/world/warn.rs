@@ -99,7 +99,7 @@ fn why_not_served(key: &FrontendKey, by: &UsedBy) -> Option<String> {
         UsedBy::Node => "the address is the node's, by its Node object".to_owned(),
         UsedBy::Pod => "the address is that of a pod".to_owned(),
         UsedBy::PodRange(range) => format!("the address lies in the node's pod range {range}"),
-        UsedBy::Agent => "the agent serves health and metrics there".to_owned(),
+        UsedBy::Agent => "the agent itself uses it".to_owned(),
     };
     let remedy = if *by == UsedBy::Agent { "port" } else { "address" };
     Some(format!("{} is not served, because {why}; give the Service another {remedy}", destination(key)))
