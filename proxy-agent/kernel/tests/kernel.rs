@@ -8,6 +8,8 @@
 mod generation;
 #[path = "kernel/repair.rs"]
 mod repair;
+#[path = "kernel/tunnel.rs"]
+mod tunnel;
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};

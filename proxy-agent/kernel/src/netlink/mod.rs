@@ -17,6 +17,7 @@ pub(crate) mod nf_tables;
 pub(crate) mod request;
 mod routes;
 pub mod sock_diag;
+mod way;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -38,6 +39,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 pub use choose::{Devices, DevicesError};
 pub use nf_tables::is_absent;
+pub use way::{WayError, way};
 
 use agent_core::model::Change;
 use agent_core::model::{Link, Route};

@@ -191,7 +191,7 @@ impl Hop {
     }
 }
 
-fn address(address: &RouteAddress) -> Option<IpAddr> {
+pub(super) fn address(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(ip) => Some((*ip).into()),
         RouteAddress::Inet6(ip) => Some((*ip).into()),

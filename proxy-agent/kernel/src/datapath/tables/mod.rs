@@ -7,3 +7,4 @@ pub mod growth;
 pub mod kernel;
 pub mod memory;
 pub mod taken;
+pub mod tunnels;
