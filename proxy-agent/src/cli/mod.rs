@@ -17,6 +17,7 @@ pub mod table;
 pub mod view;
 
 use agent_kernel::datapath::store::pin::BpfRoot;
+use proxy_common::abi::frontend;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -230,6 +231,7 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
                 leftovers: &rooms.leftovers,
                 trial: &rooms.trial,
                 others: &|| (rooms.others)(root),
+                direct: &|| is_direct(rooms, root),
                 bpf_root: root,
             };
             let report = doctor::examine(&node, rooms.object, agent.as_ref().map_err(|e| format!("{e:#}")));
@@ -244,6 +246,12 @@ pub fn dispatch(cli: Cli, rooms: &Rooms, out: &mut dyn Write) -> Result<ExitCode
         }
         Command::Cleanup { kube_proxy } => clean_up(rooms, root, kube_proxy, out),
     }
+}
+
+/// Whether some Service asks for direct server return.
+fn is_direct(rooms: &Rooms, root: &Path) -> bool {
+    let actual = open(rooms, root).and_then(|view| view.actual());
+    actual.is_ok_and(|actual| actual.frontends.values().any(|found| found.flags & frontend::DSR != 0))
 }
 
 fn clean_up(rooms: &Rooms, root: &Path, kube_proxy: bool, out: &mut dyn Write) -> Result<ExitCode> {

@@ -4,6 +4,7 @@
 //! without it: ending this loop, in whatever way, changes nothing in the tables (Y-22).
 
 mod attach;
+mod dsr;
 mod host;
 mod lost;
 mod report;
@@ -119,6 +120,7 @@ struct Agent {
     untranslated: sockets::untranslated::Untranslated,
     lost: lost::Lost,
     taken: tables::taken::Follower,
+    direct: dsr::Direct,
     /// Whether programs of ours have served this node before this agent.
     served: bool,
     /// `None` before the first sync.
@@ -194,6 +196,7 @@ impl Agent {
             untranslated: sockets::untranslated::Untranslated::default(),
             lost,
             taken,
+            direct: dsr::Direct::new(),
             served,
             adoption: None,
             reserve: takeover::reserve::Reserve::default(),
@@ -347,6 +350,7 @@ impl Agent {
             self.set_conntrack();
             self.count();
             self.report.untracked(self.taken.warning());
+            self.tell_nodes();
             self.report.write(&self.world, self.runner.queued_ms().is_some());
         }
     }

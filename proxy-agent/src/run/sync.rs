@@ -59,6 +59,7 @@ impl Agent {
                 if !self.ready {
                     self.attach()?;
                 }
+                self.follow_nodes();
                 self.freed |= full || plan.steps.len() >= MANY;
                 let first = !std::mem::replace(&mut self.ready, true);
                 self.report.wrote(&mut self.world, &plan, full, started.elapsed());

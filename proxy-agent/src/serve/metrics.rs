@@ -182,6 +182,7 @@ pub(super) mod tests {
     use proxy_common::abi::Reason;
 
     use super::super::http::Counts;
+    use super::super::probes::ProbeCounts;
 
     use super::*;
     use agent_core::model::NoLocal;
@@ -206,6 +207,8 @@ pub(super) mod tests {
                 v4: NoLocal { internal: 11, external: 12 },
                 v6: NoLocal { internal: 13, external: 14 },
             },
+            dsr_nodes: BTreeMap::from([("no_agent", 0), ("ready", 4)]),
+            probes: ProbeCounts { asked: 21, answered: 22, missing: 23, given: 24, withheld: 25 },
             connections: Counts { open: 3, displaced: 2, overdue: 1 },
             reasons: vec![(Reason::NewFlow, 12), (Reason::NoEndpoint, 0)],
             tables: vec![MapFill { name: "FLOWS", used: 8, max: 1024 }],
@@ -279,6 +282,13 @@ pub(super) mod tests {
             r#"proxy_agent_reasons_total{reason="no_endpoint"} 0"#,
             r#"proxy_agent_table_entries{table="FLOWS"} 8.0"#,
             r#"proxy_agent_table_max_entries{table="FLOWS"} 1024.0"#,
+            r#"proxy_agent_dsr_nodes{state="ready"} 4.0"#,
+            r#"proxy_agent_dsr_nodes{state="no_agent"} 0.0"#,
+            r#"proxy_agent_dsr_probes_total{what="asked"} 21"#,
+            r#"proxy_agent_dsr_probes_total{what="answered"} 22"#,
+            r#"proxy_agent_dsr_probes_total{what="missing"} 23"#,
+            r#"proxy_agent_dsr_probes_total{what="given"} 24"#,
+            r#"proxy_agent_dsr_probes_total{what="withheld"} 25"#,
             "proxy_agent_table_memory_bytes 9",
             "proxy_agent_table_memory_limit_bytes 10",
             r#"proxy_agent_table_planned_entries{table="SLOTS"} 2048.0"#,

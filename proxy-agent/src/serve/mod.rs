@@ -9,6 +9,7 @@ pub mod metrics;
 mod metrics_page_tests;
 mod page;
 mod pages;
+mod probes;
 pub mod process;
 mod repairs;
 pub mod service_health;
@@ -25,6 +26,7 @@ use tokio::net::TcpListener;
 pub use health::Health;
 pub use http::{Connections, Limits};
 pub use metrics::Metrics;
+pub use probes::ProbeCounts;
 pub use service_health::ServiceHealth;
 pub use snapshot::Snapshot;
 

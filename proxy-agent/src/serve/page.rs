@@ -1,5 +1,6 @@
 //! The figures of one scrape, each under its documented name (docs/metrics.md).
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use agent_core::model::{Family, NoLocalByFamily};
@@ -9,6 +10,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet};
 use prometheus_client::metrics::MetricType;
 
 use super::health::{Health, family_name};
+use super::probes::ProbeCounts;
 use super::snapshot::Snapshot;
 
 /// Labels of a counter without exemplars.
@@ -142,6 +144,8 @@ pub(super) fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result 
         interfaces_failed,
         generation,
         warnings,
+        dsr_nodes,
+        probes,
         connections,
         reasons,
         tables,
@@ -186,7 +190,25 @@ pub(super) fn of_agent(page: &mut Page<'_>, snapshot: &Snapshot) -> fmt::Result 
         "Entries the table was made for",
         tables.iter().map(|table| (label(table), table.max as f64)),
     )?;
+    of_direct(page, dsr_nodes, *probes)?;
     of_growth(page, growth)
+}
+
+/// Who is reached directly, and how that is known.
+fn of_direct(page: &mut Page<'_>, nodes: &BTreeMap<&'static str, u64>, probes: ProbeCounts) -> fmt::Result {
+    page.gauges(
+        "proxy_agent_dsr_nodes",
+        "Other nodes whose endpoints answer clients themselves, by whether they are reached directly (ready) or why not",
+        nodes.iter().map(|(state, count)| ([("state", *state)], *count as f64)),
+    )?;
+    let ProbeCounts { asked, answered, missing, given, withheld } = probes;
+    page.counters(
+        "proxy_agent_dsr_probes",
+        "Questions to other nodes (asked), answers that came (answered) or not (missing), answers to other nodes (given), and \
+         their questions beyond what is answered (withheld)",
+        [("asked", asked), ("answered", answered), ("missing", missing), ("given", given), ("withheld", withheld)]
+            .map(|(what, count)| ([("what", what)], count)),
+    )
 }
 
 /// What is planned is there for the seconds that it takes; what is blocked, as long as it is.

@@ -8,6 +8,7 @@ use agent_kernel::datapath::tables::growth::Standing;
 use proxy_common::abi::Reason;
 
 use super::http::Counts;
+use super::probes::ProbeCounts;
 
 /// What the run loop and the tables know at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -40,6 +41,10 @@ pub struct Snapshot {
     pub service_changes: u64,
     /// Service ports without an endpoint here (H-42).
     pub without_local: NoLocalByFamily,
+    /// Nodes with endpoints that answer clients themselves, by how they fare.
+    pub dsr_nodes: BTreeMap<&'static str, u64>,
+    /// What agents have asked each other.
+    pub probes: ProbeCounts,
     /// Connections to the agent's own ports.
     pub connections: Counts,
     /// The counters of REASONS.

@@ -7,6 +7,7 @@ use agent_kernel::datapath::attach::grace;
 const OLDEST: (u32, u32) = (5, 10);
 
 const NET_ADMIN: u32 = 12;
+const NET_RAW: u32 = 13;
 const SYS_ADMIN: u32 = 21;
 const SYS_RESOURCE: u32 = 24;
 const PERFMON: u32 = 38;
@@ -28,6 +29,7 @@ pub(super) fn checks(node: &Node<'_>) -> Vec<Check> {
         reverse_path(node),
         host_processes(),
         attaching(node),
+        direct(node, caps),
     ]
 }
 
@@ -123,6 +125,20 @@ fn attaching(node: &Node<'_>) -> Check {
             NAME,
             why,
             "mount /sys/kernel/rcu_expedited of the host there, writable, as deploy/daemonset-restricted.yaml does",
+        ),
+    }
+}
+
+/// Whether other nodes can be asked if they are reached by wrapped packets.
+fn direct(node: &Node<'_>, caps: u64) -> Check {
+    const NAME: &str = "direct server return";
+    match ((node.direct)(), caps & (1 << NET_RAW) != 0) {
+        (false, _) => Check::ok(NAME, "no Service asks for it"),
+        (true, true) => Check::ok(NAME, "CAP_NET_RAW; `proxy-agent status` says which nodes are reached"),
+        (true, false) => Check::warn(
+            NAME,
+            "other nodes cannot be asked whether they are reached: everything is masqueraded",
+            "give CAP_NET_RAW, as deploy/daemonset-restricted.yaml does",
         ),
     }
 }

@@ -83,6 +83,8 @@ pub struct Node<'a> {
     pub trial: &'a dyn Fn() -> Trial,
     /// Who else is at our hooks.
     pub others: &'a dyn Fn() -> Others,
+    /// Whether some Service asks for direct server return.
+    pub direct: &'a dyn Fn() -> bool,
     /// Where pins live or will live.
     pub bpf_root: &'a Path,
 }

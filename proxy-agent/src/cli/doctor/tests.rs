@@ -9,6 +9,7 @@ struct Fake {
     leftovers: Vec<String>,
     trial: Trial,
     others: Others,
+    direct: bool,
 }
 
 /// Everything loads, and nothing is lacking.
@@ -20,7 +21,8 @@ impl Fake {
     /// A node that has everything.
     fn ready() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let fake = Self { dir, leftovers: vec![], trial: good_trial(), others: Others::default() };
+        let fake =
+            Self { dir, leftovers: vec![], trial: good_trial(), others: Others::default(), direct: false };
         for (path, text) in [
             ("proc/self/status", "Name:\tx\nCapEff:\t000001ffffffffff\n"),
             ("proc/sys/kernel/osrelease", "6.12.38+deb13-amd64\n"),
@@ -57,8 +59,14 @@ impl Fake {
         let bpf_root = Path::new(BpfRoot::DEFAULT);
         let trial = || self.trial.clone();
         let others = || self.others.clone();
-        let node =
-            Node { root: self.dir.path(), leftovers: &leftovers, trial: &trial, others: &others, bpf_root };
+        let node = Node {
+            root: self.dir.path(),
+            leftovers: &leftovers,
+            trial: &trial,
+            others: &others,
+            direct: &|| self.direct,
+            bpf_root,
+        };
         let status = Status::read(&small_cluster(), "6.12.0", NOW).unwrap();
         examine(&node, object, Ok(&status))
     }
@@ -95,7 +103,7 @@ fn a_node_that_has_everything_is_ready() {
 #[test]
 fn a_bare_node_is_told_what_it_lacks() {
     let dir = tempfile::tempdir().unwrap();
-    let fake = Fake { dir, leftovers: vec![], trial: good_trial(), others: Others::default() };
+    let fake = Fake { dir, leftovers: vec![], trial: good_trial(), others: Others::default(), direct: false };
     let report = fake.report(b"");
     assert!(!report.ready);
     super::super::memory::golden("doctor_bare", &text(&report));
@@ -108,6 +116,15 @@ fn each_lack_has_its_verdict() {
     // CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN; then without CAP_PERFMON.
     assert_eq!(after(|f| f.put("proc/self/status", "CapEff:\t000000c000001000\n")), []);
     assert_eq!(after(|f| f.put("proc/self/status", "CapEff:\t0000008000001000\n")), [("privileges", Fail)]);
+    // CAP_NET_RAW besides where a Service asks for what needs it.
+    let direct = |caps: &'static str| {
+        after(move |f| {
+            f.direct = true;
+            f.put("proc/self/status", caps);
+        })
+    };
+    assert_eq!(direct("CapEff:\t000000c000003000\n"), []);
+    assert_eq!(direct("CapEff:\t000000c000001000\n"), [("direct server return", Warn)]);
     assert_eq!(after(|f| f.put("proc/sys/kernel/osrelease", "5.4.0-26\n")), [("kernel", Fail)]);
     assert_eq!(after(|f| f.put("proc/sys/kernel/osrelease", "5.10.0\n")), []);
     assert_eq!(after(|f| f.remove("sys/kernel/btf/vmlinux")), [("BTF", Warn)]);

@@ -22,7 +22,8 @@ const WISHED: [(&str, u32, &str); 3] = [
     (
         "CAP_NET_RAW",
         NET_RAW,
-        "where a Service has connections reset whose endpoint is lost, only ends that send hear of it, not silent ones",
+        "where a Service has connections reset whose endpoint is lost, only ends that send hear of it, not silent ones, and no \
+         node is reached directly (--loadbalancer-mode=dsr)",
     ),
     (
         "CAP_SYS_PTRACE",

@@ -1,5 +1,6 @@
 //! What the loop reports: the log, the record for the command line, health and metrics.
 
+mod direct;
 mod hooks;
 mod latency;
 mod server;
@@ -66,6 +67,8 @@ pub(super) struct Report {
     restored: Option<(u64, String)>,
     /// What connection tracking does not show.
     untracked: Option<String>,
+    /// Which nodes are reached directly, and which are not.
+    nodes: Vec<String>,
     /// Whether what is new is left to another proxy.
     retired: bool,
     /// Warnings that have been logged: each is logged once.
@@ -165,6 +168,7 @@ impl Report {
             at_drivers: Vec::new(),
             restored: None,
             untracked: None,
+            nodes: Vec::new(),
             retired: false,
             logged: std::collections::BTreeSet::new(),
             shown: None,
@@ -309,6 +313,7 @@ impl Report {
         lines.extend(self.refused.iter().cloned());
         lines.extend(self.untracked.iter().cloned());
         lines.extend(self.cramped.iter().cloned());
+        lines.extend(self.nodes.iter().cloned());
         let not_served = self.service_health.warnings();
         lines.extend(not_served.iter().cloned());
         let warnings = world.warnings();

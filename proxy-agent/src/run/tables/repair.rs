@@ -206,7 +206,7 @@ impl Agent {
         }
     }
 
-    fn tell_repaired(&mut self, objects: &[String]) {
+    pub(in crate::run) fn tell_repaired(&mut self, objects: &[String]) {
         if objects.is_empty() {
             return;
         }
