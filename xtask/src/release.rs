@@ -34,6 +34,8 @@ const LOCKS: [&str; 2] = ["Cargo.lock", "proxy-common/fuzz/Cargo.lock"];
 /// Manifests that name the image with its tag, and are released beside it.
 const DEPLOY: [&str; 3] =
     ["deploy/daemonset.yaml", "deploy/daemonset-restricted.yaml", "deploy/kubeadm.yaml"];
+/// One that names none, and is released all the same.
+const AGENTS: &str = "deploy/kubeadm-agents.yaml";
 const CHANGELOG: &str = "CHANGELOG.md";
 
 /// `cargo xtask release`
@@ -170,7 +172,7 @@ fn gather(root: &Path, folder: &Path, version: &Version, agent: &Path) -> Result
     let name = format!("proxy-agent-{version}-linux-{architecture}");
     image::write(Some(agent), &folder.join(format!("{name}.image.tar")))?;
     fs::copy(agent, folder.join(&name)).with_context(|| format!("could not copy {}", agent.display()))?;
-    for file in DEPLOY.map(Path::new) {
+    for file in DEPLOY.into_iter().chain([AGENTS]).map(Path::new) {
         let name = file.file_name().context("a file without a name")?;
         let copied = fs::copy(root.join(file), folder.join(name));
         copied.with_context(|| format!("could not copy {}", file.display()))?;
@@ -240,7 +242,7 @@ mod tests {
         fs::write(&source, "fn main() { println!(\"agent\"); }").unwrap();
         let flags = ["-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-o"];
         cmd::output(cmd::with("rustc", flags).args([&agent, &source])).unwrap();
-        for file in DEPLOY {
+        for file in DEPLOY.into_iter().chain([AGENTS]) {
             fs::create_dir_all(place.path().join(file).parent().unwrap()).unwrap();
             fs::copy(workspace::root().join(file), place.path().join(file)).unwrap();
         }
@@ -254,7 +256,8 @@ mod tests {
             format!("proxy-agent-0.2.0-linux-{architecture}"),
             format!("proxy-agent-0.2.0-linux-{architecture}.image.tar"),
         );
-        let manifests = ["daemonset-restricted.yaml", "daemonset.yaml", "kubeadm.yaml"];
+        let manifests =
+            ["daemonset-restricted.yaml", "daemonset.yaml", "kubeadm-agents.yaml", "kubeadm.yaml"];
         assert_eq!(names, [&["NOTES.md", SUMS][..], &manifests, &[&program, &image]].concat());
         cmd::output(cmd::with("sha256sum", ["--check", "--strict", SUMS]).current_dir(&folder)).unwrap();
     }

@@ -225,7 +225,7 @@ fn of<T: DeserializeOwned + Serialize>(manifest: &str, kind: &str) -> T {
 
 #[test]
 fn the_restricted_manifest_differs_in_rights_alone() {
-    for kind in ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "ConfigMap"] {
+    for kind in ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "ConfigMap", "Service"] {
         let [one, other] = INSTALLED.map(|manifest| {
             let documents = documents(&deploy().join(manifest));
             documents.into_iter().find(|document| document["kind"] == kind).expect(kind)
@@ -355,6 +355,43 @@ fn kubeadm_s_kube_proxy_is_replaced_in_its_own_place() {
         (&container.env, &container.ports, &container.security_context),
         (&other.containers[0].env, &other.containers[0].ports, &other.containers[0].security_context)
     );
+}
+
+/// Agents know each other by the endpoints of an ordinary Service: a headless one's are not watched, and one of another proxy's
+/// neither.
+#[test]
+fn the_agents_are_endpoints_of_their_service_by_the_port_of_probes() {
+    for (set, service) in [
+        ("daemonset.yaml", "daemonset.yaml"),
+        ("daemonset-restricted.yaml", "daemonset-restricted.yaml"),
+        ("kubeadm.yaml", "kubeadm-agents.yaml"),
+    ] {
+        let (set, service): (DaemonSet, Service) = (of(set, "DaemonSet"), of(service, "Service"));
+        // What --agents-service and --dsr-probe-port are unless they are set.
+        assert_eq!(name(&service.metadata), ("kube-system".to_owned(), "ebpf-proxy".to_owned()));
+        assert_eq!(service.metadata.labels, None);
+        let [port] = ports(&service) else { panic!("one port") };
+        assert_eq!(
+            (port.name.as_deref(), port.port, port.protocol.as_deref()),
+            (Some("dsr"), 10261, Some("UDP"))
+        );
+        let spec = service.spec.as_ref().unwrap();
+        assert_eq!((spec.cluster_ip.as_ref(), spec.type_.as_deref()), (None, Some("ClusterIP")));
+        assert_eq!(spec.ip_family_policy.as_deref(), Some("PreferDualStack"), "both addresses of each node");
+        assert_eq!(spec.publish_not_ready_addresses, Some(false));
+        assert_eq!(set.metadata.namespace, service.metadata.namespace);
+        let template = set.spec.unwrap().template;
+        let labels = template.metadata.unwrap().labels.unwrap();
+        let selector = spec.selector.as_ref().unwrap();
+        assert!(!selector.is_empty() && selector.iter().all(|(key, value)| labels.get(key) == Some(value)));
+        let pod = template.spec.unwrap();
+        assert_eq!(pod.host_network, Some(true), "endpoints with the nodes' addresses");
+        let target = serde_json::to_value(port.target_port.as_ref().unwrap()).unwrap();
+        let mut all = pod.containers[0].ports.iter().flatten();
+        let own = all.find(|port| target == *port.name.as_deref().unwrap()).expect("the port it leads to");
+        let told = (own.container_port, own.host_port, own.protocol.as_deref());
+        assert_eq!(told, (10261, Some(10261), Some("UDP")));
+    }
 }
 
 #[test]

@@ -176,6 +176,7 @@ pub(super) mod tests {
     use super::super::health::SystemClock;
     use std::collections::BTreeMap;
 
+    use agent_core::model::tunnels::Reach;
     use agent_core::model::{Family, NoLocalByFamily};
     use agent_kernel::datapath::pinned::MapFill;
     use agent_kernel::datapath::tables::growth::Standing;
@@ -207,7 +208,7 @@ pub(super) mod tests {
                 v4: NoLocal { internal: 11, external: 12 },
                 v6: NoLocal { internal: 13, external: 14 },
             },
-            dsr_nodes: BTreeMap::from([("no_agent", 0), ("ready", 4)]),
+            dsr_nodes: Reach::LABELS.iter().map(|label| (*label, u64::from(*label == "ready") * 4)).collect(),
             probes: ProbeCounts { asked: 21, answered: 22, missing: 23, given: 24, withheld: 25 },
             connections: Counts { open: 3, displaced: 2, overdue: 1 },
             reasons: vec![(Reason::NewFlow, 12), (Reason::NoEndpoint, 0)],
