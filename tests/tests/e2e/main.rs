@@ -31,6 +31,8 @@ mod configuration;
 #[cfg(test)]
 mod directory;
 #[cfg(test)]
+mod dsr;
+#[cfg(test)]
 mod endpoint_loss;
 #[cfg(test)]
 mod errors;

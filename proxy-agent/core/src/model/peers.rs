@@ -131,7 +131,7 @@ mod tests {
                 ..slice("dsr", Proto::UDP, vec![endpoint(name, "10.0.0.1")])
             });
             world.apply(Change::Slice(ObjectName::new("kube-system", name), slice));
-            world.peers().keys().map(|node| node.to_string()).collect::<Vec<_>>()
+            world.peers().keys().map(ToString::to_string).collect::<Vec<_>>()
         };
         assert_eq!(say("a", Some("ebpf-proxy")), ["a"]);
         assert_eq!(say("b", Some("ebpf-proxy")), ["a", "b"]);
