@@ -114,6 +114,8 @@ pub struct Rate {
     pub seconds: f64,
     /// Processor time of the client.
     pub cpu_seconds: f64,
+    /// Microseconds that half of the connections took at most until they were made; 0 if none was.
+    pub connect_us: f64,
 }
 
 /// What a measured server has used.

@@ -2,7 +2,7 @@
 //! tables and as JSON.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
@@ -97,9 +97,16 @@ pub(crate) struct Figures {
     sections: Vec<Section>,
     figures: Vec<Figure>,
     missing: Vec<String>,
+    /// Where parts write what is drawn.
+    pub(crate) out: PathBuf,
 }
 
 impl Figures {
+    /// None yet; what parts draw goes to this folder.
+    pub(crate) fn new(out: &Path) -> Self {
+        Self { out: out.into(), ..Self::default() }
+    }
+
     /// What follows is of this part.
     pub(crate) fn begin(&mut self, part: &'static str, baseline: &'static str, value: &'static str) {
         self.sections.push(Section { part, baseline, value });

@@ -11,6 +11,8 @@ mod memory;
 mod object;
 mod packet;
 mod raw;
+mod rulesets;
+mod scale;
 mod socket;
 mod tables;
 mod wire;
@@ -26,7 +28,7 @@ use crate::figure::Figures;
 #[derive(Parser)]
 #[command(
     bin_name = "cargo xtask bench",
-    about = "Measures packets, socket calls, changes, memory and connections (root); an otherwise idle machine helps"
+    about = "Measures packets, sockets, changes, memory, connections and rivals (root); an otherwise idle machine helps"
 )]
 struct Arguments {
     /// What to measure.
@@ -35,6 +37,9 @@ struct Arguments {
     /// Also write every figure to this file as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where curves are written, in a folder of their part's name.
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
     /// Rounds; the median counts.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
@@ -54,10 +59,13 @@ enum Part {
     Memory,
     /// New connections a second, pod to Service.
     Wire,
+    /// What grows with the number of Services, beside rules of nftables and of iptables, as curves.
+    Scale,
 }
 
 impl Part {
-    const ALL: [Self; 6] = [Self::Packet, Self::Socket, Self::Change, Self::Attach, Self::Memory, Self::Wire];
+    const ALL: [Self; 7] =
+        [Self::Packet, Self::Socket, Self::Change, Self::Attach, Self::Memory, Self::Wire, Self::Scale];
 
     /// Measures it.
     fn measure(self, figures: &mut Figures, rounds: usize) -> (&'static str, Result<()>) {
@@ -68,6 +76,7 @@ impl Part {
             Self::Attach => ("attach", ["BASELINE", "VALUE"], attach::measure),
             Self::Memory => ("memory", ["BASELINE", "VALUE"], memory::measure),
             Self::Wire => ("wire", ["BASELINE", "VALUE"], wire::measure),
+            Self::Scale => ("scale", ["BASELINE", "VALUE"], scale::measure),
         };
         figures.begin(name, baseline, value);
         (name, measure(figures, rounds))
@@ -93,7 +102,7 @@ fn main() -> ExitCode {
 
 /// Whether everything asked for could be measured.
 fn run(arguments: &Arguments) -> Result<bool> {
-    let mut figures = Figures::default();
+    let mut figures = Figures::new(&arguments.out);
     for part in &arguments.parts {
         if let (name, Err(error)) = part.measure(&mut figures, arguments.rounds.into()) {
             figures.missing(name, &format!("{error:#}"));

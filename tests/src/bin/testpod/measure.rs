@@ -93,6 +93,7 @@ fn serve(stream: &mut TcpStream, buffer: &mut [u8]) -> io::Result<()> {
 /// Does its work until the time is over.
 pub(crate) fn rate(arguments: &RateArguments) -> Result<()> {
     let mut rate = Rate::default();
+    let mut connects = Vec::new();
     let used = cpu_seconds()?;
     let begun = Instant::now();
     let end = begun + Duration::from_secs_f64(arguments.seconds);
@@ -103,7 +104,7 @@ pub(crate) fn rate(arguments: &RateArguments) -> Result<()> {
     match arguments.work {
         Work::Connections => {
             while Instant::now() < end {
-                match one(arguments.to) {
+                match one(arguments.to, &mut connects) {
                     Ok(()) => rate.done += 1,
                     Err(error) => failed(error),
                 }
@@ -114,6 +115,7 @@ pub(crate) fn rate(arguments: &RateArguments) -> Result<()> {
     }
     rate.seconds = begun.elapsed().as_secs_f64();
     rate.cpu_seconds = cpu_seconds()? - used;
+    rate.connect_us = median(connects);
     crate::print(&rate)
 }
 
@@ -134,12 +136,20 @@ fn connect(to: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn one(to: SocketAddr) -> io::Result<()> {
+fn one(to: SocketAddr, connects: &mut Vec<f64>) -> io::Result<()> {
+    let begun = Instant::now();
     let mut socket = connect(to)?;
+    connects.push(begun.elapsed().as_secs_f64() * 1e6);
     socket.write_all(b"x\n")?;
     let mut answer = Vec::with_capacity(8);
     socket.read_to_end(&mut answer)?;
     is_ok(&answer)
+}
+
+/// The middle one, or 0 if there is none.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 fn is_ok(answer: &[u8]) -> io::Result<()> {

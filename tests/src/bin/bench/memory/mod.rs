@@ -1,7 +1,7 @@
 //! What an agent keeps: the tables of a node that does nothing yet, and the process with a large cluster.
 
 mod cluster;
-mod tables;
+pub(crate) mod tables;
 
 use std::net::Ipv4Addr;
 use std::time::Duration;

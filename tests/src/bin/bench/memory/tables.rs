@@ -19,10 +19,10 @@ struct Table {
 }
 
 /// The pinned tables of an agent.
-pub(super) struct Tables(Vec<Table>);
+pub(crate) struct Tables(Vec<Table>);
 
 impl Tables {
-    pub(super) fn of(root: &Path) -> Result<Self> {
+    pub(crate) fn of(root: &Path) -> Result<Self> {
         let folder = BpfRoot::new(root).settled()?.maps();
         let mut found = Vec::new();
         for entry in folder.read_dir().with_context(|| format!("reading {}", folder.display()))? {
@@ -43,7 +43,7 @@ impl Tables {
     }
 
     /// What all take together.
-    pub(super) fn bytes(&self) -> f64 {
+    pub(crate) fn bytes(&self) -> f64 {
         self.0.iter().map(|table| table.bytes).sum()
     }
 

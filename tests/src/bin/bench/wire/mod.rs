@@ -1,12 +1,11 @@
 //! What connections cost: new ones, requests over one, and many bytes over one, from pod to pod, from a pod to a Service,
 //! and from outside to a NodePort.
 //!
-//! Four nodes of the same build, each with a client pod, a server pod and a client outside: one without an agent, one with
-//! the agent, one with the agent and sockets left to TC, one with nftables rules. The same program asks on all of them, in
-//! turns.
+//! Five nodes of the same build, each with a client pod, a server pod and a client outside: one without an agent, one with
+//! the agent, one with the agent and sockets left to TC, one with nftables rules, one with those of iptables. The same program
+//! asks on all of them, in turns.
 
 mod extra;
-mod rules;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -20,6 +19,7 @@ use proxy_tests::probe::{Process, eventually};
 use proxy_tests::test_cluster::{Plan, TestCluster};
 
 use crate::figure::{Figures, Goal, progress};
+use crate::rulesets::{self, Fed, Kind};
 
 /// How long one client is measured.
 const TURN: &str = "0.15";
@@ -44,7 +44,7 @@ enum Forwarder {
     None,
     Agent,
     AgentTc,
-    Nftables,
+    Rules(Kind),
 }
 
 /// A node with a client and a server. Fields go in order.
@@ -73,7 +73,7 @@ struct Lane {
 }
 
 /// The last number is the goal for a request and for bytes.
-const LANES: [Lane; 7] = [
+const LANES: [Lane; 9] = [
     Lane { name: "pod to pod, no agent", on: Forwarder::None, to: To::Pod, against: &[] },
     Lane {
         name: "pod to pod, agent attached",
@@ -85,41 +85,51 @@ const LANES: [Lane; 7] = [
         name: "ClusterIP, socket LB",
         on: Forwarder::Agent,
         to: To::ClusterIp,
-        against: &[(0, [Some(1.04), Some(1.02)]), (4, [None; 2])],
+        against: &[(0, [Some(1.04), Some(1.02)]), (4, [None; 2]), (7, [None; 2])],
     },
     Lane {
         name: "ClusterIP, TC",
         on: Forwarder::AgentTc,
         to: To::ClusterIp,
-        against: &[(0, [Some(1.04), Some(1.02)]), (4, [None; 2])],
+        against: &[(0, [Some(1.04), Some(1.02)]), (4, [None; 2]), (7, [None; 2])],
     },
     Lane {
         name: "ClusterIP, nftables",
-        on: Forwarder::Nftables,
+        on: Forwarder::Rules(Kind::Nftables),
         to: To::ClusterIp,
         against: &[(0, [None; 2])],
     },
-    Lane { name: "NodePort, nftables", on: Forwarder::Nftables, to: To::NodePort, against: &[] },
+    Lane { name: "NodePort, nftables", on: Forwarder::Rules(Kind::Nftables), to: To::NodePort, against: &[] },
     Lane {
         name: "NodePort, agent",
         on: Forwarder::Agent,
         to: To::NodePort,
-        against: &[(5, [Some(0.85), None])],
+        against: &[(5, [Some(0.85), None]), (8, [None; 2])],
     },
+    Lane {
+        name: "ClusterIP, iptables",
+        on: Forwarder::Rules(Kind::Iptables),
+        to: To::ClusterIp,
+        against: &[(0, [None; 2])],
+    },
+    Lane { name: "NodePort, iptables", on: Forwarder::Rules(Kind::Iptables), to: To::NodePort, against: &[] },
 ];
 
 const WORKS: [Work; 3] = [Work::Connections, Work::Requests, Work::Bulk];
 
 pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     let mut nodes = Vec::new();
-    for forwarder in [Forwarder::None, Forwarder::Agent, Forwarder::AgentTc, Forwarder::Nftables] {
+    let rivals = [Kind::Nftables, Kind::Iptables].map(Forwarder::Rules);
+    for forwarder in [Forwarder::None, Forwarder::Agent, Forwarder::AgentTc].into_iter().chain(rivals) {
         match Node::raise(forwarder) {
             Ok(node) => nodes.push((forwarder, node)),
-            // Without nft the others can be measured still.
-            Err(error) if forwarder == Forwarder::Nftables => {
-                figures.missing("wire: nftables", &format!("{error:#}"));
-            }
-            Err(error) => return Err(error.context(format!("a node with {forwarder:?}"))),
+            Err(error) => match forwarder {
+                // Without the rivals' programs the others can be measured still.
+                Forwarder::Rules(kind) => {
+                    figures.missing(&format!("wire: {}", kind.name()), &format!("{error:#}"));
+                }
+                _ => return Err(error.context(format!("a node with {forwarder:?}"))),
+            },
         }
     }
     for services in [1, MANY] {
@@ -170,7 +180,7 @@ fn turns(nodes: &[(Forwarder, Node)], rounds: usize) -> Result<Vec<Vec<Turns>>> 
                 let Some((_, node)) = nodes.iter().find(|(forwarder, _)| *forwarder == lane.on) else {
                     continue;
                 };
-                let again = lane.on == Forwarder::Nftables;
+                let again = matches!(lane.on, Forwarder::Rules(_));
                 // Rules that masquerade lose a connection now and then, when the port that they choose is not free at the
                 // server: such a turn is made once more. Ours is not forgiven.
                 let measured = node.turn(lane.to, *work).or_else(|error| match again {
@@ -225,8 +235,8 @@ impl Node {
             Forwarder::Agent => Some(start_agent(&cluster, "all")?),
             Forwarder::AgentTc => Some(start_agent(&cluster, "host")?),
             Forwarder::None => None,
-            Forwarder::Nftables => {
-                rules::load(&cluster, 1)?;
+            Forwarder::Rules(kind) => {
+                load_rules(kind, &cluster, 1)?;
                 None
             }
         };
@@ -235,8 +245,9 @@ impl Node {
 
     /// Adds Services that nobody asks.
     fn load(&self, forwarder: Forwarder, services: u32) -> Result<()> {
-        if forwarder == Forwarder::Nftables {
-            rules::load(&self.cluster, services)?;
+        if let Forwarder::Rules(kind) = forwarder {
+            kind.clear(self.cluster.place("node1"), LOADING)?;
+            load_rules(kind, &self.cluster, services)?;
         }
         let Some((agent, manifests)) = &self.agent else { return Ok(()) };
         manifests.write("extra.json", &extra::services(services - 1)?)?;
@@ -280,6 +291,34 @@ impl Node {
         server.order("report")?;
         Ok(server.line::<Used>(PATIENCE)?.cpu_seconds)
     }
+}
+
+/// Rules for the one Service, and as many more as make up `services`.
+fn load_rules(kind: Kind, cluster: &TestCluster, services: u32) -> Result<()> {
+    kind.needs()?;
+    let node = cluster.place("node1");
+    let web = rulesets::Service {
+        number: 0,
+        proto: "tcp",
+        address: VIP.into(),
+        node_port: Some(NODE_PORT),
+        endpoints: vec![cluster.place("server").v4],
+    };
+    let extra = (0..services - 1).map(|n| rulesets::Service {
+        number: 1 + n,
+        proto: "tcp",
+        address: extra::address(n),
+        node_port: None,
+        endpoints: extra::endpoints(n).collect(),
+    });
+    let plan = rulesets::Plan {
+        node: node.v4,
+        pods: TestCluster::CLUSTER_CIDRS[0],
+        services: std::iter::once(web).chain(extra).collect(),
+    };
+    let fed = kind.load(node, &plan, LOADING)?;
+    ensure!(fed != Fed::GivenUp, "loading {services} Services took longer than {LOADING:?}");
+    Ok(())
 }
 
 /// An agent with the one Service, whose pod is the server.
