@@ -7,6 +7,7 @@ mod asm;
 mod attach;
 mod change;
 mod figure;
+mod flood;
 mod memory;
 mod object;
 mod packet;
@@ -28,7 +29,7 @@ use crate::figure::Figures;
 #[derive(Parser)]
 #[command(
     bin_name = "cargo xtask bench",
-    about = "Measures packets, sockets, changes, memory, connections and rivals (root); an otherwise idle machine helps"
+    about = "Measures packets, sockets, changes, memory, connections, rivals and floods (root); an otherwise idle machine helps"
 )]
 struct Arguments {
     /// What to measure.
@@ -61,11 +62,21 @@ enum Part {
     Wire,
     /// What grows with the number of Services, beside rules of nftables and of iptables, as curves.
     Scale,
+    /// Who can still connect while the node is flooded from spoofed sources, and what a packet of the flood costs.
+    Flood,
 }
 
 impl Part {
-    const ALL: [Self; 7] =
-        [Self::Packet, Self::Socket, Self::Change, Self::Attach, Self::Memory, Self::Wire, Self::Scale];
+    const ALL: [Self; 8] = [
+        Self::Packet,
+        Self::Socket,
+        Self::Change,
+        Self::Attach,
+        Self::Memory,
+        Self::Wire,
+        Self::Scale,
+        Self::Flood,
+    ];
 
     /// Measures it.
     fn measure(self, figures: &mut Figures, rounds: usize) -> (&'static str, Result<()>) {
@@ -77,6 +88,7 @@ impl Part {
             Self::Memory => ("memory", ["BASELINE", "VALUE"], memory::measure),
             Self::Wire => ("wire", ["BASELINE", "VALUE"], wire::measure),
             Self::Scale => ("scale", ["BASELINE", "VALUE"], scale::measure),
+            Self::Flood => ("flood", ["BASELINE", "VALUE"], flood::measure),
         };
         figures.begin(name, baseline, value);
         (name, measure(figures, rounds))
