@@ -6,11 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::{
     BLACK, ChartBuilder, Color, IntoDrawingArea, IntoLogRange, LineSeries, PathElement, RGBColor, SVGBackend,
-    WHITE,
+    SeriesLabelPosition, WHITE,
 };
 
 use super::sample::{Measure, Point, Samples, Who};
-use crate::figure::progress;
 use crate::rulesets::Kind;
 
 const SIZE: (u32, u32) = (720, 420);
@@ -31,7 +30,6 @@ pub(super) fn save(folder: &Path, samples: &Samples) -> Result<()> {
             draw(&file, measure, &lines).with_context(|| format!("drawing {}", file.display()))?;
         }
     }
-    progress(&format!("scale: curves are in {}", folder.display()));
     Ok(())
 }
 
@@ -57,6 +55,12 @@ fn draw(file: &Path, measure: Measure, lines: &[(Who, Vec<Point>)]) -> Result<()
     let most = all().map(|point| point.services).max().unwrap_or(1);
     let low = all().map(height).fold(f64::INFINITY, f64::min) / 1.5;
     let high = all().map(height).fold(0.0, f64::max) * 1.5;
+    // Where lines do not go.
+    let place = if measure == Measure::Rate {
+        SeriesLabelPosition::LowerLeft
+    } else {
+        SeriesLabelPosition::UpperLeft
+    };
     let area = SVGBackend::new(file, SIZE).into_drawing_area();
     area.fill(&WHITE).map_err(|error| broken(&error))?;
     let mut chart = ChartBuilder::on(&area)
@@ -86,6 +90,7 @@ fn draw(file: &Path, measure: Measure, lines: &[(Who, Vec<Point>)]) -> Result<()
     }
     chart
         .configure_series_labels()
+        .position(place)
         .background_style(WHITE)
         .border_style(BLACK.mix(0.3))
         .draw()

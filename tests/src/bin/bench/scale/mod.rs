@@ -42,12 +42,14 @@ pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
         kind.needs()?;
     }
     let mut samples = Samples::default();
+    let out = figures.out.join("scale");
     let measured = SIZES.iter().try_for_each(|services| {
-        size(*services, rounds, &mut samples, figures).with_context(|| format!("{services} Services"))
+        size(*services, rounds, &mut samples, figures).with_context(|| format!("{services} Services"))?;
+        // The largest take long: who ends it then has the others.
+        curve::save(&out, &samples)
     });
     // What has been measured is shown, whatever came later.
     samples.report(figures);
-    curve::save(&figures.out.join("scale"), &samples)?;
     measured
 }
 
