@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use http::header::{ACCEPT, AUTHORIZATION};
 use http::{Method, Request, Response, StatusCode};
@@ -32,7 +33,7 @@ pub(super) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let asked = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
-    shared.requests.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
+    shared.requests.lock().unwrap_or_else(PoisonError::into_inner).push((Instant::now(), asked));
     let header = |name| Some(request.headers().get(name)?.to_str().ok()?.to_owned());
     let headers = Asked { authorization: header(AUTHORIZATION), accept: header(ACCEPT), certificate };
     shared.headers.lock().unwrap_or_else(PoisonError::into_inner).push(headers);
@@ -92,6 +93,10 @@ fn route(shared: &Arc<Shared>, request: &Request<Incoming>) -> Response<Body> {
     let (group, rest) = match path.as_slice() {
         ["api", "v1", rest @ ..] => ("v1", rest),
         ["apis", "discovery.k8s.io", "v1", rest @ ..] => ("discovery.k8s.io/v1", rest),
+        // Without a ServiceCIDR it is as a server from before there were any.
+        ["apis", "networking.k8s.io", "v1", rest @ ..] if shared.shown().has(Kind::ServiceCidr) => {
+            ("networking.k8s.io/v1", rest)
+        }
         ["version"] => return ok(&json!({ "major": "1", "minor": "36", "gitVersion": "v1.36.1" })),
         ["healthz" | "livez" | "readyz"] => return ok(&json!("ok")),
         _ => return failure(404, "NotFound", "no such path"),
@@ -202,10 +207,11 @@ fn list(shared: &Shared, kind: Kind, filter: &Filter, limit: &str, token: &str) 
     let token = Some(token).filter(|token| !token.is_empty());
     let endless = shared.behaviour.borrow().fault == Fault::Endless;
     let token = token.filter(|_| !endless);
-    let Ok(store::Page { version, mut items, next }) = shared.shown().page(kind, filter, limit, token) else {
+    let Ok(store::Page { version, items, next }) = shared.shown().page(kind, filter, limit, token) else {
         return gone();
     };
     let version = version.min(shared.version(kind));
+    let mut items: Vec<Value> = items.into_iter().map(Arc::unwrap_or_clone).collect();
     for item in items.iter_mut().filter_map(Value::as_object_mut) {
         // As the real server: the list says it once.
         item.remove("kind");

@@ -9,13 +9,14 @@ mod http;
 mod selector;
 mod store;
 pub mod tls;
+mod traffic;
 mod watch;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use hyper::service::service_fn;
@@ -27,6 +28,8 @@ use crate::netns::Netns;
 use crate::object::{Key, Kind, Object, Publish};
 pub use fault::Fault;
 use store::Store;
+use traffic::Meter;
+pub use traffic::Traffic;
 
 /// How many changes a server lags behind that is stale.
 const BEHIND: usize = 10;
@@ -86,7 +89,8 @@ struct Shared {
     behaviour: tokio::sync::watch::Sender<Behaviour>,
     /// Woken at every change of the store.
     changed: Arc<tokio::sync::watch::Sender<u64>>,
-    requests: Mutex<Vec<String>>,
+    /// When each request came, and its path and query.
+    requests: Mutex<Vec<(Instant, String)>>,
     /// The headers of each of them that tests look at.
     headers: Mutex<Vec<Asked>>,
     events: Mutex<Vec<serde_json::Value>>,
@@ -98,6 +102,7 @@ struct Shared {
     watches: AtomicU64,
     /// Watches that run.
     watching: AtomicU64,
+    meter: Meter,
     /// How TLS is spoken, if it is.
     tls: Mutex<Option<Arc<rustls::ServerConfig>>>,
 }
@@ -188,6 +193,7 @@ impl ApiServer {
             cluster_info: Mutex::default(),
             watches: AtomicU64::new(0),
             watching: AtomicU64::new(0),
+            meter: Meter::default(),
             tls: Mutex::default(),
         });
         let served = shared.clone();
@@ -298,7 +304,7 @@ impl ApiServer {
     /// The requests so far: path and query.
     #[must_use]
     pub fn requests(&self) -> Vec<String> {
-        self.shared.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.timed_requests().into_iter().map(|(_, request)| request).collect()
     }
 
     /// The headers of the requests so far, in the same order.
@@ -373,6 +379,7 @@ async fn connection(stream: tokio::net::TcpStream, shared: Arc<Shared>) {
 
 /// HTTP, over TLS if that is spoken. A client that breaks off is no fault of ours.
 async fn speak(stream: tokio::net::TcpStream, shared: Arc<Shared>) {
+    let stream = traffic::counted(stream, &shared);
     let tls = shared.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let builder = auto::Builder::new(TokioExecutor::new());
     let Some(tls) = tls else {

@@ -1,6 +1,7 @@
 //! The objects with their versions, and the changes since the last compaction.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -12,8 +13,8 @@ use crate::object::{Key, Kind, Object};
 struct Change {
     version: u64,
     key: Key,
-    before: Option<Value>,
-    after: Option<Value>,
+    before: Option<Arc<Value>>,
+    after: Option<Arc<Value>>,
 }
 
 /// What a server keeps.
@@ -22,16 +23,17 @@ pub(super) struct Store {
     version: u64,
     /// The version before which changes are forgotten.
     oldest: u64,
-    objects: BTreeMap<Key, Value>,
+    /// Shared with those who are being told of them.
+    objects: BTreeMap<Key, Arc<Value>>,
     changes: Vec<Change>,
     /// The rest of lists that are being read in pages, by their continue token.
-    pages: HashMap<String, (u64, Vec<Value>)>,
+    pages: HashMap<String, (u64, Vec<Arc<Value>>)>,
 }
 
 /// One page of a list.
 pub(super) struct Page {
     pub(super) version: u64,
-    pub(super) items: Vec<Value>,
+    pub(super) items: Vec<Arc<Value>>,
     /// The token for the next page, and how many objects are left for it.
     pub(super) next: Option<(String, usize)>,
 }
@@ -53,6 +55,7 @@ impl Store {
             json["metadata"]["uid"] = json!(format!("00000000-0000-4000-8000-{:012x}", self.version));
         }
         json["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let json = Arc::new(json);
         self.objects.insert(object.key.clone(), json.clone());
         self.changes.push(Change {
             version: self.version,
@@ -110,11 +113,16 @@ impl Store {
 
     /// One object.
     pub(super) fn get(&self, key: &Key) -> Option<&Value> {
-        self.objects.get(key)
+        self.objects.get(key).map(|object| &**object)
+    }
+
+    /// Whether there is any object of a kind.
+    pub(super) fn has(&self, kind: Kind) -> bool {
+        self.objects.keys().any(|key| key.kind == kind)
     }
 
     /// All objects of a kind that are selected.
-    pub(super) fn all(&self, kind: Kind, filter: &Filter) -> Vec<Value> {
+    pub(super) fn all(&self, kind: Kind, filter: &Filter) -> Vec<Arc<Value>> {
         let of_kind = self.objects.iter().filter(|(key, _)| key.kind == kind);
         of_kind.map(|(_, object)| object).filter(|object| filter.selects(object)).cloned().collect()
     }
@@ -153,13 +161,14 @@ impl Store {
 impl Change {
     /// The event as a filtered watch sees it: what stops being selected is deleted for it.
     fn event(&self, filter: &Filter) -> Option<Value> {
-        let selected = |object: &Option<Value>| object.as_ref().is_some_and(|object| filter.selects(object));
+        let selected =
+            |object: &Option<Arc<Value>>| object.as_ref().is_some_and(|object| filter.selects(object));
         let (kind, object) = match (selected(&self.before), selected(&self.after)) {
-            (false, true) => ("ADDED", self.after.clone()?),
-            (true, true) => ("MODIFIED", self.after.clone()?),
+            (false, true) => ("ADDED", Arc::unwrap_or_clone(self.after.clone()?)),
+            (true, true) => ("MODIFIED", Arc::unwrap_or_clone(self.after.clone()?)),
             (true, false) => {
                 // The last state that was selected, with the version of the change.
-                let mut object = self.before.clone()?;
+                let mut object = Arc::unwrap_or_clone(self.before.clone()?);
                 object["metadata"]["resourceVersion"] = json!(self.version.to_string());
                 ("DELETED", object)
             }

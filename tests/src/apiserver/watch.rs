@@ -106,9 +106,8 @@ async fn begin(shared: &Shared, watch: &Watch, sender: &Sender<Bytes>) -> Result
     let objects = shared.shown().all(watch.kind, &watch.filter);
     shared.telling(watch.n).await;
     let many = if watch.half { objects.len() / 2 } else { objects.len() };
-    let objects: Vec<Value> = objects.into_iter().take(many).collect();
-    for object in objects {
-        send(sender, &json!({ "type": "ADDED", "object": object })).await?;
+    for object in objects.into_iter().take(many) {
+        tell(sender, format!("{{\"type\":\"ADDED\",\"object\":{object}}}\n")).await?;
     }
     if watch.half {
         return Err(Left);
@@ -131,5 +130,9 @@ fn bookmark(kind: Kind, version: u64, ends_initial_events: bool) -> Value {
 }
 
 async fn send(sender: &Sender<Bytes>, event: &Value) -> Result<(), Left> {
-    sender.send(Bytes::from(format!("{event}\n"))).await.map_err(|_| Left)
+    tell(sender, format!("{event}\n")).await
+}
+
+async fn tell(sender: &Sender<Bytes>, line: String) -> Result<(), Left> {
+    sender.send(line.into()).await.map_err(|_| Left)
 }
