@@ -16,11 +16,11 @@ impl Backoff {
         Self { first, longest, next: first }
     }
 
-    /// The next pause; jitter takes away up to a quarter.
+    /// The next pause; jitter takes away up to a half.
     pub(super) fn pause(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).min(self.longest);
-        pause.mul_f64(0.75 + fastrand::f64() / 4.0)
+        pause.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
 
     pub(super) fn reset(&mut self) {
@@ -43,7 +43,7 @@ mod tests {
         let pauses: Vec<Duration> = (0..8).map(|_| backoff.pause()).collect();
         for (i, pause) in pauses.iter().enumerate() {
             let whole = Duration::from_millis(800 << i).min(Duration::from_secs(15));
-            assert!((whole.mul_f64(0.75)..=whole).contains(pause), "{pauses:?}");
+            assert!((whole.mul_f64(0.5)..=whole).contains(pause), "{pauses:?}");
         }
         backoff.reset();
         assert!(backoff.pause() <= Duration::from_millis(800));

@@ -8,6 +8,7 @@ use std::time::Duration;
 use http::Uri;
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::GetParams;
 use kube::config::Kubeconfig;
 use kube::{Api, Client};
 
@@ -81,9 +82,10 @@ pub(super) async fn cluster_info(transport: Transport, servers: Arc<Servers>, sc
     tokio::time::sleep(DELAY).await;
     let Ok(transport) = transport.anonymous() else { return };
     let maps: Api<ConfigMap> = Api::namespaced(Client::new(transport, CLUSTER_INFO.0), CLUSTER_INFO.0);
-    match maps.get_opt(CLUSTER_INFO.1).await {
-        Ok(Some(map)) => servers.set(Origin::ClusterInfo, &from_cluster_info(&map, scheme)),
-        Ok(None) => {}
+    // From the server's cache: thousands of nodes ask.
+    match maps.get_with(CLUSTER_INFO.1, &GetParams::any()).await {
+        Ok(map) => servers.set(Origin::ClusterInfo, &from_cluster_info(&map, scheme)),
+        Err(kube::Error::Api(status)) if status.is_not_found() => {}
         Err(error) => tracing::debug!("kubeadm's cluster-info cannot be read: {error}"),
     }
 }

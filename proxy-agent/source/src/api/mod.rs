@@ -126,6 +126,7 @@ async fn reflectors(
     shared: &Shared,
     discovery: Observer<EndpointSlice>,
 ) {
+    let client = || client.clone();
     let unavailable = Arc::new(AtomicU32::new(0b111));
     let output = |kind: Kind| Output { kind, tx: tx.clone(), unavailable: unavailable.clone() };
     let not = |label: &str| Some(format!("!{label}"));
@@ -187,18 +188,14 @@ async fn reflectors(
             observer: None,
         };
         if pods {
-            reflector.run(Api::all(client.clone()), None, shared.clone()).await;
+            reflector.run(Api::all(client()), None, shared.clone()).await;
         }
     };
     futures::future::join5(
-        services.run(Api::all(client.clone()), None, shared.clone()),
-        slices.run(
-            Api::all(client.clone()),
-            Some(Api::namespaced(client.clone(), "default")),
-            shared.clone(),
-        ),
-        node.run(Api::all(client.clone()), None, shared.clone()),
-        service_cidrs.run(Api::all(client.clone()), None, shared.clone()),
+        services.run(Api::all(client()), Some(Api::namespaced(client(), "default")), shared.clone()),
+        slices.run(Api::all(client()), Some(Api::namespaced(client(), "default")), shared.clone()),
+        node.run(Api::all(client()), None, shared.clone()),
+        service_cidrs.run(Api::all(client()), None, shared.clone()),
         this_node_s_pods,
     )
     .await;

@@ -2,7 +2,7 @@
 //!
 //! A server stays in use while it answers. One that cannot be reached, or whose answers are useless, is left for the
 //! next, and all watches follow. While none answers, only one request at a time is sent, with exponential backoff. The
-//! first answer lets the others go on.
+//! first answer lets the others go on. So it is with new connections, too: one request makes one, and the others use it.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,10 +13,13 @@ use prometheus_client::metrics::counter::Counter;
 use tokio::sync::{Mutex as Gate, MutexGuard as Admitted, Notify, watch};
 use tokio::time::Instant;
 
-use crate::api::backoff::Backoff;
+use crate::api::backoff::{Backoff, between};
 
 /// Backoff while no server answers.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(10)];
+/// After how long a node whose connection has broken makes another. Each has a time of its own: what breaks one connection
+/// may break those of thousands.
+const RESUME: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(1)];
 /// A server that was left is not used again for this long, whatever the others answer.
 const COOLDOWN: Duration = Duration::from_secs(10);
 /// A problem of a server that is no longer in use is shown for this long.
@@ -63,6 +66,8 @@ struct State {
     generation: u64,
     /// No server answers: when the next request may be sent.
     next_attempt: Option<Instant>,
+    /// Nothing has been answered yet on a connection that others could use.
+    fresh: bool,
     backoff: Backoff,
     /// The `Retry-After` of the server in use; with a reason to fail over if that is long.
     retry_after: Option<(Instant, Option<String>)>,
@@ -84,6 +89,8 @@ pub(in crate::api) struct Servers {
     gate: Gate<()>,
     problems_changed: Notify,
     failovers: Counter,
+    /// How long to wait after a connection has broken.
+    resume_after: Duration,
 }
 
 /// The server that a request goes to.
@@ -111,6 +118,7 @@ impl Servers {
             current: 0,
             generation: 0,
             next_attempt: None,
+            fresh: true,
             backoff: Backoff::new(BACKOFF),
             retry_after: None,
             last_response: Instant::now(),
@@ -118,7 +126,8 @@ impl Servers {
             problems: BTreeMap::new(),
         };
         let (reconnect, gate, problems_changed) = (watch::Sender::new(0), Gate::new(()), Notify::new());
-        Self { state: Mutex::new(state), reconnect, gate, problems_changed, failovers }
+        let (state, resume_after) = (Mutex::new(state), between(RESUME));
+        Self { state, reconnect, gate, problems_changed, failovers, resume_after }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -148,8 +157,9 @@ impl Servers {
         self.reconnect.subscribe()
     }
 
-    /// Waits until a request may be sent. While no server answers only one caller at a time is admitted.
-    pub(in crate::api) async fn admit(&self) -> Option<Admitted<'_, ()>> {
+    /// Waits until a request may be sent, which may be one that only reads. While no server answers only one caller at a time is
+    /// admitted, and so it is on a new connection, but for writes: they may wait for storage that no reader needs.
+    pub(in crate::api) async fn admit(&self, reads: bool) -> Option<Admitted<'_, ()>> {
         loop {
             let mut reconnect = self.subscribe();
             let Some(until) = self.wait_until() else { break };
@@ -158,15 +168,26 @@ impl Servers {
                 _ = reconnect.changed() => {} // Another server has not asked us to wait.
             }
         }
-        self.state().next_attempt?;
+        let alone = || {
+            let state = self.state();
+            (state.fresh && reads || state.next_attempt.is_some()).then_some(state.next_attempt)
+        };
+        alone()?;
         let admitted = self.gate.lock().await;
         let mut reconnect = self.subscribe();
-        let at = self.state().next_attempt?;
-        tokio::select! {
-            () = tokio::time::sleep_until(at) => {}
-            _ = reconnect.changed() => {}
+        if let Some(at) = alone()? {
+            tokio::select! {
+                () = tokio::time::sleep_until(at) => {}
+                _ = reconnect.changed() => {}
+            }
         }
         Some(admitted)
+    }
+
+    /// A connection has broken, which its requests notice together: waits as long as each of them.
+    pub(in crate::api) async fn broken(&self) {
+        self.state().fresh = true;
+        tokio::time::sleep(self.resume_after).await;
     }
 
     /// How long to wait because of `Retry-After`: until it ends, or until another server's cooldown does. `None` if there is
@@ -200,7 +221,7 @@ impl Servers {
         if target.generation == state.generation {
             (state.last_response, state.http2) = (Instant::now(), version == Version::HTTP_2);
         }
-        state.next_attempt = None;
+        (state.next_attempt, state.fresh) = (None, false);
         state.backoff.reset();
         if state.problems.remove(&target.url.to_string()).is_some() {
             self.problems_changed.notify_one();
@@ -288,7 +309,7 @@ impl Servers {
     }
 
     fn reconnect_in(&self, state: &mut State) {
-        state.generation += 1;
+        (state.generation, state.fresh) = (state.generation + 1, true);
         self.reconnect.send_replace(state.generation);
     }
 
@@ -410,7 +431,7 @@ mod tests {
     async fn a_server_that_is_busy_is_waited_for_unless_that_takes_long_and_there_is_another() {
         let waited = async |servers: &Servers| {
             let begun = Instant::now();
-            assert!(servers.admit().await.is_none());
+            drop(servers.admit(true).await);
             begun.elapsed()
         };
         let (few, many) = (Duration::from_secs(2), Duration::from_secs(3600));
@@ -432,6 +453,49 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn one_request_goes_ahead_on_a_new_connection_and_its_answer_admits_the_others() {
+        let servers = servers(&["https://a/", "https://b/"]);
+        let target = servers.current().unwrap();
+        let waits = async |servers: &Servers| {
+            tokio::time::timeout(Duration::from_secs(60), servers.admit(true)).await.is_err()
+        };
+        let first = servers.admit(true).await;
+        assert!(first.is_some() && waits(&servers).await, "nothing is answered yet");
+        assert!(servers.admit(false).await.is_none(), "what writes has not to wait, and nobody waits for it");
+        servers.answered(&target, Version::HTTP_2);
+        drop(first);
+        assert!(servers.admit(true).await.is_none() && servers.admit(true).await.is_none());
+        servers.broken().await;
+        let first = servers.admit(true).await;
+        assert!(first.is_some() && waits(&servers).await, "a new connection");
+        servers.answered(&target, Version::HTTP_2);
+        drop(first);
+        servers.failed(&target, "refused");
+        assert!(servers.admit(true).await.is_some(), "another server");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nodes_whose_connections_break_together_come_back_one_by_one() {
+        let mut pauses = Vec::new();
+        for _ in 0..1000 {
+            let servers = servers(&["https://a/"]);
+            let begun = Instant::now();
+            servers.broken().await;
+            pauses.push(begun.elapsed().as_millis());
+            let again = Instant::now();
+            servers.broken().await;
+            assert_eq!(
+                again.elapsed().as_millis(),
+                *pauses.last().unwrap(),
+                "all of a node's watches together"
+            );
+        }
+        // Tenths of a second of which each has its share of the thousand, or nearly.
+        let tenth = |n| pauses.iter().filter(|pause| **pause / 100 == n).count();
+        assert!((1..10).all(|n| (50..=170).contains(&tenth(n))), "{pauses:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn while_none_answers_one_request_at_a_time_is_sent() {
         let servers = std::sync::Arc::new(servers(&["https://a/"]));
         servers.all_failed();
@@ -440,7 +504,7 @@ mod tests {
             let (servers, asked) = (servers.clone(), asked.clone());
             tokio::spawn(async move {
                 loop {
-                    let _admitted = servers.admit().await;
+                    let _admitted = servers.admit(true).await;
                     asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     servers.failed(&servers.current().unwrap(), "refused");
                     servers.all_failed();

@@ -150,7 +150,7 @@ impl Transport {
         let body = body.collect_bytes().await?;
         let watch = head.uri.query().is_some_and(|query| query.contains("watch=true"));
         let limit = if watch { WATCH_HEADERS_TIMEOUT } else { HEADERS_TIMEOUT };
-        let _admitted = self.servers.admit().await;
+        let _admitted = self.servers.admit(head.method == Method::GET).await;
         let mut last: BoxError = NoServer.into();
         let (mut tries, mut retry) = (self.servers.len(), true);
         while tries > 0 {

@@ -30,7 +30,6 @@ use decoded::Decoded;
 use end_reason::{EndReason, PROVEN_AFTER};
 use progress::{ListVersion, Progress};
 use reflector::{Closed, Known, Watched};
-use stall::idle_after;
 
 pub(super) use progress::Shared;
 pub(super) use reflector::{Observer, Output, Reflector};
@@ -175,7 +174,7 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
             progress.list_version = ListVersion::NotOlderThan(version.clone());
             progress.version = Some(version);
             progress.last_event = Instant::now();
-            idle_at = progress.last_event + idle_after(self.output.kind);
+            idle_at = progress.stall.deadline(self.output.kind);
         }
     }
 

@@ -43,6 +43,9 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
             (progress.short_watches, progress.throttled_by, progress.rejections) = (0, None, 0);
         }
         progress.stall.forget_version();
+        if !matches!(end, EndReason::Idle | EndReason::Closed(_)) {
+            progress.stall.suspect();
+        }
         let why = end.to_string();
         match &end {
             EndReason::Idle => {
@@ -58,7 +61,7 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
                 progress.short_watches += 1;
                 // The first time is no failover: a server may restart, or a connection have been idle.
                 if progress.short_watches == 1 {
-                    sleep(between(FAILOVER_PAUSE)).await;
+                    shared.servers.broken().await;
                 } else {
                     self.fail_over(&why, progress, shared).await?;
                 }

@@ -21,21 +21,32 @@ const LATE: Duration = Duration::from_secs(3);
 /// How much earlier it may end.
 const EARLY: Duration = Duration::from_secs(1);
 
+/// After so many idle rounds each next one is twice as long, up to [`LONGEST`]: what has been at rest for a minute mostly
+/// stays so, and thousands of nodes ask.
+const STEADY: u32 = 4;
+/// The longest rounds. Less than it takes for a bookmark to be missed, after which there would be a list.
+const LONGEST: [Duration; 2] = [Duration::from_secs(90), Duration::from_secs(120)];
+
 /// After how long without an event a watch is restarted. Endpoints change most and matter most: only in the smallest
-/// clusters are they idle for so long. Where nothing changes at all a node sends one request in seven seconds.
+/// clusters are they idle for so long. Where nothing changes at all a node sends one request in seven seconds at first, and
+/// one in half a minute later.
 pub(super) fn idle_after(kind: Kind) -> Duration {
+    between(idle_range(kind))
+}
+
+fn idle_range(kind: Kind) -> [Duration; 2] {
     let seconds = match kind {
         Kind::Slice => [10, 15],
         Kind::Service => [20, 30],
         Kind::Node | Kind::ServiceCidr | Kind::Pod => [60, 90],
     };
-    between(seconds.map(Duration::from_secs))
+    seconds.map(Duration::from_secs)
 }
 
 #[derive(Debug, Default)]
 pub(super) struct StallDetector {
-    /// Nothing has changed lately: watches are short.
-    quiet: bool,
+    /// Watches in a row in which nothing has changed; after the first they are short.
+    quiet: u32,
     /// When the current watch ends, if it is a short one.
     ends_at: Option<Instant>,
     /// The server is to be asked for its resource version.
@@ -49,15 +60,28 @@ pub(super) struct StallDetector {
 impl StallDetector {
     /// The timeout of the watch that starts now, in seconds. One that starts with a list is never short.
     pub(super) fn begin_watch(&mut self, kind: Kind, lists: bool) -> u32 {
-        let short = self.quiet && !lists;
-        let seconds = if short { idle_after(kind) } else { between(WATCH_TIMEOUT) }.as_secs();
+        let short = self.quiet > 0 && !lists;
+        let seconds = if short { between(self.round(kind)) } else { between(WATCH_TIMEOUT) }.as_secs();
+        self.quiet += u32::from(short);
         self.ends_at = short.then(|| Instant::now() + Duration::from_secs(seconds));
         u32::try_from(seconds).unwrap_or(u32::MAX)
     }
 
-    /// When the watch counts as idle.
+    /// How long the next short watch is.
+    fn round(&self, kind: Kind) -> [Duration; 2] {
+        let range = idle_range(kind);
+        // Something is suspected: that is not to take long.
+        if self.due_from.is_some() || self.stalls > 0 {
+            return range;
+        }
+        let times = 1 << self.quiet.saturating_sub(STEADY).min(4);
+        [0, 1].map(|end| (range[end] * times).min(LONGEST[end]))
+    }
+
+    /// When the watch counts as idle: a short one when it should have ended, another some time after its last event.
     pub(super) fn deadline(&self, kind: Kind) -> Instant {
-        self.ends_at.map_or_else(|| Instant::now() + idle_after(kind), |end| end + LATE)
+        let short = self.ends_at.filter(|_| self.quiet > 0);
+        short.map_or_else(|| Instant::now() + idle_after(kind), |end| end + LATE)
     }
 
     /// Whether a watch that ends now is a short one that has reached its timeout.
@@ -67,9 +91,16 @@ impl StallDetector {
 
     /// An event or a bookmark came. Whether the watches were stalled before.
     pub(super) fn on_event(&mut self, change: bool) -> bool {
-        self.quiet &= !change;
+        if change {
+            self.quiet = 0;
+        }
         self.due_from = None;
         std::mem::take(&mut self.stalls) > 0
+    }
+
+    /// Something has gone wrong, or another server is in use: rounds are short again until it has proved itself.
+    pub(super) fn suspect(&mut self) {
+        self.quiet = self.quiet.min(1);
     }
 
     /// The answer of the server only counts for the watch that follows it.
@@ -79,7 +110,7 @@ impl StallDetector {
 
     /// A watch of `server` is given up because it was idle. Whether it was stalled.
     pub(super) fn on_idle(&mut self, server: u64) -> bool {
-        self.quiet = true;
+        self.quiet = self.quiet.max(1);
         let owed = self.due_from.take() == Some(server) && self.ends_at.is_some();
         self.stalls += u32::from(owed);
         self.ask_version = !owed;
@@ -127,6 +158,35 @@ mod tests {
     }
 
     #[test]
+    fn what_stays_at_rest_is_asked_for_less_and_less_until_something_changes() {
+        for kind in [Kind::Slice, Kind::Service, Kind::Node] {
+            let mut stall = StallDetector::default();
+            stall.begin_watch(kind, false);
+            assert!(!stall.on_idle(1));
+            let rounds: Vec<u32> = (0..16).map(|_| stall.begin_watch(kind, false)).collect();
+            let [least, most] = idle_range(kind).map(|end| u32::try_from(end.as_secs()).unwrap());
+            assert!(rounds[..4].iter().all(|seconds| (least..=most).contains(seconds)), "{rounds:?}");
+            assert!(rounds[8..].iter().all(|seconds| (90..=120).contains(seconds)), "{rounds:?}");
+            // What is suspected is looked into at once, and a change begins anew.
+            stall.due_from = Some(1);
+            assert!((least..=most).contains(&stall.begin_watch(kind, false)));
+            stall.on_event(true);
+            assert!(stall.begin_watch(kind, false) >= 240);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_bookmark_does_not_cut_a_long_round_short() {
+        let mut stall = StallDetector { quiet: 16, ..StallDetector::default() };
+        let seconds = stall.begin_watch(Kind::Slice, false);
+        let end = Instant::now() + Duration::from_secs(seconds.into());
+        stall.on_event(false);
+        assert_eq!(stall.deadline(Kind::Slice), end + LATE);
+        stall.on_event(true);
+        assert!(stall.deadline(Kind::Slice) <= Instant::now() + Duration::from_secs(15));
+    }
+
+    #[test]
     fn a_watch_without_the_event_that_is_due_is_stalled() {
         let mut stall = StallDetector::default();
         assert!(!long_idle(&mut stall), "no event is due");
@@ -150,7 +210,7 @@ mod tests {
     #[test]
     fn relists_grow_rarer_while_all_servers_are_stalled() {
         for servers in [1, 3] {
-            let mut stall = StallDetector { quiet: true, ..StallDetector::default() };
+            let mut stall = StallDetector { quiet: 1, ..StallDetector::default() };
             let mut lists = Vec::new();
             for time in 1..=24 {
                 stall.due_from = Some(1);
