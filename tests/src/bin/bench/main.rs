@@ -6,11 +6,16 @@
 mod asm;
 mod attach;
 mod change;
+mod cluster;
+mod coldstart;
+mod controlplane;
+mod empty;
 mod figure;
 mod flood;
 mod memory;
 mod object;
 mod packet;
+mod process;
 mod raw;
 mod rulesets;
 mod scale;
@@ -44,6 +49,9 @@ struct Arguments {
     /// Rounds; the median counts.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
+    /// One round of `controlplane` in this process, for the one that has started it.
+    #[arg(long, hide = true)]
+    alone: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -64,10 +72,14 @@ enum Part {
     Scale,
     /// Who can still connect while the node is flooded from spoofed sources, and what a packet of the flood costs.
     Flood,
+    /// Objects to tables: 50,000 Services with one endpoint each.
+    Controlplane,
+    /// An agent from its start until its tables are complete.
+    Coldstart,
 }
 
 impl Part {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Packet,
         Self::Socket,
         Self::Change,
@@ -76,10 +88,12 @@ impl Part {
         Self::Wire,
         Self::Scale,
         Self::Flood,
+        Self::Controlplane,
+        Self::Coldstart,
     ];
 
     /// Measures it.
-    fn measure(self, figures: &mut Figures, rounds: usize) -> (&'static str, Result<()>) {
+    fn measure(self, figures: &mut Figures, arguments: &Arguments) -> (&'static str, Result<()>) {
         let (name, [baseline, value], measure): (_, _, fn(&mut Figures, usize) -> Result<()>) = match self {
             Self::Packet => ("packet", ["FLOOR", "OURS"], packet::measure),
             Self::Socket => ("socket", ["WITHOUT", "OURS"], socket::measure),
@@ -89,9 +103,11 @@ impl Part {
             Self::Wire => ("wire", ["BASELINE", "VALUE"], wire::measure),
             Self::Scale => ("scale", ["BASELINE", "VALUE"], scale::measure),
             Self::Flood => ("flood", ["BASELINE", "VALUE"], flood::measure),
+            Self::Controlplane => ("controlplane", ["BASELINE", "VALUE"], controlplane::measure),
+            Self::Coldstart => ("coldstart", ["DECODING", "VALUE"], coldstart::measure),
         };
         figures.begin(name, baseline, value);
-        (name, measure(figures, rounds))
+        (name, measure(figures, arguments.rounds.into()))
     }
 }
 
@@ -101,6 +117,15 @@ fn main() -> ExitCode {
         eprintln!("The benchmarks make network namespaces and load kernel programs, which needs root. Run:");
         eprintln!("    sudo -E env \"PATH=$PATH\" cargo xtask bench");
         return ExitCode::FAILURE;
+    }
+    if arguments.alone {
+        return match controlplane::alone() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("bench: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
     }
     match run(&arguments) {
         Ok(true) => ExitCode::SUCCESS,
@@ -116,7 +141,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<bool> {
     let mut figures = Figures::new(&arguments.out);
     for part in &arguments.parts {
-        if let (name, Err(error)) = part.measure(&mut figures, arguments.rounds.into()) {
+        if let (name, Err(error)) = part.measure(&mut figures, arguments) {
             figures.missing(name, &format!("{error:#}"));
         }
     }

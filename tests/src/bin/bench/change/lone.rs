@@ -1,22 +1,15 @@
 //! A lone change of one endpoint, from the API server to the kernel's tables, with very many Services around it.
 
-use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-use agent_kernel::datapath::store::pin::BpfRoot;
 use anyhow::{Context, Result, ensure};
-use aya::maps::{HashMap, Map, MapData};
-use proxy_common::abi::{Frontend, FrontendKey, maps};
-use proxy_common::addr::{Port, Proto};
 use proxy_tests::agent::Agent;
-use proxy_tests::apiserver::{ApiServer, Gone};
-use proxy_tests::manifests::{Family, Phase, ServicePlan, SlicePlan};
+use proxy_tests::apiserver::ApiServer;
 use proxy_tests::probe::eventually;
 use proxy_tests::require;
 use proxy_tests::test_cluster::{Plan, TestCluster};
 
-use super::ENDPOINTS;
+use crate::cluster::{self, ENDPOINTS};
 use crate::figure::{Figures, Goal, median, progress, rank};
 
 /// Services of each cluster.
@@ -35,8 +28,6 @@ const LOOK: Duration = Duration::from_micros(20);
 /// What half of the changes, and all but one in a hundred, may take.
 const MEDIAN_MS: f64 = 1.0;
 const TAIL_MS: f64 = 5.0;
-
-type Frontends = HashMap<MapData, FrontendKey, Frontend>;
 
 pub(super) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     for (services, spelled) in CLUSTERS {
@@ -65,34 +56,15 @@ struct Cluster {
 impl Cluster {
     fn new(services: u32) -> Result<Self> {
         let nodes = Plan::default().node("node1", &["a"]).raise()?;
-        let at = (Ipv4Addr::LOCALHOST, 6443).into();
-        let server = ApiServer::start_in(&nodes.place("node1").netns, at)?;
-        for n in 0..services {
-            let service = ServicePlan::new(&name(n), &[address(n).into()]).port("http", "TCP", 80, 8080);
-            server.put(&service.build());
-            server.put(&slice(n, 0).build());
-        }
-        // It looks through the changes that it remembers for each watch: those of the loading are of no use.
-        server.expire(Gone::Event);
-
-        let room = |times: u32| (services * times).to_string();
-        let flags = [
-            "--cluster-cidr=10.128.0.0/9".to_owned(),
-            format!("--max-services={}", room(2)),
-            format!("--max-frontends={}", room(2)),
-            format!("--max-addresses={}", room(2)),
-            format!("--max-backends={}", room(2 * ENDPOINTS)),
-            format!("--max-slots={}", room(4 * ENDPOINTS)),
-        ];
+        let server = cluster::api_server(nodes.place("node1"), services)?;
+        let flags = cluster::flags(services);
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let mut agent = Agent::prepare(&require::agent_binary()?, &nodes, "node1", &server, &flags)?;
         agent.spawn()?;
         // Tables begin small, and have grown when the last Service has its place.
         let all = || {
             agent.is_ready(agent.pid())?;
-            let frontends = frontends(agent.bpf_root())?;
-            let each = (0..services).try_for_each(|n| frontends.get(&key(n), 0).map(drop));
-            each.context("not all are in the table")
+            cluster::is_there(agent.bpf_root(), services)
         };
         eventually(LOADING, all).with_context(|| agent.log_text())?;
         let cluster = Self { services, agent, server, _nodes: nodes };
@@ -112,47 +84,18 @@ impl Cluster {
     fn change(&self, n: u32, version: u32) -> Result<f64> {
         std::thread::sleep(ALONE);
         // They may grow once more.
-        let frontends = frontends(self.agent.bpf_root())?;
-        let before = frontends.get(&key(n), 0).with_context(|| format!("Service {n} is in no table"))?;
-        let object = slice(n, version).build();
+        let frontends = cluster::frontends(self.agent.bpf_root())?;
+        let before =
+            frontends.get(&cluster::key(n), 0).with_context(|| format!("Service {n} is in no table"))?;
+        let object = cluster::slice(n, version).build();
         let begun = Instant::now();
         self.server.put(&object);
         // The list of endpoints is written elsewhere, and then shown by the frontend.
-        while frontends.get(&key(n), 0)? == before {
+        while frontends.get(&cluster::key(n), 0)? == before {
             let late = begun.elapsed() >= LOST;
             ensure!(!late, "a change of Service {n} came to nothing\n{}", self.agent.log_text());
             std::thread::sleep(LOOK);
         }
         Ok(begun.elapsed().as_secs_f64() * 1e3)
     }
-}
-
-fn frontends(root: &Path) -> Result<Frontends> {
-    let pin = BpfRoot::new(root).settled()?.map(maps::FRONTENDS);
-    let map = MapData::from_pin(&pin).with_context(|| format!("opening {}", pin.display()))?;
-    Ok(Map::HashMap(map).try_into()?)
-}
-
-fn name(n: u32) -> String {
-    format!("service-{n}")
-}
-
-fn address(n: u32) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 100, 0, 1)) + n)
-}
-
-fn key(n: u32) -> FrontendKey {
-    FrontendKey::new(IpAddr::from(address(n)).into(), Port::new(80), Proto::TCP)
-}
-
-/// Ten endpoints; of another version the last one is another.
-fn slice(n: u32, version: u32) -> SlicePlan {
-    let mut slice = SlicePlan::new(&name(n), "v4", Family::V4).port("http", "TCP", 8080);
-    for k in (0..ENDPOINTS - 1).chain([ENDPOINTS - 1 + version]) {
-        let number = n * (ENDPOINTS + 1) + k;
-        let pod = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 128, 0, 1)) + number);
-        let node = format!("node{}", 2 + number % 100);
-        slice = slice.endpoint(&format!("pod-{number}"), pod.into(), Some(&node), Phase::Ready);
-    }
-    slice
 }

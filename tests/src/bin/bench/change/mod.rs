@@ -7,9 +7,6 @@ use anyhow::Result;
 
 use crate::figure::Figures;
 
-/// Endpoints of each Service.
-const ENDPOINTS: u32 = 10;
-
 pub(crate) fn measure(figures: &mut Figures, rounds: usize) -> Result<()> {
     plan::measure(figures, rounds)?;
     lone::measure(figures, rounds)

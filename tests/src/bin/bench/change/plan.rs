@@ -5,23 +5,17 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Instant;
 
 use agent_core::datapath::Datapath as _;
-use agent_core::model::{
-    Affinity, Endpoint, Family, ObjectName, Port, Service, Settings, Slice, SlicePort, World,
-};
+use agent_core::model::{Affinity, Endpoint, Family, ObjectName, Port, Service, Slice, SlicePort, World};
 use agent_core::model::{Change, Kind};
-use agent_core::plan::{Actual, Capacity, Planner, Proposal, Step};
-use agent_kernel::datapath::load::remove::remove_all;
-use agent_kernel::datapath::load::{Capacities, Loaded, ProgramLog};
-use agent_kernel::datapath::probe::Features;
-use agent_kernel::datapath::store::pin::BpfRoot;
+use agent_core::plan::{Actual, Capacity, Planner, Proposal};
+use agent_kernel::datapath::load::Capacities;
 use agent_kernel::datapath::tables::compare::{Comparison, entries};
 use agent_kernel::datapath::tables::kernel::Kernel;
-use anyhow::{Context, Result, anyhow, ensure};
-use proxy_common::abi::PortRange;
+use anyhow::{Result, ensure};
 use proxy_common::addr::Proto;
-use tempfile::TempDir;
 
-use super::ENDPOINTS;
+use crate::cluster::ENDPOINTS;
+use crate::empty::{Empty, apply, settings};
 use crate::figure::{Figures, progress};
 
 /// Services of the large cluster.
@@ -82,7 +76,7 @@ struct Sizes {
 }
 
 fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
-    let tables = Tables::new()?;
+    let tables = Empty::new(&Capacities::DEFAULT)?;
     let mut kernel = Kernel::open(&tables.root)?;
     let mut world = world(services);
     let capacity = Capacity::default();
@@ -142,49 +136,9 @@ fn change_one(world: &mut World, planner: Planner, service: u32, now_ms: u64) ->
     planner.dirty(&dirty, None, now_ms)
 }
 
-fn apply(kernel: &mut Kernel, steps: &[Step]) -> Result<()> {
-    kernel
-        .apply(steps)
-        .map_err(|(done, error)| anyhow!(error).context(format!("step {} of the plan", done + 1)))
-}
-
-/// Empty maps on a bpffs of their own; gone on drop.
-struct Tables {
-    root: BpfRoot,
-    _directory: TempDir,
-}
-
-impl Tables {
-    fn new() -> Result<Self> {
-        proxy_tests::sweep::once();
-        let directory = tempfile::Builder::new()
-            .prefix(&format!("{}-bench-", proxy_tests::unique()))
-            .tempdir()
-            .context("making a directory for bpffs")?;
-        let root = BpfRoot::new(directory.path().join("bpf"));
-        let tables = Self { root, _directory: directory };
-        let features = Features::probe();
-        drop(Loaded::open(&tables.root, &features, &Capacities::DEFAULT, ProgramLog::Off)?);
-        Ok(tables)
-    }
-}
-
-impl Drop for Tables {
-    fn drop(&mut self) {
-        // What cannot be removed now is swept by the next run.
-        remove_all(&self.root).ok();
-        nix::mount::umount2(self.root.path(), nix::mount::MntFlags::MNT_DETACH).ok();
-    }
-}
-
 /// A world in which everything is known.
 fn world(services: u32) -> World {
-    let mut world = World::new(Settings {
-        host_netns: 0,
-        snat_ports: vec![PortRange { first: 61_000, count: 1_000 }],
-        seed: 7,
-        ..Settings::of_node("node1")
-    });
+    let mut world = World::new(settings());
     for n in 0..services {
         world.apply(Change::Service(name(n), Some(service(n))));
         world.apply(Change::Slice(slice_name(n), Some(slice(n, 0))));

@@ -1,21 +1,20 @@
 //! What an agent keeps: the tables of a node that does nothing yet, and the process with a large cluster.
 
-mod cluster;
 pub(crate) mod tables;
 
-use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use proxy_tests::agent::{Agent, Feed};
-use proxy_tests::apiserver::{ApiServer, Gone};
 use proxy_tests::manifests::ManifestDir;
 use proxy_tests::probe::eventually;
 use proxy_tests::require;
 use proxy_tests::test_cluster::{Plan, TestCluster};
 
 use self::tables::Tables;
+use crate::cluster;
 use crate::figure::{Figures, Goal, progress};
+use crate::process::{MIB, Memory};
 
 /// Services of a large cluster, and of one that is very large.
 const SERVICES: u32 = 10_000;
@@ -26,8 +25,6 @@ const REST: Duration = Duration::from_secs(10);
 /// CPUs of a large machine: what each has for itself counts so often there.
 const CPUS: u32 = 64;
 const NODE: &str = "node1";
-/// Bytes of a MiB.
-const MIB: f64 = 1_048_576.0;
 
 /// Goals, in MiB.
 const IDLE: f64 = 16.0;
@@ -74,23 +71,16 @@ fn idle(figures: &mut Figures) -> Result<()> {
 }
 
 fn with_api_server(services: u32) -> Result<Used> {
-    let cluster = Plan::default().node(NODE, &["a"]).raise()?;
-    let at = (Ipv4Addr::LOCALHOST, 6443).into();
-    let server = ApiServer::start_in(&cluster.place(NODE).netns, at)?;
-    for n in 0..services {
-        server.put(&cluster::service(n).build());
-        server.put(&cluster::slice(n).build());
-    }
-    // It looks through the changes that it remembers for each watch: those of the loading are of no use.
-    server.expire(Gone::Event);
-    serve(&cluster, &server, services)
+    let nodes = Plan::default().node(NODE, &["a"]).raise()?;
+    let server = cluster::api_server(nodes.place(NODE), services)?;
+    serve(&nodes, &server, services)
 }
 
 fn with_manifest(services: u32) -> Result<Used> {
-    let cluster = Plan::default().node(NODE, &["a"]).raise()?;
+    let nodes = Plan::default().node(NODE, &["a"]).raise()?;
     let manifests = ManifestDir::new()?;
     manifests.write("all.json", &cluster::manifest(services)?)?;
-    serve(&cluster, &manifests, services)
+    serve(&nodes, &manifests, services)
 }
 
 /// What a process has and had at most, and what its tables take, in MiB.
@@ -100,10 +90,10 @@ struct Used {
     tables: f64,
 }
 
-fn serve(cluster: &TestCluster, feed: impl Into<Feed>, services: u32) -> Result<Used> {
+fn serve(nodes: &TestCluster, feed: impl Into<Feed>, services: u32) -> Result<Used> {
     let flags = cluster::flags(services);
     let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-    let mut agent = Agent::prepare(&require::agent_binary()?, cluster, NODE, feed, &flags)?;
+    let mut agent = Agent::prepare(&require::agent_binary()?, nodes, NODE, feed, &flags)?;
     agent.spawn()?;
     // Tables begin small, and have grown when the last Service has its place.
     let all = || {
@@ -117,13 +107,7 @@ fn serve(cluster: &TestCluster, feed: impl Into<Feed>, services: u32) -> Result<
 
 fn used(agent: &Agent) -> Result<Used> {
     let pid = agent.pid().context("the agent does not run")?;
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).context("reading its status")?;
-    let field = |name: &str| -> Result<f64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        let number = line.and_then(|line| line.trim_start_matches(':').split_whitespace().next());
-        let kib: f64 = number.with_context(|| format!("no {name}"))?.parse()?;
-        Ok(kib * 1024.0 / MIB)
-    };
+    let Memory { resident, peak } = Memory::of(pid)?;
     let tables = Tables::of(agent.bpf_root())?.bytes() / MIB;
-    Ok(Used { resident: field("VmRSS")?, peak: field("VmHWM")?, tables })
+    Ok(Used { resident, peak, tables })
 }
