@@ -11,6 +11,7 @@ mod coldstart;
 mod controlplane;
 mod empty;
 mod figure;
+mod fleet;
 mod flood;
 mod memory;
 mod object;
@@ -34,7 +35,7 @@ use crate::figure::Figures;
 #[derive(Parser)]
 #[command(
     bin_name = "cargo xtask bench",
-    about = "Measures packets, sockets, changes, memory, connections, rivals and floods (root); an otherwise idle machine helps"
+    about = "Measures packets, sockets, changes, starts, memory, connections, rivals, floods and fleets (root); an idle machine helps"
 )]
 struct Arguments {
     /// What to measure.
@@ -49,6 +50,9 @@ struct Arguments {
     /// Rounds; the median counts.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
+    /// Agents of `fleet`.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u16).range(1..))]
+    nodes: u16,
     /// One round of `controlplane` in this process, for the one that has started it.
     #[arg(long, hide = true)]
     alone: bool,
@@ -76,10 +80,12 @@ enum Part {
     Controlplane,
     /// An agent from its start until its tables are complete.
     Coldstart,
+    /// What the agents of hundreds of nodes ask of an API server, and what it costs.
+    Fleet,
 }
 
 impl Part {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Packet,
         Self::Socket,
         Self::Change,
@@ -90,6 +96,7 @@ impl Part {
         Self::Flood,
         Self::Controlplane,
         Self::Coldstart,
+        Self::Fleet,
     ];
 
     /// Measures it.
@@ -105,9 +112,11 @@ impl Part {
             Self::Flood => ("flood", ["BASELINE", "VALUE"], flood::measure),
             Self::Controlplane => ("controlplane", ["BASELINE", "VALUE"], controlplane::measure),
             Self::Coldstart => ("coldstart", ["DECODING", "VALUE"], coldstart::measure),
+            Self::Fleet => ("fleet", ["BASELINE", "VALUE"], fleet::measure),
         };
+        let size = if self == Self::Fleet { arguments.nodes } else { arguments.rounds };
         figures.begin(name, baseline, value);
-        (name, measure(figures, arguments.rounds.into()))
+        (name, measure(figures, size.into()))
     }
 }
 

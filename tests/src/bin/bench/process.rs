@@ -1,5 +1,6 @@
 //! What processes and threads take, as the kernel tells it.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -63,6 +64,21 @@ impl Clock {
     }
 }
 
+/// Processor time of our own threads of this name.
+pub(crate) fn cpu_of_threads(name: &str) -> Result<Duration> {
+    let mut nanoseconds = 0;
+    for entry in Path::new("/proc/self/task").read_dir().context("reading our own threads")? {
+        let thread = entry?.path();
+        // A thread may end meanwhile.
+        let Ok(comm) = std::fs::read_to_string(thread.join("comm")) else { continue };
+        if comm.trim_end() == name {
+            let stat = read(&thread.join("schedstat").display().to_string())?;
+            nanoseconds += stat.split(' ').next().context("an empty schedstat")?.parse::<u64>()?;
+        }
+    }
+    Ok(Duration::from_nanos(nanoseconds))
+}
+
 fn read(path: &str) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
 }
@@ -82,12 +98,15 @@ mod tests {
                     break worked;
                 }
             };
-            worked
+            let counted = cpu_of_threads("hard-worker").unwrap();
+            assert!(counted.as_secs_f64() * 1e3 >= worked, "{counted:?} {worked}");
+            counted
         };
         let worked =
             std::thread::Builder::new().name("hard-worker".into()).spawn(work).unwrap().join().unwrap();
-        assert!(worked > 0.0);
+        assert!(worked > Duration::ZERO);
         assert!(cpu(std::process::id()).unwrap() > Duration::ZERO);
+        assert_eq!(cpu_of_threads("nobody").unwrap(), Duration::ZERO);
         let memory = Memory::of(std::process::id()).unwrap();
         assert!(memory.resident > 0.0 && memory.peak >= memory.resident);
     }
