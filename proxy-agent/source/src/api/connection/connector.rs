@@ -22,8 +22,9 @@ use super::tls::KubectlVerifier;
 
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
-/// How long an unused connection is kept.
-const POOL_IDLE: Duration = Duration::from_secs(20);
+/// How long a connection is kept on which no request begins, although watches may run there: the longest watch lasts 290 s, and
+/// the next one is not to need a connection of its own.
+const POOL_IDLE: Duration = Duration::from_secs(300);
 /// Idle time after which keep-alive probes are sent.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(6);
 /// Time between two TCP probes, and how long an HTTP/2 PING may take.
