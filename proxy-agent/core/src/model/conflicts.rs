@@ -23,10 +23,10 @@ pub(super) struct Request {
 /// All requests, and who owns what by them.
 #[derive(Debug, Default)]
 pub(super) struct Owners {
-    /// Requests for a destination, the owner's first.
-    by_key: HashMap<FrontendKey, Vec<Request>>,
-    by_service: HashMap<ObjectName, Vec<(FrontendKey, Request)>>,
-    contested: BTreeSet<FrontendKey>,
+    /// The least request for each destination.
+    owners: HashMap<FrontendKey, Request>,
+    /// The others, in order; few destinations have any.
+    losers: BTreeMap<FrontendKey, Vec<Request>>,
     /// How many destinations an address has: what is in here is a Service's address.
     addresses: HashMap<Addr, usize>,
     /// How many NodePorts, of all protocols and families, have a number.
@@ -35,11 +35,16 @@ pub(super) struct Owners {
 
 impl Owners {
     /// Replaces everything that `name` asks for; says which other Services won or lost a destination by it.
-    pub(super) fn replace(&mut self, name: &ObjectName, service: Option<&Service>) -> BTreeSet<ObjectName> {
-        let new = service.map(|service| requests_of(name, service)).unwrap_or_default();
-        let old = self.by_service.remove(name).unwrap_or_default();
+    pub(super) fn replace(
+        &mut self,
+        name: &ObjectName,
+        old: Option<&Service>,
+        new: Option<&Service>,
+    ) -> BTreeSet<ObjectName> {
+        let requests =
+            |service: Option<&Service>| service.map(|service| requests_of(name, service)).unwrap_or_default();
+        let (old, new) = (requests(old), requests(new));
         if old == new {
-            self.remember(name, new);
             return BTreeSet::new();
         }
         let before: BTreeMap<FrontendKey, Option<ServicePort>> =
@@ -47,10 +52,9 @@ impl Owners {
         for (key, request) in &old {
             self.remove(key, request);
         }
-        for (key, request) in &new {
-            self.insert(*key, request.clone());
+        for (key, request) in new {
+            self.insert(key, request);
         }
-        self.remember(name, new);
         let mut moved = BTreeSet::new();
         for (key, before) in before {
             let after = self.owner(&key);
@@ -64,7 +68,7 @@ impl Owners {
 
     /// The Service port that owns a destination.
     pub(super) fn owner(&self, key: &FrontendKey) -> Option<&ServicePort> {
-        self.by_key.get(key).and_then(|requests| requests.first()).map(|request| &request.port)
+        self.owners.get(key).map(|request| &request.port)
     }
 
     /// Whether `addr` is an address of a Service.
@@ -81,45 +85,40 @@ impl Owners {
 
     /// Every request that lost, as (destination, loser, owner).
     pub(super) fn conflicts(&self) -> impl Iterator<Item = (&FrontendKey, &ServicePort, &ServicePort)> {
-        self.contested.iter().filter_map(|key| self.by_key.get(key).map(|requests| (key, requests))).flat_map(
-            |(key, requests)| {
-                requests.iter().skip(1).map(move |request| (key, &request.port, &requests[0].port))
-            },
-        )
-    }
-
-    fn remember(&mut self, name: &ObjectName, requests: Vec<(FrontendKey, Request)>) {
-        if !requests.is_empty() {
-            self.by_service.insert(name.clone(), requests);
-        }
+        let owned = self.losers.iter().filter_map(|(key, losers)| Some((key, losers, self.owner(key)?)));
+        owned.flat_map(|(key, losers, owner)| losers.iter().map(move |loser| (key, &loser.port, owner)))
     }
 
     fn insert(&mut self, key: FrontendKey, request: Request) {
-        let requests = self.by_key.entry(key).or_default();
-        if let Err(place) = requests.binary_search(&request) {
-            requests.insert(place, request);
-        }
-        if requests.len() > 1 {
-            self.contested.insert(key);
-        } else {
+        let Some(owner) = self.owners.get_mut(&key) else {
+            self.owners.insert(key, request);
             *self.addresses.entry(key.addr).or_default() += 1;
             if key.addr.is_unspecified() {
                 *self.node_ports.entry(key.port.number()).or_default() += 1;
             }
+            return;
+        };
+        let loser = if request < *owner { std::mem::replace(owner, request) } else { request };
+        let losers = self.losers.entry(key).or_default();
+        if let Err(place) = losers.binary_search(&loser) {
+            losers.insert(place, loser);
         }
     }
 
     fn remove(&mut self, key: &FrontendKey, request: &Request) {
-        let Some(requests) = self.by_key.get_mut(key) else { return };
-        requests.retain(|known| known != request);
-        if requests.len() > 1 {
+        let Some(owner) = self.owners.get_mut(key) else { return };
+        if let Some(losers) = self.losers.get_mut(key) {
+            if owner == request {
+                *owner = losers.remove(0);
+            } else {
+                losers.retain(|known| known != request);
+            }
+            if losers.is_empty() {
+                self.losers.remove(key);
+            }
             return;
         }
-        self.contested.remove(key);
-        if !requests.is_empty() {
-            return;
-        }
-        self.by_key.remove(key);
+        self.owners.remove(key);
         let number = key.port.number();
         if key.addr.is_unspecified()
             && let Some(count) = self.node_ports.get_mut(&number)

@@ -19,7 +19,7 @@ impl World {
             return None;
         }
         let urgency = Urgency::of_service(old, service.as_ref(), self.slices_of.contains_key(&name));
-        let moved = self.owners.replace(&name, service.as_ref());
+        let moved = self.owners.replace(&name, old, service.as_ref());
         self.stale.extend(moved);
         let own = |service: &Service| {
             let Service { cluster_ips, external_ips, load_balancer_ips, .. } = service;
