@@ -5,7 +5,7 @@
 //! many may write; inside a range that the API server gives ClusterIPs from, its word for the Service counts more.
 //! External and load-balancer IPs may well be the node's own (V-7); pods' they may not be. An address bound on a device for local services (NodeLocal DNSCache) is taken on purpose.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use proxy_common::abi::{FrontendKey, frontend};
 use proxy_common::addr::Proto;
 
 use super::node::is_global;
+use super::pods::Pods;
 use super::{Link, Node, Slice};
 
 /// Who uses an address already.
@@ -45,8 +46,7 @@ impl UsedBy {
 pub(super) struct Local {
     /// Of the node.
     own: BTreeMap<IpAddr, UsedBy>,
-    /// Endpoints that run on a node, with the number of slices that have them.
-    pods: HashMap<IpAddr, u32>,
+    pods: Pods,
     pod_cidrs: Vec<IpNet>,
     /// Ranges of ClusterIPs and nothing else.
     service_ranges: Vec<IpNet>,
@@ -90,8 +90,7 @@ impl Local {
         }
         let was = std::mem::replace(&mut self.service_ranges, ranges);
         let inside = |ranges: &[IpNet], ip: &IpAddr| ranges.iter().any(|range| range.contains(ip));
-        let changed = self.pods().filter(|ip| inside(&was, ip) != inside(&self.service_ranges, ip));
-        changed.copied().collect()
+        self.pods().filter(|ip| inside(&was, ip) != inside(&self.service_ranges, ip)).collect()
     }
 
     /// Adds or removes a slice; returns the addresses that became or ceased to be pods'.
@@ -101,23 +100,16 @@ impl Local {
         for ip in
             slice.endpoints.iter().filter(|endpoint| endpoint.node.is_some()).map(|endpoint| endpoint.ip)
         {
-            let count = self.pods.entry(ip).or_default();
-            *count = if added { count.saturating_add(1) } else { count.saturating_sub(1) };
-            match (*count, added) {
-                (0, _) => {
-                    self.pods.remove(&ip);
-                    changed.push(ip);
-                }
-                (1, true) => changed.push(ip),
-                _ => {}
+            if if added { self.pods.insert(ip) } else { self.pods.remove(ip) } {
+                changed.push(ip);
             }
         }
         changed
     }
 
     /// Every pod that is known.
-    pub(super) fn pods(&self) -> impl Iterator<Item = &IpAddr> {
-        self.pods.keys()
+    pub(super) fn pods(&self) -> impl Iterator<Item = IpAddr> {
+        self.pods.iter()
     }
 
     /// Who uses a destination already; nobody does most.
@@ -134,7 +126,7 @@ impl Local {
             return if own.is_some() { None } else { in_range() };
         }
         let is_pod =
-            || self.pods.contains_key(&ip) && !self.service_ranges.iter().any(|range| range.contains(&ip));
+            || self.pods.contains(ip) && !self.service_ranges.iter().any(|range| range.contains(&ip));
         own.cloned().or_else(|| is_pod().then_some(UsedBy::Pod)).or_else(in_range)
     }
 

@@ -21,6 +21,7 @@ mod no_local;
 mod node;
 mod node_number;
 mod peers;
+mod pods;
 pub mod ports;
 mod service;
 mod settings;

@@ -152,9 +152,8 @@ impl World {
             None => self.service_ranges.remove(&name).is_some(),
         };
         if changed {
-            let inside =
-                |ip: &&IpAddr| self.service_ranges.values().flatten().any(|range| range.contains(*ip));
-            self.pods_in_ranges = self.here.local.pods().filter(inside).copied().collect();
+            let inside = |ip: &IpAddr| self.service_ranges.values().flatten().any(|range| range.contains(ip));
+            self.pods_in_ranges = self.here.local.pods().filter(inside).collect();
             self.trust_ranges();
         }
         changed
