@@ -47,8 +47,7 @@ impl State {
             serving: self.is_serving(),
             terminating: matches!(self, Leaving | Ended),
             node: Some(node.into()),
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            hints: None,
         })
     }
 }

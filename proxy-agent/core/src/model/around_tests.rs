@@ -297,8 +297,7 @@ fn slice(service: &str, ips: &[&str], node: Option<&str>) -> Slice {
         serving: true,
         terminating: false,
         node: node.map(Into::into),
-        zone_hints: Vec::new(),
-        node_hints: Vec::new(),
+        hints: None,
     };
     Slice {
         service: name(service),

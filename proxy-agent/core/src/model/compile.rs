@@ -147,8 +147,8 @@ fn candidate<'a>(endpoint: &'a Endpoint, here: &Here) -> Candidate<'a> {
         serving: endpoint.serving,
         terminating: endpoint.terminating,
         local: here.is_local(endpoint),
-        zone_hints: &endpoint.zone_hints,
-        node_hints: &endpoint.node_hints,
+        zone_hints: endpoint.zone_hints(),
+        node_hints: endpoint.node_hints(),
     }
 }
 

@@ -30,10 +30,39 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The node it runs on.
     pub node: Option<Arc<str>>,
-    /// Zones it is meant for (E-20).
-    pub zone_hints: Vec<Arc<str>>,
-    /// Nodes it is meant for (E-20).
-    pub node_hints: Vec<Arc<str>>,
+    /// What it is meant for; most are for everybody, and of a large cluster's there are very many.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// What an endpoint is meant for (E-20).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Hints {
+    /// Zones.
+    pub zones: Vec<Arc<str>>,
+    /// Nodes.
+    pub nodes: Vec<Arc<str>>,
+}
+
+impl Hints {
+    /// For these zones and nodes; nothing where there are none.
+    #[must_use]
+    pub fn new(zones: Vec<Arc<str>>, nodes: Vec<Arc<str>>) -> Option<Box<Self>> {
+        (!zones.is_empty() || !nodes.is_empty()).then(|| Box::new(Self { zones, nodes }))
+    }
+}
+
+impl Endpoint {
+    /// Zones it is meant for.
+    #[must_use]
+    pub fn zone_hints(&self) -> &[Arc<str>] {
+        self.hints.as_deref().map_or(&[], |hints| &hints.zones)
+    }
+
+    /// Nodes it is meant for.
+    #[must_use]
+    pub fn node_hints(&self) -> &[Arc<str>] {
+        self.hints.as_deref().map_or(&[], |hints| &hints.nodes)
+    }
 }
 
 /// An EndpointSlice that belongs to a Service (E-4).

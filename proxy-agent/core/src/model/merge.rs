@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::names::Names;
-use super::{Endpoint, ServicePort, Slice};
+use super::{Endpoint, Hints, ServicePort, Slice};
 
 /// The endpoints of one Service port by address and port number: the union over `slices` (E-6), each
 /// destination once (E-21), in an order that does not depend on how the slices are cut or sorted (E-23).
@@ -44,10 +44,12 @@ pub(super) fn sorted(mut slice: Slice, names: &mut Names) -> Slice {
     slice.ports.sort_by(|a, b| (&a.name, a.proto, a.port).cmp(&(&b.name, b.proto, b.port)));
     slice.ports.dedup();
     for endpoint in &mut slice.endpoints {
-        let hints = endpoint.zone_hints.iter_mut().chain(&mut endpoint.node_hints);
-        hints.chain(&mut endpoint.node).for_each(|name| names.share(name));
-        endpoint.zone_hints.sort_unstable();
-        endpoint.node_hints.sort_unstable();
+        endpoint.node.iter_mut().for_each(|name| names.share(name));
+        if let Some(Hints { zones, nodes }) = endpoint.hints.as_deref_mut() {
+            zones.iter_mut().chain(&mut *nodes).for_each(|name| names.share(name));
+            zones.sort_unstable();
+            nodes.sort_unstable();
+        }
     }
     slice.endpoints.sort_by(|a, b| order(a).cmp(&order(b)));
     slice.endpoints.dedup();
@@ -56,10 +58,9 @@ pub(super) fn sorted(mut slice: Slice, names: &mut Names) -> Slice {
     slice
 }
 
-type Order<'a> =
-    (IpAddr, bool, bool, bool, Option<&'a str>, &'a [std::sync::Arc<str>], &'a [std::sync::Arc<str>]);
+type Order<'a> = (IpAddr, bool, bool, bool, Option<&'a str>, Option<&'a Hints>);
 
 fn order(endpoint: &Endpoint) -> Order<'_> {
-    let Endpoint { ip, ready, serving, terminating, node, zone_hints, node_hints } = endpoint;
-    (*ip, *ready, *serving, *terminating, node.as_deref(), zone_hints, node_hints)
+    let Endpoint { ip, ready, serving, terminating, node, hints } = endpoint;
+    (*ip, *ready, *serving, *terminating, node.as_deref(), hints.as_deref())
 }

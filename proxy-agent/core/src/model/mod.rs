@@ -38,7 +38,7 @@ mod world;
 pub use change::{Change, Kind};
 pub use desired::{Desired, DesiredBackend, DesiredFrontend, DesiredService, NodeTables, ServicePort};
 pub use drivers::{AtDriver, Drivers};
-pub use endpoint::{Endpoint, Slice, SlicePort};
+pub use endpoint::{Endpoint, Hints, Slice, SlicePort};
 pub use names::Names;
 pub use no_local::{NoLocal, NoLocalByFamily};
 pub use node::{Device, Link, Node, NodeIps, Route};

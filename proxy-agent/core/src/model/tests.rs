@@ -64,9 +64,9 @@ pub(super) fn endpoint(text: &str, node: &str) -> Endpoint {
         serving: false,
         terminating: false,
         node: Some("elsewhere".into()),
-        zone_hints: Vec::new(),
-        node_hints: Vec::new(),
+        hints: None,
     };
+    let (mut zones, mut nodes) = (Vec::new(), Vec::new());
     let list = |text: &str| text.split(',').map(Arc::from).collect::<Vec<Arc<str>>>();
     for word in words {
         match word {
@@ -77,11 +77,12 @@ pub(super) fn endpoint(text: &str, node: &str) -> Endpoint {
             "NR" => {}
             "RT" => (endpoint.ready, endpoint.terminating) = (true, true), // publishNotReadyAddresses
             "S" => endpoint.serving = true,
-            _ if word.starts_with("Z=") => endpoint.zone_hints = list(&word[2..]),
-            _ if word.starts_with("N=") => endpoint.node_hints = list(&word[2..]),
+            _ if word.starts_with("Z=") => zones = list(&word[2..]),
+            _ if word.starts_with("N=") => nodes = list(&word[2..]),
             _ => panic!("unknown word {word:?} in {text:?}"),
         }
     }
+    endpoint.hints = Hints::new(zones, nodes);
     endpoint
 }
 

@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 
 use super::{LABEL_HEADLESS, LABEL_SERVICE_NAME, Warnings, object_name};
-use agent_core::model::{Endpoint, Family, Names, ObjectName, Slice, SlicePort};
+use agent_core::model::{Endpoint, Family, Hints, Names, ObjectName, Slice, SlicePort};
 
 const ANNOTATION_TRIGGERED: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
@@ -93,8 +93,10 @@ fn slice_endpoint(
         serving: conditions.and_then(|c| c.serving).unwrap_or(true),
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         node: endpoint.node_name.as_deref().map(|name| names.get(name)),
-        zone_hints: zones.iter().map(|zone| names.get(&zone.name)).collect(),
-        node_hints: nodes.iter().map(|node| names.get(&node.name)).collect(),
+        hints: Hints::new(
+            zones.iter().map(|zone| names.get(&zone.name)).collect(),
+            nodes.iter().map(|node| names.get(&node.name)).collect(),
+        ),
     })
 }
 
@@ -144,8 +146,7 @@ fn subset_endpoints(i: usize, subset: &core::EndpointSubset, warnings: &mut Warn
                 serving: ready,
                 terminating: false,
                 node: address.node_name.as_deref().map(|name| names.get(name)),
-                zone_hints: Vec::new(),
-                node_hints: Vec::new(),
+                hints: None,
             });
         }
     }

@@ -408,8 +408,8 @@ fn bad_parts_of_a_slice_are_skipped_alone() {
     let ips: Vec<IpAddr> = slice.endpoints.iter().map(|endpoint| endpoint.ip).collect();
     assert_eq!(texts(&ips), ["10.180.0.1", "10.0.0.2"]);
     assert_eq!(slice.endpoints[0].node.as_deref(), Some("n1"));
-    assert_eq!(slice.endpoints[0].zone_hints, ["a".into(), "b".into()]);
-    assert_eq!(slice.endpoints[0].node_hints, ["n1".into()]);
+    assert_eq!(slice.endpoints[0].zone_hints(), ["a".into(), "b".into()]);
+    assert_eq!(slice.endpoints[0].node_hints(), ["n1".into()]);
     let parts: Vec<&str> = warnings.iter().map(|line| line.split(' ').next().unwrap()).collect();
     assert_eq!(
         parts,

@@ -186,8 +186,7 @@ fn slice(n: u32, version: u32) -> Slice {
             serving: true,
             terminating: false,
             node: Some(format!("node{}", number % 100).into()),
-            zone_hints: Vec::new(),
-            node_hints: Vec::new(),
+            hints: None,
         }
     };
     Slice {
