@@ -8,5 +8,6 @@
 
 pub mod capacity;
 pub mod datapath;
+mod few;
 pub mod model;
 pub mod plan;

@@ -213,7 +213,7 @@ impl Trial {
     /// What a flow remembers of its endpoint.
     fn backends(&self) -> BTreeMap<IpAddr, (u32, u32)> {
         let live = self.actual.backends.iter().filter(|(_, backend)| backend.is_live());
-        live.map(|(index, backend)| (backend.addr.into(), (*index, backend.generation))).collect()
+        live.map(|(index, backend)| (backend.addr.into(), (index, backend.generation))).collect()
     }
 }
 

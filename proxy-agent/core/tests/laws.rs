@@ -185,7 +185,7 @@ fn seen(actual: &Actual) -> BTreeMap<FrontendKey, Seen> {
 }
 
 fn name_of(actual: &Actual, id: u32) -> String {
-    let line = actual.services.get(&id).map(|name| Step::PutService(0, Box::new(*name)).to_string());
+    let line = actual.services.get(&id).map(|name| Step::PutService(0, name.clone()).to_string());
     line.unwrap_or_else(|| format!("nameless {id}"))
 }
 
@@ -219,7 +219,7 @@ fn observe(actual: &Actual) -> Observed {
         routes: actual.routes.clone(),
         service_ports: (0..65_536)
             .filter(|port| {
-                actual.service_ports.get(&(port / 64)).is_some_and(|bits| bits >> (port % 64) & 1 != 0)
+                actual.service_ports.get(port / 64).is_some_and(|bits| bits >> (port % 64) & 1 != 0)
             })
             .collect(),
         config: actual.config,
@@ -239,7 +239,7 @@ fn expect(desired: &Desired) -> Observed {
         config: desired.node.config,
     };
     for (port, service) in &desired.services {
-        let name = Step::PutService(0, Box::new(service_name(port).expect("names are short"))).to_string();
+        let name = Step::PutService(0, service_name(port).expect("names are short").into()).to_string();
         for DesiredFrontend { key, flags } in &service.frontends {
             let seen = Seen {
                 service: name.clone(),
@@ -334,7 +334,7 @@ impl Watched {
             self.shown.extend((run.first..run.first + run.count).map(|slot| (slot, now_ms)));
         }
         let live = actual.backends.iter().filter(|(_, backend)| backend.is_live());
-        self.live.extend(live.map(|(index, _)| (*index, now_ms)));
+        self.live.extend(live.map(|(index, _)| (index, now_ms)));
         self.named.extend(actual.services.keys().map(|id| (*id, now_ms)));
     }
 
@@ -343,7 +343,7 @@ impl Watched {
         let actual = &self.memory.actual;
         let last = match step {
             Step::PutSlot(slot, _) => self.shown.get(slot),
-            Step::PutBackend(index, new) if new.is_live() => match actual.backends.get(index) {
+            Step::PutBackend(index, new) if new.is_live() => match actual.backends.get(*index) {
                 Some(old) if old.is_live() => {
                     let identity = |b: &Backend| (b.addr, b.port, b.service, b.generation);
                     assert_eq!(identity(old), identity(new), "`{step}` changes a live backend");
@@ -356,7 +356,7 @@ impl Watched {
                 None => None,
             },
             Step::PutBackend(index, new) => {
-                let old = actual.backends.get(index).map(|old| old.generation);
+                let old = actual.backends.get(*index).map(|old| old.generation);
                 assert_eq!(old, new.generation.checked_sub(1), "`{step}` keeps its generation");
                 None
             }
@@ -599,12 +599,12 @@ fn damaged_tables_are_seen_and_repaired() {
         Step::PutFrontend(key, Frontend { service: 77, ..value }.sealed(&key)),
         Step::PutFrontend(key, Frontend { flags: frontend::SOURCE_RANGES, ..value }.sealed(&key)),
         Step::PutFrontend(key, Frontend { flags: value.flags | frontend::DSR, ..value }.sealed(&key)),
-        Step::PutBackend(1, Backend { flags: backend::LOCAL, node: 9, ..whole.backends[&1] }),
+        Step::PutBackend(1, Backend { flags: backend::LOCAL, node: 9, ..*whole.backends.get(1).unwrap() }),
         Step::PutBackend(1, Backend::retired(1)),
-        Step::PutBackend(9, Backend { service: 77, ..whole.backends[&1] }),
+        Step::PutBackend(9, Backend { service: 77, ..*whole.backends.get(1).unwrap() }),
         Step::PutSlot(value.cluster.first, 0),
         Step::DeleteService(value.service),
-        Step::PutService(9, Box::new(whole.services[&1])),
+        Step::PutService(9, whole.services[&1].clone()),
         Step::DeleteAddress(key.addr),
         Step::PutServicePorts(1023, 1),
         Step::PutAddress(addr(10, 99, 99, 99), address::CLUSTER_IP),
@@ -681,6 +681,6 @@ fn what_may_only_be_unreadable_is_not_taken_away() {
     assert_eq!(again().full_keeping(&partial, 9).plan.steps, []);
     let whole = again().full(&partial, 9).plan.steps;
     let id =
-        memory.actual.services.iter().find(|(_, n)| Some(**n) == service_name(&removed)).map(|(id, _)| *id);
+        memory.actual.services.iter().find(|(_, n)| Some(***n) == service_name(&removed)).map(|(id, _)| *id);
     assert!(whole.contains(&Step::DeleteService(id.expect("its name is in the tables"))));
 }

@@ -213,11 +213,8 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
             .map(|(dst, bits, source)| (RouteKey::range(3, dst, bits), addr(source)));
     let name = web_http();
     let sources = [SourceKey::range(1, addr("10.0.0.0"), 8), SourceKey::range(1, addr("fd00::"), 16)];
-    let mut steps = vec![
-        Step::PutConfig(Box::new(config)),
-        Step::PutIface(3, iface),
-        Step::PutService(1, Box::new(name)),
-    ];
+    let mut steps =
+        vec![Step::PutConfig(Box::new(config)), Step::PutIface(3, iface), Step::PutService(1, name.into())];
     // More than one chunk, so that batches are split.
     steps.extend((1..9_000).map(|n| Step::PutBackend(n, backend(n))));
     steps.extend((1..9_000).map(|n| Step::PutSlot(n, n)));
@@ -232,8 +229,8 @@ fn every_step_comes_back_as_it_was_written_and_goes_when_deleted() {
     assert_eq!(actual.config, config);
     assert_eq!(actual.ifaces, [(3, iface)].into());
     assert_eq!(actual.routes, routes.into());
-    assert_eq!(actual.service_ports, [(1023, 1 << 63)].into());
-    assert_eq!(actual.services, [(1, name)].into());
+    assert_eq!(actual.service_ports, [(1023, 1 << 63)].into_iter().collect());
+    assert_eq!(actual.services, [(1, name.into())].into());
     assert_eq!(actual.backends, (1..9_000).map(|n| (n, backend(n))).collect());
     assert_eq!(actual.slots, (1..9_000).map(|n| (n, n)).collect());
     assert_eq!(actual.sources, sources.into());

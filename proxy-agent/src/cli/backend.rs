@@ -51,7 +51,7 @@ pub fn rows(view: &dyn View) -> Result<Vec<BackendRow>> {
     let mut rows = BTreeMap::new();
     for (index, backend) in actual.backends.iter().filter(|(_, backend)| backend.is_live()) {
         let proto = actual.services.get(&backend.service).map(|name| name.proto);
-        let connections = connections.get(&(*index, backend.generation)).copied().unwrap_or(0);
+        let connections = connections.get(&(index, backend.generation)).copied().unwrap_or(0);
         let row =
             rows.entry((IpAddr::from(backend.addr), backend.port.number(), proto)).or_insert_with(|| {
                 BackendRow {
@@ -65,13 +65,13 @@ pub fn rows(view: &dyn View) -> Result<Vec<BackendRow>> {
         row.connections += connections;
         row.services.push(Use {
             service: service_text(backend.service, &actual.services),
-            state: match (backend.flags & backend::DRAINING != 0, in_use.contains(index)) {
+            state: match (backend.flags & backend::DRAINING != 0, in_use.contains(&index)) {
                 (true, _) => State::Draining,
                 (false, true) => State::Active,
                 (false, false) => State::Unused,
             },
             connections,
-            index: *index,
+            index,
             generation: backend.generation,
         });
     }
@@ -104,8 +104,8 @@ mod tests {
     #[test]
     fn an_endpoint_is_listed_once_with_every_service_that_uses_it() {
         let mut memory = small_cluster();
-        memory.actual.services.insert(3, name("default", "web-canary", "http", Proto::TCP, 4));
-        let shared = Backend { service: 3, generation: 1, ..memory.actual.backends[&1] };
+        memory.actual.services.insert(3, name("default", "web-canary", "http", Proto::TCP, 4).into());
+        let shared = Backend { service: 3, generation: 1, ..*memory.actual.backends.get(1).unwrap() };
         memory.actual.backends.insert(7, shared);
         let rows = rows(&memory).unwrap();
         golden("backend_list", &text(&rows));
@@ -124,7 +124,8 @@ mod tests {
     #[test]
     fn flows_to_an_earlier_owner_of_the_index_are_not_counted() {
         let mut memory = small_cluster();
-        memory.actual.backends.entry(2).and_modify(|backend| backend.generation += 1);
+        let now = *memory.actual.backends.get(2).unwrap();
+        memory.actual.backends.insert(2, Backend { generation: now.generation + 1, ..now });
         let rows = rows(&memory).unwrap();
         let row = rows.iter().find(|row| row.endpoint == "10.244.2.7:8080").unwrap();
         assert_eq!(row.connections, 0);

@@ -170,13 +170,13 @@ pub(super) fn small_cluster() -> Memory {
             },
         ],
     };
-    memory.actual.services.insert(1, name("default", "web", "http", Proto::TCP, 4));
-    memory.actual.services.insert(2, name("kube-system", "dns", "", Proto::UDP, 6));
+    memory.actual.services.insert(1, name("default", "web", "http", Proto::TCP, 4).into());
+    memory.actual.services.insert(2, name("kube-system", "dns", "", Proto::UDP, 6).into());
     memory.add_backend(1, "10.244.1.5:8080", backend::LOCAL, 1, 1);
     memory.add_backend(2, "10.244.2.7:8080", 0, 3, 1);
     memory.add_backend(3, "10.244.1.9:8080", backend::LOCAL | backend::DRAINING, 1, 1);
     memory.actual.backends.insert(4, Backend::retired(9));
-    memory.actual.slots = BTreeMap::from([(10, 1), (11, 2), (20, 1)]);
+    memory.actual.slots = [(10, 1), (11, 2), (20, 1)].into_iter().collect();
     let runs = (Run { first: 10, count: 2 }, Run { first: 20, count: 1 });
     memory.add_frontend(("10.96.0.20", 80, Proto::TCP), 1, frontend::INTERNAL | frontend::ANY, runs);
     let node_port = frontend::NODE_PORT | frontend::LOCAL | frontend::ANY | frontend::AFFINITY;

@@ -85,7 +85,7 @@ pub fn rows(view: &dyn View) -> Result<Vec<FrontendRow>> {
     let (actual, stats, connections) = (view.actual()?, view.service_stats()?, connections(view)?);
     let mut of_service: BTreeMap<u32, Vec<(u32, &Backend)>> = BTreeMap::new();
     for (index, backend) in actual.backends.iter().filter(|(_, backend)| backend.is_live()) {
-        of_service.entry(backend.service).or_default().push((*index, backend));
+        of_service.entry(backend.service).or_default().push((index, backend));
     }
     let mut rows: Vec<_> = actual
         .frontends
@@ -168,8 +168,8 @@ pub(super) fn selected(value: &Frontend, actual: &Actual) -> BTreeSet<u32> {
     let is = |bit| value.flags & bit != 0;
     let runs = [(value.cluster, !is(frontend::LOCAL)), (value.local, is(frontend::LOCAL | frontend::DSR))];
     let backends = |run: Run| {
-        let end = run.first.saturating_add(run.count);
-        actual.slots.range(run.first..end).map(|(_, backend)| *backend)
+        let count = run.count.min(actual.slots.last().unwrap_or(0));
+        actual.run(Run { count, ..run }).filter(|index| *index != 0)
     };
     runs.into_iter().filter(|(_, used)| *used).flat_map(|(run, _)| backends(run)).collect()
 }
@@ -267,7 +267,7 @@ mod tests {
         let node_port =
             memory.actual.frontends.keys().find(|key| key.addr.is_unspecified()).copied().unwrap();
         // The endpoint of this node is only for what other nodes send.
-        memory.actual.slots = BTreeMap::from([(10, 2), (20, 1)]);
+        memory.actual.slots = [(10, 2), (20, 1)].into_iter().collect();
         let cluster = Run { first: 10, count: 1 };
         memory.actual.frontends.entry(node_port).and_modify(|value| {
             *value =

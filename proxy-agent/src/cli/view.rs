@@ -1,6 +1,7 @@
 //! What the command line sees of the tables: a trait, so that the commands are tested over tables in memory.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::Result;
 use proxy_common::abi::{AgentState, Flow, FlowId, Reason, ServiceName, ServiceStats, untext};
@@ -83,7 +84,7 @@ pub fn span(ms: u64) -> String {
 
 /// `namespace/name:port` of a Service port; `#7` when its name is not in the tables.
 #[must_use]
-pub fn service_text(id: u32, names: &BTreeMap<u32, ServiceName>) -> String {
+pub fn service_text(id: u32, names: &BTreeMap<u32, Arc<ServiceName>>) -> String {
     let Some(name) = names.get(&id) else { return format!("#{id}") };
     let (namespace, service, port) = (untext(&name.namespace), untext(&name.name), untext(&name.port));
     match port {

@@ -84,8 +84,8 @@ impl Programs for Host {
         self.tables.config = Some(actual.config);
         self.tables.addresses = actual.addresses.clone().into_iter().collect();
         self.tables.frontends = actual.frontends.clone().into_iter().collect();
-        self.tables.slots = actual.slots.clone().into_iter().collect();
-        self.tables.backends = actual.backends.clone().into_iter().collect();
+        self.tables.slots = actual.slots.iter().map(|(slot, backend)| (slot, *backend)).collect();
+        self.tables.backends = actual.backends.iter().map(|(index, backend)| (index, *backend)).collect();
         self.tables.sources = actual.sources.iter().copied().collect();
         self.tables.ifaces = actual.ifaces.clone().into_iter().collect();
         self.tables.masquerade = actual.routes.clone().into_iter().collect();

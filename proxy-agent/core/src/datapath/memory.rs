@@ -31,16 +31,15 @@ impl Memory {
 
     fn fits(&self) -> bool {
         let Self { actual, capacity, .. } = self;
-        let last = |key: Option<&u32>| key.copied().unwrap_or(0);
         actual.frontends.len() <= capacity.frontends as usize
             && actual.addresses.len() <= capacity.addresses as usize
             && actual.sources.len() <= capacity.sources as usize
             && actual.services.len() <= capacity.services as usize
             && actual.ifaces.len() <= capacity.ifaces as usize
             && actual.routes.len() <= capacity.routes as usize
-            && last(actual.services.keys().next_back()) < capacity.services
-            && last(actual.slots.keys().next_back()) < capacity.slots
-            && last(actual.backends.keys().next_back()) < capacity.backends
+            && actual.services.keys().next_back().is_none_or(|id| *id < capacity.services)
+            && actual.slots.last().is_none_or(|slot| slot < capacity.slots)
+            && actual.backends.last().is_none_or(|index| index < capacity.backends)
     }
 }
 

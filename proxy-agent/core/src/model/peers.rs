@@ -81,8 +81,7 @@ mod tests {
             serving: true,
             terminating: false,
             node: (!node.is_empty()).then(|| node.into()),
-            zone_hints: vec![],
-            node_hints: vec![],
+            hints: None,
         }
     }
 

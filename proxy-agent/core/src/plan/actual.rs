@@ -2,30 +2,32 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use proxy_common::abi::{
     Backend, Config, Frontend, FrontendKey, Iface, RouteKey, Run, ServiceName, SourceKey, address,
 };
 use proxy_common::addr::{Addr, Port, Proto};
 
-use super::Step;
+use super::{Array, Step};
 
 /// The configuration tables, read from the kernel at start and kept in step with every write since.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actual {
     pub frontends: BTreeMap<FrontendKey, Frontend>,
     /// SLOTS that are not zero.
-    pub slots: BTreeMap<u32, u32>,
+    pub slots: Array<u32>,
     /// BACKENDS that were ever used; retired ones keep their generation.
-    pub backends: BTreeMap<u32, Backend>,
+    pub backends: Array<Backend>,
     pub addresses: BTreeMap<Addr, u32>,
     pub sources: BTreeSet<SourceKey>,
-    pub services: BTreeMap<u32, ServiceName>,
+    /// A name is a large value: whoever looks by name has the same one.
+    pub services: BTreeMap<u32, Arc<ServiceName>>,
     pub ifaces: BTreeMap<u32, Iface>,
     /// MASQUERADE.
     pub routes: BTreeMap<RouteKey, Addr>,
     /// Words of SERVICE_PORTS that are not zero.
-    pub service_ports: BTreeMap<u32, u64>,
+    pub service_ports: Array<u64>,
     /// CONFIG.
     pub config: Config,
 }
@@ -34,14 +36,14 @@ impl Default for Actual {
     fn default() -> Self {
         Self {
             frontends: BTreeMap::new(),
-            slots: BTreeMap::new(),
-            backends: BTreeMap::new(),
+            slots: Array::default(),
+            backends: Array::default(),
             addresses: BTreeMap::new(),
             sources: BTreeSet::new(),
             services: BTreeMap::new(),
             ifaces: BTreeMap::new(),
             routes: BTreeMap::new(),
-            service_ports: BTreeMap::new(),
+            service_ports: Array::default(),
             config: Config::EMPTY,
         }
     }
@@ -69,13 +71,11 @@ impl Actual {
             Step::DeleteIface(index) => drop(self.ifaces.remove(&index)),
             Step::PutRoute(key, source) => drop(self.routes.insert(key, source)),
             Step::DeleteRoute(key) => drop(self.routes.remove(&key)),
-            Step::PutServicePorts(word, 0) => drop(self.service_ports.remove(&word)),
-            Step::PutServicePorts(word, bits) => drop(self.service_ports.insert(word, bits)),
-            Step::PutService(id, ref name) => drop(self.services.insert(id, **name)),
+            Step::PutServicePorts(word, bits) => self.service_ports.insert(word, bits),
+            Step::PutService(id, ref name) => drop(self.services.insert(id, name.clone())),
             Step::DeleteService(id) => drop(self.services.remove(&id)),
-            Step::PutBackend(index, backend) => drop(self.backends.insert(index, backend)),
-            Step::PutSlot(slot, 0) => drop(self.slots.remove(&slot)),
-            Step::PutSlot(slot, backend) => drop(self.slots.insert(slot, backend)),
+            Step::PutBackend(index, backend) => self.backends.insert(index, backend),
+            Step::PutSlot(slot, backend) => self.slots.insert(slot, backend),
             Step::PutSource(key) => drop(self.sources.insert(key)),
             Step::DeleteSource(key) => drop(self.sources.remove(&key)),
             Step::PutFrontend(key, value) => drop(self.frontends.insert(key, value)),
@@ -88,7 +88,7 @@ impl Actual {
     /// The backend indices in a run, slot by slot; an empty slot reads as 0.
     pub fn run(&self, run: Run) -> impl Iterator<Item = u32> + '_ {
         let end = run.first.saturating_add(run.count);
-        (run.first..end).map(|slot| self.slots.get(&slot).copied().unwrap_or(0))
+        (run.first..end).map(|slot| self.slots.get(slot).copied().unwrap_or(0))
     }
 
     /// Slots that a frontend shows. What else is written in SLOTS is what nobody shows any more: it is overwritten in
@@ -120,7 +120,7 @@ impl Actual {
     /// The live endpoints behind a run, in slot order.
     pub fn endpoints(&self, run: Run) -> impl Iterator<Item = (Addr, Port)> + '_ {
         self.run(run)
-            .filter_map(|index| self.backends.get(&index))
+            .filter_map(|index| self.backends.get(index))
             .filter(|backend| backend.is_live())
             .map(|backend| (backend.addr, backend.port))
     }
@@ -142,10 +142,10 @@ impl Actual {
         std::iter::once_with(|| Step::PutConfig(Box::new(*config)))
             .chain(ifaces.iter().map(|(index, iface)| Step::PutIface(*index, *iface)))
             .chain(routes.iter().map(|(key, source)| Step::PutRoute(*key, *source)))
-            .chain(service_ports.iter().map(|(word, bits)| Step::PutServicePorts(*word, *bits)))
-            .chain(services.iter().map(|(id, name)| Step::PutService(*id, Box::new(*name))))
-            .chain(backends.iter().map(|(index, backend)| Step::PutBackend(*index, *backend)))
-            .chain(slots.iter().map(|(slot, backend)| Step::PutSlot(*slot, *backend)))
+            .chain(service_ports.iter().map(|(word, bits)| Step::PutServicePorts(word, *bits)))
+            .chain(services.iter().map(|(id, name)| Step::PutService(*id, name.clone())))
+            .chain(backends.iter().map(|(index, backend)| Step::PutBackend(index, *backend)))
+            .chain(slots.iter().map(|(slot, backend)| Step::PutSlot(slot, *backend)))
             .chain(sources.iter().map(|key| Step::PutSource(*key)))
             .chain(frontends.iter().map(|(key, value)| Step::PutFrontend(*key, *value)))
             .chain(addresses.iter().map(|(addr, bits)| Step::PutAddress(*addr, *bits)))

@@ -121,7 +121,7 @@ impl Batch {
     }
 
     pub(super) fn retire_backend(&mut self, mirror: &Mirror, index: u32) {
-        let generation = mirror.actual().backends.get(&index).map_or(0, |backend| backend.generation);
+        let generation = mirror.actual().backends.get(index).map_or(0, |backend| backend.generation);
         self.late_backends.push(Step::PutBackend(index, Backend::retired(generation.wrapping_add(1))));
         self.released.backends.push(index);
     }
@@ -303,7 +303,7 @@ impl Batch {
         }
         let (mut more, mut fewer) = (Vec::new(), Vec::new());
         for (word, (named, unnamed)) in words {
-            let old = mirror.actual().service_ports.get(&word).copied().unwrap_or(0);
+            let old = mirror.actual().service_ports.get(word).copied().unwrap_or(0);
             let both = old | named;
             if both != old {
                 more.push(Step::PutServicePorts(word, both));

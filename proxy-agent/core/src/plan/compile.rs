@@ -37,23 +37,25 @@ impl Planner {
     ) -> Result<(), Refusal> {
         let name = service_name(port).ok_or(Refusal::Name)?;
         let known = self.mirror.id(&name);
+        let held = known.map(|id| self.mirror.endpoints(id)).unwrap_or_default();
         let frontends = without_owner(batch, port, want);
         let endpoints = endpoints(want);
         batch.check_frontends(&self.mirror, &self.capacity, &frontends)?;
         let ranges = ranges(want, &frontends);
-        self.check(batch, known, &endpoints, &ranges)?;
+        let new = endpoints.keys().filter(|endpoint| !held.contains_key(endpoint)).count();
+        self.check(batch, known, new, &ranges)?;
         // Last, because it takes the slots: nothing can fail after it.
-        let runs = self.runs(known, want, !frontends.is_empty())?;
+        let runs = self.runs(known, &held, want, !frontends.is_empty())?;
 
         let id = match known {
             Some(id) => id,
             None => {
                 let id = self.ids.take().expect("a free service id has been counted");
-                batch.names.push(Step::PutService(id, Box::new(name)));
+                batch.names.push(Step::PutService(id, name.into()));
                 id
             }
         };
-        let indices = self.backends(batch, id, &endpoints);
+        let indices = self.backends(batch, id, &held, &endpoints);
         for (new, run, list) in
             [(runs.new_cluster, runs.cluster, &want.cluster), (runs.new_local, runs.local, &want.local)]
         {
@@ -71,33 +73,32 @@ impl Planner {
     pub(super) fn remove(&mut self, batch: &mut Batch, id: u32) {
         let Some(held) = self.mirror.held(id) else { return };
         held.frontends.iter().for_each(|key| batch.drop_frontend(id, *key));
-        for index in held.backends.values().chain(&held.strays) {
+        let endpoints = self.mirror.endpoints(id);
+        for index in endpoints.values().chain(&self.mirror.strays(id, &endpoints)) {
             batch.retire_backend(&self.mirror, *index);
         }
         batch.late_sources.extend(held.sources.iter().map(|key| Step::DeleteSource(*key)));
-        if held.name.is_some() {
+        if self.mirror.actual().services.contains_key(&id) {
             batch.late_names.push(Step::DeleteService(id));
         }
         batch.released.services.push(id);
     }
 
-    /// Whether the ids, indices and sources that are missing are there to be had.
+    /// Whether the id, so many indices and the sources that are missing are there to be had.
     fn check(
         &self,
         batch: &Batch,
         known: Option<u32>,
-        endpoints: &BTreeMap<(Addr, Port), DesiredBackend>,
+        needed: usize,
         ranges: &BTreeSet<(Addr, u32)>,
     ) -> Result<(), Shortage> {
-        let held = known.and_then(|id| self.mirror.held(id));
         if known.is_none() && self.ids.available() == 0 {
             return Err(Shortage::services(0, self.ids.resting()));
         }
-        let has = |endpoint| held.is_some_and(|held| held.backends.contains_key(endpoint));
-        let needed = endpoints.keys().filter(|endpoint| !has(endpoint)).count();
         if needed > self.indices.available() {
             return Err(Shortage::backends(needed, self.indices.available(), self.indices.resting()));
         }
+        let held = known.and_then(|id| self.mirror.held(id));
         let has = |key: &SourceKey| held.is_some_and(|held| held.sources.contains(key));
         let key = |(addr, bits): &(Addr, u32)| SourceKey::range(known.unwrap_or(0), *addr, *bits);
         let needed = ranges.iter().filter(|range| !has(&key(range))).count();
@@ -109,14 +110,20 @@ impl Planner {
     }
 
     /// Finds runs that hold the lists already, or takes free ones.
-    fn runs(&mut self, known: Option<u32>, want: &DesiredService, shown: bool) -> Result<Runs, Shortage> {
+    fn runs(
+        &mut self,
+        known: Option<u32>,
+        held: &BTreeMap<(Addr, Port), u32>,
+        want: &DesiredService,
+        shown: bool,
+    ) -> Result<Runs, Shortage> {
         let mut runs = Runs { cluster: Run::EMPTY, local: Run::EMPTY, new_cluster: false, new_local: false };
         if !shown {
             return Ok(runs); // A run that no frontend shows would be lost at the next start.
         }
         let shared = want.cluster == want.local;
-        let cluster = self.run_with(known, &want.cluster);
-        let local = if shared { cluster } else { self.run_with(known, &want.local) };
+        let cluster = self.run_with(known, held, &want.cluster);
+        let local = if shared { cluster } else { self.run_with(known, held, &want.local) };
         runs.new_cluster = cluster.is_none();
         runs.new_local = local.is_none() && !shared;
         let full = |pool: &super::pool::RunPool, list: &[(Addr, Port)]| {
@@ -147,16 +154,18 @@ impl Planner {
     }
 
     /// The run of a Service that holds exactly this list; the empty run for an empty list.
-    fn run_with(&self, known: Option<u32>, list: &[(Addr, Port)]) -> Option<Run> {
+    fn run_with(
+        &self,
+        known: Option<u32>,
+        held: &BTreeMap<(Addr, Port), u32>,
+        list: &[(Addr, Port)],
+    ) -> Option<Run> {
         if list.is_empty() {
             return Some(Run::EMPTY);
         }
-        let id = known?;
-        let held = self.mirror.held(id)?;
-        let indices: Option<Vec<u32>> =
-            list.iter().map(|endpoint| held.backends.get(endpoint).copied()).collect();
+        let indices: Option<Vec<u32>> = list.iter().map(|endpoint| held.get(endpoint).copied()).collect();
         let indices = indices?;
-        self.mirror.runs(id).into_iter().find(|run| {
+        self.mirror.runs(known?).into_iter().find(|run| {
             run.count as usize == indices.len()
                 && !self.tainted.contains(run)
                 && self.mirror.actual().run(*run).eq(indices.iter().copied())
@@ -168,18 +177,18 @@ impl Planner {
         &mut self,
         batch: &mut Batch,
         id: u32,
+        held: &BTreeMap<(Addr, Port), u32>,
         endpoints: &BTreeMap<(Addr, Port), DesiredBackend>,
     ) -> BTreeMap<(Addr, Port), u32> {
-        let held = self.mirror.held(id);
         let known = &self.mirror.actual().backends;
         let mut indices = BTreeMap::new();
         for (endpoint @ (addr, port), DesiredBackend { flags, node }) in endpoints {
-            let index = match held.and_then(|held| held.backends.get(endpoint)) {
+            let index = match held.get(endpoint) {
                 Some(index) => *index,
                 None => self.indices.take().expect("free backend indices have been counted"),
             };
             indices.insert(*endpoint, index);
-            let old = known.get(&index);
+            let old = known.get(index);
             let generation = old.map_or(0, |old| old.generation);
             let new =
                 Backend { addr: *addr, port: *port, flags: *flags, generation, service: id, node: *node };
@@ -191,11 +200,9 @@ impl Planner {
             let phase = if late { &mut batch.late_backends } else { &mut batch.backends };
             phase.push(Step::PutBackend(index, new));
         }
-        if let Some(held) = held {
-            let removed = held.backends.iter().filter(|(endpoint, _)| !indices.contains_key(endpoint));
-            for index in removed.map(|(_, index)| index).chain(&held.strays) {
-                batch.retire_backend(&self.mirror, *index);
-            }
+        let removed = held.iter().filter(|(endpoint, _)| !indices.contains_key(endpoint));
+        for index in removed.map(|(_, index)| index).chain(&self.mirror.strays(id, held)) {
+            batch.retire_backend(&self.mirror, *index);
         }
         indices
     }

@@ -163,10 +163,10 @@ pub fn lint_prefix(actual: &Actual) -> Vec<Violation> {
     for (index, backend) in live {
         let Backend { service, node, .. } = backend;
         if backend.is_local() && *node != 0 {
-            found.push(Violation::Elsewhere { index: *index, node: *node });
+            found.push(Violation::Elsewhere { index, node: *node });
         }
         if !actual.services.contains_key(service) {
-            found.push(Violation::BackendUnnamed { index: *index, service: *service });
+            found.push(Violation::BackendUnnamed { index, service: *service });
         }
     }
     let cluster_ips = actual.addresses.iter().filter(|(_, bits)| **bits & address::CLUSTER_IP != 0);
@@ -177,7 +177,7 @@ pub fn lint_prefix(actual: &Actual) -> Vec<Violation> {
 
 fn lint_run(actual: &Actual, key: FrontendKey, service: u32, run: Run, found: &mut Vec<Violation>) {
     for (slot, backend) in (run.first..).zip(actual.run(run)) {
-        let why = match actual.backends.get(&backend) {
+        let why = match actual.backends.get(backend) {
             None => "there is none",
             Some(value) if !value.is_live() => "it is retired",
             Some(value) if value.service != service => "it belongs to another Service",
@@ -216,13 +216,13 @@ fn lint_addresses(actual: &Actual, found: &mut Vec<Violation>) {
 }
 
 fn is_named(actual: &Actual, port: u32) -> bool {
-    actual.service_ports.get(&(port / 64)).is_some_and(|bits| bits >> (port % 64) & 1 != 0)
+    actual.service_ports.get(port / 64).is_some_and(|bits| bits >> (port % 64) & 1 != 0)
 }
 
 fn lint_ports(actual: &Actual, found: &mut Vec<Violation>) {
     let external = actual.frontends.iter().filter(|(_, value)| value.flags & frontend::INTERNAL == 0);
     let used: BTreeSet<u32> = external.map(|(key, _)| key.port.number().into()).collect();
-    let named = actual.service_ports.keys().flat_map(|word| word * 64..word * 64 + 64);
+    let named = actual.service_ports.iter().flat_map(|(word, _)| word * 64..word * 64 + 64);
     let alone = named.filter(|port| is_named(actual, *port) && !used.contains(port));
     found.extend(alone.map(Violation::PortAlone));
 }

@@ -1,31 +1,28 @@
 //! The tables as they are, with the indices that make a plan cost no more than its change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use proxy_common::abi::{Backend, Frontend, FrontendKey, Run, ServiceName, SourceKey, address, frontend};
 use proxy_common::addr::{Addr, Port};
 
 use super::{Actual, Step};
+use crate::few::Few;
 
-/// Everything in the tables that bears one service id.
+/// What in the tables bears one service id, by its keys; the values are there.
 #[derive(Debug, Default)]
 pub(super) struct Held {
-    pub(super) name: Option<ServiceName>,
-    pub(super) frontends: BTreeSet<FrontendKey>,
-    pub(super) backends: BTreeMap<(Addr, Port), u32>,
-    /// Live indices whose endpoint has another index already.
-    pub(super) strays: BTreeSet<u32>,
+    named: bool,
+    pub(super) frontends: Few<FrontendKey>,
+    /// Of live backends.
+    indices: Few<u32>,
     pub(super) sources: BTreeSet<SourceKey>,
 }
 
 impl Held {
     fn is_empty(&self) -> bool {
-        let Self { name, frontends, backends, strays, sources } = self;
-        name.is_none()
-            && frontends.is_empty()
-            && backends.is_empty()
-            && strays.is_empty()
-            && sources.is_empty()
+        let Self { named, frontends, indices, sources } = self;
+        !named && frontends.is_empty() && indices.is_empty() && sources.is_empty()
     }
 }
 
@@ -80,7 +77,7 @@ const fn names_port(flags: u32) -> bool {
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
     actual: Actual,
-    by_name: HashMap<ServiceName, u32>,
+    by_name: HashMap<Arc<ServiceName>, u32>,
     held: HashMap<u32, Held>,
     uses: HashMap<Addr, Uses>,
     /// How many frontends beside ClusterIPs have a port.
@@ -111,6 +108,25 @@ impl Mirror {
 
     pub(super) fn held(&self, id: u32) -> Option<&Held> {
         self.held.get(&id)
+    }
+
+    /// The endpoints of an id, each with its index: the lowest, if it has several.
+    pub(super) fn endpoints(&self, id: u32) -> BTreeMap<(Addr, Port), u32> {
+        let mut endpoints = BTreeMap::new();
+        for index in self.held(id).into_iter().flat_map(|held| &held.indices) {
+            if let Some(backend) = self.actual.backends.get(*index) {
+                endpoints.entry((backend.addr, backend.port)).or_insert(*index);
+            }
+        }
+        endpoints
+    }
+
+    /// Indices of an id beside those of its `endpoints`.
+    pub(super) fn strays(&self, id: u32, endpoints: &BTreeMap<(Addr, Port), u32>) -> Vec<u32> {
+        let held = self.held(id).filter(|held| held.indices.len() != endpoints.len());
+        let kept: BTreeSet<&u32> = endpoints.values().collect();
+        let indices = held.into_iter().flat_map(|held| &held.indices);
+        indices.filter(|index| !kept.contains(index)).copied().collect()
     }
 
     pub(super) fn ids(&self) -> BTreeSet<u32> {
@@ -167,13 +183,13 @@ impl Mirror {
         match *step {
             Step::PutService(id, ref name) => {
                 self.unname(id);
-                self.held.entry(id).or_default().name = Some(**name);
+                self.held.entry(id).or_default().named = true;
                 // Of two ids with one name the first keeps it; the other is unwanted.
-                self.by_name.entry(**name).or_insert(id);
+                self.by_name.entry(name.clone()).or_insert(id);
             }
             Step::DeleteService(id) => self.unname(id),
             Step::PutBackend(index, value) => {
-                if let Some(old) = self.actual.backends.get(&index).copied() {
+                if let Some(old) = self.actual.backends.get(index).copied() {
                     self.unlink_backend(index, &old);
                 }
                 self.link_backend(index, &value);
@@ -213,32 +229,23 @@ impl Mirror {
     }
 
     fn unname(&mut self, id: u32) {
-        if let Some(name) = self.held.get(&id).and_then(|held| held.name)
-            && self.by_name.get(&name) == Some(&id)
+        if let Some(name) = self.actual.services.get(&id)
+            && self.by_name.get(name) == Some(&id)
         {
-            self.by_name.remove(&name);
+            self.by_name.remove(name);
         }
-        self.with(id, |held| held.name = None);
+        self.with(id, |held| held.named = false);
     }
 
     fn link_backend(&mut self, index: u32, value: &Backend) {
         if !value.is_live() {
             return;
         }
-        let held = self.held.entry(value.service).or_default();
-        if *held.backends.entry((value.addr, value.port)).or_insert(index) != index {
-            held.strays.insert(index);
-        }
+        self.held.entry(value.service).or_default().indices.insert(index);
     }
 
     fn unlink_backend(&mut self, index: u32, old: &Backend) {
-        let endpoint = (old.addr, old.port);
-        self.with(old.service, |held| {
-            held.strays.remove(&index);
-            if held.backends.get(&endpoint) == Some(&index) {
-                held.backends.remove(&endpoint);
-            }
-        });
+        self.with(old.service, |held| held.indices.remove(&index));
     }
 
     fn link_frontend(&mut self, key: FrontendKey, value: &Frontend) {
@@ -253,9 +260,7 @@ impl Mirror {
 
     fn unlink_frontend(&mut self, key: &FrontendKey) {
         let Some(old) = self.actual.frontends.get(key).copied() else { return };
-        self.with(old.service, |held| {
-            held.frontends.remove(key);
-        });
+        self.with(old.service, |held| held.frontends.remove(key));
         let port = key.port.number();
         if names_port(old.flags)
             && let Some(count) = self.ports.get_mut(&port)

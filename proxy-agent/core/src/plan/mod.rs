@@ -28,6 +28,7 @@
 //! remedy; the others go on, and it is tried again with every later plan.
 
 mod actual;
+mod array;
 mod batch;
 mod capacity;
 mod compile;
@@ -40,6 +41,7 @@ mod print;
 mod step;
 
 pub use actual::Actual;
+pub use array::{Array, Element};
 pub use capacity::Capacity;
 pub use lint::{Violation, lint, lint_prefix};
 pub use name::service_name;

@@ -77,7 +77,7 @@ impl Planner {
     pub fn new(actual: &Actual, capacity: Capacity) -> Self {
         let mirror = Mirror::new(actual);
         let (used, tainted) = used_runs(&mirror, capacity.slots);
-        let live = actual.backends.iter().filter(|(_, backend)| backend.is_live()).map(|(index, _)| *index);
+        let live = actual.backends.iter().filter(|(_, backend)| backend.is_live()).map(|(index, _)| index);
         Self {
             ids: IdPool::new(capacity.services, &mirror.ids()),
             indices: IdPool::new(capacity.backends, &live.collect()),
@@ -98,7 +98,7 @@ impl Planner {
 
     /// The live endpoints of a Service port, by its id.
     pub fn endpoints_of(&self, id: u32) -> impl Iterator<Item = (Addr, Port)> {
-        self.mirror.held(id).into_iter().flat_map(|held| held.backends.keys().copied())
+        self.mirror.endpoints(id).into_keys()
     }
 
     /// Compares everything, and removes what is not desired: to be called only when every source has

@@ -324,7 +324,7 @@ mod tests {
                 "frontend 10.96.0.10:53/UDP -> svc 3 cluster 17+3 local 0+0 flags any,dsr",
             ),
             (Step::DeleteFrontend(key), "delete frontend 10.96.0.10:53/UDP"),
-            (Step::PutService(3, Box::new(name)), "service 3 = kube-system/kube-dns:dns UDP IPv4"),
+            (Step::PutService(3, name.into()), "service 3 = kube-system/kube-dns:dns UDP IPv4"),
             (Step::DeleteService(3), "delete service 3"),
             (Step::PutBackend(5, backend), "backend 5 = [fd00::5]:53 of svc 3 gen 2 flags local"),
             (Step::PutBackend(5, Backend::retired(3)), "backend 5 retired gen 3"),

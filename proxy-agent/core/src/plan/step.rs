@@ -1,12 +1,14 @@
 //! One write to one table.
 
+use std::sync::Arc;
+
 use proxy_common::abi::{Backend, Config, Frontend, FrontendKey, Iface, RouteKey, ServiceName, SourceKey};
 use proxy_common::addr::Addr;
 
 /// One write or delete. Applying it twice is the same as applying it once.
 ///
 /// A plan may have hundreds of thousands of them, nearly all for slots, backends and frontends: the two values that are
-/// far larger than those live in boxes.
+/// far larger than those live elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Write CONFIG.
@@ -22,7 +24,7 @@ pub enum Step {
     /// Write a word of SERVICE_PORTS: 64 ports.
     PutServicePorts(u32, u64),
     /// Write an entry of SERVICES.
-    PutService(u32, Box<ServiceName>),
+    PutService(u32, Arc<ServiceName>),
     /// Delete an entry of SERVICES.
     DeleteService(u32),
     /// Write an entry of BACKENDS (a retired one is written, too: it keeps its generation).

@@ -41,7 +41,7 @@ impl<'a> Known<'a> {
         let live = actual.backends.iter().filter(|(_, backend)| backend.is_live());
         let end = |backend: &Backend| (backend.service, backend.addr, backend.port);
         let backends: HashMap<_, _> =
-            live.map(|(index, backend)| (end(backend), (*index, backend.generation))).collect();
+            live.map(|(index, backend)| (end(backend), (index, backend.generation))).collect();
         let ends = backends.keys().map(|(_, addr, port)| (*addr, *port)).collect();
         Self { actual, backends, ends }
     }
@@ -101,6 +101,7 @@ pub fn fate(known: &Known<'_>, connection: &Connection, now: u64) -> Fate {
 mod tests {
     use std::net::IpAddr;
 
+    use agent_core::plan::Array;
     use proxy_common::abi::{Frontend, FrontendKey, Role, Run, State};
 
     use super::*;
@@ -186,7 +187,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_ne!(of(&actual), 0);
-        actual.backends.clear();
+        actual.backends = Array::default();
         assert_eq!(of(&actual), 0);
     }
 
@@ -229,7 +230,7 @@ mod tests {
     #[test]
     fn without_its_endpoint_tcp_goes_on_and_udp_asks_anew() {
         let mut actual = tables();
-        actual.backends.clear();
+        actual.backends = Array::default();
         assert_eq!(fate(&Known::of(&actual), &of_pod(Proto::UDP, None), NOW), Fate::Forget);
         let Fate::Adopt(flow, _) = fate(&Known::of(&actual), &of_pod(Proto::TCP, Some(ESTABLISHED)), NOW)
         else {

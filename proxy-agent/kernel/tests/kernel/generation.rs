@@ -28,7 +28,7 @@ fn fill(room: &Room) -> Vec<Flow> {
     let name = web_http();
     let steps = [
         Step::PutConfig(Box::new(Config { seed: 77, ..Config::EMPTY })),
-        Step::PutService(3, Box::new(name)),
+        Step::PutService(3, name.into()),
         Step::PutBackend(5, backend(5)),
         Step::PutSlot(9, 5),
         Step::PutSource(SourceKey::range(3, addr("10.0.0.0"), 8)),

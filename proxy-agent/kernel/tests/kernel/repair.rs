@@ -388,7 +388,7 @@ fn every_entry_that_somebody_changes_deletes_or_adds_is_found_with_the_write_tha
     let mut steps = vec![
         Step::PutConfig(Box::new(config)),
         Step::PutIface(3, Iface::new(0, 3)),
-        Step::PutService(1, Box::new(name)),
+        Step::PutService(1, name.into()),
         Step::PutSource(wide),
         Step::PutSource(narrow),
         Step::PutRoute(route(8), addr("10.0.0.1")),

@@ -64,7 +64,7 @@ pub(super) fn lost(world: &World, proposal: &Proposal) -> Endpoints {
     });
     let lost = retired.filter_map(|index| {
         let old =
-            before.backends.get(&index).filter(|old| old.is_live() && old.flags & backend::RESET != 0)?;
+            before.backends.get(index).filter(|old| old.is_live() && old.flags & backend::RESET != 0)?;
         let owner = service_port(before.services.get(&old.service)?);
         let endpoint = (IpAddr::from(old.addr), old.port.number());
         let told = || Endpoint {

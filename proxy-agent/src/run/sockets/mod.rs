@@ -128,7 +128,7 @@ pub(super) fn retires_udp(before: &Actual, steps: &[Step]) -> bool {
     steps.iter().any(|step| match step {
         Step::PutBackend(index, backend) if !backend.is_live() => before
             .backends
-            .get(index)
+            .get(*index)
             .filter(|old| old.is_live())
             .and_then(|old| before.services.get(&old.service))
             .is_some_and(|name| name.proto == Proto::UDP),
@@ -153,7 +153,7 @@ fn choose(planner: &Planner, sockets: Vec<Connected>) -> (Vec<Connected>, bool) 
 }
 
 fn has_lost(actual: &Actual, entry: &SocketEntry) -> bool {
-    let backend = actual.backends.get(&entry.backend);
+    let backend = actual.backends.get(entry.backend);
     !backend.is_some_and(|backend| backend.is_live() && backend.generation == entry.generation)
 }
 
@@ -289,7 +289,8 @@ mod tests {
         assert!(has_lost(&actual, &entry));
         entry.backend = 10;
         assert!(!has_lost(&actual, &entry));
-        actual.backends.get_mut(&10).unwrap().generation = 2;
+        let newer = Backend { generation: 2, ..*actual.backends.get(10).unwrap() };
+        actual.backends.insert(10, newer);
         assert!(has_lost(&actual, &entry));
     }
 }

@@ -182,14 +182,14 @@ fn keep<E: std::fmt::Display>(known: &mut u64, counted: Result<u64, E>) {
 
 /// How many entries the tables have that the agent fills. Arrays are used from their beginning.
 fn by_agent(actual: &Actual) -> BTreeMap<&'static str, u64> {
-    let end = |last: Option<&u32>| last.map_or(0, |last| u64::from(*last) + 1);
+    let end = |last: Option<u32>| last.map_or(0, |last| u64::from(last) + 1);
     BTreeMap::from([
         (maps::FRONTENDS, actual.frontends.len() as u64),
-        (maps::SLOTS, end(actual.slots.keys().next_back())),
-        (maps::BACKENDS, end(actual.backends.keys().next_back())),
+        (maps::SLOTS, end(actual.slots.last())),
+        (maps::BACKENDS, end(actual.backends.last())),
         (maps::ADDRESSES, actual.addresses.len() as u64),
         (maps::SOURCES, actual.sources.len() as u64),
         (maps::IFACES, actual.ifaces.len() as u64),
-        (maps::SERVICES, end(actual.services.keys().next_back())),
+        (maps::SERVICES, end(actual.services.keys().next_back().copied())),
     ])
 }

@@ -5,9 +5,11 @@
 //! byte, slots and indices that rest included. So every difference is somebody else's, and is undone by the one write
 //! that the entry takes. It is to be called between two passes, never within one.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::ops::Bound::{Excluded, Unbounded};
+use std::sync::Arc;
 
 use aya::Pod;
 use proxy_common::abi::{
@@ -20,15 +22,14 @@ use super::kernel::{Kernel, KernelError, LISTED};
 use crate::datapath::flow::now;
 use crate::datapath::store::pin::BpfRoot;
 use crate::datapath::store::table::{Cursor, Table};
-use agent_core::plan::{Actual, Step};
+use agent_core::plan::{Actual, Array, Element, Step};
 
 /// Entries that a whole comparison looks at, more or less.
 #[must_use]
 pub fn entries(actual: &Actual) -> usize {
     let last = |key: Option<u32>| key.map_or(0, |key| key as usize);
     let twice = actual.frontends.len() + actual.addresses.len() + actual.services.len() + actual.ifaces.len();
-    let arrays = last(actual.slots.last_key_value().map(|(slot, _)| *slot))
-        + last(actual.backends.last_key_value().map(|(index, _)| *index));
+    let arrays = last(actual.slots.last()) + last(actual.backends.last());
     2 * twice + arrays + actual.sources.len() + actual.routes.len() + BITS
 }
 
@@ -175,7 +176,7 @@ fn slice(
         At::EndpointBits => (restore(&mut kernel.endpoint_bits, found)?, At::ServicePorts),
         At::ServicePorts => {
             let mut see =
-                array(&actual.service_ports, 0, |word, bits| steps.push(Step::PutServicePorts(word, bits)));
+                array(&actual.service_ports, |word, bits| steps.push(Step::PutServicePorts(word, bits)));
             let mut cursor = Cursor::default();
             while kernel.service_ports.chunk(&mut cursor, &mut see)? {}
             (kernel.service_ports.max() as usize, At::Ifaces(Half::default()))
@@ -192,25 +193,21 @@ fn slice(
             next(map(done, At::Routes), At::Services(Half::default()))
         }
         At::Services(half) => {
-            let put = |key: &u32, value: &ServiceName| Step::PutService(*key, Box::new(*value));
+            let put = |key: &u32, value: &ServiceName| Step::PutService(*key, Arc::new(*value));
             let done =
                 hash(&kernel.services, &actual.services, half, room, steps, (put, Step::DeleteService))?;
             next(map(done, At::Services), At::Backends(Cursor::default()))
         }
         At::Backends(mut cursor) => {
-            let never = Backend::retired(0);
-            let see =
-                array(&actual.backends, never, |index, backend| steps.push(Step::PutBackend(index, backend)));
-            let last = actual.backends.last_key_value().map(|(index, _)| *index);
-            match part(&kernel.backends, &mut cursor, last, see)? {
+            let see = array(&actual.backends, |index, backend| steps.push(Step::PutBackend(index, backend)));
+            match part(&kernel.backends, &mut cursor, actual.backends.last(), see)? {
                 (seen, true) => (seen, At::Backends(cursor)),
                 (seen, false) => (seen, At::Slots(Cursor::default())),
             }
         }
         At::Slots(mut cursor) => {
-            let see = array(&actual.slots, 0, |slot, backend| steps.push(Step::PutSlot(slot, backend)));
-            let last = actual.slots.last_key_value().map(|(slot, _)| *slot);
-            match part(&kernel.slots, &mut cursor, last, see)? {
+            let see = array(&actual.slots, |slot, backend| steps.push(Step::PutSlot(slot, backend)));
+            match part(&kernel.slots, &mut cursor, actual.slots.last(), see)? {
                 (seen, true) => (seen, At::Slots(cursor)),
                 (seen, false) => (seen, At::Sources(Walk::default())),
             }
@@ -248,13 +245,9 @@ fn restore(bits: &mut AddressBits, found: &mut Found) -> Result<usize, KernelErr
 }
 
 /// Shows each element of an array that differs to `put`, with what it should be.
-fn array<V: PartialEq + Copy>(
-    wanted: &BTreeMap<u32, V>,
-    never: V,
-    mut put: impl FnMut(u32, V),
-) -> impl FnMut(u32, V) {
+fn array<V: Element>(wanted: &Array<V>, mut put: impl FnMut(u32, V)) -> impl FnMut(u32, V) {
     move |index, value| {
-        let should = wanted.get(&index).copied().unwrap_or(never);
+        let should = wanted.get(index).copied().unwrap_or(V::NEVER);
         if value != should {
             put(index, should);
         }
@@ -277,9 +270,9 @@ fn part<V: Pod>(
     Ok((seen, more && last.is_some_and(|last| highest < last)))
 }
 
-fn hash<K, V>(
+fn hash<K, V, W>(
     table: &Table<K, V>,
-    wanted: &BTreeMap<K, V>,
+    wanted: &BTreeMap<K, W>,
     half: Half<K, V>,
     room: usize,
     steps: &mut Vec<Step>,
@@ -288,6 +281,7 @@ fn hash<K, V>(
 where
     K: Pod + Ord + Debug,
     V: Pod + PartialEq,
+    W: Borrow<V>,
 {
     match half {
         Half::Missing(last) => {
@@ -295,7 +289,7 @@ where
             let (mut seen, mut at) = (0, None);
             for (key, value) in wanted.range((from, Unbounded)).take(room) {
                 if table.get(key)?.is_none() {
-                    steps.push(put(key, value));
+                    steps.push(put(key, value.borrow()));
                 }
                 (seen, at) = (seen + 1, Some(*key));
             }
@@ -306,7 +300,7 @@ where
             let mut seen = 0;
             let more = table.chunk(&mut cursor, |key, value| {
                 seen += 1;
-                steps.extend(undo(wanted.get(&key), &key, &value, (&put, &delete)));
+                steps.extend(undo(wanted.get(&key).map(W::borrow), &key, &value, (&put, &delete)));
             })?;
             Ok((seen, more.then_some(Half::Extra(cursor))))
         }

@@ -82,15 +82,10 @@ impl Kernel {
             actual.frontends.insert(key, value);
         })?;
         self.slots.scan(|slot, backend| {
-            if backend != 0 {
-                actual.slots.insert(slot, backend);
-            }
+            actual.slots.insert(slot, backend);
         })?;
         self.backends.scan(|index, backend| {
-            // A retired index has a generation.
-            if !is_zero(&backend) {
-                actual.backends.insert(index, backend);
-            }
+            actual.backends.insert(index, backend);
         })?;
         self.addresses.scan(|addr, flags| {
             actual.addresses.insert(addr, flags);
@@ -99,7 +94,7 @@ impl Kernel {
             actual.sources.insert(key);
         })?;
         self.services.scan(|id, name| {
-            actual.services.insert(id, name);
+            actual.services.insert(id, name.into());
         })?;
         self.ifaces.scan(|index, iface| {
             actual.ifaces.insert(index, iface);
@@ -108,9 +103,7 @@ impl Kernel {
             actual.routes.insert(key, source);
         })?;
         self.service_ports.scan(|word, bits| {
-            if bits != 0 {
-                actual.service_ports.insert(word, bits);
-            }
+            actual.service_ports.insert(word, bits);
         })?;
         // An array of one is all zeros before its first write, which no written configuration is.
         if let Some(config) = self.config.get(&0)?.filter(|config| !is_zero(config)) {
@@ -355,9 +348,9 @@ mod tests {
             family: 4,
             pad: [0; 2],
         };
-        assert_eq!(object(&Step::PutService(3, Box::new(name))), "Service default/web port \"http\" (id 3)");
+        assert_eq!(object(&Step::PutService(3, name.into())), "Service default/web port \"http\" (id 3)");
         let full = TableError::Full { map: maps::SERVICES, max: 2, object: "3".into() };
-        let said = say(full, Some(&Step::PutService(3, Box::new(name)))).to_string();
+        let said = say(full, Some(&Step::PutService(3, name.into()))).to_string();
         assert!(said.contains("default/web") && said.contains("--max-services"), "{said}");
     }
 }
