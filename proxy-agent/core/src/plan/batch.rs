@@ -219,21 +219,26 @@ impl Batch {
         let (name_ports, unname_ports) = self.ports(mirror, everything);
         self.release_runs(mirror);
 
-        let mut steps = self.names;
-        steps.append(&mut self.backends);
-        steps.append(&mut self.slots);
-        steps.append(&mut self.sources);
-        steps.append(&mut self.node);
-        steps.extend(name_ports);
-        steps.extend(self.puts.into_iter().map(|(key, value)| Step::PutFrontend(key, value)));
-        steps.extend(widen);
-        steps.extend(narrow);
-        steps.extend(self.dropped.into_iter().map(Step::DeleteFrontend));
-        steps.extend(unname_ports);
-        steps.append(&mut self.late_backends);
-        steps.append(&mut self.late_sources);
-        steps.append(&mut self.late_names);
-        steps.append(&mut self.late_node);
+        let phases = [
+            self.names,
+            self.backends,
+            self.slots,
+            self.sources,
+            self.node,
+            name_ports,
+            self.puts.into_iter().map(|(key, value)| Step::PutFrontend(key, value)).collect(),
+            widen,
+            narrow,
+            self.dropped.into_iter().map(Step::DeleteFrontend).collect(),
+            unname_ports,
+            self.late_backends,
+            self.late_sources,
+            self.late_names,
+            self.late_node,
+        ];
+        // The first plan of a large cluster is larger than all that is known of it: no room for more, and none twice.
+        let mut steps = Vec::with_capacity(phases.iter().map(Vec::len).sum());
+        phases.into_iter().for_each(|phase| steps.extend(phase));
         (steps, self.released, self.warnings)
     }
 
