@@ -39,23 +39,29 @@ fn worth(endpoint: &Endpoint) -> (Reverse<bool>, bool, bool) {
     (Reverse(endpoint.terminating), endpoint.ready, endpoint.serving)
 }
 
-/// The slice with its parts in an order of their own, so that a reordered slice is no change (E-8).
-pub(super) fn sorted(mut slice: Slice, names: &mut Names) -> Slice {
-    slice.ports.sort_by(|a, b| (&a.name, a.proto, a.port).cmp(&(&b.name, b.proto, b.port)));
-    slice.ports.dedup();
-    for endpoint in &mut slice.endpoints {
-        endpoint.node.iter_mut().for_each(|name| names.share(name));
-        if let Some(Hints { zones, nodes }) = endpoint.hints.as_deref_mut() {
-            zones.iter_mut().chain(&mut *nodes).for_each(|name| names.share(name));
-            zones.sort_unstable();
-            nodes.sort_unstable();
+impl Slice {
+    /// The slice with its parts in an order of their own, so that a reordered slice is no change (E-8), and with names that
+    /// it shares with others.
+    #[must_use]
+    pub fn sorted(mut self, names: &mut Names) -> Self {
+        names.share(&mut self.service.namespace);
+        self.ports.iter_mut().for_each(|port| names.share(&mut port.name));
+        self.ports.sort_by(|a, b| (&a.name, a.proto, a.port).cmp(&(&b.name, b.proto, b.port)));
+        self.ports.dedup();
+        for endpoint in &mut self.endpoints {
+            endpoint.node.iter_mut().for_each(|name| names.share(name));
+            if let Some(Hints { zones, nodes }) = endpoint.hints.as_deref_mut() {
+                zones.iter_mut().chain(&mut *nodes).for_each(|name| names.share(name));
+                zones.sort_unstable();
+                nodes.sort_unstable();
+            }
         }
+        self.endpoints.sort_by(|a, b| order(a).cmp(&order(b)));
+        self.endpoints.dedup();
+        self.ports.shrink_to_fit();
+        self.endpoints.shrink_to_fit();
+        self
     }
-    slice.endpoints.sort_by(|a, b| order(a).cmp(&order(b)));
-    slice.endpoints.dedup();
-    slice.ports.shrink_to_fit();
-    slice.endpoints.shrink_to_fit();
-    slice
 }
 
 type Order<'a> = (IpAddr, bool, bool, bool, Option<&'a str>, Option<&'a Hints>);

@@ -1,4 +1,4 @@
-//! Names of nodes and zones, each kept once: a hundred thousand endpoints run on a few thousand nodes.
+//! Names of nodes, zones, namespaces and ports, each kept once: a hundred thousand endpoints run on a few thousand nodes.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ impl Names {
     }
 
     /// Lets `name` share the memory of its equals.
-    pub(super) fn share(&mut self, name: &mut Arc<str>) {
+    pub fn share(&mut self, name: &mut Arc<str>) {
         *name = match self.known.get(name) {
             Some(known) => known.clone(),
             None => self.add(name.clone()),

@@ -6,13 +6,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::World;
-use crate::model::merge::sorted;
 use crate::model::peers::peers;
 use crate::model::tables::{Around, global_addresses};
 use crate::model::{Family, Link, Node, NodeIps, ObjectName, Route, Service, Slice, Urgency};
 
 impl World {
     pub(super) fn apply_service(&mut self, name: ObjectName, service: Option<Service>) -> Option<Urgency> {
+        let name = self.shared(name);
         let service = service.map(|service| self.permitted(service));
         let old = self.services.get(&name);
         if old == service.as_ref() {
@@ -44,20 +44,39 @@ impl World {
         Some(urgency)
     }
 
+    /// The name of a Service in the memory of its equals.
+    fn shared(&mut self, mut name: ObjectName) -> ObjectName {
+        let known = self.services.get_key_value(&name).map(|(known, _)| known);
+        let known = known.or_else(|| self.slices_of.get_key_value(&name).map(|(known, _)| known));
+        if let Some(known) = known {
+            return known.clone();
+        }
+        self.names.share(&mut name.namespace);
+        name
+    }
+
     /// A Service without what is switched off: a family (S-12), external IPs (V-8). What it does not say about direct server
-    /// return holds as the operator has set it.
-    fn permitted(&self, mut service: Service) -> Service {
+    /// return holds as the operator has set it. It is kept for long.
+    fn permitted(&mut self, mut service: Service) -> Service {
         let families = self.settings.families();
         service.cluster_ips.retain(|ip| families.contains(&Family::of(ip)));
         if !self.settings.external_ips {
             service.external_ips.clear();
         }
         service.mode.get_or_insert(self.settings.loadbalancer_mode);
+        service.ports.iter_mut().for_each(|port| self.names.share(&mut port.name));
+        service.cluster_ips.shrink_to_fit();
+        service.ports.shrink_to_fit();
         service
     }
 
-    pub(super) fn apply_slice(&mut self, name: ObjectName, slice: Option<Slice>) -> Option<Urgency> {
-        let slice = slice.map(|slice| sorted(slice, &mut self.names));
+    pub(super) fn apply_slice(&mut self, mut name: ObjectName, slice: Option<Slice>) -> Option<Urgency> {
+        let slice = slice.map(|slice| {
+            let mut slice = slice.sorted(&mut self.names);
+            slice.service = self.shared(slice.service);
+            slice
+        });
+        self.names.share(&mut name.namespace);
         let old = self.slices.get(&name);
         if old == slice.as_ref() {
             return None;

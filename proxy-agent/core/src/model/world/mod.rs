@@ -32,6 +32,7 @@ use super::{
     AtDriver, Change, Drivers, Family, Kind, Link, Node, NodeIps, ObjectName, Peers, Route, Service,
     ServicePort, Settings, Slice, SocketLb, Urgency,
 };
+use crate::few::Few;
 
 /// Everything reported so far.
 #[derive(Debug)]
@@ -43,7 +44,7 @@ pub struct World {
     services: BTreeMap<ObjectName, Service>,
     slices: HashMap<ObjectName, Slice>,
     /// Names of the slices of a Service, in order.
-    slices_of: HashMap<ObjectName, BTreeSet<ObjectName>>,
+    slices_of: HashMap<ObjectName, Few<ObjectName>>,
     /// The agents that slices of their Service name.
     peers: Arc<Peers>,
     /// In all slices.
