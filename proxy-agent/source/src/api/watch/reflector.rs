@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 use super::decoded::Decoded;
 use crate::{convert, hash};
-use agent_core::model::{Change, Kind, ObjectName};
+use agent_core::model::{Change, Kind, Names, ObjectName};
 
 /// The receiver of changes has been dropped.
 #[derive(Debug)]
@@ -86,20 +86,26 @@ pub(in crate::api) struct Reflector<K, T> {
     pub(in crate::api) observer: Option<Observer<K>>,
 }
 
-/// What was sent of an object: enough to remove it, and to detect a change. The object itself is only kept in the model; a
-/// second copy of a large cluster would be the agent's largest table.
-#[derive(Default)]
-struct Sent {
-    fingerprint: Option<u64>,
-    warnings: Vec<String>,
-}
-
-/// What was sent of all objects.
+/// What was sent of all objects: enough to remove one, and to detect a change. The objects themselves are only kept in the
+/// model; a second copy of a large cluster would be the agent's largest table.
 #[derive(Default)]
 pub(super) struct Known {
-    sent: HashMap<ObjectName, Sent>,
+    fingerprints: HashMap<ObjectName, u64>,
+    /// Of those that have some, sent or not.
+    warnings: HashMap<ObjectName, Vec<String>>,
+    namespaces: Names,
     /// Whether a list has been complete once.
     synced: bool,
+}
+
+impl Known {
+    fn fingerprint(&self, name: &ObjectName) -> Option<u64> {
+        self.fingerprints.get(name).copied()
+    }
+
+    fn warnings(&self, name: &ObjectName) -> &[String] {
+        self.warnings.get(name).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// An object that was received and converted.
@@ -134,8 +140,9 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
     ) -> Result<(), Closed> {
         let update = self.convert(&decoded, known);
         listing.names.insert(update.name.clone());
-        let same = |sent: &Sent| sent.fingerprint == update.fingerprint && sent.warnings == update.warnings;
-        if !known.synced || known.sent.get(&update.name).is_some_and(same) {
+        let same = known.fingerprint(&update.name) == update.fingerprint
+            && known.warnings(&update.name) == update.warnings;
+        if !known.synced || same {
             return self.publish(update, known).await;
         }
         listing.held.push(update);
@@ -148,8 +155,8 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
         for update in held {
             self.publish(update, known).await?;
         }
-        let vanished: Vec<ObjectName> =
-            known.sent.keys().filter(|name| !names.contains(name)).cloned().collect();
+        let sent = known.fingerprints.keys().chain(known.warnings.keys());
+        let vanished: HashSet<ObjectName> = sent.filter(|name| !names.contains(name)).cloned().collect();
         for name in vanished {
             self.remove(name, known).await?;
         }
@@ -170,8 +177,9 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
         self.remove(convert::object_name(&decoded.metadata), known).await
     }
 
-    fn convert(&self, decoded: &Decoded<K>, known: &Known) -> Update<T> {
-        let name = convert::object_name(&decoded.metadata);
+    fn convert(&self, decoded: &Decoded<K>, known: &mut Known) -> Update<T> {
+        let mut name = convert::object_name(&decoded.metadata);
+        known.namespaces.share(&mut name.namespace);
         match &decoded.object {
             Ok(object) => {
                 if let Some(observer) = &self.observer {
@@ -184,7 +192,7 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
             }
             // What was known stays in use, as with every object that becomes unreadable.
             Err(error) => {
-                let fingerprint = known.sent.get(&name).and_then(|sent| sent.fingerprint);
+                let fingerprint = known.fingerprint(&name);
                 let warnings = vec![format!("cannot be read: {error}")];
                 Update { name, object: None, fingerprint, trigger_time: None, warnings }
             }
@@ -193,8 +201,7 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
 
     async fn publish(&self, update: Update<T>, known: &mut Known) -> Result<(), Closed> {
         let Update { name, object, fingerprint, trigger_time, warnings } = update;
-        let sent = known.sent.remove(&name).unwrap_or_default();
-        if fingerprint != sent.fingerprint {
+        if fingerprint != known.fingerprint(&name) {
             if let (Some(at), true) = (trigger_time, fingerprint.is_some()) {
                 self.output.send(Change::Triggered(name.clone(), at)).await?;
             }
@@ -202,21 +209,25 @@ impl<K: Watched, T: Hash + Send + 'static> Reflector<K, T> {
         } else if object.is_some() {
             self.output.send(Change::Repeated(self.output.kind)).await?;
         }
-        if sent.warnings != warnings {
+        if known.warnings(&name) != warnings {
             self.warn(&name, warnings.clone()).await?;
         }
-        if fingerprint.is_some() || !warnings.is_empty() {
-            known.sent.insert(name, Sent { fingerprint, warnings });
-        }
+        match warnings.is_empty() {
+            true => known.warnings.remove(&name),
+            false => known.warnings.insert(name.clone(), warnings),
+        };
+        match fingerprint {
+            Some(fingerprint) => known.fingerprints.insert(name, fingerprint),
+            None => known.fingerprints.remove(&name),
+        };
         Ok(())
     }
 
     async fn remove(&self, name: ObjectName, known: &mut Known) -> Result<(), Closed> {
-        let Some(sent) = known.sent.remove(&name) else { return Ok(()) };
-        if !sent.warnings.is_empty() {
+        if known.warnings.remove(&name).is_some() {
             self.warn(&name, Vec::new()).await?;
         }
-        if sent.fingerprint.is_some() {
+        if known.fingerprints.remove(&name).is_some() {
             self.output.send((self.change)(name, None)).await?;
         }
         Ok(())
