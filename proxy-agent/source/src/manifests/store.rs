@@ -36,11 +36,11 @@ impl File {
     }
 }
 
-/// All objects of the directory, as they were last sent or are to be sent.
+/// All objects of the directory, as they were last sent or are to be sent; their files have them, too.
 #[derive(Debug, Default)]
 struct Snapshot {
-    services: BTreeMap<ObjectName, Service>,
-    slices: BTreeMap<ObjectName, Slice>,
+    services: BTreeMap<ObjectName, Arc<Service>>,
+    slices: BTreeMap<ObjectName, Arc<Slice>>,
     node: Option<Node>,
     service_ranges: BTreeMap<String, Vec<IpNet>>,
     warnings: BTreeMap<String, Vec<String>>,
@@ -152,10 +152,10 @@ impl ManifestStore {
         let new = self.merge();
         let mut changes = Vec::new();
         difference(&self.snapshot.services, &new.services, |name, service| {
-            changes.push(Change::Service(name.clone(), service.cloned()));
+            changes.push(Change::Service(name.clone(), service.map(|service| Service::clone(service))));
         });
         difference(&self.snapshot.slices, &new.slices, |name, slice| {
-            changes.push(Change::Slice(name.clone(), slice.cloned()));
+            changes.push(Change::Slice(name.clone(), slice.map(|slice| Slice::clone(slice))));
         });
         if self.snapshot.node != new.node {
             changes.push(Change::Node(new.node.clone()));
