@@ -383,6 +383,17 @@ fn difference(old: &Desired, new: &Desired) -> Vec<(ServicePort, Option<DesiredS
         .collect()
 }
 
+/// What a planner says of the tables without a walk through them: slots, backends and affinity.
+fn known(planner: &Planner) -> (usize, usize, BTreeMap<u32, u32>) {
+    (planner.used_slots(), planner.live_backends(), planner.affinity_secs().clone())
+}
+
+/// The same with one.
+fn counted(actual: &Actual) -> (usize, usize, BTreeMap<u32, u32>) {
+    let live = actual.backends.values().filter(|backend| backend.is_live()).count();
+    (actual.shown_slots(), live, actual.affinity_secs())
+}
+
 fn empty_world() -> Desired {
     Desired { services: BTreeMap::new(), node: node_tables(0, 0) }
 }
@@ -417,6 +428,7 @@ proptest! {
             prop_assert_eq!(proposal.plan.retry_at_ms, None);
             planner = tables.carry_out(proposal, now_ms);
             prop_assert_eq!(observe(&tables.memory.actual), expect(desired));
+            prop_assert_eq!(known(&planner), counted(&tables.memory.actual));
         }
     }
 
@@ -432,6 +444,7 @@ proptest! {
             let proposal = planner.dirty(&difference(&old, desired), node, now_ms);
             planner = tables.carry_out(proposal, now_ms);
             prop_assert_eq!(observe(&tables.memory.actual), expect(desired));
+            prop_assert_eq!(known(&planner), counted(&tables.memory.actual));
             old = desired.clone();
         }
         let proposal = planner.full(&old, now_ms);

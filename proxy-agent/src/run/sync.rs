@@ -29,10 +29,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Counting takes a walk through all endpoints: now and then, not with each sync.
+    /// Counts what is in the tables: now and then, not with each sync.
     pub(super) fn count(&self) {
         if let Some(planner) = &self.planner {
-            self.report.count(planner.actual());
+            self.report.count(planner);
         }
     }
 

@@ -82,6 +82,8 @@ pub(super) struct Mirror {
     uses: HashMap<Addr, Uses>,
     /// How many frontends beside ClusterIPs have a port.
     ports: HashMap<u16, u32>,
+    /// Of Services with session affinity, how long their clients are remembered, in seconds.
+    affinity_secs: BTreeMap<u32, u32>,
     /// Of ADDRESSES those with bits of the node: few, beside the ClusterIPs.
     of_node: BTreeSet<Addr>,
 }
@@ -131,6 +133,10 @@ impl Mirror {
 
     pub(super) fn ids(&self) -> BTreeSet<u32> {
         self.held.keys().copied().collect()
+    }
+
+    pub(super) fn affinity_secs(&self) -> &BTreeMap<u32, u32> {
+        &self.affinity_secs
     }
 
     /// The node's addresses.
@@ -250,6 +256,11 @@ impl Mirror {
 
     fn link_frontend(&mut self, key: FrontendKey, value: &Frontend) {
         self.held.entry(value.service).or_default().frontends.insert(key);
+        // All frontends of a Service say the same.
+        match value.affinity_secs {
+            0 => self.affinity_secs.remove(&value.service),
+            secs => self.affinity_secs.insert(value.service, secs),
+        };
         if names_port(value.flags) {
             *self.ports.entry(key.port.number()).or_default() += 1;
         }
@@ -261,6 +272,9 @@ impl Mirror {
     fn unlink_frontend(&mut self, key: &FrontendKey) {
         let Some(old) = self.actual.frontends.get(key).copied() else { return };
         self.with(old.service, |held| held.frontends.remove(key));
+        if self.held(old.service).is_none_or(|held| held.frontends.is_empty()) {
+            self.affinity_secs.remove(&old.service);
+        }
         let port = key.port.number();
         if names_port(old.flags)
             && let Some(count) = self.ports.get_mut(&port)

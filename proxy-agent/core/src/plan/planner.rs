@@ -96,6 +96,24 @@ impl Planner {
         self.mirror.actual()
     }
 
+    /// Slots in use. To see it from the tables takes a walk through them.
+    #[must_use]
+    pub fn used_slots(&self) -> usize {
+        self.runs.used()
+    }
+
+    /// Backends that are live. The same.
+    #[must_use]
+    pub fn live_backends(&self) -> usize {
+        self.indices.used()
+    }
+
+    /// For each Service with session affinity, how long its clients are remembered, in seconds.
+    #[must_use]
+    pub fn affinity_secs(&self) -> &BTreeMap<u32, u32> {
+        self.mirror.affinity_secs()
+    }
+
     /// The live endpoints of a Service port, by its id.
     pub fn endpoints_of(&self, id: u32) -> impl Iterator<Item = (Addr, Port)> {
         self.mirror.endpoints(id).into_keys()

@@ -64,11 +64,18 @@ impl IdPool {
     pub(super) fn resting(&self) -> usize {
         self.resting.len()
     }
+
+    /// Ids that are neither free nor resting.
+    pub(super) fn used(&self) -> usize {
+        self.next as usize - 1 - self.free.len() - self.resting.len()
+    }
 }
 
 /// Runs of slots: first fit over the free intervals, neighbours joined.
 #[derive(Debug)]
 pub(super) struct RunPool {
+    /// First slot past the end of the table.
+    limit: u32,
     /// First slot → number of slots.
     free: BTreeMap<u32, u32>,
     available: usize,
@@ -80,7 +87,7 @@ impl RunPool {
     /// All slots are free but those of `used`, which may overlap.
     pub(super) fn new(limit: u32, used: &BTreeSet<Run>) -> Self {
         let mut pool =
-            Self { free: BTreeMap::new(), available: 0, resting: VecDeque::new(), resting_slots: 0 };
+            Self { limit, free: BTreeMap::new(), available: 0, resting: VecDeque::new(), resting_slots: 0 };
         let mut from = 1;
         let end = Run { first: limit, count: 0 };
         for run in used.iter().filter(|run| run.count != 0).chain([&end]) {
@@ -144,6 +151,11 @@ impl RunPool {
     pub(super) fn resting(&self) -> usize {
         self.resting_slots
     }
+
+    /// Slots that are neither free nor resting.
+    pub(super) fn used(&self) -> usize {
+        (self.limit as usize).saturating_sub(1 + self.available + self.resting_slots)
+    }
 }
 
 fn rested(since_ms: u64, now_ms: u64) -> bool {
@@ -164,7 +176,7 @@ mod tests {
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(1), Some(2), Some(3), None]);
         pool.release(2, 100);
         pool.settle(100 + GRACE_MS - 1);
-        assert_eq!((pool.available(), pool.resting(), pool.take()), (0, 1, None));
+        assert_eq!((pool.available(), pool.resting(), pool.used(), pool.take()), (0, 1, 2, None));
         pool.settle(100 + GRACE_MS);
         assert_eq!((pool.available(), pool.resting(), pool.take()), (1, 0, Some(2)));
     }
@@ -172,7 +184,7 @@ mod tests {
     #[test]
     fn what_nobody_uses_at_the_start_is_free_at_once() {
         let mut pool = IdPool::new(6, &BTreeSet::from([1, 4, 9]));
-        assert_eq!((pool.available(), pool.resting()), (3, 0));
+        assert_eq!((pool.available(), pool.resting(), pool.used()), (3, 0, 2));
         assert_eq!([pool.take(), pool.take(), pool.take(), pool.take()], [Some(2), Some(3), Some(5), None]);
     }
 
@@ -188,7 +200,7 @@ mod tests {
         pool.release(run(1, 3), 0);
         pool.release(run(4, 4), 1);
         pool.settle(GRACE_MS);
-        assert_eq!((pool.available(), pool.resting(), pool.take(4)), (6, 4, None));
+        assert_eq!((pool.available(), pool.resting(), pool.used(), pool.take(4)), (6, 4, 0, None));
         pool.settle(GRACE_MS + 1);
         assert_eq!(pool.take(10), Some(run(1, 10)));
     }
@@ -198,7 +210,7 @@ mod tests {
         // 2-3 used, 8-11 used twice over, and one that leaves the table.
         let used = BTreeSet::from([run(2, 2), run(8, 3), run(9, 3), run(20, 3)]);
         let pool = RunPool::new(14, &used);
-        assert_eq!((pool.available(), pool.resting()), (7, 0));
+        assert_eq!((pool.available(), pool.resting(), pool.used()), (7, 0, 6));
         assert_eq!(pool.free, BTreeMap::from([(1, 1), (4, 4), (12, 2)]));
     }
 }

@@ -245,19 +245,19 @@ impl Pinned {
     /// How full every table is whose entries come and go.
     pub fn fill(&self) -> Result<Vec<MapFill>, PinnedError> {
         let actual = self.kernel.actual()?;
-        let mut fill = self.fill_by_agent(&actual);
+        let live = actual.backends.values().filter(|backend| backend.is_live()).count();
+        let mut fill = self.fill_by_agent(&actual, actual.shown_slots(), live);
         fill.extend(self.fill_by_traffic(&actual.affinity_secs())?);
         Ok(fill)
     }
 
-    /// The same for the tables that the agent fills, as it has them.
+    /// The same for the tables that the agent fills, as it has them, with so many slots and backends in use.
     #[must_use]
-    pub fn fill_by_agent(&self, actual: &Actual) -> Vec<MapFill> {
-        let lives = actual.backends.values().filter(|backend| backend.is_live()).count();
+    pub fn fill_by_agent(&self, actual: &Actual, slots: usize, backends: usize) -> Vec<MapFill> {
         let used: BTreeMap<&str, usize> = BTreeMap::from([
             (maps::FRONTENDS, actual.frontends.len()),
-            (maps::SLOTS, actual.shown_slots()),
-            (maps::BACKENDS, lives),
+            (maps::SLOTS, slots),
+            (maps::BACKENDS, backends),
             (maps::ADDRESSES, actual.addresses.len()),
             (maps::SOURCES, actual.sources.len()),
             (maps::IFACES, actual.ifaces.len()),

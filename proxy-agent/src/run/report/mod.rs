@@ -20,7 +20,7 @@ use crate::serve::health::{Health, SystemClock};
 use crate::serve::{Connections, Limits, Metrics, ServiceHealth, Snapshot};
 use agent_core::model::{Change, Kind};
 use agent_core::model::{Family, ObjectName, World};
-use agent_core::plan::Actual;
+use agent_core::plan::Planner;
 use agent_kernel::datapath::pinned::Pinned;
 use agent_kernel::datapath::probe::Features;
 use agent_kernel::datapath::store::pin::BpfRoot;
@@ -288,8 +288,9 @@ impl Report {
     }
 
     /// Counts what is in the tables, for metrics.
-    pub(super) fn count(&self, actual: &Actual) {
-        let (tables, affinity_secs) = (self.pinned.fill_by_agent(actual), actual.affinity_secs());
+    pub(super) fn count(&self, planner: &Planner) {
+        let (actual, affinity_secs) = (planner.actual(), planner.affinity_secs().clone());
+        let tables = self.pinned.fill_by_agent(actual, planner.used_slots(), planner.live_backends());
         let mut snapshot = self.snapshot.lock().unwrap_or_else(PoisonError::into_inner);
         snapshot.frontends = actual.frontends.len() as u64;
         snapshot.tables = tables;

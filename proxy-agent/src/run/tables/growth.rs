@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 use proxy_common::abi::maps;
 
-use agent_core::plan::Actual;
+use agent_core::plan::{Actual, Planner};
 use agent_kernel::datapath::load::{Capacities, LoadError, Loaded, Prepared, ProgramLog};
 use agent_kernel::datapath::pinned::Pinned;
 use agent_kernel::datapath::probe::Features;
@@ -92,7 +92,7 @@ impl Growth {
     pub(in crate::run) fn go_on(
         &mut self,
         root: &BpfRoot,
-        actual: &Actual,
+        planner: &Planner,
         pinned: &Pinned,
         beat: bool,
     ) -> Result<Option<Loaded>> {
@@ -124,13 +124,15 @@ impl Growth {
         if self.failed.is_some_and(|failed| failed.elapsed() < PAUSE) {
             return Ok(None);
         }
-        let mut used = by_agent(actual);
+        let mut used = by_agent(planner.actual());
         // Flows come quickly, but to count takes a look at each record: often only where it may lead to something.
         if beat || self.sizes.flows < self.limits.each.flows {
             keep(&mut self.living, pinned.living());
         }
         if beat {
-            keep(&mut self.bound, pinned.bound(&actual.affinity_secs()));
+            let secs = planner.affinity_secs();
+            // Where nobody asks for it there is nothing to look for in a large table.
+            keep(&mut self.bound, if secs.is_empty() { Ok(0) } else { pinned.bound(secs) });
         }
         used.extend([(maps::RECORDS, self.living), (maps::AFFINITY, self.bound)]);
         let (sizes, said) = self.limits.next(&self.sizes, &used, &self.short);

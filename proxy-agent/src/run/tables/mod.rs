@@ -22,7 +22,7 @@ impl Agent {
         let adopting = self.adoption.as_ref().is_none_or(|adoption| adoption.leave() != 0);
         let (Some(planner), false, true) = (&self.planner, adopting, self.ready) else { return };
         let root = self.loaded.root().clone();
-        let grown = self.growth.go_on(&root, planner.actual(), self.report.pinned(), beat);
+        let grown = self.growth.go_on(&root, planner, self.report.pinned(), beat);
         let grown = grown.and_then(|loaded| loaded.map_or(Ok(()), |loaded| self.move_to(loaded)));
         if let Err(error) = grown {
             tracing::error!("tables do not grow: {error:#}");
