@@ -42,6 +42,7 @@ use agent_source::api::events::{Event, EventPublisher, Events};
 use agent_source::api::{ClientConfig, Cluster};
 use agent_source::manifests;
 use report::Report;
+use tables::repair::COMPARE_EVERY;
 
 /// Once an hour everything is compared with what is really in the kernel (Y-20).
 const MAX_GAP_MS: u64 = 3_600_000;
@@ -237,6 +238,8 @@ impl Agent {
         let mut file = tokio::spawn(host::file_changed(self.config.file.clone()));
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut slices = interval(COMPARE_EVERY);
+        slices.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
         let mut beats = 0_u64;
@@ -269,6 +272,7 @@ impl Agent {
                     beats += 1;
                     self.tick(beats.is_multiple_of(BEAT));
                 }
+                _ = slices.tick(), if self.repairs.compares() => self.compare(),
             }
         };
         // Nothing is touched.

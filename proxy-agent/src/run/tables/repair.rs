@@ -11,7 +11,7 @@ use super::super::Agent;
 use agent_core::datapath::Datapath as _;
 use agent_core::plan::Step;
 use agent_kernel::datapath::store::pin::{BpfRoot, RootLock};
-use agent_kernel::datapath::tables::compare::{Comparison, Found, entries};
+use agent_kernel::datapath::tables::compare::{Comparison, Found};
 use agent_kernel::datapath::tables::kernel::KernelError;
 use agent_source::api::events::{Event, Events};
 
@@ -21,10 +21,14 @@ const SLICE: Duration = Duration::from_millis(2);
 const RESTORE: Duration = Duration::from_millis(200);
 /// From the beginning of a comparison of all tables to the next.
 const COMPARE: Duration = Duration::from_secs(30);
-/// Ticks that one is spread over: 20 s. An entry that is hurt just after its turn is found within 50 s.
-const TICKS: usize = 40;
-/// Entries that one slice looks at, if there are fewer.
-const FEWEST: usize = 256;
+/// From one slice of it to the next, and how long a slice may take: a change that comes meanwhile waits for no more than that.
+/// The tables of 50,000 Services with ten endpoints take some hundred slices.
+pub(in crate::run) const COMPARE_EVERY: Duration = Duration::from_millis(10);
+const COMPARE_SLICE: Duration = Duration::from_micros(500);
+/// One that lasts longer than this takes larger slices. An entry that is hurt just after its turn is found within a minute.
+const COMPARE_LASTS: Duration = Duration::from_secs(20);
+/// Entries that are looked at between two looks at the clock.
+const FEW: usize = 128;
 /// From one Event about what was restored to the next: whoever fights with us is not told twice a second.
 const EVENTS: Duration = Duration::from_secs(30);
 /// Objects that one line names.
@@ -38,13 +42,12 @@ struct Round {
 }
 
 impl Round {
-    /// Whether a slice is to be done now.
-    fn is_due(&mut self, every: Duration) -> bool {
+    /// Begins if it is time.
+    fn begin(&mut self, every: Duration) {
         if !self.under_way && self.begun.is_none_or(|begun| begun.elapsed() >= every) {
             self.begun = Some(Instant::now());
             self.under_way = true;
         }
-        self.under_way
     }
 }
 
@@ -106,6 +109,11 @@ impl Repairs {
         })
     }
 
+    /// Whether tables are being compared.
+    pub(in crate::run) fn compares(&self) -> bool {
+        self.compare.under_way
+    }
+
     pub(in crate::run) fn emit(&self, event: Event) {
         if let Some(events) = &self.events {
             events.record(event);
@@ -120,9 +128,7 @@ impl Agent {
         self.report.retried(retried);
         self.attach_drivers();
         self.look();
-        if self.repairs.compare.is_due(COMPARE) {
-            self.compare();
-        }
+        self.repairs.compare.begin(COMPARE);
         self.tell_hooks();
     }
 
@@ -155,13 +161,18 @@ impl Agent {
         }
     }
 
-    /// Between two syncs the planner's copy is what must stand in the tables; after a failed one there is none.
-    fn compare(&mut self) {
-        let Some(planner) = &self.planner else { return };
-        let room = (entries(planner.actual()) / TICKS).max(FEWEST);
-        let found = self.repairs.comparison.go_on(&mut self.kernel, planner.actual(), room);
-        self.repairs.compare.under_way = found.as_ref().is_ok_and(|found| !found.ended);
-        self.undo(found);
+    /// One slice of a comparison. Between two syncs the planner's copy is what must stand in the tables; after a failed one
+    /// there is none.
+    pub(in crate::run) fn compare(&mut self) {
+        let begun = Instant::now();
+        let late = self.repairs.compare.begun.is_some_and(|begun| begun.elapsed() >= COMPARE_LASTS);
+        let until = begun + if late { COMPARE_SLICE * 8 } else { COMPARE_SLICE };
+        while self.repairs.compare.under_way && Instant::now() < until {
+            let Some(planner) = &self.planner else { return };
+            let found = self.repairs.comparison.go_on(&mut self.kernel, planner.actual(), FEW);
+            self.repairs.compare.under_way = found.as_ref().is_ok_and(|found| !found.ended);
+            self.undo(found);
+        }
     }
 
     /// What the next sweep hangs on, before it.

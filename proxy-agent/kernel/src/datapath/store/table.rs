@@ -220,8 +220,8 @@ impl<K: Pod + Debug, V: Pod> Table<K, V> {
             return self.walk(cursor, see);
         }
         if cursor.keys.is_empty() {
-            cursor.keys = sys::zeros(CHUNK);
-            cursor.values = sys::zeros(CHUNK);
+            cursor.keys = sys::zeros(cursor.size);
+            cursor.values = sys::zeros(cursor.size);
         }
         let mut to = [0; 8];
         let batch = sys::lookup_batch(
@@ -356,13 +356,22 @@ fn walk_bytes(map: BorrowedFd<'_>, facts: &MapFacts, see: &mut impl FnMut(&[u8],
 pub(crate) struct Cursor<K, V> {
     at: Option<[u64; 8]>,
     one_by_one: bool,
+    /// Elements of a chunk.
+    size: usize,
     keys: Vec<K>,
     values: Vec<V>,
 }
 
 impl<K, V> Default for Cursor<K, V> {
     fn default() -> Self {
-        Self { at: None, one_by_one: false, keys: Vec::new(), values: Vec::new() }
+        Self::of(CHUNK)
+    }
+}
+
+impl<K, V> Cursor<K, V> {
+    /// At the start, with chunks of so many elements.
+    pub(crate) fn of(size: usize) -> Self {
+        Self { at: None, one_by_one: false, size, keys: Vec::new(), values: Vec::new() }
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use aya::Pod;
 use proxy_common::abi::{
-    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, Secret, ServiceName, SourceKey, capacity, maps,
+    Backend, Config, Frontend, FrontendKey, Iface, RouteKey, Secret, ServiceName, SourceKey, maps,
 };
 use proxy_common::addr::Addr;
 
@@ -24,17 +24,8 @@ use crate::datapath::store::pin::BpfRoot;
 use crate::datapath::store::table::{Cursor, Table};
 use agent_core::plan::{Actual, Array, Element, Step};
 
-/// Entries that a whole comparison looks at, more or less.
-#[must_use]
-pub fn entries(actual: &Actual) -> usize {
-    let last = |key: Option<u32>| key.map_or(0, |key| key as usize);
-    let twice = actual.frontends.len() + actual.addresses.len() + actual.services.len() + actual.ifaces.len();
-    let arrays = last(actual.slots.last()) + last(actual.backends.last());
-    2 * twice + arrays + actual.sources.len() + actual.routes.len() + BITS
-}
-
-/// Words of the tables of bits, and of SERVICE_PORTS.
-const BITS: usize = capacity::ADDRESS_BITS + capacity::ENDPOINT_BITS + capacity::SERVICE_PORTS;
+/// Entries of a hash that are read at once: fewer than elsewhere, since each of them is looked for here, too.
+const AT_ONCE: usize = 512;
 
 /// What a comparison has found.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -294,7 +285,7 @@ where
                 (seen, at) = (seen + 1, Some(*key));
             }
             let whole = seen < room;
-            Ok((seen, Some(if whole { Half::Extra(Cursor::default()) } else { Half::Missing(at) })))
+            Ok((seen, Some(if whole { Half::Extra(Cursor::of(AT_ONCE)) } else { Half::Missing(at) })))
         }
         Half::Extra(mut cursor) => {
             let mut seen = 0;

@@ -9,7 +9,7 @@ use agent_core::model::{Affinity, Endpoint, Family, ObjectName, Port, Service, S
 use agent_core::model::{Change, Kind};
 use agent_core::plan::{Actual, Capacity, Planner, Proposal};
 use agent_kernel::datapath::load::Capacities;
-use agent_kernel::datapath::tables::compare::{Comparison, entries};
+use agent_kernel::datapath::tables::compare::Comparison;
 use agent_kernel::datapath::tables::kernel::Kernel;
 use anyhow::{Result, ensure};
 use proxy_common::addr::Proto;
@@ -22,6 +22,8 @@ use crate::figure::{Figures, progress};
 const LARGE: u32 = 10_000;
 /// Services of the small one, to see what a change costs there.
 const SMALL: u32 = 100;
+/// Entries that are compared at once, as the agent does it.
+const COMPARED: usize = 128;
 /// One-endpoint changes of one round.
 const CHANGES: u32 = 50;
 
@@ -99,10 +101,8 @@ fn one_round(services: u32, times: &mut Sizes) -> Result<()> {
 
     let mut comparison = Comparison::open(&tables.root)?;
     let begun = Instant::now();
-    // In slices as the agent's ticks do it.
-    let slice = entries(planner.actual()) / 40;
     loop {
-        let found = comparison.go_on(&mut kernel, planner.actual(), slice)?;
+        let found = comparison.go_on(&mut kernel, planner.actual(), COMPARED)?;
         ensure!(found.steps.is_empty() && found.words == 0, "{found:?}");
         if found.ended {
             break;
