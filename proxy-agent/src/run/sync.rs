@@ -86,6 +86,7 @@ impl Agent {
     /// Plans and writes. After an error the kernel must be read again.
     fn write(&mut self, now: u64) -> Result<Written> {
         let proposal = if self.full || self.planner.is_none() {
+            self.planner = None; // Its tables are read again, and a large cluster's are not to be held twice.
             let actual = self.kernel.read().context("reading the tables")?;
             if self.adoption.is_none() {
                 let mut adoption = Adoption::plan(self.served, &actual);
@@ -99,6 +100,7 @@ impl Agent {
                 self.lead_pods();
             }
             let planner = Planner::new(&actual, self.capacity);
+            drop(actual);
             let desired = self.world.take_desired();
             if self.world.whole() { planner.full(&desired, now) } else { planner.full_keeping(&desired, now) }
         } else {
