@@ -29,7 +29,7 @@ impl Report {
                 Err(error) if error.is_of_something_gone() => tracing::debug!("{hook}: it has gone"),
                 Err(error) => {
                     let line = format!("{hook}: {:#}", anyhow::Error::from(error));
-                    if self.logged.insert(line.clone()) {
+                    if self.logged.is_new(&line) {
                         tracing::error!("{line}; trying again");
                     }
                 }
@@ -67,7 +67,7 @@ impl Report {
                         "interface {name}: no program at its driver, so all goes by the stack: {:#}",
                         anyhow::Error::from(error)
                     );
-                    if self.logged.insert(line.clone()) {
+                    if self.logged.is_new(&line) {
                         tracing::warn!("{line}");
                     }
                     self.refusing_drivers.insert(name, line);
@@ -111,7 +111,7 @@ impl Report {
                         "sockets in cgroup {cgroup} are not left to their packets: {:#}",
                         anyhow::Error::from(error)
                     );
-                    if self.logged.insert(line.clone()) {
+                    if self.logged.is_new(&line) {
                         tracing::warn!("{line}");
                     }
                 }

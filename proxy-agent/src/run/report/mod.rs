@@ -6,7 +6,8 @@ mod latency;
 mod server;
 mod syncs;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -71,8 +72,7 @@ pub(super) struct Report {
     nodes: Vec<String>,
     /// Whether what is new is left to another proxy.
     retired: bool,
-    /// Warnings that have been logged: each is logged once.
-    logged: std::collections::BTreeSet<String>,
+    logged: Logged,
     /// What was last written for the command line to show: most syncs have nothing new to say.
     shown: Option<Vec<String>>,
     /// Why the last sync failed.
@@ -82,6 +82,20 @@ pub(super) struct Report {
     /// Whether the Node object that was seen last wants traffic (H-8); before any was seen, whether the source knows no
     /// Nodes.
     eligible: bool,
+}
+
+/// Warnings that have been logged: each is logged once. While tables grow there are some about each Service, so of their text
+/// only a hash is kept.
+#[derive(Default)]
+struct Logged {
+    hasher: RandomState,
+    seen: HashSet<u64>,
+}
+
+impl Logged {
+    fn is_new(&mut self, line: &str) -> bool {
+        self.seen.insert(self.hasher.hash_one(line))
+    }
 }
 
 fn unix_ms() -> u64 {
@@ -170,7 +184,7 @@ impl Report {
             untracked: None,
             nodes: Vec::new(),
             retired: false,
-            logged: std::collections::BTreeSet::new(),
+            logged: Logged::default(),
             shown: None,
             failure: None,
             started,
@@ -224,7 +238,7 @@ impl Report {
             }
             Change::Warnings { object, lines } => {
                 for line in lines {
-                    if self.logged.insert(format!("{object}: {line}")) {
+                    if self.logged.is_new(&format!("{object}: {line}")) {
                         tracing::warn!("{object}: {line}");
                     }
                 }

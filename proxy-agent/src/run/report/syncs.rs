@@ -46,7 +46,7 @@ impl Report {
         self.state.synced_ms = unix_ms();
         self.refused.clone_from(&plan.warnings);
         for line in &plan.warnings {
-            if self.logged.insert(line.clone()) {
+            if self.logged.is_new(line) {
                 tracing::error!("{line}");
             }
         }
