@@ -90,6 +90,10 @@ pub static FEATURES: Global<u32> = Global::new(0);
 /// Places in one ring of one CPU, and how many CPUs have rings; set by the agent when it loads the object.
 #[unsafe(no_mangle)]
 pub static PLACES: Global<u32> = Global::new(capacity::RING as u32 / lb::Ring::COUNT);
+/// Of the places in a ring those for flows whose packets are wrapped, of which one side alone is seen: these never are more
+/// than a part of all flows.
+#[unsafe(no_mangle)]
+pub static DIRECT_PLACES: Global<u32> = Global::new(capacity::RING as u32 / lb::Ring::COUNT);
 #[unsafe(no_mangle)]
 pub static CPUS: Global<u32> = Global::new(1);
 

@@ -3,9 +3,10 @@
 //!
 //! Of the node that the client has found: [`way_to`] and [`wrapping`]. Of the endpoint's node: [`inside`], [`enter`].
 
+use super::select::{self, Source};
 use super::{Ring, Subprograms, Tables, Verdict, adopt};
 use crate::abi::{Backend, FlowId, FrontendKey, Reason, Role, Run, Tunnel, TunnelKey, address, frontend};
-use crate::addr::{Addr, Port, Proto};
+use crate::addr::{Addr, Proto};
 use crate::wire::{Edit, Kind, Packet, wrap};
 
 /// How many places of the ring of such flows are looked at for a new one.
@@ -24,12 +25,20 @@ const fn is_wrapped(proto: Proto) -> bool {
 #[inline(always)]
 pub(super) fn way_to<T: Tables>(tables: &T, packet: &Packet, flags: u32, backend: &Backend) -> Option<Addr> {
     let here = packet.wrapped != 0 || backend.is_local() || backend.node == 0;
-    if flags & frontend::DSR == 0 || here || !is_wrapped(packet.tuple.proto) {
+    // Fragments are as long as their way allows, and would become too long.
+    let fragment = matches!(packet.kind, Kind::FirstFragment);
+    if flags & frontend::DSR == 0 || here || fragment || !is_wrapped(packet.tuple.proto) {
         return None;
     }
     let tunnel = tables.tunnel(&TunnelKey::new(backend.node, &packet.tuple.dst))?;
     // What the node itself asks for would come to it as from itself.
     (tunnel.is_ready() && !tunnel.to.same(&packet.tuple.src) && has_place(tables)).then_some(tunnel.to)
+}
+
+/// Whether there still is a way to a node, for a packet to a Service.
+#[inline(always)]
+pub(super) fn leads<T: Tables>(tables: &T, packet: &Packet, node: u32) -> bool {
+    tables.tunnel(&TunnelKey::new(node, &packet.tuple.dst)).is_some_and(|tunnel| tunnel.ifindex != 0)
 }
 
 /// Whether there may be one more flow of which only the client's side passes here. There are no more than places in
@@ -119,14 +128,20 @@ pub fn inside<T: Tables>(tables: &T, outer: &Packet, hint: u16, packet: &mut Pac
     {
         return Inside::Other;
     }
-    let port = tables.config().map_or(Port(0), |config| config.probe_port);
+    let Some(config) = tables.config() else { return Inside::Other };
+    // A pod is no node: what it wraps is not looked into, or it could speak in others' names.
+    if matches!(select::source_of(tables, config, &outer.tuple.src, outer.ifindex), Source::Pod) {
+        return Inside::Other;
+    }
+    let port = config.probe_port;
     if tuple.proto == Proto::UDP
         && matches!(packet.kind, Kind::Whole)
         && tuple.dport == port
         && port.0 != 0
         && tuple.dst.same(&outer.tuple.dst)
     {
-        return Inside::Probe;
+        // Who leaves what is new to another proxy does not say that packets get through.
+        return if adopt::leaves_new(tables) { Inside::Other } else { Inside::Probe };
     }
     let node_port = tuple.dst.same(&outer.tuple.src);
     let known = tables.address(&tuple.dst);
@@ -162,8 +177,11 @@ fn has_flow<T: Tables>(tables: &T, packet: &Packet) -> bool {
 pub(super) fn enter<T: Subprograms>(tables: &T, packet: &Packet, edit: &mut Edit) -> Verdict {
     let known = tables.address(&packet.tuple.dst) & address::EXTERNAL
         | if packet.wrapped & NODE_PORT != 0 { address::NODE_PORT } else { 0 };
+    // Another proxy on this node knows an external address, but not another node's.
+    let passes = packet.wrapped & NODE_PORT == 0 && adopt::leaves_new(tables);
     match tables.open(packet, known, edit) {
-        Verdict::Pass if !adopt::leaves(tables, packet) => {
+        // Nor can it wait: it would come again as something else.
+        Verdict::Pass | Verdict::Wait if !passes => {
             tables.count(Reason::WrapFailed);
             Verdict::Drop
         }

@@ -17,6 +17,8 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         // For any destination: what is an answer is known only when it leaves, and there nothing can wait.
         Kind::LaterFragment => match tables.recall_fragment(packet) {
             Recalled::Known => {}
+            // It is unwrapped, and would come again as something else.
+            Recalled::Waiting if packet.wrapped != 0 => return lone_fragment(tables, packet),
             Recalled::Waiting => return Verdict::Wait,
             Recalled::Unknown => return lone_fragment(tables, packet),
         },
@@ -27,8 +29,9 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         return error(tables, packet, found.touch);
     }
     match found.touch {
-        // What another node has wrapped is not sent on so: it might come back, for ever. It begins anew, here.
-        Touch::Wrap if packet.wrapped != 0 => {
+        // What another node has wrapped is not sent on so: it might come back, for ever. It begins anew, here; and so does
+        // what no way is known for any more.
+        Touch::Wrap if packet.wrapped != 0 || !direct::leads(tables, packet, edit.out) => {
             tables.take_apart(found.id);
         }
         Touch::Rewrite | Touch::Pass | Touch::Wrap => {

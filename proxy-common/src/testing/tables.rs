@@ -58,6 +58,8 @@ pub struct MemoryTables {
     pub rings: RefCell<[(usize, Vec<FlowId>); Ring::COUNT as usize]>,
     /// Places in a ring; `None` stands for so many that no flow is displaced.
     pub places: Option<usize>,
+    /// Of them those that may be used in the ring of flows whose packets are wrapped; `None` stands for all.
+    pub direct_places: Option<usize>,
     /// Tuples that sockets of the node hold, as they send.
     pub sockets: HashSet<Tuple>,
     /// TAKEN.
@@ -328,7 +330,8 @@ impl Tables for MemoryTables {
             Some(size) => {
                 places.resize(size, FlowId::NONE);
                 let stood = core::mem::replace(&mut places[*next], id);
-                *next = (*next + 1) % size;
+                let turn = if ring == Ring::DIRECT { self.direct_places.unwrap_or(size) } else { size };
+                *next = (*next + 1) % turn;
                 stood
             }
             None => {

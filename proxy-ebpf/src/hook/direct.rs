@@ -92,16 +92,18 @@ pub extern "C" fn subprog_wrap(ctx: *mut __sk_buff) -> i32 {
     DROP
 }
 
-/// How long the IP packet is, and how long the longest one that will be made of it, as far as that matters: segments of
-/// TCP that have been put together are cut to what fits.
+/// How long the IP packet is, and how long the longest one that will be made of it.
 #[inline(always)]
 fn lengths(skb: &Skb, packet: &Packet) -> Option<(u32, u32)> {
     let there = skb.len().saturating_sub(packet.l3.into());
     let size = skb.segment_size();
     if size != 0 {
-        let headers = u32::from(packet.l4 - packet.l3) + 8;
-        let longest = if packet.tuple.proto == Proto::UDP { headers + size } else { 0 };
-        return Some((there, longest));
+        let udp = packet.tuple.proto == Proto::UDP;
+        let transport = if udp { 8 } else { u32::from(packet.data_offset >> 4) * 4 };
+        let whole = u32::from(packet.l4 - packet.l3) + transport + size;
+        // Segments of TCP are cut shorter by what the header takes.
+        let less = if udp { 0 } else { wrap::length(packet.v4) as u32 };
+        return Some((there, whole.saturating_sub(less)));
     }
     let said = wrap::length_in(skb, packet, there)?;
     Some((said, said))

@@ -317,7 +317,9 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
         let size = maps::PLACES.load();
         let Some(place) = scratch.places.get_mut(index_of(ring)) else { return FlowId::NONE };
         let at = *place;
-        *place = if at + 1 < size { at + 1 } else { 0 };
+        let turn = if ring.0 == Ring::DIRECT.0 { maps::DIRECT_PLACES.load() } else { size };
+        let at = if at < turn { at } else { 0 };
+        *place = if at + 1 < turn { at + 1 } else { 0 };
         // SAFETY: takes no arguments.
         let cpu = unsafe { bpf_get_smp_processor_id() };
         let Some(stands) = maps::RING.get_ptr_mut((cpu * Ring::COUNT + ring.0) * size + at) else {

@@ -30,6 +30,11 @@ pub(crate) const RECORDS: usize = 256;
 pub(crate) const LEGS: usize = 3 * RECORDS;
 /// Places in a ring of young flows.
 pub(crate) const PLACES: usize = 128;
+/// Places in the ring of flows whose packets are wrapped: all CPUs together have a quarter of the records.
+pub(crate) fn direct_places() -> usize {
+    let cpus = aya::util::nr_cpus().unwrap();
+    PLACES.min(RECORDS / (4 * cpus)).max(1)
+}
 /// The interface of every test run: loopback.
 pub(crate) const IFACE: u32 = 1;
 

@@ -13,7 +13,7 @@ use proxy_common::testing::{self, ByteFrame, MemoryTables, Outcome, SECRET, run_
 use proxy_tests::packet::{Packet, View, check, describe, protocol};
 
 use crate::node::{Node, addr};
-use crate::real::{IFACE, LEGS, Name, PLACES, RECORDS, Real, Traces, differences, name, real};
+use crate::real::{IFACE, LEGS, Name, PLACES, RECORDS, Real, Traces, differences, direct_places, name, real};
 
 /// How packets are played.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,6 +87,7 @@ impl Stage {
         tables.max_flows = Some(LEGS);
         tables.max_records = Some(RECORDS);
         tables.places = Some(PLACES);
+        tables.direct_places = Some(direct_places());
         let mut kernel = (form != Form::Partial).then(real);
         if let Some(kernel) = &mut kernel {
             kernel.begin(&tables);

@@ -4,6 +4,7 @@
 mod worker;
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -16,11 +17,16 @@ use super::Agent;
 use crate::serve::ProbeCounts;
 use worker::Worker;
 
+/// How long after a thread that has ended another one begins.
+const AGAIN: Duration = Duration::from_secs(60);
+
 /// Who is to be reached, and which agents are known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wanted {
     targets: Vec<Target>,
     peers: Arc<Peers>,
+    /// Whether any Service has direct server return: only then other nodes are answered.
+    direct: bool,
 }
 
 /// What the thread tells.
@@ -38,6 +44,7 @@ pub(in crate::run) struct News {
 /// The loop's end of it.
 pub(in crate::run) struct Direct {
     state: State,
+    begun: Option<Instant>,
     news: Arc<Mutex<News>>,
 }
 
@@ -51,15 +58,21 @@ enum State {
 
 impl Direct {
     pub(in crate::run) fn new() -> Self {
-        Self { state: State::Idle, news: Arc::default() }
+        Self { state: State::Idle, begun: None, news: Arc::default() }
     }
 
     /// The tables have been written, and programs are attached.
     fn follow(&mut self, world: &World, root: &BpfRoot) {
         let targets = world.dsr_nodes().map(|(name, number)| Target { name: name.clone(), number }).collect();
-        let wanted = Wanted { targets, peers: world.peers().clone() };
+        let wanted = Wanted { targets, peers: world.peers().clone(), direct: world.has_direct_services() };
         match &self.state {
             State::Idle => self.begin(wanted, world.settings(), root),
+            // It has given up: what the table says would stand for ever.
+            State::Working(sender) if sender.is_closed() => {
+                if self.begun.is_none_or(|begun| begun.elapsed() > AGAIN) {
+                    self.begin(wanted, world.settings(), root);
+                }
+            }
             State::Working(sender) => drop(sender.send_if_modified(|known| {
                 let news = *known != wanted;
                 if news {
@@ -72,6 +85,7 @@ impl Direct {
     }
 
     fn begin(&mut self, wanted: Wanted, settings: &Settings, root: &BpfRoot) {
+        self.begun = Some(Instant::now());
         let (sender, receiver) = watch::channel(wanted);
         let (port, ipv6, news) = (settings.probe_port, settings.ipv6, self.news.clone());
         let root = root.clone();

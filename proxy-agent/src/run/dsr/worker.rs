@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ use agent_kernel::tunnel::{Heard, Listener, Probe, Wrapper, wrapped};
 const ROUND: Duration = Duration::from_secs(1);
 /// Questions that are answered: five thousand nodes ask a hundred times a second.
 const ANSWERS_PER_SECOND: u64 = 1_000;
+/// Those of others, such as a node's other addresses.
+const STRANGERS_PER_SECOND: u64 = 50;
 /// Nodes that one line of the log names.
 const NAMED: usize = 4;
 
@@ -38,6 +40,9 @@ pub(super) struct Worker {
     /// What is wrong: said once.
     troubles: BTreeSet<String>,
     allowance: Allowance,
+    /// For those who ask and are no agent's address that is known: they must not use up what agents need.
+    strangers: Allowance,
+    known: BTreeSet<IpAddr>,
     counts: ProbeCounts,
     repairs: usize,
     /// Nobody else can guess what it makes of a count.
@@ -70,6 +75,8 @@ impl Worker {
             wrapper: None,
             troubles: BTreeSet::new(),
             allowance: Allowance::per_second(ANSWERS_PER_SECOND),
+            strangers: Allowance::per_second(STRANGERS_PER_SECOND),
+            known: BTreeSet::new(),
             counts: ProbeCounts::default(),
             repairs: 0,
             random: RandomState::new(),
@@ -111,12 +118,17 @@ impl Worker {
     }
 
     fn lacks_ears(&self) -> bool {
-        self.port != 0 && self.listener.is_none()
+        self.port != 0 && self.listener.is_none() && self.wanted.borrow().direct
     }
 
     fn follow(&mut self) {
         let wanted = self.wanted.borrow_and_update().clone();
         self.tunnels.follow(&wanted.targets, &wanted.peers);
+        self.known =
+            wanted.peers.values().flat_map(|peer| [peer.v4, peer.v6]).flatten().map(|at| at.ip()).collect();
+        if !wanted.direct {
+            self.listener = None;
+        }
         self.round();
     }
 
@@ -183,7 +195,7 @@ impl Worker {
         }
     }
 
-    fn send(&self, from: std::net::IpAddr, to: SocketAddr, question: u64) -> io::Result<()> {
+    fn send(&self, from: IpAddr, to: SocketAddr, question: u64) -> io::Result<()> {
         let ends = self.listener.as_ref().zip(self.wrapper.as_ref());
         let (listener, wrapper) =
             ends.ok_or_else(|| io::Error::other("this agent could not hear an answer"))?;
@@ -203,7 +215,7 @@ impl Worker {
             }
         };
         match Probe::read(&heard.bytes) {
-            Some(Probe::Question(number)) if self.allowance.take(self.now_us()) => {
+            Some(Probe::Question(number)) if self.may_answer(heard.from.ip()) => {
                 let answer = Probe::Answer(number).bytes();
                 let sent = self.listener.as_ref().map(|listener| listener.answer(&heard, &answer));
                 match sent {
@@ -218,6 +230,12 @@ impl Worker {
             // No probe.
             None => {}
         }
+    }
+
+    fn may_answer(&mut self, from: IpAddr) -> bool {
+        let now_us = self.now_us();
+        let allowance = if self.known.contains(&from) { &mut self.allowance } else { &mut self.strangers };
+        allowance.take(now_us)
     }
 
     fn write(&mut self) {

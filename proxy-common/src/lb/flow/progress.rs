@@ -1,7 +1,7 @@
 //! What a packet of a flow that is young, or due to be looked after, shows.
 
 use super::touch::Touched;
-use crate::abi::{Flow, FlowId, REPLY, flow_flags};
+use crate::abi::{FORWARD, Flow, FlowId, REPLY, flow_flags};
 use crate::addr::Proto;
 use crate::lb::{Subprograms, Tables};
 use crate::wire::Packet;
@@ -51,6 +51,10 @@ pub fn progress<T: Tables>(tables: &T, packet: &Packet, id: FlowId, forward: boo
         let ends = packet.tcp_flags & (Packet::FIN | Packet::RST) != 0;
         if flow.is_direct() && packet.tuple.proto == Proto::TCP && !ends {
             flow.last = packet.seq;
+            // A new connection from the same port: whether it is one the endpoint's node says, but it is not over.
+            if packet.is_syn() {
+                (flow.fin[FORWARD], flow.rst[FORWARD]) = (0, 0);
+            }
         }
         let due = forward && is_due(flow, now);
         if due {

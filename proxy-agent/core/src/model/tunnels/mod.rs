@@ -82,6 +82,11 @@ struct End {
 #[derive(Debug, Default)]
 pub struct Tunnels {
     ends: BTreeMap<TunnelKey, End>,
+    /// Nodes that no Service asks for any more: flows may go there for hours, by the way there was. So they stay, 48 bytes
+    /// each, until the node is restarted.
+    left: BTreeMap<TunnelKey, Tunnel>,
+    /// Where agents are asked of whom nothing is known.
+    port: u16,
     /// Nodes of whose agents no address is known.
     without: BTreeSet<Arc<str>>,
     questions: HashMap<u64, TunnelKey>,
@@ -104,13 +109,8 @@ impl Tunnels {
     /// [`Self::follow`]. `port` is asked where no agent has said another one.
     #[must_use]
     pub fn new(found: &BTreeMap<TunnelKey, Tunnel>, port: u16) -> Self {
-        let end = |tunnel: &Tunnel| {
-            let way = Way { from: tunnel.from.into(), link: tunnel.ifindex, mtu: tunnel.mtu };
-            let to = SocketAddr::new(tunnel.to.into(), port);
-            let way = (way.link != 0).then_some(way);
-            End { way, ready: tunnel.is_ready(), ..End::new("".into(), to) }
-        };
-        Self { ends: found.iter().map(|(key, tunnel)| (*key, end(tunnel))).collect(), ..Self::default() }
+        let ends = found.iter().map(|(key, tunnel)| (*key, End::of(tunnel, port))).collect();
+        Self { ends, port, ..Self::default() }
     }
 
     /// These nodes are to be reached, and no others; `peers` are the agents that are known. An address stays known while its
@@ -123,7 +123,8 @@ impl Tunnels {
             for (family, word) in [(Family::V4, V4), (Family::V6, V6)] {
                 let key = TunnelKey { node: *number, family: word };
                 let said = peers.get(name).and_then(|peer| peer.at(family));
-                let end = match (before.remove(&key), said) {
+                let left = self.left.remove(&key).map(|tunnel| End::of(&tunnel, self.port));
+                let end = match (before.remove(&key).or(left), said) {
                     (None, None) => continue,
                     (Some(end), None) => end,
                     (None, Some(to)) => End::new(name.clone(), to),
@@ -134,6 +135,11 @@ impl Tunnels {
             }
             if !known {
                 self.without.insert(name.clone());
+            }
+        }
+        for (key, end) in before {
+            if let Some(tunnel) = end.entry() {
+                self.left.insert(key, Tunnel { flags: 0, ..tunnel });
             }
         }
         let ends = &self.ends;
@@ -242,7 +248,8 @@ impl Tunnels {
     /// What should stand in the table.
     #[must_use]
     pub fn entries(&self) -> BTreeMap<TunnelKey, Tunnel> {
-        self.ends.iter().filter_map(|(key, end)| Some((*key, end.entry()?))).collect()
+        let ends = self.ends.iter().filter_map(|(key, end)| Some((*key, end.entry()?)));
+        self.left.iter().map(|(key, tunnel)| (*key, *tunnel)).chain(ends).collect()
     }
 
     /// How each node fares, by name.
@@ -283,6 +290,13 @@ impl Tunnels {
 }
 
 impl End {
+    /// As the table has it.
+    fn of(tunnel: &Tunnel, port: u16) -> Self {
+        let way = Way { from: tunnel.from.into(), link: tunnel.ifindex, mtu: tunnel.mtu };
+        let to = SocketAddr::new(tunnel.to.into(), port);
+        Self { way: (way.link != 0).then_some(way), ready: tunnel.is_ready(), ..Self::new("".into(), to) }
+    }
+
     fn new(node: Arc<str>, to: SocketAddr) -> Self {
         Self {
             node,

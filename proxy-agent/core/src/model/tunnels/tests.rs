@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use proptest::prelude::*;
@@ -186,10 +187,18 @@ fn what_the_table_says_counts_after_a_restart_until_answers_say_otherwise() {
     tunnels.follow(&[target(1)], &Peers::new());
     assert_eq!((tunnels.entries(), tunnels.due(0).unwrap().to), (found.clone(), at("10.1.0.2")));
 
-    // Nodes that have no endpoints any more go.
+    // Nodes that no Service asks for any more stay for the flows that go there, and nothing new does.
     let mut tunnels = Tunnels::new(&found, PORT);
     tunnels.follow(&[], &Peers::new());
-    assert!(tunnels.entries().is_empty() && tunnels.next_us(0).is_none());
+    let left: BTreeMap<_, _> = found.iter().map(|(key, way)| (*key, Tunnel { flags: 0, ..*way })).collect();
+    assert_eq!((tunnels.entries(), tunnels.next_us(0)), (left.clone(), None));
+    assert!(tunnels.standings().is_empty());
+    let mut next = Tunnels::new(&left, PORT);
+    next.follow(&[], &Peers::new());
+    assert_eq!(next.entries(), left, "whoever comes next leaves them, too");
+    // Asked for again, it is known how to get there.
+    tunnels.follow(&[target(1)], &Peers::new());
+    assert_eq!((tunnels.entries(), tunnels.due(0).unwrap().to), (left, at("10.1.0.2")));
 }
 
 #[test]

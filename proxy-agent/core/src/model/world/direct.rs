@@ -14,6 +14,12 @@ impl World {
         self.here.nodes.iter()
     }
 
+    /// Whether any Service has direct server return.
+    #[must_use]
+    pub fn has_direct_services(&self) -> bool {
+        self.direct_services > 0
+    }
+
     /// Whether other nodes answer the clients of a Service.
     pub(super) fn is_direct(&self, service: &ObjectName) -> bool {
         self.services.get(service).is_some_and(has_direct)
@@ -27,6 +33,8 @@ impl World {
 
     /// A Service has become such a one, or is none any more.
     pub(super) fn count_all_nodes(&mut self, service: &ObjectName, added: bool) {
+        self.direct_services =
+            if added { self.direct_services + 1 } else { self.direct_services.saturating_sub(1) };
         let names = self.slices_of.get(service).into_iter().flatten();
         let mut moved = Vec::new();
         for slice in names.filter_map(|name| self.slices.get(name)) {

@@ -45,6 +45,8 @@ pub struct World {
     slices: HashMap<ObjectName, Slice>,
     /// Names of the slices of a Service, in order.
     slices_of: HashMap<ObjectName, Few<ObjectName>>,
+    /// How many Services have direct server return.
+    direct_services: usize,
     /// The agents that slices of their Service name.
     peers: Arc<Peers>,
     /// In all slices.
@@ -95,6 +97,7 @@ impl World {
             services: BTreeMap::new(),
             slices: HashMap::new(),
             slices_of: HashMap::new(),
+            direct_services: 0,
             peers: Arc::default(),
             endpoints: 0,
             node: None,

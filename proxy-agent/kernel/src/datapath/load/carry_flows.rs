@@ -16,6 +16,7 @@ use proxy_common::addr::Proto;
 use proxy_common::lb::Ring;
 
 use super::generation::{FoundMap, Generation};
+use super::object::direct_places;
 use crate::datapath::flow::{Adopted, Flows};
 use crate::datapath::store::layout::Translation;
 use crate::datapath::store::table::{TableError, scan_bytes};
@@ -314,6 +315,8 @@ impl FlowCarrier {
         let Some(ring) = new.map(maps::RING) else { return Ok(()) };
         let cpus = crate::datapath::tables::cpus::cpus();
         let places = (ring.facts.max_entries / (Ring::COUNT * cpus)).max(1);
+        let records = new.map(maps::RECORDS).map_or(0, |records| records.facts.max_entries);
+        let direct = direct_places(places, records, cpus);
         let mut young: [Vec<(u64, u64)>; Ring::COUNT as usize] = Default::default();
         for known in self.known.iter().filter(|known| known.id != 0) {
             let base = Self::place(known.new);
@@ -321,8 +324,16 @@ impl FlowCarrier {
                 .flat_map(|word| self.new.get(base + word).to_ne_bytes())
                 .collect();
             for flow in sys::values::<Flow>(&bytes) {
-                let which = if flow.is_own() { Ring::OWN } else { Ring::of(flow.proto()) };
-                if let Some(young) = young.get_mut(which.0 as usize).filter(|_| flow.old == 0) {
+                let which = if flow.is_own() {
+                    Ring::OWN
+                } else if flow.is_direct() {
+                    Ring::DIRECT
+                } else {
+                    Ring::of(flow.proto())
+                };
+                // Of those whose packets are wrapped the old ones keep their places.
+                let stands = flow.old == 0 || flow.is_direct();
+                if let Some(young) = young.get_mut(which.0 as usize).filter(|_| stands) {
                     young.push((flow.born, flow.id.0));
                 }
             }
@@ -331,12 +342,13 @@ impl FlowCarrier {
             |source| TableError::Call { act: "write", object: "young flows".into(), map: maps::RING, source };
         for (which, mut young) in (0..).zip(young) {
             young.sort_unstable();
+            let turn = if which == Ring::DIRECT.0 { direct } else { places };
             let count = u32::try_from(young.len()).unwrap_or(u32::MAX);
             for (n, (_, id)) in (0..).zip(young) {
                 let (cpu, at) = (n % cpus, n / cpus);
-                let of_cpu = (count - cpu).div_ceil(cpus).min(places);
+                let of_cpu = (count - cpu).div_ceil(cpus).min(turn);
                 if at < of_cpu {
-                    let place = (cpu * Ring::COUNT + which) * places + places - of_cpu + at;
+                    let place = (cpu * Ring::COUNT + which) * places + turn - of_cpu + at;
                     sys::update(ring.fd.as_fd(), &place, &id).map_err(failed)?;
                 }
             }

@@ -33,6 +33,7 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 const FEATURES: &str = "FEATURES";
 /// Globals of the object: places in one ring of young flows, and how many CPUs have rings.
 const PLACES: &str = "PLACES";
+const DIRECT_PLACES: &str = "DIRECT_PLACES";
 /// See above.
 const CPUS: &str = "CPUS";
 /// How long a window is, in ticks, as a power of two.
@@ -106,7 +107,7 @@ pub(super) fn open_maps(
     let mut loader = EbpfLoader::new();
     loader.verifier_log_level(verifier);
     loader.override_global(FEATURES, &bits, false).override_global(aya_log::LEVEL, &level, false);
-    let (cpus, mut places) = (cpus(), 1);
+    let (cpus, mut places, mut direct) = (cpus(), 1, 1);
     match maps {
         Maps::Pinned(tables, fates) => {
             for (name, size) in &fates.made {
@@ -116,6 +117,7 @@ pub(super) fn open_maps(
                 }
             }
             places = (fates.size(maps::RING).unwrap_or(0) / (Ring::COUNT * cpus)).max(1);
+            direct = direct_places(places, fates.size(maps::RECORDS).unwrap_or(0), cpus);
             for name in maps::ALL {
                 loader.map_pin_path(name, tables.map(name));
             }
@@ -127,6 +129,7 @@ pub(super) fn open_maps(
         }
     }
     loader.override_global(PLACES, &places, false).override_global(CPUS, &cpus, false);
+    loader.override_global(DIRECT_PLACES, &direct, false);
     let shift = window_shift();
     loader.override_global(WINDOW_SHIFT, &shift, false);
     loader.load(object).map_err(|error| match error {
@@ -136,6 +139,12 @@ pub(super) fn open_maps(
         }
         error => LoadError::Maps(Box::new(error)),
     })
+}
+
+/// Places in the ring of one CPU for flows of which one side alone is seen (direct server return): all CPUs together have a
+/// quarter of the records, so that whoever sends half of connections leaves room for others.
+pub(super) fn direct_places(places: u32, records: u32, cpus: u32) -> u32 {
+    places.min(records / (4 * cpus)).max(1)
 }
 
 /// How many of the kernel's ticks make a window. The coarse clock goes on by one tick.
