@@ -1,7 +1,7 @@
 //! Direct server return: packets from outside go to the endpoint's node as they are, in a packet of their own, and that
 //! node answers the client itself (ARCHITECTURE.md, section 3f).
 //!
-//! Of the node that the client has found: [`way_to`] and [`wrapping`]. Of the endpoint's node: [`inside`], [`enter`].
+//! Of the node that the client has found: `way_to` and [`wrapping`]. Of the endpoint's node: [`inside`], `enter`.
 
 use super::select::{self, Source};
 use super::{Ring, Subprograms, Tables, Verdict, adopt};

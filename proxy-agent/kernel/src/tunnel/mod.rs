@@ -6,5 +6,5 @@
 mod probe;
 mod sockets;
 
-pub use probe::{LENGTH, Probe, wrapped};
+pub use probe::{LENGTH, Probe, question, wrapped};
 pub use sockets::{Heard, Listener, Wrapper};

@@ -5,12 +5,15 @@ use std::net::{IpAddr, SocketAddr};
 
 use etherparse::{IpNumber, PacketBuilder};
 
-/// Bytes of each: an answer is no longer than what it answers, so that nobody can have somebody else flooded by it.
+/// Bytes of an answer, and of a question before it is filled up: an answer is no longer than what it answers, so that nobody can
+/// have somebody else flooded by it.
 pub const LENGTH: usize = 24;
 /// What they begin with.
 const MAGIC: [u8; 8] = *b"ebpfprxy";
 /// What follows: what wrapped packets are, as both ends must know them. Who has another one does not answer.
 const VERSION: u8 = 1;
+/// No question is longer than the longest frames that networks usually have, whatever an interface would take.
+const LONGEST: u32 = 9_000;
 /// Hops a packet may go.
 const HOPS: u8 = 64;
 
@@ -38,12 +41,27 @@ impl Probe {
         bytes
     }
 
-    /// What has come, if it is one of them to the byte.
+    /// What has come, if it is one of them to the byte. Behind a question there may be anything.
     #[must_use]
     pub fn read(bytes: &[u8]) -> Option<Self> {
-        let number = u64::from_be_bytes(bytes.get(16..)?.try_into().ok()?);
-        [Self::Question(number), Self::Answer(number)].into_iter().find(|probe| probe.bytes() == *bytes)
+        let (probe, behind) = bytes.split_at_checked(LENGTH)?;
+        let number = u64::from_be_bytes(probe.get(16..)?.try_into().ok()?);
+        let read = [Self::Question(number), Self::Answer(number)]
+            .into_iter()
+            .find(|known| known.bytes() == probe)?;
+        (behind.is_empty() || matches!(read, Self::Question(_))).then_some(read)
     }
+}
+
+/// A question as long as packets may be on their way, when it is wrapped by [`wrapped`]: a path on which only short ones get
+/// through is none. `mtu` is what the interface and the route say.
+#[must_use]
+pub fn question(number: u64, from: IpAddr, mtu: u32) -> Vec<u8> {
+    let header = if from.is_ipv4() { 20 } else { 40 };
+    let room = (mtu.min(LONGEST) as usize).saturating_sub(2 * header + 8);
+    let mut bytes = Probe::Question(number).bytes().to_vec();
+    bytes.resize(room.max(LENGTH), 0);
+    bytes
 }
 
 /// A datagram from port `port` of `from`, in a packet of its own, in another packet between the same two addresses.
@@ -75,7 +93,8 @@ mod tests {
             let bytes = probe.bytes();
             assert_eq!(Probe::read(&bytes), Some(probe));
             assert_eq!(Probe::read(&bytes[..LENGTH - 1]), None, "shorter");
-            assert_eq!(Probe::read(&[&bytes[..], &[0]].concat()), None, "longer");
+            let asks = matches!(probe, Probe::Question(_));
+            assert_eq!(Probe::read(&[&bytes[..], &[0]].concat()), asks.then_some(probe), "longer");
             for at in 0..16 {
                 let mut other = bytes;
                 other[at] ^= 0x80;
@@ -83,6 +102,25 @@ mod tests {
             }
         }
         assert_eq!(Probe::read(&[]), None);
+    }
+
+    #[test]
+    fn a_question_fills_its_way() {
+        for (from, to, mtu, length) in [
+            ("10.0.0.1", "10.0.0.2", 1500, 1500),
+            ("fd00::1", "fd00::2", 1500, 1500),
+            ("10.0.0.1", "10.0.0.2", 65_536, 9_000),
+            ("10.0.0.1", "10.0.0.2", 40, 48 + LENGTH),
+        ] {
+            let from: IpAddr = from.parse().unwrap();
+            let asked = question(7, from, mtu);
+            let packet = wrapped(from, 1, SocketAddr::new(to.parse().unwrap(), 2), &asked).unwrap();
+            assert_eq!(
+                (packet.len(), Probe::read(&asked)),
+                (length, Some(Probe::Question(7))),
+                "{from} {mtu}"
+            );
+        }
     }
 
     #[test]

@@ -13,12 +13,12 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use super::{News, Wanted};
 use crate::serve::ProbeCounts;
 use agent_core::model::Family;
-use agent_core::model::tunnels::{Allowance, Block, Due, Reach, Tunnels};
+use agent_core::model::tunnels::{Allowance, Block, Due, Reach, Tunnels, Way};
 use agent_kernel::datapath::store::pin::BpfRoot;
 use agent_kernel::datapath::store::table::TableError;
 use agent_kernel::datapath::tables::tunnels::Tunnels as Table;
 use agent_kernel::netlink;
-use agent_kernel::tunnel::{Heard, Listener, Probe, Wrapper, wrapped};
+use agent_kernel::tunnel::{Heard, Listener, Probe, Wrapper, question, wrapped};
 
 /// From one comparison of the table with what should be there to the next; what is missing of sockets is tried again as often.
 const ROUND: Duration = Duration::from_secs(1);
@@ -185,9 +185,9 @@ impl Worker {
             let Ok(way) = way else { continue };
             let Due { key, to } = due;
             self.counts.asked += 1;
-            let question = self.random.hash_one(self.counts.asked);
-            match self.send(way.from, to, question) {
-                Ok(()) => self.tunnels.asked(&key, question),
+            let number = self.random.hash_one(self.counts.asked);
+            match self.send(&way, to, number) {
+                Ok(()) => self.tunnels.asked(&key, number),
                 Err(error) => {
                     self.tunnels.not_asked(&key, format!("no packet can be sent to {}: {error}", to.ip()));
                 }
@@ -195,11 +195,12 @@ impl Worker {
         }
     }
 
-    fn send(&self, from: IpAddr, to: SocketAddr, question: u64) -> io::Result<()> {
+    fn send(&self, way: &Way, to: SocketAddr, number: u64) -> io::Result<()> {
         let ends = self.listener.as_ref().zip(self.wrapper.as_ref());
         let (listener, wrapper) =
             ends.ok_or_else(|| io::Error::other("this agent could not hear an answer"))?;
-        let packet = wrapped(from, listener.port(), to, &Probe::Question(question).bytes())?;
+        let asked = question(number, way.from, way.mtu);
+        let packet = wrapped(way.from, listener.port(), to, &asked)?;
         wrapper.send(&packet, to.ip())
     }
 
