@@ -3,11 +3,13 @@
 pub mod checksum;
 pub mod crc32c;
 mod parse;
+mod peek;
 pub mod reject;
 mod rewrite;
 pub mod wrap;
 
-pub use parse::{Kind, Packet, parse, peek, peek_v6};
+pub use parse::{Kind, Packet, parse};
+pub use peek::{peek, peek_v6};
 pub use rewrite::{Edit, End, lower_hops, rewrite, rewrite_error};
 
 /// What can be read and written in one go: words, so that a load is a load and not a loop over bytes.

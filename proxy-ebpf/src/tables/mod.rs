@@ -1,6 +1,7 @@
 //! [`Tables`] over the maps: the only reader of configuration, the only writer of flows.
 
 mod leg;
+mod ring;
 mod socket;
 
 use core::arch::asm;
@@ -8,8 +9,7 @@ use core::arch::asm;
 use aya_ebpf::bindings::{__sk_buff, BPF_ANY, BPF_NOEXIST};
 use aya_ebpf::btf_maps::Array;
 use aya_ebpf::helpers::generated::{
-    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_map_lookup_elem, bpf_map_pop_elem,
-    bpf_map_push_elem,
+    bpf_get_prandom_u32, bpf_jiffies64, bpf_map_lookup_elem, bpf_map_pop_elem, bpf_map_push_elem,
 };
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
@@ -313,38 +313,17 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
 
     #[inline(always)]
     fn put_in_ring(&self, ring: Ring, id: FlowId) -> FlowId {
-        let Some(scratch) = scratch() else { return FlowId::NONE };
-        let size = maps::PLACES.load();
-        let Some(place) = scratch.places.get_mut(index_of(ring)) else { return FlowId::NONE };
-        let at = *place;
-        let turn = if ring.0 == Ring::DIRECT.0 { maps::DIRECT_PLACES.load() } else { size };
-        let at = if at < turn { at } else { 0 };
-        *place = if at + 1 < turn { at + 1 } else { 0 };
-        // SAFETY: takes no arguments.
-        let cpu = unsafe { bpf_get_smp_processor_id() };
-        let Some(stands) = maps::RING.get_ptr_mut((cpu * Ring::COUNT + ring.0) * size + at) else {
-            return FlowId::NONE;
-        };
-        // SAFETY: the element stays mapped; only this CPU writes it, and a flow's id is checked before it is
-        // used.
-        unsafe { core::mem::replace(&mut *stands, id) }
+        ring::put(ring, id)
     }
 
     #[inline(always)]
     fn next_in_ring(&self, ring: Ring) -> FlowId {
-        let Some(scratch) = scratch() else { return FlowId::NONE };
-        let Some(at) = scratch.places.get(index_of(ring)) else { return FlowId::NONE };
-        // SAFETY: takes no arguments.
-        let cpu = unsafe { bpf_get_smp_processor_id() };
-        let place = (cpu * Ring::COUNT + ring.0) * maps::PLACES.load() + *at;
-        maps::RING.get(place).copied().unwrap_or(FlowId::NONE)
+        ring::next(ring)
     }
 
     #[inline(always)]
     fn any_in_rings(&self) -> FlowId {
-        let all = maps::PLACES.load() * Ring::COUNT * maps::CPUS.load();
-        let at = (u64::from(self.random()) * u64::from(all)) >> 32;
-        maps::RING.get(at as u32).copied().unwrap_or(FlowId::NONE)
+        ring::any(self.random())
     }
 
     #[inline(always)]
@@ -386,17 +365,6 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
         // SAFETY: all CPUs count here, each in one instruction.
         unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) counter, in(reg) 1_u64, options(nostack)) };
     }
-}
-
-/// The number of a ring, as one among them.
-#[inline(always)]
-fn index_of(ring: Ring) -> usize {
-    let mut index = ring.0 as usize;
-    const _: () = assert!(Ring::COUNT == 4);
-    // SAFETY: changes no ring's number. The verifier loses the bound of a number that is kept on the stack: here it sees
-    // one at the register that is used.
-    unsafe { asm!("{0} &= 3", inout(reg) index, options(pure, nomem, nostack)) };
-    index
 }
 
 /// The key, in its place in the working storage if there is one.
