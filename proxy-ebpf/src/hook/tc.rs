@@ -59,6 +59,10 @@ fn enter<const ETHERNET: bool>(ctx: &TcContext) -> i32 {
     if done != ASK {
         return done;
     }
+    let done = enter_reading::<ETHERNET>(Skb(ctx));
+    if done != ASK {
+        return done;
+    }
     let done = enter_asking::<ETHERNET>(Skb(ctx));
     if done == WRAP { wrapping::<ETHERNET>(ctx) } else { done }
 }
@@ -115,25 +119,33 @@ fn quickly<const ETHERNET: bool>(skb: &mut Skb, hook: Hook, end: End) -> i32 {
     }
 }
 
+/// Reads a packet that is to be asked about, and unwraps it if another node had wrapped it. A function of its own: what
+/// ways lead to the end of it does not multiply the work of verifiers with those of the next.
 #[inline(never)]
-fn enter_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
+fn enter_reading<const ETHERNET: bool>(skb: Skb) -> i32 {
     // What the stack would not take is not ours either: frames for other machines, which a bridge may
     // forward, and those of a VLAN, which come again at its own interface.
     if ETHERNET && !skb.is_for_this_host() {
         return NEXT;
     }
-    let Some(Scratch { packet, edit, .. }) = scratch() else { return NEXT };
+    let Some(Scratch { packet, .. }) = scratch() else { return NEXT };
     if !read::<ETHERNET>(&skb, packet) {
         return NEXT;
     }
-    if direct::may_wrap(packet) {
-        match subprog_unwrap(skb.0) {
-            OTHER | OURS => {}
-            FAILED => return DROP,
-            // For the agent.
-            _ => return NEXT,
-        }
+    if !direct::may_wrap(packet) {
+        return ASK;
     }
+    match subprog_unwrap(skb.0) {
+        OTHER | OURS => ASK,
+        FAILED => DROP,
+        // For the agent.
+        _ => NEXT,
+    }
+}
+
+#[inline(never)]
+fn enter_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
+    let Some(Scratch { packet, edit, .. }) = scratch() else { return NEXT };
     match ingress::ingress(&TcTables::new(skb.0), packet, edit) {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
