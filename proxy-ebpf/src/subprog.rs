@@ -3,7 +3,7 @@
 //! on lies in [`Scratch`].
 
 use aya_ebpf::bindings::__sk_buff;
-use proxy_common::abi::{FlowId, Role, Run, Timeouts, capacity};
+use proxy_common::abi::{FlowId, Role, Run, Timeouts, capacity, feature};
 use proxy_common::addr::Port;
 use proxy_common::lb::{
     Choice, Entered, Inserted, Recalled, Ring, Subprograms, Tables as _, Verdict, adopt, direct, flow,
@@ -11,6 +11,7 @@ use proxy_common::lb::{
 };
 use proxy_common::wire::{Edit, End, Packet, parse, rewrite_error};
 
+use crate::feature::has;
 use crate::scratch::scratch;
 use crate::skb::Skb;
 use crate::tables::{MapTables, SocketTables, TcTables};
@@ -202,6 +203,9 @@ pub extern "C" fn subprog_choose(known: u32, attempt: u32, last: u32) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_hinted(first: u32, count: u32, service: u32, hint: u32) -> u32 {
+    if !has(feature::WRAP) {
+        return 0;
+    }
     direct::hinted(&TcTables::NO_PACKET, Run { first, count }, service, hint as u16)
 }
 

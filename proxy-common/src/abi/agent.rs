@@ -137,6 +137,8 @@ pub mod absent {
     pub const HOST_NETNS: u32 = 1 << 7;
     /// The way from a subflow to its MPTCP socket, for socket hooks.
     pub const MPTCP_SOCKET: u32 = 1 << 8;
+    /// Direct server return.
+    pub const WRAP: u32 = 1 << 9;
 }
 
 table_type! {

@@ -47,6 +47,8 @@ pub mod feature {
     /// `bpf_skc_to_mptcp_sock` in socket hooks (5.19): what is translated is a subflow, what the process holds is
     /// the MPTCP socket.
     pub const MPTCP_SOCKET: u32 = 1 << 4;
+    /// A verifier that gets through what direct server return takes besides (6.6; those up to 6.1 do not).
+    pub const WRAP: u32 = 1 << 5;
 }
 
 /// What is known of an address: values of `ADDRESSES`.

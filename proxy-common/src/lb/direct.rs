@@ -24,6 +24,9 @@ const fn is_wrapped(proto: Proto) -> bool {
 /// The address of the endpoint's node, if a new flow from outside is to go there wrapped.
 #[inline(always)]
 pub(super) fn way_to<T: Tables>(tables: &T, packet: &Packet, flags: u32, backend: &Backend) -> Option<Addr> {
+    if !tables.wraps() {
+        return None;
+    }
     let here = packet.wrapped != 0 || backend.is_local() || backend.node == 0;
     // Fragments are as long as their way allows, and would become too long.
     let fragment = matches!(packet.kind, Kind::FirstFragment);

@@ -18,7 +18,7 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         Kind::LaterFragment => match tables.recall_fragment(packet) {
             Recalled::Known => {}
             // It is unwrapped, and would come again as something else.
-            Recalled::Waiting if packet.wrapped != 0 => return lone_fragment(tables, packet),
+            Recalled::Waiting if was_wrapped(tables, packet) => return lone_fragment(tables, packet),
             Recalled::Waiting => return Verdict::Wait,
             Recalled::Unknown => return lone_fragment(tables, packet),
         },
@@ -31,7 +31,7 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
     match found.touch {
         // What another node has wrapped is not sent on so: it might come back, for ever. It begins anew, here; and so does
         // what no way is known for any more.
-        Touch::Wrap if packet.wrapped != 0 || !direct::leads(tables, packet, edit.out) => {
+        Touch::Wrap if was_wrapped(tables, packet) || !direct::leads(tables, packet, edit.out) => {
             tables.take_apart(found.id);
         }
         Touch::Rewrite | Touch::Pass | Touch::Wrap => {
@@ -56,7 +56,7 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
             }
         }
     }
-    if packet.wrapped != 0 {
+    if was_wrapped(tables, packet) {
         return direct::enter(tables, packet, edit);
     }
     // The quick way out for all other traffic.
@@ -65,6 +65,12 @@ pub fn ingress<T: Subprograms>(tables: &T, packet: &mut Packet, edit: &mut Edit)
         return unallocated(tables, packet);
     }
     tables.open(packet, known, edit)
+}
+
+/// Whether another node had wrapped it.
+#[inline(always)]
+fn was_wrapped<T: Tables>(tables: &T, packet: &Packet) -> bool {
+    tables.wraps() && packet.wrapped != 0
 }
 
 /// A packet to an address that is neither a Service's nor the node's: dropped if it lies inside a Service
@@ -82,7 +88,7 @@ fn unallocated<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
 #[inline(always)]
 fn lone_fragment<T: Tables>(tables: &T, packet: &Packet) -> Verdict {
     match tables.address(&packet.tuple.dst) {
-        _ if packet.wrapped != 0 => {
+        _ if was_wrapped(tables, packet) => {
             tables.count(Reason::FragmentUnknown);
             Verdict::Drop
         }
@@ -99,9 +105,9 @@ fn error<T: Tables>(tables: &T, packet: &Packet, touch: Touch) -> Verdict {
             tables.count(Reason::IcmpTranslated);
             Verdict::Rewrite
         }
-        Touch::Wrap if packet.wrapped == 0 => Verdict::Wrap,
+        Touch::Wrap if !was_wrapped(tables, packet) => Verdict::Wrap,
         // It would come back by the routes, or for ever.
-        _ if packet.wrapped != 0 => {
+        _ if was_wrapped(tables, packet) => {
             tables.count(Reason::WrapFailed);
             Verdict::Drop
         }

@@ -156,7 +156,7 @@ pub fn choose<T: Subprograms>(
         return Some(Verdict::Pass);
     };
     let source = select::source_of(tables, config, &key.src, packet.ifindex);
-    let wrapped = packet.wrapped != 0;
+    let wrapped = tables.wraps() && packet.wrapped != 0;
     let hint = wrapped.then_some(packet.hint);
     let asker = Question { tuple: key, source, seed: config.seed, attempt, hint };
     let verdict = match select::look(tables, &asker, (&key.dst, key.dport, key.proto), known) {

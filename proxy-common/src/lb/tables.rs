@@ -47,6 +47,10 @@ pub trait Tables {
     /// Source of masqueraded flows that leave by an interface towards `dst`, of the family of `dst` (M-13);
     /// it may be unspecified, which is as good as none.
     fn masquerade_address(&self, ifindex: u32, dst: &Addr) -> Option<Addr>;
+    /// Whether packets are wrapped and unwrapped at all.
+    fn wraps(&self) -> bool {
+        true
+    }
     /// The way to another node.
     fn tunnel(&self, key: &TunnelKey) -> Option<Tunnel>;
     /// Whether a frontend that is no ClusterIP has this port.

@@ -7,13 +7,14 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{
     bpf_csum_update, bpf_redirect_neigh, bpf_skb_adjust_room, bpf_skb_store_bytes,
 };
-use proxy_common::abi::{Reason, Tunnel};
+use proxy_common::abi::{Reason, Tunnel, feature};
 use proxy_common::addr::Proto;
 use proxy_common::lb::Tables as _;
 use proxy_common::lb::direct::{self, Inside, Wrapping};
 use proxy_common::wire::{Frame as _, Packet, checksum, parse, wrap};
 
 use super::tc::DROP;
+use crate::feature::has;
 use crate::scratch::{Scratch, scratch};
 use crate::skb::Skb;
 use crate::tables::TcTables;
@@ -35,6 +36,9 @@ pub const TOO_BIG: i32 = 0xb16;
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_unwrap(ctx: *mut __sk_buff) -> u32 {
+    if !has(feature::WRAP) {
+        return OTHER;
+    }
     let Some(Scratch { packet, arrived, .. }) = scratch() else { return OTHER };
     let skb = Skb(ctx);
     skb.pull_more();
@@ -68,6 +72,9 @@ pub extern "C" fn subprog_unwrap(ctx: *mut __sk_buff) -> u32 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn subprog_wrap(ctx: *mut __sk_buff) -> i32 {
+    if !has(feature::WRAP) {
+        return DROP;
+    }
     let Some(Scratch { packet, edit, .. }) = scratch() else { return DROP };
     let mut skb = Skb(ctx);
     let tables = TcTables::NO_PACKET;

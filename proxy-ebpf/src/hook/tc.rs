@@ -6,12 +6,13 @@ use aya_ebpf::helpers::generated::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::debug;
-use proxy_common::abi::{Hook, Reason};
+use proxy_common::abi::{Hook, Reason, feature};
 use proxy_common::lb::quick::{Quick, quick};
 use proxy_common::lb::{Tables as _, Verdict, direct, egress, ingress};
 use proxy_common::wire::{Edit, End, Kind, Packet, parse, peek, reject, rewrite};
 
 use super::direct::{FAILED, OTHER, OURS, TOO_BIG, subprog_unwrap, subprog_wrap};
+use crate::feature::has;
 use crate::scratch::{Scratch, scratch};
 use crate::skb::Skb;
 use crate::subprog::{subprog_parse, subprog_rewrite_error};
@@ -132,7 +133,7 @@ fn enter_reading<const ETHERNET: bool>(skb: Skb) -> i32 {
     if !read::<ETHERNET>(&skb, packet) {
         return NEXT;
     }
-    if !direct::may_wrap(packet) {
+    if !has(feature::WRAP) || !direct::may_wrap(packet) {
         return ASK;
     }
     match subprog_unwrap(skb.0) {
@@ -150,7 +151,8 @@ fn enter_asking<const ETHERNET: bool>(mut skb: Skb) -> i32 {
         Verdict::Pass => NEXT,
         Verdict::Rewrite => apply(&mut skb, packet, End::Dst, edit),
         Verdict::Reject => subprog_reject(skb.0, ETHERNET.into(), 0),
-        Verdict::Wrap => WRAP,
+        Verdict::Wrap if has(feature::WRAP) => WRAP,
+        Verdict::Wrap => DROP,
         Verdict::Wait => skb.wait(),
         Verdict::Drop => DROP,
     }

@@ -14,12 +14,13 @@ use aya_ebpf::helpers::generated::{
 use proxy_common::abi::{
     Affinity, AffinityKey, Backend, Config, Flow, FlowId, Fragment, FragmentKey, Frontend, FrontendKey,
     Iface, Key, Leg, Notes, Pair, Reason, Role, RouteKey, SourceKey, Tunnel, TunnelKey, Tuple, capacity,
+    feature,
 };
 use proxy_common::addr::{Addr, Port};
 use proxy_common::lb::{Inserted, Ring, Stat, Tables};
 use proxy_common::wire::Packet;
 
-use crate::feature::clock;
+use crate::feature::{clock, has};
 use crate::maps;
 use crate::scratch::{Scratch, scratch};
 
@@ -173,6 +174,11 @@ impl<const PACKET: bool> Tables for MapTables<PACKET> {
         let addr = unsafe { found.cast::<Addr>().as_ref() }?;
         // The default route of IPv6 covers IPv4-mapped addresses, too.
         (addr.is_v4() == dst.is_v4()).then_some(*addr)
+    }
+
+    #[inline(always)]
+    fn wraps(&self) -> bool {
+        has(feature::WRAP)
     }
 
     #[inline(always)]

@@ -126,15 +126,16 @@ pub(crate) fn touch<T: Tables>(tables: &T, hook: Hook, packet: &Packet, edit: &m
     let (notes, now) = (leg.notes(), tables.now());
     let leg = Way { id: leg.id, role: leg.role(), forward: source == leg.near() };
     let found = Touched { touch: Touch::None, id: leg.id, forward: leg.forward, care: false };
-    let looked = tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now) {
-        Look::Go => Ok(pass(tables, flow, &leg, hook, packet, now, edit)),
-        Look::None => Ok((Touch::None, false, false)),
-        Look::Ended => Ok((Touch::Ended, false, false)),
-        Look::Superseded => Ok((Touch::Superseded, false, false)),
-        Look::Lost => Ok((Touch::Lost, false, false)),
-        Look::Bound(index, generation) => Err(Some((index, generation))),
-        Look::Translated => Err(None),
-    });
+    let looked =
+        tables.record(leg.id.index(), |flow| match look(flow, &leg, hook, packet, now, tables.wraps()) {
+            Look::Go => Ok(pass(tables, flow, &leg, hook, packet, now, edit)),
+            Look::None => Ok((Touch::None, false, false)),
+            Look::Ended => Ok((Touch::Ended, false, false)),
+            Look::Superseded => Ok((Touch::Superseded, false, false)),
+            Look::Lost => Ok((Touch::Lost, false, false)),
+            Look::Bound(index, generation) => Err(Some((index, generation))),
+            Look::Translated => Err(None),
+        });
     let bound = if let Some(Err(Some((index, _)))) = looked { index } else { 0 };
     let passed = match looked {
         Some(Err(asked)) => {
@@ -201,8 +202,8 @@ impl Leg {
 }
 
 #[inline(always)]
-fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
-    let forward = leg.forward;
+fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64, wraps: bool) -> Look {
+    let (forward, direct) = (leg.forward, wraps && flow.is_direct());
     let left = flow.is_left(leg.id);
     if !left && !flow.is(leg.id) {
         return if flow.is_lost(leg.id) { lost::look(flow, leg, hook, packet) } else { Look::None };
@@ -253,9 +254,12 @@ fn look(flow: &Flow, leg: &Way, hook: Hook, packet: &Packet, now: u64) -> Look {
         // their backend is removed (C-4…C-8). A TCP flow that has been answered keeps its endpoint until it
         // ends (P-18), but a new connection from the same port is a new flow (P-26).
         Role::OUTER => {
-            if fresh && flow.may_begin_anew() && !flow.is_direct() {
+            if fresh && flow.may_begin_anew() && !direct {
                 Look::Ended
-            } else if packet.tuple.proto == Proto::UDP || !flow.is_answered() || fresh {
+            } else if packet.tuple.proto == Proto::UDP
+                || flow.seen[REPLY] == 0 && !(direct && flow.old != 0)
+                || fresh
+            {
                 Look::Bound(flow.backend, flow.generation)
             } else {
                 Look::Go
@@ -281,10 +285,11 @@ fn pass<T: Tables>(
     let error = matches!(packet.kind, Kind::IcmpError);
     let enters = hook == Hook::INGRESS;
     let left = flow.state == State::LEFT;
+    let direct = tables.wraps() && flow.is_direct();
     let mut counts = true;
     let touch = match leg.role {
         Role::OUTER if left && enters == forward => Touch::Pass,
-        Role::OUTER if enters && forward && flow.is_direct() => {
+        Role::OUTER if enters && forward && direct => {
             let (addr, port) = flow.endpoint();
             edit.addr = *addr;
             edit.port = port;
@@ -336,7 +341,7 @@ fn pass<T: Tables>(
             flow.acked[direction] = packet.ack;
         }
         // Of one side alone what it sends is noted each time.
-        care = flow.old == 0 || flow.is_direct() || forward && is_due(flow, now);
+        care = flow.old == 0 || direct || forward && is_due(flow, now);
     }
     // The record may have been given to another flow while it was read.
     let settled = flow.old != 0 && flow.last_reset() == 0;
@@ -374,7 +379,7 @@ fn end_of<T: Tables>(tables: &T, flow: &mut Flow, packet: &Packet, direction: us
     // flow that has been adopted, until its other end speaks.
     let unknown = flow.old == 0 || flow.flags & flow_flags::ADOPTED != 0 && acked == 0;
     // Of a flow whose answers do not pass here, what the client has sent last is all there is to compare with.
-    let from = if flow.is_direct() { flow.last } else { acked };
+    let from = if tables.wraps() && flow.is_direct() { flow.last } else { acked };
     let believed = unknown || packet.seq.wrapping_sub(from) < BELIEVED;
     if packet.tcp_flags & Packet::RST == 0 {
         flow.seen[direction] = now;

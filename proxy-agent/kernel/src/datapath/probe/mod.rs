@@ -112,6 +112,8 @@ impl Features {
             | bit(self.csum_ipv6, feature::CSUM_IPV6)
             | bit(self.netns_cookie, feature::NETNS_COOKIE)
             | bit(self.mptcp_socket, feature::MPTCP_SOCKET)
+            // Both came with the same kernels, near enough.
+            | bit(self.tcx, feature::WRAP)
     }
 
     /// Every feature for a person.
@@ -189,6 +191,12 @@ impl Features {
                 absent::MPTCP_SOCKET,
                 self.mptcp_socket,
                 "getpeername of an MPTCP socket shows the pod and not the Service (kernels before 5.19)",
+            ),
+            feature(
+                "direct server return",
+                absent::WRAP,
+                self.tcx,
+                "what comes from outside is masqueraded, whatever Services ask for (kernels before 6.6)",
             ),
         ]
     }
